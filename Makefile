@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all the set-up they need in .venv; a second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A GPU machine keeps the torch build of its CUDA version; elsewhere constraints.txt pins the tested one.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+ifeq ($(CUDA),)
+  EXTRAS := cpu,dev
+  PINS := -c constraints.txt
+else ifeq ($(shell test $(CUDA) -ge 13 && echo yes),yes)
+  EXTRAS := cuda13,dev
+  PINS :=
+else
+  EXTRAS := cuda12,dev
+  PINS :=
+endif
+
+.PHONY: demo test lint type doctor clean
+
+demo: $(VENV)/installed
+	$(BIN)/mam2 demo --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow editable installs: show it the packages under their import names.
+type: $(VENV)/installed
+	mkdir -p $(VENV)/types/mam2
+	ln -sfn ../../../engine $(VENV)/types/mam2/engine
+	ln -sfn ../../../kernels $(VENV)/types/mam2/kernels
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p mam2.engine -p mam2.kernels
+
+doctor: $(VENV)/installed
+	$(BIN)/mam2 doctor
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PINS) -e '.[$(EXTRAS)]'
+	touch $@

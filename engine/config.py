@@ -1,0 +1,312 @@
+"""What a run is: frozen, keyword-only config dataclasses, read from a recipe and overridden by flags.
+
+A recipe is a TOML file whose tables are the fields of `PretrainConfig`. Every table and key must exist;
+an unknown one is an error that names the nearest. The resolved config is written beside every run and
+into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as one line without a stack trace, exit status 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    frames: int = 16
+    """Frames in a clip (T)."""
+    stride: int = 4
+    """Distance of two sampled frames, in frames of the file."""
+    size: int = 224
+    """Height and width of a clip in pixels, a multiple of the patch size."""
+    min_area: float = 0.5
+    """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
+    max_area: float = 1.0
+    """Largest share of the frame's area that a random resized crop keeps, 0 to 1."""
+    max_aspect: float = 4 / 3
+    """Aspect ratios of the crop are drawn log-uniformly from 1/max_aspect to max_aspect; at least 1."""
+    flip: bool = True
+    """Mirror half of the clips left to right. Off where direction carries meaning (SSv2, the demo)."""
+    views: int = 1
+    """Crops (and masks) drawn from one decoded clip: repeated augmentation. Divides the batch size."""
+    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    """Decoder: `auto` takes NVDEC on a GPU, DALI on the CPU for VP8, VP9 and MJPEG, PyAV for the rest."""
+    threads: int = 0
+    """Decoding threads; 0 means as many as this process may use cores."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step."""
+    max_unusable: float = 0.5
+    """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    ratio: float = 0.9
+    """Share of each slot's patches that is hidden: int(ratio * patches) of them, the same in every slot (tube)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressorConfig:
+    depth: int = 4
+    """Cross-attention blocks."""
+    width: int = 768
+    """Embedding width; another width than the encoder's adds a linear projection."""
+    heads: int = 12
+    """Attention heads."""
+    keys: Literal["all", "visible"] = "all"
+    """Keys and values: visible latents and the current masked state (CAE), or the visible latents only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    depth: int = 4
+    """Self-attention blocks of each decoder."""
+    width: int = 768
+    """Embedding width. MAM2's decoders work at the regressor's width: leave equal."""
+    heads: int = 12
+    """Attention heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    objective: Literal["mam2", "videomae"] = "mam2"
+    """What is learned: MAM2's codes and motion, or VideoMAE's pixels."""
+    patch: int = 16
+    """Height and width of a patch in pixels."""
+    tubelet: int = 2
+    """Frames a token spans."""
+    width: int = 768
+    """Embedding width of the encoder."""
+    depth: int = 12
+    """Blocks of the encoder."""
+    heads: int = 12
+    """Attention heads of the encoder."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the embedding width, everywhere."""
+    regressor: RegressorConfig = field(default_factory=RegressorConfig)
+    """MAM2 only."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Each of MAM2's two decoders, or VideoMAE's one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    path: str = ""
+    """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
+    codes: int = 512
+    """Codebook size of the one trained here."""
+    channels: int = 32
+    """Base channels of the one trained here."""
+    steps: int = 1000
+    """Training steps of the one trained here."""
+    batch: int = 64
+    """Frames a training step of the one trained here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    appearance: float = 1.0
+    """Weight of the code cross-entropy."""
+    motion: float = 1.0
+    """Weight of the motion loss."""
+    alignment: float = 0.0
+    """Weight of the latent alignment of CAE (2 there); runs the encoder on the masked tokens as well."""
+    balance: Literal["fixed", "gradient"] = "fixed"
+    """`gradient` rescales the appearance gradient at the regressor's output to `appearance / motion` times the
+    norm of the motion gradient there, at every step; `fixed` uses the weights as they are."""
+    label_smoothing: float = 0.0
+    """Of the code cross-entropy, 0 to 1."""
+    difference: Literal["adjacent", "intra"] = "adjacent"
+    """RGB-difference target: to the next sampled frame, or within each tubelet only."""
+    motion_normalize: Literal["channel", "patch", "none"] = "channel"
+    """Divide a difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
+    motion_eps: float = 1e-6
+    """Added to that deviation (pixels in 0 to 1). 0.05 keeps compression noise of static patches small."""
+    pixel_normalize: Literal["channel", "patch", "none"] = "channel"
+    """VideoMAE's pixel target: standardised per cube and channel (VideoMAE), per patch (MAE, mae_st), or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    batch: int = 64
+    """Clips in an optimiser step of this process; with accumulation, the sum over its micro-batches."""
+    accumulate: int = 1
+    """Micro-batches an optimiser step; divides the batch."""
+    epochs: float = 400
+    """Passes over the data set; each shows every video once, in `data.views` views."""
+    warmup_epochs: float = 20
+    """Linear warm-up of the learning rate from 0."""
+    base_lr: float = 1.5e-4
+    """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    weight_decay: float = 0.05
+    """AdamW's; none on 1-D parameters and mask tokens."""
+    beta2: float = 0.95
+    """AdamW's second beta; the first is 0.9."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    seed: int = 0
+    """Of weights, order, clips and masks."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes a GPU if there is one."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the matrix products: `auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
+    compile: bool = True
+    """Compile the step with torch.compile; said in the log when it cannot be."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
+    save_every: int = 1000
+    """Steps between two checkpoints; one is always written at the end."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        side = self.data.size // self.model.patch
+        return self.data.frames // self.model.tubelet, side, side
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of a token."""
+        return self.model.tubelet, self.model.patch, self.model.patch
+
+    @property
+    def motion_options(self) -> dict[str, Any]:
+        """The motion target, as keywords of `mam2.kernels.frame_difference` and `masked_frame_difference_loss`."""
+        return {
+            "patch_size": self.patch_size,
+            "difference": self.loss.difference,
+            "normalize": None if self.loss.motion_normalize == "none" else self.loss.motion_normalize,
+            "eps": self.loss.motion_eps,
+        }
+
+
+def load_recipe(name: str) -> PretrainConfig:
+    """The config of a shipped recipe (`demo`, `mam2-fast`, …), of a TOML file or of a run's config.json.
+
+    Raises UserError for an unknown recipe, a file that cannot be parsed, and unknown or ill-typed keys.
+    """
+    shipped = {path.stem: path for path in RECIPES.glob("*.toml")}
+    path = shipped.get(name) or Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, shipped, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"recipe {name!r}: neither a file nor one of {', '.join(sorted(shipped))}{hint}")
+    parse = json.loads if path.suffix == ".json" else tomllib.loads
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of both parsers, and of text that is not UTF-8
+        raise UserError(f"recipe {path}: not a {path.suffix.lstrip('.').upper() or 'TOML'} file: {error}") from None
+    return from_dict(PretrainConfig, values, where=f"recipe {path.name}")
+
+
+def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
+    """Builds a config dataclass from nested dicts; raises UserError naming an unknown key's nearest neighbour."""
+    fields = [f.name for f in dataclasses.fields(cls)]
+    hints = get_type_hints(cls)
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+        default = getattr(cls(), key)
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key!r} is a table of keys, found {value!r}")
+            built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
+            continue
+        allowed = get_args(hints[key])  # the strings of a Literal, else nothing
+        fits = isinstance(value, (int, float)) if isinstance(default, float) else type(value) is type(default)
+        if (isinstance(value, bool) and not isinstance(default, bool)) or not fits or (allowed and value not in allowed):
+            expected = " or ".join(map(repr, allowed)) or type(default).__name__
+            raise UserError(f"{where}: {key!r} expects {expected}, found {value!r}")
+        built[key] = float(value) if isinstance(default, float) else value
+    return cls(**built)
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """Nested plain values, the inverse of `from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
+    data, mask, model, optim = config.data, config.mask, config.model, config.optim
+    if data.size < 1 or data.size % model.patch:
+        below = max(data.size // model.patch, 1) * model.patch
+        raise UserError(f"data.size {data.size} is not a multiple of model.patch {model.patch}; {below} would be")
+    if data.frames < 1 or data.frames % model.tubelet:
+        raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {model.tubelet}")
+    positions = config.grid[1] * config.grid[2]
+    if not 0 < int(mask.ratio * positions) < positions:
+        raise UserError(
+            f"mask.ratio {mask.ratio} hides {int(mask.ratio * positions)} of {positions} positions; "
+            "it must hide at least one and leave at least one visible"
+        )
+    if optim.batch < 1 or optim.batch % (optim.accumulate * data.views):
+        raise UserError(
+            f"optim.batch {optim.batch} is not a multiple of optim.accumulate {optim.accumulate} "
+            f"times data.views {data.views}"
+        )
+    parts = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
+    for name, part in parts.items():
+        if part.width % part.heads:
+            raise UserError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}")
+    if model.objective == "mam2" and model.decoder.width != model.regressor.width:
+        raise UserError(
+            f"model.decoder.width {model.decoder.width} differs from model.regressor.width {model.regressor.width}; "
+            "MAM2's decoders work at the regressor's width"
+        )
+    if not 0 < data.min_area <= data.max_area <= 1 or data.max_aspect < 1:
+        raise UserError(
+            f"data.min_area {data.min_area}, data.max_area {data.max_area}, data.max_aspect {data.max_aspect}: "
+            "expected 0 < min_area <= max_area <= 1 <= max_aspect"
+        )
+    if config.loss.difference == "intra" and model.tubelet < 2:
+        raise UserError("loss.difference 'intra' needs model.tubelet of at least 2; 'adjacent' does not")
+    if config.loss.balance == "gradient" and config.loss.motion <= 0:
+        raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
+    positive = {
+        "data.stride": data.stride,
+        "optim.epochs": optim.epochs,
+        "run.log_every": config.run.log_every,
+        "run.save_every": config.run.save_every,
+        "run.keep": config.run.keep,
+        "data.prefetch": data.prefetch,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{name} must be positive, found {value}")

@@ -1,0 +1,149 @@
+"""A labelled set of short synthetic clips as real encoded files, whose class is the motion alone.
+
+A bright shape moves over a dim background: left, right, up, down, clockwise, counter-clockwise, growing or
+shrinking. Shape, colours, size, place, speed and background are drawn independently of the class. The classes come
+in pairs that are each other's reverse in time, so the frames of a clip without their order cannot tell the two
+apart. Half of the files are mp4/H.264, half webm/VP9.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+MOTIONS = ("clockwise", "counterclockwise", "down", "grow", "left", "right", "shrink", "up")
+SHAPES = ("bar", "triangle", "cross", "half-disc", "corner")
+SIZE = 64
+FRAMES = 24
+FPS = 12
+
+
+def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
+    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. Appearance is drawn from `rng` before the motion is used."""
+    shape = SHAPES[rng.integers(len(SHAPES))]
+    background = _background(rng)
+    colour = _bright_colour(rng)
+    radius = rng.uniform(11, 16)
+    angle = rng.uniform(0, 2 * np.pi)
+    drift = rng.uniform(22, 34)  # pixels over the whole clip
+    turn = rng.uniform(0.6, 1.1) * np.pi  # radians over the whole clip
+    growth = rng.uniform(1.8, 2.4)  # ratio of the largest to the smallest radius
+    place = rng.uniform(-8, 8, size=2)
+
+    progress = np.linspace(-0.5, 0.5, FRAMES)
+    centre = np.repeat(place[None] + (SIZE - 1) / 2, FRAMES, axis=0)
+    angles = np.full(FRAMES, angle)
+    radii = np.full(FRAMES, radius)
+    if motion in ("left", "right"):
+        centre[:, 0] += progress * drift * (1 if motion == "right" else -1)
+    elif motion in ("up", "down"):
+        centre[:, 1] += progress * drift * (1 if motion == "down" else -1)
+    elif motion in ("clockwise", "counterclockwise"):
+        angles += progress * turn * (1 if motion == "clockwise" else -1)
+    elif motion in ("grow", "shrink"):
+        radii *= growth ** (progress * (1 if motion == "grow" else -1))
+    else:
+        raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
+
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    dx, dy = x[None] - centre[:, 0, None, None], y[None] - centre[:, 1, None, None]
+    cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
+    radii = radii[:, None, None]
+    # y points down, so a growing angle turns clockwise on the screen.
+    distance = _distance(shape, (cos * dx + sin * dy) / radii, (cos * dy - sin * dx) / radii) * radii
+    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+    clip = background[None] * (1 - coverage) + colour * coverage
+    return np.clip(clip * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to a shape of radius about 1, negative inside; none looks the same after the turns drawn here."""
+
+    def box(cu: float, cv: float, half_u: float, half_v: float) -> np.ndarray:
+        return np.maximum(np.abs(u - cu) - half_u, np.abs(v - cv) - half_v)
+
+    if shape == "bar":
+        return box(0, 0, 1.0, 0.35)
+    if shape == "triangle":
+        return np.maximum(v - 0.6, np.abs(u) * 0.87 - v * 0.5 - 0.6)
+    if shape == "cross":
+        return np.minimum(box(0, 0, 1.0, 0.28), box(0, 0.25, 0.28, 0.75))
+    if shape == "half-disc":
+        return np.maximum(np.hypot(u, v) - 1.0, -v - 0.1)
+    return np.minimum(box(0, 0.6, 0.9, 0.3), box(-0.6, 0, 0.3, 0.9))
+
+
+def _bright_colour(rng: np.random.Generator) -> np.ndarray:
+    """RGB in 0.4 to 1 with one channel at 1."""
+    colour = rng.uniform(0.4, 1.0, size=3)
+    colour[rng.integers(3)] = 1.0
+    return colour
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A dim gradient between two colours in a random direction, with a static dark disc: [SIZE, SIZE, 3] in 0 to 0.25."""
+    first, second = rng.uniform(0.0, 0.25, size=(2, 3))
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
+    ramp = np.clip(0.5 + (x * np.cos(angle) + y * np.sin(angle)), 0, 1)[..., None]
+    background = first * (1 - ramp) + second * ramp
+    centre, radius = rng.uniform(-0.4, 0.4, size=2), rng.uniform(0.08, 0.2)
+    disc = np.clip((radius - np.hypot(x - centre[0], y - centre[1])) * SIZE, 0, 1)[..., None]
+    return background * (1 - disc) + rng.uniform(0.0, 0.25, size=3) * disc
+
+
+def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS) -> None:
+    """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames."""
+    codec, options = {
+        ".mp4": ("libx264", {"preset": "veryfast", "crf": "18"}),
+        ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "18", "b:v": "0"}),
+    }[path.suffix]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = 12
+        stream.codec_context.thread_count = 1
+        stream.time_base = Fraction(1, fps)
+        for image in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_one(job: tuple[str, str, list[int]]) -> None:
+    path, motion, key = Path(job[0]), job[1], job[2]
+    aside = path.with_name(f".part-{path.name}")  # a file that was cut off must not be taken for a whole one
+    write_clip(aside, render_clip(motion, np.random.default_rng(key)))
+    aside.replace(path)
+
+
+def write_dataset(folder: str | Path, *, train: int, test: int, seed: int = 0, progress: bool = True) -> None:
+    """Writes `folder/train/<motion>/*` and `folder/test/<motion>/*`, as many clips as told, classes in equal shares.
+
+    Train and test clips come from separate random streams. Files that are there already are kept, so an
+    interrupted call goes on where it stopped.
+    """
+    jobs = []
+    for split, count in enumerate((train, test)):
+        for index in range(count):
+            motion = MOTIONS[index % len(MOTIONS)]
+            suffix = ".mp4" if (index // len(MOTIONS)) % 2 else ".webm"
+            path = Path(folder) / ("train", "test")[split] / motion / f"{index:05d}{suffix}"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                jobs.append((str(path), motion, [seed, split, index]))
+    if not jobs:
+        return
+    workers = min(len(os.sched_getaffinity(0)), 16)
+    # Spawned, not forked: the caller may hold threads (torch, DALI).
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(_write_one, jobs, chunksize=32)
+        for _ in tqdm(done, total=len(jobs), desc="writing clips", unit="clip", disable=None if progress else True):
+            pass

@@ -1,0 +1,75 @@
+"""Which path each part of the engine takes on this machine, and what to install for a faster one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from mam2.engine.config import RunConfig, UserError
+from mam2.engine.data.decoding import choose_front_end
+from mam2.engine.data.graph import import_dali
+from mam2.engine.model.attention import active_backend
+from mam2.engine.train.runtime import autocast, compiler
+from mam2.kernels import active_path
+
+PACKAGES = ("mam2", "torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "numpy")
+CODECS = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg", "av1")
+
+
+def report() -> str:
+    """The lines that `mam2 doctor` prints."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = ["machine", f"  {platform.platform()}, Python {platform.python_version()}, {_cores()} CPU cores"]
+    if device.type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"sm_{properties.major}{properties.minor}"
+            lines.append(f"  GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}")
+    else:
+        lines.append("  no GPU that torch can use")
+    lines += ["versions", *(f"  {name:<20} {_version(name)}" for name in PACKAGES)]
+
+    context = autocast(RunConfig(), device)
+    dtype = torch.bfloat16 if context._enabled else torch.float32
+    advice = []
+    lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}"]
+    lines.append(f"  attention  {active_backend(device, dtype, 64)} ({dtype}, heads of 64)".replace("torch.", ""))
+    lines.append(f"  step       {compiler(RunConfig(), device)[1]}")
+    lines.append(f"  precision  {dtype}".replace("torch.", ""))
+    try:
+        import_dali()
+        by_front_end: dict[str, list[str]] = {}
+        for codec in CODECS:
+            by_front_end.setdefault(choose_front_end(codec, device), []).append(codec)
+        decoded = "; ".join(f"{', '.join(codecs)} by {name}" for name, codecs in by_front_end.items())
+        lines.append(f"  decoding   {decoded}; then one DALI graph on {'the GPU' if device.type == 'cuda' else 'the CPU'}")
+    except UserError as error:
+        lines.append(f"  decoding   not possible: {error}")
+        advice.append("DALI: pip install 'mam2[cpu]' (no GPU), 'mam2[cuda13]' or 'mam2[cuda12]'")
+    if device.type == "cuda":
+        if active_backend(device, dtype, 64) != "xformers":
+            advice.append("xformers: pip install 'mam2[cuda13]' or 'mam2[cuda12]', of the build that matches torch")
+    else:
+        advice.append("a GPU: install a CUDA build of torch and 'mam2[cuda13]' for Triton kernels, NVDEC and xformers")
+    return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _told(ask: object) -> str:
+    try:
+        return ask()  # type: ignore[operator]
+    except RuntimeError as error:
+        return f"not possible: {error}"

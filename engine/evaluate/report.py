@@ -1,0 +1,134 @@
+"""RUN/report.html: one self-contained page with the curves of a run and what its model predicts, and the PNGs beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from mam2.engine.evaluate.pretext import Strips
+from mam2.engine.train.metrics import read_log
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROWS = {
+    "original": "original",
+    "masked": "masked",
+    "appearance": "predicted\nappearance",
+    "codes": "the true\ncodes",
+    "motion": "true\nmotion",
+    "predicted_motion": "predicted\nmotion",
+}
+
+
+def draw_curves(run: Path) -> bytes:
+    """PNG of the losses, the gradients at the regressor's output and the rates over the steps of a run's log."""
+    lines = read_log(run)
+    panels: list[tuple[str, dict[str, str]]] = [
+        ("code cross-entropy", {"loss/appearance": ""}),
+        ("right codes", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}),
+        ("motion loss / that of no motion", {"loss/motion_relative": ""}),
+        ("pixel loss", {"loss/pixels": ""}),
+        ("gradient norm at the regressor's output", {"gradient/appearance": "appearance", "gradient/motion": "motion"}),
+        ("clips per second", {"clips_per_s": ""}),
+    ]
+    panels = [(title, names) for title, names in panels if any(name in line for name in names for line in lines)]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
+        for name, label in names.items():
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
+        if title.startswith("motion"):
+            axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+        if title.startswith("gradient"):
+            axis.set_yscale("log")
+        if any(names.values()):
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_strips(strips: Strips, titles: list[str]) -> bytes:
+    """PNG: for each clip a column of slots over time, one row for each thing shown."""
+    clips, slots = strips.original.shape[:2]
+    figure, axes = plt.subplots(
+        len(ROWS), clips, figsize=(0.62 * slots * clips + 0.8, 0.68 * len(ROWS) + 0.3), squeeze=False, layout="constrained"
+    )
+    for column in range(clips):
+        axes[0, column].set_title(titles[column], fontsize=9)
+        for row, (name, label) in enumerate(ROWS.items()):
+            axis = axes[row, column]
+            pictures = getattr(strips, name)[column].float().cpu().numpy()
+            gap = np.ones((pictures.shape[1], 2, 3))
+            axis.imshow(np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1).clip(0, 1))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    return _png(figure)
+
+
+def write_report(run: Path, *, title: str, rows: list[tuple[str, str]], strips: bytes, notes: str) -> Path:
+    """Writes RUN/report.html, curves.png and strips.png; `rows` are the lines of the table of results. Returns the page."""
+    curves = draw_curves(run)
+    (run / "curves.png").write_bytes(curves)
+    (run / "strips.png").write_bytes(strips)
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    page = run / "report.html"
+    page.write_text(
+        _PAGE.format(
+            title=html.escape(title),
+            notes=html.escape(notes),
+            table=table,
+            strips=base64.b64encode(strips).decode(),
+            curves=base64.b64encode(curves).decode(),
+        ),
+        encoding="utf-8",
+    )
+    return page
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; font-weight: normal }}
+td {{ font-variant-numeric: tabular-nums }}
+img {{ max-width: 100%; height: auto }}
+figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
+.wide {{ overflow-x: auto }} .wide img {{ min-width: 40rem }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{notes}</p>
+<table>{table}</table>
+<figure><div class="wide"><img alt="original, masked, predicted and true appearance and motion of test clips"
+src="data:image/png;base64,{strips}"></div>
+<figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey. Predicted
+appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes decoded, the best that
+could be predicted. Motion: difference to the next frame, grey where nothing moves.</figcaption></figure>
+<figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
+</body></html>
+"""

@@ -1,0 +1,119 @@
+"""Scaled dot-product attention: one function, two implementations.
+
+Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
+`xformers.ops.memory_efficient_attention` runs where it has an operator (CUDA, FlashAttention or CUTLASS);
+PyTorch's `scaled_dot_product_attention` runs everywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["auto", "xformers", "sdpa"]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Attention of every query over all keys.
+
+    Args:
+        q: queries [B, N, H, K], float, any strides with the last dimension dense.
+        k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
+        backend: `auto` takes xformers where it has an operator for these inputs; `xformers` and `sdpa` force one.
+
+    Returns:
+        [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
+
+    Raises:
+        ValueError: an unknown backend, shapes that do not fit together, or xformers forced where it has no operator.
+    """
+    if backend not in ("auto", "xformers", "sdpa"):
+        raise ValueError(f"backend: expected 'auto', 'xformers' or 'sdpa', found {backend!r}")
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            "q, k, v: expected [B, N, H, K], [B, M, H, K] and [B, M, H, K], "
+            f"found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if backend == "auto":
+        backend = active_backend(q.device, q.dtype, q.shape[-1])
+    elif backend == "xformers" and active_backend(q.device, q.dtype, q.shape[-1]) != "xformers":
+        raise ValueError(
+            f"backend: xformers has no operator for {q.dtype} on {q.device} with {q.shape[-1]} values a head; "
+            "use 'auto' or 'sdpa', or install the xformers that fits this torch"
+        )
+    if backend == "xformers":
+        return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Literal["xformers", "sdpa"]:
+    """The implementation that `attention(backend="auto")` runs for these inputs."""
+    return "xformers" if device.type == "cuda" and _xformers_runs(device, dtype, head_dim) else "sdpa"
+
+
+# Dynamo must take the answer as given: the trial's dispatch cannot be traced.
+@torch.compiler.assume_constant_result
+@functools.cache
+def _xformers_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether xformers is installed and runs forward and backward for such inputs, found out by trying once."""
+    if importlib.util.find_spec("xformers") is None:
+        return False
+    q, k, v, grad = (torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype) for _ in range(4))
+    try:
+        out, log_sum_exp = _memory_efficient_attention(q, k, v)
+        _memory_efficient_attention_backward(grad, out, log_sum_exp, q, k, v)
+    except (ImportError, NotImplementedError, ValueError, RuntimeError):  # a wheel built for another torch, or no operator
+        return False
+    return True
+
+
+# `memory_efficient_attention` is called as its two halves inside a custom operator, because Dynamo cannot trace its
+# dispatch; outputs are made contiguous so that they are what the fakes promise, whichever kernel ran.
+@torch.library.custom_op("mam2_engine::memory_efficient_attention", mutates_args=())
+def _memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B,N,H,K], k and v [B,M,H,K] -> output [B,N,H,K] and its log-sum-exp [B,H,N], float32."""
+    from xformers.ops import memory_efficient_attention_forward_requires_grad
+
+    out, log_sum_exp = memory_efficient_attention_forward_requires_grad(q, k, v)
+    return out.contiguous(), log_sum_exp[..., : q.shape[1]].contiguous()  # CUTLASS pads it to a multiple of 32
+
+
+@_memory_efficient_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+@torch.library.custom_op("mam2_engine::memory_efficient_attention_backward", mutates_args=())
+def _memory_efficient_attention_backward(
+    grad: Tensor, out: Tensor, log_sum_exp: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from the gradient of the output, all [B,·,H,K]."""
+    from xformers.ops import memory_efficient_attention_backward
+
+    grads = memory_efficient_attention_backward(grad.contiguous(), out, log_sum_exp, q, k, v)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@_memory_efficient_attention_backward.register_fake
+def _(
+    grad: Tensor, out: Tensor, log_sum_exp: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.mam2_engine.memory_efficient_attention_backward(grad, *ctx.saved_tensors)
+
+
+_memory_efficient_attention.register_autograd(_backward, setup_context=_save_for_backward)

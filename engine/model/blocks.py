@@ -1,0 +1,136 @@
+"""What encoder, regressor and decoders are made of: pre-norm transformer blocks and fixed positions.
+
+Shapes: B clips, N tokens, Nm masked, M context tokens, D width, H heads. LayerNorm eps 1e-6; the query and the value
+projection have a bias, the key projection has none (it would cancel in the softmax), as in VideoMAE and CAE.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+
+LAYER_NORM_EPS = 1e-6
+
+
+def sincos_positions(count: int, width: int) -> Tensor:
+    """VideoMAE's fixed table over the flattened token index: [count, width] float32 in [-1, 1].
+
+    Angle of token n at value j is n / 10000^(2·⌊j/2⌋ / width); sine at even j, cosine at odd j.
+    """
+    exponent = 2 * (torch.arange(width, dtype=torch.float64) // 2) / width
+    angle = torch.arange(count, dtype=torch.float64)[:, None] / 10000**exponent
+    even = torch.arange(width) % 2 == 0
+    return torch.where(even, angle.sin(), angle.cos()).float()
+
+
+def initialize(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer below `module`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def mask_token(width: int) -> nn.Parameter:
+    """The learned [1, 1, D] stand-in for a hidden token, drawn with standard deviation 0.02."""
+    return nn.Parameter(torch.randn(1, 1, width) * 0.02)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+
+class Attention(nn.Module):
+    """Self-attention, [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        _check_heads(width, heads)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(tokens, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        return self.proj(attention(*qkv.unbind(2)).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries [B, N, D] over keys and values, both [B, M, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        _check_heads(width, heads)
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        projected = (self.q(queries), self.k(keys), self.v(values))
+        q, k, v = (tensor.unflatten(-1, (self.heads, -1)) for tensor in projected)
+        return self.proj(attention(q, k, v).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class RegressorBlock(nn.Module):
+    """CAE's cross-attention block: masked states ask the context.
+
+    Positions are added to queries and keys at every block and never enter the state; values carry none. Queries, keys
+    and values have a LayerNorm each. The MLP is on a plain residual (CAE's continues from the normalised state).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_q = layer_norm(width)
+        self.norm_k = layer_norm(width)
+        self.norm_v = layer_norm(width)
+        self.attn = CrossAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(self, masked: Tensor, context: Tensor, masked_positions: Tensor, context_positions: Tensor) -> Tensor:
+        """masked and its positions [B, Nm, D], context and its positions [B, M, D] -> [B, Nm, D]."""
+        queries = self.norm_q(masked + masked_positions)
+        keys = self.norm_k(context + context_positions)
+        masked = masked + self.attn(queries, keys, self.norm_v(context))
+        return masked + self.mlp(self.norm2(masked))
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"width, heads: expected a width divisible by the heads, found width {width}, heads {heads}")

@@ -1,0 +1,30 @@
+"""A decoder: self-attention over tokens, then a linear head that a fused loss may take over.
+
+Shapes: B clips, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .blocks import Block, initialize, layer_norm
+
+
+class Decoder(nn.Module):
+    """Transformer blocks, LayerNorm and a linear `head` of `outputs` values, which `forward` leaves out.
+
+    `head(features)` gives the prediction; a loss that never forms it takes `head.weight` and `head.bias`.
+    """
+
+    def __init__(self, *, width: int, depth: int, heads: int, outputs: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = layer_norm(width)
+        self.head = nn.Linear(width, outputs)
+        initialize(self)
+
+    def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """Tokens with positions added [B, N, D] -> features [B, N, D], or [B, last, D] of the last ones only."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens if last is None else tokens[:, -last:])

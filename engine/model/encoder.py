@@ -1,0 +1,93 @@
+"""The video transformer that is pre-trained, run on any subset of a clip's tokens.
+
+Shapes: B clips, T frames, N tokens (any subset), P values a token in (t, h, w, c) order, D width.
+No class token; positions are fixed and looked up by token index, so hidden tokens cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mam2.kernels import gather_tubes
+
+from ..config import PretrainConfig
+from .blocks import Block, initialize, layer_norm, sincos_positions
+
+CHANNELS = 3
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+"""ImageNet's mean of each channel, pixels in 0 to 1."""
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""ImageNet's standard deviation of each channel, pixels in 0 to 1."""
+
+
+class Encoder(nn.Module):
+    """ViT over tubelets: linear patch embedding, fixed sin-cos positions, pre-norm blocks, final LayerNorm.
+
+    Args:
+        grid: tokens along time, height and width (T', H', W'); token index is row-major.
+        patch_size: frames, height and width of a token.
+        width, depth, heads, mlp_ratio: of the blocks.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        patch_size: tuple[int, int, int],
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self.width = width
+        self.patch_embed = nn.Linear(math.prod(patch_size) * CHANNELS, width)
+        self.register_buffer("positions", sincos_positions(math.prod(grid), width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = layer_norm(width)
+        initialize(self)
+
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> Encoder:
+        model = cfg.model
+        return cls(
+            cfg.grid,
+            cfg.patch_size,
+            width=model.width,
+            depth=model.depth,
+            heads=model.heads,
+            mlp_ratio=model.mlp_ratio,
+        )
+
+    def forward(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D]."""
+        tokens = self.patch_embed(tokens) + self.positions[index]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def tokens(self, video: Tensor, index: Tensor) -> Tensor:
+        """The normalised pixels of the tokens at `index` [B, N]: [B, N, P] in the dtype the first layer computes in.
+
+        video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+        """
+        expected = (CHANNELS, *(tokens * size for tokens, size in zip(self.grid, self.patch_size, strict=True)))
+        if video.ndim != 5 or video.shape[1:] != expected:
+            raise ValueError(
+                f"video: expected [B, {', '.join(map(str, expected))}], found {tuple(video.shape)}; "
+                "cut clips to the size the model was built for"
+            )
+        device = video.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.patch_embed.weight.dtype
+        return gather_tubes(video, index, patch_size=self.patch_size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, T'·H'·W', D]."""
+        index = torch.arange(len(self.positions), device=video.device).expand(len(video), -1)
+        return self(self.tokens(video, index), index)

@@ -1,0 +1,123 @@
+"""MAM2: complete what is hidden, then say how it looks (codes) and how it moves (frame difference).
+
+Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, D the encoder's width, Dr the regressor's, V codes,
+Pd values of a motion target. Each method is a graph of its own, so that a training loop may give every loss its own
+detached latents, weigh their gradients there, and compile the methods one by one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mam2.kernels import TubeMask, linear_cross_entropy, masked_frame_difference_loss
+
+from ..config import PretrainConfig
+from .blocks import sincos_positions
+from .decoders import Decoder
+from .encoder import CHANNELS, Encoder
+from .regressor import Regressor
+
+
+class MAM2(nn.Module):
+    """Encoder, regressor, appearance decoder and motion decoder.
+
+    Args:
+        cfg: the run's config; `model`, `loss` and the clip's size are read.
+        codes: codebook size V of the tokenizer.
+
+    Raises:
+        ValueError: regressor and decoders of different widths.
+    """
+
+    def __init__(self, cfg: PretrainConfig, codes: int) -> None:
+        super().__init__()
+        regressor, decoder, mlp_ratio = cfg.model.regressor, cfg.model.decoder, cfg.model.mlp_ratio
+        if decoder.width != regressor.width:
+            raise ValueError(
+                "model.decoder.width: MAM2's decoders work on the regressor's latents; expected "
+                f"model.regressor.width = {regressor.width}, found {decoder.width}"
+            )
+        self.loss_config = cfg.loss
+        self.patch_size = cfg.patch_size
+        tubelet, *patch = cfg.patch_size
+        differences = tubelet if cfg.loss.difference == "adjacent" else tubelet - 1
+        if not differences:
+            raise ValueError("loss.difference: 'intra' needs model.tubelet of at least 2, found 1; use 'adjacent'")
+        self.encoder = Encoder.from_config(cfg)
+        self.regressor = Regressor(
+            self.encoder.width,
+            width=regressor.width,
+            depth=regressor.depth,
+            heads=regressor.heads,
+            keys=regressor.keys,
+            mlp_ratio=mlp_ratio,
+        )
+        self.appearance_decoder, self.motion_decoder = (
+            Decoder(
+                width=decoder.width, depth=decoder.depth, heads=decoder.heads, outputs=outputs, mlp_ratio=mlp_ratio
+            )
+            for outputs in (codes, differences * math.prod(patch) * CHANNELS)
+        )
+        self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
+
+    def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
+        """Latents of the hidden tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nm, Dr].
+
+        video: uint8 (0 to 255) or float (0 to 1), any strides. Hidden pixels are never read.
+        """
+        visible = self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
+        return self.regressor(visible, self.positions[mask.visible], self.positions[mask.masked])
+
+    def appearance_loss(self, latents: Tensor, mask: TubeMask, codes: Tensor) -> Tensor:
+        """Mean cross-entropy of the hidden tokens' codes: latents [B, Nm, Dr], codes [B, N] int64 -> scalar."""
+        features = self._appearance_features(latents, mask)
+        head = self.appearance_decoder.head
+        return linear_cross_entropy(
+            features.flatten(0, 1),
+            head.weight,
+            codes.gather(1, mask.masked).flatten(),
+            head.bias,
+            label_smoothing=self.loss_config.label_smoothing,
+        )
+
+    def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
+        """Mean squared error of the hidden tokens' frame differences: latents [B, Nm, Dr] -> scalar."""
+        normalize = self.loss_config.motion_normalize
+        return masked_frame_difference_loss(
+            self.predict_motion(latents, mask),
+            video,
+            mask,
+            patch_size=self.patch_size,
+            difference=self.loss_config.difference,
+            normalize=None if normalize == "none" else normalize,
+            eps=self.loss_config.motion_eps,
+        )
+
+    def alignment_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
+        """Mean squared distance of the latents to the encoder's own of the hidden pixels (CAE) -> scalar.
+
+        No gradient reaches the encoder or the projection through the target. Runs the encoder on the Nm tokens.
+        """
+        with torch.no_grad():
+            target = self.encoder(self.encoder.tokens(video, mask.masked), mask.masked)
+            target = self.regressor.project(target)
+        return F.mse_loss(latents.float(), target.float())
+
+    def predict_codes(self, latents: Tensor, mask: TubeMask) -> Tensor:
+        """The likeliest code of every hidden token: latents [B, Nm, Dr] -> [B, Nm] int64."""
+        return self.appearance_decoder.head(self._appearance_features(latents, mask)).argmax(-1)
+
+    def predict_motion(self, latents: Tensor, mask: TubeMask) -> Tensor:
+        """The normalised frame differences of every hidden token: latents [B, Nm, Dr] -> [B, Nm, Pd]."""
+        return self.motion_decoder.head(self.motion_decoder(latents + self.positions[mask.masked]))
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, N, D]."""
+        return self.encoder.encode(video)
+
+    def _appearance_features(self, latents: Tensor, mask: TubeMask) -> Tensor:
+        return self.appearance_decoder(latents + self.positions[mask.masked])

@@ -1,0 +1,66 @@
+"""The latent regressor: from what is seen to what the encoder would have said of the hidden rest (after CAE).
+
+Shapes: B clips, Nv visible and Nm masked tokens, D the encoder's width, Dr the regressor's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import RegressorBlock, initialize, layer_norm, mask_token
+
+
+class Regressor(nn.Module):
+    """Cross-attention blocks whose queries start as one learned token.
+
+    Args:
+        input_width: D. Another width than `width` adds a linear projection.
+        width, depth, heads, mlp_ratio: of the blocks.
+        keys: `all`: each block's keys and values are the visible latents and the current masked states, so masked
+            tokens hear of each other; `visible`: the visible latents only, so each is completed by itself.
+    """
+
+    def __init__(
+        self,
+        input_width: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        keys: Literal["all", "visible"],
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if keys not in ("all", "visible"):
+            raise ValueError(f"keys: expected 'all' or 'visible', found {keys!r}")
+        self.keys = keys
+        self.project = nn.Identity() if input_width == width else nn.Linear(input_width, width)
+        self.mask_token = mask_token(width)
+        self.blocks = nn.ModuleList(RegressorBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = layer_norm(width)
+        initialize(self)
+
+    def forward(self, visible: Tensor, visible_positions: Tensor, masked_positions: Tensor) -> Tensor:
+        """Complete the masked latents.
+
+        Args:
+            visible: the encoder's latents [B, Nv, D].
+            visible_positions, masked_positions: [B, Nv, Dr] and [B, Nm, Dr].
+
+        Returns:
+            [B, Nm, Dr]
+        """
+        visible = self.project(visible)
+        batch, masked_count, _ = masked_positions.shape
+        masked = self.mask_token.expand(batch, masked_count, -1)
+        context, context_positions = visible, visible_positions
+        if self.keys == "all":
+            context_positions = torch.cat([visible_positions, masked_positions], dim=1)
+        for block in self.blocks:
+            if self.keys == "all":
+                context = torch.cat([visible, masked.to(visible.dtype)], dim=1)
+            masked = block(masked, context, masked_positions, context_positions)
+        return self.norm(masked)

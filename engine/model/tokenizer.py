@@ -1,0 +1,102 @@
+"""The tokenizer: one VQGAN code per token of a clip, its name for how that token looks.
+
+Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, V codes.
+A token's code is that of its first frame, resized so that the code map is exactly H'×W'.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vqgan import VQGAN
+
+
+class Tokenizer(nn.Module):
+    """A frozen VQGAN laid over the token grid of a clip.
+
+    Args:
+        vqgan: set to evaluation and frozen here.
+        grid: tokens along time, height and width (T', H', W').
+        precision: of the convolutions. Codes are chosen in float32 from what they give; bfloat16 changes some of them.
+        images_per_pass: frames that go through the network at once; bounds its memory.
+    """
+
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        grid: tuple[int, int, int],
+        precision: Literal["float32", "bfloat16"] = "float32",
+        *,
+        images_per_pass: int = 64,
+    ) -> None:
+        super().__init__()
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
+        self.vqgan = vqgan.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.grid = grid
+        self.precision = precision
+        self.images_per_pass = images_per_pass
+
+    @property
+    def codebook_size(self) -> int:
+        """V: codes are 0 to V - 1."""
+        return self.vqgan.config.codes
+
+    @torch.no_grad()
+    def codes(self, video: Tensor) -> Tensor:
+        """Codes of every token: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> [B, N] int64.
+
+        Raises:
+            ValueError: T is not a multiple of the grid's T'.
+        """
+        slots, rows, columns = self.grid
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % slots:
+            raise ValueError(
+                f"video: expected [B, 3, T, H, W] with T a multiple of {slots}, found {tuple(video.shape)}; "
+                "give the tokenizer the grid of these clips"
+            )
+        frames = video[:, :, :: video.shape[2] // slots].transpose(1, 2).flatten(0, 1)
+        height, width = rows * self.vqgan.config.factor, columns * self.vqgan.config.factor
+        with self._autocast(video.device):
+            maps = [self.vqgan.codes(_prepare(part, height, width)) for part in frames.split(self.images_per_pass)]
+        return torch.cat(maps).view(len(video), -1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of codes: [B, N] int64 -> [B, T', 3, h, w] float32 in [0, 1], at the VQGAN's own scale."""
+        slots, rows, columns = self.grid
+        if codes.ndim != 2 or codes.shape[1] != slots * rows * columns:
+            raise ValueError(f"codes: expected [B, {slots * rows * columns}], found {tuple(codes.shape)}")
+        maps = codes.view(-1, rows, columns).split(self.images_per_pass)
+        with self._autocast(codes.device):
+            images = torch.cat([self.vqgan.decode(part).float() for part in maps])
+        return ((images + 1) / 2).clamp(0, 1).view(len(codes), slots, *images.shape[1:])
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def scale_pixels(frames: Tensor) -> Tensor:
+    """Pixels to the VQGAN's range: uint8 (0 to 255) or float (0 to 1) -> float32 in [-1, 1]."""
+    return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float() * 2 - 1
+
+
+def codebook_usage(codes: Tensor, size: int) -> tuple[int, float]:
+    """How many of `size` codes occur in `codes` (any shape, int64), and the perplexity of their distribution.
+
+    The perplexity, exp(entropy), is how many equally frequent codes would be as hard to guess: 1 when all are one.
+    """
+    share = torch.bincount(codes.flatten(), minlength=size).double() / codes.numel()
+    return int((share > 0).sum()), float(torch.special.entr(share).sum().exp())
+
+
+def _prepare(frames: Tensor, height: int, width: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, height, width] float32 in [-1, 1], channels last."""
+    images = scale_pixels(frames).contiguous(memory_format=torch.channels_last)
+    if images.shape[2:] != (height, width):
+        images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    return images

@@ -1,0 +1,58 @@
+"""VideoMAE, the baseline: predict the pixels of the hidden tokens.
+
+Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values a token, D the encoder's width, Dd the decoder's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mam2.kernels import TubeMask, masked_pixel_loss
+
+from ..config import PretrainConfig
+from .blocks import initialize, mask_token, sincos_positions
+from .decoders import Decoder
+from .encoder import CHANNELS, Encoder
+
+
+class VideoMAE(nn.Module):
+    """Encoder on the visible tokens, decoder on all: visible latents and mask tokens, each with its position."""
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        super().__init__()
+        decoder = cfg.model.decoder
+        self.patch_size = cfg.patch_size
+        self.normalize = None if cfg.loss.pixel_normalize == "none" else cfg.loss.pixel_normalize
+        self.encoder = Encoder.from_config(cfg)
+        self.encoder_to_decoder = nn.Linear(self.encoder.width, decoder.width, bias=False)
+        self.mask_token = mask_token(decoder.width)
+        self.decoder = Decoder(
+            width=decoder.width,
+            depth=decoder.depth,
+            heads=decoder.heads,
+            outputs=math.prod(cfg.patch_size) * CHANNELS,
+            mlp_ratio=cfg.model.mlp_ratio,
+        )
+        self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), decoder.width), persistent=False)
+        initialize(self.encoder_to_decoder)
+
+    def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
+        """Mean squared error of the hidden tokens' standardised pixels: video [B, 3, T, H, W] -> scalar."""
+        return masked_pixel_loss(
+            self.predict_pixels(video, mask), video, mask, patch_size=self.patch_size, normalize=self.normalize
+        )
+
+    def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
+        """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P]."""
+        visible = self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
+        visible = self.encoder_to_decoder(visible) + self.positions[mask.visible]
+        masked = self.mask_token + self.positions[mask.masked]
+        tokens = torch.cat([visible, masked], dim=1)
+        return self.decoder.head(self.decoder(tokens, last=mask.masked.shape[1]))
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, N, D]."""
+        return self.encoder.encode(video)

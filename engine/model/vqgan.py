@@ -1,0 +1,302 @@
+"""The VQGAN of taming-transformers, under its own parameter names, so that its checkpoints load as they are.
+
+Encoder and decoder are convolutional residual networks with a few attention blocks; between them every position of
+the code map takes one of V codes, by nearest neighbour (`vq`) or by the largest logit (`gumbel`).
+
+Shapes: B images, H×W pixels, h×w codes (H / factor), E code width, V codes, C channels.
+Definition: Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """The fields of taming's `ddconfig` and quantizer that shape the network."""
+
+    codes: int
+    """Codebook size V."""
+    quantizer: Literal["vq", "gumbel"] = "vq"
+    """How a code is chosen: the nearest codebook vector, or the largest of V logits."""
+    embed_dim: int = 256
+    """Width E of a codebook vector."""
+    z_channels: int = 256
+    """Channels out of the encoder and into the decoder."""
+    channels: int = 128
+    """Base width; level i has `channels * channel_multipliers[i]`."""
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """One a level; each level but the last halves height and width."""
+    res_blocks: int = 2
+    """Residual blocks of a level in the encoder; the decoder has one more."""
+    attention_levels: tuple[int, ...] = (4,)
+    """Levels whose residual blocks are followed by attention. (taming names resolutions instead: level i is
+    256 / 2^i, the resolution of its configs, whatever the size of the images.)"""
+    groups: int = 32
+    """Of the group normalisation."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along height and along width."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+CONFIGS = {
+    "f16-1024": VQGANConfig(codes=1024),
+    "f16-16384": VQGANConfig(codes=16384),
+    "gumbel-f8-8192": VQGANConfig(
+        codes=8192, quantizer="gumbel", channel_multipliers=(1, 1, 2, 4), attention_levels=(3,)
+    ),
+}
+"""taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
+
+
+def small(channels: int, codes: int, factor: int) -> VQGANConfig:
+    """A network of the family that a CPU trains in seconds: one residual block a level, attention in the middle only.
+
+    Args:
+        channels: base width; frames of 64×64 with factor 8 want 16 to 32.
+        codes: codebook size.
+        factor: pixels per code along height and width, a power of two from 2.
+    """
+    levels = factor.bit_length()
+    if factor < 2 or factor != 2 ** (levels - 1):
+        raise ValueError(f"factor: expected a power of two from 2, found {factor}")
+    return VQGANConfig(
+        codes=codes,
+        embed_dim=16,
+        z_channels=32,
+        channels=channels,
+        channel_multipliers=(1,) * (levels - 2) + (2, 4),
+        res_blocks=0,
+        attention_levels=(),
+        groups=math.gcd(channels, 8),
+    )
+
+
+class VQGAN(nn.Module):
+    """Images to codes and back. Images are [B, 3, H, W] in [-1, 1], H and W multiples of `config.factor`."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ConvEncoder(config)
+        self.decoder = ConvDecoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.quantize = VectorQuantizer(config) if config.quantizer == "vq" else GumbelQuantizer(config)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What is quantised: images [B, 3, H, W] -> [B, E, h, w]."""
+        factor = self.config.factor
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"images: expected [B, 3, H, W] with H and W multiples of {factor}, found {tuple(images.shape)}; "
+                "resize them first"
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def codes(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, h, w] int64; chosen in float32, without the noise of Gumbel training."""
+        return self.quantize.codes(self.encode(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes [B, h, w] int64 -> images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        return self.decode_latents(self.quantize.lookup(codes))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Codebook vectors [B, E, h, w] -> images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest codebook vector, by Euclidean distance in float32: bfloat16 distances would choose others."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.codes, config.embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / config.codes, 1 / config.codes)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """latents [B, E, h, w] -> [B, h, w] int64."""
+        with torch.autocast(latents.device.type, enabled=False):
+            weight = self.embedding.weight.float()
+            rows = latents.float().movedim(1, -1)
+            # |z|² is the same for every code and is left out.
+            return (weight.square().sum(1) - 2 * rows @ weight.T).argmin(-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes [B, h, w] int64 -> codebook vectors [B, E, h, w]."""
+        return self.embedding(codes).movedim(-1, 1)
+
+
+class GumbelQuantizer(nn.Module):
+    """The code of the largest logit."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.embed_dim, config.codes, 1)
+        self.embed = nn.Embedding(config.codes, config.embed_dim)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """latents [B, E, h, w] -> [B, h, w] int64."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return F.conv2d(latents.float(), self.proj.weight.float(), self.proj.bias.float()).argmax(1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes [B, h, w] int64 -> codebook vectors [B, E, h, w]."""
+        return self.embed(codes).movedim(-1, 1)
+
+
+class ConvEncoder(nn.Module):
+    """images [B, 3, H, W] -> [B, z_channels, H / factor, W / factor]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = config.channels
+        for level, multiplier in enumerate(config.channel_multipliers):
+            down = Level(config, level, width, config.channels * multiplier, config.res_blocks)
+            if config.res_blocks:
+                width = config.channels * multiplier
+            if level < len(config.channel_multipliers) - 1:
+                down.downsample = Downsample(width)
+            self.down.append(down)
+        self.mid = Middle(width, config.groups)
+        self.norm_out = _norm(width, config.groups)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv_in(images)
+        for level in self.down:
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+
+
+class ConvDecoder(nn.Module):
+    """[B, z_channels, h, w] -> images [B, 3, h · factor, w · factor]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()  # taming numbers the levels as the encoder does and runs them from the last
+        for level, width in enumerate(widths):
+            up = Level(config, level, widths[min(level + 1, len(widths) - 1)], width, config.res_blocks + 1)
+            if level:
+                up.upsample = Upsample(width)
+            self.up.append(up)
+        self.norm_out = _norm(widths[0], config.groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where the config says, then a change of scale."""
+
+    def __init__(self, config: VQGANConfig, level: int, width_in: int, width_out: int, blocks: int) -> None:
+        super().__init__()
+        widths = [width_in, *[width_out] * blocks]
+        self.block = nn.ModuleList(
+            ResBlock(before, after, config.groups) for before, after in zip(widths, widths[1:], strict=False)
+        )
+        attended = blocks if level in config.attention_levels else 0
+        self.attn = nn.ModuleList(AttnBlock(width_out, config.groups) for _ in range(attended))
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            hidden = block(hidden)
+            if len(self.attn):
+                hidden = self.attn[index](hidden)
+        scale = self.upsample if self.downsample is None else self.downsample
+        return hidden if scale is None else scale(hidden)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(width, width, groups)
+        self.attn_1 = AttnBlock(width, groups)
+        self.block_2 = ResBlock(width, width, groups)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(hidden)))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(width_in, groups)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = _norm(width_out, groups)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        change = self.conv1(F.silu(self.norm1(hidden)))
+        change = self.conv2(F.silu(self.norm2(change)))
+        return self.nin_shortcut(hidden) + change
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(width, groups)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        q, k, v = (conv(normed).flatten(2).mT.contiguous().unsqueeze(2) for conv in (self.q, self.k, self.v))
+        mixed = attention(q, k, v).squeeze(2).mT.unflatten(2, hidden.shape[2:])
+        return hidden + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    """Convolution of stride 2, padded below and to the right only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+def _norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)

@@ -1,0 +1,77 @@
+"""Where and how a step runs: device, precision, compilation, and the signals that end a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mam2.engine.config import RunConfig, UserError
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    """The device a run is told to use. Raises UserError where it asks for a GPU that is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch sees no GPU: install a CUDA build of torch, or use run.device=cpu")
+    name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast, or a context that changes nothing."""
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What keeps torch.compile from generating code for a device, or None."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "no C++ compiler found (install g++)"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+    return None
+
+
+def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callable[..., Any]], Callable[..., Any]], str]:
+    """A function that compiles a part of the step, or hands it back as it is, and the word for the log."""
+    if not config.compile:
+        return (lambda part: part), "eager (run.compile is off)"
+    reason = why_not_compile(device)
+    if reason:
+        return (lambda part: part), f"eager: {reason}"
+    return (lambda part: torch.compile(part, fullgraph=True, dynamic=False)), "compiled, whole graphs"
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a request that the loop meets after its step; a second one ends at once.
+
+    Outside the loop (`in_loop` False) there is nothing to save, and the first one ends the program too.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.in_loop = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = signal.Signals(number)
+        if again or not self.in_loop:
+            raise KeyboardInterrupt

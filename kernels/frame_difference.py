@@ -1,0 +1,208 @@
+"""Motion target: how a token's pixels change from one frame to the next, over the cube's own deviation.
+
+    adjacent   d[t] = (x[t+1] − x[t]) / s   for every frame t of the cube; 0 where the clip has no frame t+1
+    intra      d[t] = (x[t+1] − x[t]) / s   for t+1 inside the cube: τ−1 differences
+    s          "channel": sqrt(var of the cube's channel) + eps;  "patch": sqrt(var of the cube + eps);  None: 1
+
+The variance is unbiased, over all τ frames of the cube. Standardising the cube and then subtracting (MAE-DFER) gives
+the same, since the mean cancels. eps is in pixel units of [0,1] ("patch": their square) and is the floor that keeps
+a static patch from dividing by almost nothing.
+
+B clips, C channels, T frames, N tokens, Nm masked, Pd values of a token's difference, τ frames a tubelet.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import launch, reference
+from .cube import KINDS, NORMALIZE, cube_base, cube_meta, cube_offsets, cube_target, restoring_table
+from .launch import jit, tl
+from .masks import TubeMask
+from .shapes import DIFFERENCES, Grid, check_choice, check_deviation, check_index, check_statistics, check_video
+
+
+@jit
+def _frame_difference_kernel(
+    out_ptr,
+    video_ptr,
+    index_ptr,
+    affine_ptr,
+    eps,
+    count,
+    slots,
+    rows,
+    columns,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    OUT_VALUES: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TUBELET: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(index_ptr + place)
+    inside = (token >= 0) & (token < slots * rows * columns)
+    base, slot = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    value, frame, channel, offset = cube_offsets(
+        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
+    )
+    source = video_ptr + (place // count) * stride_b + base + offset
+    goal, _, _ = cube_target(
+        source,
+        inside,
+        value,
+        frame,
+        channel,
+        slot,
+        slots,
+        stride_t,
+        affine_ptr,
+        eps,
+        CHANNELS,
+        TUBELET,
+        VALUES,
+        KIND,
+        NORMALIZE,
+        AFFINE,
+        BYTES,
+        DTYPE,
+    )
+    goal = tl.where(inside, goal, float("nan"))
+    tl.store(out_ptr + place * OUT_VALUES + value, goal, mask=value < OUT_VALUES)
+
+
+def _launch(
+    video: torch.Tensor,
+    index: torch.Tensor,
+    patch_size: Sequence[int],
+    difference: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> torch.Tensor:
+    grid = check_video(video, patch_size)
+    dtype = reference.compute_dtype(video)
+    values = difference_values(grid, patch_size, difference)
+    out = video.new_empty(*index.shape, values, dtype=dtype)
+    table = restoring_table(video, mean, std, dtype)
+    meta = cube_meta(video, patch_size, dtype)
+    launch.run(
+        _frame_difference_kernel,
+        index.numel(),
+        out,
+        video,
+        index.contiguous(),
+        table,
+        eps,
+        index.shape[1],
+        grid.slots,
+        grid.rows,
+        grid.columns,
+        *video.stride(),
+        **meta,
+        OUT_VALUES=values,
+        KIND=KINDS[difference],
+        NORMALIZE=NORMALIZE[normalize],
+        AFFINE=table is not None,
+        num_warps=launch.warps("frame_difference", meta["BLOCK"]),
+    )
+    return out
+
+
+@torch.library.custom_op("mam2::frame_difference", mutates_args=())
+def _frame_difference(
+    video: torch.Tensor,
+    index: torch.Tensor,
+    patch_size: Sequence[int],
+    difference: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> torch.Tensor:
+    if launch.active_path(video) == "triton":
+        return _launch(video, index, patch_size, difference, normalize, eps, mean, std)
+    dtype = reference.compute_dtype(video)
+    target = reference.target(video, index, patch_size, difference, normalize, eps, mean, std, dtype)
+    return target.view(*index.shape, -1)
+
+
+@_frame_difference.register_fake
+def _(
+    video: torch.Tensor,
+    index: torch.Tensor,
+    patch_size: Sequence[int],
+    difference: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> torch.Tensor:
+    frames = patch_size[0] - (difference == "intra")
+    values = frames * patch_size[1] * patch_size[2] * video.shape[1]
+    return video.new_empty(*index.shape, values, dtype=reference.compute_dtype(video))
+
+
+def difference_values(grid: Grid, patch_size: Sequence[int], difference: str) -> int:
+    """Pd, the number of values a token's difference has; ValueError if the kind is unknown or a tubelet too short."""
+    check_choice("difference", difference, DIFFERENCES)
+    if difference == "adjacent":
+        return grid.values
+    if patch_size[0] < 2:
+        raise ValueError("difference: 'intra' needs tubelets of at least 2 frames, found 1; use 'adjacent'")
+    return grid.values - grid.values // patch_size[0]
+
+
+def frame_difference(
+    video: torch.Tensor,
+    *,
+    patch_size: Sequence[int] = (2, 16, 16),
+    difference: str = "adjacent",
+    normalize: str | None = "channel",
+    eps: float = 1e-6,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    mask: TubeMask | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The motion target itself, for inspection, plots and tests; `masked_frame_difference_loss` never stores it.
+
+    Args:
+        video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides.
+        patch_size: (frames, height, width) of a token.
+        difference: "adjacent" or "intra".
+        normalize: "channel", "patch" or None.
+        eps: see the head of this file.
+        mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
+        mask: rows of these masked tokens only (TubeMask or int64 [B,Nm]); default: every token.
+
+    Returns:
+        [B,N,Pd] or [B,Nm,Pd], value order (t,h,w,c), float32 (float64 for a float64 clip).
+
+    Raises:
+        ValueError: a shape, type or choice that does not fit.
+    """
+    grid = check_video(video, patch_size)
+    difference_values(grid, patch_size, difference)
+    check_deviation(normalize, patch_size, video.shape[1])
+    means, stds = check_statistics(mean, std, video.shape[1])
+    if mask is None:
+        index = torch.arange(grid.tokens, device=video.device).expand(video.shape[0], -1)
+    else:
+        index = mask.masked if isinstance(mask, TubeMask) else mask
+    check_index("mask", index, video)
+    return _frame_difference(video, index, list(patch_size), difference, normalize, eps, means, stds)

@@ -1,0 +1,154 @@
+"""Visible tokens of a clip, normalised, ready for the patch embedding.
+
+    out[b, k, (t,h,w,c)] = (x − mean[c]) / std[c],   x = video at token visible[b, k], in [0,1]
+
+B clips, C channels, T frames, H height, W width, N tokens, Nv visible, P values a token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import launch, reference
+from .cube import cube_base, cube_meta, cube_offsets, load_pixels, normalizing_table
+from .launch import jit, tl
+from .shapes import check_index, check_statistics, check_video
+
+
+@jit
+def _gather_tubes_kernel(
+    out_ptr,
+    video_ptr,
+    visible_ptr,
+    affine_ptr,
+    count,
+    tokens,
+    rows,
+    columns,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    AFFINE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TUBELET: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(visible_ptr + place)
+    inside = (token >= 0) & (token < tokens)
+    base, _ = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    value, _, channel, offset = cube_offsets(
+        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
+    )
+    mask = value < VALUES
+    source = video_ptr + (place // count) * stride_b + base + offset
+    pixels = load_pixels(source, mask & inside, channel, affine_ptr, CHANNELS, AFFINE, BYTES, DTYPE)
+    pixels = tl.where(inside, pixels, float("nan"))
+    tl.store(out_ptr + place * VALUES + value, pixels.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    video: torch.Tensor,
+    visible: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    batch, count = visible.shape
+    grid = check_video(video, patch_size)
+    out = video.new_empty(batch, count, grid.values, dtype=dtype)
+    compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
+    table = normalizing_table(video, mean, std, compute)
+    meta = cube_meta(video, patch_size, compute)
+    launch.run(
+        _gather_tubes_kernel,
+        batch * count,
+        out,
+        video,
+        visible.contiguous(),
+        table,
+        count,
+        grid.tokens,
+        grid.rows,
+        grid.columns,
+        *video.stride(),
+        **meta,
+        AFFINE=table is not None,
+        num_warps=launch.warps("gather_tubes", meta["BLOCK"]),
+    )
+    return out
+
+
+@torch.library.custom_op("mam2::gather_tubes", mutates_args=())
+def _gather_tubes(
+    video: torch.Tensor,
+    visible: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if launch.active_path(video) == "triton":
+        return _launch(video, visible, patch_size, mean, std, dtype)
+    return reference.gather_tubes(video, visible, patch_size, mean, std, dtype)
+
+
+@_gather_tubes.register_fake
+def _(
+    video: torch.Tensor,
+    visible: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    values = patch_size[0] * patch_size[1] * patch_size[2] * video.shape[1]
+    return video.new_empty(*visible.shape, values, dtype=dtype)
+
+
+def gather_tubes(
+    video: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    patch_size: Sequence[int] = (2, 16, 16),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Picks and normalises the visible tokens.
+
+    Args:
+        video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
+        visible: [B,Nv] int64 token numbers, in any order.
+        patch_size: (frames, height, width) of a token.
+        mean, std: one value a channel, in [0,1] units; None leaves the pixels in [0,1].
+        dtype: of the result; default: the autocast type where autocast is on, else the clip's float type, else float32.
+
+    Returns:
+        [B,Nv,P], value order (t,h,w,c).
+
+    Raises:
+        ValueError: a shape, type or device that does not fit.
+        IndexError: a token number out of range (on a GPU its values are NaN instead).
+    """
+    check_video(video, patch_size)
+    check_index("visible", visible, video)
+    means, stds = check_statistics(mean, std, video.shape[1])
+    if dtype is None:
+        if torch.is_autocast_enabled(video.device.type):
+            dtype = torch.get_autocast_dtype(video.device.type)
+        else:
+            dtype = video.dtype if video.dtype.is_floating_point else torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a float type, found {dtype}")
+    return _gather_tubes(video, visible, list(patch_size), means, stds, dtype)

@@ -1,0 +1,90 @@
+"""Which path runs, and how each Triton kernel is launched.
+
+The path is chosen from the device of the tensors: CUDA (and ROCm) goes through Triton, every other device
+through PyTorch. `MAM2_KERNELS=triton|pytorch` forces one; `triton` on CPU tensors needs Triton's interpreter
+(`TRITON_INTERPRET=1` before the first import).
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has no wheel here; the PyTorch path needs none
+    triton = tl = None
+
+PATHS = ("triton", "pytorch")
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported."""
+    return triton.jit(function) if triton is not None else function
+
+
+def active_path(where: torch.Tensor | torch.device | str) -> str:
+    """Says which implementation runs for a tensor or a device: "triton" or "pytorch".
+
+    Raises:
+        ValueError: MAM2_KERNELS holds something else than a path.
+        RuntimeError: the path needs Triton and Triton cannot be imported.
+    """
+    device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
+    path = os.environ.get("MAM2_KERNELS") or ("triton" if device.type == "cuda" else "pytorch")
+    if path not in PATHS:
+        raise ValueError(f"MAM2_KERNELS: expected one of {', '.join(PATHS)}, found {path!r}")
+    if path == "triton" and triton is None:
+        raise RuntimeError(
+            f"mam2.kernels runs on {device.type} through Triton, which cannot be imported: install `triton` "
+            "for this build of PyTorch, or set MAM2_KERNELS=pytorch for the slower path"
+        )
+    return path
+
+
+WARPS = {
+    "masked_loss": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
+    "frame_difference": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
+    "gather_tubes": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
+    "scale_gradient": ((512, 1), (1024, 2), (4096, 4)),
+    "softmax_gradient": ((1024, 2), (2048, 4), (4096, 8), (8192, 16)),
+    "draw_mask": ((256, 2), (1024, 4), (4096, 8)),
+}
+"""Launch table: for each kernel, (largest block of values, warps); the last row serves every larger block."""
+
+CHUNK_BYTES = {"cuda": 32 << 20, "cpu": 4 << 20}
+"""Logits of linear_cross_entropy held at a time: what stays in the cache (L2 of an A100 or later; L3 of a CPU)."""
+
+
+def warps(kernel: str, block: int) -> int:
+    """Warps of a program of `kernel` that works on `block` values."""
+    table = WARPS[kernel]
+    return next((count for largest, count in table if block <= largest), table[-1][1])
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of logits to hold at a time, a multiple of 128."""
+    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    return max(budget // (codes * dtype.itemsize) // 128, 1) * 128
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """The Triton type of a PyTorch type."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
+    """Launches `programs` programs on the device of the first argument, a tensor; none launches nothing."""
+    if programs == 0:
+        return
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Triton 3.10 turns the fusing of multiplication and addition off unless asked for
+        kernel[(programs,)](*arguments, **meta, enable_fp_fusion=True)

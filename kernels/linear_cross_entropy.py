@@ -1,0 +1,362 @@
+"""Cross-entropy of a linear classifier without its logits: rows go through in chunks that stay in cache.
+
+    logits = hidden · weightᵀ + bias,  loss[m] = log Σ exp(logits[m]) − (1−s)·logits[m, target[m]] − s·mean(logits[m])
+
+For each chunk of rows: one GEMM for the logits, one pass that turns them into losses and, in place, into their
+gradient, two GEMMs from there into d_hidden and d_weight. The log-sum-exp is float32, d_weight and d_bias are summed
+over chunks in float32.
+
+M rows, D width, V codes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import launch, reference
+from .launch import jit, tl
+from .scale_gradient import refuse_double_backward, scale_gradient
+from .shapes import REDUCTIONS, check_choice
+
+
+@jit
+def _softmax_gradient_kernel(
+    loss_ptr,
+    logits_ptr,
+    target_ptr,
+    upstream_ptr,
+    codes,
+    ignore_index,
+    smoothing,
+    WEIGHTED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * codes
+    target = tl.load(target_ptr + row)
+    counted = target != ignore_index
+    exists = (target >= 0) & (target < codes)
+    column = tl.arange(0, BLOCK)
+    lowest = float("-inf")
+
+    logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
+    largest = tl.max(logits, axis=0)
+    sum_exp = tl.sum(tl.exp(logits - largest), axis=0)
+    picked = tl.sum(tl.where(column == target, logits, 0.0), axis=0)
+    total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
+    if not ONE_BLOCK:
+        for start in range(BLOCK, codes, BLOCK):
+            mask = start + column < codes
+            part = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
+            larger = tl.maximum(largest, tl.max(part, axis=0))
+            sum_exp = sum_exp * tl.exp(largest - larger) + tl.sum(tl.exp(part - larger), axis=0)
+            largest = larger
+            picked += tl.sum(tl.where(start + column == target, part, 0.0), axis=0)
+            total += tl.sum(tl.where(mask, part, 0.0), axis=0)
+    log_sum = largest + tl.log(sum_exp)
+
+    loss = log_sum - (1 - smoothing) * picked
+    if SMOOTHED:
+        loss -= smoothing * total / codes
+    loss = tl.where(exists, loss, float("nan"))
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
+
+    if GRADIENT:
+        upstream = tl.where(counted, 1.0, 0.0).to(DTYPE)
+        if WEIGHTED:
+            upstream *= tl.load(upstream_ptr + row)
+        for start in range(0, codes, BLOCK):
+            mask = start + column < codes
+            if not ONE_BLOCK:
+                logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
+            gradient = tl.exp(logits - log_sum) - tl.where(start + column == target, 1 - smoothing, 0.0)
+            if SMOOTHED:
+                gradient -= smoothing / codes
+            gradient = tl.where(counted, gradient * upstream, 0.0)
+            tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+def _softmax_gradient_(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    upstream: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_gradient: bool,
+) -> torch.Tensor:
+    """`reference.softmax_gradient_` on the path of the device."""
+    if launch.active_path(logits) != "triton":
+        return reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
+    rows, codes = logits.shape
+    wide = _accumulation_dtype(logits.dtype)
+    loss = logits.new_empty(rows, dtype=wide)
+    block = min(launch.power_of_two(codes), 8192)
+    launch.run(
+        _softmax_gradient_kernel,
+        rows,
+        loss,
+        logits,
+        target.contiguous(),
+        upstream,
+        codes,
+        ignore_index,
+        label_smoothing,
+        WEIGHTED=upstream is not None,
+        SMOOTHED=label_smoothing > 0,
+        GRADIENT=needs_gradient,
+        ONE_BLOCK=codes <= block,
+        BLOCK=block,
+        DTYPE=launch.triton_type(wide),
+        num_warps=launch.warps("softmax_gradient", block),
+    )
+    return loss
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left · right in `dtype`, without rounding to a half type in between where the device can."""
+    if left.dtype != dtype and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def _run(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    upstream: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses [M] and the gradients (upstream-weighted if given) of hidden, weight, bias; empty if not needed."""
+    rows, codes = hidden.shape[0], weight.shape[0]
+    wide = _accumulation_dtype(dtype)
+    losses = hidden.new_empty(rows, dtype=wide)
+    d_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0)
+    d_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0)
+    d_bias = weight.new_zeros(codes, dtype=wide) if needs[2] else weight.new_empty(0)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    chunk = launch.chunk_rows(codes, dtype, hidden.device)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        logits = torch.mm(hidden[part], weight.t())
+        if bias is not None:
+            logits += bias.to(dtype)
+        weights = None if upstream is None else upstream[part]
+        losses[part] = _softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
+        if needs[0]:
+            torch.mm(logits, weight, out=d_hidden[part])
+        if needs[1] and dtype == wide:
+            d_weight.addmm_(logits.t(), hidden[part])
+        elif needs[1]:
+            d_weight += _product(logits.t(), hidden[part], wide)
+        if needs[2]:
+            d_bias += logits.sum(dim=0, dtype=wide)
+    return losses, d_hidden, d_weight, d_bias
+
+
+@torch.library.custom_op("mam2::linear_cross_entropy_sum", mutates_args=())
+def _sum_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    losses, *gradients = _run(hidden, weight, bias, target, None, ignore_index, label_smoothing, dtype, needs)
+    return losses.sum(), *gradients
+
+
+@torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())
+def _rows_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _run(hidden, weight, bias, target, None, ignore_index, label_smoothing, dtype, (False,) * 3)[0]
+
+
+@torch.library.custom_op("mam2::linear_cross_entropy_gradients", mutates_args=())
+def _gradients_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    upstream: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, *gradients = _run(hidden, weight, bias, target, upstream, ignore_index, label_smoothing, dtype, needs)
+    return tuple(gradients)  # type: ignore[return-value]
+
+
+def _empty_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = _accumulation_dtype(dtype)
+    return (
+        hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=wide) if needs[2] else weight.new_empty(0),
+    )
+
+
+@_sum_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    total = hidden.new_empty((), dtype=_accumulation_dtype(dtype))
+    return total, *_empty_gradients(hidden, weight, dtype, needs)
+
+
+@_rows_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=_accumulation_dtype(dtype))
+
+
+@_gradients_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    upstream: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_gradients(hidden, weight, dtype, needs)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    hidden, weight, bias = inputs[:3]
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+
+
+def _sum_backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    refuse_double_backward("linear_cross_entropy")
+    if upstream is None:
+        return (None,) * 8
+    scaled = [
+        scale_gradient(gradient, upstream).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    ]
+    return *scaled, *(None,) * 5
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    hidden, weight, bias, target, *ctx.settings = inputs
+    ctx.save_for_backward(hidden, weight, bias, target)
+
+
+def _rows_backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    refuse_double_backward("linear_cross_entropy")
+    hidden, weight, bias, target = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _gradients_op(hidden, weight, bias, target, upstream.contiguous(), *ctx.settings, needs)
+    inputs = hidden, weight, weight if bias is None else bias
+    cast = [
+        gradient.to(tensor.dtype) if needed else None
+        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
+    ]
+    return *cast, *(None,) * 4
+
+
+_sum_op.register_autograd(_sum_backward, setup_context=_save_gradients)
+_rows_op.register_autograd(_rows_backward, setup_context=_save_inputs)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T + bias, target)` that never holds the [M,V] logits.
+
+    Args:
+        hidden: [M,D], float. Under autocast all matrix products run in the autocast type.
+        weight: [V,D], as `torch.nn.Linear.weight`.
+        target: [M] int64, 0 to V−1, or `ignore_index`: such a row counts for nothing.
+        bias: [V] or None.
+        reduction: "mean" over the rows not ignored, "sum", or "none": [M]. "none" computes the logits once more
+            in the backward pass.
+        label_smoothing: share s of the target spread over all codes, 0 to 1, as in `torch.nn.CrossEntropyLoss`.
+
+    Returns:
+        A scalar or [M], float32 (float64 for float64), differentiable once in hidden, weight and bias.
+        The mean over no row is NaN, as PyTorch's.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit.
+        IndexError or RuntimeError: a target out of range (on a GPU the loss is NaN instead).
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden and weight: expected [M,D] and [V,D], found {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target: expected int64 [{hidden.shape[0]}], found {target.dtype} {list(target.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [{weight.shape[0]}], found {list(bias.shape)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1, found {label_smoothing}")
+    kind = hidden.device.type
+    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected the device of hidden ({hidden.device}), found {tensor.device}")
+        if tensor is not None and tensor is not target and tensor.dtype != hidden.dtype and not autocast:
+            raise ValueError(f"{name}: expected the type of hidden ({hidden.dtype}), found {tensor.dtype}")
+    label_smoothing = float(label_smoothing)
+    if reduction == "none":
+        return _rows_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
+    record = torch.is_grad_enabled()
+    needs = [record and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    total = _sum_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
+    return total if reduction == "sum" else total / (target != ignore_index).sum()

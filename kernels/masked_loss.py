@@ -1,0 +1,340 @@
+"""Squared error of masked tokens against a target made from the clip, and its gradient, in one pass.
+
+    error[b, k]      = Σ over the token's values of (pred − target)²
+    gradient[b, k]   = 2 · (pred − target)
+    target           = the standardised cube ("pixel"), or its frame difference (frame_difference.py)
+
+The mean, the sum or the single values are formed from `error` in plain PyTorch; backward multiplies the gradient that
+the forward pass left by what comes from upstream.
+
+B clips, C channels, T frames, N tokens, Nm masked, P values a token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import launch, reference
+from .cube import KINDS, NORMALIZE, cube_base, cube_meta, cube_offsets, cube_target, restoring_table
+from .frame_difference import difference_values
+from .launch import jit, tl
+from .masks import TubeMask
+from .scale_gradient import refuse_double_backward, scale_gradient
+from .shapes import REDUCTIONS, Grid, check_choice, check_deviation, check_index, check_statistics, check_video
+
+
+@jit
+def _masked_loss_kernel(
+    error_ptr,
+    gradient_ptr,
+    pred_ptr,
+    video_ptr,
+    index_ptr,
+    affine_ptr,
+    eps,
+    count,
+    slots,
+    rows,
+    columns,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    pred_stride_b,
+    pred_stride_k,
+    PRED_VALUES: tl.constexpr,
+    EVERY_TOKEN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TUBELET: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(index_ptr + place)
+    inside = (token >= 0) & (token < slots * rows * columns)
+    base, slot = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    value, frame, channel, offset = cube_offsets(
+        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
+    )
+    source = video_ptr + (place // count) * stride_b + base + offset
+    goal, exists, expected = cube_target(
+        source,
+        inside,
+        value,
+        frame,
+        channel,
+        slot,
+        slots,
+        stride_t,
+        affine_ptr,
+        eps,
+        CHANNELS,
+        TUBELET,
+        VALUES,
+        KIND,
+        NORMALIZE,
+        AFFINE,
+        BYTES,
+        DTYPE,
+    )
+    # row of the prediction: the token itself where every token is predicted, else its place among the masked ones
+    clip = place // count
+    if EVERY_TOKEN:
+        row = tl.where(inside, token, 0)
+        gradient = gradient_ptr + (clip * slots * rows * columns + row) * PRED_VALUES + value
+    else:
+        row = place % count
+        gradient = gradient_ptr + place * PRED_VALUES + value
+    pred = tl.load(pred_ptr + clip * pred_stride_b + row * pred_stride_k + value, mask=exists, other=0).to(DTYPE)
+    residual = tl.where(exists, pred - goal, 0.0)
+    error = tl.sum(residual * residual, axis=0)
+    tl.store(error_ptr + place, tl.where(inside, error, float("nan")))
+    if GRADIENT:
+        tl.store(gradient, (2 * residual).to(gradient_ptr.dtype.element_ty), mask=expected)
+
+
+def _launch(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    masked: torch.Tensor,
+    patch_size: Sequence[int],
+    target: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = check_video(video, patch_size)
+    dtype = reference.compute_dtype(pred, video)
+    every_token = pred.shape[1] != masked.shape[1]
+    error = pred.new_empty(masked.shape, dtype=dtype)
+    gradient = pred.new_empty(0)
+    if needs_gradient:
+        gradient = (pred.new_zeros if every_token else pred.new_empty)(pred.shape)
+    if pred.stride(2) != 1:
+        pred = pred.contiguous()
+    table = restoring_table(video, mean, std, dtype)
+    meta = cube_meta(video, patch_size, dtype)
+    launch.run(
+        _masked_loss_kernel,
+        masked.numel(),
+        error,
+        gradient,
+        pred,
+        video,
+        masked.contiguous(),
+        table,
+        eps,
+        masked.shape[1],
+        grid.slots,
+        grid.rows,
+        grid.columns,
+        *video.stride(),
+        *pred.stride()[:2],
+        **meta,
+        PRED_VALUES=pred.shape[2],
+        EVERY_TOKEN=every_token,
+        GRADIENT=needs_gradient,
+        KIND=KINDS[target],
+        NORMALIZE=NORMALIZE[normalize],
+        AFFINE=table is not None,
+        num_warps=launch.warps("masked_loss", meta["BLOCK"]),
+    )
+    return error, gradient
+
+
+@torch.library.custom_op("mam2::masked_loss", mutates_args=())
+def _masked_loss(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    masked: torch.Tensor,
+    patch_size: Sequence[int],
+    target: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if launch.active_path(pred) == "triton":
+        return _launch(pred, video, masked, patch_size, target, normalize, eps, mean, std, needs_gradient)
+    return reference.masked_loss(pred, video, masked, patch_size, target, normalize, eps, mean, std, needs_gradient)
+
+
+@_masked_loss.register_fake
+def _(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    masked: torch.Tensor,
+    patch_size: Sequence[int],
+    target: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    error = pred.new_empty(masked.shape, dtype=reference.compute_dtype(pred, video))
+    return error, pred.new_empty(pred.shape if needs_gradient else (0,))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    gradient = output[1]
+    ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, inputs[2])
+
+
+def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    refuse_double_backward("masked loss")
+    gradient, masked = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * 10
+    if gradient.shape[1] != masked.shape[1]:
+        upstream = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked, upstream)
+    return scale_gradient(gradient, upstream), *(None,) * 9
+
+
+_masked_loss.register_autograd(_backward, setup_context=_save)
+
+
+def _masked_index(mask: TubeMask | torch.Tensor, grid: Grid, video: torch.Tensor) -> torch.Tensor:
+    if isinstance(mask, TubeMask):
+        index = mask.masked
+    elif mask.dtype == torch.bool:
+        if mask.shape != (video.shape[0], grid.tokens):
+            expected = [video.shape[0], grid.tokens]
+            raise ValueError(f"mask: expected bool {expected} (True = masked), found shape {list(mask.shape)}")
+        index = TubeMask.from_bool(mask).masked
+    else:
+        index = mask
+    check_index("mask", index, video)
+    return index
+
+
+def _errors(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    mask: TubeMask | torch.Tensor,
+    patch_size: Sequence[int],
+    target: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor, Grid]:
+    """Checks everything, then errors [B,Nm], the masked token numbers, and the grid."""
+    grid = check_video(video, patch_size)
+    values = grid.values if target == "pixel" else difference_values(grid, patch_size, target)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_deviation(normalize, patch_size, video.shape[1])
+    means, stds = check_statistics(mean, std, video.shape[1])
+    masked = _masked_index(mask, grid, video)
+    batch, count = masked.shape
+    if (
+        pred.dim() != 3
+        or pred.shape[0] != batch
+        or pred.shape[1] not in (count, grid.tokens)
+        or pred.shape[2] != values
+    ):
+        raise ValueError(
+            f"pred: expected [{batch}, {count}, {values}] (masked tokens) or [{batch}, {grid.tokens}, {values}] "
+            f"(every token), found {list(pred.shape)}"
+        )
+    if not pred.dtype.is_floating_point or pred.device != video.device:
+        raise ValueError(f"pred: expected a float type on {video.device}, found {pred.dtype} on {pred.device}")
+    needs_gradient = pred.requires_grad and torch.is_grad_enabled()
+    errors, _ = _masked_loss(pred, video, masked, list(patch_size), target, normalize, eps, means, stds, needs_gradient)
+    return errors, masked, grid
+
+
+def masked_pixel_loss(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    mask: TubeMask | torch.Tensor,
+    *,
+    patch_size: Sequence[int] = (2, 16, 16),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    normalize: str | None = "channel",
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Mean squared error of predicted pixels on the masked tokens.
+
+    Args:
+        pred: [B,Nm,P] predictions of the masked tokens in the order of the mask, or [B,N,P] of every token.
+        video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
+        mask: TubeMask, int64 [B,Nm] token numbers, or bool [B,N] with True = masked (which waits for the device).
+        patch_size: (frames, height, width) of a token.
+        mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
+        normalize: "channel": (x − mean)/(sqrt(var) + eps) over each channel of the cube, as VideoMAE;
+            "patch": (x − mean)/sqrt(var + eps) over the whole cube, as MAE and mae_st; None: pixels in [0,1].
+            The variance is unbiased.
+        eps: see `normalize`.
+        reduction: "mean" over all masked values, "sum", or "none": [B,Nm], each token's mean over its values.
+
+    Returns:
+        A scalar or [B,Nm], float32 (float64 if pred or video is), differentiable once in pred.
+
+    Raises:
+        ValueError: a shape, type, device or choice that does not fit.
+        IndexError: a token number out of range (on a GPU the loss is NaN instead).
+    """
+    errors, _, grid = _errors(pred, video, mask, patch_size, "pixel", normalize, eps, mean, std, reduction)
+    if reduction == "none":
+        return errors / grid.values
+    total = errors.sum()
+    return total / (errors.numel() * grid.values) if reduction == "mean" else total
+
+
+def masked_frame_difference_loss(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    mask: TubeMask | torch.Tensor,
+    *,
+    patch_size: Sequence[int] = (2, 16, 16),
+    difference: str = "adjacent",
+    normalize: str | None = "channel",
+    eps: float = 1e-6,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Mean squared error of predicted motion on the masked tokens; the target is `frame_difference`'s.
+
+    Args:
+        pred: [B,Nm,Pd] or [B,N,Pd]; Pd is P for "adjacent", P·(τ−1)/τ for "intra".
+        difference: "adjacent": the next frame of the clip minus this one; the clip's last frame has no next one, so
+            these values of pred count for nothing, in the mean's divisor neither. "intra": within the token.
+        normalize, eps: what the difference is divided by, see frame_difference.py. A large eps (0.05) keeps
+            noise in static patches small.
+        reduction: "mean" over all existing values, "sum", or "none": [B,Nm], each token's mean over its existing ones.
+
+    The rest, the result and the errors are as in `masked_pixel_loss`.
+    """
+    errors, masked, grid = _errors(pred, video, mask, patch_size, difference, normalize, eps, mean, std, reduction)
+    values = pred.shape[2]
+    if reduction == "sum":
+        return errors.sum()
+    if difference == "intra":
+        return errors / values if reduction == "none" else errors.sum() / (errors.numel() * values)
+    last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
+    existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])
+    if reduction == "none":
+        return errors / existing.clamp(min=1)  # with tubelets of one frame, the last slot has no value at all
+    return errors.sum() / existing.sum()

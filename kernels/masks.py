@@ -1,0 +1,172 @@
+"""Which tokens of a clip are hidden: index tensors, drawn on the device without a host synchronisation.
+
+Masks come from a counter-based generator (Philox4x32-10) keyed by (seed, step, sample, position), so that a resumed
+run, another batch split and another device draw the same masks. The tokens whose random key is among the smallest
+are hidden.
+
+B clips, N tokens (T'·H'·W'), Nv/Nm visible/masked.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import launch, reference
+from .launch import jit, tl
+
+
+class TubeMask(NamedTuple):
+    """The visible and the masked tokens of every clip: int64, ascending in each row, together every token once."""
+
+    visible: torch.Tensor
+    masked: torch.Tensor
+
+    def as_bool(self) -> torch.Tensor:
+        """[B,N] bool, True = masked."""
+        tokens = self.visible.shape[1] + self.masked.shape[1]
+        mask = torch.zeros(self.masked.shape[0], tokens, dtype=torch.bool, device=self.masked.device)
+        return mask.scatter(1, self.masked, True)
+
+    @classmethod
+    def from_bool(cls, mask: torch.Tensor) -> "TubeMask":
+        """From [B,N] bool, True = masked. Waits for the device once, to check the counts.
+
+        Raises:
+            ValueError: not a boolean matrix, or rows that hide different numbers of tokens.
+        """
+        if mask.dim() != 2 or mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected bool [B,N], found {mask.dtype} {tuple(mask.shape)}")
+        counts = mask.sum(dim=1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"mask: expected the same number of masked tokens in every clip, found {sorted(set(counts))}"
+            )
+        hidden = counts[0] if counts else 0
+        order = mask.to(torch.uint8).sort(dim=1, stable=True, descending=True).indices
+        return cls(visible=order[:, hidden:].contiguous(), masked=order[:, :hidden].contiguous())
+
+
+@jit
+def _draw_mask_kernel(
+    visible_ptr, masked_ptr, step_ptr, seed, first_sample, slots, positions, hidden, BLOCK: tl.constexpr
+):
+    clip = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, BLOCK)
+    mask = position < positions
+    sample = first_sample + clip
+    zero = position * 0
+    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
+    step = (tl.load(step_ptr) & 0xFFFFFFFF).to(tl.uint32)
+    word, _, _, _ = tl.philox(
+        seed, position.to(tl.uint32), zero.to(tl.uint32) + low, zero.to(tl.uint32) + high, zero.to(tl.uint32) + step
+    )
+    # key and position in one number: distinct, so that the smallest `hidden` are well defined
+    rank = tl.where(mask, word.to(tl.int64) * 16777216 + position, 0x7FFFFFFFFFFFFFFF)
+    largest_hidden = tl.sum(tl.where(position == hidden - 1, tl.sort(rank), 0), axis=0)
+    is_hidden = rank <= largest_hidden
+    hidden_before = tl.cumsum(is_hidden.to(tl.int32), axis=0) - is_hidden.to(tl.int32)
+    for slot in range(slots):
+        token = (position + slot * positions).to(tl.int64)
+        masked = masked_ptr + (clip * slots + slot) * hidden + hidden_before
+        visible = visible_ptr + (clip * slots + slot) * (positions - hidden) + position - hidden_before
+        tl.store(masked, token, mask=mask & is_hidden)
+        tl.store(visible, token, mask=mask & (is_hidden == 0))
+
+
+def _launch(
+    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    visible = step.new_empty(batch, slots * (positions - hidden))
+    masked = step.new_empty(batch, slots * hidden)
+    block = launch.power_of_two(positions)
+    meta = {"BLOCK": block, "num_warps": launch.warps("draw_mask", block)}
+    arguments = (visible, masked, step, seed, first_sample, slots, positions, hidden)
+    launch.run(_draw_mask_kernel, batch, *arguments, **meta)
+    return visible, masked
+
+
+@torch.library.custom_op("mam2::draw_mask", mutates_args=())
+def _draw_mask(
+    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if launch.active_path(step) == "triton":
+        return _launch(step, seed, first_sample, batch, slots, positions, hidden)
+    return reference.draw_mask(step, seed, first_sample, batch, slots, positions, hidden)
+
+
+@_draw_mask.register_fake
+def _(
+    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return step.new_empty(batch, slots * (positions - hidden)), step.new_empty(batch, slots * hidden)
+
+
+def _draw(
+    batch: int,
+    slots: int,
+    positions: int,
+    ratio: float,
+    seed: int,
+    step: int | torch.Tensor,
+    first_sample: int,
+    device: torch.device | str | None,
+) -> TubeMask:
+    hidden = int(ratio * positions)
+    if not 0 < hidden < positions:
+        raise ValueError(
+            f"ratio: {ratio} hides {hidden} of {positions} positions; expected at least 1 hidden and 1 visible"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
+    if not isinstance(step, torch.Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
+    elif step.dim() or step.dtype != torch.int64:
+        raise ValueError(f"step: expected an int or a 0-d int64 tensor, found {step.dtype} {tuple(step.shape)}")
+    elif device is not None:
+        step = step.to(device)
+    return TubeMask(*_draw_mask(step, seed, first_sample, batch, slots, positions, hidden))
+
+
+def tube_mask(
+    batch: int,
+    grid: Sequence[int],
+    ratio: float,
+    *,
+    seed: int,
+    step: int | torch.Tensor = 0,
+    first_sample: int = 0,
+    device: torch.device | str | None = None,
+) -> TubeMask:
+    """Hides the same int(ratio·H'·W') positions in every slot of a clip (VideoMAE's tube masking).
+
+    Args:
+        batch: number of clips B.
+        grid: (T', H', W') tokens of a clip.
+        ratio: share of the positions to hide, 0 to 1.
+        seed: 0 to 2**63 − 1.
+        step: training step; a 0-d int64 tensor keeps a compiled or captured step from being specialised on it.
+            Its lowest 32 bits count.
+        first_sample: number of the first clip; clip b draws as sample first_sample + b.
+        device: where the mask is made; default: that of `step`, or the default device.
+
+    Raises:
+        ValueError: the ratio hides no position, or all of them.
+    """
+    slots, rows, columns = grid
+    return _draw(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
+
+
+def random_mask(
+    batch: int,
+    grid: Sequence[int],
+    ratio: float,
+    *,
+    seed: int,
+    step: int | torch.Tensor = 0,
+    first_sample: int = 0,
+    device: torch.device | str | None = None,
+) -> TubeMask:
+    """Hides int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as `tube_mask`."""
+    slots, rows, columns = grid
+    return _draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)

@@ -1,0 +1,260 @@
+"""The operators in plain PyTorch: their definition, the oracle of the tests, and what runs without a GPU.
+
+Everything works in float64 when its inputs are float64 and in float32 otherwise. The steps are in place where a
+buffer is ours, and the clip is cut into cubes while it is still uint8: on a CPU these losses are memory-bound.
+
+B clips, C channels, T frames, N tokens, K picked tokens, P values a token, V codes, M rows (B·K tokens or hidden
+states), τ frames a tubelet, p patch edge.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+LOSS_CHUNK_BYTES = 2 << 20
+"""Targets held at a time by masked_loss: they stay in the cache, and the allocator reuses their pages."""
+
+
+def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
+    """First 32-bit word of Philox4x32-10 (Salmon et al. 2011) as int64; 4 broadcastable int64 counter words.
+
+    A product of two words may pass 2^63 and wrap; its 64 bits are right all the same, so the words are cut from them.
+    """
+    c0, c1, c2, c3 = (word & WORD for word in counter)
+    key0, key1 = seed & WORD, (seed >> 32) & WORD
+    for _ in range(PHILOX_ROUNDS):
+        first, second = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0 = ((second >> 32) & WORD) ^ c1 ^ key0
+        c1 = second & WORD
+        c2 = ((first >> 32) & WORD) ^ c3 ^ key1
+        c3 = first & WORD
+        key0, key1 = (key0 + PHILOX_WEYL[0]) & WORD, (key1 + PHILOX_WEYL[1]) & WORD
+    return c0
+
+
+def draw_mask(
+    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hides, in every clip and the same in all its slots, the `hidden` positions with the smallest random keys.
+
+    The key of (sample, position) is Philox of the counter (position, sample low word, sample high word, step).
+    Ties go to the smaller position. Returns visible [B, slots·(positions−hidden)], masked [B, slots·hidden].
+    """
+    sample = torch.arange(first_sample, first_sample + batch, device=step.device)[:, None]
+    position = torch.arange(positions, device=step.device)[None, :]
+    keys = philox(seed, (position, sample, sample >> 32, step))
+    order = keys.sort(dim=1, stable=True).indices
+    offset = torch.arange(slots, device=step.device)[None, :, None] * positions
+    parts = order[:, hidden:], order[:, :hidden]
+    visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).reshape(batch, -1) for part in parts)
+    return visible, masked
+
+
+def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """Cuts video [B,C,T,H,W] into tokens [B,N,τ·p·p·C]; token order (t',h',w'), value order (t,h,w,c)."""
+    tubelet, height, width = patch_size
+    batch, channels = video.shape[:2]
+    cubes = video.unflatten(2, (-1, tubelet)).unflatten(4, (-1, height)).unflatten(6, (-1, width))
+    return cubes.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, -1, tubelet * height * width * channels)
+
+
+def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor. IndexError for a token that does not exist."""
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
+        raise IndexError(f"token numbers: expected 0 to {tokens - 1}, found {int(index.min())} to {int(index.max())}")
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()
+
+
+def _pixels(
+    raw: torch.Tensor, channels: int, dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> torch.Tensor:
+    """Values as the decoder gave them → pixels in [0,1]: uint8 is divided by 255, a normalised float clip undone."""
+    pixels = raw.to(dtype, copy=True)
+    if raw.dtype == torch.uint8:
+        return pixels.div_(255)
+    if mean is not None and std is not None:
+        by_channel = pixels.unflatten(-1, (-1, channels))
+        by_channel.mul_(pixels.new_tensor(std)).add_(pixels.new_tensor(mean))
+    return pixels
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def gather_tubes(
+    video: torch.Tensor,
+    visible: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Picked tokens [B,K,P], (x − mean)/std with x in [0,1]."""
+    tokens = patchify(video, patch_size)
+    picked = tokens.flatten(0, 1).index_select(0, _rows(visible, tokens.shape[1]))
+    compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
+    values = _pixels(picked, video.shape[1], compute, None, None)
+    if mean is not None and std is not None:
+        by_channel = values.unflatten(-1, (-1, video.shape[1]))
+        by_channel.sub_(values.new_tensor(mean)).div_(values.new_tensor(std))
+    return values.to(dtype).view(*visible.shape, tokens.shape[2])
+
+
+def _over_rows(cubes: torch.Tensor, statistic: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of cubes [M,P] and statistic [M,G] that broadcast, a patch row wide: 3 channels do not vectorise."""
+    groups = statistic.shape[1]
+    if groups == 1:
+        return cubes, statistic
+    return cubes.unflatten(1, (-1, width * groups)), statistic.repeat(1, width)[:, None]
+
+
+def _center_(cubes: torch.Tensor, groups: int, width: int) -> torch.Tensor:
+    """Subtracts from cubes [M,P] the mean of each of its `groups` interleaved groups: one a channel, or one."""
+    rows, mean = _over_rows(cubes, cubes.unflatten(1, (-1, groups)).mean(dim=1), width)
+    rows.sub_(mean)
+    return cubes
+
+
+def _deviation(centered: torch.Tensor, groups: int, normalize: str, eps: float) -> torch.Tensor:
+    """What a standardised cube is divided by, [M,G], from the unbiased variance.
+
+    "channel" is sqrt(variance) + eps (VideoMAE), "patch" is sqrt(variance + eps) (MAE, mae_st).
+    """
+    variance = centered.square().unflatten(1, (-1, groups)).sum(dim=1).div_(centered.shape[1] // groups - 1)
+    return variance.sqrt_().add_(eps) if normalize == "channel" else variance.add_(eps).sqrt_()
+
+
+def target(
+    video: torch.Tensor,
+    index: torch.Tensor,
+    patch_size: Sequence[int],
+    kind: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What the masked tokens should be, [B·K, P] in `dtype`.
+
+    "pixel" is the standardised cube; "adjacent" is x[t+1] − x[t] for each frame t of the cube over the cube's
+    deviation, 0 where the clip has no frame t+1; "intra" is the same for t+1 inside the cube, τ−1 differences.
+    """
+    channels, (tubelet, _, width) = video.shape[1], patch_size
+    tokens = patchify(video, patch_size)
+    count, values = tokens.shape[1:]
+    rows = _rows(index, count)
+    cubes = _pixels(tokens.view(-1, values).index_select(0, rows), channels, dtype, mean, std)
+    groups = channels if normalize == "channel" else 1
+    if kind == "pixel":
+        if normalize is not None:
+            deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
+            torch.Tensor.div_(*_over_rows(cubes, deviation, width))
+        return cubes
+
+    frame = values // tubelet
+    inside = values - frame
+    difference = cubes.new_empty(len(rows), values if kind == "adjacent" else inside)
+    torch.sub(cubes[:, frame:], cubes[:, :inside], out=difference[:, :inside])
+    if kind == "adjacent":
+        slot = count // (video.shape[2] // tubelet)
+        own_last, next_first = rows * tubelet + tubelet - 1, (rows + slot) * tubelet
+        following = torch.where(lacks_next_frame(index, count, slot).flatten(), own_last, next_first)
+        frames = tokens.view(-1, frame).index_select(0, following)
+        torch.sub(_pixels(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
+    if normalize is not None:
+        deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
+        torch.Tensor.div_(*_over_rows(difference, deviation, width))
+    return difference
+
+
+def lacks_next_frame(index: torch.Tensor, tokens: int, slot: int) -> torch.Tensor:
+    """True for tokens of the clip's last slot of `slot` tokens: their last frame has no successor."""
+    return index >= tokens - slot
+
+
+def masked_loss(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    masked: torch.Tensor,
+    patch_size: Sequence[int],
+    kind: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of squared errors of each masked token [B,K] and its gradient in pred, shaped and typed as pred.
+
+    pred [B,K,P] holds the masked tokens, or [B,N,P] every token, of which the masked ones count.
+    """
+    batch, count = masked.shape
+    dtype = compute_dtype(pred, video)
+    token_count = video[0, 0].numel() // (patch_size[0] * patch_size[1] * patch_size[2])
+    slot = token_count // (video.shape[2] // patch_size[0])
+    every_token = pred.shape[1] != count
+    errors = pred.new_empty(batch, count, dtype=dtype)
+    gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
+    clips = max(LOSS_CHUNK_BYTES // max(count * pred.shape[2] * dtype.itemsize, 1), 1)
+    for start in range(0, batch, clips):
+        part = slice(start, start + clips)
+        index = masked[part]
+        goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
+        rows = _rows(index, token_count) if every_token else None
+        flat = pred[part].flatten(0, 1)
+        residual = torch.sub(flat if rows is None else flat.index_select(0, rows), goal, out=goal)
+        if kind == "adjacent":
+            ends = (lacks_next_frame(index, token_count, slot).flatten().nonzero()[:, 0] + 1) * patch_size[0] - 1
+            residual.view(-1, residual.shape[1] // patch_size[0]).index_fill_(0, ends, 0)
+        errors[part] = torch.linalg.vector_norm(residual, dim=1).square_().view(index.shape)
+        if needs_gradient and rows is None:
+            gradient[part] = residual.mul_(2).view(gradient[part].shape)
+        elif needs_gradient:
+            gradient[part].flatten(0, 1).index_copy_(0, rows, residual.mul_(2).to(pred.dtype))
+    return errors, gradient if needs_gradient else pred.new_empty(0)
+
+
+def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """gradient · scale, where scale covers the leading dimensions of gradient; multiplied in float32 or float64."""
+    wide = gradient.to(torch.promote_types(gradient.dtype, scale.dtype))
+    return wide.mul(scale.view(*scale.shape, *[1] * (gradient.dim() - scale.dim()))).to(gradient.dtype)
+
+
+def softmax_gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    upstream: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_gradient: bool,
+) -> torch.Tensor:
+    """Cross-entropy [M] of logits [M,V]; with `needs_gradient`, logits is overwritten by the gradient.
+
+    The gradient of row m is (softmax − (1−s)·onehot − s/V), times upstream[m] if given; ignored rows give 0.
+    """
+    wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    ignored = labels == ignore_index
+    column = labels.masked_fill(ignored, 0)[:, None]
+    log_sum = torch.logsumexp(wide, dim=1, keepdim=True)
+    loss = log_sum - (1 - label_smoothing) * wide.gather(1, column)
+    if label_smoothing:
+        loss -= label_smoothing * wide.mean(dim=1, keepdim=True)
+    if needs_gradient:
+        wide.sub_(log_sum).exp_()
+        wide.scatter_add_(1, column, wide.new_full(column.shape, label_smoothing - 1))
+        if label_smoothing:
+            wide.sub_(label_smoothing / wide.shape[1])
+        if upstream is not None:
+            wide.mul_(upstream[:, None])
+        wide.masked_fill_(ignored[:, None], 0)
+        if wide is not logits:
+            logits.copy_(wide)
+    return loss[:, 0].masked_fill_(ignored, 0)

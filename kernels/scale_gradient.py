@@ -1,0 +1,55 @@
+"""The whole backward pass of a loss that handed out its gradient: multiply it by what comes from upstream.
+
+    out[r, …] = gradient[r, …] · scale[r]
+
+The product is formed in float32 (float64 for float64), so a mean over 10^8 float16 values does not underflow before
+the upstream factor of a gradient scaler arrives.
+"""
+
+import torch
+
+from . import launch, reference
+from .launch import jit, tl
+
+
+@jit
+def _scale_gradient_kernel(out_ptr, gradient_ptr, scale_ptr, blocks, length, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) // blocks
+    column = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < length
+    scale = tl.load(scale_ptr + row)
+    gradient = tl.load(gradient_ptr + row * length + column, mask=mask, other=0).to(scale.dtype)
+    tl.store(out_ptr + row * length + column, (gradient * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    gradient, scale = gradient.contiguous(), scale.contiguous()
+    out = torch.empty_like(gradient)
+    length = gradient.numel() // max(scale.numel(), 1)
+    block = min(launch.power_of_two(length), 4096)
+    blocks = -(-length // block)
+    meta = {"BLOCK": block, "num_warps": launch.warps("scale_gradient", block)}
+    launch.run(_scale_gradient_kernel, scale.numel() * blocks, out, gradient, scale, blocks, length, **meta)
+    return out
+
+
+@torch.library.custom_op("mam2::scale_gradient", mutates_args=())
+def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """gradient [R…, …] times scale [R…]: a scalar or one factor for each leading row."""
+    if launch.active_path(gradient) == "triton":
+        return _launch(gradient, scale)
+    return reference.scale_gradient(gradient, scale)
+
+
+@scale_gradient.register_fake
+def _(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+def refuse_double_backward(operator: str) -> None:
+    """RuntimeError when a backward pass is itself being recorded (`create_graph=True`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: double backward is not supported (its backward ran under create_graph=True); "
+            "use mam2.kernels.reference or a loss written in PyTorch for second derivatives"
+        )

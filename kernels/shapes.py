@@ -1,0 +1,90 @@
+"""What the arguments of the operators must look like: every check, and every error a user can read.
+
+B clips, C channels, T frames, H height, W width, N tokens (T'·H'·W'), K tokens picked from a clip.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+VIDEO_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NORMALIZATIONS = ("channel", "patch", None)
+DIFFERENCES = ("adjacent", "intra")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Grid(NamedTuple):
+    """How a clip is cut into tokens: `slots` tubelets of `rows` x `columns` patches, `values` numbers each."""
+
+    slots: int
+    rows: int
+    columns: int
+    values: int
+
+    @property
+    def tokens(self) -> int:
+        return self.slots * self.rows * self.columns
+
+
+def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
+    """The token grid of `video` [B,C,T,H,W]; ValueError if it cannot be cut into whole cubes."""
+    if video.dim() != 5:
+        raise ValueError(f"video: expected 5 dimensions [B,C,T,H,W], found shape {tuple(video.shape)}")
+    if video.dtype not in VIDEO_DTYPES:
+        raise ValueError(f"video: expected uint8 (0 to 255) or a float type (0 to 1), found {video.dtype}")
+    if video.requires_grad:
+        raise ValueError("video: no gradient flows to the clip; pass video.detach()")
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(f"patch_size: expected 3 positive integers (tubelet, height, width), found {patch_size}")
+    _, channels, *extent = video.shape
+    tubelet, height, width = patch_size
+    for name, size, patch in zip(("frames", "height", "width"), extent, patch_size, strict=True):
+        if size % patch or size == 0:
+            raise ValueError(
+                f"video: expected {name} to be a multiple of {patch} (patch_size {tuple(patch_size)}), found {size}; "
+                "crop or resize the clip"
+            )
+    slots, rows, columns = extent[0] // tubelet, extent[1] // height, extent[2] // width
+    return Grid(slots, rows, columns, tubelet * height * width * channels)
+
+
+def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
+    """ValueError unless `index` is int64 [B,K] on the device of `video`."""
+    if index.dim() != 2 or index.shape[0] != video.shape[0]:
+        raise ValueError(f"{name}: expected shape [{video.shape[0]}, K] (one row a clip), found {tuple(index.shape)}")
+    if index.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64 token numbers, found {index.dtype}")
+    if index.device != video.device:
+        raise ValueError(f"{name}: expected the device of video ({video.device}), found {index.device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+def check_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[list[float] | None, list[float] | None]:
+    """`mean` and `std` as lists of `channels` floats, or None twice; ValueError if they do not fit."""
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        raise ValueError("mean and std: expected both or neither, found one")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} values (one a channel of video), found {len(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std: expected positive values, found {tuple(std)}")
+    return [float(value) for value in mean], [float(value) for value in std]
+
+
+def check_deviation(normalize: str | None, patch_size: Sequence[int], channels: int) -> None:
+    """ValueError if `normalize` is unknown or asks for the variance of a single value."""
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    tubelet, height, width = patch_size
+    pixels = tubelet * height * width
+    if (normalize == "channel" and pixels < 2) or (normalize == "patch" and pixels * channels < 2):
+        raise ValueError(f"normalize: {normalize!r} needs at least 2 values a cube, found 1; pass normalize=None")

@@ -1,0 +1,55 @@
+"""Small video files for the tests, written on the spot: no footage is part of the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+
+def _write_video(
+    path: Path, frames: NDArray[np.uint8], codec: str = "libx264", *, gop: int = 12, **options: str
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    full_range = codec == "mjpeg"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if full_range else "yuv420p"
+        stream.codec_context.gop_size = gop
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """write_video(path, frames uint8 [T, H, W, 3], codec, gop=…, **encoder options) -> path."""
+    return _write_video
+
+
+@pytest.fixture(scope="session")
+def numbered_frames() -> Callable[..., NDArray[np.uint8]]:
+    """numbered_frames(n, height, width): frame t is grey, 10·t + 5 bright, so that it is known after any codec."""
+
+    def make(n: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
+        levels = 10 * np.arange(n, dtype=np.uint8) + 5
+        return np.broadcast_to(levels[:, None, None, None], (n, height, width, 3)).copy()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def frame_numbers() -> Callable[[NDArray[np.uint8]], list[int]]:
+    """The numbers of numbered frames [..., H, W, 3], from their mean brightness."""
+
+    def read(frames: NDArray[np.uint8]) -> list[int]:
+        levels = np.asarray(frames, np.float64).mean((-3, -2, -1))
+        return np.rint((levels - 5) / 10).astype(int).ravel().tolist()
+
+    return read

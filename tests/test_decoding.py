@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mam2.engine.config import DataConfig, UserError
+from mam2.engine.data import decoding
+from mam2.engine.data.decoding import DecodeError, choose_front_end, decode_frames, decode_packet, open_video
+from mam2.engine.data.graph import ClipGraph
+from mam2.engine.data.manifest import probe, read_manifest
+from mam2.engine.data.sampling import View
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
+WHOLE = View(0, 0, 1, 1, False)
+ENCODERS = [
+    ("mp4", "libx264", {"bf": "3", "preset": "fast"}),
+    ("mkv", "libx264", {"bf": "2", "x264-params": "open-gop=1"}),
+    ("mp4", "libx264", {"x264-params": "intra-refresh=1"}),
+    ("ts", "libx264", {"bf": "2"}),
+    ("webm", "libvpx-vp9", {"deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "10"}),
+    ("webm", "libvpx", {"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "10"}),
+    ("avi", "mjpeg", {}),
+    ("avi", "mpeg4", {}),
+    ("mp4", "mpeg4", {"bf": "2"}),
+]
+
+
+def decode_all(path: Path) -> np.ndarray:
+    """Every frame, uint8 [T, H, W, C], decoded from first to last."""
+    with open_video(str(path)) as (container, stream):
+        frames = [
+            frame for packet in container.demux(stream) for frame in decode_packet(stream, packet if packet.size else None)
+        ]
+        convert = decoding._Converter(frames[0])
+        return np.stack([convert(frame) for frame in frames])
+
+
+def expect_clip(everything: np.ndarray, start: int, count: int, stride: int) -> np.ndarray:
+    return everything[np.minimum(start + stride * np.arange(count), len(everything) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "device", "pixel_format", "rotation", "expected"),
+    [
+        ("h264", "cpu", "yuv420p", 0, "pyav"),
+        ("vp9", "cpu", "yuv420p10le", 0, "dali-cpu"),
+        ("vp8", "cpu", "yuv420p", 0, "dali-cpu"),
+        ("mjpeg", "cpu", "yuvj422p", 0, "dali-cpu"),
+        ("vp9", "cpu", "yuv420p", 90, "pyav"),
+        ("h264", "cuda", "yuv420p", 0, "nvdec"),
+        ("h264", "cuda:1", "yuv420p10le", 0, "pyav"),
+        ("hevc", "cuda", "yuv420p10le", 0, "nvdec"),
+        ("mpeg4", "cuda", "yuv420p", 0, "nvdec"),
+        ("h264", "cuda", "yuv420p", 180, "pyav"),
+        ("av1", "cuda", "yuv420p", 0, "pyav"),
+        ("vp9", "cuda", "yuv444p", 0, "dali-cpu"),
+    ],
+)
+def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, rotation, expected):
+    assert choose_front_end(codec, device, pixel_format=pixel_format, rotation=rotation) == expected
+
+
+@pytest.mark.parametrize(
+    ("codec", "forced", "rotation", "told"),
+    [
+        ("h264", "dali-cpu", 0, r"codec h264 cannot be decoded by dali-cpu \(VP8, VP9, MJPEG only\): use front_end=pyav"),
+        ("vp9", "dali-cpu", 90, "rotated by 90 degrees"),
+        ("h264", "nvdec", 0, "nvdec needs an NVIDIA GPU"),
+        ("h264", "decord", 0, "expected auto, nvdec, dali-cpu, pyav; found decord"),
+    ],
+)
+def test_a_forced_front_end_that_cannot_says_so(codec, forced, rotation, told):
+    assert choose_front_end(codec, "cpu", "pyav", rotation=rotation) == "pyav"
+    with pytest.raises(UserError, match=told):
+        choose_front_end(codec, "cpu", forced, rotation=rotation)
+
+
+@pytest.mark.parametrize(("suffix", "encoder", "options"), ENCODERS)
+def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, suffix, encoder, options):
+    # Smooth noise that drifts: no two frames are alike, and B-frames and late references pay.
+    generator = np.random.default_rng(0)
+    texture = np.kron(generator.integers(0, 256, (12, 40, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    frames = np.stack([texture[:64, 2 * t : 2 * t + 96] for t in range(80)])
+    path = write_video(tmp_path / f"a.{suffix}", frames, encoder, gop=16, **options)
+    everything = decode_all(path)
+    assert len(everything) == probe(str(path)).frames == 80
+    for start in (0, 1, 15, 16, 17, 31, 33, 47, 50, 63, 64, 70, 79, 90):
+        for stride in (1, 3):
+            clip = decode_frames(str(path), start, 5, stride)
+            assert np.array_equal(clip, expect_clip(everything, start, 5, stride)), (start, stride)
+
+
+def test_decoding_begins_at_the_last_key_frame_before_the_start(tmp_path, write_video, numbered_frames):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(24), gop=6)
+    with open_video(str(path)) as (container, stream):
+        packets, first, pts = decoding._packets_for(container, stream, 14, 15)
+    assert (first, len(packets)) == (12, 12)
+    assert pts == packets[0].pts
+    assert packets[0].is_keyframe
+
+
+@pytest.mark.parametrize(("suffix", "encoder"), [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")])
+def test_frames_are_the_ones_asked_for(tmp_path, write_video, numbered_frames, frame_numbers, suffix, encoder):
+    path = str(write_video(tmp_path / f"with a space.{suffix}", numbered_frames(20), encoder))
+    clip = decode_frames(path, 3, 6, 2)
+    assert (clip.dtype, clip.shape) == (np.uint8, (6, 48, 64, 3))
+    assert frame_numbers(clip) == [3, 5, 7, 9, 11, 13]
+    # Past the end the last frame repeats, also where the stride would have jumped over it.
+    assert frame_numbers(decode_frames(path, 14, 5, 4)) == [14, 18, 19, 19, 19]
+    assert frame_numbers(decode_frames(path, 30, 2, 1)) == [19, 19]
+
+
+def test_colours_are_red_green_blue(tmp_path, write_video):
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    frames[:] = (200, 120, 40)
+    path = write_video(tmp_path / "a.mp4", frames)
+    assert np.abs(decode_frames(str(path), 0, 1, 1).mean((0, 1, 2)) - (200, 120, 40)).max() < 4
+
+
+def test_frames_that_change_size_are_brought_to_the_first_ones(tmp_path, write_video, numbered_frames, frame_numbers):
+    one = write_video(tmp_path / "one.ts", numbered_frames(4, 48, 64))
+    two = write_video(tmp_path / "two.ts", numbered_frames(8, 96, 128)[4:])
+    (tmp_path / "both.ts").write_bytes(one.read_bytes() + two.read_bytes())
+    clip = decode_frames(str(tmp_path / "both.ts"), 0, 8, 1)
+    assert clip.shape == (8, 48, 64, 3)
+    assert frame_numbers(clip) == list(range(8))
+
+
+def test_a_file_without_frames_is_a_decode_error(tmp_path, write_video, numbered_frames):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mpg").write_bytes(np.random.default_rng(0).bytes(200_000))
+    content = write_video(tmp_path / "good.webm", numbered_frames(8), "libvpx-vp9").read_bytes()
+    (tmp_path / "cut.webm").write_bytes(content[: content.index(b"\x1f\x43\xb6\x75")])  # up to the first cluster
+    for name, reason in (("empty.mp4", "empty file"), ("noise.mpg", "."), ("cut.webm", "."), ("gone.mp4", "No such file")):
+        with pytest.raises(DecodeError, match=reason):
+            decode_frames(str(tmp_path / name), 0, 4, 1)
+
+
+def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(2))
+    monkeypatch.setattr(decoding, "MAX_SIDE", 60)
+    with pytest.raises(DecodeError, match="frames of 64x48 pixels, more than 60 a side"):
+        decode_frames(str(path), 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "encoder"), [("webm", "libvpx-vp9"), ("webm", "libvpx"), ("avi", "mjpeg"), ("mp4", "libvpx-vp9")]
+)
+def test_dali_and_pyav_give_the_same_frames(tmp_path, write_video, suffix, encoder):
+    generator = np.random.default_rng(0)
+    texture = np.kron(generator.integers(0, 256, (8, 14, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    frames = np.stack([texture[:96, 2 * t : 2 * t + 128] for t in range(40)])
+    assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 8  # so that the next frame would not pass for this one
+    path = write_video(tmp_path / f"a.{suffix}", frames, encoder)
+    assert_same_frames(path, starts=(0, 7, 20, 35, 39), strides=(1, 3))
+
+
+def assert_same_frames(path: Path, starts, strides) -> None:
+    for stride in strides:
+        config = DataConfig(frames=4, stride=stride, size=96)
+        dali, pyav = (
+            ClipGraph(front_end, config, views=1, samples=len(starts), threads=1, device=torch.device("cpu"))
+            for front_end in ("dali-cpu", "pyav")
+        )
+        views = [[WHOLE]] * len(starts)
+        (from_dali,) = dali.run([np.fromfile(path, np.uint8)] * len(starts), starts, views)
+        frames = [decode_frames(str(path), start, 4, stride) for start in starts]
+        (from_pyav,) = pyav.run(frames, starts, views)
+        difference = (from_dali.int() - from_pyav.int()).abs()
+        # The two bring chroma to full size in different ways, which shows at sharp edges of saturated colours only.
+        assert difference.float().mean() < 2, (path.name, stride)
+        assert (difference > 8).float().mean() < 0.02, (path.name, stride)
+
+
+@needs_clips
+def test_dali_and_pyav_give_the_same_frames_of_real_clips():
+    compared = 0
+    for video in read_manifest(CLIPS, progress=False).videos:
+        if video.codec in decoding.DALI_CPU_CODECS and video.width <= 640 and "corrupt" not in video.path:
+            starts = np.random.default_rng(0).integers(0, video.frames, 3).tolist()
+            assert_same_frames(Path(video.path), starts, strides=(3,))
+            compared += 1
+    assert compared > 8
+
+
+@pytest.mark.slow
+@needs_clips
+def test_random_access_is_exact_on_real_clips():
+    generator = np.random.default_rng(0)
+    for video in read_manifest(CLIPS, progress=False).videos:
+        if "bitrot" in video.path or video.frames * video.width * video.height > 30_000_000:
+            continue
+        everything = decode_all(Path(video.path))
+        assert len(everything) in (video.frames, video.frames - 1)
+        for start in (*generator.integers(0, video.frames, 2).tolist(), video.frames - 1):
+            clip = decode_frames(video.path, start, 3, 2)
+            assert np.array_equal(clip, expect_clip(everything, start, 3, 2)), (video.path, start)
+
+
+@needs_clips
+def test_rotated_clips_stand_upright():
+    rotated = [video for video in read_manifest(CLIPS, progress=False).videos if video.rotation]
+    assert {video.rotation for video in rotated} == {90, 180, 270}
+    for video in rotated:
+        clip = decode_frames(video.path, 0, 1, 1)
+        assert (clip.shape[2], clip.shape[1]) == video.shown_size
+        with open_video(video.path) as (container, stream):
+            stored = next(container.decode(stream)).to_ndarray(format="rgb24")
+        # Counter-clockwise: the stored right edge is the upper one after a quarter turn.
+        corners = {90: stored[:, -1], 180: stored[-1, ::-1], 270: stored[::-1, 0]}
+        assert np.array_equal(clip[0, 0], corners[video.rotation])
