@@ -1,11 +1,15 @@
 """Device functions shared by the kernels that read token cubes straight from the clip.
 
-A token is the cube of τ frames × p × p pixels × C channels, flattened in the order (t,h,w,c) and padded to BLOCK, a
-power of two. The clip is read through its strides: nothing is copied first. Offsets between clips are 64-bit; inside a
-cube they are 32-bit unless WIDE says that a cube spans more than 2^31 elements.
+A token is a cube of τ frames × p rows × p pixels × C channels. A program reads it as τ·p patch rows of p·C values, cut
+into segments: blocks [ROWS, RUN] whose RUN values lie side by side in a patch row. RUN is a power of two that divides
+p·C, so nothing is padded along a row, and a thread that holds a whole run knows the channel of each of its registers
+when the kernel is compiled: per-channel statistics cost no comparison. A cube is a tuple of p·C/RUN segments.
 
-CHANNELS_LAST promises stride 1 from channel to channel and C from column to column: a row of a patch is then one run
-of p·C elements, which the compiler can read in 128-bit pieces.
+The clip is read through its strides: nothing is copied first. Offsets between cubes are 64-bit; inside a cube they are
+32-bit unless WIDE says that it spans more than 2^31 elements. CHANNELS_LAST promises that the p·C values of a patch row
+are neighbours in memory, which then is read in pieces of up to 128 bits.
+
+A uint8 clip is kept as integers ("raw units", 255 to a unit of [0,1]): its sums are exact in one pass.
 """
 
 from collections.abc import Sequence
@@ -19,146 +23,236 @@ from .launch import jit, tl
 
 KINDS = {"pixel": 0, "adjacent": 1, "intra": 2}
 NORMALIZE = {None: 0, "channel": 1, "patch": 2}
-PIXEL, ADJACENT, INTRA = (tl.constexpr(kind) if tl else kind for kind in KINDS.values())
-CHANNEL, PATCH = (tl.constexpr(kind) if tl else kind for kind in (1, 2))
+MAX_RUN = 16
 
 
 @jit
-def cube_base(
-    token, rows, columns, stride_t, stride_h, stride_w, TUBELET: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+def cube_place(
+    token,
+    rows,
+    columns,
+    stride_t,
+    stride_h,
+    stride_w,
+    TUBELET: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Offset of a token's first value in its clip (int64), and its slot."""
     slot = token // (rows * columns)
     row = token // columns % rows
     column = token % columns
-    base = (
-        slot.to(tl.int64) * TUBELET * stride_t
-        + row.to(tl.int64) * HEIGHT * stride_h
-        + column.to(tl.int64) * WIDTH * stride_w
-    )
+    base = slot.to(tl.int64) * TUBELET * stride_t
+    base += row.to(tl.int64) * HEIGHT * stride_h + column.to(tl.int64) * WIDTH * stride_w
     return base, slot
 
 
 @jit
-def cube_offsets(
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    CHANNELS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Value numbers 0 to BLOCK−1, their frame and channel, and their offsets from the token's first value."""
-    value = tl.arange(0, BLOCK)
-    channel = value % CHANNELS
-    frame = value // (HEIGHT * WIDTH * CHANNELS)
-    row = value // (WIDTH * CHANNELS) % HEIGHT
+def row_offsets(stride_t, stride_h, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Patch rows [ROWS,1] of a cube, their frames, and their offsets from the cube's first value."""
+    row = tl.arange(0, ROWS)[:, None]
+    frame = row // HEIGHT
     if WIDE:
-        offset = frame.to(tl.int64) * stride_t + row.to(tl.int64) * stride_h
-        offset += (value // CHANNELS % WIDTH).to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
-    elif CHANNELS_LAST:
-        offset = frame * stride_t + row * stride_h + value % (WIDTH * CHANNELS)
-    else:
-        offset = frame * stride_t + row * stride_h + value // CHANNELS % WIDTH * stride_w + channel * stride_c
-    return value, frame, channel, offset
+        return row, frame, frame.to(tl.int64) * stride_t + (row % HEIGHT).to(tl.int64) * stride_h
+    return row, frame, frame * stride_t + row % HEIGHT * stride_h
 
 
 @jit
-def load_pixels(
+def run_values(segment: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr):
+    """Numbers [1,RUN] that the values of a segment have in their patch row, and their channels."""
+    value = segment * RUN + tl.arange(0, RUN)[None, :]
+    return value, value % CHANNELS
+
+
+@jit
+def load_cube(
     pointer,
     mask,
-    channel,
+    stride_c,
+    stride_w,
     affine_ptr,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RUN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     AFFINE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Loads values as DTYPE: x·multiplier[c] + shift[c] with AFFINE, else x/255 for BYTES, else x."""
-    pixels = tl.load(pointer, mask=mask, other=0).to(DTYPE)
-    if AFFINE:
-        multiplier = tl.zeros_like(pixels)
-        shift = tl.zeros_like(pixels)
-        for c in tl.static_range(CHANNELS):
-            multiplier = tl.where(channel == c, tl.load(affine_ptr + c), multiplier)
-            shift = tl.where(channel == c, tl.load(affine_ptr + CHANNELS + c), shift)
-        pixels = pixels * multiplier + shift
-    elif BYTES:
-        pixels = pixels * (1.0 / 255.0)
-    return pixels
+    """A cube's segments, from the pointers [ROWS,1] of its patch rows: int32 for BYTES without AFFINE, else DTYPE.
+
+    With AFFINE each value becomes x·multiplier[channel] + shift[channel].
+    """
+    cube = ()
+    for segment in tl.static_range(WIDTH * CHANNELS // RUN):
+        value, channel = run_values(segment, CHANNELS, RUN)
+        if CHANNELS_LAST:
+            raw = tl.load(pointer + value, mask=mask, other=0)
+        elif WIDE:
+            offset = (value // CHANNELS).to(tl.int64) * stride_w + channel.to(tl.int64) * stride_c
+            raw = tl.load(pointer + offset, mask=mask, other=0)
+        else:
+            raw = tl.load(pointer + (value // CHANNELS * stride_w + channel * stride_c), mask=mask, other=0)
+        if AFFINE:
+            pixels = raw.to(DTYPE)
+            multiplier = spread(affine_ptr, channel, CHANNELS)
+            shift = spread(affine_ptr + CHANNELS, channel, CHANNELS)
+            cube = cube + (tl.where(mask, pixels * multiplier + shift, 0.0),)  # noqa: RUF005 (Triton unpacks no tuples)
+        elif BYTES:
+            cube = cube + (raw.to(tl.int32),)  # noqa: RUF005
+        else:
+            cube = cube + (raw.to(DTYPE),)  # noqa: RUF005
+    return cube
 
 
 @jit
-def standardize(pixels, mask, channel, eps, CHANNELS: tl.constexpr, VALUES: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The cube minus its mean, and one over its deviation, value by value; the variance is unbiased."""
-    if NORMALIZE == CHANNEL:
-        COUNT: tl.constexpr = VALUES // CHANNELS
-        mean = tl.zeros_like(pixels)
-        for c in tl.static_range(CHANNELS):
-            own = mask & (channel == c)
-            mean = tl.where(own, tl.sum(tl.where(own, pixels, 0.0), axis=0) / COUNT, mean)
-        centered = tl.where(mask, pixels - mean, 0.0)
-        inverse = tl.zeros_like(pixels)
-        for c in tl.static_range(CHANNELS):
-            own = mask & (channel == c)
-            variance = tl.sum(tl.where(own, centered * centered, 0.0), axis=0) / (COUNT - 1)
-            inverse = tl.where(own, 1.0 / (tl.sqrt(variance) + eps), inverse)
-    else:
-        centered = tl.where(mask, pixels - tl.sum(tl.where(mask, pixels, 0.0), axis=0) / VALUES, 0.0)
-        variance = tl.sum(centered * centered, axis=0) / (VALUES - 1)
-        inverse = tl.zeros_like(pixels) + 1.0 / tl.sqrt(variance + eps)
-    return centered, inverse
+def spread(pointer, channel, CHANNELS: tl.constexpr):
+    """Values [1,RUN] of a table in memory, by channel."""
+    values = tl.zeros_like(channel).to(pointer.dtype.element_ty) + tl.load(pointer)
+    for c in tl.static_range(1, CHANNELS):
+        values = tl.where(channel == c, tl.load(pointer + c), values)
+    return values
+
+
+@jit
+def choose(options, group, GROUPS: tl.constexpr):
+    """Values [1,RUN] of a tuple, by group."""
+    values = tl.zeros_like(group).to(options[0].dtype) + options[0]
+    for g in tl.static_range(1, GROUPS):
+        values = tl.where(group == g, options[g], values)
+    return values
+
+
+@jit
+def group_sum(cube, group: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr):
+    """Sum over the values of one of the cube's interleaved groups."""
+    rows = tl.sum(tl.zeros_like(cube[0]), axis=1)
+    for segment in tl.static_range(len(cube)):
+        part = cube[segment]
+        if GROUPS > 1:
+            _, own = run_values(segment, GROUPS, RUN)
+            part = tl.where(own == group, part, 0)
+        rows += tl.sum(part, axis=1)
+    return tl.sum(rows, axis=0)
+
+
+@jit
+def mean_and_inverse(
+    cube,
+    mask,
+    CHANNELS: tl.constexpr,
+    VALUES: tl.constexpr,
+    RUN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Of each group (a channel, or the patch), its mean and one over its deviation, in the units of the cube.
+
+    The variance is unbiased: from exact integer sums for a uint8 clip, in two passes over registers for a float one.
+    """
+    GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
+    COUNT: tl.constexpr = VALUES // GROUPS
+    UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
+    means = ()
+    inverses = ()
+    squares = ()
+    if INTEGER:
+        for segment in tl.static_range(len(cube)):
+            # 33 025 squares of a byte fill 31 bits
+            part = cube[segment].to(tl.int64) if COUNT > 33025 else cube[segment]
+            squares = squares + (part * part,)  # noqa: RUF005
+    for group in tl.static_range(GROUPS):
+        total = group_sum(cube, group, GROUPS, RUN)
+        if INTEGER:
+            wide = total.to(tl.int64)
+            mean = total.to(DTYPE) / COUNT
+            scatter = group_sum(squares, group, GROUPS, RUN).to(tl.int64) * COUNT - wide * wide
+            variance = scatter.to(DTYPE) / (COUNT * (COUNT - 1))
+        else:
+            mean = total / COUNT
+            squares = ()
+            for segment in tl.static_range(len(cube)):
+                centered = tl.where(mask, cube[segment] - mean, 0.0)
+                squares = squares + (centered * centered,)  # noqa: RUF005
+            variance = group_sum(squares, group, GROUPS, RUN) / (COUNT - 1)
+        if NORMALIZE == 1:
+            inverse = 1.0 / (tl.sqrt(variance) + EPS * UNIT)
+        else:
+            inverse = 1.0 / tl.sqrt(variance + EPS * UNIT * UNIT)
+        means = means + (mean,)  # noqa: RUF005
+        inverses = inverses + (inverse,)  # noqa: RUF005
+    return means, inverses
 
 
 @jit
 def cube_target(
     pointer,
-    inside,
-    value,
-    frame,
-    channel,
-    slot,
-    slots,
+    mask,
+    exists,
+    stride_c,
     stride_t,
+    stride_w,
     affine_ptr,
-    eps,
-    CHANNELS: tl.constexpr,
-    TUBELET: tl.constexpr,
-    VALUES: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUES: tl.constexpr,
+    RUN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     AFFINE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Target values of one token, which of them exist, and which of them have a place in a prediction.
+    """Target segments of one token; `mask` and `exists` [ROWS,1] say which rows it has, and which have a target.
 
-    `inside` is False for a token number out of range: then nothing is read. A difference that would need a frame after
-    the clip's end has a place but does not exist.
+    What the segments hold in rows without a target means nothing.
     """
-    mask = inside & (value < VALUES)
-    pixels = load_pixels(pointer, mask, channel, affine_ptr, CHANNELS, AFFINE, BYTES, DTYPE)
-    if KIND == PIXEL:
-        goal = pixels
-        if NORMALIZE:
-            centered, inverse = standardize(pixels, mask, channel, eps, CHANNELS, VALUES, NORMALIZE)
-            goal = centered * inverse
-        return goal, mask, mask
-    place = mask
-    exists = mask & ((frame < TUBELET - 1) | (slot < slots - 1))
-    if KIND == INTRA:
-        place = mask & (frame < TUBELET - 1)
-        exists = place
-    following = load_pixels(pointer + stride_t, exists, channel, affine_ptr, CHANNELS, AFFINE, BYTES, DTYPE)
-    goal = tl.where(exists, following - pixels, 0.0)
+    INTEGER: tl.constexpr = BYTES and not AFFINE
+    UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
+    GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
+    cube = load_cube(
+        pointer, mask, stride_c, stride_w, affine_ptr, CHANNELS, WIDTH, RUN, CHANNELS_LAST, WIDE, AFFINE, BYTES, DTYPE
+    )
+    following = cube
+    if KIND != 0:
+        following = load_cube(
+            pointer + stride_t,
+            exists,
+            stride_c,
+            stride_w,
+            affine_ptr,
+            CHANNELS,
+            WIDTH,
+            RUN,
+            CHANNELS_LAST,
+            WIDE,
+            AFFINE,
+            BYTES,
+            DTYPE,
+        )
     if NORMALIZE:
-        _, inverse = standardize(pixels, mask, channel, eps, CHANNELS, VALUES, NORMALIZE)
-        goal = goal * inverse
-    return goal, exists, place
+        means, inverses = mean_and_inverse(cube, mask, CHANNELS, VALUES, RUN, NORMALIZE, EPS, INTEGER, DTYPE)
+    target = ()
+    for segment in tl.static_range(len(cube)):
+        _, group = run_values(segment, GROUPS, RUN)
+        if KIND == 0:
+            goal = cube[segment].to(DTYPE)
+            if NORMALIZE:
+                goal -= choose(means, group, GROUPS)
+        else:
+            goal = (following[segment] - cube[segment]).to(DTYPE)
+        if NORMALIZE:
+            goal *= choose(inverses, group, GROUPS)
+        elif INTEGER:
+            goal *= 1.0 / UNIT
+        target = target + (goal,)  # noqa: RUF005
+    return target
 
 
 @lru_cache(maxsize=64)
@@ -193,17 +287,17 @@ def cube_meta(video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype
     """The compile-time description of a clip's cubes that every kernel takes."""
     tubelet, height, width = patch_size
     channels = video.shape[1]
-    values = tubelet * height * width * channels
     _, stride_c, stride_t, stride_h, stride_w = video.stride()
-    # one tubelet more than the cube: differences read the following frame
+    # one frame more than the cube: differences read the following one
     span = (channels - 1) * stride_c + tubelet * stride_t + (height - 1) * stride_h + (width - 1) * stride_w
+    length = width * channels
     return {
         "CHANNELS": channels,
         "TUBELET": tubelet,
         "HEIGHT": height,
         "WIDTH": width,
-        "VALUES": values,
-        "BLOCK": launch.power_of_two(values),
+        "ROWS": launch.power_of_two(tubelet * height),
+        "RUN": min(length & -length, MAX_RUN),
         "CHANNELS_LAST": stride_c == 1 and stride_w == channels,
         "WIDE": span >= 2**31,
         "BYTES": video.dtype == torch.uint8,

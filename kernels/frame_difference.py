@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import KINDS, NORMALIZE, cube_base, cube_meta, cube_offsets, cube_target, restoring_table
+from .cube import KINDS, NORMALIZE, cube_meta, cube_place, cube_target, restoring_table, row_offsets, run_values
 from .launch import jit, tl
 from .masks import TubeMask
 from .shapes import DIFFERENCES, Grid, check_choice, check_deviation, check_index, check_statistics, check_video
@@ -28,7 +28,6 @@ def _frame_difference_kernel(
     video_ptr,
     index_ptr,
     affine_ptr,
-    eps,
     count,
     slots,
     rows,
@@ -38,51 +37,63 @@ def _frame_difference_kernel(
     stride_t,
     stride_h,
     stride_w,
-    OUT_VALUES: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
+    LENGTH: tl.constexpr = WIDTH * CHANNELS
+    place = tl.program_id(0)
+    clip = (place // count).to(tl.int64)
     token = tl.load(index_ptr + place)
     inside = (token >= 0) & (token < slots * rows * columns)
-    base, slot = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    value, frame, channel, offset = cube_offsets(
-        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
-    )
-    source = video_ptr + (place // count) * stride_b + base + offset
-    goal, _, _ = cube_target(
+    token = tl.where(inside, token, 0).to(tl.int32)
+    base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    source = video_ptr + clip * stride_b + base + offset
+    mask = inside & (row < TUBELET * HEIGHT)
+    exists = mask
+    if KIND == 1:  # adjacent: the clip's last frame has no next one
+        exists = mask & ((frame < TUBELET - 1) | (slot < slots - 1))
+    elif KIND == 2:  # intra: nor has the cube's
+        exists = mask & (frame < TUBELET - 1)
+    target = cube_target(
         source,
-        inside,
-        value,
-        frame,
-        channel,
-        slot,
-        slots,
+        mask,
+        exists,
+        stride_c,
         stride_t,
+        stride_w,
         affine_ptr,
-        eps,
-        CHANNELS,
-        TUBELET,
-        VALUES,
         KIND,
         NORMALIZE,
+        EPS,
+        CHANNELS,
+        WIDTH,
+        TUBELET * HEIGHT * LENGTH,
+        RUN,
+        CHANNELS_LAST,
+        WIDE,
         AFFINE,
         BYTES,
         DTYPE,
     )
-    goal = tl.where(inside, goal, float("nan"))
-    tl.store(out_ptr + place * OUT_VALUES + value, goal, mask=value < OUT_VALUES)
+    FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
+    out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * LENGTH) + row * LENGTH
+    for segment in tl.static_range(LENGTH // RUN):
+        value, _ = run_values(segment, CHANNELS, RUN)
+        difference = tl.where(inside, tl.where(exists, target[segment], 0.0), float("nan"))
+        tl.store(out + value, difference, mask=row < FRAMES * HEIGHT)
 
 
 def _launch(
@@ -108,18 +119,17 @@ def _launch(
         video,
         index.contiguous(),
         table,
-        eps,
         index.shape[1],
         grid.slots,
         grid.rows,
         grid.columns,
         *video.stride(),
         **meta,
-        OUT_VALUES=values,
         KIND=KINDS[difference],
         NORMALIZE=NORMALIZE[normalize],
+        EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("frame_difference", meta["BLOCK"]),
+        num_warps=launch.warps("frame_difference", grid.values),
     )
     return out
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_base, cube_meta, cube_offsets, load_pixels, normalizing_table
+from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values
 from .launch import jit, tl
 from .shapes import check_index, check_statistics, check_video
 
@@ -19,10 +19,10 @@ from .shapes import check_index, check_statistics, check_video
 def _gather_tubes_kernel(
     out_ptr,
     video_ptr,
-    visible_ptr,
+    index_ptr,
     affine_ptr,
     count,
-    tokens,
+    slots,
     rows,
     columns,
     stride_b,
@@ -35,25 +35,46 @@ def _gather_tubes_kernel(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    token = tl.load(visible_ptr + place)
-    inside = (token >= 0) & (token < tokens)
-    base, _ = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    value, _, channel, offset = cube_offsets(
-        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
+    LENGTH: tl.constexpr = WIDTH * CHANNELS
+    place = tl.program_id(0)
+    clip = (place // count).to(tl.int64)
+    token = tl.load(index_ptr + place)
+    inside = (token >= 0) & (token < slots * rows * columns)
+    token = tl.where(inside, token, 0).to(tl.int32)
+    base, _ = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    row, _, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    source = video_ptr + clip * stride_b + base + offset
+    mask = row < TUBELET * HEIGHT
+    cube = load_cube(
+        source,
+        mask & inside,
+        stride_c,
+        stride_w,
+        affine_ptr,
+        CHANNELS,
+        WIDTH,
+        RUN,
+        CHANNELS_LAST,
+        WIDE,
+        AFFINE,
+        BYTES,
+        DTYPE,
     )
-    mask = value < VALUES
-    source = video_ptr + (place // count) * stride_b + base + offset
-    pixels = load_pixels(source, mask & inside, channel, affine_ptr, CHANNELS, AFFINE, BYTES, DTYPE)
-    pixels = tl.where(inside, pixels, float("nan"))
-    tl.store(out_ptr + place * VALUES + value, pixels.to(out_ptr.dtype.element_ty), mask=mask)
+    out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * LENGTH) + row * LENGTH
+    for segment in tl.static_range(LENGTH // RUN):
+        value, _ = run_values(segment, CHANNELS, RUN)
+        pixels = cube[segment].to(DTYPE)
+        if BYTES and not AFFINE:
+            pixels *= 1.0 / 255.0
+        pixels = tl.where(inside, pixels, float("nan"))
+        tl.store(out + value, pixels.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(
@@ -78,13 +99,13 @@ def _launch(
         visible.contiguous(),
         table,
         count,
-        grid.tokens,
+        grid.slots,
         grid.rows,
         grid.columns,
         *video.stride(),
         **meta,
         AFFINE=table is not None,
-        num_warps=launch.warps("gather_tubes", meta["BLOCK"]),
+        num_warps=launch.warps("gather_tubes", grid.values),
     )
     return out
 

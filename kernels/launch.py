@@ -45,9 +45,9 @@ def active_path(where: torch.Tensor | torch.device | str) -> str:
 
 
 WARPS = {
-    "masked_loss": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
-    "frame_difference": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
-    "gather_tubes": ((512, 1), (1024, 2), (2048, 4), (4096, 8)),
+    "masked_loss": ((1536, 1), (3072, 2), (6144, 4)),
+    "frame_difference": ((1536, 1), (3072, 2), (6144, 4)),
+    "gather_tubes": ((1536, 1), (3072, 2), (6144, 4)),
     "scale_gradient": ((512, 1), (1024, 2), (4096, 4)),
     "softmax_gradient": ((1024, 2), (2048, 4), (4096, 8), (8192, 16)),
     "draw_mask": ((256, 2), (1024, 4), (4096, 8)),

@@ -28,9 +28,8 @@ def _softmax_gradient_kernel(
     upstream_ptr,
     codes,
     ignore_index,
-    smoothing,
     WEIGHTED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -41,28 +40,27 @@ def _softmax_gradient_kernel(
     target = tl.load(target_ptr + row)
     counted = target != ignore_index
     exists = (target >= 0) & (target < codes)
+    picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
     column = tl.arange(0, BLOCK)
     lowest = float("-inf")
 
     logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
     largest = tl.max(logits, axis=0)
-    sum_exp = tl.sum(tl.exp(logits - largest), axis=0)
-    picked = tl.sum(tl.where(column == target, logits, 0.0), axis=0)
+    exponential = tl.exp(logits - largest)
+    sum_exp = tl.sum(exponential, axis=0)
     total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
     if not ONE_BLOCK:
         for start in range(BLOCK, codes, BLOCK):
             mask = start + column < codes
-            part = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-            larger = tl.maximum(largest, tl.max(part, axis=0))
-            sum_exp = sum_exp * tl.exp(largest - larger) + tl.sum(tl.exp(part - larger), axis=0)
+            logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
+            larger = tl.maximum(largest, tl.max(logits, axis=0))
+            sum_exp = sum_exp * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger), axis=0)
             largest = larger
-            picked += tl.sum(tl.where(start + column == target, part, 0.0), axis=0)
-            total += tl.sum(tl.where(mask, part, 0.0), axis=0)
-    log_sum = largest + tl.log(sum_exp)
+            total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
 
-    loss = log_sum - (1 - smoothing) * picked
-    if SMOOTHED:
-        loss -= smoothing * total / codes
+    loss = largest + tl.log(sum_exp) - (1 - SMOOTHING) * picked
+    if SMOOTHING > 0:
+        loss -= SMOOTHING * total / codes
     loss = tl.where(exists, loss, float("nan"))
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
 
@@ -70,15 +68,21 @@ def _softmax_gradient_kernel(
         upstream = tl.where(counted, 1.0, 0.0).to(DTYPE)
         if WEIGHTED:
             upstream *= tl.load(upstream_ptr + row)
-        for start in range(0, codes, BLOCK):
-            mask = start + column < codes
-            if not ONE_BLOCK:
+        scale = upstream / sum_exp
+        shift = SMOOTHING / codes * upstream
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        if ONE_BLOCK:
+            gradient = (exponential * scale - shift).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + column, gradient, mask=column < codes)
+        else:
+            for start in range(0, codes, BLOCK):
+                mask = start + column < codes
                 logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-            gradient = tl.exp(logits - log_sum) - tl.where(start + column == target, 1 - smoothing, 0.0)
-            if SMOOTHED:
-                gradient -= smoothing / codes
-            gradient = tl.where(counted, gradient * upstream, 0.0)
-            tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+                gradient = (tl.exp(logits - largest) * scale - shift).to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + start + column, gradient, mask=mask)
+        tl.debug_barrier()  # the target's value goes over the one just stored
+        gradient_at_target = tl.exp(picked - largest) * scale - shift - (1 - SMOOTHING) * upstream
+        tl.store(logits_ptr + target, gradient_at_target.to(logits_ptr.dtype.element_ty), mask=counted & exists)
 
 
 def _softmax_gradient_(
@@ -105,9 +109,8 @@ def _softmax_gradient_(
         upstream,
         codes,
         ignore_index,
-        label_smoothing,
         WEIGHTED=upstream is not None,
-        SMOOTHED=label_smoothing > 0,
+        SMOOTHING=label_smoothing,
         GRADIENT=needs_gradient,
         ONE_BLOCK=codes <= block,
         BLOCK=block,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import launch, reference
-from .cube import KINDS, NORMALIZE, cube_base, cube_meta, cube_offsets, cube_target, restoring_table
+from .cube import KINDS, NORMALIZE, cube_meta, cube_place, cube_target, restoring_table, row_offsets, run_values
 from .frame_difference import difference_values
 from .launch import jit, tl
 from .masks import TubeMask
@@ -32,7 +32,6 @@ def _masked_loss_kernel(
     video_ptr,
     index_ptr,
     affine_ptr,
-    eps,
     count,
     slots,
     rows,
@@ -44,65 +43,78 @@ def _masked_loss_kernel(
     stride_w,
     pred_stride_b,
     pred_stride_k,
-    PRED_VALUES: tl.constexpr,
     EVERY_TOKEN: tl.constexpr,
     GRADIENT: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
+    LENGTH: tl.constexpr = WIDTH * CHANNELS
+    place = tl.program_id(0)
+    clip = (place // count).to(tl.int64)
     token = tl.load(index_ptr + place)
     inside = (token >= 0) & (token < slots * rows * columns)
-    base, slot = cube_base(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    value, frame, channel, offset = cube_offsets(
-        stride_c, stride_t, stride_h, stride_w, CHANNELS, HEIGHT, WIDTH, BLOCK, CHANNELS_LAST, WIDE
-    )
-    source = video_ptr + (place // count) * stride_b + base + offset
-    goal, exists, expected = cube_target(
+    token = tl.where(inside, token, 0).to(tl.int32)
+    base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
+    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    source = video_ptr + clip * stride_b + base + offset
+    mask = inside & (row < TUBELET * HEIGHT)
+    exists = mask
+    if KIND == 1:  # adjacent: the clip's last frame has no next one
+        exists = mask & ((frame < TUBELET - 1) | (slot < slots - 1))
+    elif KIND == 2:  # intra: nor has the cube's
+        exists = mask & (frame < TUBELET - 1)
+    target = cube_target(
         source,
-        inside,
-        value,
-        frame,
-        channel,
-        slot,
-        slots,
+        mask,
+        exists,
+        stride_c,
         stride_t,
+        stride_w,
         affine_ptr,
-        eps,
-        CHANNELS,
-        TUBELET,
-        VALUES,
         KIND,
         NORMALIZE,
+        EPS,
+        CHANNELS,
+        WIDTH,
+        TUBELET * HEIGHT * LENGTH,
+        RUN,
+        CHANNELS_LAST,
+        WIDE,
         AFFINE,
         BYTES,
         DTYPE,
     )
-    # row of the prediction: the token itself where every token is predicted, else its place among the masked ones
-    clip = place // count
+    FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
+    pred_row = (place % count).to(tl.int64)
+    predicted_tokens = count
     if EVERY_TOKEN:
-        row = tl.where(inside, token, 0)
-        gradient = gradient_ptr + (clip * slots * rows * columns + row) * PRED_VALUES + value
-    else:
-        row = place % count
-        gradient = gradient_ptr + place * PRED_VALUES + value
-    pred = tl.load(pred_ptr + clip * pred_stride_b + row * pred_stride_k + value, mask=exists, other=0).to(DTYPE)
-    residual = tl.where(exists, pred - goal, 0.0)
-    error = tl.sum(residual * residual, axis=0)
-    tl.store(error_ptr + place, tl.where(inside, error, float("nan")))
-    if GRADIENT:
-        tl.store(gradient, (2 * residual).to(gradient_ptr.dtype.element_ty), mask=expected)
+        pred_row = token.to(tl.int64)
+        predicted_tokens = slots * rows * columns
+    pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
+    gradient = gradient_ptr + (clip * predicted_tokens + pred_row) * (FRAMES * HEIGHT * LENGTH)
+    error = tl.zeros([ROWS], DTYPE)
+    for segment in tl.static_range(LENGTH // RUN):
+        value, _ = run_values(segment, CHANNELS, RUN)
+        value += row * LENGTH
+        predicted = tl.load(pred + value, mask=exists, other=0).to(DTYPE)
+        residual = tl.where(exists, predicted - target[segment], 0.0)
+        error += tl.sum(residual * residual, axis=1)
+        if GRADIENT:
+            doubled = (2 * residual).to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient + value, doubled, mask=inside & (row < FRAMES * HEIGHT))
+    tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
 
 
 def _launch(
@@ -137,7 +149,6 @@ def _launch(
         video,
         masked.contiguous(),
         table,
-        eps,
         masked.shape[1],
         grid.slots,
         grid.rows,
@@ -145,13 +156,13 @@ def _launch(
         *video.stride(),
         *pred.stride()[:2],
         **meta,
-        PRED_VALUES=pred.shape[2],
         EVERY_TOKEN=every_token,
         GRADIENT=needs_gradient,
         KIND=KINDS[target],
         NORMALIZE=NORMALIZE[normalize],
+        EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("masked_loss", meta["BLOCK"]),
+        num_warps=launch.warps("masked_loss", grid.values),
     )
     return error, gradient
 

@@ -51,16 +51,15 @@ def draw_mask(
     order = keys.sort(dim=1, stable=True).indices
     offset = torch.arange(slots, device=step.device)[None, :, None] * positions
     parts = order[:, hidden:], order[:, :hidden]
-    visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).reshape(batch, -1) for part in parts)
+    visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).flatten(1) for part in parts)
     return visible, masked
 
 
 def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Cuts video [B,C,T,H,W] into tokens [B,N,τ·p·p·C]; token order (t',h',w'), value order (t,h,w,c)."""
     tubelet, height, width = patch_size
-    batch, channels = video.shape[:2]
     cubes = video.unflatten(2, (-1, tubelet)).unflatten(4, (-1, height)).unflatten(6, (-1, width))
-    return cubes.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, -1, tubelet * height * width * channels)
+    return cubes.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
 
 
 def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:

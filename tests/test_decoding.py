@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ def decode_all(path: Path) -> np.ndarray:
     """Every frame, uint8 [T, H, W, C], decoded from first to last."""
     with open_video(str(path)) as (container, stream):
         frames = [
-            frame for packet in container.demux(stream) for frame in decode_packet(stream, packet if packet.size else None)
+            frame
+            for packet in container.demux(stream)
+            for frame in decode_packet(stream, packet if packet.size else None)
         ]
         convert = decoding._Converter(frames[0])
         return np.stack([convert(frame) for frame in frames])
@@ -53,7 +56,7 @@ def expect_clip(everything: np.ndarray, start: int, count: int, stride: int) -> 
         ("h264", "cuda", "yuv420p", 0, "nvdec"),
         ("h264", "cuda:1", "yuv420p10le", 0, "pyav"),
         ("hevc", "cuda", "yuv420p10le", 0, "nvdec"),
-        ("mpeg4", "cuda", "yuv420p", 0, "nvdec"),
+        ("mpeg4", "cuda", "yuv420p", 0, "pyav"),
         ("h264", "cuda", "yuv420p", 180, "pyav"),
         ("av1", "cuda", "yuv420p", 0, "pyav"),
         ("vp9", "cuda", "yuv444p", 0, "dali-cpu"),
@@ -66,7 +69,12 @@ def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, ro
 @pytest.mark.parametrize(
     ("codec", "forced", "rotation", "told"),
     [
-        ("h264", "dali-cpu", 0, r"codec h264 cannot be decoded by dali-cpu \(VP8, VP9, MJPEG only\): use front_end=pyav"),
+        (
+            "h264",
+            "dali-cpu",
+            0,
+            r"h264 cannot be decoded by dali-cpu \(VP8, VP9, MJPEG only\): use front_end=pyav",
+        ),
         ("vp9", "dali-cpu", 90, "rotated by 90 degrees"),
         ("h264", "nvdec", 0, "nvdec needs an NVIDIA GPU"),
         ("h264", "decord", 0, "expected auto, nvdec, dali-cpu, pyav; found decord"),
@@ -102,6 +110,52 @@ def test_decoding_begins_at_the_last_key_frame_before_the_start(tmp_path, write_
     assert packets[0].is_keyframe
 
 
+@pytest.mark.parametrize(
+    ("packets", "first", "why"),
+    [
+        ("0k 1 2 3k 4 5 6k 7", 6, "closed groups"),
+        ("0k 1 2 3k 5 4 6k 7", 6, "frames in another order within a group"),
+        ("0k 2 1 3k 4 5 8k 6 7", 3, "frames after the last key frame are shown before it"),
+        ("0k 1 5 3k 4 6 7 8", 0, "a frame before the key frame is shown after it"),
+        ("0k 1 2 3k - 5 6k 7", 0, "a packet without a timestamp"),
+        ("0k 1 2 3k 4 5 0k 1", 0, "a clock that starts again"),
+        ("0k 1 2d 3k 4 5 6k 7", 5, "a packet whose frame is not shown"),
+        ("0k 1 2 3 4 5 6 7k", 0, "no key frame between the first frame and the start"),
+    ],
+)
+def test_only_a_clean_cut_saves_decoding(packets, first, why):
+    made = [
+        SimpleNamespace(
+            size=1,
+            pts=None if text == "-" else int(text.strip("kd")),
+            is_keyframe=text.endswith("k"),
+            is_discard=text.endswith("d"),
+        )
+        for text in packets.split()
+    ]
+    container = SimpleNamespace(demux=lambda stream: iter(made))
+    rest, index, pts = decoding._packets_for(container, None, 6, 8)
+    assert index == first, why
+    assert rest[-1] is made[-1]
+    if first:
+        assert rest[0].is_keyframe
+        assert rest[0].pts == pts
+    else:
+        assert (len(rest), pts) == (len(made), None)
+
+
+def test_a_decoder_that_begins_late_is_noticed(tmp_path, write_video, numbered_frames, frame_numbers, monkeypatch):
+    path = str(write_video(tmp_path / "a.avi", numbered_frames(12), "mjpeg"))
+    packets_for = decoding._packets_for
+
+    def lose_one(container, stream, start, stop):
+        packets, index, pts = packets_for(container, stream, start, stop)
+        return (packets[1:] if index else packets), index, pts
+
+    monkeypatch.setattr(decoding, "_packets_for", lose_one)
+    assert frame_numbers(decode_frames(path, 6, 3, 1)) == [6, 7, 8]
+
+
 @pytest.mark.parametrize(("suffix", "encoder"), [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")])
 def test_frames_are_the_ones_asked_for(tmp_path, write_video, numbered_frames, frame_numbers, suffix, encoder):
     path = str(write_video(tmp_path / f"with a space.{suffix}", numbered_frames(20), encoder))
@@ -134,7 +188,12 @@ def test_a_file_without_frames_is_a_decode_error(tmp_path, write_video, numbered
     (tmp_path / "noise.mpg").write_bytes(np.random.default_rng(0).bytes(200_000))
     content = write_video(tmp_path / "good.webm", numbered_frames(8), "libvpx-vp9").read_bytes()
     (tmp_path / "cut.webm").write_bytes(content[: content.index(b"\x1f\x43\xb6\x75")])  # up to the first cluster
-    for name, reason in (("empty.mp4", "empty file"), ("noise.mpg", "."), ("cut.webm", "."), ("gone.mp4", "No such file")):
+    for name, reason in (
+        ("empty.mp4", "empty file"),
+        ("noise.mpg", "."),
+        ("cut.webm", "."),
+        ("gone.mp4", "No such file"),
+    ):
         with pytest.raises(DecodeError, match=reason):
             decode_frames(str(tmp_path / name), 0, 4, 1)
 
@@ -151,7 +210,7 @@ def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkey
 )
 def test_dali_and_pyav_give_the_same_frames(tmp_path, write_video, suffix, encoder):
     generator = np.random.default_rng(0)
-    texture = np.kron(generator.integers(0, 256, (8, 14, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    texture = np.kron(generator.integers(0, 256, (8, 14, 1)), np.ones((16, 16, 3))).astype(np.uint8)
     frames = np.stack([texture[:96, 2 * t : 2 * t + 128] for t in range(40)])
     assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 8  # so that the next frame would not pass for this one
     path = write_video(tmp_path / f"a.{suffix}", frames, encoder)

@@ -8,7 +8,16 @@ import av
 import numpy as np
 import pytest
 from mam2.engine.config import UserError
-from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.decoding import decode_frames
+from mam2.engine.data.manifest import (
+    Manifest,
+    Skipped,
+    Video,
+    probe,
+    read_manifest,
+    read_saved_manifest,
+    write_manifest,
+)
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
@@ -50,7 +59,11 @@ def test_class_folders_are_labels_in_the_order_of_their_names(tmp_path, clip_byt
     place(b"notes", tmp_path / "README.md", tmp_path / "wave" / "list.csv", tmp_path / "wave" / ".hidden.mp4")
     manifest = read_manifest(tmp_path)
     assert manifest.classes == ("archery", "wave")
-    assert [(Path(video.path).name, video.label) for video in manifest.videos] == [("c.MP4", 0), ("a.avi", 1), ("b.mp4", 1)]
+    assert [(Path(video.path).name, video.label) for video in manifest.videos] == [
+        ("c.MP4", 0),
+        ("a.avi", 1),
+        ("b.mp4", 1),
+    ]
     assert not manifest.skipped
 
 
@@ -66,6 +79,18 @@ def test_links_that_go_round_in_a_circle_end(tmp_path, clip_bytes):
     place(clip_bytes, tmp_path / "x" / "one.mp4")
     os.symlink(tmp_path, tmp_path / "x" / "back", target_is_directory=True)
     assert names(read_manifest(tmp_path)) == ["one.mp4"]
+
+
+def test_odd_names_are_found_and_opened(tmp_path, clip_bytes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = [os.fsdecode(b"caf\xe9.mp4"), "http:clip%03d.mp4", "pipe:0.mp4", "two\nlines.mp4", "Yards!!! #1 'x' [y].mp4"]
+    place(clip_bytes, *(tmp_path / name for name in odd))
+    manifest = read_manifest(".")
+    assert manifest.skipped == ()
+    assert names(manifest) == sorted(odd)
+    assert all(os.path.isabs(video.path) for video in manifest.videos)
+    for video in manifest.videos:
+        assert decode_frames(video.path, 1, 2, 1).shape == (2, 48, 64, 3)
 
 
 def test_a_single_video_is_a_data_set(tmp_path, clip_bytes):
@@ -188,7 +213,7 @@ def test_real_clips_agree_with_their_list():
     assert found.keys() | broken == listed.keys()
     assert broken == {name for name, row in listed.items() if row["frames_decoded"] in ("", "0")}
     for name, video in found.items():
-        if name == "torchcodec/nasa_13013.mp4":  # two video streams: the list tells of the first, FFmpeg's choice is larger
+        if name == "torchcodec/nasa_13013.mp4":  # two video streams; the list tells of the first, we take the larger
             assert (video.width, video.height) == (480, 270)
             continue
         row = listed[name]

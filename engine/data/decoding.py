@@ -6,6 +6,7 @@ variable frame rates, gaps and wrong clocks do no harm; the timestamps only tell
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,14 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
-
 from mam2.engine.config import UserError
+from numpy.typing import NDArray
 
 FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
 DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")
-NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg")
-"""DALI's list for NVDEC without AV1, which Ampere's and Hopper's data-centre chips do not decode."""
+NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "mjpeg")
+"""DALI's list for NVDEC without AV1, which Ampere's and Hopper's data-centre chips do not decode, and MPEG-4, whose
+packed AVIs (HMDB51) hold another number of frames than packets."""
 NVDEC_PIXELS = ("yuv420p", "yuvj420p", "nv12")
 NVDEC_TEN_BIT = ("hevc", "vp9")
 MAX_SIDE = 8192
@@ -135,9 +136,10 @@ def decode_frames(path: str, start: int, count: int, stride: int) -> NDArray[np.
 def _decode(path: str, start: int, count: int, stride: int, *, may_skip: bool) -> NDArray[np.uint8] | None:
     """The clip, or None when no frame came or decoding did not begin where it was meant to."""
     with open_video(path) as (container, stream):
-        # MPEG-4 with B-frames in an AVI packs two frames into a packet, and its timestamps do not tell.
-        may_skip = may_skip and start > 0 and not (stream.codec_context.name == "mpeg4" and _has_b_frames(stream))
-        packets, index, first_pts = _packets_for(container, stream, start if may_skip else 0, start + count * stride)
+        # MPEG-4 in an AVI packs a B-frame and the next frame into one packet, and its timestamps do not tell.
+        packed = stream.codec_context.name == "mpeg4" and stream.codec_context.has_b_frames
+        cut = start if may_skip and not packed else 0
+        packets, index, first_pts = _packets_for(container, stream, cut, start + count * stride)
         convert: _Converter | None = None
         images: list[NDArray[np.uint8]] = []
         for frame in _frames(stream, packets):
@@ -154,11 +156,8 @@ def _decode(path: str, start: int, count: int, stride: int, *, may_skip: bool) -
             return None
         if len(images) < count:
             images += [convert(frame)] * (count - len(images))
-        return np.stack(images)
-
-
-def _has_b_frames(stream: VideoStream) -> bool:
-    return bool(stream.codec_context.has_b_frames)
+        # DALI takes dense arrays only, and left alone NumPy keeps the memory order of a turned image.
+        return np.stack(images, out=np.empty((count, *images[0].shape), np.uint8))
 
 
 def _frames(stream: VideoStream, packets: list[Packet]) -> Iterator[VideoFrame]:
@@ -178,37 +177,32 @@ def _packets_for(
     """
     packets: list[Packet] = []
     count = 0  # packets that give a frame
-    newest: float | None = None
-    base: tuple[int, int | None] = 0, None
-    candidate: tuple[int, int, int] | None = None  # place in packets, frame index, timestamp
-    cuttable = start > 0
+    newest = -math.inf
+    cuts: list[tuple[int, int, int]] = []  # place in packets, frame index, timestamp
+    timed = True
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        if cuttable and packet.pts is None:
-            cuttable, candidate = False, None
-        if cuttable and packet.pts is not None:
-            if candidate and packet.pts <= candidate[2]:
-                candidate = None
-            if newest is None or packet.pts > newest:
-                newest = packet.pts
-                if packet.is_keyframe and not packet.is_discard and 0 < count <= start:
-                    if candidate:
-                        del packets[: candidate[0]]
-                        base = candidate[1], candidate[2]
-                    candidate = len(packets), count, packet.pts
+        if packet.pts is None:
+            timed = False
+        elif timed:
+            while cuts and packet.pts <= cuts[-1][2]:
+                cuts.pop()
+            if packet.is_keyframe and not packet.is_discard and packet.pts > newest and 0 < count <= start:
+                cuts.append((len(packets), count, packet.pts))
+            newest = max(newest, packet.pts)
         packets.append(packet)
         count += not packet.is_discard
         if count >= stop + REORDER:
             break
-    if candidate:
-        del packets[: candidate[0]]
-        base = candidate[1], candidate[2]
-    return packets, *base
+    if not cuts or not timed:
+        return packets, 0, None
+    place, index, pts = cuts[-1]
+    return packets[place:], index, pts
 
 
 class _Converter:
-    """Frame to upright RGB uint8 [H, W, C], all with the size and rotation of the first; one swscale context for all."""
+    """Frame to upright RGB uint8 [H, W, C], in the size and rotation of the first; one swscale context for all."""
 
     def __init__(self, first: VideoFrame) -> None:
         if max(first.width, first.height) > MAX_SIDE:
@@ -218,7 +212,8 @@ class _Converter:
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        image = self._reformatter.reformat(frame, self._width, self._height, "rgb24", **_ONE_THREAD).to_ndarray()
+        rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", **_ONE_THREAD)
+        image = np.asarray(rgb.to_ndarray(), np.uint8)
         return np.rot90(image, self._turns) if self._turns else image
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.decoding import DecodeError
 from mam2.engine.data.sampling import View
+from numpy.typing import NDArray
 
 
 def import_dali() -> ModuleType:
@@ -27,7 +26,9 @@ def import_dali() -> ModuleType:
     try:
         import nvidia.dali.fn
     except ImportError as error:
-        raise UserError(f"NVIDIA DALI is not installed ({error}): pip install 'mam2[cpu]', or [cuda13], [cuda12]") from error
+        raise UserError(
+            f"NVIDIA DALI is not installed ({error}): pip install 'mam2[cpu]', or [cuda13], [cuda12]"
+        ) from error
     return nvidia.dali
 
 
@@ -48,7 +49,7 @@ class ClipGraph:
         self._options: dict[str, Any] = {
             "batch_size": samples,
             "num_threads": threads,
-            "device_id": _device_index(device) if device.type == "cuda" else None,
+            "device_id": device.index if device.type == "cuda" else None,
             "prefetch_queue_depth": 1,  # the loader runs ahead itself; a second batch here would only cost memory
         }
         self._dali = import_dali()
@@ -133,10 +134,6 @@ def _corners(view: View) -> tuple[tuple[float, float], tuple[float, float]]:
     """(y, x) where the output begins and ends in the frame: a mirrored view is read from right to left."""
     left, right = (view.x1, view.x0) if view.flip else (view.x0, view.x1)
     return (view.y0, left), (view.y1, right)
-
-
-def _device_index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _reason(message: str) -> str:

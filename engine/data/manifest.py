@@ -22,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mam2.engine.config import UserError
 from mam2.engine.data.decoding import DecodeError, available_cores, decode_packet, open_video, quarter_turns
+from tqdm import tqdm
 
-VIDEO_SUFFIXES = frozenset(
-    ".3g2 .3gp .asf .avi .divx .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()
+VIDEO_SUFFIXES = (
+    *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
+    *(".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
 PATH_COLUMNS = ("path", "file", "filename", "video")
 LABEL_COLUMNS = ("label", "class", "target")
@@ -92,11 +92,15 @@ def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True
         entries, classes = _read_list(source)
     else:
         raise UserError(f"{source}: no such file or folder; expected a folder of videos or an annotation list")
-    with ThreadPoolExecutor(threads or 2 * available_cores()) as pool:
+    # Absolute, so that a saved manifest holds in any working directory, and no name is taken for a URL by FFmpeg.
+    entries = [(os.path.abspath(path), label) for path, label in entries]
+    pool = ThreadPoolExecutor(threads or 2 * available_cores())
+    try:
         found = pool.map(lambda entry: probe(*entry), entries)
         # disable=None: no bar where the output is not a terminal.
-        bar = tqdm(found, "reading videos", len(entries), unit="file", disable=None if progress else True)
-        results = list(bar)
+        results = list(tqdm(found, "reading videos", len(entries), unit="file", disable=None if progress else True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted scan does not go on to its end
     videos = tuple(result for result in results if isinstance(result, Video))
     skipped = tuple(result for result in results if isinstance(result, Skipped))
     if not videos and all(entry.reason == "does not exist" for entry in skipped):
@@ -138,11 +142,14 @@ def probe(path: str, label: int = -1) -> Video | Skipped:
             )
     except DecodeError as error:
         return Skipped(path, str(error))
+    except Exception as error:  # one strange file must not end the scan of a data set: it is named and left out
+        return Skipped(path, f"{type(error).__name__}: {error}")
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
     """JSON lines: the class names, then a line a video, then a line a skipped file. Replaces the file at once."""
-    records = [{"classes": manifest.classes}, *map(dataclasses.asdict, (*manifest.videos, *manifest.skipped))]
+    entries: tuple[Video | Skipped, ...] = (*manifest.videos, *manifest.skipped)
+    records = [{"classes": manifest.classes}, *(dataclasses.asdict(entry) for entry in entries)]
     partial = Path(f"{path}.partial")
     # ASCII escapes carry every path, also one that is not UTF-8.
     partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="ascii")
@@ -163,7 +170,7 @@ def read_saved_manifest(path: str | Path) -> Manifest:
 def _read_folder(folder: Path) -> tuple[list[tuple[str, int]], Sequence[str]]:
     paths = sorted(_find_videos(folder))
     if not paths:
-        raise UserError(f"{folder}: no videos in this folder (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
+        raise UserError(f"{folder}: no videos in this folder (looked for {', '.join(VIDEO_SUFFIXES)})")
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) != 2 for part in parts):
         return [(str(path), -1) for path in paths], ()

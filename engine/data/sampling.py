@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-
 from mam2.engine.config import DataConfig
 from mam2.engine.data.manifest import Video
+from numpy.typing import NDArray
 
 CROP_TRIES = 10
 _ORDER, _CLIP, _REPLACEMENT = range(3)
@@ -73,7 +72,7 @@ def draw_clip(
 
 
 def _random_view(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
-    """Random resized crop: area uniform, aspect ratio log-uniform; the largest centre crop if none fits in ten tries."""
+    """Random resized crop, area uniform, aspect ratio log-uniform; a centre crop if none fits in ten tries."""
     flip = bool(generator.random() < 0.5) and config.flip
     limit = math.log(config.max_aspect)
     for _ in range(CROP_TRIES):

@@ -30,15 +30,15 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
     colour = _bright_colour(rng)
-    radius = rng.uniform(11, 16)
+    radius = rng.uniform(10, 16)
     angle = rng.uniform(0, 2 * np.pi)
-    drift = rng.uniform(22, 34)  # pixels over the whole clip
-    turn = rng.uniform(0.6, 1.1) * np.pi  # radians over the whole clip
-    growth = rng.uniform(1.8, 2.4)  # ratio of the largest to the smallest radius
-    place = rng.uniform(-8, 8, size=2)
+    drift = rng.uniform(40, 60)  # pixels over the whole clip
+    turn = rng.uniform(0.9, 1.5) * np.pi  # radians over the whole clip
+    growth = rng.uniform(2.2, 3.0)  # ratio of the largest to the smallest radius
+    place = rng.uniform(0, SIZE, size=2)
 
     progress = np.linspace(-0.5, 0.5, FRAMES)
-    centre = np.repeat(place[None] + (SIZE - 1) / 2, FRAMES, axis=0)
+    centre = np.repeat(place[None], FRAMES, axis=0)
     angles = np.full(FRAMES, angle)
     radii = np.full(FRAMES, radius)
     if motion in ("left", "right"):
@@ -53,7 +53,8 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
         raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
 
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    dx, dy = x[None] - centre[:, 0, None, None], y[None] - centre[:, 1, None, None]
+    # What leaves on one side comes back on the other, so no place in the frame goes with a direction.
+    dx, dy = (_wrapped(a[None] - centre[:, i, None, None]) for i, a in enumerate((x, y)))
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     radii = radii[:, None, None]
     # y points down, so a growing angle turns clockwise on the screen.
@@ -61,6 +62,10 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     clip = background[None] * (1 - coverage) + colour * coverage
     return np.clip(clip * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _wrapped(offset: np.ndarray) -> np.ndarray:
+    return (offset + SIZE / 2) % SIZE - SIZE / 2
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -1,0 +1,151 @@
+"""From clip requests to pixels on the device: decoding threads, and the graphs that crop, mirror and resize.
+
+Legend: S samples of a batch, R views of each, T frames, H = W = the clip's size, C = 3.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mam2.engine.config import DataConfig
+from mam2.engine.data.decoding import DecodeError, available_cores, decode_frames
+from mam2.engine.data.graph import ClipGraph, import_dali
+from mam2.engine.data.sampling import ClipRequest
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip on its way into row `row` of a batch."""
+
+    row: int
+    request: ClipRequest
+    front_end: str
+    payload: Future[NDArray[np.uint8]]
+    """Frames [T, h, w, C] of a clip that PyAV decodes, else the bytes of the file."""
+
+
+class Renderer:
+    """`start` sets a thread to work on a clip, `finish` puts started clips into a batch. Threads may share one."""
+
+    def __init__(self, config: DataConfig, *, samples: int, device: torch.device):
+        """samples: the most in one batch. Raises UserError where DALI is absent."""
+        import_dali()
+        if device.type == "cuda" and device.index is None:
+            # A thread of its own would take the first GPU for the current one.
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._config = config
+        self._samples = samples
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._threads = config.threads or available_cores()
+        self._pool = ThreadPoolExecutor(self._threads, "decode")
+        self._graphs: dict[tuple[str, int], ClipGraph] = {}
+        self._lock = threading.Lock()
+
+    def start(self, row: int, path: str, request: ClipRequest, front_end: str) -> Job:
+        """Decode a clip, or read the file for a graph that decodes, in a thread."""
+        if front_end == "pyav":
+            payload = self._pool.submit(_decode, path, request.start, self._config.frames, request.stride)
+        else:
+            payload = self._pool.submit(_read, path)
+        return Job(row, request, front_end, payload)
+
+    def finish(self, jobs: Sequence[Job], clip: torch.Tensor) -> list[str | None]:
+        """Wait for jobs and resize them into their rows of a batch; None for each that is there, else why it is not.
+
+        clip: from `empty`.
+        """
+        reasons: dict[int, str] = {}
+        groups: dict[str, list[Job]] = {}
+        for job in jobs:
+            try:
+                job.payload.result()
+                groups.setdefault(job.front_end, []).append(job)
+            except DecodeError as error:
+                reasons[job.row] = str(error)
+        for front_end, group in groups.items():
+            with self._lock:
+                reasons.update(self._resize(self._graph(front_end, clip.shape[1]), group, clip))
+        return [reasons.get(job.row) for job in jobs]
+
+    def empty(self, samples: int, views: int) -> torch.Tensor:
+        """A batch to fill, uint8 [S, R, T, H, W, C]."""
+        config = self._config
+        with self._copying():
+            shape = (samples, views, config.frames, config.size, config.size, 3)
+            return torch.empty(shape, dtype=torch.uint8, device=self._device)
+
+    def keep_rows(self, clip: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Some samples of a batch, copied."""
+        with self._copying():
+            kept = clip[rows]
+            self._wait()
+            return kept
+
+    def hand_over(self, clip: torch.Tensor) -> None:
+        """To be called by the consumer's thread: its stream uses the batch from now on."""
+        if self._copies:
+            # The memory belongs to the copying stream, which must not reuse it before the consumer's is done.
+            clip.record_stream(torch.cuda.current_stream(self._device))
+
+    def close(self) -> None:
+        """End the threads; what is not begun is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _resize(self, graph: ClipGraph, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
+        """Run jobs of one front end through its graph; the rows that failed, with the reason."""
+        payloads = [job.payload.result() for job in group]
+        requests = [job.request for job in group]
+        try:
+            with self._copying():
+                views = graph.run(
+                    payloads, [request.start for request in requests], [request.views for request in requests]
+                )
+                for place, job in enumerate(group):
+                    for number, clips in enumerate(views):
+                        clip[job.row, number].copy_(clips[place], non_blocking=True)
+                self._wait()  # the graph's next run overwrites what is being copied
+        except DecodeError as error:
+            if len(group) == 1:
+                return {group[0].row: str(error)}
+            # DALI does not say which one it was.
+            return {row: why for job in group for row, why in self._resize(graph, [job], clip).items()}
+        return {}
+
+    def _graph(self, front_end: str, views: int) -> ClipGraph:
+        key = front_end, views
+        if key not in self._graphs:
+            self._graphs[key] = ClipGraph(
+                front_end, self._config, views=views, samples=self._samples, threads=self._threads, device=self._device
+            )
+        return self._graphs[key]
+
+    def _copying(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._copies) if self._copies else nullcontext()
+
+    def _wait(self) -> None:
+        if self._copies:
+            self._copies.synchronize()
+
+
+def _decode(path: str, start: int, frames: int, stride: int) -> NDArray[np.uint8]:
+    try:
+        return decode_frames(path, start, frames, stride)
+    except DecodeError:
+        raise
+    except Exception as error:  # one strange file must not end a run of days: it is named, counted and left out
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _read(path: str) -> NDArray[np.uint8]:
+    try:
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DecodeError(error.strerror or str(error)) from error

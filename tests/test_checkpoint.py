@@ -1,0 +1,93 @@
+"""Checkpoints: whole or not there, exact, and clear about what does not fit."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from mam2.engine.config import UserError, load_recipe
+from mam2.engine.train import checkpoint
+from mam2.engine.train.optimizer import build_optimizer
+
+CONFIG = load_recipe("demo")
+
+
+def _trained(width=4, steps=2):
+    torch.manual_seed(width)
+    model = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width))
+    optimizer = build_optimizer(model, CONFIG.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(steps):
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_weights_and_moments_come_back_bit_for_bit(tmp_path):
+    model, optimizer = _trained()
+    folder = checkpoint.save(tmp_path, 7, model, optimizer, CONFIG, keep=2)
+    other, other_optimizer = _trained(steps=0)
+    assert checkpoint.restore(folder, other, other_optimizer) == 7
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+        for key, value in optimizer.state[ours].items():
+            assert torch.equal(value, other_optimizer.state[theirs][key]), (name, key)
+    assert checkpoint.read_config(folder) == CONFIG
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = _trained()
+    for step in (1, 2, 10, 9):
+        checkpoint.save(tmp_path, step, model, optimizer, CONFIG, keep=2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000009", "step-00000010"]
+    assert checkpoint.newest(tmp_path).name == "step-00000010"
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
+    model, optimizer = _trained()
+    checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, model, optimizer, CONFIG, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    model, optimizer = _trained(width=4)
+    folder = checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+    with pytest.raises(UserError, match=r"0\.bias has shape \[4\], this model \[6\]"):
+        checkpoint.restore(folder, *_trained(width=6))
+    deeper = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"lacks 2\.bias"):
+        checkpoint.load_weights(deeper, folder / checkpoint.WEIGHTS)
+    with pytest.raises(UserError, match=r"holds 1\.bias, which this model lacks"):
+        checkpoint.load_weights(nn.Sequential(nn.Linear(3, 4)), folder / checkpoint.WEIGHTS)
+
+
+def test_damaged_files_are_one_clear_line(tmp_path):
+    model, optimizer = _trained()
+    folder = checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+    (folder / checkpoint.WEIGHTS).write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.restore(folder, model, optimizer)
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.read_config(folder)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+        checkpoint.read_state(folder)
+
+
+def test_the_config_is_part_of_it(tmp_path):
+    model, optimizer = _trained()
+    config = dataclasses.replace(CONFIG, mask=dataclasses.replace(CONFIG.mask, ratio=0.5))
+    folder = checkpoint.save(tmp_path, 1, model, optimizer, config, keep=1)
+    assert checkpoint.read_config(folder / checkpoint.WEIGHTS).mask.ratio == 0.5
+    assert checkpoint.read_state(folder)["config"]["mask"]["ratio"] == 0.5

@@ -1,0 +1,116 @@
+"""The command line: help, one-line errors, exit statuses."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mam2.engine import cli
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    told = capsys.readouterr()
+    return stop.value.code, told.out, told.err
+
+
+def test_help_names_verbs_and_recipes(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(word in out for word in ("pretrain", "demo", "doctor", "mam2-fast", "mam2-cae", "videomae"))
+
+
+def test_no_verb_shows_the_help(capsys):
+    assert run(capsys)[0] == 2
+
+
+def test_pretrain_help_documents_every_field(capsys):
+    status, out, _ = run(capsys, "pretrain", "--help")
+    assert status == 0
+    assert "--data.frames" in out
+    assert "--loss.balance" in out
+    assert "--tokenizer.path" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pretrian"], "unknown verb 'pretrian'"),
+        (["pretrain"], "name a recipe first"),
+        (["pretrain", "nothing", "--data", ".", "--out", "x"], "recipe 'nothing': neither a file nor one of"),
+        (["pretrain", "demo", "--data", "/nowhere/at all", "--out", "{}"], "/nowhere/at all"),
+        (["pretrain", "demo", "--data", ".", "--out", "{}", "--data.size", "33"], "data.size 33 is not a multiple"),
+        (["pretrain", "demo", "--data", ".", "--out", "{}", "--mask.ratio", "1"], "mask.ratio 1.0 hides 16 of 16"),
+        (["pretrain", "demo", "--data", ".", "--out", "{}", "--run.device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, told):
+    if "cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("needs a machine without a CUDA GPU")
+    status, _, err = run(capsys, *(a.format(tmp_path / "run") for a in arguments))
+    assert status == 2
+    assert told in err
+    assert err.startswith("mam2: error: ")
+    assert err.count("\n") == 1
+
+
+def test_an_empty_folder_is_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    data, out = str(tmp_path / "empty"), str(tmp_path / "run")
+    status, _, err = run(capsys, "pretrain", "demo", "--data", data, "--out", out)
+    assert status == 2
+    assert data in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):
+    status, out, err = run(
+        capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8"
+    )
+    assert status == 2
+    assert "--data.frames" in out + err
+
+
+def test_several_processes_are_refused_clearly(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run(capsys, "doctor")
+    assert status == 2
+    assert "one process" in err
+
+
+def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", lambda config, *_, **__: seen.append(config) or _result())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["pretrain", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small", "--preset", "cae",
+             "--optim.batch", "128", "--model.depth", "6"]
+        )  # fmt: skip
+    assert stop.value.code == 0
+    model = seen[0].model
+    assert (model.width, model.depth, model.heads) == (384, 6, 6)
+    assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (768, "all", 768)
+    assert seen[0].optim.batch == 128
+
+
+def _result():
+    from mam2.engine.train.pretrain import PretrainResult
+
+    return PretrainResult(step=1, steps=1, checkpoint=None, used=1, skipped=0, signal=0)
+
+
+def test_doctor_says_which_path_each_part_takes(capsys):
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    for word in ("versions", "torch", "kernels", "attention", "decoding", "step", "to go faster"):
+        assert word in out
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "mam2.engine", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "pretrain" in done.stdout

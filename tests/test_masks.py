@@ -1,0 +1,106 @@
+"""Masks: which tokens, how many, the same from anywhere."""
+
+import pytest
+import torch
+
+from mam2.kernels import TubeMask, random_mask, reference, tube_mask
+
+GRID = (4, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "word"),
+    [
+        (0, (0, 0, 0, 0), 0x6627E8D5),
+        (0xFFFFFFFF_FFFFFFFF, (0xFFFFFFFF,) * 4, 0x408F276D),
+        (0x299F31D0_A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0xD16CFE09),
+    ],
+)
+def test_philox_matches_the_published_vectors(key: int, counter: tuple[int, ...], word: int) -> None:
+    """The known answers of Random123's philox4x32-10."""
+    assert int(reference.philox(key, [torch.tensor(value) for value in counter])) == word
+
+
+def test_tube_mask_hides_the_same_positions_in_every_slot() -> None:
+    mask = tube_mask(6, GRID, 0.75, seed=1)
+    hidden = int(0.75 * 35)
+    assert mask.masked.shape == (6, 4 * hidden)
+    assert mask.visible.shape == (6, 4 * (35 - hidden))
+    slots = mask.as_bool().view(6, 4, 35)
+    assert torch.equal(slots, slots[:, :1].expand_as(slots))
+    assert (slots[:, 0].sum(1) == hidden).all()
+
+
+@pytest.mark.parametrize("draw", [tube_mask, random_mask])
+def test_rows_are_ascending_and_hold_every_token_once(draw) -> None:
+    visible, masked = draw(5, GRID, 0.6, seed=3)
+    assert (visible.diff(dim=1) > 0).all()
+    assert (masked.diff(dim=1) > 0).all()
+    assert torch.equal(torch.cat([visible, masked], 1).sort(1).values, torch.arange(140).expand(5, -1))
+
+
+def test_random_mask_differs_between_slots() -> None:
+    slots = random_mask(4, GRID, 0.5, seed=0).as_bool().view(4, 4, 35)
+    assert (slots != slots[:, :1]).any()
+    assert (slots.sum((1, 2)) == 70).all()
+
+
+def test_masks_depend_on_seed_step_and_sample_alone() -> None:
+    whole = tube_mask(8, GRID, 0.5, seed=11, step=5)
+    part = tube_mask(3, GRID, 0.5, seed=11, step=torch.tensor(5), first_sample=4)
+    assert torch.equal(whole.masked[4:7], part.masked)
+    for other in (
+        tube_mask(8, GRID, 0.5, seed=12, step=5),
+        tube_mask(8, GRID, 0.5, seed=11, step=6),
+        tube_mask(8, GRID, 0.5, seed=11 + 2**32, step=5),
+        tube_mask(8, GRID, 0.5, seed=11, step=5, first_sample=2**32),
+    ):
+        assert not torch.equal(whole.masked, other.masked)
+
+
+def test_every_position_is_hidden_equally_often() -> None:
+    hidden = torch.cat([tube_mask(500, (1, 4, 5), 0.5, seed=0, step=step).as_bool() for step in range(8)])
+    share = hidden.double().mean(0)
+    assert (share - 0.5).abs().max() < 5 * (0.25 / 4000) ** 0.5
+    pairs = (hidden.double().T @ hidden.double() / 4000)[~torch.eye(20, dtype=torch.bool)]
+    assert (pairs - 0.5 * 9 / 19).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_from_bool_inverts_as_bool() -> None:
+    mask = random_mask(3, GRID, 0.4, seed=2)
+    again = TubeMask.from_bool(mask.as_bool())
+    assert torch.equal(again.visible, mask.visible)
+    assert torch.equal(again.masked, mask.masked)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.02, 1.0, 1.5, -0.5])
+def test_hiding_nothing_or_everything_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="ratio"):
+        tube_mask(2, GRID, ratio, seed=0)
+
+
+def test_bad_arguments_name_themselves() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        tube_mask(2, GRID, 0.5, seed=-1)
+    with pytest.raises(ValueError, match="step"):
+        tube_mask(2, GRID, 0.5, seed=0, step=torch.tensor([1]))
+    with pytest.raises(ValueError, match="same number"):
+        TubeMask.from_bool(torch.tensor([[True, False], [True, True]]))
+    with pytest.raises(ValueError, match="bool"):
+        TubeMask.from_bool(torch.zeros(2, 2))
+
+
+def test_an_empty_batch_gives_empty_masks() -> None:
+    assert tube_mask(0, GRID, 0.5, seed=0).masked.shape == (0, 4 * 17)
+
+
+def test_a_compiled_step_is_not_specialised_on_the_step_number() -> None:
+    compiles = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=compiles, fullgraph=True)
+    def draw(step: torch.Tensor) -> torch.Tensor:
+        return tube_mask(2, GRID, 0.5, seed=9, step=step).masked
+
+    for step in range(4):
+        assert torch.equal(draw(torch.tensor(step)), tube_mask(2, GRID, 0.5, seed=9, step=step).masked)
+    assert compiles.frame_count == 1

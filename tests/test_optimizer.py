@@ -1,0 +1,48 @@
+"""AdamW's groups and the learning rate's course."""
+
+import pytest
+import torch
+from torch import nn
+
+from mam2.engine.config import OptimConfig
+from mam2.engine.train.optimizer import build_optimizer, learning_rate
+
+CONFIG = OptimConfig(epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
+
+
+def test_learning_rate_warms_up_then_falls_along_a_cosine():
+    rates = [learning_rate(step, 100, 10.0, CONFIG, global_batch=512) for step in range(100)]
+    assert rates[0] == pytest.approx(2e-3 / 20)
+    assert rates[19] == rates[20] == pytest.approx(2e-3)
+    assert rates[60] == pytest.approx((2e-3 + 2e-5) / 2)
+    assert rates[99] == pytest.approx(2e-5, rel=0.2)
+    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+
+
+def test_a_run_shorter_than_its_warm_up_works():
+    assert learning_rate(0, 1, 0.1, CONFIG, global_batch=256) > 0
+
+
+def test_biases_norms_and_mask_tokens_are_not_decayed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 1, 4)))
+    groups = build_optimizer(model, CONFIG).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(model[0].weight)}
+    assert sum(len(group["params"]) for group in groups) == 5
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    """The flag that the training loop sets is honoured by the installed torch's fused AdamW."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = build_optimizer(nn.ParameterList([weight]), CONFIG)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for gradient, bad in ((1.0, 0.0), (float("nan"), 1.0)):
+        before = weight.detach().clone()
+        weight.grad = torch.full((4,), gradient)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+        assert torch.equal(weight, before) == bool(bad)
+    assert float(optimizer.state[weight]["step"]) == 1
+    assert optimizer.state[weight]["exp_avg"].isfinite().all()

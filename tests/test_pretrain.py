@@ -1,0 +1,282 @@
+"""Pre-training end to end on small encoded files: it runs, it resumes exactly, it stops when told, it names what is bad."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mam2.engine.config import UserError, load_recipe
+from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.train import checkpoint, pretrain as module
+from mam2.engine.train.metrics import read_log
+from mam2.engine.train.pretrain import pretrain
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
+
+
+def small(**tables):
+    """The demo's recipe cut down to seconds."""
+    defaults = {
+        "model": {"width": 24, "depth": 1, "heads": 2},
+        "tokenizer": {"steps": 6, "codes": 16, "channels": 8, "batch": 16},
+        "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
+        "run": {"compile": False, "log_every": 2, "save_every": 1000},
+        "data": {"views": 2, "threads": 1},
+    }
+    config = load_recipe("demo")
+    tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}
+    return dataclasses.replace(
+        config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_dataset(folder, train=32, test=0, progress=False)
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    return run, pretrain(small(), clips, run, progress=False)
+
+
+def weights(run):
+    return load_file(checkpoint.newest(run) / checkpoint.WEIGHTS)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run, result = finished
+    assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 32, 0, 0)
+    assert result.checkpoint.name == "step-00000008"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "manifest.jsonl", "tokenizer.safetensors", "log.jsonl", "log.txt", "tensorboard"}
+    assert load_recipe(str(run / "config.json")) == small() == checkpoint.read_config(result.checkpoint)
+    lines = read_log(run)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    expected = {
+        "loss/appearance", "loss/motion", "loss/motion_relative", "accuracy/codes", "accuracy/commonest_code",
+        "gradient/appearance", "gradient/motion", "gradient/norm", "learning_rate", "data_wait", "epoch",
+    }  # fmt: skip
+    assert expected <= lines[-1].keys()
+    assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s"}
+    text = (run / "log.txt").read_text()
+    assert "kernels: pytorch" in text
+    assert "dali-cpu" in text
+    assert "pyav" in text
+
+
+def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path):
+    pretrain(small(data={"views": 2, "threads": 2}), clips, tmp_path, progress=False)
+    assert same(weights(finished[0]), weights(tmp_path))
+
+
+def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch):
+    """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
+    original, calls = module._Run._step, []
+
+    def step(self, *args):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(module._Run, "_step", step)
+    result = pretrain(small(), clips, tmp_path, progress=False)
+    assert (result.step, result.signal) == (3, signal.SIGTERM)
+    assert result.checkpoint.name == "step-00000003"
+    with pytest.raises(UserError, match="--resume"):
+        pretrain(small(), clips, tmp_path, progress=False)
+    result = pretrain(small(), clips, tmp_path, resume=True, progress=False)
+    assert result.step == 8
+    assert len(calls) == 8
+    assert same(weights(finished[0]), weights(tmp_path))
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_resuming_with_other_values_is_refused(finished, clips):
+    with pytest.raises(UserError, match=r"mask\.ratio = 0\.75, this call says 0\.5"):
+        pretrain(small(mask={"ratio": 0.5}), clips, finished[0], resume=True, progress=False)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, clips):
+    before = weights(finished[0])
+    assert pretrain(small(), clips, finished[0], resume=True, progress=False).step == 8
+    assert same(before, weights(finished[0]))
+
+
+def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path):
+    """Same clips, same masks, same weights after two steps, up to the order of additions."""
+    runs = []
+    for accumulate in (1, 2):
+        config = small(
+            optim={"batch": 16, "epochs": 0.5, "accumulate": accumulate},
+            loss={"balance": "fixed"},
+            tokenizer={"path": str(tmp_path / "1" / "tokenizer.safetensors") if accumulate == 2 else ""},
+        )
+        pretrain(config, clips, tmp_path / str(accumulate), progress=False)
+        runs.append(weights(tmp_path / str(accumulate)))
+    for name in runs[0]:
+        # Adam's first steps are near sign(gradient): rounding shows where a gradient is almost zero.
+        close = torch.isclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-5).float().mean()
+        assert close > 0.97, name
+
+
+def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips):
+    """The detached decoders hand on exactly what one backward pass through everything would."""
+    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.train.objective import MAM2Objective
+    from mam2.kernels import tube_mask
+
+    config = small(loss={"balance": "fixed", "appearance": 0.3, "motion": 2.0, "alignment": 0.5})
+    torch.manual_seed(0)
+    model = MAM2(config, 16)
+    video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8)
+    mask = tube_mask(4, config.grid, config.mask.ratio, seed=0, step=0, device="cpu")
+    codes = torch.randint(0, 16, (4, 64))
+
+    class Tokenizer:
+        def codes(self, _):
+            return codes
+
+    MAM2Objective(model, Tokenizer(), config, lambda part: part).backward(video, mask, 0.5)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    latents = model.complete(video, mask)
+    total = 0.3 * model.appearance_loss(latents, mask, codes) + 2.0 * model.motion_loss(latents, mask, video)
+    (0.5 * (total + 0.5 * model.alignment_loss(latents, mask, video))).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_balanced_gradients_have_the_ratio_asked_for(monkeypatch):
+    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.train.objective import MAM2Objective
+    from mam2.kernels import tube_mask
+
+    config = small(loss={"balance": "gradient", "appearance": 0.25, "motion": 1.0})
+    torch.manual_seed(0)
+    model = MAM2(config, 16)
+    video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8)
+    mask = tube_mask(4, config.grid, config.mask.ratio, seed=0, step=0, device="cpu")
+    codes = torch.randint(0, 16, (4, 64))
+    seen = []
+    complete = model.complete
+
+    def watched(*args):
+        latents = complete(*args)
+        latents.register_hook(seen.append)
+        return latents
+
+    model.complete = watched
+    objective = MAM2Objective(model, type("T", (), {"codes": lambda *_: codes})(), config, lambda part: part)
+    norms = objective.backward(video, mask, 1.0)
+    latents = complete(video, mask).detach().requires_grad_()
+    model.motion_loss(latents, mask, video).backward()
+    appearance = seen[0] - latents.grad
+    assert float(appearance.norm()) == pytest.approx(0.25 * float(norms["gradient/motion"]), rel=1e-3)
+
+
+def test_videomae_trains_in_the_same_engine(clips, tmp_path):
+    config = small(model={"objective": "videomae", "width": 24, "depth": 1, "heads": 2})
+    assert pretrain(config, clips, tmp_path, progress=False).step == 8
+    lines = read_log(tmp_path)
+    assert lines[-1]["loss/pixels"] < lines[0]["loss/pixels"]
+    assert not (tmp_path / "tokenizer.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(clips, tmp_path, monkeypatch):
+    from mam2.engine.train.objective import MAM2Objective
+
+    original, calls = MAM2Objective.backward, []
+
+    def backward(self, *args):
+        values = original(self, *args)
+        calls.append(None)
+        if len(calls) == 3:
+            next(self.model.parameters()).grad.fill_(float("nan"))
+        return values
+
+    monkeypatch.setattr(MAM2Objective, "backward", backward)
+    pretrain(small(), clips, tmp_path, progress=False)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+    assert [line.get("skipped_steps", 0) for line in read_log(tmp_path)] == [0, 1, 0, 0]
+    assert "1 steps with a gradient that is not finite" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_only_meets_bad_gradients_stops(clips, tmp_path, monkeypatch):
+    from mam2.engine.train.objective import MAM2Objective
+
+    original = MAM2Objective.backward
+
+    def backward(self, *args):
+        values = original(self, *args)
+        next(self.model.parameters()).grad.fill_(float("inf"))
+        return values
+
+    monkeypatch.setattr(MAM2Objective, "backward", backward)
+    with pytest.raises(UserError, match="steps in a row had a gradient that is not finite"):
+        pretrain(small(optim={"batch": 16, "epochs": 8.0}), clips, tmp_path, progress=False)
+
+
+def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="cannot be written: .*No space left"):
+        pretrain(small(), clips, tmp_path, progress=False)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path):
+    """SIGINT to `python -m mam2.engine pretrain`: exit status 130, a checkpoint, no stack trace."""
+    values = json.dumps(dataclasses.asdict(small(optim={"batch": 16, "epochs": 5000.0})))
+    (tmp_path / "recipe.json").write_text(values)
+    command = [sys.executable, "-m", "mam2.engine", "pretrain", tmp_path / "recipe.json", "--data", clips]
+    process = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130, output
+    assert "stopped by SIGINT" in output
+    assert "Traceback" not in output
+    assert checkpoint.newest(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
+def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path):
+    """Many codecs, odd sizes, variable rates, short and broken files: it finishes and names each unusable file once."""
+    config = small(optim={"batch": 16, "epochs": 2.0}, data={"views": 1, "threads": 2})
+    result = pretrain(config, CLIPS, tmp_path, progress=False)
+    lines = [line.split("\t") for line in (tmp_path / "skipped.tsv").read_text().splitlines()]
+    named = {Path(path).name: reason for path, reason in lines}
+    assert len(lines) == len(named) == result.skipped
+    broken = {
+        "audio_only.mp4", "corrupt_empty.mp4", "corrupt_garbage.mp4", "corrupt_h264_no_moov.mp4",
+        "corrupt_text_renamed.mp4", "chunk_out_of_range.mp4", "invalid_vp9_bitstream-bug_1416.webm",
+    }  # fmt: skip
+    assert set(named) == broken
+    assert all(reason.strip() for reason in named.values())
+    files = [path for path in CLIPS.rglob("*") if path.suffix not in ("", ".csv", ".md")]
+    assert result.used == len(files) - len(broken)
+    text = (tmp_path / "log.txt").read_text()
+    assert all(text.count(f"{name}:") == 1 for name in broken)
+    assert f"{result.used} videos used, {len(broken)} not" in text

@@ -1,0 +1,55 @@
+"""The synthetic set: real files, a class that is the motion, appearance drawn apart from it."""
+
+import av
+import numpy as np
+import pytest
+
+from mam2.engine.data.synthetic import FRAMES, MOTIONS, SIZE, render_clip, write_dataset
+
+REVERSE = {"left": "right", "up": "down", "clockwise": "counterclockwise", "grow": "shrink"}
+
+
+@pytest.mark.parametrize(("motion", "reverse"), REVERSE.items())
+def test_paired_motions_are_each_others_reverse_in_time(motion, reverse):
+    there, back = (render_clip(name, np.random.default_rng(5)) for name in (motion, reverse))
+    np.testing.assert_array_equal(there, back[::-1])
+    assert not np.array_equal(there, back)
+
+
+def test_motion_goes_where_its_name_says():
+    def centre(image):
+        bright = image.max(axis=-1) > 110
+        y, x = np.nonzero(bright)
+        return x.mean(), y.mean(), bright.sum()
+
+    for motion in ("right", "down", "grow"):
+        for key in range(5):
+            clip = render_clip(motion, np.random.default_rng(key))
+            (x0, y0, area0), (x1, y1, area1) = centre(clip[6]), centre(clip[-7])
+            moved = {"right": x1 - x0 > 4, "down": y1 - y0 > 4, "grow": area1 > 1.2 * area0}
+            assert moved[motion], (motion, key)
+
+
+def test_an_unknown_motion_is_refused():
+    with pytest.raises(ValueError, match="expected one of clockwise"):
+        render_clip("sideways", np.random.default_rng(0))
+
+
+def test_files_are_real_labelled_and_kept_on_a_second_call(tmp_path):
+    write_dataset(tmp_path, train=16, test=8, progress=False)
+    files = sorted((tmp_path / "train").glob("*/*"))
+    assert len(files) == 16
+    assert len(list((tmp_path / "test").glob("*/*"))) == 8
+    assert {path.parent.name for path in files} == set(MOTIONS)
+    assert {path.suffix for path in files} == {".mp4", ".webm"}
+    for path in files[:1] + files[-1:]:
+        with av.open(str(path)) as container:
+            images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert np.array(images).shape == (FRAMES, SIZE, SIZE, 3)
+    before = {path: path.stat().st_mtime_ns for path in files}
+    files[3].unlink()
+    write_dataset(tmp_path, train=16, test=8, progress=False)
+    after = {path: path.stat().st_mtime_ns for path in files}
+    assert [path for path in files if before[path] != after[path]] == [files[3]]
+    train = (tmp_path / "train" / "up" / files[-1].name).read_bytes()
+    assert all(train != path.read_bytes() for path in (tmp_path / "test").glob("*/*"))
