@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ENGINE = [
-    "av>=14",  # decoding on the CPU; the wheel carries FFmpeg
+    "av>=16",  # decoding on the CPU; the wheel carries FFmpeg
     "tyro>=0.9",
     "safetensors>=0.4",
     "tensorboard>=2.15",

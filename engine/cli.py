@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         if verb is None:
             raise UserError(f"unknown verb {arguments[0]!r}; expected one of {', '.join(verbs)}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("WORLD_SIZE is above 1: this version trains in one process, on one GPU; start it without torchrun")
+            raise UserError(
+                "WORLD_SIZE is above 1: this version trains in one process, on one GPU; start it without torchrun"
+            )
         status = verb(arguments[1:])
     except UserError as error:
         print(f"mam2: error: {error}", file=sys.stderr)

@@ -250,7 +250,11 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
             continue
         allowed = get_args(hints[key])  # the strings of a Literal, else nothing
         fits = isinstance(value, (int, float)) if isinstance(default, float) else type(value) is type(default)
-        if (isinstance(value, bool) and not isinstance(default, bool)) or not fits or (allowed and value not in allowed):
+        if (
+            (isinstance(value, bool) and not isinstance(default, bool))
+            or not fits
+            or (allowed and value not in allowed)
+        ):
             expected = " or ".join(map(repr, allowed)) or type(default).__name__
             raise UserError(f"{where}: {key!r} expects {expected}, found {value!r}")
         built[key] = float(value) if isinstance(default, float) else value

@@ -19,7 +19,7 @@ from mam2.engine.evaluate.pretext import PretextResult, measure_pretext, reconst
 from mam2.engine.evaluate.probe import bootstrap, linear_probe
 from mam2.engine.evaluate.report import draw_strips, write_report
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.vqgan import load_vqgan
+from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train import checkpoint
 from mam2.engine.train.pretrain import PretrainResult, pretrain
 from mam2.engine.train.runtime import pick_device
@@ -64,7 +64,9 @@ def demo(
     # The run decides what is measured: an earlier call may have left a finished one here.
     result, strips = _measure(config, data, run)
     rows = _rows(result)
-    (run / "demo.json").write_text(json.dumps(asdict(result) | {"verdicts": result.verdicts()}, indent=1), encoding="utf-8")
+    (run / "demo.json").write_text(
+        json.dumps(asdict(result) | {"verdicts": result.verdicts()}, indent=1), encoding="utf-8"
+    )
     page = write_report(
         run,
         title="MAM2 demo",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 
 import torch
 
 from mam2.engine.config import RunConfig, UserError
-from mam2.engine.data.decoding import choose_front_end
+from mam2.engine.data.decoding import available_cores, choose_front_end
 from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
 from mam2.engine.train.runtime import autocast, compiler
@@ -22,7 +21,7 @@ CODECS = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg", "av1")
 def report() -> str:
     """The lines that `mam2 doctor` prints."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = ["machine", f"  {platform.platform()}, Python {platform.python_version()}, {_cores()} CPU cores"]
+    lines = ["machine", f"  {platform.platform()}, Python {platform.python_version()}, {available_cores()} CPU cores"]
     if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -45,7 +44,9 @@ def report() -> str:
         for codec in CODECS:
             by_front_end.setdefault(choose_front_end(codec, device), []).append(codec)
         decoded = "; ".join(f"{', '.join(codecs)} by {name}" for name, codecs in by_front_end.items())
-        lines.append(f"  decoding   {decoded}; then one DALI graph on {'the GPU' if device.type == 'cuda' else 'the CPU'}")
+        lines.append(
+            f"  decoding   {decoded}; then one DALI graph on {'the GPU' if device.type == 'cuda' else 'the CPU'}"
+        )
     except UserError as error:
         lines.append(f"  decoding   not possible: {error}")
         advice.append("DALI: pip install 'mam2[cpu]' (no GPU), 'mam2[cuda13]' or 'mam2[cuda12]'")
@@ -55,10 +56,6 @@ def report() -> str:
     else:
         advice.append("a GPU: install a CUDA build of torch and 'mam2[cuda13]' for Triton kernels, NVDEC and xformers")
     return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str:

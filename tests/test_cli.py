@@ -68,9 +68,7 @@ def test_an_empty_folder_is_one_line(capsys, tmp_path):
 
 
 def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):
-    status, out, err = run(
-        capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8"
-    )
+    status, out, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8")
     assert status == 2
     assert "--data.frames" in out + err
 
@@ -84,7 +82,9 @@ def test_several_processes_are_refused_clearly(capsys, monkeypatch):
 
 def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", lambda config, *_, **__: seen.append(config) or _result())
+    monkeypatch.setattr(
+        "mam2.engine.train.pretrain.pretrain", lambda config, *_, **__: seen.append(config) or _result()
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main(
             ["pretrain", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small", "--preset", "cae",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data import decoding
 from mam2.engine.data.decoding import DecodeError, choose_front_end, decode_frames, decode_packet, open_video

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from test_pretrain import small
 
 from mam2.engine.demo import DemoResult, demo
 from mam2.engine.evaluate.pretext import PretextResult, evaluation_mask, reconstruct
 from mam2.engine.model.mam2 import MAM2
 from mam2.kernels import frame_difference
-from test_pretrain import small
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_it_measures_writes_and_draws(done, capsys):
     page = (out / "run" / "report.html").read_text()
     assert f"{100 * result.probe_random:.1f} %" in page
     assert page.count("data:image/png;base64,") == 2
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     for name in ("strips.png", "curves.png"):
         picture = image.imread(out / "run" / name)
         assert min(picture.shape[:2]) > 200
@@ -51,7 +51,11 @@ def test_a_second_call_goes_on_from_what_is_there(done):
 
 def test_the_verdicts_can_fail():
     pretext = PretextResult(
-        code_accuracy=0.1, code_interval=(0.1, 0.1), commonest_code=0.06, relative_motion=0.9, motion_interval=(0.8, 1.01)
+        code_accuracy=0.1,
+        code_interval=(0.1, 0.1),
+        commonest_code=0.06,
+        relative_motion=0.9,
+        motion_interval=(0.8, 1.01),
     )
     bad = DemoResult(
         pretext=pretext,
@@ -65,7 +69,7 @@ def test_the_verdicts_can_fail():
 
 
 def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch):
-    """With the true motion as prediction, the picture of the prediction is the true one in hidden patches, grey elsewhere."""
+    """The true motion as prediction: its picture is the true one in hidden patches and grey elsewhere."""
     config = small()
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8))
     model = MAM2(config, 16)

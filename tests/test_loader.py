@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data import decoding, graph, loader, manifest, renderer
 from mam2.engine.data.graph import ClipGraph

@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from mam2.engine.config import UserError
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import (

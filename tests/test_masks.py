@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mam2.kernels import TubeMask, random_mask, reference, tube_mask
 
@@ -95,7 +96,7 @@ def test_an_empty_batch_gives_empty_masks() -> None:
 
 
 def test_a_compiled_step_is_not_specialised_on_the_step_number() -> None:
-    compiles = torch._dynamo.testing.CompileCounter()
+    compiles = CompileCounter()
 
     @torch.compile(backend=compiles, fullgraph=True)
     def draw(step: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """AdamW's groups and the learning rate's course."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine():
     assert rates[19] == rates[20] == pytest.approx(2e-3)
     assert rates[60] == pytest.approx((2e-3 + 2e-5) / 2)
     assert rates[99] == pytest.approx(2e-5, rel=0.2)
-    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[20:]))
 
 
 def test_a_run_shorter_than_its_warm_up_works():

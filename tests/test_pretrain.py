@@ -1,4 +1,4 @@
-"""Pre-training end to end on small encoded files: it runs, it resumes exactly, it stops when told, it names what is bad."""
+"""Pre-training end to end on small encoded files: it resumes exactly, stops when told, names what is bad."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from mam2.engine.config import UserError, load_recipe
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint, pretrain as module
+from mam2.engine.train import checkpoint
+from mam2.engine.train import pretrain as module
 from mam2.engine.train.metrics import read_log
 from mam2.engine.train.pretrain import pretrain
 
@@ -238,7 +239,7 @@ def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="cannot be written: .*No space left"):
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
         pretrain(small(), clips, tmp_path, progress=False)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from mam2.engine.config import DataConfig
 from mam2.engine.data.manifest import Video
 from mam2.engine.data.sampling import draw_clip, replacement, sample_at

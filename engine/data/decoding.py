@@ -19,8 +19,9 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from mam2.engine.config import UserError
 from numpy.typing import NDArray
+
+from mam2.engine.config import UserError
 
 FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
 DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")

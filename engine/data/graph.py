@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.decoding import DecodeError
 from mam2.engine.data.sampling import View
-from numpy.typing import NDArray
 
 
 def import_dali() -> ModuleType:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.decoding import choose_front_end
 from mam2.engine.data.manifest import Manifest, Skipped

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from mam2.engine.config import DataConfig
 from mam2.engine.data.decoding import DecodeError, available_cores, decode_frames
 from mam2.engine.data.graph import ClipGraph, import_dali
 from mam2.engine.data.sampling import ClipRequest
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
 from mam2.engine.config import DataConfig
 from mam2.engine.data.manifest import Video
-from numpy.typing import NDArray
 
 CROP_TRIES = 10
 _ORDER, _CLIP, _REPLACEMENT = range(3)

@@ -26,7 +26,7 @@ FPS = 12
 
 
 def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
-    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. Appearance is drawn from `rng` before the motion is used."""
+    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. The same `rng` gives the same appearance for any motion."""
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
     colour = _bright_colour(rng)
@@ -93,7 +93,7 @@ def _bright_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A dim gradient between two colours in a random direction, with a static dark disc: [SIZE, SIZE, 3] in 0 to 0.25."""
+    """A dim gradient between two colours in a random direction, with a static disc: [SIZE, SIZE, 3], 0 to 0.25."""
     first, second = rng.uniform(0.0, 0.25, size=(2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5

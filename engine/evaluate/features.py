@@ -12,7 +12,9 @@ from mam2.engine.model.videomae import VideoMAE
 
 
 @torch.inference_mode()
-def extract_features(models: list[MAM2 | VideoMAE], loader: ClipLoader, *, progress: bool = True) -> tuple[list[Tensor], Tensor]:
+def extract_features(
+    models: list[MAM2 | VideoMAE], loader: ClipLoader, *, progress: bool = True
+) -> tuple[list[Tensor], Tensor]:
     """Mean-pooled encoder outputs of every video of a loader, for several models from one decoding.
 
     Returns one float32 [videos, D] for each model, on the CPU, and the labels int64 [videos].

@@ -80,7 +80,7 @@ def _motion_loss(pred: Tensor, video: Tensor, mask: TubeMask, config: PretrainCo
 
 @dataclass(frozen=True, kw_only=True)
 class Strips:
-    """What a person looks at, each [B, T', h, w, 3] float in 0 to 1; T' slots of a tubelet each, by their first frame."""
+    """What a person looks at, each [B, T', h, w, 3] float in 0 to 1; a slot is shown by its first frame."""
 
     original: Tensor
     masked: Tensor
@@ -113,7 +113,9 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer, clip: Tensor, config: Pretrai
     raw = frame_difference(video, **(config.motion_options | {"normalize": None}))
     target = frame_difference(video, **config.motion_options)
     prediction = torch.zeros_like(target)
-    prediction.scatter_(1, mask.masked[..., None].expand(-1, -1, target.shape[2]), model.predict_motion(latents, mask).float())
+    prediction.scatter_(
+        1, mask.masked[..., None].expand(-1, -1, target.shape[2]), model.predict_motion(latents, mask).float()
+    )
     scale = _cube_scale(raw, target, config)
     return Strips(
         original=frames,

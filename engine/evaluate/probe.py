@@ -61,7 +61,9 @@ def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tupl
     return weight.detach(), bias.detach()
 
 
-def bootstrap(values: Tensor, weights: Tensor | None = None, *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Tensor, weights: Tensor | None = None, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of a mean (or of sum(values) / sum(weights)) over resampled clips; values [n]."""
     values = values.double()
     weights = torch.ones_like(values) if weights is None else weights.double()

@@ -1,4 +1,4 @@
-"""RUN/report.html: one self-contained page with the curves of a run and what its model predicts, and the PNGs beside it."""
+"""RUN/report.html: one self-contained page with the curves of a run and its model's predictions, the PNGs beside it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def draw_strips(strips: Strips, titles: list[str]) -> bytes:
     """PNG: for each clip a column of slots over time, one row for each thing shown."""
     clips, slots = strips.original.shape[:2]
     figure, axes = plt.subplots(
-        len(ROWS), clips, figsize=(0.62 * slots * clips + 0.8, 0.68 * len(ROWS) + 0.3), squeeze=False, layout="constrained"
+        len(ROWS),
+        clips,
+        figsize=(0.62 * slots * clips + 0.8, 0.68 * len(ROWS) + 0.3),
+        squeeze=False,
+        layout="constrained",
     )
     for column in range(clips):
         axes[0, column].set_title(titles[column], fontsize=9)
@@ -73,7 +77,9 @@ def draw_strips(strips: Strips, titles: list[str]) -> bytes:
             axis = axes[row, column]
             pictures = getattr(strips, name)[column].float().cpu().numpy()
             gap = np.ones((pictures.shape[1], 2, 3))
-            axis.imshow(np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1).clip(0, 1))
+            axis.imshow(
+                np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1).clip(0, 1)
+            )
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
@@ -83,7 +89,7 @@ def draw_strips(strips: Strips, titles: list[str]) -> bytes:
 
 
 def write_report(run: Path, *, title: str, rows: list[tuple[str, str]], strips: bytes, notes: str) -> Path:
-    """Writes RUN/report.html, curves.png and strips.png; `rows` are the lines of the table of results. Returns the page."""
+    """Writes RUN/report.html, curves.png and strips.png; `rows` is the table of results. Returns the page."""
     curves = draw_curves(run)
     (run / "curves.png").write_bytes(curves)
     (run / "strips.png").write_bytes(strips)
@@ -126,9 +132,10 @@ figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 <table>{table}</table>
 <figure><div class="wide"><img alt="original, masked, predicted and true appearance and motion of test clips"
 src="data:image/png;base64,{strips}"></div>
-<figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey. Predicted
-appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes decoded, the best that
-could be predicted. Motion: difference to the next frame, grey where nothing moves.</figcaption></figure>
+<figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey.
+Predicted appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes
+decoded, the best that could be predicted. Motion: difference to the next frame, grey where nothing moves.
+</figcaption></figure>
 <figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
 </body></html>
 """

@@ -1,1 +1,1 @@
-"""The models: MAM2 (mam2.py), its VideoMAE baseline (videomae.py) and the VQGAN that names appearances (tokenizer.py)."""
+"""The models: MAM2, its VideoMAE baseline, and the VQGAN tokenizer that names appearances."""

@@ -32,6 +32,8 @@ class Encoder(nn.Module):
         width, depth, heads, mlp_ratio: of the blocks.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         grid: tuple[int, int, int],

@@ -33,6 +33,8 @@ class MAM2(nn.Module):
         ValueError: regressor and decoders of different widths.
     """
 
+    positions: Tensor
+
     def __init__(self, cfg: PretrainConfig, codes: int) -> None:
         super().__init__()
         regressor, decoder, mlp_ratio = cfg.model.regressor, cfg.model.decoder, cfg.model.mlp_ratio
@@ -57,9 +59,7 @@ class MAM2(nn.Module):
             mlp_ratio=mlp_ratio,
         )
         self.appearance_decoder, self.motion_decoder = (
-            Decoder(
-                width=decoder.width, depth=decoder.depth, heads=decoder.heads, outputs=outputs, mlp_ratio=mlp_ratio
-            )
+            Decoder(width=decoder.width, depth=decoder.depth, heads=decoder.heads, outputs=outputs, mlp_ratio=mlp_ratio)
             for outputs in (codes, differences * math.prod(patch) * CHANNELS)
         )
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)

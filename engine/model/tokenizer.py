@@ -36,7 +36,8 @@ class Tokenizer(nn.Module):
         super().__init__()
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
-        self.vqgan = vqgan.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        frozen = vqgan.eval().requires_grad_(False)
+        self.vqgan: VQGAN = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.grid = grid
         self.precision = precision
         self.images_per_pass = images_per_pass

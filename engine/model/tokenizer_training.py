@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .tokenizer import scale_pixels
 from .vqgan import VQGAN, VQGANConfig
 
+CROP_CODES = 4
+"""Side of the random crops trained on, in codes: a quarter of the work of 8×8, and the network is convolutional."""
 WARMUP_SHARE = 0.3
 """Of the steps, trained without a codebook."""
 COMMITMENT = 0.25
@@ -45,14 +47,13 @@ def train_vqgan(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     *,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> VQGAN:
     """A VQGAN trained to reproduce `frames`.
 
     Args:
-        frames: batches [B, H, W, 3] uint8 of one size, H and W multiples of `config.factor`; started anew when it
-            ends before the training does.
+        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; started anew when they end too soon.
         config: of the `vq` quantizer.
         steps: optimiser steps, one batch each.
         progress: called with the step and `loss` (mean absolute plus squared error, pixels in -1 to 1),
@@ -70,16 +71,18 @@ def train_vqgan(
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
-    generator = torch.Generator(device).manual_seed(seed)
+        vqgan = VQGAN(config)
+        _initialize(vqgan)
+    vqgan = vqgan.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(seed)
     network = [parameter for name, parameter in vqgan.named_parameters() if not name.startswith("quantize.")]
     optimizer = torch.optim.Adam(network, lr=learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step / steps))
-    codebook = MovingCodebook(vqgan.quantize.embedding.weight.data, generator)
+    codebook = MovingCodebook(vqgan.get_parameter("quantize.embedding.weight").data, generator)
     codebook_start = max(1, int(WARMUP_SHARE * steps))
     reservoir: list[Tensor] = []
     for step, batch in zip(range(1, steps + 1), _endless(frames), strict=False):
-        images = scale_pixels(batch.to(device).movedim(-1, 1))
+        images = scale_pixels(_random_crop(batch, config.factor, generator).to(device).movedim(-1, 1))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             latents = vqgan.encode(images)
             quantized, commitment = latents, latents.new_zeros(())
@@ -156,8 +159,29 @@ class MovingCodebook:
         self.sums = torch.where(dead[:, None], drawn * mean_count, self.sums)
 
     def _draw(self, latents: Tensor, count: int) -> Tensor:
-        chosen = torch.randint(len(latents), (count,), generator=self.generator, device=latents.device)
-        return latents[chosen]
+        return latents[torch.randint(len(latents), (count,), generator=self.generator).to(latents.device)]
+
+
+def _initialize(vqgan: VQGAN) -> None:
+    """Orthogonal convolutions without bias, residual branches small.
+
+    PyTorch's default shrinks the image layer by layer below its biases, and colour is then learned very late.
+    """
+    for name, layer in vqgan.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.orthogonal_(layer.weight, gain=0.2 if name.endswith(("conv2", "proj_out")) else 1.0)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Tensor:
+    """[B, H, W, 3] -> one random window of at most CROP_CODES × CROP_CODES codes, the same for every frame."""
+    height, width = (min(side // factor, CROP_CODES) * factor for side in frames.shape[1:3])
+    if not height or not width:
+        raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
+    top = int(torch.randint(frames.shape[1] - height + 1, (), generator=generator))
+    left = int(torch.randint(frames.shape[2] - width + 1, (), generator=generator))
+    return frames[:, top : top + height, left : left + width]
 
 
 def _learning_rate_factor(done: float) -> float:

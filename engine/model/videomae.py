@@ -21,6 +21,8 @@ from .encoder import CHANNELS, Encoder
 class VideoMAE(nn.Module):
     """Encoder on the visible tokens, decoder on all: visible latents and mask tokens, each with its position."""
 
+    positions: Tensor
+
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
         decoder = cfg.model.decoder

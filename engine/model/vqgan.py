@@ -9,7 +9,7 @@ Definition: Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Imag
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,13 +64,15 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
     """A network of the family that a CPU trains in seconds: one residual block a level, attention in the middle only.
 
     Args:
-        channels: base width; frames of 64×64 with factor 8 want 16 to 32.
+        channels: base width, a multiple of 8; 16 suffices for simple frames of 64×64 and factor 8.
         codes: codebook size.
         factor: pixels per code along height and width, a power of two from 2.
     """
     levels = factor.bit_length()
     if factor < 2 or factor != 2 ** (levels - 1):
         raise ValueError(f"factor: expected a power of two from 2, found {factor}")
+    if channels < 8 or channels % 8:
+        raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
         embed_dim=16,
@@ -79,12 +81,14 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
         channel_multipliers=(1,) * (levels - 2) + (2, 4),
         res_blocks=0,
         attention_levels=(),
-        groups=math.gcd(channels, 8),
+        groups=channels // 8,
     )
 
 
 class VQGAN(nn.Module):
     """Images to codes and back. Images are [B, 3, H, W] in [-1, 1], H and W multiples of `config.factor`."""
+
+    quantize: VectorQuantizer | GumbelQuantizer
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -150,7 +154,7 @@ class GumbelQuantizer(nn.Module):
     def codes(self, latents: Tensor) -> Tensor:
         """latents [B, E, h, w] -> [B, h, w] int64."""
         with torch.autocast(latents.device.type, enabled=False):
-            return F.conv2d(latents.float(), self.proj.weight.float(), self.proj.bias.float()).argmax(1)
+            return self.proj(latents.float()).argmax(1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """codes [B, h, w] int64 -> codebook vectors [B, E, h, w]."""
@@ -214,7 +218,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [width_in, *[width_out] * blocks]
         self.block = nn.ModuleList(
-            ResBlock(before, after, config.groups) for before, after in zip(widths, widths[1:], strict=False)
+            ResBlock(before, after, config.groups) for before, after in itertools.pairwise(widths)
         )
         attended = blocks if level in config.attention_levels else 0
         self.attn = nn.ModuleList(AttnBlock(width_out, config.groups) for _ in range(attended))

@@ -85,7 +85,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to go back") from None
+        raise UserError(
+            f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to go back"
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -95,7 +97,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if name not in weights:
             raise UserError(f"checkpoint {path}: lacks {name}; was it written with another model config?")
         if name not in own:
-            raise UserError(f"checkpoint {path}: holds {name}, which this model lacks; use the config it was written with")
+            raise UserError(
+                f"checkpoint {path}: holds {name}, which this model lacks; use the config it was written with"
+            )
         if own[name].shape != weights[name].shape:
             raise UserError(
                 f"checkpoint {path}: {name} has shape {list(weights[name].shape)}, this model {list(own[name].shape)}; "

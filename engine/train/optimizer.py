@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, steps_per_epoch: float, config: OptimConfig, *, global_batch: int) -> float:
-    """Of step `step` of `steps`: linear warm-up from 0, then half a cosine to the minimum; both scale with batch/256."""
+    """Of step `step` of `steps`: linear warm-up from 0, then half a cosine to the minimum; times batch/256."""
     peak, floor = (rate * global_batch / 256 for rate in (config.base_lr, config.min_lr))
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
     if step < warmup:

@@ -10,7 +10,6 @@ run goes on from a checkpoint as if it had never stopped, and only the step numb
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mam2.engine.config import PretrainConfig, UserError, check, to_dict
+from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import Batch, ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.model.attention import active_backend
@@ -99,7 +99,14 @@ class _Run:
         resume: bool,
         progress: bool,
     ) -> None:
-        self.config, self.run, self.device, self.log, self.stop, self.progress = config, run, device, log, stop, progress
+        self.config, self.run, self.device, self.log, self.stop, self.progress = (
+            config,
+            run,
+            device,
+            log,
+            stop,
+            progress,
+        )
         optim = config.optim
         folder = checkpoint.newest(run)
         if folder:
@@ -118,7 +125,9 @@ class _Run:
             on_skip=self._skip,
         )
         front_ends = ", ".join(f"{count} by {name}" for name, count in self.loader.front_ends.items())
-        log.say(f"data    {len(self.manifest.videos)} videos, decoded {front_ends}; {len(self.manifest.skipped)} unusable")
+        log.say(
+            f"data    {len(self.manifest.videos)} videos, decoded {front_ends}; {len(self.manifest.skipped)} unusable"
+        )
 
         tokenizer = None
         if config.model.objective == "mam2":
@@ -237,8 +246,8 @@ class _Run:
             self.log.say(f"step {step}: {in_window:.0f} steps with a gradient that is not finite were left out")
         if consecutive >= NONFINITE_LIMIT:
             raise UserError(
-                f"{consecutive:.0f} steps in a row had a gradient that is not finite; the last checkpoint in {self.run} "
-                "is sound. Lower optim.base_lr, set optim.clip_norm, or use run.precision=float32"
+                f"{consecutive:.0f} steps in a row had a gradient that is not finite; the last checkpoint of "
+                f"{self.run} is sound. Lower optim.base_lr, set optim.clip_norm, or use run.precision=float32"
             )
         if self.device.type == "cuda":
             numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -249,7 +258,9 @@ class _Run:
             return checkpoint.save(self.run, step, self.model, self.optimizer, self.config, keep=self.config.run.keep)
         except OSError as error:
             last = checkpoint.newest(self.run)
-            raise UserError(f"checkpoint of step {step} cannot be written: {error}; the last whole one is {last}") from None
+            raise UserError(
+                f"checkpoint of step {step} cannot be written: {error}; the last whole one is {last}"
+            ) from None
 
     def _skip(self, skipped: Skipped) -> None:
         """Names a file that cannot be used, once, in the log and in skipped.tsv."""
@@ -309,7 +320,10 @@ def _manifest(data: Path, run: Path, config: PretrainConfig, *, saved: bool, pro
 def _same_run(config: PretrainConfig, folder: Path) -> None:
     """Raises UserError where a resumed run would not continue the saved one."""
     before, now = checkpoint.read_state(folder)["config"], to_dict(config)
-    free = {"run": {"log_every", "save_every", "keep", "compile", "device"}, "data": {"threads", "prefetch", "max_unusable"}}
+    free = {
+        "run": {"log_every", "save_every", "keep", "compile", "device"},
+        "data": {"threads", "prefetch", "max_unusable"},
+    }
     for table, values in now.items():
         for key, value in values.items():
             old = before.get(table, {}).get(key)
@@ -323,4 +337,4 @@ def _same_run(config: PretrainConfig, folder: Path) -> None:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    return f"{available_cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"

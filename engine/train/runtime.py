@@ -17,7 +17,9 @@ from mam2.engine.config import RunConfig, UserError
 def pick_device(config: RunConfig) -> torch.device:
     """The device a run is told to use. Raises UserError where it asks for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch sees no GPU: install a CUDA build of torch, or use run.device=cpu")
+        raise UserError(
+            "run.device is cuda, but torch sees no GPU: install a CUDA build of torch, or use run.device=cpu"
+        )
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 

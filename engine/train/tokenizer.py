@@ -13,7 +13,8 @@ from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.tokenizer_training import train_vqgan
-from mam2.engine.model.vqgan import VQGAN, load_vqgan, save_vqgan, small
+from mam2.engine.model.vqgan import VQGAN, small
+from mam2.engine.model.vqgan_files import load_vqgan, save_vqgan
 from mam2.engine.train.metrics import RunLog
 
 FILE = "tokenizer.safetensors"
@@ -33,7 +34,7 @@ def prepare_tokenizer(
     elif own.is_file():
         vqgan, source = _load(own), str(own)
     else:
-        log.say(f"codes   training a VQ model of {options.codes} codes on the data, {options.steps} steps (tokenizer.path is empty)")
+        log.say(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         vqgan = _train(config, loader, device, log, progress)
         save_vqgan(vqgan, own)
         source = str(own)
