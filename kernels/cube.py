@@ -1,3 +1,6 @@
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+# (in a kernel a tuple grows by `+`: Triton has no unpacking)
 """Device functions shared by the kernels that read token cubes straight from the clip.
 
 A token is a cube of τ frames × p rows × p pixels × C channels. A program reads it as τ·p patch rows of p·C values, cut
@@ -98,11 +101,11 @@ def load_cube(
             pixels = raw.to(DTYPE)
             multiplier = spread(affine_ptr, channel, CHANNELS)
             shift = spread(affine_ptr + CHANNELS, channel, CHANNELS)
-            cube = cube + (tl.where(mask, pixels * multiplier + shift, 0.0),)  # noqa: RUF005 (Triton unpacks no tuples)
+            cube = cube + (tl.where(mask, pixels * multiplier + shift, 0.0),)
         elif BYTES:
-            cube = cube + (raw.to(tl.int32),)  # noqa: RUF005
+            cube = cube + (raw.to(tl.int32),)
         else:
-            cube = cube + (raw.to(DTYPE),)  # noqa: RUF005
+            cube = cube + (raw.to(DTYPE),)
     return cube
 
 
@@ -163,7 +166,7 @@ def mean_and_inverse(
         for segment in tl.static_range(len(cube)):
             # 33 025 squares of a byte fill 31 bits
             part = cube[segment].to(tl.int64) if COUNT > 33025 else cube[segment]
-            squares = squares + (part * part,)  # noqa: RUF005
+            squares = squares + (part * part,)
     for group in tl.static_range(GROUPS):
         total = group_sum(cube, group, GROUPS, RUN)
         if INTEGER:
@@ -176,14 +179,14 @@ def mean_and_inverse(
             squares = ()
             for segment in tl.static_range(len(cube)):
                 centered = tl.where(mask, cube[segment] - mean, 0.0)
-                squares = squares + (centered * centered,)  # noqa: RUF005
+                squares = squares + (centered * centered,)
             variance = group_sum(squares, group, GROUPS, RUN) / (COUNT - 1)
         if NORMALIZE == 1:
             inverse = 1.0 / (tl.sqrt(variance) + EPS * UNIT)
         else:
             inverse = 1.0 / tl.sqrt(variance + EPS * UNIT * UNIT)
-        means = means + (mean,)  # noqa: RUF005
-        inverses = inverses + (inverse,)  # noqa: RUF005
+        means = means + (mean,)
+        inverses = inverses + (inverse,)
     return means, inverses
 
 
@@ -251,7 +254,7 @@ def cube_target(
             goal *= choose(inverses, group, GROUPS)
         elif INTEGER:
             goal *= 1.0 / UNIT
-        target = target + (goal,)  # noqa: RUF005
+        target = target + (goal,)
     return target
 
 

@@ -129,7 +129,7 @@ def _launch(
         NORMALIZE=NORMALIZE[normalize],
         EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("frame_difference", grid.values),
+        num_warps=launch.warps("frame_difference", grid.values, scattered=not meta["CHANNELS_LAST"]),
     )
     return out
 

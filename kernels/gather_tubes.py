@@ -105,7 +105,7 @@ def _launch(
         *video.stride(),
         **meta,
         AFFINE=table is not None,
-        num_warps=launch.warps("gather_tubes", grid.values),
+        num_warps=launch.warps("gather_tubes", grid.values, scattered=not meta["CHANNELS_LAST"]),
     )
     return out
 

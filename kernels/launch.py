@@ -7,6 +7,7 @@ through PyTorch. `MAM2_KERNELS=triton|pytorch` forces one; `triton` on CPU tenso
 
 import contextlib
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton has no wheel here; the PyTorch path needs none
-    triton = tl = None
+except ImportError:  # no wheel for this platform, and the PyTorch path needs none; annotations of kernels still read tl
+    triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
 
 PATHS = ("triton", "pytorch")
 
@@ -49,7 +50,7 @@ WARPS = {
     "frame_difference": ((1536, 1), (3072, 2), (6144, 4)),
     "gather_tubes": ((1536, 1), (3072, 2), (6144, 4)),
     "scale_gradient": ((512, 1), (1024, 2), (4096, 4)),
-    "softmax_gradient": ((1024, 2), (2048, 4), (4096, 8), (8192, 16)),
+    "softmax_gradient": ((1024, 2), (2048, 4), (8192, 8)),
     "draw_mask": ((256, 2), (1024, 4), (4096, 8)),
 }
 """Launch table: for each kernel, (largest block of values, warps); the last row serves every larger block."""
@@ -58,10 +59,11 @@ CHUNK_BYTES = {"cuda": 32 << 20, "cpu": 4 << 20}
 """Logits of linear_cross_entropy held at a time: what stays in the cache (L2 of an A100 or later; L3 of a CPU)."""
 
 
-def warps(kernel: str, block: int) -> int:
-    """Warps of a program of `kernel` that works on `block` values."""
+def warps(kernel: str, block: int, *, scattered: bool = False) -> int:
+    """Warps of a program of `kernel` that works on `block` values; twice as many if each has an address of its own."""
     table = WARPS[kernel]
-    return next((count for largest, count in table if block <= largest), table[-1][1])
+    count = next((count for largest, count in table if block <= largest), table[-1][1])
+    return 2 * count if scattered else count
 
 
 def power_of_two(size: int) -> int:

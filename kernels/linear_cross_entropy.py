@@ -149,13 +149,11 @@ def _run(
     d_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0)
     d_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0)
     d_bias = weight.new_zeros(codes, dtype=wide) if needs[2] else weight.new_empty(0)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chunk = launch.chunk_rows(codes, dtype, hidden.device)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        logits = torch.mm(hidden[part], weight.t())
-        if bias is not None:
-            logits += bias.to(dtype)
+        logits = torch.nn.functional.linear(hidden[part], weight, bias)
         weights = None if upstream is None else upstream[part]
         losses[part] = _softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
         if needs[0]:
@@ -180,8 +178,9 @@ def _sum_op(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    losses, *gradients = _run(hidden, weight, bias, target, None, ignore_index, label_smoothing, dtype, needs)
-    return losses.sum(), *gradients
+    settings = ignore_index, label_smoothing, dtype, needs
+    losses, d_hidden, d_weight, d_bias = _run(hidden, weight, bias, target, None, *settings)
+    return losses.sum(), d_hidden, d_weight, d_bias
 
 
 @torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())
@@ -209,8 +208,7 @@ def _gradients_op(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, *gradients = _run(hidden, weight, bias, target, upstream, ignore_index, label_smoothing, dtype, needs)
-    return tuple(gradients)  # type: ignore[return-value]
+    return _run(hidden, weight, bias, target, upstream, ignore_index, label_smoothing, dtype, needs)[1:]
 
 
 def _empty_gradients(

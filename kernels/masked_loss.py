@@ -162,7 +162,7 @@ def _launch(
         NORMALIZE=NORMALIZE[normalize],
         EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("masked_loss", grid.values),
+        num_warps=launch.warps("masked_loss", grid.values, scattered=not meta["CHANNELS_LAST"]),
     )
     return error, gradient
 

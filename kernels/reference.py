@@ -214,10 +214,10 @@ def masked_loss(
             ends = (lacks_next_frame(index, token_count, slot).flatten().nonzero()[:, 0] + 1) * patch_size[0] - 1
             residual.view(-1, residual.shape[1] // patch_size[0]).index_fill_(0, ends, 0)
         errors[part] = torch.linalg.vector_norm(residual, dim=1).square_().view(index.shape)
-        if needs_gradient and rows is None:
-            gradient[part] = residual.mul_(2).view(gradient[part].shape)
-        elif needs_gradient:
+        if needs_gradient and rows is not None:
             gradient[part].flatten(0, 1).index_copy_(0, rows, residual.mul_(2).to(pred.dtype))
+        elif needs_gradient:
+            gradient[part] = residual.mul_(2).view(gradient[part].shape)
     return errors, gradient if needs_gradient else pred.new_empty(0)
 
 

