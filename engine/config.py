@@ -249,15 +249,11 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
             built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
             continue
         allowed = get_args(hints[key])  # the strings of a Literal, else nothing
-        fits = isinstance(value, (int, float)) if isinstance(default, float) else type(value) is type(default)
-        if (
-            (isinstance(value, bool) and not isinstance(default, bool))
-            or not fits
-            or (allowed and value not in allowed)
-        ):
-            expected = " or ".join(map(repr, allowed)) or type(default).__name__
+        number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number or value in allowed or (not allowed and type(value) is hints[key])):
+            expected = " or ".join(map(repr, allowed)) or hints[key].__name__
             raise UserError(f"{where}: {key!r} expects {expected}, found {value!r}")
-        built[key] = float(value) if isinstance(default, float) else value
+        built[key] = float(value) if number else value
     return cls(**built)
 
 

@@ -12,7 +12,7 @@ import pytest
 def test_kernels_in_interpreter() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "MAM2_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels_in_interpreter.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "kernels_in_interpreter.py"]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
     )

@@ -130,8 +130,8 @@ def test_wrong_inputs_are_named() -> None:
         build(precision="float16")
 
 
-def batches(size: int = 32) -> Iterator[Tensor]:
-    frames = toy_frames(512, size)
+def batches() -> Iterator[Tensor]:
+    frames = toy_frames(512)
     generator = torch.Generator().manual_seed(1)
     while True:
         yield frames[torch.randint(len(frames), (16,), generator=generator)]
@@ -139,13 +139,13 @@ def batches(size: int = 32) -> Iterator[Tensor]:
 
 def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     reports: list[tuple[int, dict[str, float]]] = []
-    config = small(16, 64, 8)
+    config = small(16, 64, 4)
     vqgan = train_vqgan(batches(), config, 200, progress=lambda step, metrics: reports.append((step, metrics)))
     assert [step for step, _ in reports] == list(range(20, 201, 20))
     assert reports[0][1]["codes_used"] == 0
     assert reports[-1][1]["codes_used"] > 32
-    assert reports[-1][1]["loss"] < 0.7 * reports[0][1]["loss"]
-    images = scale_pixels(toy_frames(64, 32, seed=7).movedim(-1, 1))
+    assert reports[-1][1]["loss"] < 0.8 * reports[0][1]["loss"]
+    images = scale_pixels(toy_frames(64, seed=7).movedim(-1, 1))
     with torch.no_grad():
         codes = vqgan.codes(images)
         error = (vqgan.decode(codes) - images).square().mean()

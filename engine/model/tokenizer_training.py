@@ -56,8 +56,8 @@ def train_vqgan(
         frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; started anew when they end too soon.
         config: of the `vq` quantizer.
         steps: optimiser steps, one batch each.
-        progress: called with the step and `loss` (mean absolute plus squared error, pixels in -1 to 1),
-            `codes_used` and `perplexity` (of the moving average; 0 while there is no codebook yet).
+        progress: called with the step and `loss` (mean absolute plus squared error, pixels in -1 to 1, since the last
+            call), `codes_used` and `perplexity` (of the moving average; 0 while there is no codebook yet).
         learning_rate: Adam's peak; falls to 0 along a cosine.
         seed: of the initial weights, k-means and the moved codes.
 
@@ -81,6 +81,7 @@ def train_vqgan(
     codebook = MovingCodebook(vqgan.get_parameter("quantize.embedding.weight").data, generator)
     codebook_start = max(1, int(WARMUP_SHARE * steps))
     reservoir: list[Tensor] = []
+    losses: list[Tensor] = []
     for step, batch in zip(range(1, steps + 1), _endless(frames), strict=False):
         images = scale_pixels(_random_crop(batch, config.factor, generator).to(device).movedim(-1, 1))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
@@ -103,8 +104,10 @@ def train_vqgan(
         if step == codebook_start:
             codebook.place(torch.cat(reservoir))
             reservoir.clear()
+        losses.append(loss.detach())
         if progress is not None and (step % REPORT_EVERY == 0 or step == steps):
-            progress(step, {"loss": loss.item(), **codebook.usage()})
+            progress(step, {"loss": torch.stack(losses).mean().item(), **codebook.usage()})
+            losses.clear()
     return vqgan.eval()
 
 
