@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from mam2.engine.config import PretrainConfig, load_recipe
 
 
 def _write_video(
@@ -53,3 +57,25 @@ def frame_numbers() -> Callable[[NDArray[np.uint8]], list[int]]:
         return np.rint((levels - 5) / 10).astype(int).ravel().tolist()
 
     return read
+
+
+def _small_config(**tables: dict[str, Any]) -> PretrainConfig:
+    """The demo's recipe cut down to seconds."""
+    defaults = {
+        "model": {"width": 24, "depth": 1, "heads": 2},
+        "tokenizer": {"steps": 6, "codes": 16, "channels": 8, "batch": 16},
+        "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
+        "run": {"compile": False, "log_every": 2, "save_every": 1000},
+        "data": {"views": 2, "threads": 1},
+    }
+    config = load_recipe("demo")
+    tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}
+    return dataclasses.replace(
+        config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., PretrainConfig]:
+    """small(table={field: value}, …): the demo's recipe cut down to seconds, with values of your own."""
+    return _small_config

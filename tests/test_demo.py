@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from test_pretrain import small
 
 from mam2.engine.demo import DemoResult, demo
 from mam2.engine.evaluate.pretext import PretextResult, evaluation_mask, reconstruct
@@ -17,7 +16,7 @@ from mam2.kernels import frame_difference
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("demo")
     return out, *demo(out, train_clips=48, test_clips=24, config=small())
 
@@ -42,7 +41,7 @@ def test_it_measures_writes_and_draws(done, capsys):
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
-def test_a_second_call_goes_on_from_what_is_there(done):
+def test_a_second_call_goes_on_from_what_is_there(done, small):
     out, trained, result = done
     again, same = demo(out, train_clips=48, test_clips=24, config=small())
     assert again.step == trained.step
@@ -68,7 +67,7 @@ def test_the_verdicts_can_fail():
     assert list(bad.verdicts().values()) == [False, False, False]
 
 
-def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch):
+def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch, small):
     """The true motion as prediction: its picture is the true one in hidden patches and grey elsewhere."""
     config = small()
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8))

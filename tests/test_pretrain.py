@@ -23,22 +23,6 @@ from mam2.engine.train.pretrain import pretrain
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
 
-def small(**tables):
-    """The demo's recipe cut down to seconds."""
-    defaults = {
-        "model": {"width": 24, "depth": 1, "heads": 2},
-        "tokenizer": {"steps": 6, "codes": 16, "channels": 8, "batch": 16},
-        "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
-        "run": {"compile": False, "log_every": 2, "save_every": 1000},
-        "data": {"views": 2, "threads": 1},
-    }
-    config = load_recipe("demo")
-    tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}
-    return dataclasses.replace(
-        config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
-    )
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
@@ -47,7 +31,7 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory):
+def finished(clips, tmp_path_factory, small):
     run = tmp_path_factory.mktemp("run")
     return run, pretrain(small(), clips, run, progress=False)
 
@@ -60,7 +44,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_leaves_what_it_promises(finished, small):
     run, result = finished
     assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 32, 0, 0)
     assert result.checkpoint.name == "step-00000008"
@@ -81,12 +65,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "pyav" in text
 
 
-def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path):
+def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
     pretrain(small(data={"views": 2, "threads": 2}), clips, tmp_path, progress=False)
     assert same(weights(finished[0]), weights(tmp_path))
 
 
-def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
     """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
     original, calls = module._Run._step, []
 
@@ -109,18 +93,18 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch):
     assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6, 8]
 
 
-def test_resuming_with_other_values_is_refused(finished, clips):
+def test_resuming_with_other_values_is_refused(finished, clips, small):
     with pytest.raises(UserError, match=r"mask\.ratio = 0\.75, this call says 0\.5"):
         pretrain(small(mask={"ratio": 0.5}), clips, finished[0], resume=True, progress=False)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished, clips):
+def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
     before = weights(finished[0])
     assert pretrain(small(), clips, finished[0], resume=True, progress=False).step == 8
     assert same(before, weights(finished[0]))
 
 
-def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path):
+def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
     """Same clips, same masks, same weights after two steps, up to the order of additions."""
     runs = []
     for accumulate in (1, 2):
@@ -137,7 +121,7 @@ def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path):
         assert close > 0.97, name
 
 
-def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips):
+def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips, small):
     """The detached decoders hand on exactly what one backward pass through everything would."""
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.train.objective import MAM2Objective
@@ -164,7 +148,7 @@ def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_balanced_gradients_have_the_ratio_asked_for(monkeypatch):
+def test_balanced_gradients_have_the_ratio_asked_for(monkeypatch, small):
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.train.objective import MAM2Objective
     from mam2.kernels import tube_mask
@@ -192,7 +176,7 @@ def test_balanced_gradients_have_the_ratio_asked_for(monkeypatch):
     assert float(appearance.norm()) == pytest.approx(0.25 * float(norms["gradient/motion"]), rel=1e-3)
 
 
-def test_videomae_trains_in_the_same_engine(clips, tmp_path):
+def test_videomae_trains_in_the_same_engine(clips, tmp_path, small):
     config = small(model={"objective": "videomae", "width": 24, "depth": 1, "heads": 2})
     assert pretrain(config, clips, tmp_path, progress=False).step == 8
     lines = read_log(tmp_path)
@@ -200,7 +184,7 @@ def test_videomae_trains_in_the_same_engine(clips, tmp_path):
     assert not (tmp_path / "tokenizer.safetensors").exists()
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_and_counted(clips, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(clips, tmp_path, monkeypatch, small):
     from mam2.engine.train.objective import MAM2Objective
 
     original, calls = MAM2Objective.backward, []
@@ -219,7 +203,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted(clips, tmp_path, 
     assert "1 steps with a gradient that is not finite" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_run_that_only_meets_bad_gradients_stops(clips, tmp_path, monkeypatch):
+def test_a_run_that_only_meets_bad_gradients_stops(clips, tmp_path, monkeypatch, small):
     from mam2.engine.train.objective import MAM2Objective
 
     original = MAM2Objective.backward
@@ -234,7 +218,7 @@ def test_a_run_that_only_meets_bad_gradients_stops(clips, tmp_path, monkeypatch)
         pretrain(small(optim={"batch": 16, "epochs": 8.0}), clips, tmp_path, progress=False)
 
 
-def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch, small):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -244,7 +228,7 @@ def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path):
+def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
     """SIGINT to `python -m mam2.engine pretrain`: exit status 130, a checkpoint, no stack trace."""
     values = json.dumps(dataclasses.asdict(small(optim={"batch": 16, "epochs": 5000.0})))
     (tmp_path / "recipe.json").write_text(values)
@@ -263,7 +247,7 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
-def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path):
+def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path, small):
     """Many codecs, odd sizes, variable rates, short and broken files: it finishes and names each unusable file once."""
     config = small(optim={"batch": 16, "epochs": 2.0}, data={"views": 1, "threads": 2})
     result = pretrain(config, CLIPS, tmp_path, progress=False)

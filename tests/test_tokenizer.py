@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mam2.engine.model.tokenizer import Tokenizer, codebook_usage, scale_pixels
 from mam2.engine.model.tokenizer_training import MovingCodebook, train_vqgan
@@ -76,11 +76,10 @@ def test_a_larger_clip_is_resized_to_the_grid() -> None:
 
 
 def test_the_default_tokenizer_gives_the_default_grid() -> None:
-    """Gumbel f8 at 112 for clips of 224 and patch 16: 14×14 codes a frame."""
-    with FakeTensorMode():
-        tokenizer = Tokenizer(VQGAN(CONFIGS["gumbel-f8-8192"]), (8, 14, 14))
-        codes = tokenizer.codes(torch.empty(1, 3, 16, 224, 224))
-    assert codes.shape == (1, 1568)
+    """Gumbel f8 at 112 for clips of 224 and patch 16: 14×14 codes a frame. (A quarter of its channels suffices.)"""
+    config = dataclasses.replace(CONFIGS["gumbel-f8-8192"], channels=32)
+    tokenizer = Tokenizer(VQGAN(config), (1, 14, 14))
+    assert tokenizer.codes(torch.rand(1, 3, 2, 224, 224)).shape == (1, 196)
     assert tokenizer.codebook_size == 8192
 
 

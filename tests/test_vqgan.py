@@ -128,10 +128,10 @@ def test_codes_are_chosen_in_float32_under_autocast(config: VQGANConfig) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "factor", "attended"),
-    [("f16-1024", 72.0, 16, "down.4"), ("f16-16384", 75.9, 16, "down.4"), ("gumbel-f8-8192", 73.0, 8, "down.3")],
+    ("name", "factor", "attended"),
+    [("f16-1024", 16, "down.4"), ("f16-16384", 16, "down.4"), ("gumbel-f8-8192", 8, "down.3")],
 )
-def test_published_models_have_their_form(name: str, millions: float, factor: int, attended: str) -> None:
+def test_published_models_have_their_form(name: str, factor: int, attended: str) -> None:
     with FakeTensorMode():
         vqgan = VQGAN(CONFIGS[name])
         codes = vqgan.codes(torch.empty(1, 3, 224, 224))
@@ -142,7 +142,7 @@ def test_published_models_have_their_form(name: str, millions: float, factor: in
     assert {"encoder.down.0.block.1.norm2.weight", "encoder.mid.attn_1.proj_out.bias"} <= keys
     assert {"decoder.up.1.upsample.conv.weight", "post_quant_conv.bias"} <= keys
     assert "encoder.down.2.block.0.nin_shortcut.weight" in keys
-    assert sum(parameter.numel() for parameter in vqgan.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+    assert (len(vqgan.quant_conv.weight), len(next(vqgan.quantize.parameters()))) == (256, int(name.split("-")[-1]))
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 16])

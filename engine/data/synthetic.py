@@ -26,7 +26,7 @@ FPS = 12
 
 
 def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
-    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. The same `rng` gives the same appearance for any motion."""
+    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. The same key gives any motion the same look."""
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
     colour = _bright_colour(rng)

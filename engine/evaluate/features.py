@@ -11,7 +11,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(
     models: list[MAM2 | VideoMAE], loader: ClipLoader, *, progress: bool = True
 ) -> tuple[list[Tensor], Tensor]:

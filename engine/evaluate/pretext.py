@@ -31,7 +31,7 @@ class PretextResult:
     """95 % bootstrap interval over clips."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_pretext(
     model: MAM2, tokenizer: Tokenizer, loader: ClipLoader, config: PretrainConfig, *, progress: bool = True
 ) -> PretextResult:
@@ -95,7 +95,7 @@ class Strips:
     """Predicted difference in the hidden patches, grey elsewhere."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reconstruct(model: MAM2, tokenizer: Tokenizer, clip: Tensor, config: PretrainConfig) -> Strips:
     """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels."""
     model.eval()
