@@ -281,7 +281,7 @@ def check(config: PretrainConfig) -> None:
             f"optim.batch {optim.batch} is not a multiple of optim.accumulate {optim.accumulate} "
             f"times data.views {data.views}"
         )
-    parts = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
+    parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:
             raise UserError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}")

@@ -11,21 +11,24 @@
 Needs torch; Triton only on a GPU.
 """
 
-from .frame_difference import frame_difference
-from .gather_tubes import gather_tubes
-from .launch import active_path
-from .linear_cross_entropy import linear_cross_entropy
-from .masked_loss import masked_frame_difference_loss, masked_pixel_loss
-from .masks import TubeMask, random_mask, tube_mask
+# In a checkout's root this folder can also be imported as `kernels`; transformers does so, looking for a package of that
+# name. Registering the operators a second time would free those that are in use.
+if __name__ == "mam2.kernels":
+    from .frame_difference import frame_difference
+    from .gather_tubes import gather_tubes
+    from .launch import active_path
+    from .linear_cross_entropy import linear_cross_entropy
+    from .masked_loss import masked_frame_difference_loss, masked_pixel_loss
+    from .masks import TubeMask, random_mask, tube_mask
 
-__all__ = [
-    "TubeMask",
-    "active_path",
-    "frame_difference",
-    "gather_tubes",
-    "linear_cross_entropy",
-    "masked_frame_difference_loss",
-    "masked_pixel_loss",
-    "random_mask",
-    "tube_mask",
-]
+    __all__ = [
+        "TubeMask",
+        "active_path",
+        "frame_difference",
+        "gather_tubes",
+        "linear_cross_entropy",
+        "masked_frame_difference_loss",
+        "masked_pixel_loss",
+        "random_mask",
+        "tube_mask",
+    ]

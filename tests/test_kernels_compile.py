@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def clips() -> torch.Tensor:
     return raw.permute(0, 4, 1, 2, 3)
 
 
-def operator_calls() -> list[tuple[object, tuple]]:
+def operator_calls() -> list[tuple[Any, tuple]]:
     """Every operator with arguments that reach each branch of its fake and its gradient."""
     video, mask = clips(), random_mask(2, (2, 2, 2), 0.5, seed=0)
     pred = torch.randn(2, 4, 96, requires_grad=True)
@@ -124,6 +125,14 @@ def test_the_package_imports_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import mam2.kernels; print(mam2.kernels.active_path('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "pytorch", done.stderr
+
+
+def test_importing_the_folder_by_its_own_name_registers_nothing() -> None:
+    """transformers imports `kernels` where it finds one, as it does in this repository's root."""
+    code = "import mam2.kernels, kernels, torch; print(dir(kernels).count('gather_tubes'), len(kernels.__path__))"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "1"], done.stderr
 
 
 @pytest.mark.slow

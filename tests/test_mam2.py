@@ -19,6 +19,7 @@ from mam2.engine.config import (
     PretrainConfig,
     RegressorConfig,
 )
+from mam2.engine.model.blocks import RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.kernels import TubeMask, frame_difference, tube_mask
 
@@ -107,6 +108,39 @@ def test_masked_tokens_hear_of_each_other_only_with_all_keys(keys: str, alone: b
     assert same == alone
 
 
+def test_a_regressor_block_is_caes_cross_attention() -> None:
+    """Against torch's own multi-head attention: positions reach queries and keys, never values nor the state."""
+    torch.manual_seed(0)
+    block, peer = RegressorBlock(16, 2, 2.0), torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        peer.in_proj_weight.copy_(torch.cat([block.attn.q.weight, block.attn.k.weight, block.attn.v.weight]))
+        peer.in_proj_bias.copy_(torch.cat([block.attn.q.bias, torch.zeros(16), block.attn.v.bias]))
+    peer.out_proj.load_state_dict(block.attn.proj.state_dict())
+    masked, masked_positions = torch.randn(2, 2, 5, 16)
+    context, context_positions = torch.randn(2, 2, 7, 16)
+    queries, keys = block.norm_q(masked + masked_positions), block.norm_k(context + context_positions)
+    state = masked + peer(queries, keys, block.norm_v(context))[0]
+    expected = state + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(state))))
+    torch.testing.assert_close(block(masked, context, masked_positions, context_positions), expected)
+
+
+def test_every_regressor_block_sees_the_state_the_last_one_left() -> None:
+    model = build(config("all"))
+    visible, visible_positions = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(0))
+    masked_positions = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    regressor = model.regressor
+    regressor.project = torch.nn.Identity()
+    first, second = regressor.blocks
+    positions = torch.cat([visible_positions, masked_positions], 1)
+    start = regressor.mask_token.expand(2, 5, -1)
+    state = first(start, torch.cat([visible, start], 1), masked_positions, positions)
+    state = second(state, torch.cat([visible, state], 1), masked_positions, positions)
+    found = regressor(visible, visible_positions, masked_positions)
+    torch.testing.assert_close(found, regressor.norm(state))
+
+
 def test_clips_of_a_batch_do_not_mix() -> None:
     model, mask = build(config("all")), drawn_mask()
     swapped = TubeMask(mask.visible.flip(0), mask.masked.flip(0))
@@ -125,13 +159,17 @@ def test_appearance_loss_is_the_cross_entropy_of_the_hidden_codes(smoothing: flo
     assert torch.equal(model.predict_codes(latents, mask), logits.argmax(-1))
 
 
-def test_motion_loss_is_the_error_of_the_predicted_difference() -> None:
-    model, mask = build(config(difference="intra", motion_normalize="none")), drawn_mask()
+@pytest.mark.parametrize(("normalize", "eps"), [("none", 1e-6), ("channel", 0.05)])
+def test_motion_loss_is_the_error_of_the_predicted_difference(normalize: str, eps: float) -> None:
+    model, mask = build(config(difference="intra", motion_normalize=normalize, motion_eps=eps)), drawn_mask()
     latents = model.complete(clip(), mask)
-    predicted = model.predict_motion(latents, mask)
-    target = frame_difference(clip(), patch_size=(2, 8, 8), difference="intra", normalize=None)
+    predicted = model.motion_decoder.head(model.motion_decoder(latents + model.positions[mask.masked]))
+    target = frame_difference(
+        clip(), patch_size=(2, 8, 8), difference="intra", normalize=None if normalize == "none" else normalize, eps=eps
+    )
     expected = F.mse_loss(predicted, target.gather(1, mask.masked[..., None].expand(-1, -1, target.shape[-1])))
     torch.testing.assert_close(model.motion_loss(latents, mask, clip()), expected)
+    assert torch.equal(model.predict_motion(latents, mask), predicted)
 
 
 @pytest.mark.parametrize(("difference", "values"), [("adjacent", 384), ("intra", 192)])

@@ -30,11 +30,11 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
     colour = _bright_colour(rng)
-    radius = rng.uniform(10, 16)
+    radius = rng.uniform(13, 20)
     angle = rng.uniform(0, 2 * np.pi)
     drift = rng.uniform(40, 60)  # pixels over the whole clip
     turn = rng.uniform(0.9, 1.5) * np.pi  # radians over the whole clip
-    growth = rng.uniform(2.2, 3.0)  # ratio of the largest to the smallest radius
+    growth = rng.uniform(1.8, 2.4)  # ratio of the largest to the smallest radius
     place = rng.uniform(0, SIZE, size=2)
 
     progress = np.linspace(-0.5, 0.5, FRAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def draw_curves(run: Path) -> bytes:
     return _png(figure)
 
 
-def draw_strips(strips: Strips, titles: list[str]) -> bytes:
+def draw_strips(strips: Strips, titles: Sequence[str]) -> bytes:
     """PNG: for each clip a column of slots over time, one row for each thing shown."""
     clips, slots = strips.original.shape[:2]
     figure, axes = plt.subplots(

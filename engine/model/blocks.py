@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from mam2.engine.model.attention import attention
 
 LAYER_NORM_EPS = 1e-6
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .blocks import Block, initialize, layer_norm
+from mam2.engine.model.blocks import Block, initialize, layer_norm
 
 
 class Decoder(nn.Module):

@@ -11,10 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mam2.engine.config import PretrainConfig
+from mam2.engine.model.blocks import Block, initialize, layer_norm, sincos_positions
 from mam2.kernels import gather_tubes
-
-from ..config import PretrainConfig
-from .blocks import Block, initialize, layer_norm, sincos_positions
 
 CHANNELS = 3
 PIXEL_MEAN = (0.485, 0.456, 0.406)

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mam2.engine.config import PretrainConfig
+from mam2.engine.model.blocks import sincos_positions
+from mam2.engine.model.decoders import Decoder
+from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.regressor import Regressor
 from mam2.kernels import TubeMask, linear_cross_entropy, masked_frame_difference_loss
-
-from ..config import PretrainConfig
-from .blocks import sincos_positions
-from .decoders import Decoder
-from .encoder import CHANNELS, Encoder
-from .regressor import Regressor
 
 
 class MAM2(nn.Module):
@@ -58,10 +57,10 @@ class MAM2(nn.Module):
             keys=regressor.keys,
             mlp_ratio=mlp_ratio,
         )
-        self.appearance_decoder, self.motion_decoder = (
-            Decoder(width=decoder.width, depth=decoder.depth, heads=decoder.heads, outputs=outputs, mlp_ratio=mlp_ratio)
-            for outputs in (codes, differences * math.prod(patch) * CHANNELS)
-        )
+        shape = {"width": decoder.width, "depth": decoder.depth, "heads": decoder.heads}
+        motion_values = differences * math.prod(patch) * CHANNELS
+        self.appearance_decoder = Decoder(**shape, outputs=codes, mlp_ratio=mlp_ratio)
+        self.motion_decoder = Decoder(**shape, outputs=motion_values, mlp_ratio=mlp_ratio)
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:

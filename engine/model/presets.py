@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..config import DecoderConfig, RegressorConfig
+from mam2.engine.config import DecoderConfig, RegressorConfig
 
 
 class Size(NamedTuple):

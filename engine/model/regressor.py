@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .blocks import RegressorBlock, initialize, layer_norm, mask_token
+from mam2.engine.model.blocks import RegressorBlock, initialize, layer_norm, mask_token
 
 
 class Regressor(nn.Module):
@@ -61,6 +61,6 @@ class Regressor(nn.Module):
             context_positions = torch.cat([visible_positions, masked_positions], dim=1)
         for block in self.blocks:
             if self.keys == "all":
-                context = torch.cat([visible, masked.to(visible.dtype)], dim=1)
+                context = torch.cat([visible, masked], dim=1)
             masked = block(masked, context, masked_positions, context_positions)
         return self.norm(masked)

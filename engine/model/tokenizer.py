@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vqgan import VQGAN
+from mam2.engine.model.vqgan import VQGAN
 
 
 class Tokenizer(nn.Module):

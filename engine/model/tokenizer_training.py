@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokenizer import scale_pixels
-from .vqgan import VQGAN, VQGANConfig
+from mam2.engine.model.tokenizer import scale_pixels
+from mam2.engine.model.vqgan import VQGAN, VQGANConfig
 
 CROP_CODES = 4
 """Side of the random crops trained on, in codes: a quarter of the work of 8×8, and the network is convolutional."""
@@ -102,7 +102,7 @@ def train_vqgan(
         if step <= codebook_start:
             reservoir = _newest([*reservoir, _rows(latents)], LATENTS_PER_CODE * config.codes)
         if step == codebook_start:
-            codebook.place(torch.cat(reservoir))
+            codebook.place(torch.cat(reservoir), batch_rows=len(reservoir[-1]))
             reservoir.clear()
         losses.append(loss.detach())
         if progress is not None and (step % REPORT_EVERY == 0 or step == steps):
@@ -120,16 +120,18 @@ class MovingCodebook:
         self.counts = torch.zeros(len(codes), device=codes.device)
         self.sums = torch.zeros_like(codes)
 
-    def place(self, latents: Tensor, rounds: int = 10) -> None:
-        """k-means on latents [M, E] float32, started from a random choice of them."""
+    def place(self, latents: Tensor, *, batch_rows: int, rounds: int = 10) -> None:
+        """k-means on latents [M, E] float32, started from a random choice of them.
+
+        batch_rows: latents of the updates to come; the averages start as if such batches had made them.
+        """
         self.codes.copy_(self._draw(latents, len(self.codes)))
         for _ in range(rounds):
             nearest = torch.cat([torch.cdist(part, self.codes).argmin(1) for part in latents.split(ROWS_AT_ONCE)])
             counts, sums = self._tally(latents, nearest)
             self.codes.copy_(sums / counts.clamp(min=1)[:, None])
             self._move(counts == 0, latents)
-        batches = max(1.0, len(latents) / LATENTS_PER_CODE / len(self.codes))
-        self.counts = counts.clamp(min=1) / batches
+        self.counts = counts.clamp(min=1) * (batch_rows / len(latents))
         self.sums = self.codes * self.counts[:, None]
 
     def update(self, latents: Tensor, nearest: Tensor) -> None:

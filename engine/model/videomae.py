@@ -10,12 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mam2.engine.config import PretrainConfig
+from mam2.engine.model.blocks import initialize, mask_token, sincos_positions
+from mam2.engine.model.decoders import Decoder
+from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.kernels import TubeMask, masked_pixel_loss
-
-from ..config import PretrainConfig
-from .blocks import initialize, mask_token, sincos_positions
-from .decoders import Decoder
-from .encoder import CHANNELS, Encoder
 
 
 class VideoMAE(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from mam2.engine.model.attention import attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +248,8 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut; a 1×1 convolution is the shortcut where the width changes."""
+
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = _norm(width_in, groups)

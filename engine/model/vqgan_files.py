@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import UserError
-from .vqgan import VQGAN, VQGANConfig
+from mam2.engine.config import UserError
+from mam2.engine.model.vqgan import VQGAN, VQGANConfig
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""

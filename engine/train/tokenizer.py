@@ -58,7 +58,7 @@ def _train(config: PretrainConfig, loader: ClipLoader, device: torch.device, log
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['codes_used']:.0f} codes in use")
 
         frames = _frames(loader, options.batch)
-        architecture = small(options.channels, options.codes, config.model.patch)
+        architecture = small(options.channels, options.codes, _factor(config))
         vqgan = train_vqgan(frames, architecture, options.steps, device, report, seed=config.run.seed)
     log.say(
         f"codes   trained: loss {usage['loss']:.3f}, {usage['codes_used']:.0f} of {options.codes} codes in use, "
@@ -72,6 +72,19 @@ def _load(path: Path) -> VQGAN:
         return load_vqgan(path)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer.path: {error}") from None
+
+
+def _factor(config: PretrainConfig) -> int:
+    """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
+    factors = [
+        2**power for power in range(1, 11) if 2**power <= config.model.patch and config.data.size % 2**power == 0
+    ]
+    if not factors:
+        raise UserError(
+            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs a "
+            "patch of at least 2 and an even size; change them, or give tokenizer.path"
+        )
+    return factors[-1]
 
 
 def _frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
