@@ -22,6 +22,8 @@ class Decoder(nn.Module):
         self.norm = layer_norm(width)
         self.head = nn.Linear(width, outputs)
         initialize(self)
+        # Small first predictions, as CAE's: otherwise the first hundred steps go into unlearning them.
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Tokens with positions added [B, N, D] -> features [B, N, D], or [B, last, D] of the last ones only."""

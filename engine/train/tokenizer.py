@@ -76,13 +76,12 @@ def _load(path: Path) -> VQGAN:
 
 def _factor(config: PretrainConfig) -> int:
     """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
-    factors = [
-        2**power for power in range(1, 11) if 2**power <= config.model.patch and config.data.size % 2**power == 0
-    ]
+    powers = (2**exponent for exponent in range(1, 11))
+    factors = [power for power in powers if power <= config.model.patch and config.data.size % power == 0]
     if not factors:
         raise UserError(
-            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs a "
-            "patch of at least 2 and an even size; change them, or give tokenizer.path"
+            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs "
+            "a patch of at least 2 and an even size; change them, or give tokenizer.path"
         )
     return factors[-1]
 
