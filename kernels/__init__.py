@@ -7,13 +7,15 @@
     frame_difference                  the motion target itself
     linear_cross_entropy              classifier head and cross-entropy without the logits
     active_path                       which implementation runs for a tensor or a device
+    costs                             bytes and operations of each, from shapes
 
 Needs torch; Triton only on a GPU.
 """
 
-# In a checkout's root this folder can also be imported as `kernels`; transformers does so, looking for a package of that
-# name. Registering the operators a second time would free those that are in use.
+# In a checkout's root this folder can also be imported as `kernels`; transformers does so, looking for a package of
+# that name. Registering the operators a second time would free those that are in use.
 if __name__ == "mam2.kernels":
+    from . import costs
     from .frame_difference import frame_difference
     from .gather_tubes import gather_tubes
     from .launch import active_path
@@ -24,6 +26,7 @@ if __name__ == "mam2.kernels":
     __all__ = [
         "TubeMask",
         "active_path",
+        "costs",
         "frame_difference",
         "gather_tubes",
         "linear_cross_entropy",

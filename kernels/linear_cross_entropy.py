@@ -14,114 +14,10 @@ from typing import Any
 
 import torch
 
-from . import launch, reference
-from .launch import jit, tl
+from . import launch
 from .scale_gradient import refuse_double_backward, scale_gradient
 from .shapes import REDUCTIONS, check_choice
-
-
-@jit
-def _softmax_gradient_kernel(
-    loss_ptr,
-    logits_ptr,
-    target_ptr,
-    upstream_ptr,
-    codes,
-    ignore_index,
-    WEIGHTED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * codes
-    target = tl.load(target_ptr + row)
-    counted = target != ignore_index
-    exists = (target >= 0) & (target < codes)
-    picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
-    column = tl.arange(0, BLOCK)
-    lowest = float("-inf")
-
-    logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
-    largest = tl.max(logits, axis=0)
-    exponential = tl.exp(logits - largest)
-    sum_exp = tl.sum(exponential, axis=0)
-    total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
-    if not ONE_BLOCK:
-        for start in range(BLOCK, codes, BLOCK):
-            mask = start + column < codes
-            logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-            larger = tl.maximum(largest, tl.max(logits, axis=0))
-            sum_exp = sum_exp * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger), axis=0)
-            largest = larger
-            total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
-
-    loss = largest + tl.log(sum_exp) - (1 - SMOOTHING) * picked
-    if SMOOTHING > 0:
-        loss -= SMOOTHING * total / codes
-    loss = tl.where(exists, loss, float("nan"))
-    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
-
-    if GRADIENT:
-        upstream = tl.where(counted, 1.0, 0.0).to(DTYPE)
-        if WEIGHTED:
-            upstream *= tl.load(upstream_ptr + row)
-        scale = upstream / sum_exp
-        shift = SMOOTHING / codes * upstream
-        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
-        if ONE_BLOCK:
-            gradient = (exponential * scale - shift).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + column, gradient, mask=column < codes)
-        else:
-            for start in range(0, codes, BLOCK):
-                mask = start + column < codes
-                logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-                gradient = (tl.exp(logits - largest) * scale - shift).to(logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + start + column, gradient, mask=mask)
-        tl.debug_barrier()  # the target's value goes over the one just stored
-        gradient_at_target = tl.exp(picked - largest) * scale - shift - (1 - SMOOTHING) * upstream
-        tl.store(logits_ptr + target, gradient_at_target.to(logits_ptr.dtype.element_ty), mask=counted & exists)
-
-
-def _softmax_gradient_(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    upstream: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    needs_gradient: bool,
-) -> torch.Tensor:
-    """`reference.softmax_gradient_` on the path of the device."""
-    if launch.active_path(logits) != "triton":
-        return reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
-    rows, codes = logits.shape
-    wide = _accumulation_dtype(logits.dtype)
-    loss = logits.new_empty(rows, dtype=wide)
-    block = min(launch.power_of_two(codes), 8192)
-    launch.run(
-        _softmax_gradient_kernel,
-        rows,
-        loss,
-        logits,
-        target.contiguous(),
-        upstream,
-        codes,
-        ignore_index,
-        WEIGHTED=upstream is not None,
-        SMOOTHING=label_smoothing,
-        GRADIENT=needs_gradient,
-        ONE_BLOCK=codes <= block,
-        BLOCK=block,
-        DTYPE=launch.triton_type(wide),
-        num_warps=launch.warps("softmax_gradient", block),
-    )
-    return loss
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .softmax_gradient import accumulation_dtype, softmax_gradient_
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,7 +40,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses [M] and the gradients (upstream-weighted if given) of hidden, weight, bias; empty if not needed."""
     rows, codes = hidden.shape[0], weight.shape[0]
-    wide = _accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     losses = hidden.new_empty(rows, dtype=wide)
     d_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0)
     d_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0)
@@ -155,7 +51,7 @@ def _run(
         part = slice(start, start + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
         weights = None if upstream is None else upstream[part]
-        losses[part] = _softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
+        losses[part] = softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
         if needs[0]:
             torch.mm(logits, weight, out=d_hidden[part])
         if needs[1] and dtype == wide:
@@ -214,7 +110,7 @@ def _gradients_op(
 def _empty_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = _accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     return (
         hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0),
@@ -233,7 +129,7 @@ def _(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    total = hidden.new_empty((), dtype=_accumulation_dtype(dtype))
+    total = hidden.new_empty((), dtype=accumulation_dtype(dtype))
     return total, *_empty_gradients(hidden, weight, dtype, needs)
 
 
@@ -247,7 +143,7 @@ def _(
     label_smoothing: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=_accumulation_dtype(dtype))
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(dtype))
 
 
 @_gradients_op.register_fake

@@ -133,9 +133,8 @@ def _launch(
     dtype = reference.compute_dtype(pred, video)
     every_token = pred.shape[1] != masked.shape[1]
     error = pred.new_empty(masked.shape, dtype=dtype)
-    gradient = pred.new_empty(0)
-    if needs_gradient:
-        gradient = (pred.new_zeros if every_token else pred.new_empty)(pred.shape)
+    allocate = pred.new_zeros if every_token else pred.new_empty
+    gradient = allocate(pred.shape if needs_gradient else (0,))
     if pred.stride(2) != 1:
         pred = pred.contiguous()
     table = restoring_table(video, mean, std, dtype)

@@ -27,12 +27,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mam2.kernels import launch, masked_loss, masks, scale_gradient
+from mam2.kernels import launch, masked_loss, masks, scale_gradient, softmax_gradient
 
 # the package's functions of these names hide its modules
 frame_difference = importlib.import_module("mam2.kernels.frame_difference")
 gather_tubes = importlib.import_module("mam2.kernels.gather_tubes")
-linear_cross_entropy = importlib.import_module("mam2.kernels.linear_cross_entropy")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -121,7 +120,7 @@ def record(everything: bool) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, 
         labels = torch.empty(2048, dtype=torch.int64, device="meta")
         upstream = torch.empty(2048, device="meta") if smoothing else None
         label = f"{codes} {str(kind)[6:]}{' smoothed weighted' if smoothing else ''}"
-        linear_cross_entropy._softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
+        softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
     for rows, width, kind in ((64 * 1408, 1536, half), (1, 8192 * 384, single)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")
