@@ -16,7 +16,7 @@ else
   PINS :=
 endif
 
-.PHONY: demo test lint type doctor clean
+.PHONY: demo test lint type doctor gpu bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
@@ -37,6 +37,15 @@ type: $(VENV)/installed
 
 doctor: $(VENV)/installed
 	$(BIN)/mam2 doctor
+
+# A GPU machine without network has no .venv: its own Python serves, after pip install --no-deps --no-build-isolation -e .
+PY = $(if $(wildcard $(VENV)/installed),$(BIN)/python,python3)
+
+gpu:
+	$(PY) -m benchmarks.gpu $(ARGS)
+
+bench:
+	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -145,7 +145,7 @@ def _rows(result: DemoResult) -> list[tuple[str, str]]:
     return [
         ("linear probe, pre-trained encoder", share(result.probe_pretrained, result.probe_pretrained_interval)),
         ("linear probe, random encoder", share(result.probe_random, result.probe_random_interval)),
-        ("gain in points", share(gain, result.probe_gain_interval)),
+        ("gain", share(gain, result.probe_gain_interval).replace("%", "points", 1)),
         ("hidden codes predicted right", share(pretext.code_accuracy, pretext.code_interval)),
         ("always the commonest code", f"{100 * pretext.commonest_code:.1f} %"),
         ("motion error / that of predicting no motion", share(pretext.relative_motion, pretext.motion_interval)),

@@ -11,7 +11,7 @@ from mam2.engine.config import RunConfig, UserError
 from mam2.engine.data.decoding import available_cores, choose_front_end
 from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
-from mam2.engine.train.runtime import autocast, compiler
+from mam2.engine.train.runtime import compiler, matmul_dtype
 from mam2.kernels import active_path
 
 PACKAGES = ("mam2", "torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "numpy")
@@ -31,8 +31,7 @@ def report() -> str:
         lines.append("  no GPU that torch can use")
     lines += ["versions", *(f"  {name:<20} {_version(name)}" for name in PACKAGES)]
 
-    context = autocast(RunConfig(), device)
-    dtype = torch.bfloat16 if context._enabled else torch.float32
+    dtype = matmul_dtype(RunConfig(), device)
     advice = []
     lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}"]
     lines.append(f"  attention  {active_backend(device, dtype, 64)} ({dtype}, heads of 64)".replace("torch.", ""))
@@ -49,12 +48,16 @@ def report() -> str:
         )
     except UserError as error:
         lines.append(f"  decoding   not possible: {error}")
-        advice.append("DALI: pip install 'mam2[cpu]' (no GPU), 'mam2[cuda13]' or 'mam2[cuda12]'")
+        advice.append("DALI: pip install '.[cpu]' (no GPU), '.[cuda13]' or '.[cuda12]' in the checkout")
     if device.type == "cuda":
         if active_backend(device, dtype, 64) != "xformers":
-            advice.append("xformers: pip install 'mam2[cuda13]' or 'mam2[cuda12]', of the build that matches torch")
+            advice.append(
+                "xformers: pip install '.[cuda13]' or '.[cuda12]' in the checkout, of the build that matches torch"
+            )
     else:
-        advice.append("a GPU: install a CUDA build of torch and 'mam2[cuda13]' for Triton kernels, NVDEC and xformers")
+        advice.append(
+            "a GPU: with a CUDA build of torch and pip install '.[cuda13]' it runs Triton kernels, NVDEC and xformers"
+        )
     return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
 
 

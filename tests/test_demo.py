@@ -93,7 +93,7 @@ def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch
     torch.testing.assert_close(strips.predicted_motion[hidden], strips.motion[hidden], atol=1e-4, rtol=0)
     assert (strips.predicted_motion[~hidden] == 0.5).all()
     difference = (clip[:, 1::2].float() - clip[:, ::2].float()) / 255
-    torch.testing.assert_close(strips.motion, (0.5 + difference).clamp(0, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(strips.motion, (0.5 + 2 * difference).clamp(0, 1), atol=1e-4, rtol=0)
     assert torch.allclose(strips.appearance, torch.tensor(0.25))
 
 

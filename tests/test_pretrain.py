@@ -264,4 +264,4 @@ def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path, small):
     assert result.used == len(files) - len(broken)
     text = (tmp_path / "log.txt").read_text()
     assert all(text.count(f"{name}:") == 1 for name in broken)
-    assert f"{result.used} videos used, {len(broken)} not" in text
+    assert f"{result.used} videos used, {len(broken)} unusable" in text

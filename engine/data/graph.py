@@ -28,7 +28,7 @@ def import_dali() -> ModuleType:
         import nvidia.dali.fn
     except ImportError as error:
         raise UserError(
-            f"NVIDIA DALI is not installed ({error}): pip install 'mam2[cpu]', or [cuda13], [cuda12]"
+            f"NVIDIA DALI is not installed ({error}): pip install '.[cpu]' in the checkout, or [cuda13], [cuda12]"
         ) from error
     return nvidia.dali
 

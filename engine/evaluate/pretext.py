@@ -144,7 +144,7 @@ def _decoded(tokenizer: Tokenizer, codes: Tensor, height: int) -> Tensor:
 
 
 def _motion_picture(difference: Tensor, config: PretrainConfig) -> Tensor:
-    """First difference of every tubelet of [B, N, Pd] as pictures around grey."""
+    """First difference of every tubelet of [B, N, Pd] as pictures around grey, contrast doubled."""
     slots, rows, columns = config.grid
     pictures = rearrange(
         difference,
@@ -156,4 +156,4 @@ def _motion_picture(difference: Tensor, config: PretrainConfig) -> Tensor:
         w=config.model.patch,
         c=3,
     )[:, :, 0]
-    return (0.5 + pictures).clamp(0, 1)
+    return (0.5 + 2 * pictures).clamp(0, 1)

@@ -135,7 +135,8 @@ figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 src="data:image/png;base64,{strips}"></div>
 <figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey.
 Predicted appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes
-decoded, the best that could be predicted. Motion: difference to the next frame, grey where nothing moves.
+decoded, the best that could be predicted. Motion: difference to the next frame, contrast doubled, grey where nothing
+moves.
 </figcaption></figure>
 <figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
 </body></html>

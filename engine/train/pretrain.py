@@ -32,7 +32,7 @@ from mam2.engine.train import checkpoint
 from mam2.engine.train.metrics import RunLog
 from mam2.engine.train.objective import Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer, learning_rate
-from mam2.engine.train.runtime import StopSignal, autocast, compiler, pick_device
+from mam2.engine.train.runtime import StopSignal, autocast, compiler, matmul_dtype, pick_device
 from mam2.engine.train.tokenizer import prepare_tokenizer
 from mam2.kernels import active_path, tube_mask
 
@@ -145,8 +145,7 @@ class _Run:
         self.steps = max(round(optim.epochs * self.steps_per_epoch), 1)
         parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(self.model).items())
         log.say(f"model   {config.model.objective}: {parts} parameters")
-        context = autocast(config.run, device)
-        dtype = torch.bfloat16 if context._enabled else torch.float32
+        dtype = matmul_dtype(config.run, device)
         head = config.model.width // config.model.heads
         log.say(
             f"paths   kernels: {active_path(device)}; attention: {active_backend(device, dtype, head)}; "
@@ -189,9 +188,10 @@ class _Run:
             self.loader.close()
         skipped = len(self.manifest.skipped) + len(self.loader.skipped)
         used = len(self.manifest.videos) - len(self.loader.skipped)
+        where = f" (named in {self.run / 'skipped.tsv'})" if skipped else ""
         received = self.stop.received
         how = f"stopped by {received.name} after step {step}; --resume goes on" if received else f"done: {step} steps"
-        self.log.say(f"{how}; {used} videos used, {skipped} not (see {self.run / 'skipped.tsv'}); checkpoint {folder}")
+        self.log.say(f"{how}; {used} videos used, {skipped} unusable{where}; checkpoint {folder}")
         return PretrainResult(
             step=step, steps=self.steps, checkpoint=folder, used=used, skipped=skipped, signal=int(received or 0)
         )

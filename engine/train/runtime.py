@@ -24,10 +24,16 @@ def pick_device(config: RunConfig) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
+def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """What matrix products run in. On a CPU `auto` is float32: bfloat16's backward pass was slower there."""
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """bfloat16 autocast, or a context that changes nothing."""
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    dtype = matmul_dtype(config, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def why_not_compile(device: torch.device) -> str | None:
