@@ -43,6 +43,7 @@ def test_pretrain_help_documents_every_field(capsys):
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--data.size", "33"], "data.size 33 is not a multiple"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--mask.ratio", "1"], "mask.ratio 1.0 hides 16 of 16"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--run.device", "cuda"], "torch sees no GPU"),
+        (["pretrain", "demo", "--data", ".", "--out", "/dev/null/run"], "--out /dev/null/run: cannot be written"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, told):

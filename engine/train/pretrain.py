@@ -75,9 +75,12 @@ def pretrain(
     run = Path(out)
     if checkpoint.newest(run) and not resume:
         raise UserError(f"{run} holds a run: add --resume to go on with it, or name another folder with --out")
-    run.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.run)
-    log = RunLog(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        log = RunLog(run)
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be written: {error.strerror}; name another folder") from None
     try:
         with StopSignal() as stop:
             return _Run(config, Path(data), run, device, log, stop, resume, progress).train()
