@@ -88,7 +88,7 @@ def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch
     assert strips.original.shape == (2, 4, 32, 32, 3)
     torch.testing.assert_close(strips.original, clip[:, ::2] / 255)
     hidden = (strips.masked == 0.5).all(-1) & (strips.original != 0.5).any(-1)
-    expected = 0.75 * 32 * 32 * 4 * 2
+    expected = config.mask.ratio * 32 * 32 * 4 * 2
     assert abs(int(hidden.sum()) - expected) < 0.01 * expected
     torch.testing.assert_close(strips.predicted_motion[hidden], strips.motion[hidden], atol=1e-4, rtol=0)
     assert (strips.predicted_motion[~hidden] == 0.5).all()

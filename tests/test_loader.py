@@ -343,7 +343,7 @@ def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, to
 
 def test_without_dali_the_remedy_is_named(videos, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
-    with pytest.raises(UserError, match=r"pip install 'mam2\[cpu\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[cpu\]'"):
         open_loader(videos)
 
 

@@ -94,8 +94,8 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
 
 
 def test_resuming_with_other_values_is_refused(finished, clips, small):
-    with pytest.raises(UserError, match=r"mask\.ratio = 0\.75, this call says 0\.5"):
-        pretrain(small(mask={"ratio": 0.5}), clips, finished[0], resume=True, progress=False)
+    with pytest.raises(UserError, match=r"mask\.ratio = 0\.5, this call says 0\.75"):
+        pretrain(small(mask={"ratio": 0.75}), clips, finished[0], resume=True, progress=False)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, clips, small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ class Prefetcher(Generic[Item]):
         self._thread = threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, _finish, self._stop, self._ready, self._thread)
+        # weakref's own exit hook may run after DALI's, which refuses to end while a thread builds a pipeline.
+        atexit.register(self._finalizer)
 
     def __iter__(self) -> Iterator[Item]:
         return self
@@ -51,6 +54,7 @@ class Prefetcher(Generic[Item]):
         """Stop the thread and drop what is ready."""
         self._end = self._end or StopIteration()
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
     def _take(self) -> tuple[str, object]:
         while True:
