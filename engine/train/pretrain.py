@@ -128,9 +128,8 @@ class _Run:
             on_skip=self._skip,
         )
         front_ends = ", ".join(f"{count} by {name}" for name, count in self.loader.front_ends.items())
-        log.say(
-            f"data    {len(self.manifest.videos)} videos, decoded {front_ends}; {len(self.manifest.skipped)} unusable"
-        )
+        unusable = len(self.manifest.skipped) + len(self.loader.skipped)
+        log.say(f"data    {sum(self.loader.front_ends.values())} videos, decoded {front_ends}; {unusable} unusable")
 
         tokenizer = None
         if config.model.objective == "mam2":
