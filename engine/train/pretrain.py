@@ -36,6 +36,7 @@ from mam2.engine.train.runtime import StopSignal, autocast, compiler, matmul_dty
 from mam2.engine.train.tokenizer import prepare_tokenizer
 from mam2.kernels import active_path, tube_mask
 
+MANIFEST = "manifest.jsonl"
 NONFINITE_LIMIT = 20
 """Consecutive steps with a gradient that is not finite after which a run stops."""
 
@@ -116,6 +117,8 @@ class _Run:
             _same_run(config, folder)
         log.say(f"run     {run} on {_machine(device)}")
 
+        if folder:
+            log.say(f"resume  from {folder}, with its own list of videos ({run / MANIFEST})")
         self.manifest = _manifest(data, run, config, saved=folder is not None, progress=progress)
         for skipped in self.manifest.skipped:
             self._skip(skipped)
@@ -310,7 +313,7 @@ def _postfix(numbers: dict[str, Any]) -> str:
 
 def _manifest(data: Path, run: Path, config: PretrainConfig, *, saved: bool, progress: bool) -> Manifest:
     """Scans the data, or takes the scan of the run that is resumed: the order of clips depends on it."""
-    path = run / "manifest.jsonl"
+    path = run / MANIFEST
     if saved and path.is_file():
         return read_saved_manifest(path)
     manifest = read_manifest(data, threads=config.data.threads, progress=progress)
