@@ -30,8 +30,8 @@ USAGE = """usage: mam2 VERB …
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the verb of a command line (default: this program's) and exits."""
-    # OpenMP's threads spin for milliseconds while they wait, which slows a step badly as soon as anything else wants the
-    # core, the decoders of this very process included; without any spinning, waking them up costs too much.
+    # OpenMP's threads spin for milliseconds while they wait, which slows a step badly as soon as anything else wants
+    # the core, the decoders of this very process included; without any spinning, waking them up costs too much.
     # Read when torch is first imported, which no import above does.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         status = 2
     except KeyboardInterrupt:
         print(
-            "mam2: stopped; what was saved is whole, and the same command (with --resume, if a checkpoint is there) goes on",
+            "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
             file=sys.stderr,
         )
         status = 130

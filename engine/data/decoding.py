@@ -37,7 +37,7 @@ TIMEOUT_S = 60.0
 REORDER = 32
 """More packets than any decoder holds back before the frame it was given comes out."""
 
-# From version 17 on PyAV starts a thread for every core at each conversion, which costs far more than a small frame does.
+# From version 17 on PyAV starts a thread for every core at each conversion: too dear for small frames.
 _ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
