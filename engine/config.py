@@ -31,9 +31,16 @@ class DataConfig:
     frames: int = 16
     """Frames in a clip (T)."""
     stride: int = 4
-    """Distance of two sampled frames, in frames of the file."""
+    """Distance of two sampled frames, in frames of the file; 0 where `fps` says it."""
+    fps: float = 0.0
+    """Sampled frames a second, for files of mixed rates; 0 where `stride` says it. Exactly one of the two."""
+    sampling: Literal["dense", "uniform"] = "dense"
+    """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
     size: int = 224
     """Height and width of a clip in pixels, a multiple of the patch size."""
+    crop: Literal["random-resized", "multi-scale"] = "random-resized"
+    """`multi-scale` is VideoMAE's: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or centre;
+    `min_area`, `max_area` and `max_aspect` do not apply to it."""
     min_area: float = 0.5
     """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
     max_area: float = 1.0
@@ -44,12 +51,17 @@ class DataConfig:
     """Mirror half of the clips left to right. Off where direction carries meaning (SSv2, the demo)."""
     views: int = 1
     """Crops (and masks) drawn from one decoded clip: repeated augmentation. Divides the batch size."""
+    recorded: int = 0
+    """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
+    (`mam2 tokenize`). 0: new ones in every epoch."""
     front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
     """Decoder: `auto` takes NVDEC on a GPU, DALI on the CPU for VP8, VP9 and MJPEG, PyAV for the rest."""
     threads: int = 0
     """Decoding threads; 0 means as many as this process may use cores."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    timeout_s: float = 60.0
+    """Seconds after which a file that is still being decoded counts as unusable."""
     max_unusable: float = 0.5
     """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
 
@@ -108,6 +120,8 @@ class ModelConfig:
 class TokenizerConfig:
     path: str = ""
     """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
+    cache: str = ""
+    """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
     codes: int = 512
     """Codebook size of the one trained here."""
     channels: int = 32
@@ -299,8 +313,16 @@ def check(config: PretrainConfig) -> None:
         raise UserError("loss.difference 'intra' needs model.tubelet of at least 2; 'adjacent' does not")
     if config.loss.balance == "gradient" and config.loss.motion <= 0:
         raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
+    if data.stride < 0 or data.fps < 0 or (data.sampling == "dense" and (data.stride > 0) == (data.fps > 0)):
+        raise UserError(
+            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one of them; set the other to 0"
+        )
+    if data.recorded < 0:
+        raise UserError(f"data.recorded must not be negative, found {data.recorded}")
+    if config.tokenizer.cache and not data.recorded:
+        raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
     positive = {
-        "data.stride": data.stride,
+        "data.timeout_s": data.timeout_s,
         "optim.epochs": optim.epochs,
         "run.log_every": config.run.log_every,
         "run.save_every": config.run.save_every,

@@ -1,0 +1,24 @@
+"""`mam2 demo`: clips, pre-training, measurement and report in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+
+def run(arguments: list[str]) -> int:
+    def demo(out: Path = Path("runs/demo")) -> int:
+        """Make synthetic clips, pre-train on them, measure on clips not seen, and draw a report.
+
+        Args:
+            out: folder for clips, run and report; an interrupted demo goes on from there.
+        """
+        from mam2.engine.demo import demo
+
+        trained, result = demo(out)
+        if result is None:
+            return 128 + trained.signal
+        return 0 if all(result.verdicts().values()) else 1
+
+    return tyro.cli(demo, args=arguments, prog="mam2 demo")

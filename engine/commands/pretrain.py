@@ -1,0 +1,58 @@
+"""`mam2 pretrain`: a recipe, videos, and a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mam2.engine.config import PretrainConfig, UserError, check, load_recipe
+from mam2.engine.model.presets import PRESETS, SIZES
+
+
+def run(arguments: list[str]) -> int:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("recipe", nargs="?")
+    first.add_argument("--size", choices=SIZES)
+    first.add_argument("--preset", choices=PRESETS)
+    known, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    if known.recipe is None or known.recipe.startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise UserError("pretrain: name a recipe first: mam2 pretrain RECIPE --data PATH --out RUN")
+        known.recipe = "mam2-fast"
+    recipe = load_recipe(known.recipe)
+    if known.size:
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **SIZES[known.size]._asdict()))
+    if known.preset:
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **PRESETS[known.preset]._asdict()))
+
+    def pretrain(
+        recipe: tyro.conf.Positional[str],
+        data: Path,
+        out: Path,
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = recipe,
+        resume: bool = False,
+        size: str | None = None,
+        preset: str | None = None,
+    ) -> int:
+        """Pre-train an encoder on videos.
+
+        Args:
+            recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
+            data: folder of videos, with or without class folders, or an annotation list.
+            out: run folder for checkpoints and logs.
+            config: values of the recipe.
+            resume: go on from the newest checkpoint in the run folder.
+            size: encoder size instead of the recipe's: tiny, small, base, large, huge.
+            preset: regressor and decoders instead of the recipe's: fast, cae.
+        """
+        check(config)
+        from mam2.engine.train.pretrain import pretrain
+
+        result = pretrain(config, data, out, resume=resume)
+        return 128 + result.signal if result.signal else 0
+
+    return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")
