@@ -315,7 +315,7 @@ def check(config: PretrainConfig) -> None:
         raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
     if data.stride < 0 or data.fps < 0 or (data.sampling == "dense" and (data.stride > 0) == (data.fps > 0)):
         raise UserError(
-            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one of them; set the other to 0"
+            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one, the other is 0"
         )
     if data.recorded < 0:
         raise UserError(f"data.recorded must not be negative, found {data.recorded}")
