@@ -127,7 +127,8 @@ class ClipLoader:
 
         def plans() -> Iterator[Plan]:
             for step in itertools.count(first_step):
-                counters = ((step * samples + row) * self._world + self._rank for row in range(samples))
+                first = (step * self._world + self._rank) * samples
+                counters = range(first, first + samples)
                 yield step, [sample_at(counter, len(self._usable), self._seed) for counter in counters]
 
         return self._prefetch(self._produce(plans(), train=self._train, replace=True))
