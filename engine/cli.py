@@ -11,14 +11,23 @@ import importlib
 import os
 import sys
 
-from mam2.engine.config import RECIPES, UserError
+from mam2.engine.config import PeerFailed, RankError, UserError, recipe_names
 
 VERBS = {
     "pretrain": "RECIPE --data PATH --out RUN   pre-train on a folder or a list of videos",
+    "plan": "RECIPE   before a run: parameters, FLOPs, bytes, memory; clips/s and hours estimated",
+    "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
     "demo": "make clips, pre-train on them, measure, draw a report",
+    "index": "DATA   open every video once: what it holds, who decodes it, what to change",
+    "transcode": "DATA --out FOLDER   re-encode for fast decoding: small, key frames close together",
+    "train-tokenizer": "DATA --out FOLDER   train a VQ model on your own clips, measured on held-out ones",
+    "convert-tokenizer": "CHECKPOINT --out FILE   a VQGAN of taming-transformers to safetensors",
+    "tokenize": "RECIPE --data PATH --out CODES   compute the codes of recorded augmentations once",
     "doctor": "which path each part takes on this machine",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""
+DISTRIBUTED = ("pretrain",)
+"""Verbs that several processes can work on together, started by torchrun."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,15 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
             near = difflib.get_close_matches(name, VERBS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown verb {name!r}; expected one of {', '.join(VERBS)}{hint}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "WORLD_SIZE is above 1: this version trains in one process, on one GPU; start it without torchrun"
-            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
+            raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
         status = verb.run(arguments[1:])
     except UserError as error:
-        print(f"mam2: error: {error}", file=sys.stderr)
+        # What every process of a run sees, the first one says.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"mam2: error: {error}", file=sys.stderr)
         status = 2
+    except PeerFailed:
+        status = 1
     except KeyboardInterrupt:
         print(
             "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
@@ -57,8 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def usage() -> str:
     width = max(map(len, VERBS)) + 2
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     lines = [f"  {name:<{width}}{text}" for name, text in VERBS.items()]
-    return "\n".join(
-        ["usage: mam2 VERB …", "", *lines, "", f"`mam2 VERB --help` lists the options; recipes: {recipes}.", ""]
-    )
+    end = f"`mam2 VERB --help` lists the options; recipes: {', '.join(recipe_names())}."
+    return "\n".join(["usage: mam2 VERB …", "", *lines, "", end, ""])

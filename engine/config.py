@@ -26,6 +26,14 @@ class UserError(Exception):
     """A mistake of the user's: printed as one line without a stack trace, exit status 2."""
 
 
+class RankError(UserError):
+    """One that only this process of several has met; its message names the process."""
+
+
+class PeerFailed(Exception):
+    """Another process of the run has failed and says why; this one ends in silence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     frames: int = 16
@@ -55,7 +63,8 @@ class DataConfig:
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
     front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
-    """Decoder: `auto` takes NVDEC on a GPU, DALI on the CPU for VP8, VP9 and MJPEG, PyAV for the rest."""
+    """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
+    files known to be sound: damage that a look at packets and key frames does not find may end the process."""
     threads: int = 0
     """Decoding threads; 0 means as many as this process may use cores."""
     prefetch: int = 2
@@ -158,9 +167,10 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     batch: int = 64
-    """Clips in an optimiser step of this process; with accumulation, the sum over its micro-batches."""
-    accumulate: int = 1
-    """Micro-batches an optimiser step; divides the batch."""
+    """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
+    micro_batch: int = 0
+    """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
+    0: its whole share of the batch."""
     epochs: float = 400
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = 20
@@ -187,12 +197,20 @@ class RunConfig:
     """Of the matrix products: `auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
+    recompute: bool = False
+    """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
     log_every: int = 20
     """Steps between two lines of the log."""
     save_every: int = 1000
     """Steps between two checkpoints; one is always written at the end."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes: `ddp` gives each a whole model, `fsdp` spreads weights, gradients and moments over them."""
     keep: int = 3
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
+    max_nonfinite: int = 20
+    """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,23 +245,56 @@ class PretrainConfig:
         }
 
 
+def recipe_names() -> list[str]:
+    """The shipped recipes: a method (`mam2-fast`), or a method on a data set (`ssv2/mam2-fast`)."""
+    return sorted(name for name, path in _shipped().items() if not path.stem.startswith("_"))
+
+
 def load_recipe(name: str) -> PretrainConfig:
-    """The config of a shipped recipe (`demo`, `mam2-fast`, …), of a TOML file or of a run's config.json.
+    """The config of a shipped recipe (`demo`, `mam2-fast`, `ssv2/mam2-fast`, …), of a TOML file or of a config.json.
+
+    `extends = ["mam2-fast", …]` at the head of a recipe names those whose values it starts from, the later ones first
+    to be heard; each is a shipped recipe or a file beside it. What a recipe says itself counts more.
 
     Raises UserError for an unknown recipe, a file that cannot be parsed, and unknown or ill-typed keys.
     """
-    shipped = {path.stem: path for path in RECIPES.glob("*.toml")}
-    path = shipped.get(name) or Path(name)
+    return from_dict(PretrainConfig, _read_recipe(name, Path(), ()), where=f"recipe {name}")
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.toml")}
+
+
+def _read_recipe(name: str, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    """The tables of a recipe, those it extends merged in; `within` are the ones that asked for it."""
+    path = _shipped().get(name) or folder / name
     if not path.is_file():
-        near = difflib.get_close_matches(name, shipped, n=1)
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"recipe {name!r}: neither a file nor one of {', '.join(sorted(shipped))}{hint}")
+        raise UserError(f"recipe {name!r}: neither a file nor one of {', '.join(recipe_names())}{hint}")
+    if path.resolve() in within:
+        raise UserError(f"recipe {path}: extends itself")
     parse = json.loads if path.suffix == ".json" else tomllib.loads
     try:
         values = parse(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of both parsers, and of text that is not UTF-8
         raise UserError(f"recipe {path}: not a {path.suffix.lstrip('.').upper() or 'TOML'} file: {error}") from None
-    return from_dict(PretrainConfig, values, where=f"recipe {path.name}")
+    extended = values.pop("extends", [])
+    if not isinstance(extended, list) or not all(isinstance(other, str) for other in extended):
+        raise UserError(f"recipe {path.name}: 'extends' expects a list of recipes, found {extended!r}")
+    from_dict(PretrainConfig, values, where=f"recipe {path.name}")  # a wrong key is named with the file it is in
+    merged: dict[str, Any] = {}
+    for other in extended:
+        merged = _merged(merged, _read_recipe(other, path.parent, (*within, path.resolve())))
+    return _merged(merged, values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables of `below` with the values of `above`, where both have one."""
+    joined = below | above
+    return joined | {
+        key: _merged(below[key], value) for key, value in above.items() if isinstance(value, dict) and key in below
+    }
 
 
 def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
@@ -276,6 +327,22 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def passes(config: PretrainConfig, processes: int) -> int:
+    """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
+
+    Raises UserError where the batch cannot be shared out evenly.
+    """
+    batch, most, views = config.optim.batch, config.optim.micro_batch, config.data.views
+    for count in range(1, batch // (processes * views) + 1):
+        if batch % (processes * count * views) == 0 and (not most or batch // (processes * count) <= most):
+            return count
+    raise UserError(
+        f"optim.batch {batch} cannot be shared out to {processes} processes in equal passes of whole views "
+        f"(data.views {views}) of at most optim.micro_batch {most or 'any'} clips; "
+        f"a multiple of {processes * views} can"
+    )
+
+
 def check(config: PretrainConfig) -> None:
     """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
     data, mask, model, optim = config.data, config.mask, config.model, config.optim
@@ -290,11 +357,7 @@ def check(config: PretrainConfig) -> None:
             f"mask.ratio {mask.ratio} hides {int(mask.ratio * positions)} of {positions} positions; "
             "it must hide at least one and leave at least one visible"
         )
-    if optim.batch < 1 or optim.batch % (optim.accumulate * data.views):
-        raise UserError(
-            f"optim.batch {optim.batch} is not a multiple of optim.accumulate {optim.accumulate} "
-            f"times data.views {data.views}"
-        )
+    passes(config, 1)
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:

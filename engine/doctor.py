@@ -13,6 +13,7 @@ from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
 from mam2.engine.train.runtime import compiler, matmul_dtype
 from mam2.kernels import active_path
+from mam2.kernels.launch import table_for
 
 PACKAGES = ("mam2", "torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "numpy")
 CODECS = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg", "av1")
@@ -33,7 +34,7 @@ def report() -> str:
 
     dtype = matmul_dtype(RunConfig(), device)
     advice = []
-    lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}"]
+    lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}, launch table {table_for(device)!r}"]
     lines.append(f"  attention  {active_backend(device, dtype, 64)} ({dtype}, heads of 64)".replace("torch.", ""))
     lines.append(f"  step       {compiler(RunConfig(), device)[1]}")
     lines.append(f"  precision  {dtype}".replace("torch.", ""))

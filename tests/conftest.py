@@ -38,6 +38,24 @@ def write_video() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def write_frames() -> Callable[[Path, NDArray[np.uint8]], Path]:
+    """write_frames(folder, frames uint8 [T, H, W, 3]) -> folder, with img_00001.jpg and so on in it."""
+
+    def write(folder: Path, frames: NDArray[np.uint8]) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(frames, 1):
+            with av.open(str(folder / f"img_{number:05d}.jpg"), "w", format="image2") as container:
+                stream = container.add_stream("mjpeg", rate=1, options={"qscale": "2"})
+                stream.height, stream.width = image.shape[:2]
+                stream.pix_fmt = "yuvj420p"
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+                container.mux(stream.encode())
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def numbered_frames() -> Callable[..., NDArray[np.uint8]]:
     """numbered_frames(n, height, width): frame t is grey, 10·t + 5 bright, so that it is known after any codec."""
 

@@ -26,43 +26,55 @@ def _trained(width=4, steps=2):
     return model, optimizer
 
 
+def save(run, step, model, optimizer, config=CONFIG, *, keep=2, keep_every=0):
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, keep=keep, keep_every=keep_every))
+    saver = checkpoint.Saver(run, config)
+    assert saver.save(step, model, optimizer) is None
+    problem = saver.wait()
+    if problem:
+        raise problem
+    return checkpoint.folder_of(run, step)
+
+
 def test_weights_and_moments_come_back_bit_for_bit(tmp_path):
     model, optimizer = _trained()
-    folder = checkpoint.save(tmp_path, 7, model, optimizer, CONFIG, keep=2)
+    folder = save(tmp_path, 7, model, optimizer, keep=2)
     other, other_optimizer = _trained(steps=0)
     assert checkpoint.restore(folder, other, other_optimizer) == 7
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
         for key, value in optimizer.state[ours].items():
             assert torch.equal(value, other_optimizer.state[theirs][key]), (name, key)
-    assert checkpoint.read_config(folder) == CONFIG
+    assert checkpoint.read_config(folder).model == CONFIG.model
 
 
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = _trained()
-    for step in (1, 2, 10, 9):
-        checkpoint.save(tmp_path, step, model, optimizer, CONFIG, keep=2)
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000009", "step-00000010"]
+    for step in (1, 4, 8, 9, 10):
+        save(tmp_path, step, model, optimizer, keep=2, keep_every=4)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert names == ["step-00000004", "step-00000008", "step-00000009", "step-00000010"]
     assert checkpoint.newest(tmp_path).name == "step-00000010"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000010\n"
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
 def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     model, optimizer = _trained()
-    checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+    save(tmp_path, 1, model, optimizer, keep=1)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 2, model, optimizer, CONFIG, keep=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+        save(tmp_path, 2, model, optimizer, keep=1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step-00000001"}
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     model, optimizer = _trained(width=4)
-    folder = checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+    folder = save(tmp_path, 1, model, optimizer, keep=1)
     with pytest.raises(UserError, match=r"0\.bias has shape \[4\], this model \[6\]"):
         checkpoint.restore(folder, *_trained(width=6))
     deeper = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4))
@@ -74,7 +86,7 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
 
 def test_damaged_files_are_one_clear_line(tmp_path):
     model, optimizer = _trained()
-    folder = checkpoint.save(tmp_path, 1, model, optimizer, CONFIG, keep=1)
+    folder = save(tmp_path, 1, model, optimizer, keep=1)
     (folder / checkpoint.WEIGHTS).write_bytes(b"\x00" * 100)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.restore(folder, model, optimizer)
@@ -88,6 +100,46 @@ def test_damaged_files_are_one_clear_line(tmp_path):
 def test_the_config_is_part_of_it(tmp_path):
     model, optimizer = _trained()
     config = dataclasses.replace(CONFIG, mask=dataclasses.replace(CONFIG.mask, ratio=0.5))
-    folder = checkpoint.save(tmp_path, 1, model, optimizer, config, keep=1)
+    folder = save(tmp_path, 1, model, optimizer, config, keep=1)
     assert checkpoint.read_config(folder / checkpoint.WEIGHTS).mask.ratio == 0.5
     assert checkpoint.read_state(folder)["config"]["mask"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_a_damaged_checkpoint_is_found_out_and_set_aside(name, damage, tmp_path):
+    model, optimizer = _trained()
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+    file = checkpoint.newest(tmp_path) / name
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1 if name != checkpoint.STATE else 0x80  # JSON that is not UTF-8
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    told = []
+    assert checkpoint.newest_whole(tmp_path, told.append) == checkpoint.folder_of(tmp_path, 1)
+    assert len(told) == 1
+    assert "step-00000002 is damaged" in told[0]
+    assert name in told[0]
+    assert (tmp_path / "checkpoints" / "damaged-step-00000002").is_dir()
+    assert checkpoint.newest_whole(tmp_path, told.append) == checkpoint.folder_of(tmp_path, 1)
+    assert len(told) == 1
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(parents=True)
+    checkpoint.Saver(tmp_path, CONFIG)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_state_of_the_random_generator_comes_back(tmp_path):
+    model, optimizer = _trained()
+    torch.manual_seed(5)
+    torch.rand(3)
+    folder = save(tmp_path, 1, model, optimizer)
+    expected = torch.rand(4)
+    torch.manual_seed(99)
+    checkpoint.restore(folder, model, optimizer)
+    assert torch.equal(torch.rand(4), expected)

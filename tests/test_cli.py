@@ -74,11 +74,20 @@ def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):
     assert "--data.frames" in out + err
 
 
-def test_several_processes_are_refused_clearly(capsys, monkeypatch):
+def test_several_processes_are_refused_clearly_where_they_make_no_sense(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = run(capsys, "doctor")
     assert status == 2
     assert "one process" in err
+
+
+def test_of_several_processes_one_reports_a_mistake_that_all_make(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        status, _, err = run(capsys, "pretrain", "nothing", "--data", ".", "--out", "x")
+        assert status == 2
+        assert err.count("\n") == lines
 
 
 def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):

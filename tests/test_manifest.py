@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-import csv
+import dataclasses
+import json
 import os
+import time
 from pathlib import Path
 
 import av
@@ -9,23 +11,33 @@ import numpy as np
 import pytest
 
 from mam2.engine.config import UserError
+from mam2.engine.data import manifest as module
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import (
+    Changes,
     Manifest,
     Skipped,
     Video,
-    probe,
+    index_path,
     read_manifest,
     read_saved_manifest,
+    scan,
     write_manifest,
 )
-
-CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
 
 @pytest.fixture(scope="module")
 def clip_bytes(tmp_path_factory, write_video, numbered_frames) -> bytes:
     return write_video(tmp_path_factory.mktemp("one") / "clip.mp4", numbered_frames(5)).read_bytes()
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """Names of the files that are opened from now on."""
+    names: list[str] = []
+    probe = module.probe
+    monkeypatch.setattr(module, "probe", lambda path: names.append(Path(path).name) or probe(path))
+    return names
 
 
 def place(content: bytes, *paths: Path) -> None:
@@ -38,50 +50,6 @@ def names(manifest: Manifest) -> list[str]:
     return [Path(video.path).name for video in manifest.videos]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "encoder", "codec", "pixel_format"),
-    [
-        ("mp4", "libx264", "h264", "yuv420p"),
-        ("webm", "libvpx-vp9", "vp9", "yuv420p"),
-        ("avi", "mjpeg", "mjpeg", "yuvj420p"),
-        ("avi", "mpeg4", "mpeg4", "yuv420p"),
-    ],
-)
-def test_probe_reports_what_the_file_holds(
-    tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format
-):
-    path = write_video(tmp_path / f"a.{suffix}", numbered_frames(7, 48, 64), encoder)
-    expected = Video(str(path), 3, 7, 64, 48, codec, 25.0, 0, pixel_format)
-    assert probe(str(path), 3) == expected
-
-
-def test_class_folders_are_labels_in_the_order_of_their_names(tmp_path, clip_bytes):
-    place(clip_bytes, tmp_path / "wave" / "b.mp4", tmp_path / "archery" / "c.MP4", tmp_path / "wave" / "a.avi")
-    place(b"notes", tmp_path / "README.md", tmp_path / "wave" / "list.csv", tmp_path / "wave" / ".hidden.mp4")
-    manifest = read_manifest(tmp_path)
-    assert manifest.classes == ("archery", "wave")
-    assert [(Path(video.path).name, video.label) for video in manifest.videos] == [
-        ("c.MP4", 0),
-        ("a.avi", 1),
-        ("b.mp4", 1),
-    ]
-    assert not manifest.skipped
-
-
-def test_any_other_folder_is_searched_at_any_depth_without_labels(tmp_path, clip_bytes):
-    place(clip_bytes, tmp_path / "top.mp4", tmp_path / "x" / "one.mp4", tmp_path / "x" / "y" / "two.mkv")
-    manifest = read_manifest(tmp_path)
-    assert names(manifest) == ["top.mp4", "one.mp4", "two.mkv"]
-    assert {video.label for video in manifest.videos} == {-1}
-    assert manifest.classes == ()
-
-
-def test_links_that_go_round_in_a_circle_end(tmp_path, clip_bytes):
-    place(clip_bytes, tmp_path / "x" / "one.mp4")
-    os.symlink(tmp_path, tmp_path / "x" / "back", target_is_directory=True)
-    assert names(read_manifest(tmp_path)) == ["one.mp4"]
-
-
 def test_odd_names_are_found_and_opened(tmp_path, clip_bytes, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = [os.fsdecode(b"caf\xe9.mp4"), "http:clip%03d.mp4", "pipe:0.mp4", "two\nlines.mp4", "Yards!!! #1 'x' [y].mp4"]
@@ -91,12 +59,7 @@ def test_odd_names_are_found_and_opened(tmp_path, clip_bytes, monkeypatch):
     assert names(manifest) == sorted(odd)
     assert all(os.path.isabs(video.path) for video in manifest.videos)
     for video in manifest.videos:
-        assert decode_frames(video.path, 1, 2, 1).shape == (2, 48, 64, 3)
-
-
-def test_a_single_video_is_a_data_set(tmp_path, clip_bytes):
-    place(clip_bytes, tmp_path / "one.mp4")
-    assert names(read_manifest(tmp_path / "one.mp4")) == ["one.mp4"]
+        assert decode_frames(video.path, [1, 2]).shape == (2, 48, 64, 3)
 
 
 def test_each_broken_file_is_named_with_its_reason(tmp_path, clip_bytes):
@@ -121,104 +84,150 @@ def test_each_broken_file_is_named_with_its_reason(tmp_path, clip_bytes):
     }
 
 
-def test_a_list_in_the_form_of_videomae(tmp_path, clip_bytes):
-    elsewhere = tmp_path / "elsewhere" / "abs.mp4"
-    place(clip_bytes, tmp_path / "set" / "with a space.mp4", tmp_path / "set" / "x.mp4", elsewhere)
-    listed = tmp_path / "set" / "train.csv"
-    listed.write_text(f"with a space.mp4 4\r\nx.mp4\n\n{elsewhere}\t0\nx.mp4,2\ngone.mp4 1\n", encoding="utf-8-sig")
+def test_a_list_opens_each_file_once_and_keeps_its_order_and_labels(tmp_path, clip_bytes, opened):
+    place(clip_bytes, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    listed = tmp_path / "train.csv"
+    listed.write_text("b.mp4 4\na.mp4\ngone.mp4 1\nb.mp4 2\ngone.mp4 0\n")
     manifest = read_manifest(listed)
     assert [(Path(video.path).name, video.label) for video in manifest.videos] == [
-        ("with a space.mp4", 4),
-        ("x.mp4", -1),
-        ("abs.mp4", 0),
-        ("x.mp4", 2),
+        ("b.mp4", 4),
+        ("a.mp4", -1),
+        ("b.mp4", 2),
     ]
-    assert manifest.skipped == (Skipped(str(tmp_path / "set" / "gone.mp4"), "does not exist"),)
+    assert manifest.skipped == (Skipped(str(tmp_path / "gone.mp4"), "does not exist"),)
     assert manifest.classes == ("0", "1", "2", "3", "4")
+    assert sorted(opened) == ["a.mp4", "b.mp4", "gone.mp4"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "label\tpath\nwave\ta, b.mp4\narchery\tc.mp4\n\tc.mp4\n",
-        'Filename,Class\n"a, b.mp4",wave\nc.mp4,archery\nc.mp4,\n',
-    ],
-)
-def test_a_list_with_a_header(tmp_path, clip_bytes, text):
-    place(clip_bytes, tmp_path / "a, b.mp4", tmp_path / "c.mp4")
-    (tmp_path / "list.tsv").write_text(text)
-    manifest = read_manifest(tmp_path / "list.tsv")
-    assert names(manifest) == ["a, b.mp4", "c.mp4", "c.mp4"]
-    assert [video.label for video in manifest.videos] == [1, 0, -1]
-    assert manifest.classes == ("archery", "wave")
-
-
-def test_numbers_under_a_header_stay_what_they_are(tmp_path, clip_bytes):
-    place(clip_bytes, tmp_path / "a.mp4")
-    (tmp_path / "list.csv").write_text("video,label\na.mp4,7\n")
-    assert read_manifest(tmp_path / "list.csv").videos[0].label == 7
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"one.mp4 0\ntwo.mp4 1\n", "none of the 2 listed videos exists"),
-        (b"", "the list is empty"),
-        (b"\0\1\2", "not a text file"),
-        (b"path,label\na.mp4\n", "row 2 has 1 columns, the header has 2"),
-        (b"path,label\n", "a header but no videos"),
-        (b"a.mp4 20261122\n", "label 20261122 is not a class"),
-    ],
-)
-def test_an_unusable_list_is_one_clear_line(tmp_path, content, told):
-    (tmp_path / "list.csv").write_bytes(content)
-    with pytest.raises(UserError, match=told) as caught:
+def test_nothing_to_use_is_one_clear_line(tmp_path):
+    (tmp_path / "list.csv").write_text("one.mp4 0\ntwo.mp4 1\n")
+    with pytest.raises(UserError, match="none of the 2 listed videos exists"):
         read_manifest(tmp_path / "list.csv")
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path / "list.csv") in str(caught.value)
-
-
-def test_a_missing_or_empty_folder_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        read_manifest(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no videos in this folder"):
-        read_manifest(tmp_path)
-    place(b"", tmp_path / "a.mp4")
+    place(b"", tmp_path / "folder" / "a.mp4")
     with pytest.raises(UserError, match=r"none of the 1 videos can be used.*empty file"):
-        read_manifest(tmp_path)
+        read_manifest(tmp_path / "folder")
+
+
+def test_a_second_scan_opens_only_what_changed(tmp_path, clip_bytes, opened):
+    place(clip_bytes, *(tmp_path / name for name in ("same.mp4", "touched.mp4", "longer.mp4", "gone.mp4")))
+    place(b"", tmp_path / "broken.mp4", tmp_path / "mended.mp4")
+    first, changes = scan(tmp_path, Manifest(()))
+    assert changes == Changes(unchanged=0, new=6, changed=0, removed=0)
+
+    opened.clear()
+    assert scan(tmp_path, first) == (first, Changes(6, 0, 0, 0))
+    assert opened == []
+
+    status = (tmp_path / "longer.mp4").stat()
+    place(clip_bytes + b"\0", tmp_path / "longer.mp4")
+    os.utime(tmp_path / "longer.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(tmp_path / "touched.mp4", ns=(1, 1))
+    place(clip_bytes, tmp_path / "mended.mp4", tmp_path / "new.mp4")
+    (tmp_path / "gone.mp4").unlink()
+    second, changes = scan(tmp_path, first)
+    assert changes == Changes(unchanged=2, new=1, changed=3, removed=1)
+    assert sorted(opened) == ["longer.mp4", "mended.mp4", "new.mp4", "touched.mp4"]
+    assert names(second) == ["longer.mp4", "mended.mp4", "new.mp4", "same.mp4", "touched.mp4"]
+    assert second == scan(tmp_path, Manifest(()))[0]
+
+
+def test_a_folder_of_images_is_looked_at_again_when_an_image_comes(tmp_path, write_frames, numbered_frames, opened):
+    write_frames(tmp_path / "clip", numbered_frames(3))
+    first, _ = scan(tmp_path, Manifest(()))
+    opened.clear()
+    assert scan(tmp_path, first)[1].unchanged == 1
+    assert opened == []
+    write_frames(tmp_path / "clip", numbered_frames(4))
+    os.utime(tmp_path / "clip", ns=(1, 1))
+    assert scan(tmp_path, first)[0].videos[0].frames == 4
+
+
+def test_labels_come_from_the_source_not_from_the_index(tmp_path, clip_bytes):
+    place(clip_bytes, tmp_path / "data" / "x" / "a.mp4")
+    (tmp_path / "list.csv").write_text("data/x/a.mp4 7\n")
+    known, _ = scan(tmp_path / "list.csv", Manifest(()))
+    found, changes = scan(tmp_path / "data", known)
+    assert changes.unchanged == 1
+    assert [(video.label, found.classes) for video in found.videos] == [(0, ("x",))]
+
+
+def test_the_index_beside_the_data_is_used_and_left_alone(tmp_path, clip_bytes, opened):
+    data = tmp_path / "data"
+    place(clip_bytes, data / "a.mp4", data / "b.mp4")
+    assert index_path(data) == tmp_path / "data.index.jsonl"
+    first = read_manifest(data)
+    assert not index_path(data).exists()
+    write_manifest(first, index_path(data))
+    before = index_path(data).read_bytes()
+    place(clip_bytes, data / "c.mp4")
+    opened.clear()
+    assert names(read_manifest(f"{data}/")) == ["a.mp4", "b.mp4", "c.mp4"]
+    assert opened == ["c.mp4"]
+    assert index_path(data).read_bytes() == before
+
+
+def test_the_index_itself_is_taken_as_it_stands(tmp_path, clip_bytes, opened):
+    place(clip_bytes, tmp_path / "data" / "a.mp4")
+    first = read_manifest(tmp_path / "data")
+    write_manifest(first, tmp_path / "any.jsonl")
+    (tmp_path / "data" / "a.mp4").unlink()
+    opened.clear()
+    assert read_manifest(tmp_path / "any.jsonl") == first
+    assert opened == []
+
+
+def test_a_broken_index_is_an_error_not_ignored(tmp_path, clip_bytes):
+    place(clip_bytes, tmp_path / "data" / "a.mp4")
+    index_path(tmp_path / "data").write_text("{}\n")
+    with pytest.raises(UserError, match=r"data\.index\.jsonl: not a saved manifest"):
+        read_manifest(tmp_path / "data")
+
+
+def test_an_interrupted_scan_ends_soon(tmp_path, monkeypatch):
+    place(b"", *(tmp_path / f"{number:03d}.mp4" for number in range(200)))
+    opened = []
+
+    def interrupted(path):
+        opened.append(path)
+        if len(opened) == 10:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+        return Skipped(path, "x")
+
+    monkeypatch.setattr(module, "probe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path, Manifest(()), threads=1)
+    assert len(opened) < 200
 
 
 def test_a_saved_manifest_comes_back_whole(tmp_path):
     odd = os.fsdecode(b"caf\xe9 \n\t\"'\xf0\x9f\x8e\xac.mp4")
-    manifest = Manifest(
-        (Video(odd, 1, 30, 640, 480, "h264", 29.97, 90, "yuv420p10le"),), (Skipped(odd, "no video stream"),), ("a", "b")
-    )
+    video = Video(odd, 1, 30, 640, 480, "h264", 29.97, 90, "yuv420p10le", True, 12, 18, 2**40, 17 * 10**17, "0a1b")
+    assert all(getattr(video, field.name) != field.default for field in dataclasses.fields(video))
+    manifest = Manifest((video,), (Skipped(odd, "no video stream", 5, 6),), ("a", "b"))
     write_manifest(manifest, tmp_path / "manifest")
     assert read_saved_manifest(tmp_path / "manifest") == manifest
     assert os.listdir(tmp_path) == ["manifest"]
+    record = json.loads((tmp_path / "manifest").read_text().splitlines()[1])
+    assert (record["duration_s"], record["front_ends"]) == (1.001, ["pyav"])
 
 
-def test_another_file_is_no_saved_manifest(tmp_path):
-    (tmp_path / "manifest").write_text("path label\n")
+def test_a_manifest_without_the_newer_facts_is_read_but_its_files_are_opened_again(tmp_path, clip_bytes, opened):
+    place(clip_bytes, tmp_path / "data" / "a.mp4")
+    path = tmp_path / "data" / "a.mp4"
+    old = {"path": str(path), "label": -1, "frames": 5, "width": 64, "height": 48, "codec": "h264", "fps": 25.0}
+    lines = [{"classes": []}, old | {"rotation": 0, "pixel_format": "yuv420p"}, {"path": "b", "reason": "empty file"}]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    saved = read_saved_manifest(tmp_path / "manifest.jsonl")
+    assert saved == Manifest((Video(str(path), -1, 5, 64, 48, "h264", 25.0, 0),), (Skipped("b", "empty file"),))
+    found, changes = scan(tmp_path / "data", saved)
+    assert changes == Changes(unchanged=0, new=0, changed=1, removed=1)
+    assert opened == ["a.mp4"]
+    assert found.videos[0].keyframe_max == 5
+
+
+@pytest.mark.parametrize("text", ["", "path label\n", "{}\n", '{"classes": []}\n{"path": "a"}\n'])
+def test_another_file_is_no_saved_manifest(tmp_path, text):
+    (tmp_path / "manifest").write_text(text)
     with pytest.raises(UserError, match="not a saved manifest"):
         read_saved_manifest(tmp_path / "manifest")
-
-
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips_agree_with_their_list():
-    with open(CLIPS / "manifest.csv", newline="") as file:
-        listed = {row["file"]: row for row in csv.DictReader(file)}
-    manifest = read_manifest(CLIPS)
-    found = {str(Path(video.path).relative_to(CLIPS)): video for video in manifest.videos}
-    broken = {str(Path(entry.path).relative_to(CLIPS)) for entry in manifest.skipped}
-    assert found.keys() | broken == listed.keys()
-    assert broken == {name for name, row in listed.items() if row["frames_decoded"] in ("", "0")}
-    for name, video in found.items():
-        if name == "torchcodec/nasa_13013.mp4":  # two video streams; the list tells of the first, we take the larger
-            assert (video.width, video.height) == (480, 270)
-            continue
-        row = listed[name]
-        assert (video.codec, f"{video.width}x{video.height}") == (row["codec"], row["size"]), name
-        assert bool(video.rotation) == (row["rotation"] not in ("", "0")), name
-        if "corrupt" not in name:  # packed B-frames: a packet more than there are frames
-            assert 0 <= video.frames - int(row["frames_decoded"]) <= 1, name

@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mam2.engine.config import UserError, load_recipe
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train import checkpoint
-from mam2.engine.train import pretrain as module
+from mam2.engine.train.distributed import World
 from mam2.engine.train.metrics import read_log
+from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pretrain import pretrain
+from mam2.engine.train.step import TrainStep
+from mam2.kernels import tube_mask
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
@@ -58,10 +64,10 @@ def test_a_run_leaves_what_it_promises(finished, small):
         "gradient/appearance", "gradient/motion", "gradient/norm", "learning_rate", "data_wait", "epoch",
     }  # fmt: skip
     assert expected <= lines[-1].keys()
-    assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s"}
+    assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s", "mfu"}
+    assert 0 < lines[-1]["mfu"] < 1
     text = (run / "log.txt").read_text()
     assert "kernels: pytorch" in text
-    assert "dali-cpu" in text
     assert "pyav" in text
 
 
@@ -72,15 +78,15 @@ def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
 
 def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
     """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
-    original, calls = module._Run._step, []
+    original, calls = TrainStep.__call__, []
 
-    def step(self, *args):
+    def step(self, *args, **options):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return original(self, *args, **options)
 
-    monkeypatch.setattr(module._Run, "_step", step)
+    monkeypatch.setattr(TrainStep, "__call__", step)
     result = pretrain(small(), clips, tmp_path, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
     assert result.checkpoint.name == "step-00000003"
@@ -107,38 +113,34 @@ def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
 def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
     """Same clips, same masks, same weights after two steps, up to the order of additions."""
     runs = []
-    for accumulate in (1, 2):
+    for most in (16, 8):
         config = small(
-            optim={"batch": 16, "epochs": 0.5, "accumulate": accumulate},
+            optim={"batch": 16, "epochs": 0.5, "micro_batch": most},
             loss={"balance": "fixed"},
-            tokenizer={"path": str(tmp_path / "1" / "tokenizer.safetensors") if accumulate == 2 else ""},
+            tokenizer={"path": str(tmp_path / "16" / "tokenizer.safetensors") if most == 8 else ""},
         )
-        pretrain(config, clips, tmp_path / str(accumulate), progress=False)
-        runs.append(weights(tmp_path / str(accumulate)))
+        pretrain(config, clips, tmp_path / str(most), progress=False)
+        runs.append(weights(tmp_path / str(most)))
     for name in runs[0]:
         # Adam's first steps are near sign(gradient): rounding shows where a gradient is almost zero.
         close = torch.isclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-5).float().mean()
         assert close > 0.97, name
 
 
-def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips, small):
-    """The detached decoders hand on exactly what one backward pass through everything would."""
-    from mam2.engine.model.mam2 import MAM2
-    from mam2.engine.train.objective import MAM2Objective
-    from mam2.kernels import tube_mask
-
-    config = small(loss={"balance": "fixed", "appearance": 0.3, "motion": 2.0, "alignment": 0.5})
+def objective_and_inputs(config):
     torch.manual_seed(0)
-    model = MAM2(config, 16)
+    objective = MAM2Objective(MAM2(config, 16), config, lambda part: part)
     video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8)
     mask = tube_mask(4, config.grid, config.mask.ratio, seed=0, step=0, device="cpu")
-    codes = torch.randint(0, 16, (4, 64))
+    return objective, video, mask, torch.randint(0, 16, (4, 64))
 
-    class Tokenizer:
-        def codes(self, _):
-            return codes
 
-    MAM2Objective(model, Tokenizer(), config, lambda part: part).backward(video, mask, 0.5)
+def test_fixed_weights_give_the_gradient_of_the_weighted_sum(small):
+    """The fork hands on exactly what one backward pass through everything would."""
+    config = small(loss={"balance": "fixed", "appearance": 0.3, "motion": 2.0, "alignment": 0.5})
+    objective, video, mask, codes = objective_and_inputs(config)
+    model = objective.model
+    (0.5 * objective(video, mask, codes)[0]).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     latents = model.complete(video, mask)
@@ -148,32 +150,56 @@ def test_fixed_weights_give_the_gradient_of_the_weighted_sum(finished, clips, sm
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_balanced_gradients_have_the_ratio_asked_for(monkeypatch, small):
-    from mam2.engine.model.mam2 import MAM2
-    from mam2.engine.train.objective import MAM2Objective
-    from mam2.kernels import tube_mask
-
+def test_balanced_gradients_have_the_ratio_asked_for(small):
     config = small(loss={"balance": "gradient", "appearance": 0.25, "motion": 1.0})
-    torch.manual_seed(0)
-    model = MAM2(config, 16)
-    video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8)
-    mask = tube_mask(4, config.grid, config.mask.ratio, seed=0, step=0, device="cpu")
-    codes = torch.randint(0, 16, (4, 64))
-    seen = []
-    complete = model.complete
+    objective, video, mask, codes = objective_and_inputs(config)
+    model, seen = objective.model, []
+    complete = objective._complete
 
     def watched(*args):
         latents = complete(*args)
         latents.register_hook(seen.append)
         return latents
 
-    model.complete = watched
-    objective = MAM2Objective(model, type("T", (), {"codes": lambda *_: codes})(), config, lambda part: part)
-    norms = objective.backward(video, mask, 1.0)
+    objective._complete = watched
+    objective(video, mask, codes)[0].backward()
+    norms = objective.gradient_norms()
     latents = complete(video, mask).detach().requires_grad_()
     model.motion_loss(latents, mask, video).backward()
     appearance = seen[0] - latents.grad
     assert float(appearance.norm()) == pytest.approx(0.25 * float(norms["gradient/motion"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["mam2", "videomae"])
+def test_a_step_reads_nothing_back_from_the_device(objective, small):
+    """Traced on tensors without values: whatever needs one (a size, a branch, a number to print) raises there."""
+    config = small(
+        model={"objective": objective, "width": 24, "depth": 1, "heads": 2},
+        loss={"balance": "gradient", "alignment": 1.0},
+        optim={"batch": 8, "micro_batch": 4, "clip_norm": 1.0},
+    )
+    model = MAM2(config, 16) if objective == "mam2" else VideoMAE(config)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        step = TrainStep(config, fake_copy(model, fake), torch.device("cpu"), World())
+        clips = [
+            (torch.empty(4, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(4, 64, dtype=torch.int64)) for _ in range(2)
+        ]
+        values = step(0, clips, 1e-3, inspect=True)
+    assert values.keys() >= {"gradient/norm", "bad"}
+    assert all(value.shape == () for value in values.values())
+
+
+def fake_copy(model, fake):
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    without_values = fake.from_tensor(tensor.detach())
+                    trained = tensor.requires_grad
+                    tensors[name] = torch.nn.Parameter(without_values) if trained else without_values
+    model.to = lambda _: model  # which swaps tensors
+    return model
 
 
 def test_videomae_trains_in_the_same_engine(clips, tmp_path, small):
@@ -184,47 +210,101 @@ def test_videomae_trains_in_the_same_engine(clips, tmp_path, small):
     assert not (tmp_path / "tokenizer.safetensors").exists()
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_and_counted(clips, tmp_path, monkeypatch, small):
-    from mam2.engine.train.objective import MAM2Objective
+def spoil(monkeypatch, step, value):
+    """From pass `step` on (the only one, if negative) the loss is `value`."""
+    original, calls = MAM2Objective.forward, []
 
-    original, calls = MAM2Objective.backward, []
-
-    def backward(self, *args):
-        values = original(self, *args)
+    def forward(self, *args, **options):
+        total, losses, figures = original(self, *args, **options)
         calls.append(None)
-        if len(calls) == 3:
-            next(self.model.parameters()).grad.fill_(float("nan"))
-        return values
+        spoiled = len(calls) == -step if step < 0 else len(calls) >= step
+        return total * value if spoiled else total, losses, figures
 
-    monkeypatch.setattr(MAM2Objective, "backward", backward)
+    monkeypatch.setattr(MAM2Objective, "forward", forward)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value, clips, tmp_path, monkeypatch, small):
+    spoil(monkeypatch, -3, value)
     pretrain(small(), clips, tmp_path, progress=False)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
     assert [line.get("skipped_steps", 0) for line in read_log(tmp_path)] == [0, 1, 0, 0]
-    assert "1 steps with a gradient that is not finite" in (tmp_path / "log.txt").read_text()
+    assert "step 3: loss or gradient not finite, left out" in (tmp_path / "log.txt").read_text()
+    named = [line.split("\t") for line in (tmp_path / "nonfinite.tsv").read_text().splitlines()]
+    assert {step for step, _ in named} == {"3"}
+    assert len(named) == 8  # 16 clips in two views each
+    assert all(Path(path).is_file() for _, path in named)
 
 
-def test_a_run_that_only_meets_bad_gradients_stops(clips, tmp_path, monkeypatch, small):
-    from mam2.engine.train.objective import MAM2Objective
-
-    original = MAM2Objective.backward
-
-    def backward(self, *args):
-        values = original(self, *args)
-        next(self.model.parameters()).grad.fill_(float("inf"))
-        return values
-
-    monkeypatch.setattr(MAM2Objective, "backward", backward)
-    with pytest.raises(UserError, match="steps in a row had a gradient that is not finite"):
-        pretrain(small(optim={"batch": 16, "epochs": 8.0}), clips, tmp_path, progress=False)
+def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, small):
+    spoil(monkeypatch, 3, float("nan"))
+    with pytest.raises(UserError, match="5 steps in a row had a loss or gradient that is not finite"):
+        pretrain(
+            small(optim={"batch": 16, "epochs": 8.0}, run={"max_nonfinite": 5, "log_every": 1, "compile": False}),
+            clips,
+            tmp_path,
+            progress=False,
+        )
 
 
-def test_a_disk_that_is_full_is_one_clear_line(clips, tmp_path, monkeypatch, small):
+def test_a_disk_that_is_full_at_the_end_is_one_clear_line(clips, tmp_path, monkeypatch, small):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
         pretrain(small(), clips, tmp_path, progress=False)
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path, monkeypatch, small):
+    original, calls = checkpoint.save_file, []
+
+    def full_at_first(*args, **options):
+        calls.append(None)
+        if len(calls) <= 2:
+            raise OSError(28, "No space left on device")
+        return original(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_at_first)
+    run = {"save_every": 2, "log_every": 2, "compile": False}
+    result = pretrain(small(run=run), clips, tmp_path, progress=False)
+    assert result.step == 8
+    assert same(weights(finished[0]), weights(tmp_path))
+    assert "No space left on device; the last whole one is None. The run goes on" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monkeypatch, small):
+    def full(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(TrainStep, "_gradients", full)
+    with pytest.raises(
+        UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
+    ):
+        pretrain(small(), clips, tmp_path, progress=False)
+
+
+def test_recomputed_activations_change_no_bit(finished, clips, tmp_path, small):
+    pretrain(small(run={"recompute": True, "compile": False, "log_every": 2}), clips, tmp_path, progress=False)
+    assert same(weights(finished[0]), weights(tmp_path))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, clips, tmp_path, small):
+    run = {"save_every": 3, "log_every": 2, "compile": False}
+    pretrain(small(run=run), clips, tmp_path, progress=False)
+    newest = checkpoint.newest(tmp_path)
+    with (newest / checkpoint.WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    result = pretrain(small(run=run), clips, tmp_path, resume=True, progress=False)
+    text = (tmp_path / "log.txt").read_text()
+    assert f"checkpoint {newest} is damaged (model.safetensors has another SHA-256" in text
+    assert "resume  from" in text
+    assert "step-00000006" in text
+    assert result.step == 8
+    assert same(weights(finished[0]), weights(tmp_path))
 
 
 @pytest.mark.slow

@@ -85,6 +85,45 @@ def test_codes_equal_chameleons() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["f16-1024", "f16-16384"])
+def test_codes_of_the_published_forms_equal_chameleons(name: str) -> None:
+    """With random weights; the codebook lies where the latents do, so that many of its codes are met."""
+    chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon")
+    config = CONFIGS[name]
+    theirs = chameleon.ChameleonVQVAE(
+        chameleon.ChameleonVQVAEConfig(
+            embed_dim=256,
+            num_embeddings=config.codes,
+            latent_channels=256,
+            resolution=256,
+            base_channels=128,
+            channel_multiplier=[1, 1, 2, 2, 4],
+            num_res_blocks=2,
+            attn_resolutions=[16],
+        )
+    ).eval()
+    torch.manual_seed(0)
+    ours = VQGAN(config).eval()
+    state = {key: value for key, value in ours.state_dict().items() if not key.startswith(("decoder", "post_quant"))}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(key.startswith(("decoder", "post_quant")) for key in missing)
+    for size in (224, 256):
+        image = images(1, size)
+        with torch.no_grad():
+            latents = theirs.quant_conv(theirs.encoder(image))
+            mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+            codebook = mean + deviation * torch.randn(config.codes, 256)
+            theirs.quantize.embedding.weight.copy_(codebook)
+            ours.quantize.embedding.weight.copy_(codebook)
+            expected = theirs.quantize(latents)[2].view(1, size // 16, size // 16)
+        found = ours.codes(image)
+        assert found.shape == (1, size // 16, size // 16)
+        assert len(found.unique()) > 20
+        assert torch.equal(found, expected), size
+
+
 def test_pictures_equal_januss() -> None:
     """Janus' decoder is taming's with the levels listed as they run."""
     janus = pytest.importorskip("transformers.models.janus.modeling_janus")

@@ -13,7 +13,8 @@ from mam2.engine.config import PretrainConfig, UserError, check, load_recipe
 from mam2.engine.model.presets import PRESETS, SIZES
 
 
-def run(arguments: list[str]) -> int:
+def named_recipe(arguments: list[str], usage: str) -> PretrainConfig:
+    """The recipe that the first argument names, with `--size` and `--preset`; UserError with `usage` where none is."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("recipe", nargs="?")
     first.add_argument("--size", choices=SIZES)
@@ -21,13 +22,18 @@ def run(arguments: list[str]) -> int:
     known, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     if known.recipe is None or known.recipe.startswith("-"):
         if not {"-h", "--help"} & set(arguments):
-            raise UserError("pretrain: name a recipe first: mam2 pretrain RECIPE --data PATH --out RUN")
+            raise UserError(f"name a recipe first: {usage}")
         known.recipe = "mam2-fast"
     recipe = load_recipe(known.recipe)
     if known.size:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **SIZES[known.size]._asdict()))
     if known.preset:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **PRESETS[known.preset]._asdict()))
+    return recipe
+
+
+def run(arguments: list[str]) -> int:
+    recipe = named_recipe(arguments, "mam2 pretrain RECIPE --data PATH --out RUN")
 
     def pretrain(
         recipe: tyro.conf.Positional[str],

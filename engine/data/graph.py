@@ -57,12 +57,13 @@ class ClipGraph:
         self._pipeline: Any = None
 
     def run(
-        self, payloads: Sequence[NDArray[np.uint8]], starts: Sequence[int], views: Sequence[Sequence[View]]
+        self, payloads: Sequence[NDArray[np.uint8]], frames: Sequence[Sequence[int]], views: Sequence[Sequence[View]]
     ) -> list[torch.Tensor]:
         """Clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C], valid until the next call.
 
-        payloads: frames [T, h, w, C] for "pyav", else the bytes of a file, from which the clip at frame `starts[s]`
-        is decoded. Raises DecodeError if DALI cannot decode any one of them; the graph then stays usable.
+        payloads: frames [T, h, w, C] for "pyav", else the bytes of a file, of which the frames numbered `frames[s]`
+        are decoded, for which there is no time limit. Raises DecodeError if DALI cannot decode any one of them; the
+        graph then stays usable.
         """
         if self._pipeline is None:
             self._pipeline = self._build()
@@ -70,7 +71,7 @@ class ClipGraph:
             self._pipeline.feed_input("frames", list(payloads))
         else:
             self._pipeline.feed_input("encoded", list(payloads))
-            self._pipeline.feed_input("start", np.array(starts, np.int32))
+            self._pipeline.feed_input("numbers", [np.array(numbers, np.int32) for numbers in frames])
         corners = np.array([[_corners(view) for view in sample] for sample in views], np.float32)  # [S, R, 2, 2]
         for view in range(self._views):
             for name, corner in (("from", 0), ("to", 1)):
@@ -116,15 +117,13 @@ class ClipGraph:
             frames = fn.external_source(name="frames", dtype=types.UINT8, ndim=4, layout="FHWC", no_copy=True)
             return frames.gpu() if self._device.type == "cuda" else frames
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=0)
+        numbers = fn.external_source(name="numbers", dtype=types.INT32, ndim=1)
         # On a GPU machine the CPU decoder can be asked for by name; its frames are then uploaded like PyAV's.
         nvdec = self._front_end == "nvdec"
         frames = fn.decoders.video(
             encoded,
             device="mixed" if nvdec else "cpu",
-            start_frame=start,
-            sequence_length=self._config.frames,
-            stride=self._config.stride,
+            frames=numbers,
             pad_mode="edge",
             affine=False,  # pinned threads of several processes would meet on the same cores
         )

@@ -1,8 +1,9 @@
 """From a manifest to batches of clips on the device, prepared ahead of the step by threads of their own.
 
 Batch k of rank r is a pure function of (seed, k, r, ranks): a run may stop and go on at any step, with any number of
-threads, and sees the same bits. One exception: after NVDEC failed on a file PyAV decodes it, and a restarted run asks
-NVDEC again; where the damage lies in some frames only, the others may then differ by a few grey levels.
+threads, and sees the same bits. Two exceptions: after NVDEC failed on a file PyAV decodes it, and a restarted run asks
+NVDEC again; where the damage lies in some frames only, the others may then differ by a few grey levels. And a file that
+comes close to `data.timeout_s` may pass it in one run and not in another.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class Batch(NamedTuple):
     """int64 [B] on the CPU, places in `manifest.videos`."""
     label: torch.Tensor
     """int64 [B] on the CPU, -1 where a video has none."""
+    augmentation: torch.Tensor
+    """int64 [B] on the CPU: the epoch, modulo `data.recorded` where that is set; 0 in evaluation."""
+    view: torch.Tensor
+    """int64 [B] on the CPU, 0 to views - 1."""
+    box: torch.Tensor
+    """float32 [B, 4] on the CPU: the crop's x0, y0, x1, y1 as shares of the upright frame's width and height."""
+    flip: torch.Tensor
+    """bool [B] on the CPU, whether the crop is mirrored left to right."""
     step: int
     """Number of the batch, from 0."""
 
@@ -64,8 +73,8 @@ class _Chunk:
     step: int
     clip: torch.Tensor
     """The batch, uint8 [S, R, T, H, W, C] of S samples and R views; its chunks share it."""
-    video: list[int]
-    """Of each sample of the batch, filled as samples are finished; -1 for one left out."""
+    shown: list[_Sample | None]
+    """Of each sample of the batch the one that was decoded in the end; None for one left out."""
     samples: list[_Sample]
     last: bool
 
@@ -89,15 +98,19 @@ class ClipLoader:
         world: int = 1,
         train: bool = True,
         on_skip: Callable[[Skipped], None] | None = None,
+        available: Callable[[int, int], bool] | None = None,
     ):
         """batch: clips a step of this rank, all views counted. train=False: `stream` gives middle clips in one view.
 
-        Raises UserError if the config does not fit together, DALI is absent, or too many videos cannot be used.
+        available(place in manifest.videos, recorded augmentation): False has `stream` replace the clip as if it could
+        not be decoded; for clips without codes in a cache. Raises UserError if the config does not fit together, DALI
+        is absent, or too many videos cannot be used.
         """
         self._views = config.views if train else 1
         _check(config, batch, self._views)
         self.skipped: list[Skipped] = []
         """Videos that turned out to be unusable after the manifest was made."""
+        self._told: set[str] = set()
         self.wait_s = 0.0
         """Seconds in which a consumer waited for a batch."""
         self.decoded_frames = 0
@@ -105,7 +118,7 @@ class ClipLoader:
         self._manifest, self._config = manifest, config
         self._batch, self._train = batch, train
         self._seed, self._rank, self._world = seed, rank, world
-        self._on_skip = on_skip
+        self._on_skip, self._available = on_skip, available
         self._front_end_of = self._choose_front_ends(torch.device(device))
         self._usable = sorted(self._front_end_of)
         self._renderer = Renderer(config, samples=batch, device=torch.device(device))
@@ -140,6 +153,17 @@ class ClipLoader:
             for step, first in enumerate(range(0, len(self._usable), self._batch))
         )
         return self._prefetch(self._produce(plans, train=False, replace=False))
+
+    def recorded(self, clips: Iterable[tuple[int, int]]) -> Prefetcher[Batch]:
+        """Chosen clips as `stream` shows them, in order: each a recorded augmentation and a place in manifest.videos.
+
+        One that cannot be decoded is left out; the last batch may be short.
+        """
+        places = {video: place for place, video in enumerate(self._usable)}
+        known = ((augmentation, places[video]) for augmentation, video in clips if video in places)
+        size = self._batch // self._views
+        plans = enumerate(iter(lambda: list(itertools.islice(known, size)), []))
+        return self._prefetch(self._produce(plans, train=True, replace=False))
 
     def close(self) -> None:
         """End all threads; open streams stop."""
@@ -196,10 +220,10 @@ class ClipLoader:
         """The planned batches in chunks; asking for one sets the decoding threads to work on it."""
         for step, planned in plans:
             clip = self._renderer.empty(len(planned), self._views if train else 1)
-            video = [-1] * len(planned)
+            shown: list[_Sample | None] = [None] * len(planned)
             for rows in self._split(planned):
                 samples = [self._sample(row, *planned[row], train) for row in rows]
-                yield _Chunk(step, clip, video, samples, last=rows[-1] == len(planned) - 1)
+                yield _Chunk(step, clip, shown, samples, last=rows[-1] == len(planned) - 1)
 
     def _split(self, planned: list[tuple[int, int]]) -> Iterator[list[int]]:
         """Rows of a batch in runs whose decoded frames fit into CHUNK_BYTES, at least one a run."""
@@ -218,6 +242,10 @@ class ClipLoader:
     def _sample(self, row: int, epoch: int, place: int, train: bool, attempt: int = 0) -> _Sample:
         shown = replacement(place, len(self._usable), epoch, self._seed, attempt) if attempt else place
         index = self._usable[shown]
+        if train and self._available and not self._available(index, epoch % self._config.recorded):
+            self._skip(index, "no codes in the cache")
+            self._check_share()
+            return self._sample(row, epoch, place, train, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
         request = draw_clip(index, video, epoch, self._config, self._seed, train=train, attempt=attempt)
         job = self._renderer.start(row, video.path, request, self._front_end_of[index])
@@ -231,7 +259,7 @@ class ClipLoader:
             again = []
             for sample, reason in zip(samples, reasons, strict=True):
                 if reason is None:
-                    chunk.video[sample.job.row] = sample.job.request.video
+                    chunk.shown[sample.job.row] = sample
                 else:
                     again += self._try_again(sample, reason, train, replace)
             samples = again
@@ -251,25 +279,40 @@ class ClipLoader:
         self._check_share()
         if not replace:
             return []
-        if sample.attempt == MOST_ATTEMPTS:
-            raise UserError(f"{MOST_ATTEMPTS} videos drawn one after the other cannot be decoded; {path}: {reason}")
-        return [self._sample(job.row, sample.epoch, sample.place, train, sample.attempt + 1)]
+        attempt = self._next_attempt(sample.attempt, job.request.video)
+        return [self._sample(job.row, sample.epoch, sample.place, train, attempt)]
+
+    def _next_attempt(self, attempt: int, video: int) -> int:
+        if attempt == MOST_ATTEMPTS:
+            path = self._manifest.videos[video].path
+            raise UserError(f"{MOST_ATTEMPTS} videos drawn one after the other cannot be used; the last is {path}")
+        return attempt + 1
 
     def _batch_of(self, chunk: _Chunk) -> Iterator[Batch]:
         """The finished batch; none if every sample was left out."""
-        rows = [row for row, video in enumerate(chunk.video) if video >= 0]
-        if not rows:
+        samples = [sample for sample in chunk.shown if sample is not None]
+        if not samples:
             return
-        clip = chunk.clip if len(rows) == len(chunk.video) else self._renderer.keep_rows(chunk.clip, rows)
-        self.decoded_frames += len(rows) * self._config.frames
-        video = torch.tensor([chunk.video[row] for row in rows])
-        label = torch.tensor([self._manifest.videos[chunk.video[row]].label for row in rows])
-        views = clip.shape[1]
-        yield Batch(clip.flatten(0, 1), video.repeat_interleave(views), label.repeat_interleave(views), chunk.step)
+        complete = len(samples) == len(chunk.shown)
+        clip = chunk.clip if complete else self._renderer.keep_rows(chunk.clip, [sample.job.row for sample in samples])
+        self.decoded_frames += len(samples) * self._config.frames
+        requests = [sample.job.request for sample in samples]
+        period, views = self._config.recorded, clip.shape[1]
+        yield Batch(
+            clip=clip.flatten(0, 1),
+            video=_each([request.video for request in requests], views),
+            label=_each([self._manifest.videos[request.video].label for request in requests], views),
+            augmentation=_each([sample.epoch % period if period else sample.epoch for sample in samples], views),
+            view=torch.arange(views).repeat(len(samples)),
+            box=torch.tensor([view[:4] for request in requests for view in request.views], dtype=torch.float32),
+            flip=torch.tensor([view.flip for request in requests for view in request.views]),
+            step=chunk.step,
+        )
 
     def _skip(self, video: int, reason: str) -> None:
         path = self._manifest.videos[video].path
-        if all(entry.path != path for entry in self.skipped):
+        if path not in self._told:
+            self._told.add(path)
             self.skipped.append(Skipped(path, reason))
             if self._on_skip:
                 self._on_skip(self.skipped[-1])
@@ -282,6 +325,11 @@ class ClipLoader:
                 f"{len(unusable)} of {total} videos cannot be used, more than data.max_unusable="
                 f"{self._config.max_unusable:g} allows; the last is {unusable[-1].path}: {unusable[-1].reason}"
             )
+
+
+def _each(values: list[int], views: int) -> torch.Tensor:
+    """int64 [S * views], each value for all views of its sample."""
+    return torch.tensor(values).repeat_interleave(views)
 
 
 def _check(config: DataConfig, batch: int, views: int) -> None:

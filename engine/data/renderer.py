@@ -19,6 +19,7 @@ from mam2.engine.config import DataConfig
 from mam2.engine.data.decoding import DecodeError, available_cores, decode_frames
 from mam2.engine.data.graph import ClipGraph, import_dali
 from mam2.engine.data.sampling import ClipRequest
+from mam2.engine.data.vetting import read_vetted
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,16 @@ class Renderer:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = config.threads or available_cores()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
+        self._vetted: set[tuple[str, int, int]] = set()
         self._graphs: dict[tuple[str, int], ClipGraph] = {}
         self._lock = threading.Lock()
 
     def start(self, row: int, path: str, request: ClipRequest, front_end: str) -> Job:
         """Decode a clip, or read the file for a graph that decodes, in a thread."""
         if front_end == "pyav":
-            payload = self._pool.submit(_decode, path, request.start, self._config.frames, request.stride)
+            payload = self._pool.submit(_decode, path, request.frames, self._config.timeout_s)
         else:
-            payload = self._pool.submit(_read, path)
+            payload = self._pool.submit(read_vetted, path, self._vetted)
         return Job(row, request, front_end, payload)
 
     def finish(self, jobs: Sequence[Job], clip: torch.Tensor) -> list[str | None]:
@@ -107,7 +109,7 @@ class Renderer:
         try:
             with self._copying():
                 views = graph.run(
-                    payloads, [request.start for request in requests], [request.views for request in requests]
+                    payloads, [request.frames for request in requests], [request.views for request in requests]
                 )
                 for place, job in enumerate(group):
                     for number, clips in enumerate(views):
@@ -136,17 +138,10 @@ class Renderer:
             self._copies.synchronize()
 
 
-def _decode(path: str, start: int, frames: int, stride: int) -> NDArray[np.uint8]:
+def _decode(path: str, frames: Sequence[int], timeout_s: float) -> NDArray[np.uint8]:
     try:
-        return decode_frames(path, start, frames, stride)
+        return decode_frames(path, frames, timeout_s=timeout_s)
     except DecodeError:
         raise
     except Exception as error:  # one strange file must not end a run of days: it is named, counted and left out
         raise DecodeError(f"{type(error).__name__}: {error}") from error
-
-
-def _read(path: str) -> NDArray[np.uint8]:
-    try:
-        return np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DecodeError(error.strerror or str(error)) from error

@@ -2,6 +2,10 @@
 
 Every draw comes from Philox, a counter-based generator, keyed by what is drawn. No draw depends on an earlier one:
 a resumed run, another number of threads or ranks, or a skipped file changes nothing else.
+
+VideoMAE's options by ours: `--num_frames` is data.frames, `--sampling_rate` data.stride, `--input_size` data.size; its
+GroupMultiScaleCrop is data.crop = "multi-scale", without mirroring (data.flip = false). Its pre-training is dense; the
+segments by which it samples SSv2 in fine-tuning are data.sampling = "uniform".
 """
 
 from __future__ import annotations
@@ -14,10 +18,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.manifest import Video
 
 CROP_TRIES = 10
+_SCALES = (1.0, 0.875, 0.75, 0.66)
+CROP_SCALES = [(wide, high) for i, high in enumerate(_SCALES) for wide in _SCALES[max(i - 1, 0) : i + 2]]
+"""Width and height of a multi-scale crop over the shorter side: at most one step apart (`max_distort` = 1)."""
+CROP_PLACES = [
+    *((x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0)),
+    *((x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)),
+]
+"""Where it lies in the room that is left: corners, edges, centre, quarters (`fix_crop` and `more_fix_crop`)."""
 _ORDER, _CLIP, _REPLACEMENT = range(3)
 
 
@@ -33,11 +45,11 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """Frames start, start + stride, … of a video, by its place in the manifest, seen in one or more crops."""
+    """T frames of a video, by its place in the manifest, seen in one or more crops."""
 
     video: int
-    start: int
-    stride: int
+    frames: tuple[int, ...]
+    """Ascending frame numbers. They may repeat and pass the end: decoding repeats the last frame there is."""
     views: tuple[View, ...]
 
 
@@ -58,23 +70,60 @@ def replacement(video: int, n: int, epoch: int, seed: int, attempt: int) -> int:
 def draw_clip(
     index: int, video: Video, epoch: int, config: DataConfig, seed: int, *, train: bool = True, attempt: int = 0
 ) -> ClipRequest:
-    """A random clip with `config.views` random resized crops; with train=False the middle clip, its centre square.
+    """A random clip in `config.views` random crops; with train=False the middle clip, its centre square.
 
-    Clips lie evenly over the whole video. In one shorter than the clip the start is 0; decoding repeats its last frame.
+    Dense clips lie evenly over the whole video; in one shorter than the clip they start at frame 0. With
+    `config.recorded` the epochs repeat that many draws, also where the video stands in for another one (attempt > 0),
+    so that codes which were computed once are found again.
     """
-    spare = max(video.frames - ((config.frames - 1) * config.stride + 1), 0)
     width, height = video.shown_size
     if not train:
-        return ClipRequest(index, spare // 2, config.stride, (_centre_crop(width, height, 1.0),))
+        return ClipRequest(index, _frames(video, config, None), (_centre_crop(width, height, 1.0),))
+    if config.recorded:
+        epoch, attempt = epoch % config.recorded, 0
     generator = _generator(_CLIP, seed, epoch, index, attempt)
-    start = int(generator.integers(spare + 1))
-    views = tuple(_random_view(generator, width, height, config) for _ in range(config.views))
-    return ClipRequest(index, start, config.stride, views)
+    frames = _frames(video, config, generator)
+    crop = _multi_scale_crop if config.crop == "multi-scale" else _random_resized_crop
+    views = []
+    for _ in range(config.views):
+        flip = bool(generator.random() < 0.5) and config.flip
+        views.append(crop(generator, width, height, config)._replace(flip=flip))
+    return ClipRequest(index, frames, tuple(views))
 
 
-def _random_view(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
-    """Random resized crop, area uniform, aspect ratio log-uniform; a centre crop if none fits in ten tries."""
-    flip = bool(generator.random() < 0.5) and config.flip
+def frame_step(video: Video, config: DataConfig) -> float:
+    """Distance of two sampled frames of a dense clip, in frames of the file.
+
+    With `config.fps` it comes from the file's average rate, for a variable rate too: there the frames are as many a
+    second on the whole, not from each to the next. Raises UserError for a file that states no rate.
+    """
+    if not config.fps:
+        return config.stride
+    if not video.fps:
+        raise UserError(f"{video.path}: no frame rate is known, so data.fps cannot be met; use data.stride")
+    return video.fps / config.fps
+
+
+def _frames(video: Video, config: DataConfig, generator: np.random.Generator | None) -> tuple[int, ...]:
+    """Frame numbers of a random clip, without a generator of the middle one."""
+    count = config.frames
+    if config.sampling == "uniform":
+        # Temporal segment networks: T equal parts of the video, a frame of each; a part of a short video may be empty.
+        part = video.frames / count
+        if generator is None:
+            return tuple(int(part / 2 + part * k) for k in range(count))
+        first = [int(part * k) for k in range(count)]
+        beyond = [max(int(part * (k + 1)), first[k] + 1) for k in range(count)]
+        return tuple(generator.integers(first, beyond).tolist())
+    step = frame_step(video, config)
+    offsets = [round(k * step) for k in range(count)]
+    spare = max(video.frames - 1 - offsets[-1], 0)
+    start = spare // 2 if generator is None else int(generator.integers(spare + 1))
+    return tuple(start + offset for offset in offsets)
+
+
+def _random_resized_crop(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
+    """Area uniform, aspect ratio log-uniform; a centre crop if none fits in ten tries."""
     limit = math.log(config.max_aspect)
     for _ in range(CROP_TRIES):
         area = generator.uniform(config.min_area, config.max_area)
@@ -82,8 +131,18 @@ def _random_view(generator: np.random.Generator, width: int, height: int, config
         wide, high = math.sqrt(area * shape), math.sqrt(area / shape)
         if wide <= 1 and high <= 1:
             x, y = generator.random() * (1 - wide), generator.random() * (1 - high)
-            return View(x, y, x + wide, y + high, flip)
-    return _centre_crop(width, height, config.max_aspect)._replace(flip=flip)
+            return View(x, y, x + wide, y + high, False)
+    return _centre_crop(width, height, config.max_aspect)
+
+
+def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
+    """VideoMAE's `GroupMultiScaleCrop`: two neighbouring (or equal) scales of the shorter side, one of 13 places."""
+    wide_scale, high_scale = CROP_SCALES[generator.integers(len(CROP_SCALES))]
+    x_share, y_share = CROP_PLACES[generator.integers(len(CROP_PLACES))]
+    side = min(width, height)
+    wide, high = side * wide_scale / width, side * high_scale / height
+    x, y = x_share * (1 - wide), y_share * (1 - high)
+    return View(x, y, x + wide, y + high, False)
 
 
 def _centre_crop(width: int, height: int, max_aspect: float) -> View:

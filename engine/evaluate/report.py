@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
+from mam2.engine.evaluate.plots import draw_logs, png
 from mam2.engine.evaluate.pretext import Strips
 from mam2.engine.train.metrics import read_log
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 ROWS = {
     "original": "original",
@@ -26,40 +22,6 @@ ROWS = {
     "motion": "true\nmotion",
     "predicted_motion": "predicted\nmotion",
 }
-
-
-def draw_curves(run: Path) -> bytes:
-    """PNG of the losses, the gradients at the regressor's output and the rates over the steps of a run's log."""
-    lines = read_log(run)
-    panels: list[tuple[str, dict[str, str]]] = [
-        ("code cross-entropy", {"loss/appearance": ""}),
-        ("right codes", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}),
-        ("motion loss / that of no motion", {"loss/motion_relative": ""}),
-        ("pixel loss", {"loss/pixels": ""}),
-        ("gradient norm at the regressor's output", {"gradient/appearance": "appearance", "gradient/motion": "motion"}),
-        ("clips per second", {"clips_per_s": ""}),
-    ]
-    panels = [(title, names) for title, names in panels if any(name in line for name in names for line in lines)]
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, names) in zip(axes.flat, panels, strict=False):
-        for name, label in names.items():
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
-        if title.startswith("motion"):
-            axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-        if title.startswith("gradient"):
-            axis.set_yscale("log")
-        if any(names.values()):
-            axis.legend(frameon=False, fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
 
 
 def draw_strips(strips: Strips, titles: Sequence[str]) -> bytes:
@@ -86,12 +48,12 @@ def draw_strips(strips: Strips, titles: Sequence[str]) -> bytes:
             axis.spines[:].set_visible(False)
             if column == 0:
                 axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
-    return _png(figure)
+    return png(figure)
 
 
 def write_report(run: Path, *, title: str, rows: list[tuple[str, str]], strips: bytes, notes: str) -> Path:
     """Writes RUN/report.html, curves.png and strips.png; `rows` is the table of results. Returns the page."""
-    curves = draw_curves(run)
+    curves = draw_logs({run.name: read_log(run)})
     (run / "curves.png").write_bytes(curves)
     (run / "strips.png").write_bytes(strips)
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
@@ -107,13 +69,6 @@ def write_report(run: Path, *, title: str, rows: list[tuple[str, str]], strips: 
         encoding="utf-8",
     )
     return page
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 _PAGE = """<!doctype html>

@@ -1,21 +1,21 @@
-"""Scaled dot-product attention: one function, two implementations.
+"""Scaled dot-product attention: one function, three implementations.
 
 Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
-`xformers.ops.memory_efficient_attention` runs where it has an operator (CUDA, FlashAttention or CUTLASS);
-PyTorch's `scaled_dot_product_attention` runs everywhere else.
+`xformers.ops.memory_efficient_attention` runs where it has an operator (CUDA, FlashAttention or CUTLASS). On a CPU in
+bfloat16 two matrix products around a softmax run (`products`); PyTorch's `scaled_dot_product_attention` does the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "xformers", "sdpa"]
+Backend = Literal["auto", "xformers", "products", "sdpa"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -24,7 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
     Args:
         q: queries [B, N, H, K], float, any strides with the last dimension dense.
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
-        backend: `auto` takes xformers where it has an operator for these inputs; `xformers` and `sdpa` force one.
+        backend: `auto` takes what `active_backend` names; the others force one. `products` holds B·H·N·M scores.
 
     Returns:
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
@@ -32,8 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
     Raises:
         ValueError: an unknown backend, shapes that do not fit together, or xformers forced where it has no operator.
     """
-    if backend not in ("auto", "xformers", "sdpa"):
-        raise ValueError(f"backend: expected 'auto', 'xformers' or 'sdpa', found {backend!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, found {backend!r}")
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(
             "q, k, v: expected [B, N, H, K], [B, M, H, K] and [B, M, H, K], "
@@ -48,11 +48,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
         )
     if backend == "xformers":
         return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
+    if backend == "products":
+        scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Literal["xformers", "sdpa"]:
+def active_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Literal["xformers", "products", "sdpa"]:
     """The implementation that `attention(backend="auto")` runs for these inputs."""
+    if device.type == "cpu":
+        # The fused kernel's bfloat16 backward pass is slower than its float32 one there.
+        return "products" if dtype == torch.bfloat16 else "sdpa"
     return "xformers" if device.type == "cuda" and _xformers_runs(device, dtype, head_dim) else "sdpa"
 
 

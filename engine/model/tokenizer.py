@@ -6,7 +6,9 @@ A token's code is that of its first frame, resized so that the code map is exact
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ class Tokenizer(nn.Module):
         grid: tokens along time, height and width (T', H', W').
         precision: of the convolutions. Codes are chosen in float32 from what they give; bfloat16 changes some of them.
         images_per_pass: frames that go through the network at once; bounds its memory.
+        compiled: makes a faster function of the one from images to codes, `torch.compile` for example.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Tokenizer(nn.Module):
         precision: Literal["float32", "bfloat16"] = "float32",
         *,
         images_per_pass: int = 64,
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16"):
@@ -41,6 +45,7 @@ class Tokenizer(nn.Module):
         self.grid = grid
         self.precision = precision
         self.images_per_pass = images_per_pass
+        self._image_codes = compiled(self.vqgan.codes) if compiled else self.vqgan.codes
 
     @property
     def codebook_size(self) -> int:
@@ -54,6 +59,23 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: T is not a multiple of the grid's T'.
         """
+        frames = self._first_frames(video)
+        with self._autocast(video.device):
+            maps = [self._image_codes(part) for part in frames]
+        return torch.cat(maps).view(len(video), -1)
+
+    @torch.no_grad()
+    def changed_share(self, video: Tensor) -> float:
+        """Share of the codes of a video, as for `codes`, that exact float32 convolutions would choose otherwise."""
+        cuda = video.device.type == "cuda"
+        # cuDNN's float32 convolutions round to TF32 unless they are told not to.
+        exact: AbstractContextManager[Any] = torch.backends.cudnn.flags(allow_tf32=False) if cuda else nullcontext()
+        with exact, torch.autocast(video.device.type, enabled=False):
+            expected = torch.cat([self.vqgan.codes(part) for part in self._first_frames(video)])
+        return float((self.codes(video) != expected.view(len(video), -1)).float().mean())
+
+    def _first_frames(self, video: Tensor) -> Iterator[Tensor]:
+        """Each slot's first frame at the VQGAN's scale and range, in parts [images_per_pass or fewer, 3, h, w]."""
         slots, rows, columns = self.grid
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % slots:
             raise ValueError(
@@ -62,9 +84,7 @@ class Tokenizer(nn.Module):
             )
         frames = video[:, :, :: video.shape[2] // slots].transpose(1, 2).flatten(0, 1)
         height, width = rows * self.vqgan.config.factor, columns * self.vqgan.config.factor
-        with self._autocast(video.device):
-            maps = [self.vqgan.codes(_prepare(part, height, width)) for part in frames.split(self.images_per_pass)]
-        return torch.cat(maps).view(len(video), -1)
+        return (_prepare(part, height, width) for part in frames.split(self.images_per_pass))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -87,12 +107,17 @@ def scale_pixels(frames: Tensor) -> Tensor:
 
 
 def codebook_usage(codes: Tensor, size: int) -> tuple[int, float]:
-    """How many of `size` codes occur in `codes` (any shape, int64), and the perplexity of their distribution.
+    """`usage_of` for `codes` of any shape (int64) from a codebook of `size`."""
+    return usage_of(torch.bincount(codes.flatten(), minlength=size))
+
+
+def usage_of(histogram: Tensor) -> tuple[int, float]:
+    """How many codes occur, given how often each does [V], and the perplexity of their distribution.
 
     The perplexity, exp(entropy), is how many equally frequent codes would be as hard to guess: 1 when all are one.
     """
-    share = torch.bincount(codes.flatten(), minlength=size).double() / codes.numel()
-    return int((share > 0).sum()), float(torch.special.entr(share).sum().exp())
+    share = histogram.double() / histogram.sum()
+    return int((histogram > 0).sum()), float(torch.special.entr(share).sum().exp())
 
 
 def _prepare(frames: Tensor, height: int, width: int) -> Tensor:

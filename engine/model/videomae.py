@@ -42,13 +42,22 @@ class VideoMAE(nn.Module):
 
     def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
         """Mean squared error of the hidden tokens' standardised pixels: video [B, 3, T, H, W] -> scalar."""
+        return self.loss_of(self._visible(video, mask), video, mask)
+
+    def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
+        """The same from the encoder's latents of the visible tokens, [B, Nv, D]."""
         return masked_pixel_loss(
-            self.predict_pixels(video, mask), video, mask, patch_size=self.patch_size, normalize=self.normalize
+            self._decode(visible, mask), video, mask, patch_size=self.patch_size, normalize=self.normalize
         )
 
     def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
         """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P]."""
-        visible = self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
+        return self._decode(self._visible(video, mask), mask)
+
+    def _visible(self, video: Tensor, mask: TubeMask) -> Tensor:
+        return self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
+
+    def _decode(self, visible: Tensor, mask: TubeMask) -> Tensor:
         visible = self.encoder_to_decoder(visible) + self.positions[mask.visible]
         masked = self.mask_token + self.positions[mask.masked]
         tokens = torch.cat([visible, masked], dim=1)

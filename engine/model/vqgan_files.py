@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -26,8 +27,8 @@ from mam2.engine.model.vqgan import VQGAN, VQGANConfig
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
-TRAINING_FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
-"""Packages whose classes a checkpoint may mention."""
+STOOD_IN_FOR = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy")
+"""Packages whose classes a checkpoint may mention: training frameworks, and NumPy for a scalar among their records."""
 HARMLESS = {
     "collections.defaultdict": collections.defaultdict,
     "typing.Any": typing.Any,
@@ -52,6 +53,15 @@ def save_vqgan(vqgan: VQGAN, path: str | Path) -> None:
     os.replace(aside, path)
 
 
+def fingerprint(vqgan: VQGAN) -> str:
+    """SHA-256 over config and weights (hexadecimal): two VQGANs with one fingerprint give the same codes."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(vqgan.config), sort_keys=True).encode())
+    for name, tensor in sorted(vqgan.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_vqgan(path: str | Path) -> VQGAN:
     """A VQGAN on the CPU, in evaluation, from safetensors (ours, or taming's keys) or from taming's `last.ckpt`.
 
@@ -61,11 +71,17 @@ def load_vqgan(path: str | Path) -> VQGAN:
         VQGANFileError (a UserError and a ValueError): no such file, another kind of file, a pickle that asks for
             anything but tensors and the training framework's classes, or missing, surplus or misshapen parameters.
     """
+    return read_vqgan(path)[0]
+
+
+def read_vqgan(path: str | Path) -> tuple[VQGAN, list[str]]:
+    """`load_vqgan`, and the names of the parameters in the file that are training's and were left out."""
     path = Path(path)
     if not path.is_file():
         raise VQGANFileError(f"{path}: expected a VQGAN checkpoint (.ckpt or .safetensors), found no such file")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
     state, config = read(path)
+    left_out = [name for name in state if not name.startswith(PARTS)]
     state = {name: tensor for name, tensor in state.items() if name.startswith(PARTS)}
     config = config or _infer_config(path, state)
     with torch.device("meta"):
@@ -79,7 +95,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
             "this is not a VQGAN of taming-transformers' form"
         )
     vqgan.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return vqgan.eval()
+    return vqgan.eval(), left_out
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], VQGANConfig | None]:
@@ -104,7 +120,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], None]:
         mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
         raise VQGANFileError(f"{path}: expected a PyTorch checkpoint, found another kind of file") from error
-    refused = [name for name in mentioned if name not in HARMLESS and name.split(".")[0] not in TRAINING_FRAMEWORKS]
+    refused = [name for name in mentioned if name not in HARMLESS and name.split(".")[0] not in STOOD_IN_FOR]
     if refused:
         raise VQGANFileError(
             f"{path}: expected tensors only, found a pickle that asks for {', '.join(sorted(refused))}; not loaded"

@@ -1,18 +1,26 @@
 """Checkpoints: a folder of safetensors and JSON that is either whole or not there.
 
     RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
-                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`
-                                  state.json              step, config, versions
+                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`; `rng.<device>`
+                                  state.json              step, config, versions, SHA-256 of the other two files
+                    latest                                name of the newest folder
 
-A checkpoint is written aside, synced to disk and renamed; only then the oldest are removed. Reading one
-executes nothing: no pickle.
+The step says where schedule, clips and masks go on: they are functions of it. A checkpoint is written aside, synced to
+disk and renamed; only then `latest` is replaced and old ones are removed. Reading one executes nothing: no pickle.
+Tensors that FSDP2 has spread over processes are gathered, so that any number of processes can read them.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +28,142 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mam2.engine.config import PretrainConfig, UserError, from_dict, to_dict
 
 FOLDER = "checkpoints"
 WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+LATEST = "latest"
+RNG = "rng."
 
 
-def save(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: PretrainConfig, *, keep: int
-) -> Path:
-    """Writes the checkpoint of a finished step and removes all but the newest `keep`. Returns its folder.
+class Saver:
+    """Writes checkpoints beside the run: `save` copies the tensors and returns, a thread does the rest."""
+
+    def __init__(self, run: Path, config: PretrainConfig, *, main: bool = True) -> None:
+        """main: False on the ranks that only help to gather tensors."""
+        self._run, self._config, self._main = run, config, main
+        self._thread: threading.Thread | None = None
+        self._problem: OSError | None = None
+        if main:
+            for left in (run / FOLDER).glob(".part-*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> OSError | None:
+        """Takes the state after `step` steps, once the checkpoint before is written. Returns what `wait` does."""
+        problem = self.wait()
+        weights, moments = _weights(model, keep=self._main), _moments(model, optimizer, keep=self._main)
+        if self._main:
+            arguments = (self._run, step, weights, moments, self._config)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._thread.start()
+        return problem
+
+    def wait(self) -> OSError | None:
+        """Until the last one is on the disk. Returns what kept it from there (disk full, no permission), or None."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        return problem
+
+    def _write(self, *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except OSError as error:
+            self._problem = error
+
+
+def write(run: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], config: PretrainConfig) -> Path:
+    """Puts a checkpoint's tensors on the disk; removes the old ones that `run.keep` and `run.keep_every` do not hold.
 
     Raises OSError (disk full, no permission); the older checkpoints are then still there.
     """
-    final = run / FOLDER / f"step-{step:08d}"
+    final = folder_of(run, step)
     if final.is_dir():  # steps are deterministic: the same step was saved before
         return final
     aside = final.with_name(f".part-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    state = {"step": step, "config": to_dict(config), "torch": torch.__version__}
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+        if shutil.disk_usage(aside).free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(run))
         save_file(weights, aside / WEIGHTS, metadata={"config": json.dumps(to_dict(config)), "step": str(step)})
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        save_file(moments, aside / OPTIMIZER)
+        state = {
+            "step": step,
+            "config": to_dict(config),
+            "torch": torch.__version__,
+            "code": code_version(),
+            "sha256": {name: _hash(aside / name) for name in (WEIGHTS, OPTIMIZER)},
+        }
+        (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
         aside.rename(final)
         _sync(final.parent)
+    except SafetensorError as error:  # the library's word for what the operating system refused
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(errno.EIO, str(error), str(aside)) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in _all(run)[:-keep]:
-        shutil.rmtree(old)
+    latest = final.with_name(f".{LATEST}")
+    latest.write_text(final.name + "\n", encoding="utf-8")
+    latest.replace(final.with_name(LATEST))
+    every = config.run.keep_every
+    for old in _all(run)[: -config.run.keep]:
+        if not every or int(old.name.removeprefix("step-")) % every:
+            shutil.rmtree(old)
     return final
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of the package and a digest of its sources: which code wrote a checkpoint."""
+    digest = hashlib.sha256()
+    for package in ("engine", "kernels"):
+        root = Path(__file__).resolve().parents[2] / package
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return f"{importlib.metadata.version('mam2')} {digest.hexdigest()[:12]}"
+
+
+def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written, or None. Damaged ones are named and set aside."""
+    for folder in reversed(_all(run)):
+        damage = why_damaged(folder)
+        if not damage:
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        say(f"resume  checkpoint {folder} is damaged ({damage}): now {aside.name}; going back to the one before")
+    return None
+
+
+def why_damaged(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        hashes = read_state(folder).get("sha256", {})
+    except UserError as error:
+        return str(error)
+    for name in (WEIGHTS, OPTIMIZER):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if name in hashes and _hash(folder / name) != hashes[name]:
+            return f"{name} has another SHA-256 than when it was written"
+    return None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, or would be."""
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def newest(run: Path) -> Path | None:
@@ -70,13 +177,21 @@ def _all(run: Path) -> list[Path]:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Loads a checkpoint into model and optimiser. Returns its step. Raises UserError where it does not fit."""
+    """Loads a checkpoint into model, optimiser and random generators. Returns its step.
+
+    Raises UserError where it does not fit.
+    """
     state = read_state(folder)
     load_weights(model, folder / WEIGHTS)
     parameters = dict(model.named_parameters())
-    for key, tensor in _load(folder / "optimizer.safetensors").items():
+    for key, tensor in _load(folder / OPTIMIZER).items():
+        if key.startswith(RNG):
+            _set_rng(key.removeprefix(RNG), tensor)
+            continue
         name, _, entry = key.rpartition(".")
-        optimizer.state[parameters[name]][entry] = tensor.to(parameters[name].device)
+        parameter = parameters[name]
+        placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
+        optimizer.state[parameter][entry] = placed
     return int(state["step"])
 
 
@@ -84,7 +199,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint folder."""
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to go back"
         ) from None
@@ -105,7 +220,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"checkpoint {path}: {name} has shape {list(weights[name].shape)}, this model {list(own[name].shape)}; "
                 "use the config it was written with"
             )
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(_placed_like(tensor, weights[name]))
 
 
 def read_config(path: Path) -> PretrainConfig:
@@ -128,12 +245,54 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+def _weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    return _copies(model.state_dict(), keep=keep)
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    tensors[f"{RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
+    return _copies(tensors, keep=keep)
+
+
+def _copies(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU, whole and contiguous. Every rank has to call it; only those that keep them hold them."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if keep:
+            copies[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
+
+
+def _placed_like(own: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor on the device of `own`; its part of it where `own` is spread over processes."""
+    if isinstance(own, DTensor):
+        return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+    return whole.to(own.device)
+
+
+def _set_rng(device: str, state: Tensor) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    elif torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,119 +1,151 @@
-"""What a step learns: MAM2's two losses behind one regressor, or VideoMAE's pixels. Each fills the gradients.
+"""What a step learns: MAM2's losses behind one regressor, or VideoMAE's pixels.
 
-MAM2's decoders hang on detached copies of the regressor's output. So each decoder's gradient there is at hand:
-its norm is logged, and the two can be balanced, before one backward pass runs through regressor and encoder.
-With fixed weights the sum is the ordinary gradient of the weighted losses.
+MAM2's latents are handed to each loss through a fork. On the way back it sees every loss's gradient there side by side:
+it notes their norms, can bring them into a set proportion, and passes on their sum. With fixed weights that is the
+ordinary gradient of the weighted losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from mam2.engine.config import LossConfig, PretrainConfig
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import TubeMask, masked_frame_difference_loss
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Values = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """A model with its losses. `backward` takes a video [B, C, T, H, W] uint8 and its mask."""
+class Objective(nn.Module):
+    """A model with its losses.
 
-    model: Any
+    Called with a video [B, C, T, H, W] uint8, its mask and its codes [B, N] int64 (None where the objective needs
+    none); returns the weighted loss, to be backpropagated, and as 0-d tensors each loss and, with `inspect`, costlier
+    figures. All of it happens in one call, so that FSDP2 has the weights at hand.
+    """
 
-    def backward(self, video: Tensor, mask: TubeMask, scale: float) -> dict[str, Tensor]:
-        """Adds `scale` times the gradient of the losses to the parameters; returns 0-d tensors on the device."""
-
-    def inspect(self, video: Tensor, mask: TubeMask) -> dict[str, Tensor]:
-        """Costlier figures, for the steps that are logged: 0-d tensors on the device."""
-
-
-def build_objective(
-    model: MAM2 | VideoMAE, tokenizer: Tokenizer | None, config: PretrainConfig, compiled: Compile
-) -> Objective:
-    """The objective that `config.model.objective` names, its parts passed through `compiled`."""
-    if isinstance(model, VideoMAE):
-        return VideoMAEObjective(model, compiled)
-    assert tokenizer is not None
-    return MAM2Objective(model, tokenizer, config, compiled)
-
-
-class VideoMAEObjective:
-    def __init__(self, model: VideoMAE, compiled: Compile) -> None:
-        self.model = model
-        self._loss = compiled(model.loss)
-
-    def backward(self, video: Tensor, mask: TubeMask, scale: float) -> dict[str, Tensor]:
-        loss = self._loss(video, mask)
-        (loss * scale).backward()
-        return {"loss/pixels": loss.detach()}
-
-    def inspect(self, video: Tensor, mask: TubeMask) -> dict[str, Tensor]:
+    def gradient_norms(self) -> Values:
+        """Norms noted during the last backward pass, over all ranks: 0-d tensors on the device."""
         return {}
 
 
-class MAM2Objective:
-    def __init__(self, model: MAM2, tokenizer: Tokenizer, config: PretrainConfig, compiled: Compile) -> None:
+def build_objective(model: MAM2 | VideoMAE, config: PretrainConfig, compiled: Compile) -> Objective:
+    """The objective that `config.model.objective` names, its parts passed through `compiled`."""
+    if isinstance(model, VideoMAE):
+        return VideoMAEObjective(model, compiled)
+    return MAM2Objective(model, config, compiled)
+
+
+class VideoMAEObjective(Objective):
+    def __init__(self, model: VideoMAE, compiled: Compile) -> None:
+        super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
+        self._loss = compiled(model.loss)
+
+    def forward(
+        self, video: Tensor, mask: TubeMask, codes: Tensor | None = None, *, inspect: bool = False
+    ) -> tuple[Tensor, Values, Values]:
+        loss = self._loss(video, mask)
+        return loss, {"loss/pixels": loss.detach()}, {}
+
+
+class MAM2Objective(Objective):
+    def __init__(self, model: MAM2, config: PretrainConfig, compiled: Compile) -> None:
+        super().__init__()
+        self.model = model
         self._loss: LossConfig = config.loss
         self._motion_options = config.motion_options
         self._complete = compiled(model.complete)
         self._appearance = compiled(model.appearance_loss)
         self._motion = compiled(model.motion_loss)
+        balanced = config.loss.balance == "gradient"
+        self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 
-    def backward(self, video: Tensor, mask: TubeMask, scale: float) -> dict[str, Tensor]:
-        codes = self.tokenizer.codes(video)
+    def forward(
+        self, video: Tensor, mask: TubeMask, codes: Tensor | None, *, inspect: bool = False
+    ) -> tuple[Tensor, Values, Values]:
+        assert codes is not None
         weights = self._loss
         latents = self._complete(video, mask)
-        for_appearance = latents.detach().requires_grad_()
-        for_motion = latents.detach().requires_grad_()
+        for_appearance, for_motion, for_alignment = cast(
+            tuple[Tensor, Tensor, Tensor], _Fork.apply(latents, self._balance)
+        )
         appearance = self._appearance(for_appearance, mask, codes)
         motion = self._motion(for_motion, mask, video)
-        (scale * (weights.appearance * appearance + weights.motion * motion)).backward()
-        assert for_appearance.grad is not None
-        assert for_motion.grad is not None
-        appearance_grad, motion_grad = for_appearance.grad, for_motion.grad
-        appearance_norm, motion_norm = appearance_grad.norm().float(), motion_grad.norm().float()
-        if weights.balance == "gradient":
-            ratio = weights.appearance / weights.motion
-            appearance_grad = appearance_grad * (ratio * motion_norm / (appearance_norm + 1e-12)).to(latents.dtype)
-        values = {
-            "loss/appearance": appearance.detach(),
-            "loss/motion": motion.detach(),
-            "gradient/appearance": appearance_norm / scale,
-            "gradient/motion": motion_norm / scale,
-        }
-        gradient = appearance_grad + motion_grad
+        values = {"loss/appearance": appearance.detach(), "loss/motion": motion.detach()}
+        total = weights.appearance * appearance + weights.motion * motion
         if weights.alignment:
-            for_alignment = latents.detach().requires_grad_()
             alignment = self.model.alignment_loss(for_alignment, mask, video)
-            (scale * weights.alignment * alignment).backward()
-            assert for_alignment.grad is not None
-            gradient = gradient + for_alignment.grad
             values["loss/alignment"] = alignment.detach()
-        latents.backward(gradient)
-        return values
+            total = total + weights.alignment * alignment
+        return total, values, self._inspect(video, mask, codes) if inspect else {}
+
+    def gradient_norms(self) -> Values:
+        """Of the weighted losses at the regressor's output."""
+        appearance, motion = self._balance.norms
+        return {"gradient/appearance": appearance, "gradient/motion": motion}
 
     @torch.no_grad()
-    def inspect(self, video: Tensor, mask: TubeMask) -> dict[str, Tensor]:
+    def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor) -> Values:
         """Share of right codes, that of always answering the batch's commonest code, and the motion loss over that of
         predicting no motion (1: nothing learned)."""
         latents = self.model.complete(video, mask)
-        masked_codes = self.tokenizer.codes(video).gather(1, mask.masked)
+        masked_codes = codes.gather(1, mask.masked)
         right = (self.model.predict_codes(latents, mask) == masked_codes).float().mean()
-        commonest = masked_codes.flatten().bincount().max() / masked_codes.numel()
+        answers = masked_codes.flatten()
+        # bincount would wait for the device to learn its size
+        counts = answers.new_zeros(self.model.appearance_decoder.head.out_features)
+        counts.scatter_add_(0, answers, torch.ones_like(answers))
         motion = self.model.predict_motion(latents, mask)
         loss = masked_frame_difference_loss(motion, video, mask, **self._motion_options)
         still = masked_frame_difference_loss(torch.zeros_like(motion), video, mask, **self._motion_options)
         return {
             "accuracy/codes": right,
-            "accuracy/commonest_code": commonest,
+            "accuracy/commonest_code": counts.max() / answers.numel(),
             "loss/motion_relative": loss / still,
         }
+
+
+class Balance:
+    """Norms of two gradients, and the factor that brings the first to `proportion` times the second (None: 1)."""
+
+    def __init__(self, proportion: float | None) -> None:
+        self.proportion = proportion
+        self.norms: tuple[Tensor, Tensor]
+
+    def factor(self, appearance: Tensor, motion: Tensor) -> Tensor | None:
+        norms = torch.stack([appearance.norm().float(), motion.norm().float()])
+        if dist.is_available() and dist.is_initialized():
+            squares = norms.square()
+            dist.all_reduce(squares)
+            norms = squares.sqrt() / dist.get_world_size()  # ranks average their gradients
+        self.norms = norms[0], norms[1]
+        if self.proportion is None:
+            return None
+        return (self.proportion * norms[1] / (norms[0] + 1e-12)).to(appearance.dtype)
+
+
+class _Fork(torch.autograd.Function):
+    """Latents for appearance, motion and alignment; backward adds up their gradients, the first in proportion."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, balance: Balance) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.balance = balance
+        ctx.set_materialize_grads(False)  # there may be no alignment
+        return latents.view_as(latents), latents.view_as(latents), latents.view_as(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        appearance, motion, alignment = gradients
+        assert appearance is not None
+        assert motion is not None
+        factor = ctx.balance.factor(appearance, motion)
+        gradient = (appearance if factor is None else appearance * factor) + motion
+        return gradient if alignment is None else gradient + alignment, None

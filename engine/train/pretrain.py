@@ -1,44 +1,47 @@
 """Pre-training: video files → clips → codes → MAM2 (or VideoMAE) → checkpoints.
 
     RUN/config.json  manifest.jsonl  skipped.tsv  tokenizer.safetensors  log.jsonl  log.txt  tensorboard/
-        checkpoints/step-…/
+        nonfinite.tsv  checkpoints/latest  checkpoints/step-…/
 
 The clips and masks of a step are a pure function of (seed, step), and nothing else in the step is random. So a
-run goes on from a checkpoint as if it had never stopped, and only the step number has to be remembered.
+run goes on from a checkpoint as if it had never stopped, and only the step number has to be remembered. Started by
+torchrun, every process works on its part of each batch; rank 0 writes the run folder.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import PretrainConfig, UserError, check, to_dict
+from mam2.engine.config import PretrainConfig, UserError, check, passes, to_dict
 from mam2.engine.data.decoding import available_cores
-from mam2.engine.data.loader import Batch, ClipLoader
-from mam2.engine.data.manifest import Manifest, Skipped, read_manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.model.attention import active_backend
+from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.presets import parameters_by_part
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train import checkpoint
-from mam2.engine.train.metrics import RunLog
-from mam2.engine.train.objective import Objective, build_objective
-from mam2.engine.train.optimizer import build_optimizer, learning_rate
-from mam2.engine.train.runtime import StopSignal, autocast, compiler, matmul_dtype, pick_device
-from mam2.engine.train.tokenizer import prepare_tokenizer
-from mam2.kernels import active_path, tube_mask
+from mam2.engine.train.codes import open_cache, prepare_codes, with_codes
+from mam2.engine.train.distributed import Vote, World, join
+from mam2.engine.train.metrics import Log, Readout, RunLog, SilentLog
+from mam2.engine.train.optimizer import learning_rate
+from mam2.engine.train.peak import measured_peak_flops
+from mam2.engine.train.runtime import Interrupted, StopSignal, matmul_dtype, paused_gc, pick_device
+from mam2.engine.train.step import TrainStep
+from mam2.kernels import active_path
 
 MANIFEST = "manifest.jsonl"
-NONFINITE_LIMIT = 20
-"""Consecutive steps with a gradient that is not finite after which a run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +68,35 @@ def pretrain(
     Args:
         config: a recipe's values; see `mam2.engine.config`.
         data: a folder (with or without class folders) or an annotation list.
-        out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`.
-        resume: go on from the newest checkpoint in `out`, if there is one.
+        out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`. Several
+            machines must share it.
+        resume: go on from the newest whole checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
         UserError: for data, configs and checkpoints that cannot be used.
+        PeerFailed: another process of the run has failed, and says why.
     """
     check(config)
     run = Path(out)
     if checkpoint.newest(run) and not resume:
         raise UserError(f"{run} holds a run: add --resume to go on with it, or name another folder with --out")
     device = pick_device(config.run)
+    with StopSignal() as stop, join(device) as world:
+        passes(config, world.size)
+        log = _open_log(run) if world.main else SilentLog()
+        try:
+            return _Run(config, Path(data), run, device, world, log, stop, resume, progress and world.main).train()
+        finally:
+            log.close()
+
+
+def _open_log(run: Path) -> RunLog:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        log = RunLog(run)
+        return RunLog(run)
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written: {error.strerror}; name another folder") from None
-    try:
-        with StopSignal() as stop:
-            return _Run(config, Path(data), run, device, log, stop, resume, progress).train()
-    finally:
-        log.close()
 
 
 class _Run:
@@ -98,71 +108,86 @@ class _Run:
         data: Path,
         run: Path,
         device: torch.device,
-        log: RunLog,
+        world: World,
+        log: Log,
         stop: StopSignal,
         resume: bool,
         progress: bool,
     ) -> None:
-        self.config, self.run, self.device, self.log, self.stop, self.progress = (
-            config,
-            run,
-            device,
-            log,
-            stop,
-            progress,
-        )
+        self.config, self.run, self.device, self.world = config, run, device, world
+        self.log, self.stop, self.progress = log, stop, progress
         optim = config.optim
-        folder = checkpoint.newest(run)
+        folder = world.share(lambda: checkpoint.newest_whole(run, log.say) if resume else None)
         if folder:
-            _same_run(config, folder)
-        log.say(f"run     {run} on {_machine(device)}")
-
+            self._continue(folder)
+        ranks = f", {world.size} processes" if world.size > 1 else ""
+        log.say(f"run     {run} on {_machine(device)}{ranks}")
         if folder:
             log.say(f"resume  from {folder}, with its own list of videos ({run / MANIFEST})")
-        self.manifest = _manifest(data, run, config, saved=folder is not None, progress=progress)
-        for skipped in self.manifest.skipped:
-            self._skip(skipped)
+
+        self.manifest = world.share(lambda: _manifest(data, run, config, saved=folder is not None, progress=progress))
+        self._unusable: dict[str, str] = {}
+        self._note(self.manifest.skipped)
+        count = passes(config, world.size)
+        cache = open_cache(config, self.manifest, world, progress=progress)
         self.loader = ClipLoader(
             self.manifest,
             config.data,
-            batch=optim.batch // optim.accumulate,
+            batch=optim.batch // (world.size * count),
             device=device,
             seed=config.run.seed,
-            on_skip=self._skip,
+            rank=world.rank,
+            world=world.size,
+            # several processes tell each other when the log is written, so that each file is named once
+            on_skip=(lambda skipped: self._note([skipped])) if world.size == 1 else None,
+            available=cache.has if cache else None,
         )
+        self._exchange_skips()
         front_ends = ", ".join(f"{count} by {name}" for name, count in self.loader.front_ends.items())
-        unusable = len(self.manifest.skipped) + len(self.loader.skipped)
-        log.say(f"data    {sum(self.loader.front_ends.values())} videos, decoded {front_ends}; {unusable} unusable")
+        used = sum(self.loader.front_ends.values())
+        log.say(f"data    {used} videos, decoded {front_ends}; {len(self._unusable)} unusable")
 
-        tokenizer = None
+        self.codes = None
         if config.model.objective == "mam2":
-            tokenizer = prepare_tokenizer(config, self.loader, run, device, log, progress=progress)
-        # Weights are drawn after the tokenizer's training, which uses the generator as well.
-        torch.manual_seed(config.run.seed)
-        self.model: nn.Module = MAM2(config, tokenizer.codebook_size) if tokenizer else VideoMAE(config)
-        self.model.to(device)
-        self.optimizer = build_optimizer(self.model, optim)
-        self.first = checkpoint.restore(folder, self.model, self.optimizer) if folder else 0
-        compiled, how = compiler(config.run, device)
-        self.objective: Objective = build_objective(self.model, tokenizer, config, compiled)  # type: ignore[arg-type]
-
-        self.steps_per_epoch = self.loader.steps_per_epoch / optim.accumulate
-        self.steps = max(round(optim.epochs * self.steps_per_epoch), 1)
-        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(self.model).items())
-        log.say(f"model   {config.model.objective}: {parts} parameters")
+            self.codes = prepare_codes(config, self.loader, cache, run, device, world, log.say, progress=progress)
         dtype = matmul_dtype(config.run, device)
+        peak = measured_peak_flops(device, dtype)
+        source = (self.codes.codebook_size, self.codes.tokenizer) if self.codes else ()
+        self.full_clips_per_s = peak * world.size / sum(step_flops(config, *source).values())
+        # Weights are drawn after the tokenizer's training and the measurement, which use the generator as well.
+        torch.manual_seed(config.run.seed)
+        model = MAM2(config, self.codes.codebook_size) if self.codes else VideoMAE(config)
+        self.take = TrainStep(config, model, device, world)
+        self.first = checkpoint.restore(folder, model, self.take.optimizer) if folder else 0
+        self.saver = checkpoint.Saver(run, config, main=world.main)
+
+        self.steps_per_epoch = self.loader.steps_per_epoch / count
+        self.steps = max(round(optim.epochs * self.steps_per_epoch), 1)
+        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(model).items())
+        log.say(f"model   {config.model.objective}: {parts} parameters")
         head = config.model.width // config.model.heads
         log.say(
             f"paths   kernels: {active_path(device)}; attention: {active_backend(device, dtype, head)}; "
-            f"step: {how}; {str(dtype).removeprefix('torch.')}"
+            f"step: {self.take.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
         )
-        log.say(f"steps   {self.first} done of {self.steps}: {optim.epochs:g} epochs, {optim.batch} clips a step")
-        (run / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+        shared = "" if count == world.size == 1 else f" ({world.size} processes in {count} passes)"
+        log.say(
+            f"steps   {self.first} done of {self.steps}: {optim.epochs:g} epochs, {optim.batch} clips a step{shared}"
+        )
+        if world.main:
+            (run / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
 
     def train(self) -> PretrainResult:
-        config, optim = self.config, self.config.optim
+        config = self.config
+        step, ended = self.first, 0
+        window = _Window(self.loader)
+        vote = Vote(self.world)
+        self.readout = Readout(self.device)
+        self.in_a_row = 0
+        shown: list[Tensor] = []
+        flags: list[Tensor] = []
         try:
-            stream = self.loader.stream(first_step=self.first * optim.accumulate)
+            stream = with_codes(self.loader.stream(first_step=self.first * self.take.passes), self.codes, self.device)
             bar = tqdm(
                 total=self.steps,
                 initial=self.first,
@@ -171,107 +196,146 @@ class _Run:
                 disable=None if self.progress else True,
                 smoothing=0.05,
             )
-            step = self.first
-            window = _Window(self.loader)
-            nonfinite = torch.zeros(2, device=self.device)  # consecutive, in this window
-            with bar:
-                self.stop.in_loop = True
-                while step < self.steps and not self.stop.received:
+            with bar, paused_gc(), self.stop.looping():
+                while step < self.steps and not ended:
+                    try:
+                        with self.stop.interruptible(self.world.size == 1):
+                            batches = [next(stream) for _ in range(self.take.passes)]
+                    except Interrupted:  # a loader that hangs must not keep what is done from being saved
+                        ended = int(self.stop.received or 0)
+                        break
                     logged = (step + 1) % config.run.log_every == 0 or step + 1 == self.steps
-                    values = self._step(step, [next(stream) for _ in range(optim.accumulate)], nonfinite, logged)
+                    rate = learning_rate(
+                        step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
+                    )
+                    clips = [(batch.clip.permute(0, 4, 1, 2, 3), codes) for batch, codes in batches]
+                    values = self.take(step, clips, rate, inspect=logged)
                     step += 1
                     bar.update()
+                    flags.append(values.pop("bad"))
+                    shown.append(torch.stack([batch.video for batch, _ in batches]))
+                    self._write(bar)
                     if logged:
-                        numbers = self._read(values, nonfinite, window, step)
-                        self.log.write(step, numbers)
-                        bar.set_postfix_str(_postfix(numbers), refresh=False)
+                        self._exchange_skips()
+                        numbers = window.close(step, config.optim.batch)
+                        if "clips_per_s" in numbers:
+                            numbers["mfu"] = numbers["clips_per_s"] / self.full_clips_per_s
+                        numbers |= {"learning_rate": rate, "epoch": step / self.steps_per_epoch}
+                        self.readout.put(step, values, torch.stack(flags), numbers, shown, self.world)
+                        flags, shown = [], []
                     if step % config.run.save_every == 0 and step < self.steps:
                         self._save(step)
-            folder = self._save(step)
+                    ended = vote(int(self.stop.received or 0))
+                self._write(bar, wait=True)
+                self._save(step, last=True)
         finally:
-            self.stop.in_loop = False
             self.loader.close()
-        skipped = len(self.manifest.skipped) + len(self.loader.skipped)
-        used = len(self.manifest.videos) - len(self.loader.skipped)
-        where = f" (named in {self.run / 'skipped.tsv'})" if skipped else ""
-        received = self.stop.received
-        how = f"stopped by {received.name} after step {step}; --resume goes on" if received else f"done: {step} steps"
-        self.log.say(f"{how}; {used} videos used, {skipped} unusable{where}; checkpoint {folder}")
-        return PretrainResult(
-            step=step, steps=self.steps, checkpoint=folder, used=used, skipped=skipped, signal=int(received or 0)
-        )
+        self._exchange_skips()
+        unusable = len(self._unusable)
+        used = len(self.manifest.videos) + len(self.manifest.skipped) - unusable
+        where = f" (named in {self.run / 'skipped.tsv'})" if unusable else ""
+        name = signal.Signals(ended).name if ended else ""
+        how = f"stopped by {name} after step {step}; --resume goes on" if ended else f"done: {step} steps"
+        folder = checkpoint.folder_of(self.run, step)
+        self.log.say(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
+        return PretrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 
-    def _step(self, step: int, batches: list[Batch], nonfinite: Tensor, logged: bool) -> dict[str, Tensor]:
-        """One optimiser step. Nothing is read back from the device; a gradient that is not finite changes no weight."""
-        config, optim = self.config, self.config.optim
-        rate = learning_rate(step, self.steps, self.steps_per_epoch, optim, global_batch=optim.batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        values: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            video = batch.clip.permute(0, 4, 1, 2, 3)
-            mask = tube_mask(
-                len(video),
-                config.grid,
-                config.mask.ratio,
-                seed=config.run.seed,
-                step=step,
-                first_sample=index * len(video),
-                device=self.device,
+    def _write(self, bar: Any, *, wait: bool = False) -> None:
+        """Writes the log line whose numbers have come from the device, if there is one."""
+        for line in self.readout.take(wait=wait):
+            bad = [step for step, flag in zip(line.steps, line.bad, strict=True) if flag]
+            numbers = line.numbers
+            if bad:
+                numbers["skipped_steps"] = len(bad)
+                self._name_clips(bad, line.videos)
+            for flag in line.bad:
+                self.in_a_row = self.in_a_row + 1 if flag else 0
+            if self.device.type == "cuda":
+                numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self.log.write(line.steps[-1], numbers)
+            bar.set_postfix_str(_postfix(numbers), refresh=False)
+            if self.in_a_row >= self.config.run.max_nonfinite:
+                raise self.world.error(
+                    f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; the last checkpoint of "
+                    f"{self.run} is sound. Lower optim.base_lr, set optim.clip_norm, or use run.precision=float32"
+                )
+
+    def _name_clips(self, bad: list[int], videos: dict[int, list[int]]) -> None:
+        """Lists the clips of steps that were left out in nonfinite.tsv."""
+        mine = [(step, self.manifest.videos[place].path) for step in bad for place in sorted(set(videos[step]))]
+        rows = [row for part in self.world.gather(mine) for row in part]
+        file = self.run / "nonfinite.tsv"
+        numbers = ", ".join(map(str, bad))
+        self.log.say(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
+        if self.world.main:
+            with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
+                stream.writelines(f"{step}\t{path}\n" for step, path in sorted(rows))
+
+    def _save(self, step: int, *, last: bool = False) -> None:
+        """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
+        problem = self.saver.save(step, self.take.model, self.take.optimizer)
+        if last:
+            problem = self.saver.wait()
+        if problem is None:
+            return
+        whole = checkpoint.newest(self.run)
+        message = f"a checkpoint cannot be written: {problem}; the last whole one is {whole}"
+        if last:
+            raise UserError(f"step {step}: {message}")
+        self.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
+
+    def _exchange_skips(self) -> None:
+        """Every rank learns of the files that the others found unusable; too many of them end the run everywhere."""
+        for found in self.world.gather(list(self.loader.skipped)):
+            self._note(found)
+        total = len(self.manifest.videos) + len(self.manifest.skipped)
+        if len(self._unusable) > self.config.data.max_unusable * total:
+            path, reason = list(self._unusable.items())[-1]
+            raise self.world.error(
+                f"{len(self._unusable)} of {total} videos cannot be used, more than data.max_unusable="
+                f"{self.config.data.max_unusable:g} allows; the last is {path}: {reason}"
             )
-            with autocast(config.run, self.device):
-                losses = self.objective.backward(video, mask, 1 / optim.accumulate)
-                for name, value in losses.items():
-                    values[name] = values.get(name, 0) + value / optim.accumulate
-                if logged and index == 0:
-                    values |= self.objective.inspect(video, mask)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if optim.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
-        bad = (~torch.isfinite(norm)).float()
-        # AdamW's fused kernel reads this flag on the device and leaves weights and moments as they are.
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        nonfinite[0] = (nonfinite[0] + 1) * bad
-        nonfinite[1] += bad
-        return {**values, "gradient/norm": norm, "learning_rate": torch.tensor(rate)}
 
-    def _read(self, values: dict[str, Tensor], nonfinite: Tensor, window: _Window, step: int) -> dict[str, float]:
-        """The numbers of a log line: the one place where the loop waits for the device."""
-        names = list(values)
-        packed = torch.stack([values[name].float().to(self.device) for name in names] + list(nonfinite))
-        *read, consecutive, in_window = packed.tolist()
-        nonfinite[1] = 0
-        numbers = dict(zip(names, read, strict=True)) | window.close(step, self.config.optim.batch)
-        numbers["epoch"] = step / self.steps_per_epoch
-        if in_window:
-            numbers["skipped_steps"] = in_window
-            self.log.say(f"step {step}: {in_window:.0f} steps with a gradient that is not finite were left out")
-        if consecutive >= NONFINITE_LIMIT:
-            raise UserError(
-                f"{consecutive:.0f} steps in a row had a gradient that is not finite; the last checkpoint of "
-                f"{self.run} is sound. Lower optim.base_lr, set optim.clip_norm, or use run.precision=float32"
-            )
-        if self.device.type == "cuda":
-            numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return numbers
+    def _note(self, found: Any) -> None:
+        """Names files that cannot be used, once, in the log and in skipped.tsv."""
+        for skipped in found:
+            if skipped.path in self._unusable:
+                continue
+            self._unusable[skipped.path] = skipped.reason
+            self.log.say(f"unusable: {skipped.path}: {skipped.reason}")
+            if self.world.main:
+                with (self.run / "skipped.tsv").open("a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(f"{skipped.path}\t{skipped.reason}\n")
 
-    def _save(self, step: int) -> Path:
-        try:
-            return checkpoint.save(self.run, step, self.model, self.optimizer, self.config, keep=self.config.run.keep)
-        except OSError as error:
-            last = checkpoint.newest(self.run)
-            raise UserError(
-                f"checkpoint of step {step} cannot be written: {error}; the last whole one is {last}"
-            ) from None
-
-    def _skip(self, skipped: Skipped) -> None:
-        """Names a file that cannot be used, once, in the log and in skipped.tsv."""
-        self.log.say(f"unusable: {skipped.path}: {skipped.reason}")
-        with (self.run / "skipped.tsv").open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{skipped.path}\t{skipped.reason}\n")
+    def _continue(self, folder: Path) -> None:
+        """Raises UserError where a resumed run would not continue the saved one; says what may change its bits."""
+        state, now = checkpoint.read_state(folder), to_dict(self.config)
+        free = {
+            "run": {
+                "log_every",
+                "save_every",
+                "keep",
+                "keep_every",
+                "compile",
+                "device",
+                "sharding",
+                "recompute",
+                "max_nonfinite",
+            },
+            "data": {"threads", "prefetch", "max_unusable", "timeout_s"},
+            "optim": {"micro_batch"},
+            "tokenizer": {"cache"},
+        }
+        for table, values in state["config"].items():
+            for key, old in values.items():
+                if key not in free.get(table, ()) and key in now[table] and old != now[table][key]:
+                    raise self.world.error(
+                        f"{folder} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
+                        f"use the saved values ({self.run / 'config.json'}) or start a new run"
+                    )
+        for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
+            if state.get(name, mine) != mine:
+                self.log.say(f"resume  written by {name} {state[name]}, this is {mine}: the bits may differ from here")
 
 
 class _Window:
@@ -320,23 +384,6 @@ def _manifest(data: Path, run: Path, config: PretrainConfig, *, saved: bool, pro
     write_manifest(manifest, path)
     (run / "skipped.tsv").unlink(missing_ok=True)
     return manifest
-
-
-def _same_run(config: PretrainConfig, folder: Path) -> None:
-    """Raises UserError where a resumed run would not continue the saved one."""
-    before, now = checkpoint.read_state(folder)["config"], to_dict(config)
-    free = {
-        "run": {"log_every", "save_every", "keep", "compile", "device"},
-        "data": {"threads", "prefetch", "max_unusable"},
-    }
-    for table, values in now.items():
-        for key, value in values.items():
-            old = before.get(table, {}).get(key)
-            if key not in free.get(table, ()) and old != value:
-                raise UserError(
-                    f"{folder} was written with {table}.{key} = {old!r}, this call says {value!r}: "
-                    f"use the saved values ({folder.parent.parent / 'config.json'}) or start a new run"
-                )
 
 
 def _machine(device: torch.device) -> str:

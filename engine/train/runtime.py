@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -58,15 +60,20 @@ def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callabl
     return (lambda part: torch.compile(part, fullgraph=True, dynamic=False)), "compiled, whole graphs"
 
 
+class Interrupted(Exception):
+    """A signal asked for an end while the loop was waiting."""
+
+
 class StopSignal:
     """Turns SIGINT and SIGTERM into a request that the loop meets after its step; a second one ends at once.
 
-    Outside the loop (`in_loop` False) there is nothing to save, and the first one ends the program too.
+    Outside the loop there is nothing to save, and the first one ends the program too.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.in_loop = False
+        self._looping = False
+        self._interruptible = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -78,8 +85,43 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def looping(self) -> Iterator[None]:
+        """While it lasts, the loop looks at `received` after each step."""
+        self._looping = True
+        try:
+            yield
+        finally:
+            self._looping = False
+
+    @contextmanager
+    def interruptible(self, allowed: bool = True) -> Iterator[None]:
+        """While it lasts, a signal raises Interrupted; so does one that came since the loop last looked."""
+        if allowed and self.received:
+            raise Interrupted
+        self._interruptible = allowed
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         again = self.received is not None
         self.received = signal.Signals(number)
-        if again or not self.in_loop:
+        if again or not self._looping:
             raise KeyboardInterrupt
+        if self._interruptible:
+            raise Interrupted
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """Without pauses for cyclic garbage, which a step does not make; what was alive before is never searched."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,80 +14,92 @@ from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.tokenizer_training import train_vqgan
-from mam2.engine.model.vqgan import VQGAN, small
-from mam2.engine.model.vqgan_files import load_vqgan, save_vqgan
-from mam2.engine.train.metrics import RunLog
+from mam2.engine.model.vqgan import VQGAN, VQGANConfig, small
+from mam2.engine.model.vqgan_files import fingerprint, load_vqgan, save_vqgan
+from mam2.engine.train.runtime import matmul_dtype
 
 FILE = "tokenizer.safetensors"
 
+Say = Callable[[str], None]
+"""Takes a line for the log."""
+
 
 def prepare_tokenizer(
-    config: PretrainConfig, loader: ClipLoader, run: Path, device: torch.device, log: RunLog, *, progress: bool = True
-) -> Tokenizer:
-    """The frozen tokenizer that `config.tokenizer` asks for.
+    config: PretrainConfig, loader: ClipLoader, run: Path, device: torch.device, say: Say, *, progress: bool = True
+) -> VQGAN:
+    """The VQGAN that `config.tokenizer` asks for, on the CPU.
 
-    One trained here is kept in RUN/tokenizer.safetensors and taken from there when the run is resumed.
+    It is kept in RUN/tokenizer.safetensors; one trained here is taken from there when the run is resumed.
     """
     options = config.tokenizer
     own = run / FILE
     if options.path:
-        vqgan, source = _load(Path(options.path)), options.path
+        vqgan, source = load_for_run(Path(options.path), run), options.path
     elif own.is_file():
-        vqgan, source = _load(own), str(own)
+        vqgan, source = load_vqgan(own), str(own)
     else:
-        log.say(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
-        vqgan = _train(config, loader, device, log, progress)
+        say(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
+        architecture = small(options.channels, options.codes, code_factor(config))
+        frames = clip_frames(loader, options.batch)
+        vqgan, reports = train_tokenizer(
+            frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
+        )
+        say(
+            f"codes   trained: loss {reports[-1]['loss']:.3f}, {reports[-1]['codes_used']:.0f} of {options.codes} "
+            f"codes in use, perplexity {reports[-1]['perplexity']:.0f}"
+        )
         save_vqgan(vqgan, own)
         source = str(own)
-    log.say(f"codes   {vqgan.config.codes} codes from {source}")
-    return build_tokenizer(vqgan, config, device)
-
-
-def build_tokenizer(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -> Tokenizer:
-    """A VQGAN laid over a run's token grid: bfloat16 convolutions on a GPU, float32 on a CPU."""
-    return Tokenizer(vqgan.to(device), config.grid, "bfloat16" if device.type == "cuda" else "float32")
-
-
-def _train(config: PretrainConfig, loader: ClipLoader, device: torch.device, log: RunLog, progress: bool) -> VQGAN:
-    options = config.tokenizer
-    usage = {}
-    with tqdm(total=options.steps, desc="tokenizer", unit="step", disable=None if progress else True) as bar:
-
-        def report(step: int, numbers: dict[str, float]) -> None:
-            usage.update(numbers)
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['codes_used']:.0f} codes in use")
-
-        frames = _frames(loader, options.batch)
-        architecture = small(options.channels, options.codes, _factor(config))
-        vqgan = train_vqgan(frames, architecture, options.steps, device, report, seed=config.run.seed)
-    log.say(
-        f"codes   trained: loss {usage['loss']:.3f}, {usage['codes_used']:.0f} of {options.codes} codes in use, "
-        f"perplexity {usage['perplexity']:.0f}"
-    )
+    say(f"codes   {vqgan.config.codes} codes from {source}")
     return vqgan
 
 
-def _load(path: Path) -> VQGAN:
-    try:
-        return load_vqgan(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer.path: {error}") from None
-
-
-def _factor(config: PretrainConfig) -> int:
-    """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
-    powers = (2**exponent for exponent in range(1, 11))
-    factors = [power for power in powers if power <= config.model.patch and config.data.size % power == 0]
-    if not factors:
+def load_for_run(path: Path, run: Path) -> VQGAN:
+    """A VQGAN from a file, copied to RUN/tokenizer.safetensors. UserError where the run holds another one."""
+    vqgan, own = load_vqgan(path), run / FILE
+    if not own.is_file():
+        save_vqgan(vqgan, own)
+    elif path.resolve() != own.resolve() and fingerprint(load_vqgan(own)) != fingerprint(vqgan):
         raise UserError(
-            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs "
-            "a patch of at least 2 and an even size; change them, or give tokenizer.path"
+            f"{own}: the run's tokenizer is another one than {path}; start a new run, or name the first one"
         )
-    return factors[-1]
+    return vqgan
 
 
-def _frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
+def build_tokenizer(
+    vqgan: VQGAN,
+    config: PretrainConfig,
+    device: torch.device,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Tokenizer:
+    """A VQGAN laid over a run's token grid, in the precision of the run."""
+    rounded = matmul_dtype(config.run, device) == torch.bfloat16
+    return Tokenizer(vqgan.to(device), config.grid, "bfloat16" if rounded else "float32", compiled=compiled)
+
+
+def train_tokenizer(
+    frames: Iterable[Tensor],
+    architecture: VQGANConfig,
+    steps: int,
+    device: torch.device,
+    *,
+    seed: int,
+    progress: bool = True,
+) -> tuple[VQGAN, list[dict[str, float]]]:
+    """`train_vqgan` under a progress bar: the VQGAN, on the CPU, and what was reported on the way with its step."""
+    reports: list[dict[str, float]] = []
+    with tqdm(total=steps, desc="tokenizer", unit="step", disable=None if progress else True) as bar:
+
+        def report(step: int, numbers: dict[str, float]) -> None:
+            reports.append({"step": step, **numbers})
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['codes_used']:.0f} codes in use")
+
+        vqgan = train_vqgan(frames, architecture, steps, device, report, seed=seed)
+    return vqgan.cpu(), reports
+
+
+def clip_frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
     """Endless batches uint8 [batch, H, W, C] of frames: two of every clip, so that few clips need decoding."""
     held: list[Tensor] = []
     for clips in loader.stream():
@@ -96,3 +109,15 @@ def _frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
             joined = torch.cat(held)
             yield joined[:batch]
             held = [joined[batch:]]
+
+
+def code_factor(config: PretrainConfig) -> int:
+    """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
+    powers = (2**exponent for exponent in range(1, 11))
+    factors = [power for power in powers if power <= config.model.patch and config.data.size % power == 0]
+    if not factors:
+        raise UserError(
+            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs "
+            "a patch of at least 2 and an even size; change them, or give tokenizer.path"
+        )
+    return factors[-1]

@@ -1,0 +1,39 @@
+"""`mam2 convert-tokenizer`: taming-transformers' checkpoint to safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from mam2.engine.config import UserError
+
+
+def run(arguments: list[str]) -> int:
+    def convert_tokenizer(checkpoint: tyro.conf.Positional[Path], out: Path) -> int:
+        """Turn a VQGAN checkpoint into safetensors, checking every shape and running nothing that the file holds.
+
+        Args:
+            checkpoint: taming-transformers' last.ckpt, or safetensors with its parameter names.
+            out: the file to write, ending in .safetensors; `--tokenizer.path` takes it.
+        """
+        from mam2.engine.model.vqgan import CONFIGS
+        from mam2.engine.model.vqgan_files import fingerprint, read_vqgan, save_vqgan
+
+        if out.suffix != ".safetensors":
+            raise UserError(f"--out {out}: expected a name that ends in .safetensors")
+        vqgan, left_out = read_vqgan(checkpoint)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_vqgan(vqgan, out)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        config = vqgan.config
+        name = next((name for name, known in CONFIGS.items() if known == config), "none of the published models")
+        parameters = sum(parameter.numel() for parameter in vqgan.parameters())
+        print(f"found    {name}: {config.codes} codes, quantizer {config.quantizer}, {config.factor} pixels a code")
+        print(f"kept     {parameters / 1e6:.1f} M parameters, every shape as expected; {len(left_out)} others left out")
+        print(f"written  {out}, fingerprint {fingerprint(vqgan)[:12]}")
+        return 0
+
+    return tyro.cli(convert_tokenizer, args=arguments, prog="mam2 convert-tokenizer")

@@ -1,0 +1,57 @@
+"""`mam2 plan`: what a recipe takes, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mam2.engine.commands.pretrain import named_recipe
+from mam2.engine.config import PretrainConfig, UserError, check
+
+
+def run(arguments: list[str]) -> int:
+    values = named_recipe(arguments, "mam2 plan RECIPE")
+
+    def plan(
+        recipe: tyro.conf.Positional[str],
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
+        gpu: str = "",
+        gpus: int = 1,
+        videos: str = "",
+        utilisation: float = 0.0,
+        size: str | None = None,
+        preset: str | None = None,
+    ) -> int:
+        """Print parameters, FLOPs, bytes and memory of a recipe, and estimated clips/s and hours.
+
+        Args:
+            recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
+            config: values of the recipe.
+            gpu: b200, h200, h100, a100, l40s, l4, a10, rtx4090 or mi300x; else this machine, whose products are measured.
+            gpus: devices of the run.
+            videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
+            utilisation: share of the peak that the step reaches, 0 to 1; 0 takes the usual assumption, which is printed.
+            size: encoder size instead of the recipe's: tiny, small, base, large, huge.
+            preset: regressor and decoders instead of the recipe's: fast, cae.
+        """
+        check(config)
+        from mam2.engine.train.plan import make_plan
+
+        count = _count(videos)
+        print(f"plan     {recipe}: {config.model.objective}")
+        print(make_plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(count))
+        return 0
+
+    return tyro.cli(plan, args=arguments, prog="mam2 plan")
+
+
+def _count(videos: str) -> int:
+    if not videos or videos.isdecimal():
+        return int(videos or 0)
+    from mam2.engine.data.manifest import read_saved_manifest
+
+    if not Path(videos).is_file():
+        raise UserError(f"--videos {videos}: expected a number, or an index that `mam2 index` wrote")
+    return len(read_saved_manifest(videos).videos)

@@ -1,0 +1,49 @@
+"""`mam2 tokenize`: the codes of recorded augmentations, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mam2.engine.commands.pretrain import named_recipe
+from mam2.engine.config import PretrainConfig
+
+
+def run(arguments: list[str]) -> int:
+    values = named_recipe(arguments, "mam2 tokenize RECIPE --data PATH --out CODES --data.recorded NUMBER")
+
+    def tokenize(
+        recipe: tyro.conf.Positional[str],
+        data: Path,
+        out: Path,
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
+    ) -> int:
+        """Compute the codes of every recorded augmentation of every video; goes on where it was stopped.
+
+        `mam2 pretrain` takes them with the same recipe and values and --tokenizer.cache.
+
+        Args:
+            recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
+            data: folder of videos, with or without class folders, or an annotation list.
+            out: folder for the codes.
+            config: values of the recipe.
+        """
+        from mam2.engine.model.tokenizer import usage_of
+        from mam2.engine.train.tokenize import tokenize
+
+        result = tokenize(config, data, out)
+        cache = result.cache
+        used, perplexity = usage_of(cache.histogram())
+        rate = f", {result.clips / result.seconds:.0f} clips/s" if result.clips else ""
+        absent = cache.count_absent()
+        where = f" (see {out / 'skipped.tsv'})" if absent else ""
+        print(
+            f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} absent{where}\n"
+            f"{used} of {cache.codebook_size} codes used, perplexity {perplexity:.0f}; {cache.bytes / 1e6:.3g} MB\n"
+            f"use them with --tokenizer.cache {out} --data.recorded {config.data.recorded}"
+        )
+        return 0
+
+    return tyro.cli(tokenize, args=arguments, prog="mam2 tokenize")

@@ -1,0 +1,123 @@
+"""`mam2 train-tokenizer`: a VQ model of the user's own clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from mam2.engine.config import DataConfig, RunConfig, UserError
+
+MOST_HELD_OUT = 64
+FRAME_DISTANCE = 16
+"""Of the two frames that are taken of a clip, in frames of the file."""
+
+
+def run(arguments: list[str]) -> int:
+    def train_tokenizer(
+        data: tyro.conf.Positional[Path],
+        out: Path,
+        codes: int = 1024,
+        channels: int = 32,
+        factor: int = 16,
+        size: int = 224,
+        steps: int = 2000,
+        batch: int = 64,
+        flip: bool = True,
+        seed: int = 0,
+        threads: int = 0,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+    ) -> int:
+        """Train a VQ model on frames of your own videos; one video in twenty, at most 64, is held out to measure it.
+
+        Args:
+            data: folder of videos, or an annotation list.
+            out: folder to make: tokenizer.safetensors (for --tokenizer.path), reconstructions.png, training.png,
+                report.json and training.jsonl. It is there when all is done, or not at all.
+            codes: codebook size.
+            channels: base width of the network, a multiple of 8.
+            factor: pixels a code along height and width, a power of two. Patches of pre-training should be as large.
+            size: height and width of the frames trained on, a multiple of `factor`.
+            steps: training steps.
+            batch: frames a step.
+            flip: mirror half of the frames.
+            seed: of weights, frames and crops.
+            threads: decoding threads; 0 means as many as this process may use cores.
+            device: `auto` takes a GPU if there is one.
+        """
+        from mam2.engine.data.loader import ClipLoader
+        from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
+        from mam2.engine.evaluate.reconstruction import draw_reconstructions, draw_training, measure_reconstruction
+        from mam2.engine.model.vqgan import small
+        from mam2.engine.model.vqgan_files import save_vqgan
+        from mam2.engine.train.runtime import pick_device
+        from mam2.engine.train.tokenizer import FILE, clip_frames
+        from mam2.engine.train.tokenizer import train_tokenizer as train
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: is there already; name another folder")
+        try:
+            architecture = small(channels, codes, factor)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+        if codes < 2 or steps < 2 or batch < 1:
+            raise UserError(f"--codes {codes} --steps {steps} --batch {batch}: expected at least 2, 2 and 1")
+        if size < factor or size % factor:
+            raise UserError(f"--size {size} is not a multiple of --factor {factor}")
+        frames = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
+        where = pick_device(RunConfig(device=device))
+        manifest = read_manifest(data, threads=threads)
+        if len(manifest.videos) < 2:
+            raise UserError(f"{data}: one usable video; at least two are needed, since one is held out to measure")
+        step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
+        held_out = manifest.videos[::step]
+        kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+
+        def skip(skipped: Skipped) -> None:
+            tqdm.write(f"unusable: {skipped.path}: {skipped.reason}")
+
+        for skipped in manifest.skipped:
+            skip(skipped)
+        clips = max(batch // 2, 1)
+        with ClipLoader(Manifest(kept), frames, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
+            vqgan, reports = train(clip_frames(loader, batch), architecture, steps, where, seed=seed)
+        with ClipLoader(
+            Manifest(held_out), frames, batch=8, device=where, seed=seed, train=False, on_skip=skip
+        ) as loader:
+            try:
+                result = measure_reconstruction(vqgan.to(where), (batch.clip for batch in loader.evaluate()))
+            except ValueError:
+                raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
+
+        aside = out.with_name(out.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            save_vqgan(vqgan, aside / FILE)
+            draw_reconstructions(result, aside / "reconstructions.png")
+            draw_training(reports, aside / "training.png")
+            (aside / "training.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+            numbers = {
+                field.name: getattr(result, field.name)
+                for field in dataclasses.fields(result)
+                if field.name not in ("original", "reconstructed")
+            }
+            (aside / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            aside.replace(out)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        print(
+            f"held out: {len(held_out)} videos, {result.frames} frames\n"
+            f"PSNR {result.psnr_db:.1f} dB (each frame's mean colour: {result.mean_colour_psnr_db:.1f} dB); "
+            f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
+            f"written: {out / FILE}, reconstructions.png, training.png; use it with --tokenizer.path {out / FILE}"
+        )
+        return 0
+
+    return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")

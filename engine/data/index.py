@@ -1,0 +1,164 @@
+"""What an index tells a person: codecs, lengths, sizes, rates, who can decode it and how fast, and what to change."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.manifest import Manifest, Video
+
+CLIP = tuple(range(0, 64, 4))
+"""Frames of the clip by which decoding is measured: 16, 4 apart, from the start that was drawn."""
+RATE_FILES = 12
+"""Videos decoded to measure the rate, evenly spaced in the manifest."""
+DENSE_KEYS = 60
+"""Key frames further apart than this, about the length of a clip, make decoding slower than the clip itself."""
+LARGE_SIDE = 480
+"""A shorter side above this is mostly thrown away by a clip of 224 pixels."""
+AV1_GPUS = "A10, A40, L4, L40, RTX 30 and newer"
+"""GPUs whose NVDEC takes AV1; A100, H100 and H200 do not (NVIDIA's NVDEC application note)."""
+REASONS = 8
+EXAMPLES = 3
+
+
+def measure_clips_per_s(videos: Sequence[Video], seed: int = 0) -> tuple[float, int]:
+    """Random clips a second that one thread of this machine decodes with PyAV, and of how many videos."""
+    generator = np.random.default_rng(seed)
+    chosen = [videos[int(place)] for place in np.linspace(0, len(videos) - 1, min(RATE_FILES, len(videos)))]
+    seconds, decoded = 0.0, 0
+    for video in chosen:
+        start = int(generator.integers(max(video.frames - CLIP[-1], 1)))
+        begun = time.perf_counter()
+        try:
+            decode_frames(video.path, [start + frame for frame in CLIP])
+        except DecodeError:
+            continue
+        seconds += time.perf_counter() - begun
+        decoded += 1
+    return (decoded / seconds if decoded else 0.0), decoded
+
+
+def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
+    """Lines for a person. rate: what `measure_clips_per_s` returned."""
+    videos = manifest.videos
+    frames = np.array([video.frames for video in videos])
+    sides = np.array([min(video.shown_size) for video in videos])
+    keys = np.array([video.keyframe_max for video in videos])
+    fps = np.array([video.fps for video in videos if video.fps])
+    hours = sum(video.duration_s for video in videos) / 3600
+    size = sum(video.bytes for video in videos) / 1e9
+    labels = Counter(video.label for video in videos if video.label >= 0)
+    rows = [("videos", f"{len(videos)} usable, {len(manifest.skipped)} skipped; {size:.2f} GB, {hours:.2f} hours")]
+    if labels:
+        rows.append(
+            (
+                "classes",
+                f"{len(labels)} with {min(labels.values())} to {max(labels.values())} videos, "
+                f"{len(videos) - labels.total()} videos without a label",
+            )
+        )
+    rows += [
+        ("codecs", _counted(Counter(video.codec for video in videos))),
+        ("pixels", _counted(Counter(video.pixel_format for video in videos))),
+        (
+            "frames",
+            f"{_spread(frames)}; {int((frames <= CLIP[-1]).sum())} videos have fewer than a clip of 16, 4 apart",
+        ),
+        ("short side", f"{_spread(sides)} pixels; {sum(video.rotation > 0 for video in videos)} videos are rotated"),
+        (
+            "rate",
+            f"{_spread(fps)} frames/s; {sum(video.variable_rate for video in videos)} vary, "
+            f"{len(videos) - len(fps)} do not say",
+        ),
+        ("key frames", f"{_spread(keys)} frames between the two furthest apart of a video"),
+    ]
+    front_ends = Counter(front_end for video in videos for front_end in video.front_ends)
+    av1 = sum(video.codec == "av1" for video in videos)
+    rows += [
+        (
+            "NVDEC",
+            f"{front_ends['nvdec']} videos on every GPU since Turing; AV1 ({av1} videos) only on {AV1_GPUS}, "
+            "so PyAV decodes it here",
+        ),
+        ("DALI on CPU", f"{front_ends['dali-cpu']} videos"),
+        (
+            "PyAV",
+            f"{front_ends['pyav']} videos; {rate[0]:.1f} clips/s a thread, measured here on {rate[1]} of them",
+        ),
+    ]
+    lines = [f"{name:<12}{text}" for name, text in rows]
+    if manifest.skipped:
+        lines += ["", "skipped"]
+        reasons = Counter(entry.reason for entry in manifest.skipped).most_common()
+        for reason, count in reasons[:REASONS]:
+            examples = [entry.path for entry in manifest.skipped if entry.reason == reason][:EXAMPLES]
+            lines.append(f"  {count} × {reason}: {', '.join(examples)}{', …' if count > len(examples) else ''}")
+        if len(reasons) > REASONS:
+            lines.append(f"  … and {len(reasons) - REASONS} other reasons; the index has every file")
+    hints = advice(videos)
+    return "\n".join([*lines, *(["", "advice"] if hints else []), *(f"  {hint}" for hint in hints)])
+
+
+def advice(videos: Sequence[Video]) -> list[str]:
+    """What would make training on these videos faster or sounder, each in a line; empty where nothing would."""
+    count = len(videos)
+    sparse = [video for video in videos if video.keyframe_max > DENSE_KEYS]
+    large = [video for video in videos if min(video.shown_size) > LARGE_SIDE]
+    no_nvdec = [video for video in videos if "nvdec" not in video.front_ends]
+    fps = [video.fps for video in videos if video.fps]
+    contents = {video.path: video.content or video.path for video in videos}
+    copies = len(contents) - len(set(contents.values()))
+    found = []
+    if len(sparse) > count / 10:
+        apart = int(np.median([video.keyframe_max for video in sparse]))
+        found.append(
+            f"{len(sparse)} of {count} videos have key frames up to {apart} frames apart (median); all frames since "
+            "the last one are decoded for a clip: mam2 transcode DATA --out FOLDER --gop 30"
+        )
+    if len(large) > count / 10:
+        found.append(
+            f"{len(large)} of {count} videos have a shorter side above {LARGE_SIDE}: "
+            "mam2 transcode DATA --out FOLDER --short-side 320"
+        )
+    if len(no_nvdec) > count / 10:
+        found.append(
+            f"{len(no_nvdec)} of {count} videos are not for NVDEC (codec, pixel format or rotation): "
+            "mam2 transcode DATA --out FOLDER --codec h264"
+        )
+    if fps and max(fps) > 1.5 * min(fps):
+        found.append(
+            f"rates from {min(fps):g} to {max(fps):g} frames/s: clips of one length in seconds need "
+            "--data.fps 7.5 --data.stride 0 (or another rate) instead of a stride"
+        )
+    if copies:
+        found.append(f"{copies} videos are copies of others: leave them out, above all between training and test")
+    return found
+
+
+def draw(videos: Sequence[Video], path: Path) -> None:
+    """Histograms of lengths, sizes and key-frame distances as a picture (the suffix tells the format)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    values = {
+        "frames": [video.frames for video in videos],
+        "shorter side, pixels": [min(video.shown_size) for video in videos],
+        "most frames between key frames": [video.keyframe_max for video in videos],
+    }
+    for axes, (name, numbers) in zip(figure.subplots(1, len(values)), values.items(), strict=True):
+        axes.hist(numbers, bins=min(50, len(set(numbers)) + 1), color="tab:blue")
+        axes.set(xlabel=name, ylabel="videos")
+    figure.savefig(path, dpi=120)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():g} to {values.max():g}, median {np.median(values):g}" if len(values) else "unknown"

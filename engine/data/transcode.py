@@ -1,0 +1,295 @@
+"""Re-encoding for training: a small shorter side, key frames close together, one codec, upright, without sound.
+
+Every decoded frame becomes one frame of the output, at a constant rate: the average of the source. So a frame keeps its
+number, also in a video of variable rate, whose frames are then shown at other times than before. A file is written
+aside, decoded again to count its frames, and renamed: what lies under its final name is whole. Pixels that are not
+square stay so. A folder of images becomes a video.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, VideoReformatter
+from tqdm import tqdm
+
+from mam2.engine.config import UserError
+from mam2.engine.data.decoding import (
+    FRAMES,
+    ONE_THREAD,
+    DecodeError,
+    available_cores,
+    decode_packet,
+    frame_files,
+    open_video,
+)
+from mam2.engine.data.lists import Listing, read_source
+from mam2.engine.data.video import Skipped, Video, probe
+
+
+class Encoder(NamedTuple):
+    suffix: str
+    name: str
+    """FFmpeg's."""
+    options: dict[str, str]
+    container_options: dict[str, str]
+
+
+ENCODERS = {
+    "h264": Encoder(".mp4", "libx264", {"preset": "fast", "crf": "20"}, {"movflags": "+faststart"}),
+    "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
+}
+UNSTATED_RATE = 25.0
+"""Frames a second where the source does not say; folders of images never do."""
+MOST_LOST = 0.1
+"""Share of the counted frames that may be missing, and one more, when a source is decoded: packed B-frames and edit
+lists count too many. More are damage, and the source counts as failed."""
+SETTINGS = "transcode.json"
+FAILURES = "transcode.failed.tsv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    codec: str = "h264"
+    """`h264`, which NVDEC decodes, or `vp9`, which DALI on a CPU decodes too."""
+    short_side: int = 320
+    """Pixels; a smaller video keeps its size. Both sides are rounded to even numbers."""
+    gop: int = 30
+    """The most frames from a key frame to the next."""
+
+
+class Written(NamedTuple):
+    """A file that was made: bytes of the source and of the output."""
+
+    before: int
+    after: int
+
+
+class Outcome(NamedTuple):
+    written: tuple[Written, ...]
+    kept: int
+    """Files that were there already and newer than their source."""
+    failed: tuple[Skipped, ...]
+
+
+class _Job(NamedTuple):
+    source: str
+    target: Path
+
+
+def transcode(
+    source: str | Path, out: str | Path, settings: Settings, *, jobs: int = 0, progress: bool = True
+) -> Outcome:
+    """Re-encodes the videos of a folder, list or file into the folder `out`; what is there already stays.
+
+    Files keep their place in the folder, those of a list their place in the folder that all of them share. For a list,
+    `out` gets one under the same name with the new paths and the old labels, without what failed (tabs, a header).
+    `out/transcode.failed.tsv` names failures. jobs: files at once, 0 for as many as cores.
+    Raises UserError for values that cannot be, and where `out` holds files made with other ones.
+    """
+    source, out = Path(source), Path(out).absolute()
+    _check(settings, jobs)
+    listing = read_source(source)
+    plan = _plan(source, listing, out, settings)
+    _claim(out, settings)
+    stop = threading.Event()
+    with ThreadPoolExecutor(jobs or available_cores(), "transcode") as pool:
+        try:
+            found = pool.map(lambda job: _transcode_one(job, settings, stop), plan)
+            results = list(tqdm(found, "transcoding", len(plan), unit="file", disable=None if progress else True))
+        except BaseException:
+            stop.set()  # files that are being written are dropped, those not begun are left
+            pool.shutdown(cancel_futures=True)
+            raise
+    done = list(zip(plan, results, strict=True))
+    failed = tuple(Skipped(job.source, result) for job, result in done if isinstance(result, str))
+    _write_table(out / FAILURES, ("path", "reason"), ((entry.path, entry.reason) for entry in failed))
+    if source.is_file() and plan[0].source != os.path.abspath(source):
+        targets = {job.source: job.target for job, result in done if not isinstance(result, str)}
+        _write_list(out / f"{source.stem}.tsv", listing, targets)
+    written = tuple(result for result in results if isinstance(result, Written))
+    return Outcome(written, sum(result is None for result in results), failed)
+
+
+def _check(settings: Settings, jobs: int) -> None:
+    if settings.codec not in ENCODERS:
+        raise UserError(f"--codec: expected one of {', '.join(ENCODERS)}; found {settings.codec}")
+    if settings.short_side < 2 or settings.gop < 1 or jobs < 0:
+        raise UserError(
+            f"--short-side {settings.short_side}, --gop {settings.gop}, --jobs {jobs}: expected at least 2, 1 and 0"
+        )
+
+
+def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list[_Job]:
+    """Where each source goes; two that differ by their suffix alone keep it before the new one."""
+    sources = list(dict.fromkeys(entry.path for entry in listing.entries))
+    if source.is_dir():
+        root = os.path.abspath(source)
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):
+            raise UserError(f"--out {out} lies in the data folder {root}; choose one outside of it")
+    else:
+        root = os.path.commonpath([os.path.dirname(path) for path in sources])
+    suffix = ENCODERS[settings.codec].suffix
+    # A folder of images may be the data folder itself.
+    names = [os.path.relpath(path, root) if path != root else os.path.basename(path) for path in sources]
+    bare = [
+        name if os.path.isdir(path) else os.path.splitext(name)[0] for path, name in zip(sources, names, strict=True)
+    ]
+    counts = Counter(bare)
+    stems = [short if counts[short] == 1 else name for short, name in zip(bare, names, strict=True)]
+    plan = [_Job(path, out / (stem + suffix)) for path, stem in zip(sources, stems, strict=True)]
+    own = {os.path.realpath(path) for path in sources}
+    takers = {job.target: job.source for job in plan}
+    for job in plan:
+        if takers[job.target] != job.source:
+            raise UserError(f"{job.source} and {takers[job.target]} would both become {job.target}; rename one")
+        if os.path.realpath(job.target) in own:
+            raise UserError(f"--out {out}: {job.target} is one of the videos to be read; choose another folder")
+    return plan
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Makes the folder and notes the settings in it; UserError where it holds files made with other ones."""
+    file, values = out / SETTINGS, dataclasses.asdict(settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not the settings of a transcoding ({error}); choose another folder") from error
+    if before != values:
+        raise UserError(f"--out {out} holds files made with {before}, asked for now is {values}; choose another folder")
+
+
+def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Written | str | None:
+    """What was written, None for a file that is there already, or why it failed."""
+    if _is_newer(job.target, job.source):
+        return None
+    video = probe(job.source)
+    if isinstance(video, Skipped):
+        return video.reason
+    aside = job.target.with_name(f".part-{job.target.name}")
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        frames = _encode(video, aside, settings, stop)
+        if video.frames - frames > 1 + MOST_LOST * video.frames:
+            return f"damaged: {frames} of {video.frames} frames can be decoded"
+        found = sum(1 for _ in _decoded([str(aside)], stop))
+        if found != frames:
+            return f"the output decodes to {found} frames instead of {frames}"
+        aside.replace(job.target)
+        return Written(video.bytes, job.target.stat().st_size)
+    except DecodeError as error:
+        return str(error)
+    except Exception as error:  # one strange file must not end the run: it is named, and the others go on
+        return f"{type(error).__name__}: {error}"
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            aside.unlink()
+
+
+def _is_newer(target: Path, source: str) -> bool:
+    try:
+        return target.stat().st_mtime_ns >= os.stat(source).st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event) -> int:
+    """Writes all frames of a video; their number."""
+    encoder = ENCODERS[settings.codec]
+    rate = Fraction(video.fps or UNSTATED_RATE).limit_denominator(1001)
+    width, height = _even_size(*video.shown_size, settings.short_side)
+    stored = (height, width) if video.rotation % 180 else (width, height)
+    reformatter = VideoReformatter()
+    sources = frame_files(video.path) if video.codec == FRAMES else [video.path]
+    count = 0
+    with av.open(str(path), "w", container_options=encoder.container_options) as container:
+        stream = container.add_stream(encoder.name, rate=rate, options=encoder.options)
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.time_base = 1 / rate
+        context.gop_size = settings.gop
+        context.thread_count = 1  # files are encoded side by side
+        for frame in _decoded(sources, stop):
+            if not count and not frame.format.is_rgb:
+                # The matrix stays what it is: a way through RGB would darken the frames by a level or two.
+                context.colorspace, context.color_range = frame.colorspace, ColorRange.MPEG
+            small = reformatter.reformat(
+                frame,
+                *stored,
+                "yuv420p",
+                src_color_range=frame.color_range,
+                dst_color_range=ColorRange.MPEG,
+                interpolation="BICUBIC",
+                **ONE_THREAD,
+            )
+            picture = _turned(small, video.rotation // 90)
+            picture.pts, picture.time_base = count, 1 / rate
+            container.mux(stream.encode(picture))
+            count += 1
+        container.mux(stream.encode())
+    return count
+
+
+def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
+    """A yuv420p frame of even sides after quarter turns counter-clockwise."""
+    if not turns:
+        return frame
+    height, width = frame.height, frame.width
+    flat = frame.to_ndarray().reshape(-1)
+    luma, chroma = flat[: height * width].reshape(height, width), flat[height * width :]
+    planes = [luma, *chroma.reshape(2, height // 2, width // 2)]
+    turned = np.concatenate([np.rot90(plane, turns).reshape(-1) for plane in planes])
+    return VideoFrame.from_ndarray(turned.reshape(-1, height if turns % 2 else width), "yuv420p")
+
+
+def _decoded(paths: Iterable[str], stop: threading.Event) -> Iterator[VideoFrame]:
+    """All frames of files, one after the other."""
+    for path in paths:
+        with open_video(path) as (container, stream):
+            for packet in container.demux(stream):
+                if stop.is_set():
+                    raise DecodeError("interrupted")
+                if packet.size:
+                    yield from decode_packet(stream, packet)
+            yield from decode_packet(stream, None)
+
+
+def _even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """The size with a shorter side of at most `short_side`, both sides even and at least 2."""
+    scale = min(1.0, short_side / min(width, height))
+    return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
+
+
+def _write_list(path: Path, listing: Listing, targets: dict[str, Path]) -> None:
+    rows = (
+        (os.path.relpath(targets[entry.path], path.parent), listing.classes[entry.label] if entry.label >= 0 else "")
+        for entry in listing.entries
+        if entry.path in targets
+    )
+    _write_table(path, ("path", "label"), rows)
+
+
+def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    # File names need not be UTF-8.
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])

@@ -1,0 +1,221 @@
+"""What is known of one video without decoding it: opened once, its packets counted, its first frame decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from mam2.engine.config import UserError
+from mam2.engine.data.decoding import (
+    FRAMES,
+    FRONT_ENDS,
+    DecodeError,
+    choose_front_end,
+    decode_packet,
+    frame_files,
+    open_video,
+    quarter_turns,
+)
+
+HASH_BLOCK = 2**16
+RATE_TOLERANCE = 0.05
+"""Stated and measured rates differ by this much where timestamps are rounded or the last frame is shown for longer."""
+INTERVAL_TOLERANCE = 0.4
+"""Of the median. Rounding to milliseconds moves an interval by a quarter at 240 frames a second, a lost frame by 1."""
+UNEVEN_SHARE = 0.01
+"""A single gap in a long video does not make its rate variable."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that opens: its frames are counted without decoding them, so a damaged one may have fewer.
+
+    A folder of images, one a frame, is a video whose codec is "frames".
+    """
+
+    path: str
+    label: int
+    """Class, 0 and up; -1 where there is none."""
+    frames: int
+    width: int
+    """Of the stored frame in pixels; see `shown_size`."""
+    height: int
+    codec: str
+    """FFmpeg's name: h264, hevc, vp9, …"""
+    fps: float
+    """Average frames per second, from the timestamps where the file states another rate; 0 where neither is known."""
+    rotation: int
+    """Degrees by which a player turns the frames counter-clockwise: 0, 90, 180 or 270."""
+    pixel_format: str = "yuv420p"
+    """FFmpeg's name."""
+    variable_rate: bool = False
+    """More than 1 % of the frames are shown for a time of their own."""
+    keyframe_median: int = 0
+    """Frames from a key frame to the next, or to the end; 0 in manifests that were saved without it."""
+    keyframe_max: int = 0
+    """The most frames from a key frame to the next, or to the end."""
+    bytes: int = 0
+    """Of the file, or of all images of a folder."""
+    mtime_ns: int = 0
+    """When the file changed last; of a folder, when images came, went or were renamed."""
+    content: str = ""
+    """Hash of size, head, middle and tail; see `content_hash`."""
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height in pixels after the rotation."""
+        return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds, 0 where the rate is not known."""
+        return self.frames / self.fps if self.fps else 0.0
+
+    @property
+    def front_ends(self) -> tuple[str, ...]:
+        """Those that decode it where their machine is there."""
+        return tuple(front_end for front_end in FRONT_ENDS if self._suits(front_end))
+
+    def _suits(self, front_end: str) -> bool:
+        device = "cuda" if front_end == "nvdec" else "cpu"
+        try:
+            choose_front_end(self.codec, device, front_end, pixel_format=self.pixel_format, rotation=self.rotation)
+        except UserError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A video that cannot be used, and why in a few words."""
+
+    path: str
+    reason: str
+    bytes: int = 0
+    mtime_ns: int = 0
+
+
+def probe(path: str, label: int = -1) -> Video | Skipped:
+    """Open a video, or a folder of images, decode its first frame and count the rest."""
+    size, mtime_ns = 0, 0
+    try:
+        status = os.stat(path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+        if os.path.isdir(path):
+            return _probe_folder(path, label, mtime_ns)
+        return _probe_file(path, label, size, mtime_ns)
+    except FileNotFoundError:
+        return Skipped(path, "does not exist")
+    except DecodeError as error:
+        if isinstance(error.__cause__, (OSError, av.error.ExitError)):  # not the file's fault: to be tried again
+            size, mtime_ns = 0, 0
+        return Skipped(path, str(error), size, mtime_ns)
+    except Exception as error:  # one strange file must not end the scan of a data set: it is named and left out
+        return Skipped(path, f"{type(error).__name__}: {error}", size, mtime_ns)
+
+
+def content_hash(paths: Sequence[str], size: int) -> str:
+    """BLAKE2b, 32 hex digits, of the size and of 64 KiB each at the beginning, middle and end of every file.
+
+    It tells videos apart and finds copies at three reads a file. It does not see damage between the three.
+    """
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            starts = list(range(0, length, HASH_BLOCK))
+            if length > 3 * HASH_BLOCK:
+                starts = [0, (length - HASH_BLOCK) // 2, length - HASH_BLOCK]
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(HASH_BLOCK))
+    return digest.hexdigest()
+
+
+def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
+    with open_video(path) as (container, stream):
+        count, first = 0, None
+        keys: list[int] = []
+        times: list[int] = []
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if first is None:
+                first = next(iter(decode_packet(stream, packet)), None)
+            if not packet.is_discard:
+                if packet.is_keyframe:
+                    keys.append(count)
+                if packet.pts is not None:
+                    times.append(packet.pts)
+                count += 1
+        if first is None:  # the decoder may have held it back
+            first = next(iter(decode_packet(stream, None)), None)
+        if first is None:
+            raise DecodeError("no decodable frame")
+        intervals = np.zeros(0)
+        if stream.time_base and len(times) == count:  # where some frames have no time, the others tell nothing
+            intervals = np.diff(np.sort(times)) * float(stream.time_base)
+        gaps = np.diff(sorted({0, *keys, max(count, 1)}))
+        return Video(
+            path=path,
+            label=label,
+            frames=max(count, 1),
+            width=first.width,
+            height=first.height,
+            codec=stream.codec_context.codec.canonical_name,
+            fps=_average_rate(float(stream.average_rate or 0), intervals),
+            rotation=quarter_turns(first.rotation) * 90,
+            pixel_format=first.format.name,
+            variable_rate=_is_variable(intervals),
+            keyframe_median=int(np.median(gaps)),
+            keyframe_max=int(gaps.max()),
+            bytes=size,
+            mtime_ns=mtime_ns,
+            content=content_hash([path], size),
+        )
+
+
+def _probe_folder(path: str, label: int, mtime_ns: int) -> Video:
+    images = frame_files(path)
+    if not images:
+        raise DecodeError("no images in this folder")
+    size = sum(os.path.getsize(image) for image in images)
+    first = _probe_file(images[0], label, size, mtime_ns)
+    return Video(
+        path=path,
+        label=label,
+        frames=len(images),
+        width=first.width,
+        height=first.height,
+        codec=FRAMES,
+        fps=0.0,
+        rotation=first.rotation,
+        pixel_format=first.pixel_format,
+        keyframe_median=1,
+        keyframe_max=1,
+        bytes=size,
+        mtime_ns=mtime_ns,
+        content=content_hash([images[0], images[len(images) // 2], images[-1]], size),
+    )
+
+
+def _average_rate(stated: float, intervals: np.ndarray) -> float:
+    """Frames a second as the file states, or from its timestamps where these tell otherwise (Matroska without rate)."""
+    span = float(intervals.sum())
+    measured = len(intervals) / span if span > 0 else 0.0
+    if not measured or abs(stated - measured) <= RATE_TOLERANCE * measured:
+        return stated
+    return round(measured, 3)
+
+
+def _is_variable(intervals: np.ndarray) -> bool:
+    if not len(intervals):
+        return False
+    median = np.median(intervals)
+    uneven = np.abs(intervals - median) > INTERVAL_TOLERANCE * median
+    return bool(uneven.mean() > UNEVEN_SHARE)

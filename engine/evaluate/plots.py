@@ -1,0 +1,128 @@
+"""The curves of one run's log, or of several in the same axes."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Lines = Sequence[Mapping[str, Any]]
+"""Of a log, as `mam2.engine.train.metrics.read_log` gives them."""
+
+
+class Panel(NamedTuple):
+    title: str
+    columns: dict[str, str]
+    """Of the log, and the name of each; no name where there is only one."""
+    percent: bool = False
+    logarithmic: bool = False
+    reference: float | None = None
+    """Where a dotted line is drawn."""
+
+
+PANELS = (
+    Panel("code cross-entropy", {"loss/appearance": ""}),
+    Panel("motion loss / that of no motion", {"loss/motion_relative": ""}, reference=1),
+    Panel("right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True),
+    Panel("pixel loss", {"loss/pixels": ""}),
+    Panel("alignment loss", {"loss/alignment": ""}),
+    Panel(
+        "gradient norm at the regressor's output",
+        {"gradient/appearance": "appearance", "gradient/motion": "motion"},
+        logarithmic=True,
+    ),
+    Panel("gradient norm", {"gradient/norm": ""}, logarithmic=True),
+    Panel("learning rate", {"learning_rate": ""}),
+    Panel("clips per second", {"clips_per_s": ""}),
+    Panel("waiting for data (% of the time)", {"data_wait": ""}, percent=True),
+    Panel("model FLOPs utilisation (%)", {"mfu": ""}, percent=True),
+    Panel("memory (GiB)", {"memory_gib": ""}),
+)
+STYLES = ("-", "--")
+"""Of the columns of one panel, where colours tell runs apart."""
+PAUSE = 5
+"""A step that took so many times the median is one after a pause: the run was stopped and resumed."""
+
+
+def draw_logs(logs: Mapping[str, Lines], *, against: Sequence[Literal["step", "hours"]] = ("step",)) -> bytes:
+    """PNG of what the logs hold, a panel for each quantity that at least one of them has.
+
+    Args:
+        logs: name of each run and its lines.
+        against: what the curves are drawn over; with both, each panel twice, side by side.
+
+    Raises:
+        ValueError: no log holds anything that is drawn.
+    """
+    panels = [
+        panel for panel in PANELS if any(name in line for log in logs.values() for line in log for name in panel.columns)
+    ]
+    if not panels:
+        raise ValueError("logs: expected lines with at least one of the quantities that are drawn, found none")
+    columns = min(len(panels), 3) if len(against) == 1 else 2 * min(len(panels), 2)
+    rows = -(-len(panels) * len(against) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.3 * rows + 0.4), squeeze=False, layout="constrained")
+    places = [(panel, over) for panel in panels for over in against]
+    for axis in axes.flat[len(places) :]:
+        axis.axis("off")
+    for axis, (panel, over) in zip(axes.flat, places, strict=False):
+        _draw_panel(axis, panel, logs, over)
+    if len(logs) > 1:
+        handles = [plt.Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(logs), 4), frameon=False)
+    return png(figure)
+
+
+def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Literal["step", "hours"]) -> None:
+    several = len(logs) > 1
+    for number, lines in enumerate(logs.values()):
+        places = [line["step"] for line in lines] if over == "step" else hours(lines)
+        for index, (column, label) in enumerate(panel.columns.items()):
+            points = [(place, line[column]) for place, line in zip(places, lines, strict=True) if column in line]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            values = [100 * value for value in y] if panel.percent else y
+            style = {"color": f"C{number}", "linestyle": STYLES[index]} if several else {"color": f"C{index}"}
+            axis.plot(x, values, label=label, linewidth=1.3, **style)
+    if panel.reference is not None:
+        axis.axhline(panel.reference, color="grey", linewidth=0.8, linestyle=":")
+    if panel.logarithmic:
+        axis.set_yscale("log")
+    if any(panel.columns.values()):
+        names = [plt.Line2D([], [], color="grey", linestyle=style) for style in STYLES] if several else None
+        labels = list(panel.columns.values())
+        axis.legend(*((names, labels) if names else ()), frameon=False, fontsize=8)
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel(over, fontsize=8)
+    axis.tick_params(labelsize=8, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def hours(lines: Lines) -> list[float]:
+    """Hours of training up to each line, from its time: what lies between a stop and a resume is left out."""
+    gaps = [
+        (after["step"] - before["step"], after["time"] - before["time"])
+        for before, after in zip(lines, lines[1:], strict=False)
+    ]
+    usual = statistics.median(seconds / steps for steps, seconds in gaps) if gaps else 0.0
+    passed = [0.0]
+    for steps, seconds in gaps:
+        # a clock set back, or lines of another process of the same run, cannot take time away
+        paused = not 0 <= seconds <= PAUSE * usual * steps
+        passed.append(passed[-1] + (usual * steps if paused else seconds) / 3600)
+    return passed[: len(lines)]
+
+
+def png(figure: Any) -> bytes:
+    """The picture of a figure, which is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mam2.engine.config import UserError
+from mam2.engine.data.lists import read_source
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def read(folder: Path, text: str, name: str = "list.csv") -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Paths relative to the folder and labels of a list in it, and the names of the labels."""
+    (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    entries, classes = read_source(folder / name)
+    assert all(os.path.isabs(entry.path) for entry in entries)
+    return [(os.path.relpath(entry.path, folder), entry.label) for entry in entries], classes
+
+
+def found(folder: Path) -> list[tuple[str, int]]:
+    return [(os.path.relpath(entry.path, folder), entry.label) for entry in read_source(folder).entries]
+
+
+def test_class_folders_are_labels_in_the_order_of_their_names(tmp_path):
+    touch(tmp_path / "wave" / "b.mp4", tmp_path / "archery" / "c.MP4", tmp_path / "wave" / "a.avi")
+    touch(tmp_path / "README.md", tmp_path / "wave" / "list.csv", tmp_path / "wave" / ".hidden.mp4")
+    assert found(tmp_path) == [("archery/c.MP4", 0), ("wave/a.avi", 1), ("wave/b.mp4", 1)]
+    assert read_source(tmp_path).classes == ("archery", "wave")
+
+
+def test_any_other_folder_is_searched_at_any_depth_without_labels(tmp_path):
+    touch(
+        tmp_path / "top.mp4", tmp_path / "x" / "one.mp4", tmp_path / "x" / "y" / "two.mkv", tmp_path / ".no" / "a.mp4"
+    )
+    assert found(tmp_path) == [("top.mp4", -1), ("x/one.mp4", -1), ("x/y/two.mkv", -1)]
+    assert read_source(tmp_path).classes == ()
+
+
+def test_folders_of_numbered_images_are_videos(tmp_path):
+    for name in ("push/182040", "push/7", "pull/12"):
+        touch(*(tmp_path / name / f"img_{number:05d}.jpg" for number in (1, 2)))
+    assert found(tmp_path) == [("pull/12", 0), ("push/182040", 1), ("push/7", 1)]
+    assert found(tmp_path / "push" / "7") == [(".", -1)]
+
+
+def test_posters_beside_videos_are_not_frames(tmp_path):
+    touch(tmp_path / "a" / "one.mp4", *(tmp_path / "a" / f"poster{number}.jpg" for number in (1, 2)))
+    touch(tmp_path / "chart1.png", tmp_path / "chart2.png", tmp_path / "b" / "cover1.jpg")
+    touch(tmp_path / "c" / "front.png", tmp_path / "c" / "back.png")
+    assert found(tmp_path) == [("a/one.mp4", 0)]
+
+
+def test_links_that_go_round_in_a_circle_end(tmp_path):
+    touch(tmp_path / "x" / "one.mp4")
+    os.symlink(tmp_path, tmp_path / "x" / "back", target_is_directory=True)
+    assert [name for name, _ in found(tmp_path)] == ["x/one.mp4"]
+
+
+def test_a_single_video_is_a_data_set(tmp_path):
+    touch(tmp_path / "one.mp4")
+    assert [entry.path for entry in read_source(tmp_path / "one.mp4").entries] == [str(tmp_path / "one.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("a.mp4 3", "a.mp4", 3),
+        ("with a space.mp4 3", "with a space.mp4", 3),
+        ("a.mp4\t3", "a.mp4", 3),
+        ("a.mp4,3", "a.mp4", 3),
+        ("a, b.mp4, 3", "a, b.mp4", 3),
+        ("a.mp4", "a.mp4", -1),
+        ("a b.mp4", "a b.mp4", -1),
+        ("a.mp4 -1", "a.mp4", -1),
+        ("sub/a.mp4::3", "sub/a.mp4", 3),
+        ("with a space.mp4::3", "with a space.mp4", 3),
+        ("folder/182040 58 3", "folder/182040", 3),
+        ("with a space/182040 58 3", "with a space/182040", 3),
+        ("folder/182040\t58\t3", "folder/182040", 3),
+        ("a.mp4 0 -1", "a.mp4", -1),
+        ("here 12 3", "here 12", 3),  # a folder of that name lies there
+        ('"a b.mp4" 3', "a b.mp4", 3),
+        ('"a, ""b"".mp4",3', 'a, "b".mp4', 3),
+        ('"clip 7" 58 3', "clip 7", 3),
+        ('"clip 7"\t3', "clip 7", 3),
+    ],
+)
+def test_each_form_of_a_line(tmp_path, line, path, label):
+    (tmp_path / "here 12").mkdir()
+    assert read(tmp_path, line + "\n")[0] == [(path, label)]
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}\t{}", "{},{}", "{}::{}", '"{}",{}'])
+def test_names_are_labels_in_alphabetical_order(tmp_path, form):
+    lines = [
+        form.format(path, name) for path, name in (("a.mp4", "wave"), ("b.mp4", "baseball swing"), ("c.mp4", "wave"))
+    ]
+    entries, classes = read(tmp_path, "\n".join(lines))
+    assert entries == [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 1)]
+    assert classes == ("baseball swing", "wave")
+
+
+def test_a_list_is_read_in_its_order_with_repeats_blank_lines_and_a_mark(tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "abs.mp4"
+    text = f"\ufeffwith a space.mp4 4\r\nx.mp4\n\n{elsewhere}\t0\nx.mp4,2\n"
+    entries, classes = read(tmp_path, text)
+    assert entries == [("with a space.mp4", 4), ("x.mp4", -1), ("elsewhere/abs.mp4", 0), ("x.mp4", 2)]
+    assert classes == ("0", "1", "2", "3", "4")
+
+
+def test_names_that_are_not_utf_8_come_back_as_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xe2\x80\xa8.mp4")  # a line separator of Unicode is no end of a line
+    assert read(tmp_path, f"{name} 1\n")[0] == [(name, 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "label\tpath\nwave\ta, b.mp4\narchery\tc.mp4\n\tc.mp4\n",
+        'Filename,Class\n"a, b.mp4",wave\nc.mp4,archery\n\nc.mp4,\n',
+    ],
+)
+def test_a_list_with_a_header(tmp_path, text):
+    entries, classes = read(tmp_path, text)
+    assert entries == [("a, b.mp4", 1), ("c.mp4", 0), ("c.mp4", -1)]
+    assert classes == ("archery", "wave")
+
+
+def test_numbers_under_a_header_stay_what_they_are(tmp_path):
+    assert read(tmp_path, "video,label\na.mp4,7\n")[0] == [("a.mp4", 7)]
+
+
+def test_a_cell_may_hold_a_line_end(tmp_path):
+    assert read(tmp_path, 'path,label\n"two\nlines.mp4",1\n')[0] == [("two\nlines.mp4", 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "the list is empty"),
+        (b"\n \n", "the list is empty"),
+        (b"\0\1\2", "not a text file"),
+        (b"path,label\na.mp4,1\nb.mp4\n", "line 3 has 1 columns, the header has 2"),
+        (b"path,label\na, b.mp4,1\n", "line 2 has 3 columns, the header has 2"),
+        (b"path,label\n", "a header but no videos"),
+        (b"path,label\na.mp4,1\n,1\n", "line 3 names no video"),
+        (b"a.mp4 1\n\n,1\n", "line 3 names no video"),
+        (b"a.mp4::1\n::1\n", "line 2 names no video"),
+        (b"a.mp4 0\nb.mp4 20261122\n", "line 2: label 20261122 is not a class"),
+        (b"a.mp4 0\nb.mp4 -7\n", "line 2: label -7 is not a class"),
+        (b"a.mp4 0\nb.mp4 1\nc.mp4 wave\n", "line 1 has the label 0, line 3 the label 'wave'"),
+        (b"a.mp4 0.5\nb.mp4 1\n", "line 2 has the label 1, line 1 the label '0.5'"),
+        (b'path,label\n"' + b"x" * 200_000, "field larger than field limit"),
+    ],
+)
+def test_an_unusable_list_is_one_clear_line(tmp_path, content, told):
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read_source(tmp_path / "list.csv")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "list.csv") in str(caught.value)
+
+
+def test_a_missing_or_empty_folder_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_source(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no videos in this folder"):
+        read_source(tmp_path)
