@@ -16,7 +16,7 @@ else
   PINS :=
 endif
 
-.PHONY: demo test lint type doctor gpu bench clean
+.PHONY: demo test lint type doctor gpu tune sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
@@ -44,8 +44,15 @@ PY = $(if $(wildcard $(VENV)/installed),$(BIN)/python,python3)
 gpu:
 	$(PY) -m benchmarks.gpu $(ARGS)
 
+# Writes the GPU's rows of kernels/launch_table.json.
+tune:
+	$(PY) -m benchmarks.tune $(ARGS)
+
+sanitize:
+	$(PY) -m benchmarks.sanitize $(ARGS)
+
 bench:
-	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-quiet $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -31,7 +31,7 @@ setup(
         *(f"mam2.engine.{name}" for name in find_packages("engine")),
     ],
     package_dir={"mam2.engine": "engine", "mam2.kernels": "kernels"},
-    package_data={"mam2.engine": ["recipes/*.toml"]},
+    package_data={"mam2.engine": ["recipes/*.toml", "recipes/*/*.toml"], "mam2.kernels": ["launch_table.json"]},
     install_requires=["torch>=2.10", "numpy>=1.26", "einops>=0.8"],
     extras_require={
         "engine": ENGINE,
@@ -45,6 +45,8 @@ setup(
             "hypothesis>=6.100",
             "expecttest>=0.2",  # torch.library.opcheck imports it
             "transformers>=4.56",  # a peer: VideoMAE and Chameleon's VQ-VAE are compared with ours
+            "liger-kernel>=0.6; sys_platform == 'linux'",  # peers of linear_cross_entropy, for `make bench`
+            "cut-cross-entropy>=25.1; sys_platform == 'linux'",
             "ruff>=0.9",
             "mypy>=1.14",
         ],

@@ -1,32 +1,122 @@
-"""The loader: clips a second from encoded files to uint8 on the device, for each decoder that runs here."""
+"""The loader: clips/s by decoder, codec, distance of key frames and threads; and what a training step waits for it.
+
+Beside it decoders alone, without crop and resize: PyAV as one would write it at first, decord2 and torchcodec where
+they are installed. A decoder whose frames are not PyAV's gets no number. On a CPU rates are given in relation to PyAV
+alone on the same files, in turns within one run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "cuda": {"files": 16, "frames": 80, "extent": (256, 340), "batch": 32, "seconds": 6.0, "data": {}},
-    "cpu": {
-        "files": 4,
-        "frames": 24,
-        "extent": (48, 64),
-        "batch": 4,
-        "seconds": 0.5,
-        "data": {"frames": 4, "size": 32},
-    },
+from benchmarks.timing import percentile
+from mam2.kernels import tube_mask
+
+Row = dict[str, Any]
+Decode = Callable[[str, Sequence[int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    files: int
+    frames: int
+    height: int
+    width: int
+    batch: int
+    data: Row
+    """Of the clips, where they differ from `mam2-fast`."""
+    model: Row
+    """Of the model likewise; its parts are as wide and deep."""
+    turns: int
+    seconds: float
+    """Of each turn."""
+    steps: int
+    loaders: tuple[tuple[str, str, int, int], ...]
+    """Decoder, codec, frames between key frames, threads (0: one a core)."""
+    views: tuple[int, ...]
+
+
+SETTINGS = {
+    "cuda": Settings(
+        files=16,
+        frames=240,
+        height=256,
+        width=340,
+        batch=64,
+        data={},
+        model={},
+        turns=1,
+        seconds=1.0,
+        steps=12,
+        loaders=(
+            *(("nvdec", "h264", gop, 0) for gop in (30, 12, 250)),
+            *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0)),
+        ),
+        views=(1, 2, 4, 8),
+    ),
+    "cpu": Settings(
+        files=3,
+        frames=120,
+        height=120,
+        width=160,
+        batch=4,
+        data={"frames": 8, "size": 64},
+        model={"patch": 8, "width": 48, "depth": 2, "heads": 3},
+        turns=3,
+        seconds=0.3,
+        steps=8,
+        loaders=(
+            *(("pyav", "h264", 30, threads) for threads in (1, 2, 0)),
+            *(("pyav", "h264", 12, 1), ("pyav", "h264", 250, 1), ("pyav", "vp9", 30, 1), ("dali-cpu", "vp9", 30, 1)),
+        ),
+        views=(1, 2, 4),
+    ),
 }
-SUFFIX = {"nvdec": ".mp4", "dali-cpu": ".webm", "pyav": ".mp4"}
-"""H.264 where the decoder takes it; DALI's CPU decoder takes VP9."""
+ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "h264": ("mp4", "libx264", {"preset": "veryfast", "crf": "23"}),
+    "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b:v": "0"}),
+}
+ALONE = "PyAV alone"
+TOLERANCE = 4.0
+"""Mean difference in grey levels to PyAV's frames; the next frame of these files differs by far more."""
+CODES = 8192
+ENOUGH = 0.02
+"""Share of a step spent waiting under which the loader is no limit."""
+
+
+def rows(device: torch.device, deadline: float) -> Iterator[Row]:
+    """A row for each decoder and each number of views; says so where a package is missing or something cannot run."""
+    for package in ("av", "nvidia.dali"):
+        if not _installed(package):
+            yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
+            return
+    settings = SETTINGS[device.type]
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = sorted({(codec, gop) for _, codec, gop, _ in settings.loaders})
+        manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
+        yield from step_rows(manifests["h264", 30], settings, device, deadline)
+        yield from decoding_rows(manifests, settings, device, deadline)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
 
 
 def moving_noise(frames: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -36,63 +126,220 @@ def moving_noise(frames: int, height: int, width: int, rng: np.random.Generator)
     return np.stack([np.roll(picture, (t, 2 * t), (0, 1)) for t in range(frames)])
 
 
-def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """A row for each decoder; says so where a package is missing or the decoder cannot run here."""
-    for package in ("av", "nvidia.dali"):
-        try:
-            missing = importlib.util.find_spec(package) is None
-        except ModuleNotFoundError:  # the parent of a dotted name
-            missing = True
-        if missing:
-            yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
-            return
+def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
+    """The manifest of videos with a key frame every `gop` frames."""
     from mam2.engine.data.manifest import read_manifest
-    from mam2.engine.data.synthetic import write_clip
 
-    settings, rng = SETTINGS[device.type], np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for suffix in sorted(set(SUFFIX.values())):
-            (Path(folder) / suffix[1:]).mkdir()
-            for number in range(settings["files"]):
-                clip = moving_noise(settings["frames"], *settings["extent"], rng)
-                write_clip(Path(folder) / suffix[1:] / f"{number:03d}{suffix}", clip)
-        for front_end in FRONT_ENDS:
-            row = {
-                "front_end": front_end,
-                "files": SUFFIX[front_end][1:],
-                "clips_px": settings["data"].get("size", 224),
-            }
-            manifest = read_manifest(Path(folder) / SUFFIX[front_end][1:], progress=False)
-            try:
-                yield row | measure(manifest, front_end, settings, device, deadline)
-            except Exception as problem:
-                yield row | {"verdict": "skipped", "reason": str(problem)[:300]}
+    place = folder / f"{codec}-{gop}"
+    place.mkdir()
+
+    def write(number: int) -> None:
+        import av
+
+        suffix, encoder, options = ENCODERS[codec]
+        noise = moving_noise(settings.frames, settings.height, settings.width, np.random.default_rng(number))
+        with av.open(str(place / f"{number:03d}.{suffix}"), "w") as container:
+            stream = container.add_stream(encoder, rate=25, options=options)
+            stream.height, stream.width, stream.pix_fmt = settings.height, settings.width, "yuv420p"
+            stream.codec_context.gop_size = gop
+            stream.codec_context.time_base = Fraction(1, 25)
+            stream.codec_context.thread_count = 1
+            for image in noise:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(settings.files)))
+    return read_manifest(place, progress=False)
 
 
-def measure(
-    manifest: Any, front_end: str, settings: dict[str, Any], device: torch.device, deadline: float
-) -> dict[str, Any]:
-    """Clips and decoded frames a second once the batches prepared ahead are used up."""
+def decoding_rows(manifests: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
     from mam2.engine.config import load_recipe
-    from mam2.engine.data.decoding import available_cores
+
+    data = dataclasses.replace(load_recipe("mam2-fast").data, **settings.data)
+    labels: list[Row] = []
+    turns: list[Callable[[], float]] = []
+    for codec, gop in sorted(manifests):
+        for name, decode in decoders().items():
+            labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
+            turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
+    for front_end, codec, gop, threads in settings.loaders:
+        labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "a core each"})
+        options = dataclasses.replace(data, front_end=front_end, threads=threads)
+        turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
+    rates: list[list[float]] = [[] for _ in turns]
+    problems: list[Row] = [{} for _ in turns]
+    for _ in range(settings.turns):
+        for place, turn in enumerate(turns):
+            if problems[place]:
+                continue
+            if time.monotonic() > deadline:
+                problems[place] = {"verdict": "skipped", "reason": "out of time"}
+                continue
+            try:
+                rates[place].append(turn())
+            except Unmeasured as problem:
+                problems[place] = {"verdict": problem.args[0], "reason": problem.args[1]}
+            except Exception as problem:
+                problems[place] = {"verdict": "skipped", "reason": str(problem)[:300]}
+    medians = [percentile(found, 50) if found else None for found in rates]
+    pairs = list(zip(labels, medians, strict=True))
+    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["front_end"] == ALONE}
+    for row, rate, problem in zip(labels, medians, problems, strict=True):
+        if problem or rate is None:
+            yield row | problem
+            continue
+        reference = base[row["files"], row["gop"]]
+        rated = {"clips_per_s": rate, "frames_per_s": rate * data.frames} if device.type == "cuda" else {}
+        yield row | rated | {"ratio_to_pyav_alone": rate / reference if reference else None}
+
+
+class Unmeasured(Exception):
+    """Verdict and reason of what gets no number."""
+
+
+def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
+    """Clips a second once the batches prepared ahead are used up."""
     from mam2.engine.data.loader import ClipLoader
 
-    data = dataclasses.replace(load_recipe("mam2-fast").data, front_end=front_end, **settings["data"])
-    with ClipLoader(manifest, data, batch=settings["batch"], device=device, seed=0) as loader:
+    with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
         stream = loader.stream()
         for _ in range(data.prefetch + 2):
             next(stream)
-        start, before, batches = time.perf_counter(), loader.decoded_frames, 0
-        while time.perf_counter() - start < settings["seconds"] and time.monotonic() < deadline:
+        start, batches = time.perf_counter(), 0
+        while time.perf_counter() - start < settings.seconds:
             next(stream)
             batches += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        if not batches or loader.skipped:
-            return {"verdict": "failed", "reason": f"{batches} batches; unusable: {loader.skipped[:1]}"}
-        return {
-            "clips_per_s": batches * settings["batch"] / seconds,
-            "frames_per_s": (loader.decoded_frames - before) / seconds,
-            "cores": available_cores(),
-        }
+        if loader.skipped:
+            raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
+    return batches * settings.batch / seconds
+
+
+def decoder_rate(decode: Decode, manifest: Any, data: Any, settings: Settings) -> float:
+    """Clips a second of a decoder alone on one thread, of the clips that the loader would draw."""
+    from mam2.engine.data.decoding import decode_frames
+    from mam2.engine.data.sampling import draw_clip, sample_at
+
+    def requests() -> Iterator[tuple[str, tuple[int, ...]]]:
+        for counter in itertools.count():
+            epoch, video = sample_at(counter, len(manifest.videos), 0)
+            yield manifest.videos[video].path, draw_clip(video, manifest.videos[video], epoch, data, 0).frames
+
+    first = next(requests())
+    found, expected = decode(*first).astype(np.float32), decode_frames(*first)
+    if found.shape != expected.shape:
+        raise Unmeasured("wrong", f"its frames are {found.shape}, expected {expected.shape}")
+    difference = np.abs(found - expected).mean()
+    if difference > TOLERANCE:
+        raise Unmeasured("wrong", f"its frames differ from PyAV's by {difference:.1f} grey levels on average")
+    drawn, clips = requests(), 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < settings.seconds:
+        decode(*next(drawn))
+        clips += 1
+    return clips / (time.perf_counter() - start)
+
+
+def decoders() -> dict[str, Decode]:
+    """Decoders alone; one that is not installed raises as such when it is asked."""
+
+    def pyav(path: str, frames: Sequence[int]) -> np.ndarray:
+        import av
+
+        wanted, images = set(frames), []
+        with av.open(path) as container:
+            container.streams.video[0].thread_count = 1
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    images.append(frame.to_ndarray(format="rgb24"))
+                if number == frames[-1]:
+                    break
+        return np.stack(images)
+
+    def decord(path: str, frames: Sequence[int]) -> np.ndarray:
+        return _peer("decord").VideoReader(path, num_threads=1).get_batch(list(frames)).asnumpy()
+
+    def torchcodec(path: str, frames: Sequence[int]) -> np.ndarray:
+        decoder = _peer("torchcodec.decoders").VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+        return decoder.get_frames_at(indices=list(frames)).data.numpy()
+
+    return {ALONE: pyav, "decord2": decord, "torchcodec": torchcodec}
+
+
+def _peer(name: str) -> Any:
+    if not _installed(name.partition(".")[0]):
+        raise Unmeasured("skipped", "not installed")
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as problem:
+        raise Unmeasured("skipped", f"installed, but does not load: {str(problem).splitlines()[0]}") from problem
+
+
+def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
+    """Training steps on clips from the loader, with random codes, not compiled; the last row is that of no limit."""
+    from mam2.engine.data.loader import ClipLoader
+
+    for views in settings.views:
+        row: Row = {"front_end": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
+        if time.monotonic() > deadline:
+            yield row | {"verdict": "skipped", "reason": "out of time"}
+            return
+        config = tailored(settings, views)
+        step = training_step(config, settings.batch, device)
+        with ClipLoader(manifest, config.data, batch=settings.batch, device=device, seed=0) as loader:
+            stream = loader.stream()
+            for _ in range(config.data.prefetch + 2):
+                step(next(stream))
+            waited, start = loader.wait_s, time.perf_counter()
+            for _ in range(settings.steps):
+                step(next(stream))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            share = (loader.wait_s - waited) / seconds
+        rate = {"clips_per_s": settings.steps * settings.batch / seconds} if device.type == "cuda" else {}
+        yield row | rate | {"data_wait_percent": 100 * share, "limit": "step" if share < ENOUGH else "loader"}
+        if share < ENOUGH:
+            return
+
+
+def tailored(settings: Settings, views: int) -> Any:
+    from mam2.engine.config import load_recipe
+
+    config = load_recipe("mam2-fast")
+    part = {key: value for key, value in settings.model.items() if key != "patch"}
+    model = dataclasses.replace(
+        config.model,
+        **settings.model,
+        regressor=dataclasses.replace(config.model.regressor, **part),
+        decoder=dataclasses.replace(config.model.decoder, **part),
+    )
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, views=views, **settings.data))
+
+
+def training_step(config: Any, batch: int, device: torch.device) -> Callable[[Any], None]:
+    """Forward, backward and AdamW on a batch; waits for the device, or the host would run ahead and wait for clips."""
+    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.train.objective import build_objective
+    from mam2.engine.train.optimizer import build_optimizer
+    from mam2.engine.train.runtime import autocast
+
+    model = MAM2(config, CODES).to(device)
+    objective, optimizer = build_objective(model, config, lambda part: part), build_optimizer(model, config.optim)
+    tokens = config.grid[0] * config.grid[1] * config.grid[2]
+    codes = torch.randint(CODES, (batch, tokens), device=device)
+
+    def step(clips: Any) -> None:
+        mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, step=clips.step, device=device)
+        with autocast(config.run, device):
+            loss = objective(clips.clip.permute(0, 4, 1, 2, 3), mask, codes)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step

@@ -1,164 +1,279 @@
-"""A training step by objective and batch: forward, backward and AdamW on random clips, with random codes for MAM2.
+"""A training step: forward, backward and AdamW on random clips, with random codes for MAM2; beside it its parts.
 
-ViT-B on 16 frames of 224² in bfloat16 on a GPU, the recipes' own values otherwise. FLOPs are those of the matrix
-products, forward and backward, counted for one clip; MFU is their rate over that of an
-8192³ bfloat16 product measured in the same run.
+    python -m benchmarks.bench_step [--compile] [--objective NAME …]
+
+Every objective runs eager, compiled and as one captured CUDA graph; VideoMAE also beside Hugging Face's
+VideoMAEForPreTraining of the same sizes, with the same weights and mask: there the losses must agree before anything is
+timed. The ways of one objective take turns, round by round. ViT-B on 16 frames of 224² on a GPU; on a CPU a
+smaller model, whose ratios alone mean something. MFU: FLOPs that `mam2.engine.model.costs` declares, over the rate of
+a large product measured in the same run.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import elapsed_ms, matmul_tflop_per_s, summary
+from benchmarks import hugging_face
+from benchmarks.report import table
+from benchmarks.step_parts import part_rows
+from benchmarks.timing import elapsed_ms, peak_mib, summary
 from mam2.engine.config import PretrainConfig, load_recipe
+from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train.objective import Compile, Objective, build_objective
+from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.runtime import autocast, why_not_compile
-from mam2.kernels import TubeMask, costs, tube_mask
+from mam2.engine.train.peak import measured_peak_flops
+from mam2.engine.train.runtime import autocast, matmul_dtype, why_not_compile
+from mam2.kernels import TubeMask, tube_mask
 
-RECIPES = ("videomae", "mam2-fast", "mam2-cae")
+Row = dict[str, Any]
+OBJECTIVES = ("videomae", "mam2-fast", "mam2-cae")
 BATCHES = {"cuda": (64, 16, 128), "cpu": (2,)}
 """The recipes' batch first: what a time limit cuts off is at the end."""
 CODES = 8192
-TINY: dict[str, dict[str, Any]] = {
-    "data": {"frames": 4, "size": 32},
-    "model": {"patch": 8, "width": 48, "depth": 2, "heads": 3},
-}
-TINY_PART = {"depth": 1, "width": 48, "heads": 3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Relative difference of the two losses up to which they count as one objective."""
+COLUMNS = (
+    *("objective", "batch", "precision", "provider", "step", "verdict", "loss", "median_ms", "p20_ms", "p80_ms"),
+    *("clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "reason"),
+)
+REDUCED = (
+    {"data": {"size": 112}, "model": {"width": 384, "depth": 4, "heads": 6}},
+    {"depth": 4, "width": 192, "heads": 3},
+)
+TINY = (
+    {"data": {"frames": 4, "size": 32}, "model": {"patch": 8, "width": 48, "depth": 2, "heads": 3}},
+    {"depth": 1, "width": 48, "heads": 3},
+)
+"""Values of tables of the config, then of regressor and decoder."""
 
 
-class RandomCodes:
-    """In the tokenizer's place: the same random codes for every clip."""
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to take a step. Its inputs stay the same, so that it can be captured."""
 
-    def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
-        self._codes = torch.randint(CODES, (batch, tokens), device=device)
+    provider: str
+    step: str
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.AdamW
+    config: PretrainConfig
+    device: torch.device
 
-    def codes(self, video: Tensor) -> Tensor:
-        return self._codes
+    def __call__(self) -> Tensor:
+        with autocast(self.config.run, self.device):
+            loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    @property
+    def state_bytes(self) -> int:
+        """Of weights, gradients and moments."""
+        return sum(4 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
 
 
-def recipe(name: str, *, tiny: bool) -> PretrainConfig:
+def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | None, precision: str) -> PretrainConfig:
+    """A recipe in a precision, cut down to `sizes` (None: as it is)."""
     config = load_recipe(name)
-    if not tiny:
-        return config
-    model = dataclasses.replace(
-        config.model,
-        **TINY["model"],
-        regressor=dataclasses.replace(config.model.regressor, **TINY_PART),
-        decoder=dataclasses.replace(config.model.decoder, **TINY_PART),
-    )
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **TINY["data"]), model=model)
+    if sizes:
+        tables, part = sizes
+        config = dataclasses.replace(
+            config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
+        )
+        smaller = {part_name: dataclasses.replace(getattr(config.model, part_name), **part)
+                   for part_name in ("regressor", "decoder")}  # fmt: skip
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **smaller))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 
-def objective_of(
-    config: PretrainConfig, batch: int, device: torch.device, compiled: Compile
-) -> tuple[Objective, Callable[[], Tensor]]:
-    """The objective and a function that gives a random clip batch [B,3,T,H,W]."""
-    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
-    tokens = config.grid[0] * config.grid[1] * config.grid[2]
-    codes = RandomCodes(batch, tokens, device)
-    extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
-
-    def clips() -> Tensor:
-        return torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
-
-    return build_objective(model, codes, config, compiled), clips  # type: ignore[arg-type]
-
-
-def mask_of(config: PretrainConfig, batch: int, step: int, device: torch.device) -> TubeMask:
-    return tube_mask(batch, config.grid, config.mask.ratio, seed=0, step=step, device=device)
-
-
-def flops_of_a_clip(config: PretrainConfig) -> int:
-    """Of the matrix products of a step on one clip, forward and backward, counted on tensors without values."""
-    device = torch.device("cpu")
-    fake = FakeTensorMode()
-    with fake, mock.patch("torch.nn.init.trunc_normal_"):  # which looks at the values it draws
-        objective, clips = objective_of(config, 1, device, lambda part: part)
-    # the counter knows the products of the plain form of attention
-    with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        mask = mask_of(config, 1, 0, device)
-        objective.backward(clips(), mask, 1.0)
-    counted = counter.get_total_flops()
-    if config.model.objective == "mam2":  # it does not see into this operator
-        counted += costs.linear_cross_entropy(mask.masked.shape[1], config.model.decoder.width, CODES).flops
-    return counted
-
-
-def measure(
-    name: str, config: PretrainConfig, batch: int, device: torch.device, *, compiled: bool, matmul: float | None
-) -> dict[str, Any]:
-    """One row: milliseconds of a step, clips/s, peak memory and MFU."""
-    cuda = device.type == "cuda"
-    part: Compile = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compiled else (lambda f: f)
-    objective, clips = objective_of(config, batch, device, part)
-    objective.model.to(device)
-    optimizer = build_optimizer(objective.model, config.optim)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-5
-    videos = [clips(), clips()]
-    numbers = itertools.count()
-
-    def step() -> None:
-        number = next(numbers)
-        with autocast(config.run, device):
-            objective.backward(videos[number % 2], mask_of(config, batch, number, device), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(3):
-        step()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    group, rounds = (5, 8) if cuda else (1, 3)  # steps in a row, as in training: the host runs ahead of the device
-
-    def steps() -> None:
-        for _ in range(group):
-            step()
-
-    timing = summary([elapsed_ms(steps, device) / group for _ in range(rounds)])
-    row: dict[str, Any] = {"objective": name, "batch": batch, "step": "compiled" if compiled else "eager"}
-    row |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-    row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops_of_a_clip(config) / 1e9}
-    if cuda:
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if matmul:
-        row["tflop_per_s"] = row["gflop_per_clip"] * row["clips_per_s"] / 1e3
-        row["mfu_percent"] = 100 * row["tflop_per_s"] / matmul
-    return row
-
-
-def rows(device: torch.device, deadline: float, *, compiled: bool) -> Iterator[dict[str, Any]]:
-    """Every objective and batch, uncompiled and then compiled, until `deadline` (time.monotonic)."""
+def build_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
+    """The same weights at every call."""
     torch.manual_seed(0)
+    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
+    return model.to(device)
+
+
+def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple[Tensor, TubeMask, Tensor]:
+    """Random clips [B, 3, T, H, W] uint8, a mask, and codes [B, N]."""
+    torch.manual_seed(1)
+    extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
+    video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, device=device)
+    return video, mask, torch.randint(CODES, (batch, mask.as_bool().shape[1]), device=device)
+
+
+def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
+    compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if step != "eager" else (lambda f: f)
+    model = build_model(config, device)
+    objective = build_objective(model, config, compiled)
+    inputs = inputs_of(config, batch, device)
+    return Candidate("ours", step, lambda: objective(*inputs)[0], optimizer_of(model, config), config, device)
+
+
+def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
+    model = hugging_face.build(config, build_model(config, device)).to(device)  # type: ignore[arg-type]
+    forward = torch.compile(model, dynamic=False) if step != "eager" else model
+    video, mask, _ = inputs_of(config, batch, device)
+    pixels, hidden = hugging_face.pixels(video), mask.as_bool()
+    optimizer = optimizer_of(model, config)
+    return Candidate(
+        "hugging_face", step, lambda: forward(pixels, bool_masked_pos=hidden).loss, optimizer, config, device
+    )
+
+
+def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+    optimizer = build_optimizer(model, config.optim)
+    for group in optimizer.param_groups:
+        group |= {"lr": 1e-5, "capturable": next(model.parameters()).is_cuda}
+    return optimizer
+
+
+def captured(candidate: Candidate) -> Callable[[], Tensor]:
+    """The whole step as a CUDA graph; call it to replay it."""
+    side = torch.cuda.Stream()  # capture needs a warm-up on a stream of its own
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            candidate()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = candidate()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def compare(
+    name: str, config: PretrainConfig, batch: int, device: torch.device, *, compiled: bool, rounds: int
+) -> Iterator[Row]:
+    """A row for every way to take a step of one objective, at one batch; the ways take turns."""
+    dtype = matmul_dtype(config.run, device)
+    head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
+    runs: dict[tuple[str, str], tuple[Callable[[], Tensor], Row]] = {}
+    expected = None
+    for step in ("eager", "compiled", "graph"):
+        for provider in ("ours", "hugging_face") if name == "videomae" and step != "graph" else ("ours",):
+            row = head | {"provider": provider, "step": step}
+            reason = why_not(step, device, compiled)
+            if reason:
+                yield row | {"verdict": "skipped", "reason": reason}
+                continue
+            try:
+                candidate = (ours if provider == "ours" else theirs)(config, batch, device, step)
+                loss = candidate().item()
+                expected = loss if expected is None else expected
+                row |= {"verdict": "right" if agrees(loss, expected, dtype) else "wrong", "loss": loss}
+                if row["verdict"] == "wrong":
+                    yield row | {"reason": f"loss {loss:.6g}, eager {expected:.6g}"}
+                    continue
+                run = captured(candidate) if step == "graph" else candidate
+                if step != "graph":
+                    run()
+                    row["peak_gib"] = candidate.state_bytes / 2**30 + peak_mib(run, device) / 2**10
+                runs[provider, step] = run, row
+            except Exception as problem:  # one that does not fit into memory leaves the others standing
+                yield row | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
+    yield from timed(runs, config, batch, device, rounds)
+
+
+def why_not(step: str, device: torch.device, compiled: bool) -> str | None:
+    """What keeps a step from being taken in a way, or None."""
+    if step == "graph" and device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    if step == "eager":
+        return None
+    return why_not_compile(device) if compiled else "compilation not asked for"
+
+
+def agrees(loss: float, expected: float, dtype: torch.dtype) -> bool:
+    return abs(loss - expected) <= TOLERANCE[dtype] * abs(expected)
+
+
+def timed(
+    runs: dict[tuple[str, str], tuple[Callable[[], Tensor], Row]],
+    config: PretrainConfig,
+    batch: int,
+    device: torch.device,
+    rounds: int,
+) -> Iterator[Row]:
+    """The rows with their times, and how many times as fast as the peer in the same way and in its best one."""
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    group = 5 if device.type == "cuda" else 1  # steps in a row, as in training: the host runs ahead of the device
+    for _ in range(rounds):
+        for key, (run, _) in runs.items():
+            samples[key].append(elapsed_ms(lambda run=run: [run() for _ in range(group)], device) / group)
+    timings = {key: summary(times) for key, times in samples.items()}
+    peers = {step: timing.median_ms for (provider, step), timing in timings.items() if provider == "hugging_face"}
+    flops = sum(step_flops(config, CODES).values())
+    peak = measured_peak_flops(device, matmul_dtype(config.run, device)) if device.type == "cuda" else None
+    for (provider, step), timing in timings.items():
+        row = runs[provider, step][1]
+        row |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
+        row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops / 1e9}
+        if peak:
+            row["mfu_percent"] = 100 * flops * row["clips_per_s"] / peak
+        if provider == "ours" and peers:
+            row["ratio"] = peers[step] / timing.median_ms if step in peers else None
+            row["ratio_to_best"] = min(peers.values()) / timing.median_ms
+        yield row
+
+
+def rows(device: torch.device, deadline: float, *, compiled: bool) -> Iterator[Row]:
+    """Every objective and batch until `deadline` (time.monotonic), then the parts of a step; tiny on a CPU."""
     cuda = device.type == "cuda"
-    matmul = matmul_tflop_per_s(device) if cuda else None
-    if matmul:
-        yield {"objective": "ceiling", "matmul_tflop_per_s": matmul}
-    ways = (False, True) if compiled and not why_not_compile(device) else (False,)
-    for batch, whole, name in itertools.product(BATCHES[device.type], ways, RECIPES):
-        row = {"objective": name, "batch": batch, "step": "compiled" if whole else "eager"}
-        if time.monotonic() > deadline:
-            yield row | {"verdict": "skipped", "reason": "out of time"}
-            continue
-        try:
-            yield measure(name, recipe(name, tiny=not cuda), batch, device, compiled=whole, matmul=matmul)
-        except Exception as problem:  # one that does not fit into memory leaves the others standing
-            yield row | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
-        torch.compiler.reset()
-        if cuda:
-            torch.cuda.empty_cache()
+    precision = "bfloat16" if cuda else "float32"
+    if cuda:
+        yield {"objective": "ceiling", "matmul_tflop_per_s": measured_peak_flops(device, torch.bfloat16) / 1e12}
+    for batch in BATCHES[device.type]:
+        for name in OBJECTIVES:
+            if time.monotonic() > deadline:
+                yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
+                continue
+            config = sized(name, None if cuda else TINY, precision)
+            yield from compare(name, config, batch, device, compiled=compiled, rounds=8 if cuda else 3)
+            if batch == BATCHES[device.type][0]:
+                model = build_model(config, device)
+                yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
+            torch.compiler.reset()
+            if cuda:
+                torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="compiled steps too: minutes on a CPU")
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    found: list[Row] = []
+    for name in options.objective:
+        for precision in ("bfloat16",) if cuda else ("float32", "bfloat16"):
+            config, batch = sized(name, None if cuda else REDUCED, precision), BATCHES[device.type][0]
+            found += compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
+            inputs = inputs_of(config, batch, device)
+            found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
+    note = "" if cuda else " (a CPU: only the ratios mean something)"
+    print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")
+    parts = ("objective", "batch", "precision", "part", "forward_ms", "backward_ms", "percent", "percent_of_flops")
+    print("\nparts", table([row for row in found if "part" in row], parts), sep="\n")
+    return int(any(row.get("verdict") in ("wrong", "failed") for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

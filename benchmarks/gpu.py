@@ -1,13 +1,14 @@
 """Everything that needs a GPU, in one command of at most eight minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
     correctness   every kernel on the device against float64
-    operators     times, bandwidth and memory beside plain, compiled and PyTorch's own forms
+    operators     times, bandwidth and memory beside the original codebases' forms, compiled ones and libraries
     step          clips/s and MFU of whole training steps
-    loader        clips/s from encoded files
+    loader        clips/s from encoded files; codes from a tokenizer and from a cache
 
 Each section runs in a process of its own with a time limit, so that one that hangs or spoils the device leaves the
 others standing, and what it has measured is kept. The numbers go to benchmarks/results/<GPU>/<date>.json after each
-section. Exit status 1: a kernel was wrong or a section broke. `--dry-run` goes through all of it on the CPU.
+section, plots beside them. Exit status 1: a kernel was wrong or a section broke. `--dry-run` goes through all of it on
+the CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -30,9 +32,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import draw, table
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = {"correctness": 110, "operators": 140, "step": 170, "loader": 45}
+SECONDS = {"correctness": 110, "operators": 160, "step": 140, "loader": 65}
 """Time limit of each section."""
 MARK = "NOT a GPU result"
 PACKAGES = ("mam2", "torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "numpy")
@@ -40,13 +44,18 @@ COLUMNS = {
     "correctness": ("check", "error", "verdict", "reason"),
     "operators": (
         *("operator", "shape", "provider", "verdict", "error", "median_ms", "p20_ms", "p80_ms", "replayed", "gb_per_s"),
-        *("percent_of_copy", "percent_of_matmul", "ratio_to_eager", "peak_mib", "copy_gb_per_s", "reason"),
+        *("percent_of_copy", "percent_of_matmul", "ratio_to_eager", "peak_mib", "dispatch_us", "copy_gb_per_s"),
+        *("matmul_tflop_per_s", "reason"),
     ),
     "step": (
-        *("objective", "batch", "step", "verdict", "median_ms", "p20_ms", "p80_ms", "clips_per_s", "peak_gib"),
-        *("mfu_percent", "matmul_tflop_per_s", "reason"),
+        *("objective", "batch", "precision", "provider", "step", "verdict", "loss", "median_ms", "p20_ms", "p80_ms"),
+        *("clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "part", "forward_ms", "backward_ms"),
+        *("percent", "percent_of_flops", "reason"),
     ),
-    "loader": ("front_end", "files", "verdict", "clips_per_s", "frames_per_s", "cores", "reason"),
+    "loader": (
+        *("front_end", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
+        *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
+    ),
 }
 
 
@@ -82,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         file = file or new_file(out, options.dry_run, report["machine"]["device"])
         save(report, file)
-        print(table(name, section, marked=options.dry_run), flush=True)
+        print(section_text(name, section, marked=options.dry_run), flush=True)
+        if name == "operators" and not options.dry_run:
+            print(draw(section["rows"], file.with_suffix(""), machine=report["machine"]["device"]))
     problems = [f"{name}: {line}" for name in options.sections for line in failures(name, report["sections"][name])]
     print("\n".join([*(f"FAILED {line}" for line in problems), f"{MARK + ', ' if options.dry_run else ''}in {file}"]))
     return 1 if problems else 0
@@ -151,7 +162,15 @@ def rows_of(name: str, compiled: bool) -> Callable[..., Iterator[dict[str, Any]]
     if name == "correctness":
         from benchmarks.correctness import rows
     elif name == "loader":
-        from benchmarks.bench_loader import rows
+        from benchmarks import bench_loader
+
+        def rows(device: Any, deadline: float) -> Iterator[dict[str, Any]]:
+            yield from bench_loader.rows(device, deadline)
+            if importlib.util.find_spec("av"):  # the loader's rows have said so where it is missing
+                from benchmarks import bench_tokenizer
+
+                yield from bench_tokenizer.rows(device, deadline)
+
     else:
         from benchmarks import bench_step, operators
 
@@ -164,13 +183,21 @@ def describe(device: Any) -> dict[str, Any]:
     """The machine and the versions that a number depends on."""
     import torch
 
+    from mam2.kernels.launch import table_for
+
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    machine = {"device": "CPU", "system": platform.system(), "python": platform.python_version(), "versions": versions}
+    machine: dict[str, Any] = {
+        "device": "CPU",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    machine["launch_table"] = table_for(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {
@@ -236,13 +263,15 @@ def failures(name: str, section: dict[str, Any]) -> list[str]:
         late = verdict == "skipped" and name != "correctness"
         too_large = row.get("reason", "").startswith("OutOfMemoryError")
         if ours and verdict != "right" and not late and not too_large:
-            label = next(str(row[key]) for key in ("check", "operator", "objective", "front_end") if key in row)
+            label = next(
+                str(row[key]) for key in ("check", "operator", "objective", "front_end", "tokenizer") if key in row
+            )
             bad.append(f"{label}: {verdict} {row.get('reason', row.get('error', ''))}")
     return bad
 
 
-def table(name: str, section: dict[str, Any], *, marked: bool) -> str:
-    """The section as text: only the columns that hold something; of the checks, those that are not right."""
+def section_text(name: str, section: dict[str, Any], *, marked: bool) -> str:
+    """A title and the section's rows; of the checks, those that are not right."""
     rows = section["rows"]
     title = f"{name}: {section['status']}, {section['seconds']} s"
     if name == "correctness":
@@ -251,17 +280,7 @@ def table(name: str, section: dict[str, Any], *, marked: bool) -> str:
         rows = [row for row in rows if row["verdict"] != "right"]
     if marked:
         title = f"{MARK} | {title}" + (" | ratios to eager only" if name == "operators" else "")
-    columns = [column for column in COLUMNS[name] if any(row.get(column) is not None for row in rows)]
-    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)] if rows else []
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([f"\n{title}", *lines])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return f"\n{title}\n{table(rows, COLUMNS[name])}".rstrip()
 
 
 if __name__ == "__main__":

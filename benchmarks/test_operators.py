@@ -1,40 +1,53 @@
 """`make bench`: the operators under pytest-benchmark, each provider checked before it is timed."""
 
+import functools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks.operators import (
-    BUDGET,
-    OPERATORS,
-    SHAPES,
-    Operator,
-    all_providers,
-    exact_outputs,
-    gate,
-    outputs,
-    upstream_of,
-)
+from benchmarks.check import Operator, exact_outputs, judge, outputs, upstream_of
+from benchmarks.clips import SHAPES, Shape
+from benchmarks.operators import OPERATORS, all_providers, input_sets
+from benchmarks.timing import peak_mib, prepare, summary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("provider", ["ours", "eager", "compiled", "torch"])
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-def test_operator(benchmark, operator: Operator, provider: str) -> None:
-    torch.manual_seed(0)
-    shape = SHAPES[DEVICE.type][0]
-    function = all_providers(operator, shape, DEVICE, compiled=provider == "compiled").get(provider)
-    if function is None:
-        pytest.skip(f"{operator.name} has no provider {provider!r} here")
-    inputs, upstream = operator.inputs(shape, DEVICE), upstream_of(operator, DEVICE)
-    error = gate(operator, shape, function, inputs, upstream, exact_outputs(operator, shape, inputs, upstream))
-    assert error <= (0.0 if operator.check else BUDGET[shape.dtype]), f"wrong: relative error {error:.2g}"
-    benchmark.group = f"{operator.name} {shape}"
-    benchmark.name = provider
+def cases() -> Iterator[Any]:
+    """Every operator × batch × provider; on a CPU, where compiling takes longest, `compiled` at one batch only."""
+    for operator in OPERATORS:
+        for place, shape in enumerate(SHAPES[DEVICE.type]):
+            for provider in all_providers(operator, shape, DEVICE, compiled=DEVICE.type == "cuda" or place == 0):
+                yield pytest.param(operator, shape, provider, id=f"{operator.name}-B{shape.batch}-{provider}")
 
-    def run() -> None:
-        outputs(operator, function, inputs, upstream)
+
+@pytest.mark.parametrize(("operator", "shape", "provider"), cases())
+def test_operator(
+    benchmark: Any, rows: list[dict[str, Any]], peaks: dict[str, float], operator: Operator, shape: Shape, provider: str
+) -> None:
+    torch.manual_seed(0)
+    function = all_providers(operator, shape, DEVICE, compiled=provider == "compiled")[provider]
+    sets, upstream = input_sets(operator, shape, DEVICE), upstream_of(operator, shape, DEVICE)
+    exact = exact_outputs(operator, shape, sets[0], upstream)
+    verdict = judge(operator, shape, function, sets[0], upstream, exact)
+    row = {"operator": operator.name, "shape": shape, "batch": shape.batch, "provider": provider, **verdict}
+    rows.append(row)
+    if row["verdict"] == "absent":
+        pytest.skip(row["reason"])
+    assert row["verdict"] == "right", row.get("reason", f"relative error {row.get('error')}")
+
+    calls = [functools.partial(outputs, operator, function, inputs, upstream) for inputs in sets]
+    if DEVICE.type == "cuda":
+        row["peak_mib"] = peak_mib(calls[0], DEVICE)
+    run, count, replayed = prepare(calls, DEVICE)
+
+    def timed() -> None:
+        run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(run, rounds=50, warmup_rounds=5)
+    benchmark.group = f"{operator.name} {shape}"
+    benchmark.pedantic(timed, rounds=20, warmup_rounds=2)
+    row["timing"] = summary([1000 * seconds / count for seconds in benchmark.stats.stats.data], replayed=replayed)

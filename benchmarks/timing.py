@@ -6,14 +6,15 @@ gaps between launches are left out. On a CPU only ratios of two candidates of th
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-MATMUL_EDGE = 8192
-COPY_BYTES = 4 << 30
+CEILINGS = {"cuda": (4 << 30, 8192, torch.bfloat16), "cpu": (64 << 20, 1024, torch.float32)}
+"""Bytes copied, and edge and type of the matrices multiplied, for the ceilings of a device."""
 CALLS = 10
 """Least number of calls in a timed round on a GPU: launches and events weigh little on it."""
 
@@ -40,7 +41,8 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 def summary(samples_ms: Sequence[float], *, replayed: bool = False) -> Timing:
-    return Timing(*(percentile(samples_ms, percent) for percent in (50, 20, 80)), replayed)
+    median, p20, p80 = (percentile(samples_ms, percent) for percent in (50, 20, 80))
+    return Timing(median, p20, p80, replayed)
 
 
 def ratios(timings: dict[str, Timing], base: str) -> dict[str, float | None]:
@@ -50,13 +52,13 @@ def ratios(timings: dict[str, Timing], base: str) -> dict[str, float | None]:
 
 
 def interleaved(
-    candidates: dict[str, Sequence[Callable[[], Any]]], device: torch.device, *, rounds: int
+    candidates: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, *, rounds: int
 ) -> dict[str, Timing]:
     """Times candidates in turn, round by round, so that a change of clocks meets all of them.
 
     Each candidate is a list of the same call on different inputs; a round goes through the list at least once.
     """
-    timed = {name: _prepare(calls, device) for name, calls in candidates.items()}
+    timed = {name: prepare(calls, device) for name, calls in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, (run, count, _) in timed.items():
@@ -64,7 +66,7 @@ def interleaved(
     return {name: summary(samples[name], replayed=timed[name][2]) for name in candidates}
 
 
-def _prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[Callable[[], Any], int, bool]:
+def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[Callable[[], Any], int, bool]:
     """A round as one function, its number of calls, and whether it is a captured graph. Warms up."""
     repeats = -(-CALLS // len(calls)) if device.type == "cuda" else 1
 
@@ -79,19 +81,47 @@ def _prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[
     side = torch.cuda.Stream()  # capture needs a warm-up on a stream of its own
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
-            launch()
+        launch()
+        alone = not _waits_for_device(launch)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    if not alone:
+        return launch, repeats * len(calls), False
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             launch()
-    except RuntimeError:  # something in it waits for the device
+    except RuntimeError:  # PyTorch does not know of every wait
         torch.cuda.synchronize()
         return launch, repeats * len(calls), False
     graph.replay()
     return graph.replay, repeats * len(calls), True
+
+
+def _waits_for_device(launch: Callable[[], Any]) -> bool:
+    """Whether the host waits for the device in it; asked first, as a failed capture leaves random numbers unusable."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
+def dispatch_us(calls: Sequence[Callable[[], Any]], *, rounds: int = 20) -> float:
+    """Microseconds of the host for one call on a GPU, launched and not waited for; the median over rounds."""
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in itertools.islice(itertools.cycle(calls), CALLS):
+            call()
+        samples.append((time.perf_counter() - start) * 1e6 / CALLS)
+    torch.cuda.synchronize()
+    return percentile(samples, 50)
 
 
 def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
@@ -108,29 +138,32 @@ def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
     return first.elapsed_time(last)
 
 
-def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB that `run` holds at most above what is held before it; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
+    """MiB of tensors that `run` holds at most above what is held before it; on a CPU counted by PyTorch's profiler."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
 
 
-def copy_gb_per_s(device: torch.device) -> float:
-    """GB/s, read plus written, of a large copy within the device's memory."""
-    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=device)
+def ceilings(device: torch.device) -> dict[str, float]:
+    """GB/s of a large copy, read plus written, and TFLOP/s of a large product; bfloat16 on a GPU, float32 on a CPU."""
+    copied, edge, dtype = CEILINGS[device.type]
+    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": [lambda: target.copy_(source)]}, device, rounds=10)["copy"]
-    return 2 * COPY_BYTES / timing.median_ms / 1e6
-
-
-def matmul_tflop_per_s(device: torch.device) -> float:
-    """TFLOP/s of a bfloat16 product of two random matrices of 8192 by 8192."""
-    left, right = (torch.randn(MATMUL_EDGE, MATMUL_EDGE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    timing = interleaved({"product": [lambda: torch.mm(left, right, out=out)]}, device, rounds=10)["product"]
-    return 2 * MATMUL_EDGE**3 / timing.median_ms / 1e9
+    calls = {"copy": [lambda: target.copy_(source)], "product": [lambda: torch.mm(left, right, out=out)]}
+    timings = interleaved(calls, device, rounds=10)
+    return {
+        "copy_gb_per_s": 2 * copied / timings["copy"].median_ms / 1e6,
+        "matmul_tflop_per_s": 2 * edge**3 / timings["product"].median_ms / 1e9,
+    }

@@ -1,8 +1,8 @@
 """What a run is: frozen, keyword-only config dataclasses, read from a recipe and overridden by flags.
 
-A recipe is a TOML file whose tables are the fields of `PretrainConfig`. Every table and key must exist;
-an unknown one is an error that names the nearest. The resolved config is written beside every run and
-into every checkpoint.
+A recipe is a TOML file whose tables are the fields of `PretrainConfig`, or of
+`mam2.engine.finetune_config.FinetuneConfig`. Every table and key must exist; an unknown one is an error that names
+the nearest. The resolved config is written beside every run and into every checkpoint.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 try:
     import tomllib
@@ -20,6 +21,10 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 RECIPES = Path(__file__).with_name("recipes")
+FINETUNE = "finetune"
+"""File name of the shipped recipes that fine-tune; all others pre-train."""
+
+Config = TypeVar("Config")
 
 
 class UserError(Exception):
@@ -235,6 +240,11 @@ class PretrainConfig:
         return self.model.tubelet, self.model.patch, self.model.patch
 
     @property
+    def together(self) -> int:
+        """Clips that must be in one pass: the views of a video."""
+        return self.data.views
+
+    @property
     def motion_options(self) -> dict[str, Any]:
         """The motion target, as keywords of `mam2.kernels.frame_difference` and `masked_frame_difference_loss`."""
         return {
@@ -245,9 +255,31 @@ class PretrainConfig:
         }
 
 
-def recipe_names() -> list[str]:
-    """The shipped recipes: a method (`mam2-fast`), or a method on a data set (`ssv2/mam2-fast`)."""
-    return sorted(name for name, path in _shipped().items() if not path.stem.startswith("_"))
+class TrainConfig(Protocol):
+    """What every training run has, whatever it learns."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def optim(self) -> OptimConfig: ...
+
+    @property
+    def run(self) -> RunConfig: ...
+
+    @property
+    def together(self) -> int: ...
+
+
+def recipe_names(kind: type = PretrainConfig) -> list[str]:
+    """The shipped recipes of a kind of config: a method (`mam2-fast`), or a method on a data set (`ssv2/mam2-fast`);
+    or those that fine-tune (`ssv2/finetune`)."""
+    finetune = kind is not PretrainConfig
+    return sorted(
+        name
+        for name, path in _shipped().items()
+        if not path.stem.startswith("_") and (path.stem == FINETUNE) == finetune
+    )
 
 
 def load_recipe(name: str) -> PretrainConfig:
@@ -258,20 +290,25 @@ def load_recipe(name: str) -> PretrainConfig:
 
     Raises UserError for an unknown recipe, a file that cannot be parsed, and unknown or ill-typed keys.
     """
-    return from_dict(PretrainConfig, _read_recipe(name, Path(), ()), where=f"recipe {name}")
+    return load_recipe_of(PretrainConfig, name)
+
+
+def load_recipe_of(kind: type[Config], name: str) -> Config:
+    """`load_recipe` for another kind of config."""
+    return from_dict(kind, _read_recipe(kind, name, Path(), ()), where=f"recipe {name}")
 
 
 def _shipped() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.toml")}
 
 
-def _read_recipe(name: str, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     """The tables of a recipe, those it extends merged in; `within` are the ones that asked for it."""
     path = _shipped().get(name) or folder / name
     if not path.is_file():
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        near = difflib.get_close_matches(name, recipe_names(kind), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"recipe {name!r}: neither a file nor one of {', '.join(recipe_names())}{hint}")
+        raise UserError(f"recipe {name!r}: neither a file nor one of {', '.join(recipe_names(kind))}{hint}")
     if path.resolve() in within:
         raise UserError(f"recipe {path}: extends itself")
     parse = json.loads if path.suffix == ".json" else tomllib.loads
@@ -282,10 +319,10 @@ def _read_recipe(name: str, folder: Path, within: tuple[Path, ...]) -> dict[str,
     extended = values.pop("extends", [])
     if not isinstance(extended, list) or not all(isinstance(other, str) for other in extended):
         raise UserError(f"recipe {path.name}: 'extends' expects a list of recipes, found {extended!r}")
-    from_dict(PretrainConfig, values, where=f"recipe {path.name}")  # a wrong key is named with the file it is in
+    from_dict(kind, values, where=f"recipe {path.name}")  # a wrong key is named with the file it is in
     merged: dict[str, Any] = {}
     for other in extended:
-        merged = _merged(merged, _read_recipe(other, path.parent, (*within, path.resolve())))
+        merged = _merged(merged, _read_recipe(kind, other, path.parent, (*within, path.resolve())))
     return _merged(merged, values)
 
 
@@ -322,42 +359,37 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
     return cls(**built)
 
 
-def to_dict(config: PretrainConfig) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, the inverse of `from_dict`."""
     return dataclasses.asdict(config)
 
 
-def passes(config: PretrainConfig, processes: int) -> int:
+def passes(config: TrainConfig, processes: int) -> int:
     """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
 
     Raises UserError where the batch cannot be shared out evenly.
     """
-    batch, most, views = config.optim.batch, config.optim.micro_batch, config.data.views
-    for count in range(1, batch // (processes * views) + 1):
-        if batch % (processes * count * views) == 0 and (not most or batch // (processes * count) <= most):
+    batch, most, together = config.optim.batch, config.optim.micro_batch, config.together
+    for count in range(1, batch // (processes * together) + 1):
+        if batch % (processes * count * together) == 0 and (not most or batch // (processes * count) <= most):
             return count
     raise UserError(
         f"optim.batch {batch} cannot be shared out to {processes} processes in equal passes of whole views "
-        f"(data.views {views}) of at most optim.micro_batch {most or 'any'} clips; "
-        f"a multiple of {processes * views} can"
+        f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
+        f"clips; a multiple of {processes * together} can"
     )
 
 
 def check(config: PretrainConfig) -> None:
     """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
-    data, mask, model, optim = config.data, config.mask, config.model, config.optim
-    if data.size < 1 or data.size % model.patch:
-        below = max(data.size // model.patch, 1) * model.patch
-        raise UserError(f"data.size {data.size} is not a multiple of model.patch {model.patch}; {below} would be")
-    if data.frames < 1 or data.frames % model.tubelet:
-        raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {model.tubelet}")
+    data, mask, model = config.data, config.mask, config.model
+    check_training(config, model.patch, model.tubelet)
     positions = config.grid[1] * config.grid[2]
     if not 0 < int(mask.ratio * positions) < positions:
         raise UserError(
             f"mask.ratio {mask.ratio} hides {int(mask.ratio * positions)} of {positions} positions; "
             "it must hide at least one and leave at least one visible"
         )
-    passes(config, 1)
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:
@@ -367,31 +399,48 @@ def check(config: PretrainConfig) -> None:
             f"model.decoder.width {model.decoder.width} differs from model.regressor.width {model.regressor.width}; "
             "MAM2's decoders work at the regressor's width"
         )
+    if config.loss.difference == "intra" and model.tubelet < 2:
+        raise UserError("loss.difference 'intra' needs model.tubelet of at least 2; 'adjacent' does not")
+    if config.loss.balance == "gradient" and config.loss.motion <= 0:
+        raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
+    if config.tokenizer.cache and not data.recorded:
+        raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
+
+
+def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
+    """`check` for what all kinds of config have; tokens of `tubelet` frames and `patch`² pixels."""
+    data, run = config.data, config.run
+    if data.size < 1 or data.size % patch:
+        below = max(data.size // patch, 1) * patch
+        raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; {below} would be")
+    if data.frames < 1 or data.frames % tubelet:
+        raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
     if not 0 < data.min_area <= data.max_area <= 1 or data.max_aspect < 1:
         raise UserError(
             f"data.min_area {data.min_area}, data.max_area {data.max_area}, data.max_aspect {data.max_aspect}: "
             "expected 0 < min_area <= max_area <= 1 <= max_aspect"
         )
-    if config.loss.difference == "intra" and model.tubelet < 2:
-        raise UserError("loss.difference 'intra' needs model.tubelet of at least 2; 'adjacent' does not")
-    if config.loss.balance == "gradient" and config.loss.motion <= 0:
-        raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
     if data.stride < 0 or data.fps < 0 or (data.sampling == "dense" and (data.stride > 0) == (data.fps > 0)):
         raise UserError(
             f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one, the other is 0"
         )
     if data.recorded < 0:
         raise UserError(f"data.recorded must not be negative, found {data.recorded}")
-    if config.tokenizer.cache and not data.recorded:
-        raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
-    positive = {
-        "data.timeout_s": data.timeout_s,
-        "optim.epochs": optim.epochs,
-        "run.log_every": config.run.log_every,
-        "run.save_every": config.run.save_every,
-        "run.keep": config.run.keep,
-        "data.prefetch": data.prefetch,
-    }
-    for name, value in positive.items():
+    passes(config, 1)
+    check_positive(
+        {
+            "data.timeout_s": data.timeout_s,
+            "optim.epochs": config.optim.epochs,
+            "run.log_every": run.log_every,
+            "run.save_every": run.save_every,
+            "run.keep": run.keep,
+            "data.prefetch": data.prefetch,
+        }
+    )
+
+
+def check_positive(values: Mapping[str, float]) -> None:
+    """Raises UserError for the first value that is not above 0, by its name."""
+    for name, value in values.items():
         if value <= 0:
             raise UserError(f"{name} must be positive, found {value}")

@@ -24,9 +24,18 @@ import torch
 from . import launch
 from .launch import jit, tl
 
-KINDS = {"pixel": 0, "adjacent": 1, "intra": 2}
+KINDS = {"pixel": 0, "adjacent": 1, "intra": 2, "joint": 3}
 NORMALIZE = {None: 0, "channel": 1, "patch": 2}
 MAX_RUN = 16
+
+
+@jit
+def store_rounded(pointer, values, mask):
+    """Stores float values in the pointer's type, through float32: Triton's interpreter rounds no other to bfloat16."""
+    kind: tl.constexpr = pointer.dtype.element_ty
+    if kind != tl.float64:
+        values = values.to(tl.float32)
+    tl.store(pointer, values.to(kind), mask=mask)
 
 
 @jit
@@ -56,8 +65,20 @@ def row_offsets(stride_t, stride_h, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WI
     row = tl.arange(0, ROWS)[:, None]
     frame = row // HEIGHT
     if WIDE:
-        return row, frame, frame.to(tl.int64) * stride_t + (row % HEIGHT).to(tl.int64) * stride_h
-    return row, frame, frame * stride_t + row % HEIGHT * stride_h
+        offset = frame.to(tl.int64) * stride_t + (row % HEIGHT).to(tl.int64) * stride_h
+    else:
+        offset = frame * stride_t + row % HEIGHT * stride_h
+    return row, frame, offset
+
+
+@jit
+def has_target(frame, slot, slots, KIND: tl.constexpr, TUBELET: tl.constexpr):
+    """Which patch rows [ROWS,1], by their frame, have a target: a difference to the next frame needs that frame."""
+    if KIND == 1:  # adjacent: the clip's last frame has no next one
+        return (frame < TUBELET - 1) | (slot < slots - 1)
+    if KIND == 2:  # intra: nor has the cube's
+        return frame < TUBELET - 1
+    return frame >= 0
 
 
 @jit
@@ -195,6 +216,7 @@ def cube_target(
     pointer,
     mask,
     exists,
+    frame,
     stride_c,
     stride_t,
     stride_w,
@@ -214,7 +236,7 @@ def cube_target(
 ):
     """Target segments of one token; `mask` and `exists` [ROWS,1] say which rows it has, and which have a target.
 
-    What the segments hold in rows without a target means nothing.
+    `frame` [ROWS,1] is each row's frame in the cube. What the segments hold in rows without a target means nothing.
     """
     INTEGER: tl.constexpr = BYTES and not AFFINE
     UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
@@ -222,11 +244,17 @@ def cube_target(
     cube = load_cube(
         pointer, mask, stride_c, stride_w, affine_ptr, CHANNELS, WIDTH, RUN, CHANNELS_LAST, WIDE, AFFINE, BYTES, DTYPE
     )
-    following = cube
+    other = cube
     if KIND != 0:
-        following = load_cube(
-            pointer + stride_t,
-            exists,
+        if KIND == 3:  # joint: the cube's first frame, which itself stays as it is
+            steps = -(frame.to(tl.int64) if WIDE else frame)
+            wanted = exists & (frame > 0)
+        else:  # the next frame
+            steps = 1
+            wanted = exists
+        other = load_cube(
+            pointer + steps * stride_t,
+            wanted,
             stride_c,
             stride_w,
             affine_ptr,
@@ -248,8 +276,12 @@ def cube_target(
             goal = cube[segment].to(DTYPE)
             if NORMALIZE:
                 goal -= choose(means, group, GROUPS)
+        elif KIND == 3:
+            goal = (cube[segment] - other[segment]).to(DTYPE)
+            if NORMALIZE:
+                goal -= tl.where(frame > 0, 0.0, choose(means, group, GROUPS))
         else:
-            goal = (following[segment] - cube[segment]).to(DTYPE)
+            goal = (other[segment] - cube[segment]).to(DTYPE)
         if NORMALIZE:
             goal *= choose(inverses, group, GROUPS)
         elif INTEGER:

@@ -16,10 +16,20 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import KINDS, NORMALIZE, cube_meta, cube_place, cube_target, restoring_table, row_offsets, run_values
+from .cube import (
+    KINDS,
+    NORMALIZE,
+    cube_meta,
+    cube_place,
+    cube_target,
+    has_target,
+    restoring_table,
+    row_offsets,
+    run_values,
+)
 from .launch import jit, tl
-from .masks import TubeMask
-from .shapes import DIFFERENCES, Grid, check_choice, check_deviation, check_index, check_statistics, check_video
+from .masks import TubeMask, masked_index
+from .shapes import DIFFERENCES, check_choice, check_deviation, check_statistics, check_video, target_values
 
 
 @jit
@@ -62,15 +72,12 @@ def _frame_difference_kernel(
     row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset
     mask = inside & (row < TUBELET * HEIGHT)
-    exists = mask
-    if KIND == 1:  # adjacent: the clip's last frame has no next one
-        exists = mask & ((frame < TUBELET - 1) | (slot < slots - 1))
-    elif KIND == 2:  # intra: nor has the cube's
-        exists = mask & (frame < TUBELET - 1)
+    exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
     target = cube_target(
         source,
         mask,
         exists,
+        frame,
         stride_c,
         stride_t,
         stride_w,
@@ -108,7 +115,7 @@ def _launch(
 ) -> torch.Tensor:
     grid = check_video(video, patch_size)
     dtype = reference.compute_dtype(video)
-    values = difference_values(grid, patch_size, difference)
+    values = target_values(grid, patch_size, difference)
     out = video.new_empty(*index.shape, values, dtype=dtype)
     table = restoring_table(video, mean, std, dtype)
     meta = cube_meta(video, patch_size, dtype)
@@ -129,7 +136,7 @@ def _launch(
         NORMALIZE=NORMALIZE[normalize],
         EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("frame_difference", grid.values, scattered=not meta["CHANNELS_LAST"]),
+        num_warps=launch.warps("frame_difference", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
     )
     return out
 
@@ -149,7 +156,7 @@ def _frame_difference(
         return _launch(video, index, patch_size, difference, normalize, eps, mean, std)
     dtype = reference.compute_dtype(video)
     target = reference.target(video, index, patch_size, difference, normalize, eps, mean, std, dtype)
-    return target.view(*index.shape, -1)
+    return target.unflatten(0, index.shape)
 
 
 @_frame_difference.register_fake
@@ -166,16 +173,6 @@ def _(
     frames = patch_size[0] - (difference == "intra")
     values = frames * patch_size[1] * patch_size[2] * video.shape[1]
     return video.new_empty(*index.shape, values, dtype=reference.compute_dtype(video))
-
-
-def difference_values(grid: Grid, patch_size: Sequence[int], difference: str) -> int:
-    """Pd, the number of values a token's difference has; ValueError if the kind is unknown or a tubelet too short."""
-    check_choice("difference", difference, DIFFERENCES)
-    if difference == "adjacent":
-        return grid.values
-    if patch_size[0] < 2:
-        raise ValueError("difference: 'intra' needs tubelets of at least 2 frames, found 1; use 'adjacent'")
-    return grid.values - grid.values // patch_size[0]
 
 
 def frame_difference(
@@ -198,7 +195,7 @@ def frame_difference(
         normalize: "channel", "patch" or None.
         eps: see the head of this file.
         mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
-        mask: rows of these masked tokens only (TubeMask or int64 [B,Nm]); default: every token.
+        mask: rows of these masked tokens only, as in `masked_pixel_loss`; default: every token.
 
     Returns:
         [B,N,Pd] or [B,Nm,Pd], value order (t,h,w,c), float32 (float64 for a float64 clip).
@@ -207,12 +204,9 @@ def frame_difference(
         ValueError: a shape, type or choice that does not fit.
     """
     grid = check_video(video, patch_size)
-    difference_values(grid, patch_size, difference)
+    check_choice("difference", difference, DIFFERENCES)
+    target_values(grid, patch_size, difference)
     check_deviation(normalize, patch_size, video.shape[1])
     means, stds = check_statistics(mean, std, video.shape[1])
-    if mask is None:
-        index = torch.arange(grid.tokens, device=video.device).expand(video.shape[0], -1)
-    else:
-        index = mask.masked if isinstance(mask, TubeMask) else mask
-    check_index("mask", index, video)
+    index = masked_index(mask, grid, video)
     return _frame_difference(video, index, list(patch_size), difference, normalize, eps, means, stds)

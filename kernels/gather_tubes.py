@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values
+from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values, store_rounded
 from .launch import jit, tl
 from .shapes import check_index, check_statistics, check_video
 
@@ -73,8 +73,7 @@ def _gather_tubes_kernel(
         pixels = cube[segment].to(DTYPE)
         if BYTES and not AFFINE:
             pixels *= 1.0 / 255.0
-        pixels = tl.where(inside, pixels, float("nan"))
-        tl.store(out + value, pixels.to(out_ptr.dtype.element_ty), mask=mask)
+        store_rounded(out + value, tl.where(inside, pixels, float("nan")), mask)
 
 
 def _launch(
@@ -105,7 +104,7 @@ def _launch(
         *video.stride(),
         **meta,
         AFFINE=table is not None,
-        num_warps=launch.warps("gather_tubes", grid.values, scattered=not meta["CHANNELS_LAST"]),
+        num_warps=launch.warps("gather_tubes", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
     )
     return out
 

@@ -6,6 +6,9 @@ through PyTorch. `MAM2_KERNELS=triton|pytorch` forces one; `triton` on CPU tenso
 """
 
 import contextlib
+import functools
+import importlib.resources
+import json
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -45,23 +48,42 @@ def active_path(where: torch.Tensor | torch.device | str) -> str:
     return path
 
 
-WARPS = {
-    "masked_loss": ((1536, 1), (3072, 2), (6144, 4)),
-    "frame_difference": ((1536, 1), (3072, 2), (6144, 4)),
-    "gather_tubes": ((1536, 1), (3072, 2), (6144, 4)),
-    "scale_gradient": ((512, 1), (1024, 2), (4096, 4)),
-    "softmax_gradient": ((1024, 2), (2048, 4), (8192, 8)),
-    "draw_mask": ((256, 2), (1024, 4), (4096, 8)),
-}
-"""Launch table: for each kernel, (largest block of values, warps); the last row serves every larger block."""
+_DATA = json.loads(importlib.resources.files(__package__).joinpath("launch_table.json").read_text(encoding="utf-8"))
+WARPS: dict[str, dict[str, list[list[int]]]] = _DATA["warps"]
+"""Launch tables: architecture -> kernel -> [[largest block of values, warps], …], written by benchmarks/tune.py.
 
-CHUNK_BYTES = {"cuda": 32 << 20, "cpu": 4 << 20}
-"""Logits of linear_cross_entropy held at a time: what stays in the cache (L2 of an A100 or later; L3 of a CPU)."""
+The last row serves every larger block; a kernel that an architecture does not name takes the rows of "default".
+"""
+
+CHUNK_BYTES: dict[str, int] = _DATA["chunk_bytes"]
+"""Architecture -> logits of linear_cross_entropy held at a time: what stays in the cache (L2 of a GPU, L3 of a CPU)."""
 
 
-def warps(kernel: str, block: int, *, scattered: bool = False) -> int:
-    """Warps of a program of `kernel` that works on `block` values; twice as many if each has an address of its own."""
-    table = WARPS[kernel]
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Of a GPU, as "sm_90" or "gfx942"; of any other device, its type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def table_for(device: torch.device) -> str:
+    """Name of the launch table that a device takes: its architecture's, else "default"."""
+    name = architecture(device)
+    return name if name in WARPS else "default"
+
+
+def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = False) -> int:
+    """Warps of a program of `kernel` that works on `block` values; twice as many if each has an address of its own.
+
+    Raises:
+        ValueError: a kernel without a row in launch_table.json.
+    """
+    table = WARPS[table_for(device)].get(kernel) or WARPS["default"].get(kernel)
+    if table is None:
+        known = ", ".join(sorted(WARPS["default"]))
+        raise ValueError(f"kernel: expected one that launch_table.json lists ({known}), found {kernel!r}: add it there")
     count = next((count for largest, count in table if block <= largest), table[-1][1])
     return 2 * count if scattered else count
 
@@ -73,7 +95,7 @@ def power_of_two(size: int) -> int:
 
 def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of logits to hold at a time, a multiple of 128."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    budget = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"])
     return max(budget // (codes * dtype.itemsize) // 128, 1) * 128
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from . import launch
-from .scale_gradient import refuse_double_backward, scale_gradient
+from .derivatives import refuse_double_backward, refuse_transforms, wants_gradient
+from .scale_gradient import scale_gradient
 from .shapes import REDUCTIONS, check_choice
 from .softmax_gradient import accumulation_dtype, softmax_gradient_
 
@@ -236,6 +237,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"hidden and weight: expected [M,D] and [V,D], found {list(hidden.shape)} and {list(weight.shape)}"
         )
+    if not hidden.dtype.is_floating_point or not len(weight):
+        raise ValueError(f"hidden and weight: expected floats and at least 1 code, found {hidden.dtype}, {len(weight)}")
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target: expected int64 [{hidden.shape[0]}], found {target.dtype} {list(target.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -250,10 +253,14 @@ def linear_cross_entropy(
             raise ValueError(f"{name}: expected the device of hidden ({hidden.device}), found {tensor.device}")
         if tensor is not None and tensor is not target and tensor.dtype != hidden.dtype and not autocast:
             raise ValueError(f"{name}: expected the type of hidden ({hidden.dtype}), found {tensor.dtype}")
+    refuse_transforms("linear_cross_entropy", hidden, weight, bias)
     label_smoothing = float(label_smoothing)
     if reduction == "none":
         return _rows_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
-    record = torch.is_grad_enabled()
-    needs = [record and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    needs = [tensor is not None and wants_gradient(tensor) for tensor in (hidden, weight, bias)]
     total = _sum_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    if reduction == "sum":
+        return total
+    counted = (target != ignore_index).sum()
+    # over no row the loss is NaN and the gradient 0, as PyTorch's
+    return torch.where(counted > 0, total / counted.clamp(min=1), float("nan"))

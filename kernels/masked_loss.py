@@ -2,7 +2,8 @@
 
     error[b, k]      = Σ over the token's values of (pred − target)²
     gradient[b, k]   = 2 · (pred − target)
-    target           = the standardised cube ("pixel"), or its frame difference (frame_difference.py)
+    target           = the standardised cube ("pixel"), the same with the first frame subtracted from the later ones
+                       ("joint"), or the cube's frame difference ("adjacent", "intra": frame_difference.py)
 
 The mean, the sum or the single values are formed from `error` in plain PyTorch; backward multiplies the gradient that
 the forward pass left by what comes from upstream.
@@ -15,13 +16,23 @@ from typing import Any
 
 import torch
 
-from . import launch, reference
-from .cube import KINDS, NORMALIZE, cube_meta, cube_place, cube_target, restoring_table, row_offsets, run_values
-from .frame_difference import difference_values
+from . import launch, reference, shapes
+from .cube import (
+    KINDS,
+    NORMALIZE,
+    cube_meta,
+    cube_place,
+    cube_target,
+    has_target,
+    restoring_table,
+    row_offsets,
+    run_values,
+    store_rounded,
+)
+from .derivatives import refuse_double_backward, refuse_transforms, wants_gradient
 from .launch import jit, tl
-from .masks import TubeMask
-from .scale_gradient import refuse_double_backward, scale_gradient
-from .shapes import REDUCTIONS, Grid, check_choice, check_deviation, check_index, check_statistics, check_video
+from .masks import TubeMask, masked_index
+from .scale_gradient import scale_gradient
 
 
 @jit
@@ -70,15 +81,12 @@ def _masked_loss_kernel(
     row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset
     mask = inside & (row < TUBELET * HEIGHT)
-    exists = mask
-    if KIND == 1:  # adjacent: the clip's last frame has no next one
-        exists = mask & ((frame < TUBELET - 1) | (slot < slots - 1))
-    elif KIND == 2:  # intra: nor has the cube's
-        exists = mask & (frame < TUBELET - 1)
+    exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
     target = cube_target(
         source,
         mask,
         exists,
+        frame,
         stride_c,
         stride_t,
         stride_w,
@@ -112,8 +120,7 @@ def _masked_loss_kernel(
         residual = tl.where(exists, predicted - target[segment], 0.0)
         error += tl.sum(residual * residual, axis=1)
         if GRADIENT:
-            doubled = (2 * residual).to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient + value, doubled, mask=inside & (row < FRAMES * HEIGHT))
+            store_rounded(gradient + value, 2 * residual, inside & (row < FRAMES * HEIGHT))
     tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
 
 
@@ -129,7 +136,7 @@ def _launch(
     std: Sequence[float] | None,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = check_video(video, patch_size)
+    grid = shapes.check_video(video, patch_size)
     dtype = reference.compute_dtype(pred, video)
     every_token = pred.shape[1] != masked.shape[1]
     error = pred.new_empty(masked.shape, dtype=dtype)
@@ -161,7 +168,7 @@ def _launch(
         NORMALIZE=NORMALIZE[normalize],
         EPS=eps,
         AFFINE=table is not None,
-        num_warps=launch.warps("masked_loss", grid.values, scattered=not meta["CHANNELS_LAST"]),
+        num_warps=launch.warps("masked_loss", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
     )
     return error, gradient
 
@@ -221,67 +228,60 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
 _masked_loss.register_autograd(_backward, setup_context=_save)
 
 
-def _masked_index(mask: TubeMask | torch.Tensor, grid: Grid, video: torch.Tensor) -> torch.Tensor:
-    if isinstance(mask, TubeMask):
-        index = mask.masked
-    elif mask.dtype == torch.bool:
-        if mask.shape != (video.shape[0], grid.tokens):
-            expected = [video.shape[0], grid.tokens]
-            raise ValueError(f"mask: expected bool {expected} (True = masked), found shape {list(mask.shape)}")
-        index = TubeMask.from_bool(mask).masked
-    else:
-        index = mask
-    check_index("mask", index, video)
-    return index
-
-
-def _errors(
+def _loss(
     pred: torch.Tensor,
     video: torch.Tensor,
-    mask: TubeMask | torch.Tensor,
+    mask: TubeMask | torch.Tensor | None,
     patch_size: Sequence[int],
     target: str,
     normalize: str | None,
     eps: float,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    weight: torch.Tensor | None,
     reduction: str,
-) -> tuple[torch.Tensor, torch.Tensor, Grid]:
-    """Checks everything, then errors [B,Nm], the masked token numbers, and the grid."""
-    grid = check_video(video, patch_size)
-    values = grid.values if target == "pixel" else difference_values(grid, patch_size, target)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_deviation(normalize, patch_size, video.shape[1])
-    means, stds = check_statistics(mean, std, video.shape[1])
-    masked = _masked_index(mask, grid, video)
-    batch, count = masked.shape
-    if (
-        pred.dim() != 3
-        or pred.shape[0] != batch
-        or pred.shape[1] not in (count, grid.tokens)
-        or pred.shape[2] != values
-    ):
-        raise ValueError(
-            f"pred: expected [{batch}, {count}, {values}] (masked tokens) or [{batch}, {grid.tokens}, {values}] "
-            f"(every token), found {list(pred.shape)}"
-        )
-    if not pred.dtype.is_floating_point or pred.device != video.device:
-        raise ValueError(f"pred: expected a float type on {video.device}, found {pred.dtype} on {pred.device}")
-    needs_gradient = pred.requires_grad and torch.is_grad_enabled()
-    errors, _ = _masked_loss(pred, video, masked, list(patch_size), target, normalize, eps, means, stds, needs_gradient)
-    return errors, masked, grid
+) -> torch.Tensor:
+    grid = shapes.check_video(video, patch_size)
+    values = shapes.target_values(grid, patch_size, target)
+    shapes.check_choice("reduction", reduction, shapes.REDUCTIONS)
+    shapes.check_deviation(normalize, patch_size, video.shape[1])
+    means, stds = shapes.check_statistics(mean, std, video.shape[1])
+    masked = masked_index(mask, grid, video)
+    shapes.check_pred(pred, masked, grid, values)
+    shapes.check_weight(weight, masked)
+    refuse_transforms("masked loss", pred)
+    settings = list(patch_size), target, normalize, eps, means, stds, wants_gradient(pred)
+    errors, _ = _masked_loss(pred, video, masked, *settings)
+    if weight is not None:
+        weight = weight.to(errors.dtype)
+        errors = errors * weight
+    if reduction == "sum":
+        return errors.sum()
+    existing: int | torch.Tensor = values
+    if target == "adjacent":
+        last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
+        existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])
+    if reduction == "none":
+        # with tubelets of one frame, the last slot has no value at all
+        return errors / (existing.clamp(min=1) if isinstance(existing, torch.Tensor) else existing)
+    if weight is not None:
+        existing = weight * existing
+    total = existing.sum() if isinstance(existing, torch.Tensor) else errors.numel() * existing
+    return errors.sum() / total
 
 
 def masked_pixel_loss(
     pred: torch.Tensor,
     video: torch.Tensor,
-    mask: TubeMask | torch.Tensor,
+    mask: TubeMask | torch.Tensor | None,
     *,
     patch_size: Sequence[int] = (2, 16, 16),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    target: str = "pixel",
     normalize: str | None = "channel",
     eps: float = 1e-6,
+    weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Mean squared error of predicted pixels on the masked tokens.
@@ -289,33 +289,36 @@ def masked_pixel_loss(
     Args:
         pred: [B,Nm,P] predictions of the masked tokens in the order of the mask, or [B,N,P] of every token.
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
-        mask: TubeMask, int64 [B,Nm] token numbers, or bool [B,N] with True = masked (which waits for the device).
+        mask: TubeMask, int64 [B,Nm] token numbers, each at most once in a clip, bool [B,N] with True = masked (which
+            waits for the device), or None: every token.
         patch_size: (frames, height, width) of a token.
         mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
+        target: "pixel": the standardised cube; "joint": its first frame, and of every later frame the standardised
+            frame minus the first (MAE-DFER).
         normalize: "channel": (x − mean)/(sqrt(var) + eps) over each channel of the cube, as VideoMAE;
             "patch": (x − mean)/sqrt(var + eps) over the whole cube, as MAE and mae_st; None: pixels in [0,1].
             The variance is unbiased.
         eps: see `normalize`.
-        reduction: "mean" over all masked values, "sum", or "none": [B,Nm], each token's mean over its values.
+        weight: bool or real [B,Nm], what each masked token counts, for losses over numbers of tokens that differ from
+            clip to clip: every error is multiplied by it.
+        reduction: "mean" over all masked values (with `weight`: the weighted mean), "sum", or "none": [B,Nm], each
+            token's mean over its values (with `weight`: times its weight). The mean over nothing is NaN, as PyTorch's.
 
     Returns:
-        A scalar or [B,Nm], float32 (float64 if pred or video is), differentiable once in pred.
+        A scalar or [B,Nm], float32 (float64 if pred or video is), differentiable once in pred and weight.
 
     Raises:
         ValueError: a shape, type, device or choice that does not fit.
         IndexError: a token number out of range (on a GPU the loss is NaN instead).
     """
-    errors, _, grid = _errors(pred, video, mask, patch_size, "pixel", normalize, eps, mean, std, reduction)
-    if reduction == "none":
-        return errors / grid.values
-    total = errors.sum()
-    return total / (errors.numel() * grid.values) if reduction == "mean" else total
+    shapes.check_choice("target", target, shapes.PIXEL_TARGETS)
+    return _loss(pred, video, mask, patch_size, target, normalize, eps, mean, std, weight, reduction)
 
 
 def masked_frame_difference_loss(
     pred: torch.Tensor,
     video: torch.Tensor,
-    mask: TubeMask | torch.Tensor,
+    mask: TubeMask | torch.Tensor | None,
     *,
     patch_size: Sequence[int] = (2, 16, 16),
     difference: str = "adjacent",
@@ -323,6 +326,7 @@ def masked_frame_difference_loss(
     eps: float = 1e-6,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Mean squared error of predicted motion on the masked tokens; the target is `frame_difference`'s.
@@ -337,14 +341,5 @@ def masked_frame_difference_loss(
 
     The rest, the result and the errors are as in `masked_pixel_loss`.
     """
-    errors, masked, grid = _errors(pred, video, mask, patch_size, difference, normalize, eps, mean, std, reduction)
-    values = pred.shape[2]
-    if reduction == "sum":
-        return errors.sum()
-    if difference == "intra":
-        return errors / values if reduction == "none" else errors.sum() / (errors.numel() * values)
-    last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
-    existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])
-    if reduction == "none":
-        return errors / existing.clamp(min=1)  # with tubelets of one frame, the last slot has no value at all
-    return errors.sum() / existing.sum()
+    shapes.check_choice("difference", difference, shapes.DIFFERENCES)
+    return _loss(pred, video, mask, patch_size, difference, normalize, eps, mean, std, weight, reduction)

@@ -14,6 +14,7 @@ import torch
 
 from . import launch, reference
 from .launch import jit, tl
+from .shapes import Grid, check_index
 
 
 class TubeMask(NamedTuple):
@@ -43,13 +44,46 @@ class TubeMask(NamedTuple):
                 f"mask: expected the same number of masked tokens in every clip, found {sorted(set(counts))}"
             )
         hidden = counts[0] if counts else 0
-        order = mask.to(torch.uint8).sort(dim=1, stable=True, descending=True).indices
+        order = order_by(mask)
         return cls(visible=order[:, hidden:].contiguous(), masked=order[:, :hidden].contiguous())
+
+
+def order_by(mask: torch.Tensor) -> torch.Tensor:
+    """Token numbers [B,N]: first those that are True in mask [B,N], then the others, both ascending."""
+    return mask.to(torch.uint8).sort(dim=1, stable=True, descending=True).indices
+
+
+def masked_index(mask: TubeMask | torch.Tensor | None, grid: Grid, video: torch.Tensor) -> torch.Tensor:
+    """Masked token numbers [B,Nm] of a TubeMask, a bool [B,N], an index, or None: every token. ValueError if unfit."""
+    if mask is None:
+        return torch.arange(grid.tokens, device=video.device).expand(video.shape[0], -1)
+    if isinstance(mask, TubeMask):
+        index = mask.masked
+    elif mask.dtype == torch.bool:
+        if mask.shape != (video.shape[0], grid.tokens):
+            expected = [video.shape[0], grid.tokens]
+            raise ValueError(f"mask: expected bool {expected} (True = masked), found shape {list(mask.shape)}")
+        index = TubeMask.from_bool(mask).masked
+    else:
+        index = mask
+    check_index("mask", index, video)
+    return index
 
 
 @jit
 def _draw_mask_kernel(
-    visible_ptr, masked_ptr, step_ptr, seed, first_sample, slots, positions, hidden, BLOCK: tl.constexpr
+    visible_ptr,
+    masked_ptr,
+    step_ptr,
+    energy_ptr,
+    seed,
+    first_sample,
+    slots,
+    positions,
+    hidden,
+    strength,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     clip = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, BLOCK)
@@ -61,8 +95,19 @@ def _draw_mask_kernel(
     word, _, _, _ = tl.philox(
         seed, position.to(tl.uint32), zero.to(tl.uint32) + low, zero.to(tl.uint32) + high, zero.to(tl.uint32) + step
     )
-    # key and position in one number: distinct, so that the smallest `hidden` are well defined
-    rank = tl.where(mask, word.to(tl.int64) * 16777216 + position, 0x7FFFFFFFFFFFFFFF)
+    key = word.to(tl.int64)
+    if GUIDED:
+        energy = tl.zeros([BLOCK], tl.float64)
+        for slot in range(slots):
+            energies = energy_ptr + (clip * slots + slot) * positions
+            energy += tl.load(energies + position, mask=mask, other=0).to(tl.float64)
+        mean = tl.sum(energy, axis=0) / positions
+        share = energy / tl.where(mean > 0, mean, 1.0)  # a static clip: equal weights
+        weight = tl.maximum(65536 - strength + strength * share, 2.0**-24)
+        wait = -tl.log((8589934591 - 2 * key).to(tl.float64) * 2.0**-33)
+        key = ((tl.log(wait) - tl.log(weight) + 64.0) * 2.0**33).to(tl.int64)
+    # key (40 bits) and position in one number: distinct, so that the smallest `hidden` are well defined
+    rank = tl.where(mask, key * 8388608 + position, 0x7FFFFFFFFFFFFFFF)
     largest_hidden = tl.sum(tl.where(position == hidden - 1, tl.sort(rank), 0), axis=0)
     is_hidden = rank <= largest_hidden
     hidden_before = tl.cumsum(is_hidden.to(tl.int32), axis=0) - is_hidden.to(tl.int32)
@@ -75,34 +120,57 @@ def _draw_mask_kernel(
 
 
 def _launch(
-    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+    step: torch.Tensor,
+    seed: int,
+    first_sample: int,
+    batch: int,
+    slots: int,
+    positions: int,
+    hidden: int,
+    energy: torch.Tensor | None = None,
+    strength: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     visible = step.new_empty(batch, slots * (positions - hidden))
     masked = step.new_empty(batch, slots * hidden)
     block = launch.power_of_two(positions)
-    meta = {"BLOCK": block, "num_warps": launch.warps("draw_mask", block)}
-    arguments = (visible, masked, step, seed, first_sample, slots, positions, hidden)
+    meta = {"GUIDED": energy is not None, "BLOCK": block, "num_warps": launch.warps("draw_mask", block, step.device)}
+    arguments = (visible, masked, step, energy, seed, first_sample, slots, positions, hidden, strength)
     launch.run(_draw_mask_kernel, batch, *arguments, **meta)
     return visible, masked
 
 
 @torch.library.custom_op("mam2::draw_mask", mutates_args=())
 def _draw_mask(
-    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+    step: torch.Tensor,
+    seed: int,
+    first_sample: int,
+    batch: int,
+    slots: int,
+    positions: int,
+    hidden: int,
+    energy: torch.Tensor | None = None,
+    strength: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if launch.active_path(step) == "triton":
-        return _launch(step, seed, first_sample, batch, slots, positions, hidden)
-    return reference.draw_mask(step, seed, first_sample, batch, slots, positions, hidden)
+    draw_mask = _launch if launch.active_path(step) == "triton" else reference.draw_mask
+    return draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength)
 
 
 @_draw_mask.register_fake
 def _(
-    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+    step: torch.Tensor,
+    seed: int,
+    first_sample: int,
+    batch: int,
+    slots: int,
+    positions: int,
+    hidden: int,
+    energy: torch.Tensor | None = None,
+    strength: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return step.new_empty(batch, slots * (positions - hidden)), step.new_empty(batch, slots * hidden)
 
 
-def _draw(
+def draw(
     batch: int,
     slots: int,
     positions: int,
@@ -111,7 +179,13 @@ def _draw(
     step: int | torch.Tensor,
     first_sample: int,
     device: torch.device | str | None,
+    energy: torch.Tensor | None = None,
+    strength: int = 0,
 ) -> TubeMask:
+    """Hides int(ratio·positions) positions, the same in every slot; where energies [B,N] are given, moving ones rather.
+
+    `strength` is in 65536ths. The rest of the arguments and the errors are `tube_mask`'s.
+    """
     hidden = int(ratio * positions)
     if not 0 < hidden < positions:
         raise ValueError(
@@ -125,7 +199,7 @@ def _draw(
         raise ValueError(f"step: expected an int or a 0-d int64 tensor, found {step.dtype} {tuple(step.shape)}")
     elif device is not None:
         step = step.to(device)
-    return TubeMask(*_draw_mask(step, seed, first_sample, batch, slots, positions, hidden))
+    return TubeMask(*_draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength))
 
 
 def tube_mask(
@@ -154,7 +228,7 @@ def tube_mask(
         ValueError: the ratio hides no position, or all of them.
     """
     slots, rows, columns = grid
-    return _draw(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
+    return draw(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
 
 
 def random_mask(
@@ -169,4 +243,4 @@ def random_mask(
 ) -> TubeMask:
     """Hides int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as `tube_mask`."""
     slots, rows, columns = grid
-    return _draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)
+    return draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)

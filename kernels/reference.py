@@ -7,6 +7,7 @@ B clips, C channels, T frames, N tokens, K picked tokens, P values a token, V co
 states), τ frames a tubelet, p patch edge.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,22 +38,52 @@ def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
     return c0
 
 
+def motion_order(keys: torch.Tensor, energy: torch.Tensor, strength: int) -> torch.Tensor:
+    """Integers [B,n] whose smallest are hidden first, from keys [B,n] of 32 bits and motion energies [B,slots,n].
+
+    log(−log(u)/w) with u = 1 − (key + ½)/2^32 and w = 65536 − strength + strength·energy/mean(energy), at least 2^−24,
+    in steps of 2^−33: fine enough that equal energies leave the order of the keys.
+    """
+    total = energy.double().sum(dim=1)
+    mean = total.mean(dim=1, keepdim=True)
+    share = total / torch.where(mean > 0, mean, 1.0)  # a static clip: equal weights
+    weight = (65536 - strength + strength * share).clamp(min=2**-24)
+    wait = -torch.log((2**33 - 1 - 2 * keys).double() * 2**-33)
+    return ((wait.log() - weight.log() + 64) * 2**33).long()
+
+
 def draw_mask(
-    step: torch.Tensor, seed: int, first_sample: int, batch: int, slots: int, positions: int, hidden: int
+    step: torch.Tensor,
+    seed: int,
+    first_sample: int,
+    batch: int,
+    slots: int,
+    positions: int,
+    hidden: int,
+    energy: torch.Tensor | None,
+    strength: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hides, in every clip and the same in all its slots, the `hidden` positions with the smallest random keys.
 
     The key of (sample, position) is Philox of the counter (position, sample low word, sample high word, step).
-    Ties go to the smaller position. Returns visible [B, slots·(positions−hidden)], masked [B, slots·hidden].
+    With motion energies [B,slots·positions] the smallest of `motion_order` are hidden. Ties go to the smaller position.
+    Returns visible [B, slots·(positions−hidden)], masked [B, slots·hidden].
     """
     sample = torch.arange(first_sample, first_sample + batch, device=step.device)[:, None]
     position = torch.arange(positions, device=step.device)[None, :]
     keys = philox(seed, (position, sample, sample >> 32, step))
+    if energy is not None:
+        keys = motion_order(keys, energy.unflatten(1, (slots, positions)), strength)
     order = keys.sort(dim=1, stable=True).indices
     offset = torch.arange(slots, device=step.device)[None, :, None] * positions
     parts = order[:, hidden:], order[:, :hidden]
     visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).flatten(1) for part in parts)
     return visible, masked
+
+
+def tokens_of(video: torch.Tensor, patch_size: Sequence[int]) -> int:
+    """N, the number of tokens of a clip [B,C,T,H,W]."""
+    return math.prod(video.shape[2:]) // math.prod(patch_size)
 
 
 def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
@@ -85,6 +116,23 @@ def _pixels(
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def energy_dtype(video: torch.Tensor) -> torch.dtype:
+    """Of motion energies: int64 for a uint8 clip, whose energies are exact."""
+    return torch.int64 if video.dtype == torch.uint8 else compute_dtype(video)
+
+
+def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's own units; the last frame counts 0."""
+    dtype = energy_dtype(video)
+    energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
+    for clip, row in zip(video[:, None], energy, strict=True):
+        change = clip.to(dtype, copy=True)
+        change[:, :, :-1] = change.diff(dim=2).square_()
+        change[:, :, -1] = 0
+        torch.sum(patchify(change, patch_size)[0], dim=1, out=row)
+    return energy
 
 
 def gather_tubes(
@@ -143,22 +191,25 @@ def target(
 ) -> torch.Tensor:
     """What the masked tokens should be, [B·K, P] in `dtype`.
 
-    "pixel" is the standardised cube; "adjacent" is x[t+1] − x[t] for each frame t of the cube over the cube's
-    deviation, 0 where the clip has no frame t+1; "intra" is the same for t+1 inside the cube, τ−1 differences.
+    "pixel" is the standardised cube; "joint" is its first frame, then x[t] − x[0] over the cube's deviation for each
+    later frame t; "adjacent" is x[t+1] − x[t] for each frame t of the cube over the cube's deviation, 0 where the clip
+    has no frame t+1; "intra" is the same for t+1 inside the cube, τ−1 differences.
     """
     channels, (tubelet, _, width) = video.shape[1], patch_size
     tokens = patchify(video, patch_size)
     count, values = tokens.shape[1:]
     rows = _rows(index, count)
-    cubes = _pixels(tokens.view(-1, values).index_select(0, rows), channels, dtype, mean, std)
+    cubes = _pixels(tokens.reshape(-1, values).index_select(0, rows), channels, dtype, mean, std)
     groups = channels if normalize == "channel" else 1
-    if kind == "pixel":
+    frame = values // tubelet
+    if kind in ("pixel", "joint"):
         if normalize is not None:
             deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
             torch.Tensor.div_(*_over_rows(cubes, deviation, width))
+        if kind == "joint":
+            cubes[:, frame:].unflatten(1, (-1, frame)).sub_(cubes[:, None, :frame])
         return cubes
 
-    frame = values // tubelet
     inside = values - frame
     difference = cubes.new_empty(len(rows), values if kind == "adjacent" else inside)
     torch.sub(cubes[:, frame:], cubes[:, :inside], out=difference[:, :inside])
@@ -166,7 +217,7 @@ def target(
         slot = count // (video.shape[2] // tubelet)
         own_last, next_first = rows * tubelet + tubelet - 1, (rows + slot) * tubelet
         following = torch.where(lacks_next_frame(index, count, slot).flatten(), own_last, next_first)
-        frames = tokens.view(-1, frame).index_select(0, following)
+        frames = tokens.reshape(-1, frame).index_select(0, following)
         torch.sub(_pixels(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
     if normalize is not None:
         deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
@@ -197,7 +248,7 @@ def masked_loss(
     """
     batch, count = masked.shape
     dtype = compute_dtype(pred, video)
-    token_count = video[0, 0].numel() // (patch_size[0] * patch_size[1] * patch_size[2])
+    token_count = tokens_of(video, patch_size)
     slot = token_count // (video.shape[2] // patch_size[0])
     every_token = pred.shape[1] != count
     errors = pred.new_empty(batch, count, dtype=dtype)

@@ -9,6 +9,7 @@ the upstream factor of a gradient scaler arrives.
 import torch
 
 from . import launch, reference
+from .cube import store_rounded
 from .launch import jit, tl
 
 
@@ -19,7 +20,7 @@ def _scale_gradient_kernel(out_ptr, gradient_ptr, scale_ptr, blocks, length, BLO
     mask = column < length
     scale = tl.load(scale_ptr + row)
     gradient = tl.load(gradient_ptr + row * length + column, mask=mask, other=0).to(scale.dtype)
-    tl.store(out_ptr + row * length + column, (gradient * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    store_rounded(out_ptr + row * length + column, gradient * scale, mask)
 
 
 def _launch(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def _launch(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     length = gradient.numel() // max(scale.numel(), 1)
     block = min(launch.power_of_two(length), 4096)
     blocks = -(-length // block)
-    meta = {"BLOCK": block, "num_warps": launch.warps("scale_gradient", block)}
+    meta = {"BLOCK": block, "num_warps": launch.warps("scale_gradient", block, gradient.device)}
     launch.run(_scale_gradient_kernel, scale.numel() * blocks, out, gradient, scale, blocks, length, **meta)
     return out
 
@@ -44,12 +45,3 @@ def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @scale_gradient.register_fake
 def _(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return gradient.new_empty(gradient.shape)
-
-
-def refuse_double_backward(operator: str) -> None:
-    """RuntimeError when a backward pass is itself being recorded (`create_graph=True`)."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{operator}: double backward is not supported (its backward ran under create_graph=True); "
-            "use mam2.kernels.reference or a loss written in PyTorch for second derivatives"
-        )

@@ -11,6 +11,7 @@ import torch
 VIDEO_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NORMALIZATIONS = ("channel", "patch", None)
 DIFFERENCES = ("adjacent", "intra")
+PIXEL_TARGETS = ("pixel", "joint")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -59,10 +60,42 @@ def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected the device of video ({video.device}), found {index.device}")
 
 
+def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int) -> None:
+    """ValueError unless `pred` holds `values` floats for each of the tokens `masked` [B,Nm], or for every token."""
+    batch, count = masked.shape
+    fits = pred.dim() == 3 and pred.shape[0] == batch and pred.shape[1] in (count, grid.tokens)
+    if not fits or pred.shape[2] != values:
+        raise ValueError(
+            f"pred: expected [{batch}, {count}, {values}] (masked tokens) or [{batch}, {grid.tokens}, {values}] "
+            f"(every token), found {list(pred.shape)}"
+        )
+    if not pred.dtype.is_floating_point or pred.device != masked.device:
+        raise ValueError(f"pred: expected a float type on {masked.device}, found {pred.dtype} on {pred.device}")
+
+
+def check_weight(weight: torch.Tensor | None, masked: torch.Tensor) -> None:
+    """ValueError unless `weight` is None or holds one number for each of the tokens `masked` [B,Nm]."""
+    if weight is None:
+        return
+    if weight.shape != masked.shape or weight.device != masked.device or weight.is_complex():
+        raise ValueError(
+            f"weight: expected bool or real {list(masked.shape)} (one a masked token) on {masked.device}, "
+            f"found {weight.dtype} {list(weight.shape)} on {weight.device}"
+        )
+
+
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+def target_values(grid: Grid, patch_size: Sequence[int], target: str) -> int:
+    """Number of values that a token's target has; ValueError if it needs longer tubelets."""
+    if target in ("intra", "joint") and patch_size[0] < 2:
+        instead = "adjacent" if target == "intra" else "pixel"
+        raise ValueError(f"patch_size: {target!r} needs tubelets of at least 2 frames, found 1; use {instead!r}")
+    return grid.values - grid.values // patch_size[0] if target == "intra" else grid.values
 
 
 def check_statistics(

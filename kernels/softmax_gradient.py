@@ -65,7 +65,7 @@ def _softmax_gradient_kernel(
         if WEIGHTED:
             upstream *= tl.load(upstream_ptr + row)
         scale = upstream / sum_exp
-        shift = SMOOTHING / codes * upstream
+        shift = SMOOTHING * upstream / codes
         tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
         if ONE_BLOCK:
             gradient = (exponential * scale - shift).to(logits_ptr.dtype.element_ty)
@@ -116,6 +116,6 @@ def softmax_gradient_(
         ONE_BLOCK=codes <= block,
         BLOCK=block,
         DTYPE=launch.triton_type(wide),
-        num_warps=launch.warps("softmax_gradient", block),
+        num_warps=launch.warps("softmax_gradient", block, logits.device),
     )
     return loss

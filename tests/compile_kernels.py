@@ -1,38 +1,45 @@
 """Compiles every kernel as it would be launched at training shapes, for GPUs this machine does not have.
 
-A program of its own (`python tests/compile_kernels.py [sm_90 …]`), because Triton must see a pretended driver and no
-interpreter. Prints one JSON object a kernel, launch and architecture: registers, spills, stack and shared memory in
-bytes, and counts of machine instructions.
+    python tests/compile_kernels.py                 # the covering set for every architecture
+    python tests/compile_kernels.py sm_90 gfx942    # for some
+    python tests/compile_kernels.py --all           # every launch there is: an hour
+    python tests/compile_kernels.py --write         # the covering set, into benchmarks/results/static/
+
+A program of its own, because Triton must see a pretended driver and no interpreter. Prints one JSON object a kernel,
+launch and architecture: what machine_code.py finds in it, and `row`, its line of the table.
 
 The launchers run on meta tensors with `launch.run` replaced by a recorder, so what is compiled is what is launched.
+The covering set holds for each kernel every row of its launch table, every type of every argument and every value of
+every compile-time argument at least once (shapes of patches: on ALL_SHAPES).
 """
 
+import argparse
 import collections
 import importlib
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["MAM2_KERNELS"] = "triton"
 
 import torch
 import triton
+from machine_code import AMD_MIX, NVIDIA_MIX, inspect_assembly, inspect_cubin
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mam2.kernels import launch, masked_loss, masks, scale_gradient, softmax_gradient
+from mam2.kernels import launch, masked_loss, masks, motion_mask, scale_gradient, softmax_gradient
 
 # the package's functions of these names hide its modules
 frame_difference = importlib.import_module("mam2.kernels.frame_difference")
 gather_tubes = importlib.import_module("mam2.kernels.gather_tubes")
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "static"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -42,27 +49,91 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-CLIPS = [
-    ((2, 16, 16), "channels_last", torch.uint8, torch.bfloat16),
-    ((2, 16, 16), "contiguous", torch.float32, torch.bfloat16),
-    ((4, 16, 16), "channels_last", torch.uint8, torch.float32),
-    ((2, 16, 16), "channels_last", torch.uint8, torch.float16),
-    ((2, 16, 16), "channels_last", torch.uint8, torch.float32),
-    ((2, 16, 16), "contiguous", torch.bfloat16, torch.bfloat16),
-    ((2, 14, 14), "channels_last", torch.uint8, torch.bfloat16),
-    ((2, 8, 8), "channels_last", torch.uint8, torch.float32),
-    ((1, 16, 16), "contiguous", torch.float32, torch.float32),
+WARPS = launch.warps
+BATCH, FRAMES, SIDE = 64, 16, 224
+BYTE, HALF, BRAIN, SINGLE, DOUBLE = torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+class Clip(NamedTuple):
+    """What the kernels that read clips are launched with."""
+
+    patch: tuple[int, int, int] = (2, 16, 16)
+    layout: str = "channels_last"
+    video: torch.dtype = BYTE
+    pred: torch.dtype = BRAIN
+    channels: int = 3
+
+    def __str__(self) -> str:
+        types = f"{str(self.video)[6:]} {str(self.pred)[6:]}"
+        channels = "" if self.channels == 3 else f" {self.channels} channels"
+        return f"{self.layout} {'x'.join(map(str, self.patch))} {types}{channels}"
+
+    def tensor(self) -> torch.Tensor:
+        """[B,C,T,H,W] as a loader ("channels_last") or another codebase ("contiguous") lays it out.
+
+        "far" and "far_planes" are these with frames 2^30 values apart, so that a cube does not fit 32-bit offsets.
+        """
+        empty = torch.empty(0, dtype=self.video, device="meta")
+        frame = SIDE * SIDE * self.channels
+        if self.layout == "contiguous":
+            return empty.new_empty(BATCH, self.channels, FRAMES, SIDE, SIDE)
+        step = 2**30 if self.layout.startswith("far") else frame
+        strides = (step * FRAMES, 1, step, SIDE * self.channels, self.channels)
+        if self.layout == "far_planes":
+            strides = (step * FRAMES, SIDE * SIDE, step, SIDE, 1)
+        return empty.new_empty_strided((BATCH, self.channels, FRAMES, SIDE, SIDE), strides)
+
+
+PLAIN = Clip()
+TYPES = [
+    Clip((tubelet, 16, 16), layout, video, pred)
+    for tubelet in (2, 4, 8)
+    for layout in ("channels_last", "contiguous")
+    for video in (BYTE, HALF, BRAIN, SINGLE)
+    for pred in (BRAIN, HALF, SINGLE)
 ]
-"""Patch, layout and type of the clip (64 of 16 frames at 224 pixels), type of the prediction."""
+SHAPES = [
+    PLAIN,
+    Clip(layout="contiguous", video=SINGLE),
+    Clip(layout="far"),
+    Clip(layout="far_planes", video=SINGLE),
+    Clip(video=DOUBLE, pred=DOUBLE),
+    Clip(channels=4),
+    Clip(channels=1, video=SINGLE, pred=SINGLE),
+    Clip((1, 16, 16), video=SINGLE, pred=SINGLE),
+    Clip((2, 14, 14)),
+    Clip((2, 8, 8)),
+]
 CODES = [
-    (8192, torch.bfloat16, 0.0),
-    (16384, torch.float32, 0.1),
-    (1000, torch.bfloat16, 0.0),
-    (256, torch.bfloat16, 0.0),
-    (8192, torch.float16, 0.1),
-    (8192, torch.float32, 0.0),
-    (16384, torch.bfloat16, 0.0),
+    (codes, kind, smoothing)
+    for codes in (8192, 16384, 2048, 1024, 1000)
+    for kind in (BRAIN, HALF, SINGLE)
+    for smoothing in (0.0, 0.1)
 ]
+PREDICTED = {
+    f"gather_tubes {PLAIN} normalised",
+    f"masked_loss {PLAIN} pixel channel",
+    f"masked_loss {PLAIN} adjacent channel",
+    "softmax_gradient 8192 bfloat16",
+    "scale_gradient 90112x1536 bfloat16",
+}
+"""Launches in every covering set: benchmarks/predict.py reads them."""
+ALL_SHAPES = ("sm_90", "gfx942")
+"""Architectures whose covering set holds every shape of patch; to save time, the others' need not."""
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+
+    def features(self, shapes: bool) -> set[tuple[Any, ...]]:
+        """What a covering set must hold at least once; `shapes`: those of the patches too."""
+        types = {(position, getattr(value, "dtype", type(value))) for position, value in enumerate(self.arguments)}
+        values = {item for item in self.meta.items() if shapes or item[0] not in ("CHANNELS", "HEIGHT", "WIDTH", "RUN")}
+        if shapes and self.meta.get("WIDE"):
+            values.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
+        return {(self.kernel, *feature) for feature in types | values}
 
 
 class PretendedDriver:
@@ -81,116 +152,152 @@ class PretendedDriver:
         return 0
 
 
-def record(everything: bool) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches to compile: name → (kernel, arguments, compile-time arguments).
-
-    Without `everything`, one of every kind: each kernel, each row of the launch tables, each way to read a clip.
-    """
-    launches: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+def record(architecture: str) -> dict[str, Launch]:
+    """Every launch to compile, by "kernel layout …"."""
+    launches: dict[str, Launch] = {}
     label = ""
 
     def recorder(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         assert programs > 0
-        launches[f"{kernel.fn.__name__.strip('_')} {label}"] = (kernel, arguments, meta)
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        launches[f"{name} {label}"] = Launch(kernel, arguments, meta)
 
-    launch.run = recorder  # type: ignore[assignment]
-    index = torch.empty(64, 1408, dtype=torch.int64, device="meta")
-    for patch, layout, video_type, pred_type in CLIPS if everything else CLIPS[:3]:
-        video = torch.empty(64, 16, 224, 224, 3, dtype=video_type, device="meta").permute(0, 4, 1, 2, 3)
-        if layout == "contiguous":
-            video = torch.empty(64, 3, 16, 224, 224, dtype=video_type, device="meta")
-        label = base = f"{'x'.join(map(str, patch))} {layout} {str(video_type)[6:]} {str(pred_type)[6:]}"
-        first = (patch, layout) == CLIPS[0][:2]
-        if first or everything:
-            gather_tubes._launch(video, index, patch, [0.5] * 3, [0.5] * 3, pred_type)
-            label = f"{base} adjacent channel"
-            frame_difference._launch(video, index, patch, "adjacent", "channel", 1e-6, None, None)
-        for target, normalize in itertools.product(("pixel", "adjacent", "intra"), ("channel", "patch", None)):
-            common = normalize == "channel" and target != "intra"
-            if (target == "intra" and patch[0] == 1) or not (common or everything):
+    def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = False) -> int:
+        blocks[kernel].add(block)
+        return WARPS(kernel, block, device, scattered=scattered)
+
+    blocks: dict[str, set[int]] = collections.defaultdict(set)
+    launch.run, launch.warps = recorder, warps  # type: ignore[assignment]
+    launch.architecture = lambda device: architecture  # type: ignore[assignment]
+    index = torch.empty(BATCH, 1408, dtype=torch.int64, device="meta")
+    statistics = [0.5] * 4
+    for clip in SHAPES + TYPES:
+        video, patch = clip.tensor(), clip.patch
+        values = patch[0] * patch[1] * patch[2] * clip.channels
+        some = statistics[: clip.channels]
+        for affine in (None, some):
+            label = f"{clip}{' normalised' if affine else ''}"
+            gather_tubes._launch(video, index, patch, affine, affine, clip.pred)
+        if clip.pred in (BRAIN, clip.video):
+            label = str(clip)
+            motion_mask._launch(video, patch)
+        undo = some if clip.video.is_floating_point else None
+        for target, normalize in itertools.product(("pixel", "joint", "adjacent", "intra"), ("channel", "patch", None)):
+            if (target == "intra" and patch[0] == 1) or not (clip in SHAPES or normalize == "channel"):
                 continue
-            values = (patch[0] - (target == "intra")) * patch[1] * patch[2] * 3
-            pred = torch.empty(64, 1408, values, dtype=pred_type, device="meta")
-            label = f"{base} {target} {normalize}"
-            undo = None if video_type == torch.uint8 else [0.5] * 3
-            masked_loss._launch(pred, video, index, patch, target, normalize, 1e-6, undo, undo, True)
-    half, single = torch.bfloat16, torch.float32
-    for codes, kind, smoothing in CODES if everything else CODES[:3]:
+            label = f"{clip} {target} {normalize}"
+            options = (patch, target, normalize, 1e-6, undo, undo)
+            if target in ("adjacent", "intra") and clip.pred == BRAIN:
+                frame_difference._launch(video, index, *options)
+            predicted = values - values // patch[0] * (target == "intra")
+            pred = video.new_empty(BATCH, 1408, predicted, dtype=clip.pred)
+            masked_loss._launch(pred, video, index, *options, True)
+    options = ((2, 16, 16), "pixel", "channel", 1e-6, None, None)
+    video, every = PLAIN.tensor(), torch.empty(BATCH, 1568, 1536, dtype=BRAIN, device="meta")
+    label = f"{PLAIN} pixel channel every_token"
+    masked_loss._launch(every, video, index, *options, True)
+    label = f"{PLAIN} pixel channel without_gradient"
+    masked_loss._launch(every[:, :1408], video, index, *options, False)
+
+    for codes, kind, smoothing in CODES:
         logits = torch.empty(2048, codes, dtype=kind, device="meta")
         labels = torch.empty(2048, dtype=torch.int64, device="meta")
-        upstream = torch.empty(2048, device="meta") if smoothing else None
-        label = f"{codes} {str(kind)[6:]}{' smoothed weighted' if smoothing else ''}"
-        softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
-    for rows, width, kind in ((64 * 1408, 1536, half), (1, 8192 * 384, single)):
+        for upstream in (None, torch.empty(2048, device="meta")):
+            words = [str(codes), str(kind)[6:], *["smoothed"] * bool(smoothing), *["weighted"] * (upstream is not None)]
+            label = " ".join(words)
+            softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
+        label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} without_gradient"
+        softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False)
+    for (rows, width), kind in itertools.product(((64 * 1408, 1536), (64, 1000), (64, 512)), (BRAIN, HALF, SINGLE)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")
         scale_gradient._launch(gradient, torch.empty(rows, device="meta"))
     step = torch.empty((), dtype=torch.int64, device="meta")
-    for slots, positions, hidden in ((8, 196, 176), (1, 1568, 1411)):
-        label = f"{positions} positions"
-        masks._launch(step, 1, 0, 64, slots, positions, hidden)
+    for slots, positions, hidden in ((8, 196, 176), (8, 576, 518), (1, 1568, 1411)):
+        for kind in (None, torch.int64, SINGLE, DOUBLE):
+            energy = None if kind is None else torch.empty(BATCH, slots * positions, dtype=kind, device="meta")
+            label = f"{positions} positions{f' guided {kind}' if kind else ''}".replace("torch.", "")
+            masks._launch(step, 1, 0, BATCH, slots, positions, hidden, energy, 32768)
+    check_rows(architecture, blocks)
     return launches
 
 
-def run_tool(tool: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+def check_rows(architecture: str, blocks: dict[str, set[int]]) -> None:
+    """Ends the program if a row of the architecture's launch tables serves none of the blocks recorded."""
+    for kernel, table in (launch.WARPS["default"] | launch.WARPS.get(architecture, {})).items():
+        smallest = 0
+        for largest, _ in table:
+            if not any(smallest < block <= largest for block in blocks.get(kernel, ())):
+                sys.exit(
+                    f"{kernel} {architecture}: no launch has {smallest + 1} to {largest} values: add one to record()"
+                )
+            smallest = largest
 
 
-def inspect_cubin(binary: bytes) -> dict[str, Any]:
-    """What NVIDIA's tools say about a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        usage = run_tool("cuobjdump", "-res-usage", file.name)
-        code = run_tool("nvdisasm", "-c", file.name)
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)((?:\.\w+)*)", code)
-    names = collections.Counter(name for name, _ in instructions)
-    memory = collections.Counter(
-        f"{name}.{next((part for part in suffix.split('.') if part in ('64', '128', 'U16', 'U8')), '32')}"
-        for name, suffix in instructions
-        if name in ("LDG", "STG")
-    )
-    numbers = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    return {
-        "registers": numbers["REG"],
-        "stack": numbers["STACK"],
-        "local": numbers["LOCAL"],
-        "instructions": sum(names.values()) - names["NOP"],
-        "atomics": sum(names[name] for name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")),
-        "memory": dict(sorted(memory.items())),
-    }
+def cover(launches: dict[str, Launch], shapes: bool) -> list[str]:
+    """PREDICTED and, greedily, the launches that add most, until each feature of each kernel is there."""
+    features = {name: launched.features(shapes) for name, launched in launches.items()}
+    chosen = set(PREDICTED)
+    left = set().union(*features.values()).difference(*(features[name] for name in chosen))
+    while left:
+        best = max(features, key=lambda name: len(left & features[name]))
+        chosen.add(best)
+        left -= features[best]
+    return [name for name in launches if name in chosen]
 
 
-def inspect_hsaco(assembly: str) -> dict[str, Any]:
-    """The same from the assembly for an AMD GPU; scalar registers spilled into vector registers cost no memory."""
-
-    def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
-
-    memory = collections.Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", assembly))
-    return {
-        "registers": field("vgpr_count"),
-        "stack": field("private_segment_fixed_size"),
-        "local": field("vgpr_spill_count"),
-        "instructions": len(re.findall(r"^\t(?:[sv]|global|ds|buffer)_", assembly, re.MULTILINE)),
-        "atomics": len(re.findall(r"(?:global|ds|buffer|flat)_atomic", assembly)),
-        "memory": dict(sorted(memory.items())),
-    }
+def table_row(name: str, architecture: str, facts: dict[str, Any]) -> list[str]:
+    """A line of the table: see HEAD."""
+    kernel, launched = name.split(" ", 1)
+    widths = ["+".join(f"{count}x{width}" for width, count in facts[kind].items()) for kind in ("loads", "stores")]
+    numbers = [facts[name] for name in ("warps", "registers", "shared", "round_trips") if name in facts]
+    return [kernel, launched, architecture, *map(str, numbers), *widths, str(facts["instructions"])] + [
+        str(count) for count in facts["mix"].values()
+    ]
 
 
-def main(architectures: list[str], everything: bool) -> None:
-    launches = record(everything)
+HEAD = "kernel,launch,architecture,warps,registers,shared,{}loads,stores,instructions,"
+TABLES = {
+    "nvidia.csv": (["sm_80", "sm_90", "sm_100", "sm_120"], HEAD.format("round_trips,") + ",".join(NVIDIA_MIX)),
+    "amd.csv": (["gfx90a", "gfx942"], HEAD.format("") + ",".join(AMD_MIX)),
+}
+"""File → its architectures and columns: bytes of shared memory, accesses to global memory as count x bits."""
+
+
+def compiled(architectures: Iterable[str], everything: bool) -> Iterable[dict[str, Any]]:
     for architecture in architectures:
+        launches = record(architecture)
         driver.set_active(PretendedDriver(architecture))
-        for name, (kernel, arguments, meta) in launches.items():
-            compiled = kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
-            cuda = "cubin" in compiled.asm
-            facts = inspect_cubin(compiled.asm["cubin"]) if cuda else inspect_hsaco(compiled.asm["amdgcn"])
-            head = {"kernel": name, "architecture": architecture, "warps": compiled.metadata.num_warps}
-            print(json.dumps(head | {"shared": compiled.metadata.shared} | facts), flush=True)
+        for name in launches if everything else cover(launches, architecture in ALL_SHAPES):
+            kernel, arguments, meta = launches[name]
+            code = kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
+            facts = {"name": name, "architecture": architecture, "warps": code.metadata.num_warps}
+            facts["shared"] = code.metadata.shared
+            facts |= inspect_cubin(code.asm["cubin"]) if "cubin" in code.asm else inspect_assembly(code.asm["amdgcn"])
+            yield facts | {"row": ",".join(table_row(name, architecture, facts))}
+
+
+def write_tables() -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for file, (architectures, head) in TABLES.items():
+        rows = sorted(facts["row"] for facts in compiled(architectures, everything=False))
+        first = f"# triton {triton.__version__}; written by: python tests/compile_kernels.py --write"
+        (RESULTS / file).write_text("\n".join([first, head, *rows]) + "\n", encoding="utf-8")
+        print(f"{RESULTS / file}: {len(rows)} rows", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles every kernel for GPUs that are not here.")
+    parser.add_argument("architectures", nargs="*", help=f"{', '.join(TARGETS)}; default: all")
+    parser.add_argument("--all", action="store_true", help="every launch instead of the covering set")
+    parser.add_argument("--write", action="store_true", help="write the tables in benchmarks/results/static")
+    options = parser.parse_args()
+    if options.write:
+        write_tables()
+        return
+    for facts in compiled(options.architectures or TARGETS, options.all):
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":
-    wanted = [argument for argument in sys.argv[1:] if argument != "--all"]
-    main(wanted or list(TARGETS), "--all" in sys.argv)
+    main()

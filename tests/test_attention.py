@@ -81,9 +81,10 @@ def check(backend: str, dtype: torch.dtype, device: str) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"d{n}: {m}")
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "products", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sdpa_is_the_textbook_formula(dtype: torch.dtype) -> None:
-    check("sdpa", dtype, "cpu")
+def test_pytorchs_are_the_textbook_formula(backend: str, dtype: torch.dtype) -> None:
+    check(backend, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,8 +110,9 @@ def test_xformers_agrees_on_a_gpu(device: str) -> None:
     check("xformers", torch.bfloat16, device)
 
 
-def test_a_cpu_runs_sdpa_and_refuses_xformers() -> None:
+def test_a_cpu_runs_pytorchs_and_refuses_xformers() -> None:
     assert active_backend(torch.device("cpu"), torch.float32, 64) == "sdpa"
+    assert active_backend(torch.device("cpu"), torch.bfloat16, 64) == "products"
     with pytest.raises(ValueError, match="no operator"):
         attention(*inputs(torch.float32), backend="xformers")
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +51,14 @@ def test_rounds_are_interleaved() -> None:
     assert order == ["a", "b"] * 3  # the first time to warm up
 
 
+def operator_of(name: str) -> Any:
+    return next(entry for entry in module("operators").OPERATORS if entry.name == name)
+
+
 def test_a_wrong_provider_gets_no_number() -> None:
-    operators = module("operators")
-    operator = next(entry for entry in operators.OPERATORS if entry.name == "masked_pixel_loss")
+    operators, operator = module("operators"), operator_of("masked_pixel_loss")
     shape = operators.SHAPES["cpu"][0]
-    right = operator.providers(shape)
+    right = operator.providers(shape, CPU)
     called = 0
 
     def off(**inputs: torch.Tensor) -> torch.Tensor:
@@ -70,39 +74,68 @@ def test_a_wrong_provider_gets_no_number() -> None:
 
     nothing = {"nan": lambda **inputs: right["ours"](**inputs) * float("nan")}
     wrong = {"off": off, "wrong_gradient": wrong_gradient, **nothing}
-    providers = {"ours": right["ours"], "eager": right["eager"], **wrong, "broken": broken}
+    missing = {"broken": broken, "absent": module("check").absent("not installed")}
+    providers = {"ours": right["ours"], "eager": right["eager"], **wrong, **missing}
     rows = {row["provider"]: row for row in operators.compare(operator, shape, CPU, rounds=2, providers=providers)}
     verdicts = {name: row["verdict"] for name, row in rows.items()}
-    assert verdicts == {"ours": "right", "eager": "right", **dict.fromkeys(wrong, "wrong"), "broken": "failed"}
+    expected = {"ours": "right", "eager": "right", **dict.fromkeys(wrong, "wrong")}
+    assert verdicts == {**expected, "broken": "failed", "absent": "absent"}
+    assert rows["absent"]["reason"] == "not installed"
     assert rows["eager"]["ratio_to_eager"] == 1
     assert rows["ours"]["ratio_to_eager"] > 0
-    for name in [*wrong, "broken"]:
-        assert set(rows[name]) <= {"operator", "provider", "shape", "verdict", "error", "reason"}
+    for name in [*wrong, *missing]:
+        assert set(rows[name]) <= {"operator", "provider", "shape", "batch", "verdict", "error", "reason"}
     assert called == 1
     assert not any("ms" in key or "per_s" in key for row in rows.values() for key in row)  # a CPU's ratios only
 
 
 def test_a_mask_with_a_token_twice_is_wrong() -> None:
-    operators = module("operators")
-    shape = operators.SHAPES["cpu"][0]
-    mask = operators.mask(shape, CPU)
-    assert operators.mask_error(shape, [mask.visible, mask.masked]) == 0
+    clips, bench = module("clips"), module("bench_tube_mask")
+    shape = clips.SHAPES["cpu"][0]
+    mask = clips.tubes(shape, CPU)
+    assert bench.mask_error(shape, [mask.visible, mask.masked]) == 0
     twice = mask.masked.clone()
     twice[0, 1] = twice[0, 0]
-    assert operators.mask_error(shape, [mask.visible, twice]) == 1
+    assert bench.mask_error(shape, [mask.visible, twice]) == 1
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_picking_by_number_and_by_boolean(index: int) -> None:
+    clips = module("clips")
+    tokens = torch.arange(2 * 4 * 3 * 2).view(2, 4, 3, 2)
+    numbers = torch.tensor([[0, 2], [1, 3]])
+    booleans = torch.zeros(2, 4, dtype=torch.bool).scatter(1, numbers, True)
+    found = clips.pick(tokens, (numbers, booleans)[index])
+    assert torch.equal(found, torch.stack([tokens[0, [0, 2]], tokens[1, [1, 3]]]).flatten(2))
+
+
+def test_memory_is_counted_on_a_cpu() -> None:
+    peak_mib, given = module("timing").peak_mib, torch.zeros(2**18)
+    assert peak_mib(lambda: given + 1, CPU) == pytest.approx(1, abs=0.01)
+    assert peak_mib(lambda: [given + 1, given + 2], CPU) == pytest.approx(2, abs=0.01)
+    assert peak_mib(lambda: (given + 1).sum() + (given + 2).sum(), CPU) == pytest.approx(1, abs=0.01)
 
 
 def test_a_kernel_that_errs_fails_the_check() -> None:
     correctness = module("correctness")
-    name, run, exact, _ = correctness.mask_case(CPU, 0, 0, 0, 5, 3)
-    assert correctness.verdict(correctness.Case(name, run, exact))["verdict"] == "right"
-    assert correctness.verdict(correctness.Case(name, run, exact[::-1]))["verdict"] == "wrong"
-    half = [torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.001], dtype=torch.float64)]
-    row = correctness.verdict(correctness.Case("off", lambda: half[0], half[1]))
-    assert (row["verdict"], row["reason"][:24]) == ("wrong", "output 0: relative error")
-    unsteady = iter([torch.tensor([1.0]), torch.tensor([1.0000001])])
-    row = correctness.verdict(correctness.Case("race", lambda: [next(unsteady)], [torch.ones(1).double()]))
-    assert row["reason"] == "output 0: a second run gave other bits"
+
+    def verdict(*results: torch.Tensor) -> dict[str, Any]:
+        """Of a case whose runs give `results` in turn, where 1 and 2 are right."""
+        runs = iter(results)
+
+        def run(dtype: torch.dtype, *, exact: torch.Tensor) -> list[torch.Tensor]:
+            return [next(runs)]
+
+        inputs = {"exact": torch.tensor([1.0, 2.0])}
+        case = correctness.Case("case", torch.float32, inputs, run, plain=lambda dtype, exact: [exact.to(dtype)])
+        return correctness.verdict(case, CPU, runs=len(results))
+
+    right = torch.tensor([1.0, 2.0])
+    assert verdict(right, right)["verdict"] == "right"
+    assert verdict(torch.tensor([1.0, 2.001]))["reason"].startswith("output 0: relative error")
+    assert verdict(right, right.nextafter(2 * right))["reason"] == "output 0: another run gave other bits"
+    assert verdict(torch.tensor([1.0, float("nan")]))["verdict"] == "wrong"
+    assert verdict(right.double())["verdict"] == "wrong"
 
 
 def test_dry_run_is_marked(tmp_path: Path) -> None:
@@ -123,7 +156,9 @@ def test_dry_run_is_marked(tmp_path: Path) -> None:
     assert report["machine"]["device"] == "CPU"
     rows = report["sections"]["operators"]["rows"]
     assert {row["operator"] for row in rows} == {entry.name for entry in module("operators").OPERATORS}
-    assert all(row["verdict"] == "right" and "median_ms" not in row for row in rows)
+    assert not any("median_ms" in row for row in rows)
+    for row in rows:
+        assert row["verdict"] == "right" or (row["verdict"] == "absent" and row["reason"]), row
 
 
 def test_dry_run_stays_out_of_the_results() -> None:
@@ -167,3 +202,112 @@ def test_what_makes_a_run_fail(name: str, row: dict, count: int) -> None:
     gpu = module("gpu")
     assert len(gpu.failures(name, {"status": "done", "rows": [row]})) == count
     assert len(gpu.failures(name, {"status": "failed with exit status 1", "rows": [row]})) == count + 1
+
+
+def bench(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`make bench` on one operator, without what takes a compiler."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_operators.py",
+        "--benchmark-quiet",
+        "--plots",
+        str(folder),
+        *options,
+    ]
+    command += ["-k", "gather_tubes and not compiled"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_bench_prints_ratios_and_draws(tmp_path: Path) -> None:
+    done = bench(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| gather_tubes")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[1] for line in cells] == ["ours", "eager"]
+    assert float(cells[1][2]) == 1
+    if not torch.cuda.is_available():
+        assert "only ratios mean something" in done.stdout
+        assert " ms " not in done.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"time-against-batch.png", "roofline.png"}
+
+
+def test_bench_prints_no_number_behind_a_red_gate(tmp_path: Path) -> None:
+    plugin = "import benchmarks.check\nbenchmarks.check.BUDGET = dict.fromkeys(benchmarks.check.BUDGET, -1.0)\n"
+    (tmp_path / "no_budget.py").write_text(plugin)
+    done = bench(tmp_path / "plots", "-p", "no_budget", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| operator") or "| wrong" in line]
+    assert len(lines) == 3
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["operator", "provider", "error", "verdict"]
+    assert "no plots: nothing was timed" in done.stdout
+    assert not (tmp_path / "plots").exists()
+
+
+def gpu_rows() -> list[dict[str, Any]]:
+    ceilings = {"operator": "ceilings", "copy_gb_per_s": 4000.0, "matmul_tflop_per_s": 700.0}
+    names, providers = ("gather_tubes", "masked_pixel_loss"), ("ours", "eager")
+    rows = [{"operator": o, "provider": p, "batch": b} for o in names for p in providers for b in (8, 64)]
+    measured = {"median_ms": 0.5, "flops_per_byte": 2.0, "percent_of_matmul": 1.0}
+    return [ceilings, *({**row, **measured} for row in rows), {**rows[0], "verdict": "wrong", "error": 1.0}]
+
+
+def test_plots_of_a_gpu(tmp_path: Path) -> None:
+    report = module("report")
+    assert "roofline.png" in report.draw(gpu_rows(), tmp_path / "new", machine="X")
+    for name in ("time-against-batch", "roofline"):
+        assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_plots_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = module("report")
+    assert report.draw(gpu_rows()[:1], tmp_path, machine="X") == "no plots: nothing was timed"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.draw(gpu_rows(), tmp_path, machine="X") == "no plots: matplotlib is not installed"
+    assert not list(tmp_path.iterdir())
+
+
+def test_table_leaves_out_empty_columns() -> None:
+    rows = [{"a": "x", "c": 0.12345}, {"a": "longer", "c": 12345.6}]
+    expected = "| a      | c     |\n| ------ | ----- |\n| x      | 0.123 |\n| longer | 12346 |"
+    assert module("report").table(rows, ("a", "b_b", "c")) == expected
+    assert module("report").table([], ("a",)) == ""
+
+
+def test_accuracy_of_every_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert module("accuracy").main(["--tiny"]) == 0
+    shown = capsys.readouterr().out
+    for operator in module("operators").OPERATORS:
+        assert shown.count(f"| {operator.name} ") == len(operator.dtypes)
+
+
+def test_sanitizer_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sanitize = module("sanitize")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sanitize.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    assert sanitize.main([]) == 2
+    assert "compute-sanitizer is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [(0, 0, "clean"), (99, 1, "FOUND"), (1, 1, "FAILED")])
+def test_sanitizer_passes_on_the_verdict(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    status: int,
+    said: str,
+) -> None:
+    sanitize = module("sanitize")
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\n[ "$1 $3" = "--tool --error-exitcode" ] && exit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sanitize.main([]) == status
+    assert capsys.readouterr().out.count(said) == 2

@@ -71,7 +71,7 @@ def _changed(**tables):
         ({"data": {"frames": 7}}, "data.frames 7 is not a multiple of model.tubelet"),
         ({"mask": {"ratio": 1.0}}, "leave at least one visible"),
         ({"mask": {"ratio": 0.0}}, "must hide at least one"),
-        ({"optim": {"batch": 7}}, "optim.batch 7 is not a multiple"),
+        ({"optim": {"batch": 7}}, "optim.batch 7 cannot be shared out to 1 processes"),
         ({"model": {"heads": 7}}, "is not a multiple of model.heads"),
         ({"data": {"min_area": 0.0}}, "expected 0 < min_area"),
         ({"loss": {"motion": 0.0}}, "needs loss.motion above 0"),

@@ -29,10 +29,10 @@ def run(arguments: list[str]) -> int:
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             config: values of the recipe.
-            gpu: b200, h200, h100, a100, l40s, l4, a10, rtx4090 or mi300x; else this machine, whose products are measured.
+            gpu: b200, h200, h100, a100, l40s, l4, a10, rtx4090 or mi300x; else this machine, which is measured.
             gpus: devices of the run.
             videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
-            utilisation: share of the peak that the step reaches, 0 to 1; 0 takes the usual assumption, which is printed.
+            utilisation: share of the peak that the step reaches, 0 to 1; 0 takes an assumption, which is printed.
             size: encoder size instead of the recipe's: tiny, small, base, large, huge.
             preset: regressor and decoders instead of the recipe's: fast, cae.
         """

@@ -32,12 +32,16 @@ def run(arguments: list[str]) -> int:
         logs = {}
         for folder in runs:
             if not (folder / "log.jsonl").is_file():
-                raise UserError(f"{folder} holds no log.jsonl: name run folders, the ones that pretrain was given with --out")
+                raise UserError(
+                    f"{folder} holds no log.jsonl: name run folders, the ones that pretrain was given with --out"
+                )
             logs[_name(folder, runs)] = read_log(folder)
         try:
             picture = draw_logs(logs, against=("step", "hours") if against == "both" else (against,))
         except ValueError:
-            raise UserError(f"{', '.join(map(str, runs))}: nothing has been logged yet; run.log_every says when") from None
+            raise UserError(
+                f"{', '.join(map(str, runs))}: nothing has been logged yet; run.log_every says when"
+            ) from None
         try:
             out.write_bytes(picture)
         except OSError as error:

@@ -23,7 +23,7 @@ from mam2.engine.data.decoding import choose_front_end
 from mam2.engine.data.manifest import Manifest, Skipped
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
-from mam2.engine.data.sampling import draw_clip, replacement, sample_at
+from mam2.engine.data.sampling import draw_clip, frame_step, replacement, sample_at
 
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""
@@ -191,6 +191,8 @@ class ClipLoader:
         refusal = UserError("the manifest holds no videos")
         for index, video in enumerate(self._manifest.videos):
             try:
+                if self._config.sampling == "dense":
+                    frame_step(video, self._config)  # which needs a frame rate for data.fps
                 chosen[index] = choose_front_end(
                     video.codec,
                     device,

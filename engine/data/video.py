@@ -20,6 +20,7 @@ from mam2.engine.data.decoding import (
     frame_files,
     open_video,
     quarter_turns,
+    read_packets,
 )
 
 HASH_BLOCK = 2**16
@@ -142,7 +143,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
         count, first = 0, None
         keys: list[int] = []
         times: list[int] = []
-        for packet in container.demux(stream):
+        for packet in read_packets(container, stream):
             if not packet.size:
                 continue
             if first is None:

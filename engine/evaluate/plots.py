@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,9 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("code cross-entropy", {"loss/appearance": ""}),
     Panel("motion loss / that of no motion", {"loss/motion_relative": ""}, reference=1),
-    Panel("right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True),
+    Panel(
+        "right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True
+    ),
     Panel("pixel loss", {"loss/pixels": ""}),
     Panel("alignment loss", {"loss/alignment": ""}),
     Panel(
@@ -44,7 +47,7 @@ PANELS = (
     Panel("model FLOPs utilisation (%)", {"mfu": ""}, percent=True),
     Panel("memory (GiB)", {"memory_gib": ""}),
 )
-STYLES = ("-", "--")
+STYLES: tuple[Literal["-", "--"], ...] = ("-", "--")
 """Of the columns of one panel, where colours tell runs apart."""
 PAUSE = 5
 """A step that took so many times the median is one after a pause: the run was stopped and resumed."""
@@ -61,13 +64,17 @@ def draw_logs(logs: Mapping[str, Lines], *, against: Sequence[Literal["step", "h
         ValueError: no log holds anything that is drawn.
     """
     panels = [
-        panel for panel in PANELS if any(name in line for log in logs.values() for line in log for name in panel.columns)
+        panel
+        for panel in PANELS
+        if any(name in line for log in logs.values() for line in log for name in panel.columns)
     ]
     if not panels:
         raise ValueError("logs: expected lines with at least one of the quantities that are drawn, found none")
     columns = min(len(panels), 3) if len(against) == 1 else 2 * min(len(panels), 2)
     rows = -(-len(panels) * len(against) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.3 * rows + 0.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.3 * columns, 2.3 * rows + 0.4), squeeze=False, layout="constrained"
+    )
     places = [(panel, over) for panel in panels for over in against]
     for axis in axes.flat[len(places) :]:
         axis.axis("off")
@@ -108,8 +115,7 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
 def hours(lines: Lines) -> list[float]:
     """Hours of training up to each line, from its time: what lies between a stop and a resume is left out."""
     gaps = [
-        (after["step"] - before["step"], after["time"] - before["time"])
-        for before, after in zip(lines, lines[1:], strict=False)
+        (after["step"] - before["step"], after["time"] - before["time"]) for before, after in itertools.pairwise(lines)
     ]
     usual = statistics.median(seconds / steps for steps, seconds in gaps) if gaps else 0.0
     passed = [0.0]

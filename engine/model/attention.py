@@ -54,9 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def active_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Literal["xformers", "products", "sdpa"]:
+def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Literal["xformers", "products", "sdpa"]:
     """The implementation that `attention(backend="auto")` runs for these inputs."""
     if device.type == "cpu":
         # The fused kernel's bfloat16 backward pass is slower than its float32 one there.

@@ -93,7 +93,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, [B, N, D] -> [B, N, D]."""
+    """Pre-norm transformer block, [B, N, D] -> [B, N, D].
+
+    path_scales [2, B]: what each clip's attention and MLP branches are multiplied by, for stochastic depth: 0 where a
+    branch is left out, the inverse of its chance to stay where it is not. They are drawn outside, so that a step can
+    be repeated bit for bit and recomputed.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -102,9 +107,13 @@ class Block(nn.Module):
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, mlp_ratio)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+    def forward(self, tokens: Tensor, path_scales: Tensor | None = None) -> Tensor:
+        if path_scales is None:
+            tokens = tokens + self.attn(self.norm1(tokens))
+            return tokens + self.mlp(self.norm2(tokens))
+        attention, mlp = path_scales[..., None, None]
+        tokens = tokens + attention * self.attn(self.norm1(tokens))
+        return tokens + mlp * self.mlp(self.norm2(tokens))
 
 
 class RegressorBlock(nn.Module):

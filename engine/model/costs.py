@@ -125,7 +125,7 @@ def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost
 
 
 def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
-    """Blocks in a row, each with so many values as input: all they hold, or the inputs and one block's if recomputed."""
+    """Blocks in a row, each with so many input values: they hold all, or if recomputed the inputs and one block's."""
     total = one * depth
     if config.run.recompute:
         inputs_and_one = depth * inputs * SINGLE + one.held_bytes
@@ -218,9 +218,7 @@ def norm(rows: int, width: int, item_bytes: int) -> Cost:
     """LayerNorm with the addition before it: reads both summands, writes the sum and the normalised; holds the sum."""
     forward = 2 * SINGLE + 2 * item_bytes
     backward = 3 * SINGLE + item_bytes
-    return Cost(
-        parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE
-    )
+    return Cost(parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE)
 
 
 def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> Cost:

@@ -65,11 +65,14 @@ class Encoder(nn.Module):
             mlp_ratio=model.mlp_ratio,
         )
 
-    def forward(self, tokens: Tensor, index: Tensor) -> Tensor:
-        """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D]."""
+    def forward(self, tokens: Tensor, index: Tensor, path_scales: Tensor | None = None) -> Tensor:
+        """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].
+
+        path_scales: [depth, 2, B], see `Block`; None keeps every branch as it is.
+        """
         tokens = self.patch_embed(tokens) + self.positions[index]
-        for block in self.blocks:
-            tokens = block(tokens)
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens) if path_scales is None else block(tokens, path_scales[number])
         return self.norm(tokens)
 
     def tokens(self, video: Tensor, index: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class Encoder(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else self.patch_embed.weight.dtype
         return gather_tubes(video, index, patch_size=self.patch_size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, path_scales: Tensor | None = None) -> Tensor:
         """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, T'·H'·W', D]."""
         index = torch.arange(len(self.positions), device=video.device).expand(len(video), -1)
-        return self(self.tokens(video, index), index)
+        return self(self.tokens(video, index), index, path_scales)

@@ -1,19 +1,12 @@
-"""VQGANs on disk: our safetensors, and the Lightning checkpoints that taming-transformers published.
-
-A Lightning checkpoint is a pickle. It is read with `weights_only`, and the few classes of the training framework that
-it mentions are replaced by empty stand-ins, so that no code from the file or for the file ever runs.
-"""
+"""VQGANs on disk: our safetensors, and the Lightning checkpoints that taming-transformers published."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import pickle
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mam2.engine.config import UserError
+from mam2.engine.model.pickles import load_pickle
 from mam2.engine.model.vqgan import VQGAN, VQGANConfig
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
-STOOD_IN_FOR = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy")
-"""Packages whose classes a checkpoint may mention: training frameworks, and NumPy for a scalar among their records."""
-HARMLESS = {
-    "collections.defaultdict": collections.defaultdict,
-    "typing.Any": typing.Any,
-    **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
-}
-"""What else its settings may mention."""
 CONFIG_KEY = "vqgan_config"
 CONFIGURED_RESOLUTION = 256
 """taming's configs place attention by the resolution of 256-pixel images."""
@@ -117,39 +103,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], VQGANConfig | None
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], None]:
     try:
-        mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-        raise VQGANFileError(f"{path}: expected a PyTorch checkpoint, found another kind of file") from error
-    refused = [name for name in mentioned if name not in HARMLESS and name.split(".")[0] not in STOOD_IN_FOR]
-    if refused:
-        raise VQGANFileError(
-            f"{path}: expected tensors only, found a pickle that asks for {', '.join(sorted(refused))}; not loaded"
-        )
-    stand_ins: list[Any] = [(HARMLESS.get(name) or _stand_in(), name) for name in mentioned]
-    with torch.serialization.safe_globals(stand_ins):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise VQGANFileError(f"{path}: expected a PyTorch checkpoint, found a broken one ({reason})") from error
+        checkpoint = load_pickle(path)
+    except UserError as error:
+        raise VQGANFileError(str(error)) from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}, None
-
-
-def _stand_in() -> type:
-    """A class that takes any arguments and any state and does nothing with them."""
-
-    class StandIn:
-        def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
-            return super().__new__(cls)
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def __setstate__(self, state: Any) -> None:
-            pass
-
-    return StandIn
 
 
 def _infer_config(path: Path, state: dict[str, Tensor]) -> VQGANConfig:

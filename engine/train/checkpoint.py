@@ -1,9 +1,11 @@
 """Checkpoints: a folder of safetensors and JSON that is either whole or not there.
 
     RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
-                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`; `rng.<device>`
+                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`; `rng.<device>`;
+                                                          `extra.<name>`
                                   state.json              step, config, versions, SHA-256 of the other two files
                     latest                                name of the newest folder
+        best/                                             model.safetensors and state.json of the best validated step
 
 The step says where schedule, clips and masks go on: they are functions of it. A checkpoint is written aside, synced to
 disk and renamed; only then `latest` is replaced and old ones are removed. Reading one executes nothing: no pickle.
@@ -20,9 +22,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mam2.engine.config import PretrainConfig, UserError, from_dict, to_dict
+from mam2.engine.config import PretrainConfig, TrainConfig, UserError, from_dict, to_dict
 
 FOLDER = "checkpoints"
 WEIGHTS = "model.safetensors"
@@ -38,26 +41,38 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 LATEST = "latest"
 RNG = "rng."
+EXTRA = "extra."
+BEST = "best"
+
+Config = TypeVar("Config")
 
 
 class Saver:
     """Writes checkpoints beside the run: `save` copies the tensors and returns, a thread does the rest."""
 
-    def __init__(self, run: Path, config: PretrainConfig, *, main: bool = True) -> None:
-        """main: False on the ranks that only help to gather tensors."""
-        self._run, self._config, self._main = run, config, main
+    def __init__(
+        self, run: Path, config: TrainConfig, *, main: bool = True, notes: Mapping[str, str] | None = None
+    ) -> None:
+        """main: False on the ranks that only help to gather tensors. notes: further metadata of the weights."""
+        self._run, self._config, self._main, self._notes = run, config, main, dict(notes or {})
         self._thread: threading.Thread | None = None
         self._problem: OSError | None = None
         if main:
             for left in (run / FOLDER).glob(".part-*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> OSError | None:
-        """Takes the state after `step` steps, once the checkpoint before is written. Returns what `wait` does."""
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
+    ) -> OSError | None:
+        """Takes the state after `step` steps, once the checkpoint before is written. Returns what `wait` does.
+
+        extra: tensors beside the model's and the optimiser's without which the run could not go on.
+        """
         problem = self.wait()
-        weights, moments = _weights(model, keep=self._main), _moments(model, optimizer, keep=self._main)
+        weights = copies(model.state_dict(), keep=self._main)
+        moments = _moments(model, optimizer, extra or {}, keep=self._main)
         if self._main:
-            arguments = (self._run, step, weights, moments, self._config)
+            arguments = (self._run, step, weights, moments, self._config, self._notes)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
         return problem
@@ -77,7 +92,14 @@ class Saver:
             self._problem = error
 
 
-def write(run: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], config: PretrainConfig) -> Path:
+def write(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    config: TrainConfig,
+    notes: dict[str, str],
+) -> Path:
     """Puts a checkpoint's tensors on the disk; removes the old ones that `run.keep` and `run.keep_every` do not hold.
 
     Raises OSError (disk full, no permission); the older checkpoints are then still there.
@@ -85,34 +107,11 @@ def write(run: Path, step: int, weights: dict[str, Tensor], moments: dict[str, T
     final = folder_of(run, step)
     if final.is_dir():  # steps are deterministic: the same step was saved before
         return final
-    aside = final.with_name(f".part-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-        if shutil.disk_usage(aside).free < needed:
-            raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(run))
-        save_file(weights, aside / WEIGHTS, metadata={"config": json.dumps(to_dict(config)), "step": str(step)})
+    state = {"step": step, "config": to_dict(config), "torch": torch.__version__, "code": code_version()}
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    with _written_aside(final, state, weights, moments) as aside:
+        save_file(weights, aside / WEIGHTS, metadata=metadata)
         save_file(moments, aside / OPTIMIZER)
-        state = {
-            "step": step,
-            "config": to_dict(config),
-            "torch": torch.__version__,
-            "code": code_version(),
-            "sha256": {name: _hash(aside / name) for name in (WEIGHTS, OPTIMIZER)},
-        }
-        (aside / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
-        aside.rename(final)
-        _sync(final.parent)
-    except SafetensorError as error:  # the library's word for what the operating system refused
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(errno.EIO, str(error), str(aside)) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     latest = final.with_name(f".{LATEST}")
     latest.write_text(final.name + "\n", encoding="utf-8")
     latest.replace(final.with_name(LATEST))
@@ -121,6 +120,56 @@ def write(run: Path, step: int, weights: dict[str, Tensor], moments: dict[str, T
         if not every or int(old.name.removeprefix("step-")) % every:
             shutil.rmtree(old)
     return final
+
+
+def write_best(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    config: TrainConfig,
+    notes: dict[str, str],
+    found: dict[str, float],
+) -> Path:
+    """Replaces RUN/best by the weights after `step` steps; `found` is what was measured of them. Raises OSError."""
+    final = run / BEST
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    with _written_aside(final, {"step": step, **found}, weights) as aside:
+        save_file(weights, aside / WEIGHTS, metadata=metadata)
+    return final
+
+
+@contextmanager
+def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tensor]) -> Iterator[Path]:
+    """A folder beside `final` to put files with these tensors in; then `state` with the files' hashes, all of it synced
+    to the disk, and the folder takes its place. Nothing is left of it where that fails."""
+    aside = final.with_name(f".part-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        needed = sum(tensor.nbytes for part in tensors for tensor in part.values())
+        if shutil.disk_usage(aside).free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(final.parent)
+            )
+        yield aside
+        hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
+        (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
+        for file in aside.iterdir():
+            _sync(file)
+        _sync(aside)
+        replaced = final.with_name(f".old-{final.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.is_dir():
+            final.rename(replaced)
+        aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync(final.parent)
+    except SafetensorError as error:  # the library's word for what the operating system refused
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(errno.EIO, str(error), str(aside)) from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 @functools.cache
@@ -176,8 +225,10 @@ def _all(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*"))
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Loads a checkpoint into model, optimiser and random generators. Returns its step.
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
+) -> int:
+    """Loads a checkpoint into model, optimiser, random generators and what was saved as `extra`. Returns its step.
 
     Raises UserError where it does not fit.
     """
@@ -187,6 +238,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     for key, tensor in _load(folder / OPTIMIZER).items():
         if key.startswith(RNG):
             _set_rng(key.removeprefix(RNG), tensor)
+            continue
+        if key.startswith(EXTRA):
+            own = (extra or {})[key.removeprefix(EXTRA)]
+            own.copy_(_placed_like(own, tensor))
             continue
         name, _, entry = key.rpartition(".")
         parameter = parameters[name]
@@ -225,8 +280,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
             tensor.copy_(_placed_like(tensor, weights[name]))
 
 
-def read_config(path: Path) -> PretrainConfig:
-    """The config a checkpoint (its folder or its weights file) was written with."""
+@overload
+def read_config(path: Path) -> PretrainConfig: ...
+@overload
+def read_config(path: Path, kind: type[Config]) -> Config: ...
+def read_config(path: Path, kind: type = PretrainConfig) -> Any:
+    """The config a checkpoint (its folder or its weights file) was written with: pre-training's, or of another kind."""
+    return from_dict(kind, json.loads(read_metadata(path)["config"]), where=f"checkpoint {path}")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a checkpoint (its folder or its weights file) says beside its weights: `config`, `step` and notes."""
     path = path / WEIGHTS if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
@@ -234,8 +298,8 @@ def read_config(path: Path) -> PretrainConfig:
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
     if "config" not in metadata:
-        raise UserError(f"checkpoint {path}: carries no config; was it written by mam2 pretrain?")
-    return from_dict(PretrainConfig, json.loads(metadata["config"]), where=f"checkpoint {path}")
+        raise UserError(f"checkpoint {path}: carries no config; was it written by mam2 pretrain or mam2 finetune?")
+    return metadata
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -245,32 +309,31 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
 
 
-def _weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    return _copies(model.state_dict(), keep=keep)
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
+def _moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor], *, keep: bool
+) -> dict[str, Tensor]:
     tensors = {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    tensors |= {f"{EXTRA}{name}": tensor for name, tensor in extra.items()}
     tensors[f"{RNG}cpu"] = torch.get_rng_state()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
-    return _copies(tensors, keep=keep)
+    return copies(tensors, keep=keep)
 
 
-def _copies(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Copies on the CPU, whole and contiguous. Every rank has to call it; only those that keep them hold them."""
-    copies = {}
+    copied = {}
     for name, tensor in tensors.items():
         whole = tensor.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
         if keep:
-            copies[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return copies
+            copied[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copied
 
 
 def _placed_like(own: Tensor, whole: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ ROUNDS = 8
 
 @functools.cache
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square products in `dtype`, measured once a process; under a second on two cores."""
+    """FLOP/s of the fastest of a few square products in `dtype`; measured once a process, in under a second."""
     edge = EDGES[device.type]
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = left @ right  # to warm up

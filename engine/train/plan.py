@@ -1,4 +1,4 @@
-"""What a run will take, before it runs: parameters, FLOPs, bytes and memory from the config; speed and hours estimated."""
+"""What a run takes, before it runs: parameters, FLOPs, bytes and memory from the config; speed and hours estimated."""
 
 from __future__ import annotations
 

@@ -37,11 +37,12 @@ class TrainStep:
         blocks = [module for module in model.modules() if isinstance(module, Block | RegressorBlock)]
         if config.run.recompute:
             for block in blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = again  # type: ignore[method-assign]
         sharded = config.run.sharding == "fsdp" and world.size > 1
         if sharded:  # FSDP's hooks sit between the blocks and cannot be in a graph
             for block in blocks:
-                block.forward = compiled(block.forward)
+                block.forward = compiled(block.forward)  # type: ignore[method-assign]
             compiled, self.compiled = (lambda part: part), f"{self.compiled}, block by block"
         self.objective = build_objective(model, config, compiled)
         self.forward: nn.Module = self.objective

@@ -1,0 +1,127 @@
+"""An operator as it is measured, and the gate before any number: every provider against float64.
+
+ours       mam2.kernels
+eager      what the original codebases do, in their order: the whole clip normalised and cut, then a boolean mask
+compiled   the definition, with token numbers for the mask, under torch.compile
+others     libraries that do the same; one that cannot run here says why
+
+Differentiable operators run forward and backward, with a random upstream gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.clips import Shape
+from mam2.kernels.costs import Cost
+
+Inputs = dict[str, Tensor]
+Function = Callable[..., Any]
+"""A provider: a function of the inputs by name."""
+
+BUDGET = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest ‖out − exact‖ / ‖exact‖ of an output by its inputs' type: some roundings of that type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What one bench file declares."""
+
+    name: str
+    inputs: Callable[[Shape, torch.device], Inputs]
+    definition: Callable[[Shape], Function]
+    """Plain PyTorch without a wait for the device: in float64 what all are held to, compiled a provider."""
+    providers: Callable[[Shape, torch.device], dict[str, Function]]
+    """`ours`, `eager` and libraries."""
+    cost: Callable[[Shape], Cost]
+    leaves: tuple[str, ...] = ()
+    """Inputs that get a gradient."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    """Types that its inputs or outputs can take; empty if it knows none."""
+    check: Callable[[Shape, list[Tensor]], float] | None = None
+    """For an operator with random output: the error of the outputs, in place of the distance to the definition."""
+
+    def budget(self, shape: Shape) -> float:
+        """Largest error at which a provider counts as right."""
+        if self.check:
+            return 0.0
+        return BUDGET[shape.dtype if shape.dtype in self.dtypes else self.dtypes[0]]
+
+
+class Absent(Exception):
+    """A provider that this machine does not have."""
+
+
+def absent(reason: str) -> Function:
+    """In the place of a provider that this machine does not have."""
+
+    def provider(**_: Any) -> None:
+        raise Absent(reason)
+
+    return provider
+
+
+def bind(shape: Shape, function: Function) -> Function:
+    return lambda **inputs: function(shape, **inputs)
+
+
+def outputs(operator: Operator, function: Function, inputs: Inputs, upstream: Tensor | None) -> list[Tensor]:
+    """What a provider gives: its outputs, then the gradients of the leaves for `upstream`."""
+    result = function(**inputs)
+    if operator.leaves:
+        return [result, *torch.autograd.grad(result, [inputs[name] for name in operator.leaves], upstream)]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def upstream_of(operator: Operator, shape: Shape, device: torch.device) -> Tensor | None:
+    """A random gradient of the loss, 0.5 to 1.5; for float16 scaled up, as a gradient scaler starts."""
+    if not operator.leaves:
+        return None
+    return (torch.rand((), device=device) + 0.5) * (2**16 if shape.dtype == torch.float16 else 1)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ in float64; NaN where `found` has one, infinite for another shape."""
+    if found.shape != exact.shape:
+        return float("inf")
+    return float((found.detach().double() - exact).norm() / exact.norm())
+
+
+def exact_outputs(operator: Operator, shape: Shape, inputs: Inputs, upstream: Tensor | None) -> list[Tensor]:
+    """The outputs of the definition on the same values in float64."""
+    wide = {
+        name: tensor.detach().double().requires_grad_(name in operator.leaves) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    if "video" in wide:
+        wide["video"] = inputs["video"].double() / 255
+    function = operator.definition(shape)
+    found = outputs(operator, function, wide, None if upstream is None else upstream.double())
+    return [tensor.detach() for tensor in found]
+
+
+def gate(
+    operator: Operator, shape: Shape, function: Function, inputs: Inputs, upstream: Tensor | None, exact: list[Tensor]
+) -> float:
+    """The largest relative error of a provider's outputs."""
+    found = outputs(operator, function, inputs, upstream)
+    if operator.check:
+        return operator.check(shape, found)
+    errors = [relative_error(mine, truth) for mine, truth in zip(found, exact, strict=True)]
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def judge(operator: Operator, shape: Shape, provider: Function, *given: Any) -> dict[str, Any]:
+    """The verdict on a provider, and its error or the reason why there is none; `given` goes to `gate`."""
+    try:
+        error = gate(operator, shape, provider, *given)
+    except Absent as problem:
+        return {"verdict": "absent", "reason": str(problem)}
+    except Exception as problem:  # a provider that cannot run here costs its own row only
+        return {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
+    return {"error": error, "verdict": "right" if error <= operator.budget(shape) else "wrong"}

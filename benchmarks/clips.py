@@ -1,0 +1,112 @@
+"""Random inputs of the operators at the shapes that are measured, and the plain PyTorch that their users write.
+
+B clips, T frames, N tokens, K chosen tokens, P values a token, C channels, D width, V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mam2.kernels import TubeMask, tube_mask
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A batch of clips in training and the heads on it; the clip is uint8 and channels-last, as the loader gives it."""
+
+    batch: int
+    frames: int = 16
+    size: int = 224
+    patch: tuple[int, int, int] = (2, 16, 16)
+    ratio: float = 0.9
+    width: int = 384
+    codes: int = 8192
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        tubelet, height, width = self.patch
+        return self.frames // tubelet, self.size // height, self.size // width
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def masked(self) -> int:
+        return self.grid[0] * int(self.ratio * self.grid[1] * self.grid[2])
+
+    @property
+    def values(self) -> int:
+        return self.patch[0] * self.patch[1] * self.patch[2] * 3
+
+    def __str__(self) -> str:
+        return f"B{self.batch} {self.frames}x{self.size}² D{self.width} V{self.codes} {str(self.dtype)[6:]}"
+
+
+def _small(batch: int) -> Shape:
+    return Shape(batch=batch, frames=8, size=64, patch=(2, 8, 8), width=96, codes=512, dtype=torch.float32)
+
+
+SHAPES = {
+    "cuda": tuple(Shape(batch=batch) for batch in (64, 8, 16, 32, 128)),
+    "cpu": tuple(_small(batch) for batch in (4, 1, 2)),
+}
+"""The batch of the table first, then, on a GPU, one so small that launches show; the rest is for the plots."""
+
+
+def clip(shape: Shape, device: torch.device) -> Tensor:
+    """uint8 [B,3,T,H,W] by strides."""
+    extent = (shape.batch, shape.frames, shape.size, shape.size, 3)
+    return torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+
+
+def tubes(shape: Shape, device: torch.device) -> TubeMask:
+    seed = int(torch.randint(2**31, ()))
+    return tube_mask(shape.batch, shape.grid, shape.ratio, seed=seed, device=device)
+
+
+def loss_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """A clip, its mask as token numbers and as VideoMAE's booleans, and predictions of the masked tokens."""
+    mask = tubes(shape, device)
+    pred = torch.randn(shape.batch, shape.masked, shape.values, device=device).to(shape.dtype)
+    inputs = {"video": clip(shape, device), "masked": mask.masked, "booleans": mask.as_bool()}
+    return {**inputs, "pred": pred.requires_grad_()}
+
+
+def pixels(video: Tensor) -> Tensor:
+    """[0,1], in float32 from uint8; a float clip is there already."""
+    return video.float() / 255 if video.dtype == torch.uint8 else video
+
+
+def cubes(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """[B,C,T,H,W] -> [B,N,τ·p·p,C]."""
+    tubelet, height, width = patch
+    cut = video.unflatten(2, (-1, tubelet)).unflatten(4, (-1, height)).unflatten(6, (-1, width))
+    return cut.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
+
+
+def pick(tokens: Tensor, index: Tensor) -> Tensor:
+    """[B,N,…] at int64 [B,K], or where bool [B,N] is set, which waits for the device to learn K -> [B,K,P]."""
+    tokens = tokens.flatten(2)
+    if index.dtype == torch.bool:
+        return tokens[index].view(tokens.shape[0], -1, tokens.shape[2])
+    return tokens.take_along_dim(index[..., None], 1)
+
+
+def deviation(tokens: Tensor) -> Tensor:
+    """Of each channel of each cube [B,N,τ·p·p,C], as VideoMAE divides by it -> [B,N,1,C]."""
+    return tokens.var(2, unbiased=True, keepdim=True).sqrt() + EPS
+
+
+def differences(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """The next frame minus this one, 0 for the last, over the deviation of its cube -> [B,N,τ·p·p,C]."""
+    frames = pixels(video)
+    following = torch.cat([frames[:, :, 1:], frames[:, :, -1:]], 2)
+    return cubes(following - frames, patch) / deviation(cubes(frames, patch))

@@ -1,0 +1,179 @@
+"""What an H200 should need for each operator, from the static table: predicted, not measured.
+
+    python -m benchmarks.predict      # prints the prediction and writes results/static/predicted-h200.md
+
+A kernel's programs all do the same, in a straight line, so that three bounds follow from its compiled code:
+
+    memory     declared bytes / what a copy reaches
+    issue      programs · warps · cycles / (SMs · 4 schedulers · clock); the cycles of a warp are its instructions, or
+               those of its busiest pipe: 2 for an integer instruction, 4 for a shuffle, 8 for a conversion or a root
+    latency    Little's law: an SM has  resident programs · bytes of one / its round trips  in flight, for one latency
+
+A round trip is a group of loads that wait for the group before. If the three overlap perfectly, the slowest is the
+time; if not at all, their sum is. Registers, shared memory, warps and blocks limit how many programs are resident.
+
+The head (linear_cross_entropy) is a row of such parts, one after the other, for each chunk of logits.
+
+Figures of the GPU: COPY, GEMM, SMS and CLOCK as known of an H200; LATENCY and GAP are assumed.
+"""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from mam2.kernels import costs, launch
+
+RESULTS = Path(__file__).parent / "results" / "static"
+TABLE, PREDICTION = RESULTS / "nvidia.csv", RESULTS / "predicted-h200.md"
+
+COPY, GEMM = 4.3e12, 790e12
+"""Bytes and bfloat16 operations a second."""
+SMS, CLOCK = 132, 1.755e9
+REGISTERS, WARPS, BLOCKS, SHARED = 65_536, 64, 32, 233_472
+"""Of an SM; each block takes 1 KB of shared memory besides its own."""
+LATENCY, GAP = 0.8e-6, 1.5e-6
+"""Seconds: of a load from busy memory, and between two kernels of which the second waits for the first."""
+
+BATCH, MASKED, VISIBLE, VALUES = 64, 1408, 160, 1536
+WIDTH, CODES = 384, 8192
+GOAL_HEAD = 3.0e-3
+
+
+class Bounds(NamedTuple):
+    """Seconds, each if nothing else limited a kernel, and what keeps an SM busy."""
+
+    memory: float
+    issue: float
+    latency: float
+    resident: int
+    in_flight: float
+    """Bytes an SM waits for at a time."""
+
+    @property
+    def best(self) -> float:
+        return max(self[:3])
+
+    @property
+    def worst(self) -> float:
+        return sum(self[:3])
+
+    @property
+    def limit(self) -> str:
+        return self._fields[self.index(self.best)]
+
+
+def compiled(name: str) -> dict[str, str]:
+    """Row of the static table for sm_90, by "kernel launch"."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        next(file)  # names the Triton version
+        for row in csv.DictReader(file):
+            if (f"{row['kernel']} {row['launch']}", row["architecture"]) == (name, "sm_90"):
+                return row
+    raise ValueError(f"{TABLE}: no row {name!r} of sm_90; write the table: python tests/compile_kernels.py --write")
+
+
+def resident_programs(registers: int, warps: int, shared: int) -> int:
+    """Programs that an SM holds at a time; registers come in eights for each thread."""
+    return min(BLOCKS, WARPS // warps, REGISTERS // (-(-registers // 8) * 8 * 32 * warps), SHARED // (shared + 1024))
+
+
+def bounds(name: str, programs: int, moved: int) -> Bounds:
+    """Of a kernel of the table, launched with `programs` programs that move `moved` bytes together."""
+    row = compiled(name)
+    count = {column: int(row[column]) for column in row if row[column].isdigit()}
+    warps = count["warps"]
+    cycles = max(
+        count["instructions"],
+        2 * (count["ALU"] + count["IMAD"]),
+        4 * (count["SHFL"] + count["REDUX"]),
+        8 * (count["convert"] + count["MUFU"]),
+    )
+    resident = resident_programs(count["registers"], warps, count["shared"])
+    in_flight = resident * moved / programs / count["round_trips"]
+    return Bounds(
+        memory=moved / COPY,
+        issue=programs * warps * cycles / (SMS * 4 * CLOCK),
+        latency=moved / (SMS * in_flight) * LATENCY,
+        resident=resident,
+        in_flight=in_flight,
+    )
+
+
+def kernels() -> dict[str, Bounds]:
+    """The memory-bound operators at the shapes of a training step: 64 clips of 16 frames at 224 pixels, bfloat16."""
+    clip = "channels_last 2x16x16 uint8 bfloat16"
+    tokens = BATCH * MASKED
+    loss = costs.masked_loss(BATCH, MASKED, VALUES).bytes_moved
+    gather = costs.gather_tubes(BATCH, VISIBLE, VALUES).bytes_moved
+    return {
+        "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
+        "masked_frame_difference_loss, the same": bounds(f"masked_loss {clip} adjacent channel", tokens, loss),
+        "their backward pass (scale_gradient)": bounds(
+            f"scale_gradient {tokens}x{VALUES} bfloat16", tokens, costs.scale_gradient(tokens, VALUES).bytes_moved
+        ),
+        "gather_tubes": bounds(f"gather_tubes {clip} normalised", BATCH * VISIBLE, gather),
+    }
+
+
+def head() -> list[tuple[str, float, float]]:
+    """Parts of linear_cross_entropy forward and backward: what, seconds at best, seconds at worst."""
+    rows = BATCH * MASKED
+    budget = launch.CHUNK_BYTES.get("sm_90", launch.CHUNK_BYTES["default"])
+    chunk = budget // (CODES * 2) // 128 * 128
+    chunks = -(-rows // chunk)
+    product = costs.linear_cross_entropy(rows, WIDTH, CODES).flops / GEMM
+    passes = bounds(f"softmax_gradient {CODES} bfloat16", rows, costs.softmax_gradient(rows, CODES).bytes_moved)
+    # the float32 product of a chunk is written, read with the sum so far, and the sum written
+    adding = chunks * 4 * CODES * WIDTH * 4 / COPY
+    return [
+        (f"three products at {GEMM / 1e12:.0f} TFLOP/s", product, product),
+        (f"softmax and its gradient over {chunks} chunks of {chunk} rows", passes.best, passes.worst),
+        ("adding up the weight's gradient in float32", 0.0, adding),
+        (f"gaps between {5 * chunks} kernels", 0.0, 5 * chunks * GAP),
+    ]
+
+
+def report() -> str:
+    """The prediction as Markdown."""
+    needed = COPY * LATENCY / SMS / 1024
+    lines = [
+        "# H200: predicted, not measured",
+        "",
+        "By `python -m benchmarks.predict` from nvidia.csv (sm_90); the model is in its docstring.",
+        f"{BATCH} uint8 clips of 16 × 224², {MASKED} masked and {VISIBLE} visible tokens of {VALUES} bfloat16 values.",
+        f"Taken: a copy at {COPY / 1e12:.1f} TB/s, {SMS} SMs at {CLOCK / 1e9:.3f} GHz. Assumed: {LATENCY * 1e6:.1f} µs",
+        f"a load, so that the speed of a copy needs {needed:.0f} KB in flight an SM.",
+        "",
+        "| operator | memory µs | issue µs | latency µs | resident | KB in flight | predicted µs | of a copy | limit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, of in kernels().items():
+        times = " | ".join(f"{1e6 * seconds:.0f}" for seconds in of[:3])
+        share = f"{100 * of.memory / of.worst:.0f} to {100 * of.memory / of.best:.0f} %"
+        lines.append(
+            f"| {name} | {times} | {of.resident} | {of.in_flight / 1024:.0f} | "
+            f"{1e6 * of.best:.0f} to {1e6 * of.worst:.0f} | {share} | {of.limit} |"
+        )
+    parts = head()
+    lines += [
+        "",
+        f"linear_cross_entropy, forward and backward: {BATCH * MASKED} rows, {WIDTH} wide, {CODES} codes, bfloat16.",
+        "At best the weight's gradient stays in the L2 and no gap shows; logits are taken to be no faster than memory.",
+        "",
+        "| part | ms at best | ms at worst |",
+        "|---|---|---|",
+        *(f"| {what} | {1e3 * best:.2f} | {1e3 * worst:.2f} |" for what, best, worst in parts),
+        f"| together (goal: {1e3 * GOAL_HEAD:.1f}) | {1e3 * sum(best for _, best, _ in parts):.2f} "
+        f"| {1e3 * sum(worst for _, _, worst in parts):.2f} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    text = report()
+    PREDICTION.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""`make bench`: the loader beside decoders alone, what a training step waits for it, and codes online and cached."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import bench_tokenizer
+from benchmarks.bench_loader import rows
+from benchmarks.report import table
+
+SECONDS = 50
+COLUMNS = (
+    *("front_end", "files", "gop", "threads", "views", "ratio_to_pyav_alone", "clips_per_s", "frames_per_s"),
+    *("data_wait_percent", "limit", "verdict", "reason"),
+)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_loader(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(rows(DEVICE, time.monotonic() + SECONDS))
+    with capsys.disabled():
+        print("\nThe loader, with crop and resize, beside decoders alone on one thread:")
+        print(table(found, COLUMNS))
+    bad = [row for row in found if row.get("verdict", "right") != "right" and "provider" not in row]
+    assert not [row for row in bad if row["verdict"] != "skipped"]
+
+
+def test_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(bench_tokenizer.rows(DEVICE, time.monotonic() + SECONDS))
+    cached = {row["tokenizer"]: row["median_ms_per_clip"] for row in found if row.get("codes") == "cached"}
+    for row in found:
+        if time_ms := row.pop("median_ms_per_clip", None):
+            row["ratio_to_cached"] = time_ms / cached[row["tokenizer"]]
+            if DEVICE.type == "cuda":
+                row["ms_per_clip"] = time_ms
+    with capsys.disabled():
+        print("\nCodes of a batch, computed in the step or read from a cache:")
+        print(table(found, ("tokenizer", "codes", "precision", "ms_per_clip", "ratio_to_cached", "verdict", "reason")))
+    assert all(row.get("verdict", "right") in ("right", "skipped") for row in found)

@@ -1,0 +1,213 @@
+"""Writes the launch table of this GPU into kernels/launch_table.json: `make tune`, or `python -m benchmarks.tune`.
+
+For every kernel and row of the table, the operators that launch it are timed with each number of warps, and
+linear_cross_entropy with each size of its chunks, in interleaved rounds. A candidate whose results are not right by
+check.py's gate is not timed; one takes the place of the present value if it is faster by more than 2 %. `--dry-run`
+goes through all of it on the CPU, where launches have no warps, and leaves the table as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import (
+    bench_frame_difference,
+    bench_gather_tubes,
+    bench_linear_cross_entropy,
+    bench_masked_frame_difference_loss,
+    bench_masked_pixel_loss,
+    bench_motion_tube_mask,
+    bench_tube_mask,
+)
+from benchmarks.check import Operator, exact_outputs, judge, outputs, upstream_of
+from benchmarks.clips import Shape
+from benchmarks.operators import input_sets
+from benchmarks.report import Row, table
+from benchmarks.timing import interleaved
+from mam2.kernels import costs, launch
+from mam2.kernels.scale_gradient import scale_gradient
+
+MARK = "NOT a GPU result"
+TABLE = Path(launch.__file__).with_name("launch_table.json")
+WARPS = (1, 2, 4, 8, 16)
+CHUNK_MIB = (8, 16, 32, 64, 128)
+LEAST_GAIN = 0.02
+EVERY_BLOCK = 1536
+"""Values of a token of 2 frames of 16², from which longer ones are made of more frames."""
+
+SCALE_GRADIENT = Operator(
+    name="scale_gradient",
+    inputs=lambda shape, device: {
+        "gradient": torch.randn(shape.batch * shape.masked, shape.codes, device=device).to(shape.dtype),
+        "scale": torch.rand(shape.batch * shape.masked, device=device),
+    },
+    definition=lambda shape: lambda gradient, scale: gradient * scale[:, None],
+    providers=lambda shape, device: {"ours": scale_gradient},
+    cost=lambda shape: costs.scale_gradient(shape.batch * shape.masked, shape.codes, item_bytes=shape.dtype.itemsize),
+)
+
+
+MOTION_ENERGY = Operator(
+    name="motion_energy",
+    inputs=bench_motion_tube_mask.OPERATOR.inputs,
+    definition=lambda shape: lambda video: 255**2 * bench_motion_tube_mask.energies(shape, video),
+    providers=lambda shape, device: {"ours": lambda video: torch.ops.mam2.motion_energy(video, list(shape.patch))},
+    cost=lambda shape: costs.motion_energy(shape.batch, shape.tokens, shape.values),
+)
+
+
+def _longer_tokens(shape: Shape, block: int) -> Shape:
+    return replace(shape, patch=(2 * block // EVERY_BLOCK, 16, 16))
+
+
+def _more_codes(shape: Shape, block: int) -> Shape:
+    return replace(shape, codes=block)
+
+
+def _more_positions(shape: Shape, block: int) -> Shape:
+    """A square of `block` positions a slot."""
+    return replace(shape, size=round(block**0.5) * shape.patch[1])
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a kernel is tuned: on these operators, at a shape at which it works on blocks of a size."""
+
+    operators: tuple[Operator, ...]
+    shape: Callable[[Shape, int], Shape]
+
+
+LOSSES = bench_masked_pixel_loss.OPERATOR, bench_masked_frame_difference_loss.OPERATOR
+TUNED = {
+    "draw_mask": Tuned((bench_tube_mask.OPERATOR,), _more_positions),
+    "frame_difference": Tuned((bench_frame_difference.OPERATOR,), _longer_tokens),
+    "gather_tubes": Tuned((bench_gather_tubes.OPERATOR,), _longer_tokens),
+    "masked_loss": Tuned(LOSSES, _longer_tokens),
+    "motion_energy": Tuned((MOTION_ENERGY,), _longer_tokens),
+    "scale_gradient": Tuned((SCALE_GRADIENT,), _more_codes),
+    "softmax_gradient": Tuned((bench_linear_cross_entropy.OPERATOR,), _more_codes),
+}
+
+
+@contextlib.contextmanager
+def launched_with(architecture: str, warps: dict[str, int], chunk_bytes: int | None = None) -> Iterator[None]:
+    """Within, these kernels are launched with so many warps whatever the block, and logits come in such chunks."""
+    rows = {kernel: [[1, count]] for kernel, count in warps.items()}
+    changed = {architecture: {**launch.WARPS.get(architecture, {}), **rows}}
+    chunk = {} if chunk_bytes is None else {architecture: chunk_bytes}
+    with mock.patch.dict(launch.WARPS, changed), mock.patch.dict(launch.CHUNK_BYTES, chunk):
+        yield
+
+
+def times(
+    operators: Sequence[Operator], shape: Shape, device: torch.device, candidates: dict[int, Any], *, rounds: int
+) -> dict[int, float]:
+    """Milliseconds of all operators by value; `candidates` holds their `launched_with`. Wrong ones are left out."""
+    sums: dict[int, float] = dict.fromkeys(candidates, 0.0)
+    for operator in operators:
+        torch.manual_seed(0)
+        sets, upstream = input_sets(operator, shape, device), upstream_of(operator, shape, device)
+        exact = exact_outputs(operator, shape, sets[0], upstream)
+        ours = operator.providers(shape, device)["ours"]
+        calls = {
+            str(value): [within(functools.partial(outputs, operator, ours, inputs, upstream)) for inputs in sets]
+            for value, within in candidates.items()
+            if within(judge)(operator, shape, ours, sets[0], upstream, exact)["verdict"] == "right"
+        }
+        timings = interleaved(calls, device, rounds=rounds)
+        sums = {v: total + timings[str(v)].median_ms for v, total in sums.items() if str(v) in timings}
+    return sums
+
+
+def better(found: dict[int, float], present: int) -> int:
+    """The fastest value, or the present one if it is about as fast."""
+    fastest = min(found, key=found.__getitem__, default=present)
+    return fastest if present not in found or found[fastest] < (1 - LEAST_GAIN) * found[present] else present
+
+
+def choice(what: str, block: int | None, present: int, found: dict[int, float]) -> Row:
+    best = better(found, present)
+    row: Row = {"tuned": what, "block": block, "present": present, "best": best, "right": f"{len(found)} candidates"}
+    return row | {"present_ms": found.get(present), "best_ms": found.get(best)}
+
+
+def tune(shape: Shape, device: torch.device, *, rounds: int) -> tuple[dict[str, list[list[int]]], int, list[Row]]:
+    """A launch table, the bytes of a chunk of logits, and a row for each choice made."""
+    name = launch.architecture(device)
+    rows: list[Row] = []
+    warps: dict[str, list[list[int]]] = {}
+    for kernel, present_rows in launch.WARPS["default"].items():
+        if kernel not in TUNED:
+            rows.append({"tuned": kernel, "right": "has no operator here: its row stays"})
+            continue
+        warps[kernel] = []
+        for block, _ in present_rows:
+            counts = {count: launched_with(name, {kernel: count}) for count in WARPS}
+            at = TUNED[kernel].shape(shape, block)
+            found = times(TUNED[kernel].operators, at, device, counts, rounds=rounds)
+            rows.append(choice(kernel, block, launch.warps(kernel, block, device), found))
+            warps[kernel].append([block, rows[-1]["best"]])
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
+    sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
+    found = times((bench_linear_cross_entropy.OPERATOR,), shape, device, sizes, rounds=rounds)
+    rows.append(choice("chunk_bytes", None, present, found))
+    return warps, rows[-1]["best"], rows
+
+
+def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
+    """launch_table.json, a kernel a line."""
+
+    def kernels(table: dict[str, list[list[int]]]) -> str:
+        return ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(rows)}" for kernel, rows in sorted(table.items()))
+
+    tables = ",\n".join(f"  {json.dumps(name)}: {{\n{kernels(table)}\n  }}" for name, table in sorted(warps.items()))
+    return f'{{\n "warps": {{\n{tables}\n }},\n "chunk_bytes": {json.dumps(chunk_bytes)}\n}}\n'
+
+
+def write(text: str, path: Path) -> None:
+    """Replaces the file at once."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; the table stays as it is")
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("tune: torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    if not options.dry_run and launch.active_path(device) != "triton":
+        print(f"tune: the kernels would run through {launch.active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
+        return 2
+    shape = Shape(batch=1, size=32, width=16, dtype=torch.float32) if options.dry_run else Shape(batch=64)
+    warps, chunk_bytes, rows = tune(shape, device, rounds=1 if options.dry_run else 20)
+    name = launch.architecture(device)
+    text = text_of({**launch.WARPS, name: warps}, {**launch.CHUNK_BYTES, name: chunk_bytes})
+    path = Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) / TABLE.name if options.dry_run else TABLE
+    write(text, path)
+    columns = ["tuned", "block", *([] if options.dry_run else ["present", "best", "present_ms", "best_ms"]), "right"]
+    mark = f"{MARK} | " if options.dry_run else ""
+    print(f"{mark}launch table for {name}\n{table(rows, columns)}\n{mark}written to {path}")
+    wrong = [row for row in rows if row["right"].startswith("0 ")]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

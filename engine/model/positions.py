@@ -1,0 +1,58 @@
+"""An encoder at another clip size than it was trained at: its fixed positions, resampled or recomputed.
+
+T'×H'×W' the token grid, N its tokens, D width. The stride of the frames does not enter: no position knows seconds.
+
+The table is indexed by the flattened token, so a grid of other height or width gives the same index another place:
+token 14 is the second row's first of 14×14, the first row's last but one of 16×16. `recompute` builds the table anew for
+the new grid, as VideoMAE and Hugging Face do; an encoder has to be fine-tuned to it. `resample` reads the trained table
+between its tokens (trilinear, the grids' outer edges aligned): every place of the clip keeps about the position it was
+trained with, and the encoder can be used as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mam2.engine.model.blocks import sincos_positions
+from mam2.engine.model.encoder import Encoder
+
+Positions = Literal["resample", "recompute"]
+
+
+def resample_positions(table: Tensor, grid: tuple[int, int, int], onto: tuple[int, int, int]) -> Tensor:
+    """A table [N, D] of `grid` read at the tokens of the grid `onto`: [N', D]."""
+    volume = table.unflatten(0, grid).permute(3, 0, 1, 2)[None]
+    return F.interpolate(volume, size=onto, mode="trilinear", align_corners=False)[0].flatten(1).T.contiguous()
+
+
+def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions = "resample") -> None:
+    """Makes an encoder take clips [B, 3, frames, size, size].
+
+    Weights stay as they are. Of an encoder that is at this size already, so do the positions.
+
+    Args:
+        encoder: changed in place.
+        frames: frames of a clip, a multiple of the tubelet.
+        size: height and width of a clip in pixels, a multiple of the patch.
+        positions: `resample` or `recompute`, see above.
+
+    Raises:
+        ValueError: frames or size that do not make whole tokens.
+    """
+    tubelet, *patch = encoder.patch_size
+    if frames < 1 or frames % tubelet:
+        raise ValueError(f"frames: expected a multiple of the tubelet, {tubelet}, found {frames}")
+    if size < 1 or any(size % side for side in patch):
+        raise ValueError(f"size: expected a multiple of the patch, {patch[0]}, found {size}")
+    grid = (frames // tubelet, size // patch[0], size // patch[1])
+    if grid == encoder.grid:
+        return
+    if positions == "resample":
+        encoder.positions = resample_positions(encoder.positions, encoder.grid, grid)
+    else:
+        encoder.positions = sincos_positions(math.prod(grid), encoder.width).to(encoder.positions)
+    encoder.grid = grid

@@ -1,0 +1,33 @@
+"""Which derivatives the losses give: first ones, by backward(), also of torch.func.vmap. Others are refused here."""
+
+import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+
+def refuse_double_backward(operator: str) -> None:
+    """RuntimeError when a backward pass is itself being recorded (`create_graph=True`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: double backward is not supported (its backward ran under create_graph=True); "
+            "use a loss written in PyTorch for second derivatives"
+        )
+
+
+def wants_gradient(tensor: torch.Tensor) -> bool:
+    """Whether backward may ask for the gradient of `tensor`; inside torch.func.vmap no tensor says so: then yes."""
+    mapped = not torch.compiler.is_compiling() and bool(retrieve_all_functorch_interpreters())
+    return torch.is_grad_enabled() and (tensor.requires_grad or mapped)
+
+
+def refuse_transforms(operator: str, *inputs: torch.Tensor | None) -> None:
+    """RuntimeError under torch.func.grad, vjp, jacrev, jvp …, and in forward mode, which would find no derivative."""
+    if torch.compiler.is_compiling():
+        return
+    levels = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    duals = (torch.autograd.forward_ad.unpack_dual(tensor) for tensor in inputs if tensor is not None)
+    if TransformType.Grad in levels or TransformType.Jvp in levels or any(dual.tangent is not None for dual in duals):
+        raise RuntimeError(
+            f"{operator}: torch.func's derivatives and forward mode are not supported (torch.func.vmap is); "
+            "use backward() or torch.autograd.grad"
+        )

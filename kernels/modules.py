@@ -1,0 +1,107 @@
+"""The losses as modules, for codebases that configure a loss before they call it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .linear_cross_entropy import linear_cross_entropy
+from .masked_loss import masked_frame_difference_loss, masked_pixel_loss
+from .masks import TubeMask
+
+
+class _Configured(torch.nn.Module):
+    """Keeps the keyword arguments of a function."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class MaskedPixelLoss(_Configured):
+    """`masked_pixel_loss` with fixed settings; arguments, result and errors are that function's."""
+
+    def __init__(
+        self,
+        *,
+        patch_size: Sequence[int] = (2, 16, 16),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        target: str = "pixel",
+        normalize: str | None = "channel",
+        eps: float = 1e-6,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            patch_size=tuple(patch_size),
+            mean=mean,
+            std=std,
+            target=target,
+            normalize=normalize,
+            eps=eps,
+            reduction=reduction,
+        )
+
+    def forward(
+        self,
+        pred: torch.Tensor,
+        video: torch.Tensor,
+        mask: TubeMask | torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return masked_pixel_loss(pred, video, mask, weight=weight, **self.settings)
+
+
+class MaskedFrameDifferenceLoss(_Configured):
+    """`masked_frame_difference_loss` with fixed settings; arguments, result and errors are that function's."""
+
+    def __init__(
+        self,
+        *,
+        patch_size: Sequence[int] = (2, 16, 16),
+        difference: str = "adjacent",
+        normalize: str | None = "channel",
+        eps: float = 1e-6,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            patch_size=tuple(patch_size),
+            difference=difference,
+            normalize=normalize,
+            eps=eps,
+            mean=mean,
+            std=std,
+            reduction=reduction,
+        )
+
+    def forward(
+        self,
+        pred: torch.Tensor,
+        video: torch.Tensor,
+        mask: TubeMask | torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return masked_frame_difference_loss(pred, video, mask, weight=weight, **self.settings)
+
+
+class LinearCrossEntropyLoss(_Configured):
+    """`linear_cross_entropy` with fixed settings. The classifier stays where it is: forward takes its weight and bias.
+
+    loss = LinearCrossEntropyLoss(label_smoothing=0.1)
+    loss(head.weight, hidden, target, head.bias)        # the argument order of Liger's fused module
+
+    forward takes weight [V,D], hidden [M,D], target [M] int64, bias [V] or None.
+    """
+
+    def __init__(self, *, reduction: str = "mean", label_smoothing: float = 0.0, ignore_index: int = -100) -> None:
+        super().__init__(reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index)
+
+    def forward(
+        self, weight: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, target, bias, **self.settings)

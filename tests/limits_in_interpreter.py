@@ -1,0 +1,62 @@
+"""Where integers of the kernels would overflow or their order be undecided; run by test_kernels_in_interpreter.py."""
+
+import importlib
+
+import pytest
+import torch
+
+from mam2.kernels import frame_difference, gather_tubes, masked_frame_difference_loss, masked_pixel_loss, reference
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
+def test_offsets_past_32_bits_give_the_same_numbers(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch for cubes that span more than 2^31 values, on cubes that do not."""
+    video = torch.rand(1, 3, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    if last:
+        video = video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    index, pred, patch = torch.tensor([[2, 1]]), torch.zeros(1, 2, 96), (2, 4, 4)
+
+    def results() -> list[torch.Tensor]:
+        common = {"patch_size": patch, "reduction": "none"}
+        return [
+            gather_tubes(video, index, patch_size=patch),
+            frame_difference(video, mask=index, patch_size=patch),
+            torch.ops.mam2.motion_energy(video, patch),
+            masked_frame_difference_loss(pred, video, index, **common),
+            *(masked_pixel_loss(pred, video, index, target=target, **common) for target in ("pixel", "joint")),
+        ]
+
+    narrow = results()
+    for name in ("gather_tubes", "frame_difference", "motion_mask", "masked_loss"):
+        module = importlib.import_module(f"mam2.kernels.{name}")
+        monkeypatch.setattr(module, "cube_meta", lambda *given, meta=module.cube_meta: meta(*given) | {"WIDE": True})
+    for one, other in zip(narrow, results(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sums_of_large_bright_patches_need_64_bits() -> None:
+    """2 · 128 · 132 squares of 255 pass 2^31."""
+    patch, index = (2, 128, 132), torch.tensor([[0]])
+    flicker = torch.tensor([0, 255, 0, 255], dtype=torch.uint8).view(1, 1, 4, 1, 1).expand(1, 1, 4, 128, 132)
+    energy = torch.ops.mam2.motion_energy(flicker, patch)
+    assert energy.tolist() == [[2 * 128 * 132 * 255**2, 128 * 132 * 255**2]]
+
+    bright = 255 - torch.randint(3, (1, 1, 2, 128, 132), generator=torch.Generator().manual_seed(0)).byte()
+    pred = torch.zeros(1, 1, 2 * 128 * 132)
+    for normalize in ("channel", "patch"):
+        loss = masked_pixel_loss(pred, bright, index, patch_size=patch, normalize=normalize, reduction="sum")
+        exact = reference.masked_loss(pred.double(), bright, index, patch, "pixel", normalize, 1e-6, None, None, False)[
+            0
+        ].sum()
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
+
+
+def test_of_equal_keys_the_smaller_position_is_hidden() -> None:
+    """Of sample 221542 of seed 0, positions 45 and 122 have the same key, which is the 126th smallest."""
+    step, sample = torch.tensor(0), 221542
+    keys = reference.philox(0, (torch.tensor([45, 122]), torch.tensor(sample), torch.tensor(0), step))
+    assert keys[0] == keys[1]
+    for draw in (torch.ops.mam2.draw_mask, reference.draw_mask):
+        visible, masked = draw(step, 0, sample, 1, 1, 196, 126, None, 0)
+        assert 45 in masked
+        assert 122 in visible

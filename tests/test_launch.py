@@ -1,0 +1,74 @@
+"""Launch tables: which architecture's rows a device takes."""
+
+import importlib.resources
+import json
+
+import pytest
+import torch
+
+from mam2.kernels import launch
+
+CPU = torch.device("cpu")
+TABLES = {"default": {"a": [[512, 1], [1024, 2]], "b": [[64, 8]]}, "sm_90": {"a": [[512, 4], [1024, 16]]}}
+
+
+@pytest.fixture
+def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WARPS", TABLES)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: name)
+
+
+@pytest.mark.usefixtures("_tables")
+def test_rows_by_block_and_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [launch.warps("a", block, CPU) for block in (1, 512, 513, 1024, 5000)] == [1, 1, 2, 2, 2]
+    assert launch.warps("a", 512, CPU, scattered=True) == 2
+    assert launch.table_for(CPU) == "default"
+    pretend(monkeypatch, "sm_90")
+    assert launch.table_for(CPU) == "sm_90"
+    assert [launch.warps("a", block, CPU) for block in (512, 513)] == [4, 16]
+    assert launch.warps("b", 1, CPU) == 8  # sm_90 has no row of its own for it
+    pretend(monkeypatch, "sm_61")
+    assert launch.table_for(CPU) == "default"
+
+
+@pytest.mark.usefixtures("_tables")
+def test_a_kernel_without_a_row() -> None:
+    with pytest.raises(ValueError, match=r"launch_table.json lists \(a, b\), found 'c'"):
+        launch.warps("c", 1, CPU)
+
+
+def test_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        major, minor, gcnArchName = 9, 0, "gfx942:sramecc+:xnack-"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    named = launch.architecture.__wrapped__
+    assert named(CPU) == "cpu"
+    assert named(torch.device("cuda", 0)) == "sm_90"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert named(torch.device("cuda", 0)) == "gfx942"
+
+
+def test_chunks_are_multiples_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 20, "sm_90": 1 << 22})
+    assert launch.chunk_rows(512, torch.float32, CPU) == 512
+    assert launch.chunk_rows(10**6, torch.float32, CPU) == 128
+    pretend(monkeypatch, "sm_90")
+    assert launch.chunk_rows(512, torch.float32, CPU) == 2048
+
+
+def test_the_file() -> None:
+    text = importlib.resources.files("mam2.kernels").joinpath("launch_table.json").read_text(encoding="utf-8")
+    tables = json.loads(text)
+    assert set(tables) == {"warps", "chunk_bytes"}
+    assert "default" in tables["warps"]
+    assert "default" in tables["chunk_bytes"]
+    for kernels in tables["warps"].values():
+        assert set(kernels) <= set(tables["warps"]["default"])
+        for rows in kernels.values():
+            blocks = [block for block, _ in rows]
+            assert blocks == sorted(set(blocks))
+            assert all(warps in (1, 2, 4, 8, 16) for _, warps in rows)
