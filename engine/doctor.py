@@ -7,10 +7,11 @@ import platform
 
 import torch
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.config import RunConfig, UserError, load_recipe
 from mam2.engine.data.decoding import available_cores, choose_front_end
 from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
+from mam2.engine.model.attention_choice import measure, shapes_of
 from mam2.engine.train.runtime import compiler, matmul_dtype
 from mam2.kernels import active_path
 from mam2.kernels.launch import table_for
@@ -35,7 +36,8 @@ def report() -> str:
     dtype = matmul_dtype(RunConfig(), device)
     advice = []
     lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}, launch table {table_for(device)!r}"]
-    lines.append(f"  attention  {active_backend(device, dtype, 64)} ({dtype}, heads of 64)".replace("torch.", ""))
+    first, *others = _attention(device, dtype)
+    lines += [f"  attention  {first}", *(f"             {line}" for line in others)]
     lines.append(f"  step       {compiler(RunConfig(), device)[1]}")
     lines.append(f"  precision  {dtype}".replace("torch.", ""))
     try:
@@ -60,6 +62,16 @@ def report() -> str:
             "a GPU: with a CUDA build of torch and pip install '.[cuda13]' it runs Triton kernels, NVDEC and xformers"
         )
     return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What runs for the shapes of mam2-fast, and how long each implementation takes for them here."""
+    yes = "measured for a run and kept" if device.type == "cuda" else f"a run takes {active_backend(device, dtype, 64)}"
+    lines = [f"{str(dtype).removeprefix('torch.')}; {yes}"]
+    for part, shape in shapes_of(load_recipe("mam2-fast"), 16 if device.type == "cuda" else 1).items():
+        times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in measure(shape, device, dtype).items())
+        lines.append(f"{part} ({shape}): {times}")
+    return lines
 
 
 def _version(name: str) -> str:

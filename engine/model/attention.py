@@ -1,8 +1,9 @@
-"""Scaled dot-product attention: one function, three implementations.
+"""Scaled dot-product attention: one function, several implementations.
 
 Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
-`xformers.ops.memory_efficient_attention` runs where it has an operator (CUDA, FlashAttention or CUTLASS). On a CPU in
-bfloat16 two matrix products around a softmax run (`products`); PyTorch's `scaled_dot_product_attention` does the rest.
+Where attention_choice.py has measured a shape, its winner runs. Elsewhere `xformers.ops.memory_efficient_attention`
+does where it has an operator (CUDA, FlashAttention or CUTLASS); on a CPU in bfloat16 two matrix products around a
+softmax (`products`); PyTorch's `scaled_dot_product_attention` does the rest.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["auto", "xformers", "products", "sdpa"]
+Backend = Literal["auto", "xformers", "products", "sdpa", "flash", "efficient", "cudnn"]
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+"""Kernels of PyTorch's function, forced one by one; `sdpa` leaves the choice to it."""
+
+CHOSEN: dict[tuple[str, torch.dtype, int, int, int], Backend] = {}
+"""Device type, dtype, queries, keys and values a head -> the implementation measured to be the fastest."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -24,7 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
     Args:
         q: queries [B, N, H, K], float, any strides with the last dimension dense.
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
-        backend: `auto` takes what `active_backend` names; the others force one. `products` holds B·H·N·M scores.
+        backend: `auto` takes what was measured for the shape, else what `active_backend` names; the others force one.
+            `products` holds B·H·N·M scores.
 
     Returns:
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
@@ -40,6 +52,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
             f"found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if backend == "auto":
+        backend = _chosen(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[-1])
+    if backend == "auto":
         backend = active_backend(q.device, q.dtype, q.shape[-1])
     elif backend == "xformers" and active_backend(q.device, q.dtype, q.shape[-1]) != "xformers":
         raise ValueError(
@@ -51,11 +65,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto") -> 
     if backend == "products":
         scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
         return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+    if backend in KERNELS:
+        with sdpa_kernel(KERNELS[backend]):
+            return _sdpa(q, k, v)
+    return _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result
+def _chosen(device: str, dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> Backend:
+    return CHOSEN.get((device, dtype, queries, keys, head_dim), "auto")
+
+
 def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Literal["xformers", "products", "sdpa"]:
-    """The implementation that `attention(backend="auto")` runs for these inputs."""
+    """The implementation that `attention(backend="auto")` runs for shapes that were not measured."""
     if device.type == "cpu":
         # The fused kernel's bfloat16 backward pass is slower than its float32 one there.
         return "products" if dtype == torch.bfloat16 else "sdpa"

@@ -1,0 +1,175 @@
+"""What a run shows of itself beyond its log, and signals that arrive at awkward moments."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mam2.engine.config import UserError
+from mam2.engine.data.prefetch import Prefetcher
+from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.train import checkpoint
+from mam2.engine.train.metrics import read_log
+from mam2.engine.train.pretrain import pretrain
+from mam2.engine.train.step import TrainStep
+
+RUN = {"compile": False, "log_every": 2}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_dataset(folder, train=32, test=0, progress=False)
+    return folder / "train"
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory, small):
+    run = tmp_path_factory.mktemp("run")
+    pretrain(small(run=RUN), clips, run, progress=False)
+    return run
+
+
+def same_weights(first, second):
+    one, other = (load_file(checkpoint.newest(run) / checkpoint.WEIGHTS) for run in (first, second))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_gradient_norms_of_the_parts_make_up_the_whole(finished):
+    line = read_log(finished)[-1]
+    parts = ("encoder", "regressor", "appearance_decoder", "motion_decoder")
+    whole = sum(line[f"gradient/{part}"] ** 2 for part in parts) ** 0.5
+    assert line["gradient/norm"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_profiled_steps_leave_a_trace_and_a_table_and_change_no_bit(finished, clips, tmp_path, small):
+    pretrain(small(run=RUN | {"profile": 2}), clips, tmp_path, progress=False)
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    assert sum(event.get("name") == "mam2::masked_loss" for event in trace["traceEvents"]) >= 2
+    assert "mam2::masked_loss" in (tmp_path / "profile" / "operators.txt").read_text()
+    assert same_weights(finished, tmp_path)
+
+
+def test_a_tracker_gets_the_numbers_of_the_log(clips, tmp_path, monkeypatch, small):
+    told = []
+    package = types.ModuleType("trackio")
+    package.init = lambda **options: told.append(options)
+    package.log = lambda values, step: told.append((step, values))
+    package.finish = lambda: told.append("finish")
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    pretrain(small(run=RUN | {"tracker": "trackio"}), clips, tmp_path / "mine", progress=False)
+    assert told[0] == {"project": "mam2", "name": "mine"}
+    assert told[-1] == "finish"
+    assert [step for step, _ in told[1:-1]] == [2, 4, 6, 8]
+    assert told[1][1]["loss/motion"] == read_log(tmp_path / "mine")[0]["loss/motion"]
+
+
+def test_a_tracker_that_is_not_installed_is_one_clear_line(clips, tmp_path, monkeypatch, small):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"run\.tracker wandb: .*pip install wandb"):
+        pretrain(small(run=RUN | {"tracker": "wandb"}), clips, tmp_path, progress=False)
+
+
+def test_deterministic_algorithms_run_and_are_switched_off_again(finished, clips, tmp_path, small):
+    pretrain(small(run=RUN | {"deterministic": True}), clips, tmp_path, progress=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert same_weights(finished, tmp_path)
+
+
+def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp_path, monkeypatch, small):
+    original, calls = Prefetcher.__next__, []
+    config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
+
+    def hangs(self):
+        calls.append(None)
+        if len(calls) == 4:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefetcher, "__next__", hangs)
+        result = pretrain(config, clips, tmp_path, progress=False)
+    assert (result.step, result.signal) == (3, signal.SIGTERM)
+    assert result.checkpoint.is_dir()
+    assert pretrain(config, clips, tmp_path, resume=True, progress=False).step == 8
+    assert same_weights(finished, tmp_path)
+
+
+def test_a_signal_in_the_first_step_ends_after_it(finished, clips, tmp_path, monkeypatch, small):
+    config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
+    original = TrainStep._gradients
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "_gradients", interrupted)
+    result = pretrain(config, clips, tmp_path, progress=False)
+    assert (result.step, result.signal) == (1, signal.SIGINT)
+    assert result.checkpoint.is_dir()
+
+
+def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path, monkeypatch, small):
+    config = small(run=RUN | {"save_every": 2}, tokenizer={"path": str(finished / "tokenizer.safetensors")})
+    original, calls = checkpoint.write, []
+
+    def slow(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 1:  # a second signal ends at once
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", slow)
+        result = pretrain(config, clips, tmp_path, progress=False)
+    assert 2 <= result.step < 8
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        assert checkpoint.why_damaged(folder) is None
+    assert pretrain(config, clips, tmp_path, resume=True, progress=False).step == 8
+    assert same_weights(finished, tmp_path)
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(clips, tmp_path, monkeypatch, small):
+    from mam2.engine.train import tokenizer
+
+    original = tokenizer.train_vqgan
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "train_vqgan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small(run=RUN), clips, tmp_path, progress=False)
+    assert checkpoint.newest(tmp_path) is None
+    assert not (tmp_path / "tokenizer.safetensors").exists()
+    assert pretrain(small(run=RUN), clips, tmp_path, progress=False).step == 8
+
+
+def test_a_step_on_a_gpu_waits_for_nothing(small):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU; on a CPU test_pretrain traces a step without values")
+    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.train.distributed import World
+
+    config = small(loss={"balance": "gradient"}, optim={"batch": 4, "clip_norm": 1.0})
+    device = torch.device("cuda")
+    step = TrainStep(config, MAM2(config, 16), device, World())
+    video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8, device=device)
+    codes = torch.zeros(4, 64, dtype=torch.int64, device=device)
+    step(0, [(video, codes)], 1e-3, inspect=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(1, [(video, codes)], 1e-3, inspect=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
