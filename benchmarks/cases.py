@@ -151,10 +151,9 @@ def loss_case(
     options["difference" if motion else "target"] = target
 
     def run(_: torch.dtype, *, video: Tensor, masked: Tensor, pred: Tensor, upstream: Tensor, **more: Tensor) -> list:
-        more = {name: tensor.detach().requires_grad_() for name, tensor in more.items()}
-        leaves = [pred.detach().requires_grad_(), *more.values()]
-        loss = function(leaves[0], video, masked, **options, **more)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+        leaf = pred.detach().requires_grad_()
+        loss = function(leaf, video, masked, **options, **more)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))]
 
     tokens = f"{'every' if every_token else masked.shape[1]} token{'s, weighted' if weighted else 's'}"
     return Case(f"loss {target} {normalize} {reduction} {short(dtype)} {tokens}, {clip}", dtype, inputs, run)

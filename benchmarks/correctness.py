@@ -60,7 +60,7 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return flat.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def verdict(case: Case, device: torch.device, runs: int = 2) -> dict[str, Any]:
+def verdict(case: Case, device: torch.device, runs: int) -> dict[str, Any]:
     """{"check": name, "verdict": "right"} with the largest relative error, or "wrong" with the reason."""
     row: dict[str, Any] = {"check": case.name, "verdict": "wrong"}
     plain = case.plain or case.run
@@ -107,9 +107,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
     """A verdict for each case; one left out for want of time counts as not checked."""
     torch.manual_seed(0)
-    path = active_path(device)
+    path, runs = active_path(device), 20 if device.type == "cuda" else 2
     with poisoned_memory():
         for case in cases(device):
             late = time.monotonic() > deadline
-            row = {"check": case.name, "verdict": "skipped", "reason": "out of time"} if late else verdict(case, device)
-            yield {"path": path, **row}
+            skipped = {"check": case.name, "verdict": "skipped", "reason": "out of time"}
+            yield {"path": path, **(skipped if late else verdict(case, device, runs))}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter_tools import Launch, recorded
+from interpreter_tools import Launch, patched_once, recorded
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import BYTES, HALF, SINGLE, Clip
@@ -51,7 +51,7 @@ def clip(dtype: torch.dtype) -> torch.Tensor:
 
 def launched(call: Callable[[], object], kernel: str) -> Launch:
     """The only run of a kernel inside a call."""
-    with recorded() as launches:
+    with patched_once(), recorded() as launches:
         call()
     (found,) = (launch for launch in launches if launch.kernel == kernel)
     return found

@@ -4,8 +4,16 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mam2.kernels import frame_difference, gather_tubes, masked_frame_difference_loss, masked_pixel_loss, reference
+from mam2.kernels import (
+    frame_difference,
+    gather_tubes,
+    linear_cross_entropy,
+    masked_frame_difference_loss,
+    masked_pixel_loss,
+    reference,
+)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
@@ -49,6 +57,19 @@ def test_sums_of_large_bright_patches_need_64_bits() -> None:
             0
         ].sum()
         torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("slope", [8.0, -8.0])
+def test_the_largest_logit_may_stand_in_any_block(slope: float) -> None:
+    hidden, target = torch.tensor([[1.0], [-0.5]]).requires_grad_(), torch.tensor([8195, 1])
+    weight = torch.linspace(0, slope, 8200)[:, None].requires_grad_()
+    results = []
+    for leaves in ((hidden, weight), [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]):
+        exact = leaves[0].dtype == torch.float64
+        loss = F.cross_entropy(F.linear(*leaves), target) if exact else linear_cross_entropy(*leaves, target)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for mine, truth in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-8)
 
 
 def test_of_equal_keys_the_smaller_position_is_hidden() -> None:

@@ -152,7 +152,7 @@ _MISTAKES = {
             "scale = tl.load(scale_ptr)",
         ),
     ],
-    (INTERPRETER, "shared_case and V8200"): [
+    (LIMITS, "largest_logit"): [
         (
             "exponentials of another maximum summed",
             "softmax_gradient.py",
