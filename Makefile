@@ -54,6 +54,11 @@ sanitize:
 bench:
 	$(PY) -m pytest benchmarks --benchmark-quiet $(ARGS)
 
+# The tables of machine code and the prediction from them: after a change of the kernels or their launch table.
+static: $(VENV)/installed
+	$(BIN)/python tests/compile_kernels.py --write
+	$(BIN)/python -m benchmarks.predict
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 

@@ -17,6 +17,8 @@ DALI_CUDA13 = "nvidia-dali-cuda130>=2.1.1; sys_platform == 'linux'"
 DALI_CUDA12 = "nvidia-dali-cuda120>=2.1.1; sys_platform == 'linux'"
 XFORMERS = "xformers>=0.0.35; sys_platform == 'linux'"
 
+ONNX = ["onnx>=1.17", "onnxscript>=0.3"]
+
 setup(
     name="mam2",
     version="0.1.0",
@@ -38,7 +40,12 @@ setup(
         "cpu": [*ENGINE, DALI_CUDA13],  # DALI's wheel runs on a CPU too; it needs no CUDA driver to import
         "cuda13": [*ENGINE, XFORMERS, DALI_CUDA13],
         "cuda12": [*ENGINE, XFORMERS, DALI_CUDA12],
+        "flow": ["opencv-python-headless>=4.8"],  # loss.motion_target flow
+        "onnx": ONNX,  # mam2 export --to onnx
         "dev": [
+            *ONNX,
+            "onnxruntime>=1.20",  # runs what was exported
+            "opencv-python-headless>=4.8",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

@@ -12,9 +12,12 @@ import os
 import sys
 
 from mam2.engine.config import PeerFailed, RankError, UserError, recipe_names
+from mam2.engine.finetune_config import FinetuneConfig
 
 VERBS = {
     "pretrain": "RECIPE --data PATH --out RUN   pre-train on a folder or a list of videos",
+    "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
+    "evaluate": "RUN --data LIST --out FOLDER   test a classifier with many views of every video",
     "plan": "RECIPE   before a run: parameters, FLOPs, bytes, memory; clips/s and hours estimated",
     "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
     "demo": "make clips, pre-train on them, measure, draw a report",
@@ -23,10 +26,14 @@ VERBS = {
     "train-tokenizer": "DATA --out FOLDER   train a VQ model on your own clips, measured on held-out ones",
     "convert-tokenizer": "CHECKPOINT --out FILE   a VQGAN of taming-transformers to safetensors",
     "tokenize": "RECIPE --data PATH --out CODES   compute the codes of recorded augmentations once",
+    "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
+    "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
+    "export": "CHECKPOINT --to FORMAT --out PATH   weights for Hugging Face or VideoMAE's code, a graph for torch or ONNX",
+    "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, video, a page",
     "doctor": "which path each part takes on this machine",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""
-DISTRIBUTED = ("pretrain",)
+DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 """Verbs that several processes can work on together, started by torchrun."""
 
 
@@ -69,5 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 def usage() -> str:
     width = max(map(len, VERBS)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in VERBS.items()]
-    end = f"`mam2 VERB --help` lists the options; recipes: {', '.join(recipe_names())}."
+    end = (
+        f"`mam2 VERB --help` lists the options; recipes: {', '.join([*recipe_names(), *recipe_names(FinetuneConfig)])}."
+    )
     return "\n".join(["usage: mam2 VERB …", "", *lines, "", end, ""])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +83,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
+    kind: Literal["tube", "random", "motion"] = "tube"
+    """`tube`: the same patches in every slot; `random`: anywhere in space and time; `motion`: tubes, more often where
+    the clip moves."""
     ratio: float = 0.9
-    """Share of each slot's patches that is hidden: int(ratio * patches) of them, the same in every slot (tube)."""
+    """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
+    strength: float = 0.5
+    """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +116,9 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    objective: Literal["mam2", "videomae"] = "mam2"
-    """What is learned: MAM2's codes and motion, or VideoMAE's pixels."""
+    objective: Literal["mam2", "videomae", "joint"] = "mam2"
+    """What is learned: MAM2's codes and motion; VideoMAE's pixels; or MAE-DFER's first frame of each tubelet and the
+    later frames' differences to it, by VideoMAE's one decoder (`joint`)."""
     patch: int = 16
     """Height and width of a patch in pixels."""
     tubelet: int = 2
@@ -127,7 +134,7 @@ class ModelConfig:
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """Each of MAM2's two decoders, or VideoMAE's one."""
+    """Each of MAM2's two decoders, or the one of the other objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +166,14 @@ class LossConfig:
     norm of the motion gradient there, at every step; `fixed` uses the weights as they are."""
     label_smoothing: float = 0.0
     """Of the code cross-entropy, 0 to 1."""
-    difference: Literal["adjacent", "intra"] = "adjacent"
-    """RGB-difference target: to the next sampled frame, or within each tubelet only."""
+    motion_target: Literal["adjacent", "intra", "hog", "flow", "none"] = "adjacent"
+    """RGB difference to the next sampled frame, or within each tubelet only; histograms of gradients of the difference;
+    optical flow (needs opencv-python-headless, on the CPU); or no motion decoder at all."""
     motion_normalize: Literal["channel", "patch", "none"] = "channel"
-    """Divide a difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
+    """Divide an RGB difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
     motion_eps: float = 1e-6
-    """Added to that deviation (pixels in 0 to 1). 0.05 keeps compression noise of static patches small."""
+    """Added to that deviation, or to the norm of a histogram (pixels in 0 to 1). 0.05 keeps compression noise of static
+    patches small."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
     """VideoMAE's pixel target: standardised per cube and channel (VideoMAE), per patch (MAE, mae_st), or not."""
 
@@ -202,6 +211,8 @@ class RunConfig:
     """Of the matrix products: `auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
+    deterministic: bool = False
+    """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
     recompute: bool = False
     """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
     log_every: int = 20
@@ -216,6 +227,10 @@ class RunConfig:
     """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
     max_nonfinite: int = 20
     """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
+    profile: int = 0
+    """Steps to profile, from the sixth of this call on: a trace and a table of operators in RUN/profile/."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """A service that gets the numbers of the log as well; its package has to be installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,19 +255,17 @@ class PretrainConfig:
         return self.model.tubelet, self.model.patch, self.model.patch
 
     @property
+    def masked_tokens(self) -> int:
+        """Hidden tokens of a clip."""
+        slots, rows, columns = self.grid
+        if self.mask.kind == "random":
+            return int(self.mask.ratio * slots * rows * columns)
+        return slots * int(self.mask.ratio * rows * columns)
+
+    @property
     def together(self) -> int:
         """Clips that must be in one pass: the views of a video."""
         return self.data.views
-
-    @property
-    def motion_options(self) -> dict[str, Any]:
-        """The motion target, as keywords of `mam2.kernels.frame_difference` and `masked_frame_difference_loss`."""
-        return {
-            "patch_size": self.patch_size,
-            "difference": self.loss.difference,
-            "normalize": None if self.loss.motion_normalize == "none" else self.loss.motion_normalize,
-            "eps": self.loss.motion_eps,
-        }
 
 
 class TrainConfig(Protocol):
@@ -384,12 +397,14 @@ def check(config: PretrainConfig) -> None:
     """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
-    positions = config.grid[1] * config.grid[2]
-    if not 0 < int(mask.ratio * positions) < positions:
+    tokens = math.prod(config.grid)
+    if not 0 < config.masked_tokens < tokens:
         raise UserError(
-            f"mask.ratio {mask.ratio} hides {int(mask.ratio * positions)} of {positions} positions; "
+            f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
             "it must hide at least one and leave at least one visible"
         )
+    if not 0 <= mask.strength <= 1:
+        raise UserError(f"mask.strength {mask.strength}: expected 0 to 1")
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:
@@ -399,10 +414,20 @@ def check(config: PretrainConfig) -> None:
             f"model.decoder.width {model.decoder.width} differs from model.regressor.width {model.regressor.width}; "
             "MAM2's decoders work at the regressor's width"
         )
-    if config.loss.difference == "intra" and model.tubelet < 2:
-        raise UserError("loss.difference 'intra' needs model.tubelet of at least 2; 'adjacent' does not")
-    if config.loss.balance == "gradient" and config.loss.motion <= 0:
-        raise UserError("loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0")
+    motion = config.loss.motion_target
+    if motion in ("intra", "hog", "flow") and model.tubelet < 2:
+        raise UserError(f"loss.motion_target {motion!r} needs model.tubelet of at least 2; 'adjacent' does not")
+    if motion in ("hog", "flow") and model.patch % 4:
+        raise UserError(
+            f"loss.motion_target {motion!r} needs a model.patch that is a multiple of 4, found {model.patch}"
+        )
+    if model.objective == "joint" and model.tubelet < 2:
+        raise UserError("model.objective 'joint' needs model.tubelet of at least 2; 'videomae' does not")
+    if config.loss.balance == "gradient" and (config.loss.motion <= 0 or motion == "none"):
+        raise UserError(
+            "loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0 and a motion "
+            "target; else set loss.balance 'fixed'"
+        )
     if config.tokenizer.cache and not data.recorded:
         raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
 

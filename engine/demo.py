@@ -21,7 +21,8 @@ from mam2.engine.evaluate.report import draw_strips, write_report
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train import checkpoint
-from mam2.engine.train.pretrain import PretrainResult, pretrain
+from mam2.engine.train.loop import TrainResult
+from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.runtime import pick_device
 from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
 from mam2.engine.train.tokenizer import build_tokenizer
@@ -54,7 +55,7 @@ class DemoResult:
 
 def demo(
     out: Path, *, train_clips: int = TRAIN_CLIPS, test_clips: int = TEST_CLIPS, config: PretrainConfig | None = None
-) -> tuple[PretrainResult, DemoResult | None]:
+) -> tuple[TrainResult, DemoResult | None]:
     """Runs the whole demo in `out` (clips, run, report). The result is None when a signal ended pre-training."""
     start = time.perf_counter()
     config = config or load_recipe("demo")

@@ -31,6 +31,11 @@ class EncoderConfig:
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLPs over the embedding width."""
+    frames: int = 0
+    """Frames of the clips that it was pre-trained on: its positions at another size are resampled from theirs; 0: as
+    `data.frames`."""
+    size: int = 0
+    """Height and width of those clips in pixels; 0: as `data.size`."""
     classes: int = 0
     """Classes that the head tells apart; the training videos decide."""
     text_width: int = 0
@@ -112,7 +117,7 @@ class ViewsConfig:
     spatial: int = 3
     """Square crops of a clip at full short side, evenly along the longer side."""
     batch: int = 0
-    """Most clips in a forward pass, rounded down to whole videos' crops; 0: as many as a training pass has."""
+    """Most clips in a forward pass; 0: as many as a training pass has, in `mam2 evaluate` 32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,11 +129,13 @@ class Launch(NamedTuple):
 
     def features(self, shapes: bool) -> set[tuple[Any, ...]]:
         """What a covering set must hold at least once; `shapes`: those of the patches too."""
-        types = {(position, getattr(value, "dtype", type(value))) for position, value in enumerate(self.arguments)}
-        values = {item for item in self.meta.items() if shapes or item[0] not in ("CHANNELS", "HEIGHT", "WIDTH", "RUN")}
+        held: set[tuple[Any, ...]] = {
+            (position, getattr(value, "dtype", type(value))) for position, value in enumerate(self.arguments)
+        }
+        held |= {item for item in self.meta.items() if shapes or item[0] not in ("CHANNELS", "HEIGHT", "WIDTH", "RUN")}
         if shapes and self.meta.get("WIDE"):
-            values.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
-        return {(self.kernel, *feature) for feature in types | values}
+            held.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
+        return {(self.kernel, *feature) for feature in held}
 
 
 class PretendedDriver:
@@ -214,9 +216,9 @@ def record(architecture: str) -> dict[str, Launch]:
         scale_gradient._launch(gradient, torch.empty(rows, device="meta"))
     step = torch.empty((), dtype=torch.int64, device="meta")
     for slots, positions, hidden in ((8, 196, 176), (8, 576, 518), (1, 1568, 1411)):
-        for kind in (None, torch.int64, SINGLE, DOUBLE):
-            energy = None if kind is None else torch.empty(BATCH, slots * positions, dtype=kind, device="meta")
-            label = f"{positions} positions{f' guided {kind}' if kind else ''}".replace("torch.", "")
+        for guide in (None, torch.int64, SINGLE, DOUBLE):
+            energy = None if guide is None else torch.empty(BATCH, slots * positions, dtype=guide, device="meta")
+            label = f"{positions} positions{f' guided {guide}' if guide else ''}".replace("torch.", "")
             masks._launch(step, 1, 0, BATCH, slots, positions, hidden, energy, 32768)
     check_rows(architecture, blocks)
     return launches

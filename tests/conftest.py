@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mam2.engine.config import PretrainConfig, load_recipe
+from mam2.engine.config import PretrainConfig, load_recipe, load_recipe_of
+from mam2.engine.finetune_config import FinetuneConfig
 
 
 def _write_video(
@@ -97,3 +98,24 @@ def _small_config(**tables: dict[str, Any]) -> PretrainConfig:
 def small() -> Callable[..., PretrainConfig]:
     """small(table={field: value}, …): the demo's recipe cut down to seconds, with values of your own."""
     return _small_config
+
+
+def _small_finetuning(**tables: dict[str, Any]) -> FinetuneConfig:
+    """The demo's fine-tuning recipe cut down to seconds."""
+    defaults = {
+        "model": {"width": 48, "depth": 2, "heads": 3},
+        "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
+        "run": {"compile": False, "log_every": 2, "save_every": 1000},
+        "data": {"threads": 1},
+    }
+    config = load_recipe_of(FinetuneConfig, "demo/finetune")
+    tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}
+    return dataclasses.replace(
+        config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def small_finetuning() -> Callable[..., FinetuneConfig]:
+    """small_finetuning(table={field: value}, …): the demo's fine-tuning recipe cut down to seconds."""
+    return _small_finetuning

@@ -97,7 +97,7 @@ def inspect_cubin(binary: bytes) -> dict[str, Any]:
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
         text = _run_tool("nvdisasm", "-c", "-ndf", file.name)
     line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)((?:\.\w+)*)\s*([^;]*);")
-    code = [found.groups() for found in line.finditer(text)]
+    code = [(found[1], found[2], found[3]) for found in line.finditer(text)]
     opcodes = [opcode for opcode, _, _ in code if opcode != "NOP"]
     numbers = {name: int(found) for name, found in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {

@@ -41,7 +41,7 @@ def test_pretrain_help_documents_every_field(capsys):
         (["pretrain", "nothing", "--data", ".", "--out", "x"], "recipe 'nothing': neither a file nor one of"),
         (["pretrain", "demo", "--data", "/nowhere/at all", "--out", "{}"], "/nowhere/at all"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--data.size", "33"], "data.size 33 is not a multiple"),
-        (["pretrain", "demo", "--data", ".", "--out", "{}", "--mask.ratio", "1"], "mask.ratio 1.0 hides 16 of 16"),
+        (["pretrain", "demo", "--data", ".", "--out", "{}", "--mask.ratio", "1"], "mask.ratio 1.0 hides 64 of 64"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--run.device", "cuda"], "torch sees no GPU"),
         (["pretrain", "demo", "--data", ".", "--out", "/dev/null/run"], "--out /dev/null/run: cannot be written"),
     ],
@@ -108,9 +108,9 @@ def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
 
 
 def _result():
-    from mam2.engine.train.pretrain import PretrainResult
+    from mam2.engine.train.loop import TrainResult
 
-    return PretrainResult(step=1, steps=1, checkpoint=None, used=1, skipped=0, signal=0)
+    return TrainResult(step=1, steps=1, checkpoint=None, used=1, skipped=0, signal=0)
 
 
 def test_doctor_says_which_path_each_part_takes(capsys):

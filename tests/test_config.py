@@ -76,7 +76,7 @@ def _changed(**tables):
         ({"data": {"min_area": 0.0}}, "expected 0 < min_area"),
         ({"loss": {"motion": 0.0}}, "needs loss.motion above 0"),
         ({"run": {"log_every": 0}}, "run.log_every must be positive"),
-        ({"model": {"tubelet": 1}, "loss": {"difference": "intra"}}, "'intra' needs model.tubelet"),
+        ({"model": {"tubelet": 1}, "loss": {"motion_target": "intra"}}, "'intra' needs model.tubelet"),
     ],
 )
 def test_values_that_cannot_work_are_named(tables, told):

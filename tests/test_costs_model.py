@@ -121,7 +121,9 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "mam2": {},
     "all keys": {"regressor": {"keys": "all"}},
     "another width": {"regressor": {"width": 32, "heads": 2}, "decoder": {"width": 32, "heads": 2}},
-    "intra": {"loss": {"difference": "intra"}},
+    "intra": {"loss": {"motion_target": "intra"}},
+    "hog": {"loss": {"motion_target": "hog"}},
+    "no motion": {"loss": {"motion_target": "none", "balance": "fixed"}, "mask": {"kind": "random"}},
     "alignment": {"loss": {"alignment": 2.0}},
     "videomae": {"model": {"objective": "videomae"}},
 }

@@ -12,7 +12,7 @@ from matplotlib import image
 from mam2.engine.demo import DemoResult, demo
 from mam2.engine.evaluate.pretext import PretextResult, evaluation_mask, reconstruct
 from mam2.engine.model.mam2 import MAM2
-from mam2.kernels import frame_difference
+from mam2.engine.model.motion_targets import motion_target
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8))
     model = MAM2(config, 16)
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
-    target = frame_difference(video, **config.motion_options)
+    target = motion_target(video, config.loss, config.patch_size)
     masked = target.gather(1, mask.masked[..., None].expand(-1, -1, target.shape[2]))
     monkeypatch.setattr(model, "predict_motion", lambda *_: masked)
 

@@ -161,7 +161,7 @@ def test_appearance_loss_is_the_cross_entropy_of_the_hidden_codes(smoothing: flo
 
 @pytest.mark.parametrize(("normalize", "eps"), [("none", 1e-6), ("channel", 0.05)])
 def test_motion_loss_is_the_error_of_the_predicted_difference(normalize: str, eps: float) -> None:
-    model, mask = build(config(difference="intra", motion_normalize=normalize, motion_eps=eps)), drawn_mask()
+    model, mask = build(config(motion_target="intra", motion_normalize=normalize, motion_eps=eps)), drawn_mask()
     latents = model.complete(clip(), mask)
     predicted = model.motion_decoder.head(model.motion_decoder(latents + model.positions[mask.masked]))
     target = frame_difference(
@@ -172,9 +172,9 @@ def test_motion_loss_is_the_error_of_the_predicted_difference(normalize: str, ep
     assert torch.equal(model.predict_motion(latents, mask), predicted)
 
 
-@pytest.mark.parametrize(("difference", "values"), [("adjacent", 384), ("intra", 192)])
-def test_motion_head_has_the_size_of_the_target(difference: str, values: int) -> None:
-    model, mask = build(config(difference=difference)), drawn_mask()
+@pytest.mark.parametrize(("target", "values"), [("adjacent", 384), ("intra", 192)])
+def test_motion_head_has_the_size_of_the_target(target: str, values: int) -> None:
+    model, mask = build(config(motion_target=target)), drawn_mask()
     assert model.predict_motion(model.complete(clip(), mask), mask).shape == (2, 12, values)
 
 
@@ -268,7 +268,7 @@ def test_wrong_configs_are_named() -> None:
     wider = dataclasses.replace(cfg.model, decoder=DecoderConfig(width=32, heads=2))
     with pytest.raises(ValueError, match=r"model.decoder.width.*24.*32"):
         build(dataclasses.replace(cfg, model=wider))
-    single = dataclasses.replace(config(difference="intra"), model=dataclasses.replace(cfg.model, tubelet=1))
+    single = dataclasses.replace(config(motion_target="intra"), model=dataclasses.replace(cfg.model, tubelet=1))
     with pytest.raises(ValueError, match="tubelet"):
         build(single)
     keyless = dataclasses.replace(cfg.model.regressor, keys="masked")

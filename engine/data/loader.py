@@ -14,45 +14,38 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from mam2.engine.config import DataConfig, UserError
+from mam2.engine.data.batch import Batch
 from mam2.engine.data.decoding import choose_front_end
 from mam2.engine.data.manifest import Manifest, Skipped
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
-from mam2.engine.data.sampling import draw_clip, frame_step, replacement, sample_at
+from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
+from mam2.engine.data.video import Video
 
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""
 MOST_ATTEMPTS = 100
 
 
-class Batch(NamedTuple):
-    """B clips; the views of one decoded clip lie next to each other."""
-
-    clip: torch.Tensor
-    """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
-    video: torch.Tensor
-    """int64 [B] on the CPU, places in `manifest.videos`."""
-    label: torch.Tensor
-    """int64 [B] on the CPU, -1 where a video has none."""
-    augmentation: torch.Tensor
-    """int64 [B] on the CPU: the epoch, modulo `data.recorded` where that is set; 0 in evaluation."""
-    view: torch.Tensor
-    """int64 [B] on the CPU, 0 to views - 1."""
-    box: torch.Tensor
-    """float32 [B, 4] on the CPU: the crop's x0, y0, x1, y1 as shares of the upright frame's width and height."""
-    flip: torch.Tensor
-    """bool [B] on the CPU, whether the crop is mirrored left to right."""
-    step: int
-    """Number of the batch, from 0."""
-
-
 Plan = tuple[int, list[tuple[int, int]]]
 """A step and its samples: epoch and place among the usable videos."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How planned samples become clips."""
+
+    draw: Callable[[int, Video, int, int], ClipRequest]
+    """From the place in the manifest, its video, epoch and attempt."""
+    views: int
+    replace: bool
+    """Show another video for one that cannot be decoded, instead of none."""
+    period: int = 0
+    """Number of recorded augmentations; 0 for epochs without end."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,8 @@ class ClipLoader:
                 counters = range(first, first + samples)
                 yield step, [sample_at(counter, len(self._usable), self._seed) for counter in counters]
 
-        return self._prefetch(self._produce(plans(), train=self._train, replace=True))
+        way = self._training if self._train else dataclasses.replace(self._middle, replace=True)
+        return self._prefetch(self._produce(plans(), way))
 
     def evaluate(self) -> Prefetcher[Batch]:
         """Every usable video once and in order, the centre square of its middle clip; the last batch may be short."""
@@ -152,7 +146,7 @@ class ClipLoader:
             (step, [(0, place) for place in range(first, min(first + self._batch, len(self._usable)))])
             for step, first in enumerate(range(0, len(self._usable), self._batch))
         )
-        return self._prefetch(self._produce(plans, train=False, replace=False))
+        return self._prefetch(self._produce(plans, self._middle))
 
     def recorded(self, clips: Iterable[tuple[int, int]]) -> Prefetcher[Batch]:
         """Chosen clips as `stream` shows them, in order: each a recorded augmentation and a place in manifest.videos.
@@ -161,9 +155,23 @@ class ClipLoader:
         """
         places = {video: place for place, video in enumerate(self._usable)}
         known = ((augmentation, places[video]) for augmentation, video in clips if video in places)
-        size = self._batch // self._views
-        plans = enumerate(iter(lambda: list(itertools.islice(known, size)), []))
-        return self._prefetch(self._produce(plans, train=True, replace=False))
+        way = dataclasses.replace(self._training, replace=False)
+        return self._prefetch(self._produce(_in_batches(known, self._batch // self._views), way))
+
+    def chosen(
+        self, clips: Iterable[tuple[int, int]], draw: Callable[[int, Video, int], ClipRequest], views: int
+    ) -> Prefetcher[Batch]:
+        """Clips of the caller's choice, in order: each a place in manifest.videos and a number.
+
+        draw: what a clip shows, from place, video and number, in `views` crops, of which a batch holds all. A clip that
+        cannot be decoded is left out; the last batch may be short. `Batch.augmentation` is the number.
+        """
+        if self._batch < views:
+            raise UserError(f"expected a batch of at least {views} clips, the views of one; found {self._batch}")
+        places = {video: place for place, video in enumerate(self._usable)}
+        known = ((number, places[video]) for video, number in clips if video in places)
+        way = _Way(lambda index, video, number, _: draw(index, video, number), views, replace=False)
+        return self._prefetch(self._produce(_in_batches(known, self._batch // views), way))
 
     def close(self) -> None:
         """End all threads; open streams stop."""
@@ -176,6 +184,24 @@ class ClipLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _training(self) -> _Way:
+        config, seed = self._config, self._seed
+
+        def draw(index: int, video: Video, epoch: int, attempt: int) -> ClipRequest:
+            return draw_clip(index, video, epoch, config, seed, attempt=attempt)
+
+        return _Way(draw, self._views, replace=True, period=config.recorded)
+
+    @property
+    def _middle(self) -> _Way:
+        config, seed = self._config, self._seed
+
+        def draw(index: int, video: Video, epoch: int, attempt: int) -> ClipRequest:
+            return draw_clip(index, video, epoch, config, seed, train=False)
+
+        return _Way(draw, 1, replace=False)
 
     def _prefetch(self, batches: Generator[Batch, None, None]) -> Prefetcher[Batch]:
         stream = Prefetcher(batches, self._config.prefetch, self._taken)
@@ -208,23 +234,23 @@ class ClipLoader:
         self._check_share()
         return chosen
 
-    def _produce(self, plans: Iterable[Plan], *, train: bool, replace: bool) -> Generator[Batch, None, None]:
+    def _produce(self, plans: Iterable[Plan], way: _Way) -> Generator[Batch, None, None]:
         """The planned batches. While one chunk is resized, the next is being decoded."""
         ahead: _Chunk | None = None
-        for chunk in self._decoding(plans, train):
+        for chunk in self._decoding(plans, way):
             if ahead:
-                yield from self._finished(ahead, train, replace)
+                yield from self._finished(ahead, way)
             ahead = chunk
         if ahead:
-            yield from self._finished(ahead, train, replace)
+            yield from self._finished(ahead, way)
 
-    def _decoding(self, plans: Iterable[Plan], train: bool) -> Iterator[_Chunk]:
+    def _decoding(self, plans: Iterable[Plan], way: _Way) -> Iterator[_Chunk]:
         """The planned batches in chunks; asking for one sets the decoding threads to work on it."""
         for step, planned in plans:
-            clip = self._renderer.empty(len(planned), self._views if train else 1)
+            clip = self._renderer.empty(len(planned), way.views)
             shown: list[_Sample | None] = [None] * len(planned)
             for rows in self._split(planned):
-                samples = [self._sample(row, *planned[row], train) for row in rows]
+                samples = [self._sample(row, *planned[row], way) for row in rows]
                 yield _Chunk(step, clip, shown, samples, last=rows[-1] == len(planned) - 1)
 
     def _split(self, planned: list[tuple[int, int]]) -> Iterator[list[int]]:
@@ -241,19 +267,19 @@ class ClipLoader:
             size += needed
         yield rows
 
-    def _sample(self, row: int, epoch: int, place: int, train: bool, attempt: int = 0) -> _Sample:
+    def _sample(self, row: int, epoch: int, place: int, way: _Way, attempt: int = 0) -> _Sample:
         shown = replacement(place, len(self._usable), epoch, self._seed, attempt) if attempt else place
         index = self._usable[shown]
-        if train and self._available and not self._available(index, epoch % self._config.recorded):
+        if way.period and self._available and not self._available(index, epoch % way.period):
             self._skip(index, "no codes in the cache")
             self._check_share()
-            return self._sample(row, epoch, place, train, self._next_attempt(attempt, index))
+            return self._sample(row, epoch, place, way, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
-        request = draw_clip(index, video, epoch, self._config, self._seed, train=train, attempt=attempt)
+        request = way.draw(index, video, epoch, attempt)
         job = self._renderer.start(row, video.path, request, self._front_end_of[index])
         return _Sample(epoch, place, attempt, job)
 
-    def _finished(self, chunk: _Chunk, train: bool, replace: bool) -> Iterator[Batch]:
+    def _finished(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
         """Finish the samples of a chunk, trying again what failed; the batch after its last chunk."""
         samples = chunk.samples
         while samples:
@@ -263,12 +289,12 @@ class ClipLoader:
                 if reason is None:
                     chunk.shown[sample.job.row] = sample
                 else:
-                    again += self._try_again(sample, reason, train, replace)
+                    again += self._try_again(sample, reason, way)
             samples = again
         if chunk.last:
-            yield from self._batch_of(chunk)
+            yield from self._batch_of(chunk, way)
 
-    def _try_again(self, sample: _Sample, reason: str, train: bool, replace: bool) -> list[_Sample]:
+    def _try_again(self, sample: _Sample, reason: str, way: _Way) -> list[_Sample]:
         """The sample with PyAV, then another video in its place; nothing if it is to be left out."""
         job = sample.job
         path = self._manifest.videos[job.request.video].path
@@ -279,10 +305,10 @@ class ClipLoader:
             return [dataclasses.replace(sample, job=self._renderer.start(job.row, path, job.request, "pyav"))]
         self._skip(job.request.video, reason)
         self._check_share()
-        if not replace:
+        if not way.replace:
             return []
         attempt = self._next_attempt(sample.attempt, job.request.video)
-        return [self._sample(job.row, sample.epoch, sample.place, train, attempt)]
+        return [self._sample(job.row, sample.epoch, sample.place, way, attempt)]
 
     def _next_attempt(self, attempt: int, video: int) -> int:
         if attempt == MOST_ATTEMPTS:
@@ -290,7 +316,7 @@ class ClipLoader:
             raise UserError(f"{MOST_ATTEMPTS} videos drawn one after the other cannot be used; the last is {path}")
         return attempt + 1
 
-    def _batch_of(self, chunk: _Chunk) -> Iterator[Batch]:
+    def _batch_of(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
         """The finished batch; none if every sample was left out."""
         samples = [sample for sample in chunk.shown if sample is not None]
         if not samples:
@@ -299,7 +325,7 @@ class ClipLoader:
         clip = chunk.clip if complete else self._renderer.keep_rows(chunk.clip, [sample.job.row for sample in samples])
         self.decoded_frames += len(samples) * self._config.frames
         requests = [sample.job.request for sample in samples]
-        period, views = self._config.recorded, clip.shape[1]
+        period, views = way.period, clip.shape[1]
         yield Batch(
             clip=clip.flatten(0, 1),
             video=_each([request.video for request in requests], views),
@@ -327,6 +353,10 @@ class ClipLoader:
                 f"{len(unusable)} of {total} videos cannot be used, more than data.max_unusable="
                 f"{self._config.max_unusable:g} allows; the last is {unusable[-1].path}: {unusable[-1].reason}"
             )
+
+
+def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[Plan]:
+    return enumerate(iter(lambda: list(itertools.islice(samples, size)), []))
 
 
 def _each(values: list[int], views: int) -> torch.Tensor:

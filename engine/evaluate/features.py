@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 
@@ -30,3 +34,23 @@ def extract_features(
             found.append(model.encode(video).float().mean(dim=1).cpu())
         labels.append(batch.label)
     return [torch.cat(found) for found in features], torch.cat(labels)
+
+
+def layer_tokens(encoder: Encoder, video: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Every token after some of the encoder's blocks, from one pass: video [B, 3, T, H, W] -> [B, N, D] a layer.
+
+    layers: numbers from 1. The last block's tokens are the encoder's output, after its final LayerNorm.
+    """
+    depth = len(encoder.blocks)
+    if not all(1 <= layer <= depth for layer in layers):
+        raise ValueError(f"layers: expected numbers from 1 to {depth}, the encoder's blocks, found {list(layers)}")
+    tokens: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for layer in set(layers) - {depth}:
+
+            def keep(_module: object, _inputs: object, output: Tensor, layer: int = layer) -> None:
+                tokens[layer] = output
+
+            hooks.callback(encoder.blocks[layer - 1].register_forward_hook(keep).remove)
+        tokens[depth] = encoder.encode(video)
+    return tokens

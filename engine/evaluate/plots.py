@@ -40,6 +40,12 @@ PANELS = (
         {"gradient/appearance": "appearance", "gradient/motion": "motion"},
         logarithmic=True,
     ),
+    Panel("classification loss", {"loss/training": "training (soft targets)", "loss/validation": "validation"}),
+    Panel(
+        "validation accuracy (%)",
+        {"accuracy/validation": "top 1", "accuracy/validation_top5": "top 5"},
+        percent=True,
+    ),
     Panel("gradient norm", {"gradient/norm": ""}, logarithmic=True),
     Panel("learning rate", {"learning_rate": ""}),
     Panel("clips per second", {"clips_per_s": ""}),

@@ -11,10 +11,13 @@ from tqdm import tqdm
 
 from mam2.engine.config import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.evaluate.motion_pictures import motion_pictures
 from mam2.engine.evaluate.probe import bootstrap
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import draw_mask
+from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.tokenizer import Tokenizer
-from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_loss, tube_mask
+from mam2.kernels import TubeMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,12 @@ class PretextResult:
 def measure_pretext(
     model: MAM2, tokenizer: Tokenizer, loader: ClipLoader, config: PretrainConfig, *, progress: bool = True
 ) -> PretextResult:
-    """Runs the pretext task over all videos of a loader, one clip and one mask each."""
+    """Runs the pretext task, motion included, over all videos of a loader, one clip and one mask each."""
     model.eval()
-    right, moved, still, histogram = [], [], [], torch.zeros(tokenizer.codebook_size)
+    right: list[Tensor] = []
+    moved: list[Tensor] = []
+    still: list[Tensor] = []
+    histogram = torch.zeros(tokenizer.codebook_size)
     first = 0
     for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
         video, mask = batch.clip.permute(0, 4, 1, 2, 3), evaluation_mask(batch.clip, config, first)
@@ -47,8 +53,9 @@ def measure_pretext(
         right.append((model.predict_codes(latents, mask) == codes).double().mean(1).cpu())
         histogram += codes.flatten().bincount(minlength=len(histogram)).cpu()
         motion = model.predict_motion(latents, mask)
-        moved.append(_motion_loss(motion, video, mask, config))
-        still.append(_motion_loss(torch.zeros_like(motion), video, mask, config))
+        for losses, pred in ((moved, motion), (still, torch.zeros_like(motion))):
+            loss = motion_loss(pred, video, mask, config.loss, config.patch_size, reduction="none")
+            losses.append(loss.double().sum(1).cpu())
     accuracy, model_loss, still_loss = torch.cat(right), torch.cat(moved), torch.cat(still)
     return PretextResult(
         code_accuracy=float(accuracy.mean()),
@@ -60,38 +67,24 @@ def measure_pretext(
 
 
 def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0) -> TubeMask:
-    """The masks that evaluation uses for clips [B, ...]: of a step that no training reaches."""
-    return tube_mask(
-        len(clip),
-        config.grid,
-        config.mask.ratio,
-        seed=config.run.seed,
-        step=2**31 - 1,
-        first_sample=first_sample,
-        device=clip.device,
-    )
-
-
-def _motion_loss(pred: Tensor, video: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
-    """Summed squared error of each clip, float64 [B] on the CPU."""
-    loss = masked_frame_difference_loss(pred, video, mask, **config.motion_options, reduction="none")
-    return loss.double().sum(1).cpu()
+    """The masks that evaluation uses for clips [B, T, H, W, C]: of a step that no training reaches."""
+    return draw_mask(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strips:
-    """What a person looks at, each [B, T', h, w, 3] float in 0 to 1; a slot is shown by its first frame."""
+    """Pictures of clips, float [B, T', H, W, C] in 0 to 1: one for each slot, by its first frame."""
 
     original: Tensor
     masked: Tensor
     """The original with hidden patches grey."""
-    codes: Tensor
-    """The original's codes decoded: the best the appearance decoder could do."""
     appearance: Tensor
-    """Predicted codes decoded, visible patches kept from the original's codes."""
-    motion: Tensor
+    """What is predicted, visible patches kept: from codes decoded, or pixels."""
+    codes: Tensor | None = None
+    """The original's codes decoded: the best the appearance decoder could do."""
+    motion: Tensor | None = None
     """True difference to the next frame, grey for none."""
-    predicted_motion: Tensor
+    predicted_motion: Tensor | None = None
     """Predicted difference in the hidden patches, grey elsewhere."""
 
 
@@ -106,34 +99,24 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer, clip: Tensor, config: Pretrai
     frames = clip[:, :: config.model.tubelet].float() / 255
     height = frames.shape[2]
 
-    hidden = rearrange(mask.as_bool(), "b (t h w) -> b t h w 1", t=config.grid[0], h=config.grid[1])
-    hidden = hidden.repeat_interleave(config.model.patch, 2).repeat_interleave(config.model.patch, 3)
-
-    # A normalised prediction is brought back with its own cube's deviation: the ratio of raw to normalised target.
-    raw = frame_difference(video, **(config.motion_options | {"normalize": None}))
-    target = frame_difference(video, **config.motion_options)
-    prediction = torch.zeros_like(target)
-    prediction.scatter_(
-        1, mask.masked[..., None].expand(-1, -1, target.shape[2]), model.predict_motion(latents, mask).float()
-    )
-    scale = _cube_scale(raw, target, config)
+    motion = predicted_motion = None
+    if config.loss.motion_target != "none":
+        motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
     return Strips(
         original=frames,
-        masked=torch.where(hidden, 0.5, frames),
+        masked=hide(frames, mask, config),
         codes=_decoded(tokenizer, codes, height),
         appearance=_decoded(tokenizer, predicted, height),
-        motion=_motion_picture(raw, config),
-        predicted_motion=_motion_picture(prediction * scale, config),
+        motion=motion,
+        predicted_motion=predicted_motion,
     )
 
 
-def _cube_scale(raw: Tensor, target: Tensor, config: PretrainConfig) -> Tensor:
-    """Deviation of each token's cube and channel, from the target in both forms: [B, N, Pd]; 0 where nothing moves."""
-    patch = config.model.patch
-    split = "b n (t h w c) -> b n (t h w) c"
-    raw, target = (rearrange(x, split, h=patch, w=patch, c=3) for x in (raw, target))
-    ratio = (raw * target).sum(2, keepdim=True) / target.square().sum(2, keepdim=True).clamp_min(1e-12)
-    return rearrange(ratio.expand_as(raw), "b n p c -> b n (p c)")
+def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Pictures [B, T', H, W, C] with the hidden patches grey."""
+    hidden = rearrange(mask.as_bool(), "b (t h w) -> b t h w 1", t=config.grid[0], h=config.grid[1])
+    hidden = hidden.repeat_interleave(config.model.patch, 2).repeat_interleave(config.model.patch, 3)
+    return torch.where(hidden, 0.5, frames)
 
 
 def _decoded(tokenizer: Tokenizer, codes: Tensor, height: int) -> Tensor:
@@ -141,19 +124,3 @@ def _decoded(tokenizer: Tokenizer, codes: Tensor, height: int) -> Tensor:
     slots = images.shape[1]
     images = torch.nn.functional.interpolate(images.flatten(0, 1), size=(height, height), mode="bilinear")
     return rearrange(images.clamp(0, 1), "(b t) c h w -> b t h w c", t=slots)
-
-
-def _motion_picture(difference: Tensor, config: PretrainConfig) -> Tensor:
-    """First difference of every tubelet of [B, N, Pd] as pictures around grey, contrast doubled."""
-    slots, rows, columns = config.grid
-    pictures = rearrange(
-        difference,
-        "b (s i j) (t h w c) -> b s t (i h) (j w) c",
-        s=slots,
-        i=rows,
-        j=columns,
-        h=config.model.patch,
-        w=config.model.patch,
-        c=3,
-    )[:, :, 0]
-    return (0.5 + 2 * pictures).clamp(0, 1)

@@ -18,7 +18,7 @@ class ProbeResult:
     interval: tuple[float, float]
     """95 % bootstrap interval of it."""
     right: Tensor
-    """bool [test clips]."""
+    """bool [test clips], on the CPU."""
     penalty: float
     """L2 penalty chosen."""
 
@@ -31,19 +31,25 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     mean, std = train.double().mean(0), train.double().std(0) + 1e-6
     train, test = (train.double() - mean) / std, (test.double() - mean) / std
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    held, kept = order[: len(train) // 5], order[len(train) // 5 :]
+    held = held_out(len(train))
 
     def held_out_accuracy(penalty: float) -> float:
-        weight, bias = _fit(train[kept], train_labels[kept], classes, penalty)
+        weight, bias = _fit(train[~held], train_labels[~held], classes, penalty)
         return float(((train[held] @ weight + bias).argmax(1) == train_labels[held]).double().mean())
 
     penalty = max(PENALTIES, key=held_out_accuracy)
     weight, bias = _fit(train, train_labels, classes, penalty)
-    right = (test @ weight + bias).argmax(1) == test_labels
+    right = ((test @ weight + bias).argmax(1) == test_labels).cpu()
     return ProbeResult(
         accuracy=float(right.double().mean()), interval=bootstrap(right.double()), right=right, penalty=penalty
     )
+
+
+def held_out(count: int) -> Tensor:
+    """bool [count]: a fifth of so many training videos, by which a probe's one setting is chosen."""
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 5]] = True
+    return held
 
 
 def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:

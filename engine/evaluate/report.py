@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from torch import Tensor
 
 from mam2.engine.evaluate.plots import draw_logs, png
 from mam2.engine.evaluate.pretext import Strips
@@ -26,19 +27,33 @@ ROWS = {
 
 def draw_strips(strips: Strips, titles: Sequence[str]) -> bytes:
     """PNG: for each clip a column of slots over time, one row for each thing shown."""
-    clips, slots = strips.original.shape[:2]
+    return draw_rows([(ROWS[name], pictures) for name, pictures in shown(strips).items()], titles)
+
+
+def shown(strips: Strips) -> dict[str, Tensor]:
+    """What there is of the pictures, in the order of `ROWS`."""
+    return {name: getattr(strips, name) for name in ROWS if getattr(strips, name) is not None}
+
+
+def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inches: float = 0.62) -> bytes:
+    """PNG of named rows of pictures [B, T', H, W, C] in 0 to 1, a column for each of the B clips.
+
+    inches: width of a picture; there are 150 pixels to one.
+    """
+    clips, slots = len(titles), max(pictures.shape[1] for _, pictures in rows)
+    label_inches = 0.1 + 0.07 * max(len(line) for label, _ in rows for line in label.split("\n"))
     figure, axes = plt.subplots(
-        len(ROWS),
+        len(rows),
         clips,
-        figsize=(0.62 * slots * clips + 0.8, 0.68 * len(ROWS) + 0.3),
+        figsize=(inches * slots * clips + label_inches, 1.1 * inches * len(rows) + 0.3),
         squeeze=False,
         layout="constrained",
     )
     for column in range(clips):
         axes[0, column].set_title(titles[column], fontsize=9)
-        for row, (name, label) in enumerate(ROWS.items()):
+        for row, (label, batch) in enumerate(rows):
             axis = axes[row, column]
-            pictures = getattr(strips, name)[column].float().cpu().numpy()
+            pictures = batch[column].float().cpu().numpy()
             gap = np.ones((pictures.shape[1], 2, 3))
             axis.imshow(
                 np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1).clip(0, 1)

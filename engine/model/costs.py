@@ -15,6 +15,7 @@ import math
 
 from mam2.engine.config import PretrainConfig
 from mam2.engine.model.encoder import CHANNELS
+from mam2.engine.model.motion_targets import motion_values
 from mam2.engine.model.vqgan import VQGANConfig
 from mam2.kernels import costs as operators
 
@@ -60,8 +61,7 @@ def part_costs(
         tokenizer: what computes the codes within the step; None where they are read from a cache.
         item_bytes: of what the matrix products read and write.
     """
-    hidden = int(config.mask.ratio * config.grid[1] * config.grid[2])
-    masked = config.grid[0] * hidden
+    masked = config.masked_tokens
     visible = math.prod(config.grid) - masked
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
     values = math.prod(config.patch_size) * CHANNELS
@@ -81,18 +81,17 @@ def part_costs(
         gradient = Cost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
         return linear(masked, width, outputs, item_bytes) + gradient
 
-    if model.objective == "videomae":
+    if model.objective != "mam2":
         tokens = visible + masked
         project = linear(visible, model.width, width, item_bytes, bias=False) + Cost(parameters=width)
         return parts | {"decoder": project + decoder(tokens), "head and pixel loss": pixel_head(values)}
-    differences = model.tubelet if config.loss.difference == "adjacent" else model.tubelet - 1
     parts |= {
         "regressor": regressor(config, visible, masked, item_bytes),
         "appearance decoder": decoder(masked),
         "code head and loss": code_head(masked, width, codes, item_bytes),
-        "motion decoder": decoder(masked),
-        "motion head and loss": pixel_head(differences * values // model.tubelet),
     }
+    if motion := motion_values(config.loss.motion_target, config.patch_size):
+        parts |= {"motion decoder": decoder(masked), "motion head and loss": pixel_head(motion)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         if model.width != model.regressor.width:

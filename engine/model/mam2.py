@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from mam2.engine.config import PretrainConfig
 from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.decoders import Decoder
-from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
 from mam2.engine.model.regressor import Regressor
-from mam2.kernels import TubeMask, linear_cross_entropy, masked_frame_difference_loss
+from mam2.kernels import TubeMask, linear_cross_entropy
 
 
 class MAM2(nn.Module):
-    """Encoder, regressor, appearance decoder and motion decoder.
+    """Encoder, regressor, appearance decoder and, unless `loss.motion_target` is `none`, motion decoder.
 
     Args:
         cfg: the run's config; `model`, `loss` and the clip's size are read.
         codes: codebook size V of the tokenizer.
 
     Raises:
-        ValueError: regressor and decoders of different widths.
+        ValueError: regressor and decoders of different widths; tubelets of one frame where the motion target needs two.
+        UserError: a motion target whose package is not installed.
     """
 
     positions: Tensor
@@ -44,10 +46,14 @@ class MAM2(nn.Module):
             )
         self.loss_config = cfg.loss
         self.patch_size = cfg.patch_size
-        tubelet, *patch = cfg.patch_size
-        differences = tubelet if cfg.loss.difference == "adjacent" else tubelet - 1
-        if not differences:
-            raise ValueError("loss.difference: 'intra' needs model.tubelet of at least 2, found 1; use 'adjacent'")
+        motion = cfg.loss.motion_target
+        if motion in ("intra", "hog", "flow") and cfg.model.tubelet < 2:
+            raise ValueError(
+                f"loss.motion_target: {motion!r} needs model.tubelet of at least 2, found {cfg.model.tubelet}; "
+                "use 'adjacent'"
+            )
+        if motion == "flow":
+            require_flow()
         self.encoder = Encoder.from_config(cfg)
         self.regressor = Regressor(
             self.encoder.width,
@@ -58,9 +64,9 @@ class MAM2(nn.Module):
             mlp_ratio=mlp_ratio,
         )
         shape = {"width": decoder.width, "depth": decoder.depth, "heads": decoder.heads}
-        motion_values = differences * math.prod(patch) * CHANNELS
         self.appearance_decoder = Decoder(**shape, outputs=codes, mlp_ratio=mlp_ratio)
-        self.motion_decoder = Decoder(**shape, outputs=motion_values, mlp_ratio=mlp_ratio)
+        if motion != "none":
+            self.motion_decoder = Decoder(**shape, outputs=motion_values(motion, cfg.patch_size), mlp_ratio=mlp_ratio)
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
@@ -84,17 +90,8 @@ class MAM2(nn.Module):
         )
 
     def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
-        """Mean squared error of the hidden tokens' frame differences: latents [B, Nm, Dr] -> scalar."""
-        normalize = self.loss_config.motion_normalize
-        return masked_frame_difference_loss(
-            self.predict_motion(latents, mask),
-            video,
-            mask,
-            patch_size=self.patch_size,
-            difference=self.loss_config.difference,
-            normalize=None if normalize == "none" else normalize,
-            eps=self.loss_config.motion_eps,
-        )
+        """Mean squared error of the hidden tokens' motion: latents [B, Nm, Dr] -> scalar."""
+        return motion_loss(self.predict_motion(latents, mask), video, mask, self.loss_config, self.patch_size)
 
     def alignment_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Mean squared distance of the latents to the encoder's own of the hidden pixels (CAE) -> scalar.
@@ -111,7 +108,7 @@ class MAM2(nn.Module):
         return self.appearance_decoder.head(self._appearance_features(latents, mask)).argmax(-1)
 
     def predict_motion(self, latents: Tensor, mask: TubeMask) -> Tensor:
-        """The normalised frame differences of every hidden token: latents [B, Nm, Dr] -> [B, Nm, Pd]."""
+        """The motion target of every hidden token, see `motion_targets`: latents [B, Nm, Dr] -> [B, Nm, Pd]."""
         return self.motion_decoder.head(self.motion_decoder(latents + self.positions[mask.masked]))
 
     def encode(self, video: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 T'×H'×W' the token grid, N its tokens, D width. The stride of the frames does not enter: no position knows seconds.
 
 The table is indexed by the flattened token, so a grid of other height or width gives the same index another place:
-token 14 is the second row's first of 14×14, the first row's last but one of 16×16. `recompute` builds the table anew for
-the new grid, as VideoMAE and Hugging Face do; an encoder has to be fine-tuned to it. `resample` reads the trained table
+token 14 begins the second row of 14×14, and is still in the first of 16×16. `recompute` builds the table anew for the
+new grid, as VideoMAE and Hugging Face do; the encoder has to be fine-tuned to it. `resample` reads the trained table
 between its tokens (trilinear, the grids' outer edges aligned): every place of the clip keeps about the position it was
 trained with, and the encoder can be used as it is.
 """

@@ -1,4 +1,4 @@
-"""VideoMAE, the baseline: predict the pixels of the hidden tokens.
+"""VideoMAE, the baseline: predict the pixels of the hidden tokens; and MAE-DFER's joint decoder on the same model.
 
 Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values a token, D the encoder's width, Dd the decoder's.
 """
@@ -26,6 +26,7 @@ class VideoMAE(nn.Module):
         super().__init__()
         decoder = cfg.model.decoder
         self.patch_size = cfg.patch_size
+        self.target = "joint" if cfg.model.objective == "joint" else "pixel"
         self.normalize = None if cfg.loss.pixel_normalize == "none" else cfg.loss.pixel_normalize
         self.encoder = Encoder.from_config(cfg)
         self.encoder_to_decoder = nn.Linear(self.encoder.width, decoder.width, bias=False)
@@ -47,11 +48,19 @@ class VideoMAE(nn.Module):
     def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
         """The same from the encoder's latents of the visible tokens, [B, Nv, D]."""
         return masked_pixel_loss(
-            self._decode(visible, mask), video, mask, patch_size=self.patch_size, normalize=self.normalize
+            self._decode(visible, mask),
+            video,
+            mask,
+            patch_size=self.patch_size,
+            target=self.target,
+            normalize=self.normalize,
         )
 
     def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P]."""
+        """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P].
+
+        With the objective `joint` of a tubelet's first frame; of the later ones their difference to it.
+        """
         return self._decode(self._visible(video, mask), mask)
 
     def _visible(self, video: Tensor, mask: TubeMask) -> Tensor:

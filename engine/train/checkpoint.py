@@ -1,8 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON that is either whole or not there.
 
     RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
-                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`; `rng.<device>`;
-                                                          `extra.<name>`
+                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`;
+                                                          `rng.<device>`; `extra.<name>`
                                   state.json              step, config, versions, SHA-256 of the other two files
                     latest                                name of the newest folder
         best/                                             model.safetensors and state.json of the best validated step
@@ -136,6 +136,11 @@ def write_best(
     with _written_aside(final, {"step": step, **found}, weights) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
     return final
+
+
+def remove_best(run: Path) -> None:
+    """Removes RUN/best, of a run that starts anew."""
+    shutil.rmtree(run / BEST, ignore_errors=True)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config import PretrainConfig, UserError
+from mam2.engine.data.batch import Batch
 from mam2.engine.data.code_cache import CodeCache
-from mam2.engine.data.loader import Batch, ClipLoader
+from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.vqgan import VQGANConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mam2.engine.config import UserError
 from mam2.engine.train.distributed import World
 
 
@@ -41,13 +43,15 @@ class SilentLog:
 class RunLog:
     """Writes `RUN/log.jsonl` (one object a line), `RUN/tensorboard/` and, for `say`, the terminal and `RUN/log.txt`."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, tracker: str = "none") -> None:
+        """tracker: "wandb" or "trackio" get the numbers as well. Raises UserError where the package is missing."""
         # Imported here: TensorBoard costs a second that `mam2 --help` should not pay.
         from torch.utils.tensorboard import SummaryWriter
 
         self._lines = (run / "log.jsonl").open("a", encoding="utf-8", buffering=1)
         self._text = (run / "log.txt").open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"))
+        self._tracker = _open_tracker(tracker, run) if tracker != "none" else None
 
     def say(self, message: str) -> None:
         """One plain line, above a progress bar where one is drawn."""
@@ -59,20 +63,35 @@ class RunLog:
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._tracker:
+            self._tracker.log(values, step=step)
 
     def close(self) -> None:
+        if self._tracker:
+            self._tracker.finish()
         self._lines.close()
         self._text.close()
         self._board.close()
 
 
+def _open_tracker(name: str, run: Path) -> Any:
+    """The package, which both name alike: `init`, `log`, `finish`."""
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"run.tracker {name}: {error}; pip install {name}, or leave it at none") from None
+    package.init(project="mam2", name=run.name)
+    return package
+
+
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of `RUN/log.jsonl`. After a resume a step may have been logged twice: the later line counts."""
-    by_step = {}
+    """What `RUN/log.jsonl` says of each step. Where it was logged twice, with a validation or again after a resume, the
+    later value of each quantity counts."""
+    by_step: dict[int, dict[str, Any]] = {}
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # a killed run may have left half a line
             values = json.loads(line)
-            by_step[values["step"]] = values
+            by_step[values["step"]] = by_step.get(values["step"], {}) | values
     return [by_step[step] for step in sorted(by_step)]
 
 

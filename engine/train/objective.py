@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mam2.engine.config import LossConfig, PretrainConfig
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
-from mam2.kernels import TubeMask, masked_frame_difference_loss
+from mam2.kernels import TubeMask
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 Values = dict[str, Tensor]
@@ -61,7 +62,6 @@ class MAM2Objective(Objective):
         super().__init__()
         self.model = model
         self._loss: LossConfig = config.loss
-        self._motion_options = config.motion_options
         self._complete = compiled(model.complete)
         self._appearance = compiled(model.appearance_loss)
         self._motion = compiled(model.motion_loss)
@@ -78,9 +78,12 @@ class MAM2Objective(Objective):
             tuple[Tensor, Tensor, Tensor], _Fork.apply(latents, self._balance)
         )
         appearance = self._appearance(for_appearance, mask, codes)
-        motion = self._motion(for_motion, mask, video)
-        values = {"loss/appearance": appearance.detach(), "loss/motion": motion.detach()}
-        total = weights.appearance * appearance + weights.motion * motion
+        values = {"loss/appearance": appearance.detach()}
+        total = weights.appearance * appearance
+        if weights.motion_target != "none":
+            motion = self._motion(for_motion, mask, video)
+            values["loss/motion"] = motion.detach()
+            total = total + weights.motion * motion
         if weights.alignment:
             alignment = self.model.alignment_loss(for_alignment, mask, video)
             values["loss/alignment"] = alignment.detach()
@@ -89,8 +92,7 @@ class MAM2Objective(Objective):
 
     def gradient_norms(self) -> Values:
         """Of the weighted losses at the regressor's output."""
-        appearance, motion = self._balance.norms
-        return {"gradient/appearance": appearance, "gradient/motion": motion}
+        return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
 
     @torch.no_grad()
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor) -> Values:
@@ -103,30 +105,35 @@ class MAM2Objective(Objective):
         # bincount would wait for the device to learn its size
         counts = answers.new_zeros(self.model.appearance_decoder.head.out_features)
         counts.scatter_add_(0, answers, torch.ones_like(answers))
-        motion = self.model.predict_motion(latents, mask)
-        loss = masked_frame_difference_loss(motion, video, mask, **self._motion_options)
-        still = masked_frame_difference_loss(torch.zeros_like(motion), video, mask, **self._motion_options)
-        return {
-            "accuracy/codes": right,
-            "accuracy/commonest_code": counts.max() / answers.numel(),
-            "loss/motion_relative": loss / still,
-        }
+        figures = {"accuracy/codes": right, "accuracy/commonest_code": counts.max() / answers.numel()}
+        if self._loss.motion_target != "none":
+            motion = self.model.predict_motion(latents, mask)
+            loss, still = (
+                motion_loss(pred, video, mask, self._loss, self.model.patch_size)
+                for pred in (motion, torch.zeros_like(motion))
+            )
+            figures["loss/motion_relative"] = loss / still
+        return figures
 
 
 class Balance:
-    """Norms of two gradients, and the factor that brings the first to `proportion` times the second (None: 1)."""
+    """Norms of two gradients, and the factor that brings the first to `proportion` times the second (None: 1).
+
+    Without a motion target there is the first alone.
+    """
 
     def __init__(self, proportion: float | None) -> None:
         self.proportion = proportion
-        self.norms: tuple[Tensor, Tensor]
+        self.norms: Values = {}
 
-    def factor(self, appearance: Tensor, motion: Tensor) -> Tensor | None:
-        norms = torch.stack([appearance.norm().float(), motion.norm().float()])
+    def factor(self, appearance: Tensor, motion: Tensor | None) -> Tensor | None:
+        gradients = {"appearance": appearance} if motion is None else {"appearance": appearance, "motion": motion}
+        norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
         if dist.is_available() and dist.is_initialized():
             squares = norms.square()
             dist.all_reduce(squares)
             norms = squares.sqrt() / dist.get_world_size()  # ranks average their gradients
-        self.norms = norms[0], norms[1]
+        self.norms = dict(zip(gradients, norms.unbind(), strict=True))
         if self.proportion is None:
             return None
         return (self.proportion * norms[1] / (norms[0] + 1e-12)).to(appearance.dtype)
@@ -145,7 +152,8 @@ class _Fork(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
         appearance, motion, alignment = gradients
         assert appearance is not None
-        assert motion is not None
         factor = ctx.balance.factor(appearance, motion)
-        gradient = (appearance if factor is None else appearance * factor) + motion
+        gradient = appearance if factor is None else appearance * factor
+        if motion is not None:
+            gradient = gradient + motion
         return gradient if alignment is None else gradient + alignment, None

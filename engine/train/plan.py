@@ -118,7 +118,7 @@ class Plan:
         config = self.config
         data, model, grid = config.data, config.model, config.grid
         tokens = math.prod(grid)
-        masked = grid[0] * int(config.mask.ratio * grid[1] * grid[2])
+        masked = config.masked_tokens
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",

@@ -8,10 +8,12 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from mam2.engine.config import RunConfig, UserError
 
@@ -125,3 +127,44 @@ def paused_gc() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@contextmanager
+def determinism(config: RunConfig) -> Iterator[None]:
+    """Only algorithms that repeat bit for bit, where `config.deterministic` asks for it."""
+    debugging: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), debugging.fill_uninitialized_memory
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        # a debugging aid that costs time
+        debugging.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        debugging.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
+    """Profiles `steps` steps after the first five, which compile and warm up: gives a function to call after each.
+
+    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+
+    def write(profiler: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+        (folder / "operators.txt").write_text(table, encoding="utf-8")
+
+    plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler.step

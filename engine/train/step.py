@@ -1,9 +1,11 @@
-"""One optimiser step: masks, forward and backward passes, clipping, AdamW. Nothing in it waits for the device."""
+"""One optimiser step: forward and backward passes, clipping, AdamW. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +14,25 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mam2.engine.config import PretrainConfig, UserError, passes
+from mam2.engine.config import PretrainConfig, TrainConfig, UserError, passes
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train.distributed import World
-from mam2.engine.train.objective import build_objective
+from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer
 from mam2.engine.train.runtime import autocast, compiler
-from mam2.kernels import tube_mask
 
 
-class TrainStep:
+class Step(ABC):
     """The model of a run, spread over its processes and compiled as its config says, with its optimiser.
 
-    Ranks take neighbouring parts of each pass, and a mask belongs to a clip's place among all: so any number of ranks
-    and passes sees the same clips under the same masks.
+    Ranks take neighbouring parts of each pass, and what is drawn for a clip belongs to its place among all: so any
+    number of ranks and passes sees the same clips under the same draws.
     """
 
-    def __init__(self, config: PretrainConfig, model: MAM2 | VideoMAE, device: torch.device, world: World) -> None:
+    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, world: World) -> None:
         self.config, self.model, self.device, self.world = config, model.to(device), device, world
         self.passes = passes(config, world.size)
         compiled, self.compiled = compiler(config.run, device)
@@ -44,7 +46,7 @@ class TrainStep:
             for block in blocks:
                 block.forward = compiled(block.forward)  # type: ignore[method-assign]
             compiled, self.compiled = (lambda part: part), f"{self.compiled}, block by block"
-        self.objective = build_objective(model, config, compiled)
+        self.objective = self.build_objective(compiled)
         self.forward: nn.Module = self.objective
         if sharded:
             for block in blocks:
@@ -55,44 +57,50 @@ class TrainStep:
             self.forward = DistributedDataParallel(
                 self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self.optimizer = build_optimizer(model, config.optim)
+        self.optimizer = self.build_optimizer()
         self._sharded = sharded
 
+    @abstractmethod
+    def build_objective(self, compiled: Compile) -> Objective:
+        """The model with its loss, its parts passed through `compiled`."""
+
+    @abstractmethod
+    def build_optimizer(self) -> torch.optim.AdamW:
+        """AdamW on the model's parameters; a group's `scale` multiplies the step's learning rate."""
+
+    @abstractmethod
+    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Any) -> tuple[Any, ...]:
+        """What the objective takes of one pass of step `step`; its first clip is the step's `first_sample`th."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        """Tensors beside the model's and the optimiser's that a checkpoint has to hold."""
+        return {}
+
     def __call__(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor | None]], rate: float, *, inspect: bool
+        self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], rate: float, *, inspect: bool
     ) -> dict[str, Tensor]:
-        """Takes step `step` on pairs of a video [B, C, T, H, W] uint8 and its codes [B, N], one for each pass.
+        """Takes step `step` on pairs of a video [B, C, T, H, W] uint8 and what goes with it, one for each pass.
 
         Returns 0-d tensors on the device; `bad` is 1 where loss or gradient was not finite on any rank: nothing was
         changed then. inspect: with the objective's costlier figures. Raises UserError when GPU memory runs out.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         try:
-            return self._gradients(step, micro_batches, inspect) | self._update()
+            return self._gradients(step, micro_batches, inspect) | self._update(inspect)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self.config, len(micro_batches[0][0]), error) from error
 
-    def _gradients(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor | None]], inspect: bool
-    ) -> dict[str, Tensor]:
+    def _gradients(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], inspect: bool) -> dict[str, Tensor]:
         """Adds up the gradients of the passes; returns the means of what they log."""
         values: dict[str, Tensor] = {}
-        for index, (video, codes) in enumerate(micro_batches):
+        for index, (video, beside) in enumerate(micro_batches):
             last = index + 1 == len(micro_batches)
             first_sample = (index * self.world.size + self.world.rank) * len(video)
-            mask = tube_mask(
-                len(video),
-                self.config.grid,
-                self.config.mask.ratio,
-                seed=self.config.run.seed,
-                step=step,
-                first_sample=first_sample,
-                device=self.device,
-            )
+            arguments = self.arguments(step, first_sample, video, beside)
             self._exchange_gradients(last)
             with autocast(self.config.run, self.device):
-                total, losses, figures = self.forward(video, mask, codes, inspect=inspect and index == 0)
+                total, losses, figures = self.forward(*arguments, inspect=inspect and index == 0)
                 # A loss that is not finite makes the gradient so, and with it that of every rank.
                 scale = torch.where(total.detach().isfinite(), 1 / len(micro_batches), torch.nan)
                 (total * scale).backward()
@@ -111,11 +119,11 @@ class TrainStep:
         elif self._sharded:
             self.objective.set_requires_gradient_sync(now)  # type: ignore[operator]
 
-    def _update(self) -> dict[str, Tensor]:
+    def _update(self, inspect: bool = False) -> dict[str, Tensor]:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = _gradient_norm(self.model)
+        parts = dict(self.model.named_children()) if inspect else {}
+        norms = {f"gradient/{name}": _gradient_norm(part) for name, part in parts.items()}
         if self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm, foreach=True)
         bad = (~norm.isfinite()).float()
@@ -123,10 +131,35 @@ class TrainStep:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"gradient/norm": norm, "bad": bad}
+        return {**norms, "gradient/norm": norm, "bad": bad}
 
 
-def _out_of_memory(config: PretrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
+class TrainStep(Step):
+    """A step of pre-training: what goes with a video are its codes [B, N]; a mask is drawn for each clip."""
+
+    config: PretrainConfig
+    model: MAM2 | VideoMAE
+
+    def __init__(self, config: PretrainConfig, model: MAM2 | VideoMAE, device: torch.device, world: World) -> None:
+        super().__init__(config, model, device, world)
+
+    def build_objective(self, compiled: Compile) -> Objective:
+        return build_objective(self.model, self.config, compiled)
+
+    def build_optimizer(self) -> torch.optim.AdamW:
+        return build_optimizer(self.model, self.config.optim)
+
+    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
+        return video, draw_mask(video, self.config, step=step, first_sample=first_sample), beside
+
+
+def _gradient_norm(module: nn.Module) -> Tensor:
+    """Of all gradients of a module together, 0-d; on every rank the whole of it."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
     """What to change when a step does not fit into the GPU's memory."""
     remedies = [f"optim.micro_batch below {clips} (the result stays that of optim.batch {config.optim.batch})"]
     if not config.run.recompute:

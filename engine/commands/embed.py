@@ -1,0 +1,96 @@
+"""`mam2 embed`: a feature for each video of a folder, for search or clustering."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mam2.engine.config import RunConfig, UserError
+
+
+def run(arguments: list[str]) -> int:
+    def embed(
+        checkpoint: tyro.conf.Positional[Path],
+        data: Path,
+        out: Path,
+        layer: int = 0,
+        stride: int = 0,
+        batch: int = 32,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+    ) -> int:
+        """Write the mean token of the middle clip of every video.
+
+        Args:
+            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face.
+            data: folder of videos, an annotation list, or a video.
+            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video) or
+                features.parquet (a row a video; needs pyarrow).
+            layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
+            stride: distance of two sampled frames instead of the checkpoint's.
+            batch: clips that go through the encoder at once.
+            device: `auto` takes a GPU if there is one.
+        """
+        if out.suffix not in (".npy", ".parquet"):
+            raise UserError(f"--out {out}: expected a name that ends in .npy or .parquet")
+        if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"--out {out}: parquet needs pyarrow (pip install pyarrow); .npy does not")
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out}: no folder {out.absolute().parent}")
+
+        import numpy as np
+
+        from mam2.engine.data.manifest import read_manifest
+        from mam2.engine.evaluate.feature_files import Wanted, write_features
+        from mam2.engine.evaluate.frozen import load_frozen
+        from mam2.engine.train.runtime import pick_device
+
+        frozen = load_frozen(checkpoint, pick_device(RunConfig(device=device)), stride=stride)
+        if not 0 <= layer <= frozen.depth:
+            raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
+        manifest = read_manifest(data)
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
+            rows = Path(folder) / "rows.npy"
+            skipped = write_features(manifest, {Wanted(frozen, layer or frozen.depth, "mean"): rows}, batch=batch)
+            features = np.load(rows)
+        there = ~np.isnan(features[:, 0])
+        features = features[there]
+        videos = [video for video, whole in zip(manifest.videos, there, strict=True) if whole]
+        skipped |= {video.path: video.reason for video in manifest.skipped}
+        about = {
+            "checkpoint": str(checkpoint),
+            "sha256": frozen.digest,
+            "layer": layer or frozen.depth,
+            "skipped": skipped,
+            "classes": manifest.classes,
+        }
+        paths, labels = [video.path for video in videos], [video.label for video in videos]
+        if out.suffix == ".npy":
+            np.save(out, features)
+            index = about | {"paths": paths, "labels": labels}
+            # ASCII escapes carry every path, also one that is not UTF-8
+            out.with_suffix(".json").write_text(json.dumps(index, indent=1) + "\n", encoding="ascii")
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            flat = pyarrow.array(features.ravel())
+            names = [path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for path in paths]
+            columns = {
+                "path": pyarrow.array(names),
+                "label": pyarrow.array(labels),
+                "feature": pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1]),
+            }
+            table = pyarrow.table(columns).replace_schema_metadata({"mam2": json.dumps(about)})
+            pyarrow.parquet.write_table(table, out)
+        left_out = f"; {len(skipped)} left out" if skipped else ""
+        print(f"{len(videos)} videos, {features.shape[1]} values each: {out}{left_out}")
+        for path, reason in skipped.items():
+            print(f"left out  {path}: {reason}")
+        return 0
+
+    return tyro.cli(embed, args=arguments, prog="mam2 embed")

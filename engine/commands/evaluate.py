@@ -1,0 +1,58 @@
+"""`mam2 evaluate`: a fine-tuned classifier tested with many views."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+def run(arguments: list[str]) -> int:
+    def evaluate(
+        checkpoint: tyro.conf.Positional[Path],
+        data: Path,
+        out: Path,
+        temporal: int = 0,
+        spatial: int = 0,
+        batch: int = 0,
+        threads: int = 0,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    ) -> int:
+        """Classify every video in many views; write accuracies, predictions and a confusion picture.
+
+        Args:
+            checkpoint: a run of mam2 finetune (its best), or one of its checkpoints.
+            data: labelled videos: a folder with a folder a class, or an annotation list.
+            out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
+            temporal: clips of a video; 0 takes the recipe's.
+            spatial: crops of a clip; 0 takes the recipe's.
+            batch: most clips in a forward pass; 0 takes the recipe's, or 32.
+            threads: decoding threads; 0 means as many as this process may use cores.
+            device: auto takes a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and float32 on a CPU.
+        """
+        from mam2.engine.config import RunConfig
+        from mam2.engine.evaluate.classification import evaluate
+
+        result = evaluate(
+            checkpoint,
+            data,
+            out,
+            temporal=temporal,
+            spatial=spatial,
+            batch=batch,
+            run=RunConfig(device=device, precision=precision),
+            threads=threads,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean of the classes {result.mean_class:.2%}: "
+                f"{result.videos} videos in {result.temporal} × {result.spatial} views, {result.unusable} unusable\n"
+                f"written to {out}"
+            )
+        return 0
+
+    return tyro.cli(evaluate, args=arguments, prog="mam2 evaluate")

@@ -1,0 +1,71 @@
+"""`mam2 export`: weights for Hugging Face, for VideoMAE's code, and graphs for any program."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mam2.engine.config import UserError
+
+
+def run(arguments: list[str]) -> int:
+    def export(
+        checkpoint: tyro.conf.Positional[Path],
+        to: Literal["huggingface", "videomae", "torch", "onnx"],
+        out: Path,
+        heads: int | None = None,
+        decoder_heads: int | None = None,
+    ) -> int:
+        """Write a model for elsewhere: a classifier, VideoMAE with its decoder where that has a place, or an encoder.
+
+        Args:
+            checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
+            to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
+                `videomae`: a .pth for the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`:
+                a graph that takes uint8 clips [B, 3, T, H, W] and gives tokens [B, N, D], or a classifier's logits.
+            out: the folder or file to write.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
+            decoder_heads: the same of its decoder.
+        """
+        if out.exists():
+            raise UserError(f"--out {out}: is there already; name another one")
+        from safetensors import SafetensorError
+
+        from mam2.engine.interop.graph import write_onnx, write_torch
+        from mam2.engine.interop.load import class_names, encoder_of, load_model
+        from mam2.engine.interop.write import write_hugging_face, write_videomae
+        from mam2.engine.model.classifier import Classifier
+        from mam2.engine.model.videomae import VideoMAE
+
+        model = load_model(checkpoint, heads=heads, decoder_heads=decoder_heads)
+        encoder = encoder_of(model)
+        graph = model if isinstance(model, Classifier) else encoder
+        weights = model if isinstance(model, VideoMAE) else graph
+        aside = out.with_name(f".part-{out.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            if to == "huggingface":
+                written = write_hugging_face(weights, aside, class_names(checkpoint))
+                aside.rename(out)
+            else:
+                if to == "videomae":
+                    write_videomae(weights, aside / out.name)
+                else:
+                    {"torch": write_torch, "onnx": write_onnx}[to](graph, aside / out.name)
+                written = type(weights if to == "videomae" else graph).__name__
+                for file in aside.iterdir():  # ONNX's weights may be a file of their own
+                    file.rename(out.with_name(file.name))
+        except (OSError, SafetensorError) as error:  # the latter is the library's word for the former
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--out {out}: cannot be written: {reason}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        clip = ", ".join(str(n * side) for n, side in zip(encoder.grid, encoder.patch_size, strict=True))
+        print(f"{out}: {written}, for clips [B, 3, {clip}] (frames, height, width)")
+        return 0
+
+    return tyro.cli(export, args=arguments, prog="mam2 export")

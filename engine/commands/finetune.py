@@ -1,0 +1,51 @@
+"""`mam2 finetune`: a recipe, labelled videos, a pre-trained encoder, and a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mam2.engine.config import UserError, load_recipe_of
+from mam2.engine.finetune_config import FinetuneConfig
+
+USAGE = "mam2 finetune RECIPE --data LIST --val LIST --checkpoint RUN --out RUN"
+
+
+def run(arguments: list[str]) -> int:
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    if not name and not {"-h", "--help"} & set(arguments):
+        raise UserError(f"name a recipe first: {USAGE}")
+    values = load_recipe_of(FinetuneConfig, name or "kinetics400/finetune")
+
+    def finetune(
+        recipe: tyro.conf.Positional[str],
+        data: Path,
+        val: Path,
+        out: Path,
+        checkpoint: Path | None = None,
+        config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = values,
+        scratch: bool = False,
+        resume: bool = False,
+    ) -> int:
+        """Train a classifier on a pre-trained encoder; RUN/best holds the one of the best validation.
+
+        Args:
+            recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
+            data: labelled training videos: a folder with a folder a class, or an annotation list.
+            val: labelled validation videos of the same classes.
+            out: run folder for checkpoints and logs.
+            checkpoint: the encoder: a run or checkpoint of mam2, of VideoMAE, or a folder of Hugging Face's.
+            config: values of the recipe.
+            scratch: draw the encoder's weights at random instead.
+            resume: go on from the newest checkpoint in the run folder.
+        """
+        if not resume and (checkpoint is None) != scratch:
+            raise UserError("name the encoder with --checkpoint, or --scratch for weights drawn at random, not both")
+        from mam2.engine.train.finetune import finetune
+
+        result = finetune(config, data, out, val=val, encoder=checkpoint, resume=resume)
+        return 128 + result.signal if result.signal else 0
+
+    return tyro.cli(finetune, args=arguments, prog="mam2 finetune")

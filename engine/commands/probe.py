@@ -1,0 +1,101 @@
+"""`mam2 probe`: what frozen encoders know of a labelled set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from mam2.engine.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    from mam2.engine.evaluate.probing import Probed, Score
+
+
+def run(arguments: list[str]) -> int:
+    def probe(
+        checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+        data: Path,
+        val: Path | None = None,
+        probes: tuple[Literal["linear", "attentive", "knn"], ...] = ("linear", "attentive", "knn"),
+        layers: tuple[int, ...] = (),
+        out: Path = Path("probe.json"),
+        cache: Path = Path("features"),
+        stride: int = 0,
+        batch: int = 32,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+    ) -> int:
+        """Probe frozen encoders: one clip a video, features computed once and kept.
+
+        Args:
+            checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; compared with the first one.
+            data: labelled folder or list to train the probes on.
+            val: labelled folder or list to test on; without it a fifth of each class of data.
+            probes: logistic regression on the mean token, a learned query over the tokens, nearest neighbours.
+            layers: blocks of the encoder whose tokens are probed, from 1; by default the last.
+            out: the table as JSON.
+            cache: folder of features, by the hash of weights and videos; delete it at will.
+            stride: distance of two sampled frames instead of the checkpoint's.
+            batch: clips that go through an encoder at once.
+            device: `auto` takes a GPU if there is one.
+        """
+        from mam2.engine.evaluate.frozen import load_frozen
+        from mam2.engine.evaluate.probing import probe_encoders
+        from mam2.engine.train.runtime import pick_device
+
+        if not checkpoints or not probes:
+            raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
+        where = pick_device(RunConfig(device=device))
+        encoders = [load_frozen(path, where, stride=stride) for path in dict.fromkeys(checkpoints)]
+        result = probe_encoders(
+            encoders, data, val, probes=tuple(dict.fromkeys(probes)), layers=layers, cache=cache, batch=batch
+        )
+        try:
+            out.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        print(table(result))
+        print(out)
+        return 0
+
+    return tyro.cli(probe, args=arguments, prog="mam2 probe")
+
+
+def table(result: Probed) -> str:
+    """The accuracies of checkpoints and layers below each other, a column a probe."""
+    probes = list(dict.fromkeys(score.probe for score in result.scores))
+    lines = [("checkpoint", "layer", *probes)]
+    rows: dict[tuple[str, int], list[Score]] = {}
+    for score in result.scores:
+        rows.setdefault((score.checkpoint, score.layer), []).append(score)
+    for (checkpoint, layer), scores in rows.items():
+        lines.append((checkpoint, str(layer), *(_share(score.accuracy, score.interval) for score in scores)))
+        if len(rows) > 1 and (checkpoint, layer) != _reference(result.scores):
+            lines.append(("", "", *(f"{_share(score.gain, score.gain_interval, sign='+')}" for score in scores)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    first, at = _reference(result.scores)
+    notes = [
+        f"{result.train} training and {result.test} test videos of {result.classes} classes"
+        + (f", {result.skipped} left out" if result.skipped else "")
+        + f"; always the commonest class: {100 * result.commonest:.1f} %",
+        "Share of right answers (95 % bootstrap interval over the test videos)"
+        + (f"; below it, in points, the gain over {first}, layer {at}." if len(rows) > 1 else "."),
+    ]
+    if result.both:
+        notes.append(f"{result.both} test videos are training videos as well: these accuracies are too high.")
+    return "\n".join([*text, "", *notes])
+
+
+def _reference(scores: Sequence[Score]) -> tuple[str, int]:
+    first = [score for score in scores if score.checkpoint == scores[0].checkpoint]
+    return first[0].checkpoint, max(score.layer for score in first)
+
+
+def _share(value: float, interval: tuple[float, float], sign: str = "") -> str:
+    low, high = (f"{100 * bound:{sign}.1f}" for bound in interval)
+    return f"{100 * value:{sign}.1f}{'' if sign else ' %'} ({low} to {high})"

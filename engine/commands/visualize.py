@@ -1,0 +1,44 @@
+"""`mam2 visualize`: what models predict of clips, to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mam2.engine.config import RunConfig, UserError
+
+
+def run(arguments: list[str]) -> int:
+    def visualize(
+        checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+        data: Path,
+        out: Path,
+        clips: int = 4,
+        tokenizer: Path | None = None,
+        stride: int = 0,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+    ) -> int:
+        """Draw clips, their hidden patches, what is predicted of them and what the regressor reads.
+
+        Args:
+            checkpoints: runs or checkpoints of pre-training, also VideoMAE's or Hugging Face's; shown side by side.
+            data: a video, a folder or an annotation list.
+            out: folder for index.html (one file for all) and a PNG, GIF and mp4 of each clip.
+            clips: videos shown, evenly spread over the data.
+            tokenizer: VQGAN of checkpoints that no longer lie in their run folder.
+            stride: distance of two sampled frames instead of the checkpoint's.
+            device: `auto` takes a GPU if there is one.
+        """
+        from mam2.engine.evaluate.visualize import visualize
+        from mam2.engine.train.runtime import pick_device
+
+        if not checkpoints or clips < 1:
+            raise UserError("visualize: name at least one checkpoint, and --clips of at least 1")
+        where = pick_device(RunConfig(device=device))
+        page = visualize(checkpoints, data, out, where, clips=clips, tokenizer=tokenizer, stride=stride)
+        print(page)
+        return 0
+
+    return tyro.cli(visualize, args=arguments, prog="mam2 visualize")

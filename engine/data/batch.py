@@ -1,0 +1,28 @@
+"""What a loader hands over."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """B clips; the views of one decoded clip lie next to each other."""
+
+    clip: torch.Tensor
+    """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
+    video: torch.Tensor
+    """int64 [B] on the CPU, places in `manifest.videos`."""
+    label: torch.Tensor
+    """int64 [B] on the CPU, -1 where a video has none."""
+    augmentation: torch.Tensor
+    """int64 [B] on the CPU: the epoch, modulo `data.recorded` where that is set; 0 in evaluation."""
+    view: torch.Tensor
+    """int64 [B] on the CPU, 0 to views - 1."""
+    box: torch.Tensor
+    """float32 [B, 4] on the CPU: the crop's x0, y0, x1, y1 as shares of the upright frame's width and height."""
+    flip: torch.Tensor
+    """bool [B] on the CPU, whether the crop is mirrored left to right."""
+    step: int
+    """Number of the batch, from 0."""

@@ -1,0 +1,142 @@
+"""`mam2 evaluate`: a classifier's accuracy on labelled videos, each seen in many views.
+
+OUT/results.json  predictions.tsv  classes.tsv  confusion.png  unusable.tsv
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mam2.engine.config import RunConfig, UserError
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import read_manifest
+from mam2.engine.evaluate import accuracy
+from mam2.engine.evaluate.views import predict
+from mam2.engine.train.classifiers import load_classifier, relabelled
+from mam2.engine.train.distributed import join
+from mam2.engine.train.runtime import autocast, pick_device
+
+BATCH = 32
+"""Clips in a forward pass where nothing else is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Accuracies in 0 to 1, of the videos that could be decoded."""
+
+    top1: float
+    top5: float
+    mean_class: float
+    """Mean of the classes' top-1 accuracies, of the classes that have videos."""
+    videos: int
+    """That could be decoded."""
+    unusable: int
+    """That could not, and are in none of the accuracies."""
+    temporal: int
+    spatial: int
+    checkpoint: str
+    data: str
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    temporal: int = 0,
+    spatial: int = 0,
+    batch: int = 0,
+    run: RunConfig | None = None,
+    threads: int = 0,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Classifies all videos of a folder or list, and writes what came of it to the folder `out`.
+
+    Args:
+        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, or a model.safetensors of either.
+        data: labelled videos: a folder with a folder a class, or an annotation list.
+        out: made if missing.
+        temporal, spatial: views; 0 takes those of the run's recipe.
+        batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
+        run: where and how to compute, of which device and precision are read; by default the best there is.
+        threads: decoding threads, 0 for as many as this process may use cores.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for checkpoints, data and folders that cannot be used.
+    """
+    model, config, classes = load_classifier(checkpoint)
+    temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial
+    if min(temporal, spatial) < 1:
+        raise UserError(f"expected at least one view, found temporal {temporal}, spatial {spatial}")
+    run = run or RunConfig()
+    # what cannot be decoded is counted here, however much it is
+    videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
+    device = pick_device(run)
+    with join(device) as world:
+        manifest = world.share(
+            lambda: relabelled(read_manifest(data, threads=threads, progress=progress), data, classes)
+        )
+        most = max(batch or config.test.batch or BATCH, spatial)
+        with ClipLoader(manifest, videos, batch=most, device=device, seed=0, train=False) as loader:
+            predictions = predict(
+                model.to(device).eval(),
+                loader,
+                manifest,
+                videos,
+                temporal=temporal,
+                spatial=spatial,
+                world=world,
+                precision=lambda: autocast(run, device),
+                progress=progress and world.main,
+            )
+            skipped = {entry.path: entry.reason for part in world.gather(loader.skipped) for entry in part}
+        if not len(predictions.videos):
+            raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
+        places = predictions.videos.tolist()
+        labels = torch.tensor([manifest.videos[place].label for place in places])
+        matrix = accuracy.confusion(predictions.probabilities, labels)
+        by_class = accuracy.class_accuracies(matrix)
+        known = [share for share in by_class if share is not None]
+        whole = len(manifest.videos) + len(manifest.skipped)
+        result = EvaluationResult(
+            top1=float(accuracy.top_k(predictions.probabilities, labels, 1).double().mean()),
+            top5=float(accuracy.top_k(predictions.probabilities, labels, 5).double().mean()),
+            mean_class=sum(known) / len(known),
+            videos=len(places),
+            unusable=whole - len(places),
+            temporal=temporal,
+            spatial=spatial,
+            checkpoint=str(checkpoint),
+            data=str(data),
+        )
+
+        def write() -> None:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "results.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+            paths = [manifest.videos[place].path for place in places]
+            accuracy.write_predictions(folder / "predictions.tsv", paths, labels, predictions.probabilities, classes)
+            rows = [
+                f"{name}\t{int(matrix[number].sum())}\t{'' if share is None else f'{share:.6f}'}\n"
+                for number, (name, share) in enumerate(zip(classes, by_class, strict=True))
+            ]
+            (folder / "classes.tsv").write_text("".join(["class\tvideos\taccuracy\n", *rows]), encoding="utf-8")
+            (folder / "confusion.png").write_bytes(accuracy.draw_confusion(matrix, classes))
+            reasons = {entry.path: entry.reason for entry in manifest.skipped} | skipped
+            (folder / "unusable.tsv").write_text(
+                "".join(f"{path}\t{reason}\n" for path, reason in reasons.items()),
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
+
+        try:
+            world.share(write)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror}; name another folder") from None
+    return result

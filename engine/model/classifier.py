@@ -1,0 +1,84 @@
+"""A pre-trained encoder with a head that names the class of a clip.
+
+Shapes: B clips, T frames, D width, V classes, E values of a text embedding. VideoMAE's head: the mean over all tokens,
+which have not passed the encoder's own final LayerNorm, then a fresh LayerNorm and a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mam2.engine.model.blocks import layer_norm
+from mam2.engine.model.encoder import Encoder
+
+HEAD_SCALE = 0.001
+"""Of the linear head's first weights (VideoMAE's `init_scale`): the first steps change the encoder little."""
+
+
+class Classifier(nn.Module):
+    """Encoder, mean over tokens, LayerNorm, head.
+
+    Args:
+        encoder: taken over; its final LayerNorm is replaced by the identity.
+        head: [B, D] -> logits [B, V]; `linear_head` or a `TextHead`.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.norm = nn.Identity()  # type: ignore[assignment]
+        self.norm = layer_norm(encoder.width)
+        self.head = head
+
+    def forward(self, video: Tensor, path_scales: Tensor | None = None, feature_scales: Tensor | None = None) -> Tensor:
+        """Logits [B, V], float32, of clips.
+
+        Args:
+            video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+            path_scales: [depth, 2, B] for stochastic depth, see `mam2.engine.model.blocks.Block`.
+            feature_scales: [B, D], what the features before the head are multiplied by: dropout, drawn outside.
+        """
+        features = self.norm(self.encoder.encode(video, path_scales).mean(1))
+        if feature_scales is not None:
+            features = features * feature_scales
+        return self.head(features).float()
+
+
+def linear_head(width: int, classes: int) -> nn.Linear:
+    """The head for classes that are numbers: weights normal with 0.02 · `HEAD_SCALE`, no bias at first."""
+    head = nn.Linear(width, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    with torch.no_grad():
+        head.weight.mul_(HEAD_SCALE)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class TextHead(nn.Module):
+    """The head for classes that have names: how near a clip comes to the text embedding of each name.
+
+    "Revisiting Classifier" (Wu, Sun, Ouyang, arXiv 2207.01297): the classifier's rows are text embeddings, and logits
+    are cosines over a temperature, which is learned. There the video encoder shares a space with the text encoder; here
+    a projection, learned as well, leads into it.
+    """
+
+    def __init__(self, width: int, embeddings: Tensor, *, temperature: float = 0.01, frozen: bool = True) -> None:
+        """embeddings: [V, E] float. temperature: at first; CLIP's is 0.01. frozen: keep the embeddings as they are."""
+        super().__init__()
+        self.projection = nn.Linear(width, embeddings.shape[1])
+        nn.init.trunc_normal_(self.projection.weight, std=width**-0.5)
+        nn.init.zeros_(self.projection.bias)
+        self.embeddings = nn.Parameter(embeddings.detach().clone().float(), requires_grad=not frozen)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, V]."""
+        projected = F.normalize(self.projection(features).float(), dim=-1)
+        # float32 throughout: a hundredth of a cosine is a whole logit
+        with torch.autocast(features.device.type, enabled=False):
+            cosines = projected @ F.normalize(self.embeddings, dim=-1).T
+        return self.log_scale.exp() * cosines

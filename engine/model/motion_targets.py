@@ -1,0 +1,181 @@
+"""What the motion decoder predicts of a hidden token; compared by mean squared error whatever it is.
+
+    adjacent   RGB difference to the next sampled frame     mam2.kernels.frame_difference
+    intra      RGB difference within the tubelet            mam2.kernels.frame_difference
+    hog        histograms of gradients of the difference    hog_of_difference
+    flow       optical flow, by OpenCV                      optical_flow
+
+hog and flow are of a tubelet's first frame and the next one in it. RGB differences are computed within the fused loss;
+the others are made for the whole clip first, by PyTorch, and on the CPU by OpenCV.
+
+B clips, T frames, T'×H'×W' the token grid, N tokens, Nm masked, Pd values of a token's target, C = 3 channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from mam2.engine.config import LossConfig, UserError
+from mam2.engine.model.encoder import CHANNELS
+from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_loss
+
+RGB_DIFFERENCES = ("adjacent", "intra")
+ORIENTATIONS = 9
+HOG_CELLS = 2
+"""Cells along each side of a patch, 8 pixels wide at a patch of 16; with `ORIENTATIONS` MaskFeat's and Dalal's."""
+FLOW_CELLS = 4
+"""Cells along each side of a patch; flow is smooth, so their means say nearly all of it."""
+
+
+def motion_values(target: str, patch_size: Sequence[int]) -> int:
+    """Pd, the values a token's motion target has; 0 for `none`."""
+    tubelet, *patch = patch_size
+    return {
+        "adjacent": tubelet * math.prod(patch) * CHANNELS,
+        "intra": (tubelet - 1) * math.prod(patch) * CHANNELS,
+        "hog": HOG_CELLS**2 * CHANNELS * ORIENTATIONS,
+        "flow": FLOW_CELLS**2 * 2,
+        "none": 0,
+    }[target]
+
+
+def motion_target(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
+    """The target of every token: video [B, 3, T, H, W] -> [B, N, Pd]. ValueError where there is none."""
+    if loss.motion_target in RGB_DIFFERENCES:
+        return frame_difference(video, **_difference_options(loss, patch_size))
+    if loss.motion_target == "hog":
+        return hog_of_difference(video, patch_size, eps=loss.motion_eps)
+    if loss.motion_target == "flow":
+        return optical_flow(video, patch_size)
+    raise ValueError("loss.motion_target: 'none' has no motion target; take another one")
+
+
+def motion_loss(
+    pred: Tensor,
+    video: Tensor,
+    mask: TubeMask,
+    loss: LossConfig,
+    patch_size: Sequence[int],
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean squared error of the predicted motion of the hidden tokens.
+
+    Args:
+        pred: [B, Nm, Pd].
+        video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+        reduction: "mean" over all values that exist, or "none": [B, Nm], each token's mean over its own.
+
+    Returns:
+        A scalar or [B, Nm], float32.
+    """
+    if loss.motion_target in RGB_DIFFERENCES:
+        options = _difference_options(loss, patch_size)
+        return masked_frame_difference_loss(pred, video, mask, **options, reduction=reduction)
+    with torch.no_grad():
+        target = motion_target(video, loss, patch_size)
+        target = target.gather(1, mask.masked[..., None].expand(-1, -1, target.shape[-1]))
+    errors = F.mse_loss(pred.float(), target, reduction="none")
+    return errors.mean(-1) if reduction == "none" else errors.mean()
+
+
+def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -> Tensor:
+    """Histograms of oriented gradients of the RGB difference: video [B, 3, T, H, W] -> float32 [B, N, 108].
+
+    After Dalal and Triggs (2005) with MaskFeat's sizes (Wei et al. 2022), on d = x[1] − x[0] of each tubelet, pixels in
+    0 to 1, each channel apart: central differences (g_x, g_y), the border repeated; their angle without its sign in 9
+    equal bins from 0 to π; in each cell of `HOG_CELLS`² a patch the mean magnitude √(g_x² + g_y²) by bin, h; and
+    h / (‖h‖ + eps). MaskFeat's Gaussian window is left out. eps, a magnitude, keeps the noise of static cells small.
+    Value order (cell row, cell column, channel, bin).
+    """
+    tubelet, height, width = patch_size
+    first, second = (_scaled(video[:, :, frame::tubelet]) for frame in (0, 1))
+    difference = rearrange(second - first, "b c t h w -> (b t) c h w")
+    padded = F.pad(difference, (1, 1, 1, 1), mode="replicate")
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    magnitude = torch.hypot(across, down)
+    bins = (torch.atan2(down, across) * (ORIENTATIONS / math.pi)).floor().long() % ORIENTATIONS
+    cell = height // HOG_CELLS, width // HOG_CELLS
+    histogram = torch.stack(
+        [F.avg_pool2d(magnitude * (bins == orientation), cell) for orientation in range(ORIENTATIONS)], dim=-1
+    )
+    histogram = histogram / (histogram.norm(dim=-1, keepdim=True) + eps)
+    layout = "(b t) c (h i) (w j) o -> b (t h w) (i j c o)"
+    return rearrange(histogram, layout, b=len(video), i=HOG_CELLS, j=HOG_CELLS)
+
+
+@torch.library.custom_op("mam2_engine::optical_flow", mutates_args=())
+def _optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
+    tubelet, height, width = patch_size
+    grey = (_scaled(video).mean(1) * 255).round().byte().cpu().numpy()
+    flow = np.stack([[_flow(*clip[t : t + 2]) for t in range(0, len(clip), tubelet)] for clip in grey])
+    field = rearrange(torch.from_numpy(flow), "b t h w c -> (b t) c h w")
+    cells = F.avg_pool2d(field, (height // FLOW_CELLS, width // FLOW_CELLS))
+    layout = "(b t) c (h i) (w j) -> b (t h w) (i j c)"
+    return rearrange(cells, layout, b=len(video), i=FLOW_CELLS, j=FLOW_CELLS).contiguous().to(video.device)
+
+
+@_optical_flow.register_fake
+def _(video: Tensor, patch_size: Sequence[int]) -> Tensor:
+    tokens = math.prod(size // patch for size, patch in zip(video.shape[2:], patch_size, strict=True))
+    return video.new_empty((len(video), tokens, motion_values("flow", patch_size)), dtype=torch.float32)
+
+
+def optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Dense flow from each tubelet's first frame to the next: video [B, 3, T, H, W] -> float32 [B, N, 32].
+
+    OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on grey frames, in pixels of the clip to the right
+    and down, the mean of each of `FLOW_CELLS`² cells a patch. Value order (cell row, cell column, direction). Runs on
+    the CPU and waits for the device.
+
+    Raises:
+        UserError: OpenCV is not installed.
+    """
+    require_flow()
+    return _optical_flow(video, list(patch_size))
+
+
+def require_flow() -> None:
+    """UserError where OpenCV is not installed."""
+    try:
+        import cv2  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "loss.motion_target 'flow' needs OpenCV: pip install opencv-python-headless, or take 'adjacent'"
+        ) from None
+
+
+def _flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """uint8 [H, W] twice -> float32 [H, W, 2]"""
+    return _searcher().calc(first, second, None)
+
+
+@functools.cache
+def _searcher() -> Any:
+    import cv2
+
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+
+
+def _scaled(video: Tensor) -> Tensor:
+    return video.float() / 255 if video.dtype == torch.uint8 else video.float()
+
+
+def _difference_options(loss: LossConfig, patch_size: Sequence[int]) -> dict[str, Any]:
+    """As keywords of `frame_difference` and `masked_frame_difference_loss`."""
+    return {
+        "patch_size": patch_size,
+        "difference": loss.motion_target,
+        "normalize": None if loss.motion_normalize == "none" else loss.motion_normalize,
+        "eps": loss.motion_eps,
+    }

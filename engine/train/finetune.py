@@ -1,0 +1,318 @@
+"""Fine-tuning: labelled videos and a pre-trained encoder → a classifier, validated as it learns.
+
+The clips of a step, their augmentation, their partners and what is dropped are a pure function of (seed, step). Beside
+what every run has, RUN/best holds the classifier of the best validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mam2.engine.config import UserError, from_dict
+from mam2.engine.data.batch import Batch
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import read_manifest
+from mam2.engine.evaluate.accuracy import top_k
+from mam2.engine.evaluate.views import predict
+from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
+from mam2.engine.interop.load import load_encoder
+from mam2.engine.model import costs
+from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
+from mam2.engine.train import augment, checkpoint
+from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
+from mam2.engine.train.distributed import World
+from mam2.engine.train.loop import Loop, TrainResult
+from mam2.engine.train.metrics import read_log
+from mam2.engine.train.objective import Compile, Objective, Values
+from mam2.engine.train.optimizer import build_layered_optimizer
+from mam2.engine.train.runtime import autocast
+from mam2.engine.train.session import Session, started
+from mam2.engine.train.step import Step
+
+ACCURACY = "accuracy/validation"
+SHOWN = {"loss/training": "loss {:.3f}"}
+
+
+def finetune(
+    config: FinetuneConfig,
+    data: str | Path,
+    out: str | Path,
+    *,
+    val: str | Path,
+    encoder: str | Path | None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Fine-tunes an encoder to tell classes of videos apart; leaves checkpoints, RUN/best and logs in `out`.
+
+    Args:
+        config: a recipe's values; see `mam2.engine.finetune_config`.
+        data: labelled training videos: a folder with a folder a class, or an annotation list.
+        out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`.
+        val: labelled videos to validate on, of the same classes by name.
+        encoder: what `mam2.engine.load_encoder` takes: a run or checkpoint of MAM2's, VideoMAE's or Hugging Face's;
+            None draws the weights at random. A resumed run does not read it.
+        resume: go on from the newest whole checkpoint in `out`, if there is one.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for data, configs and checkpoints that cannot be used.
+        PeerFailed: another process of the run has failed, and says why.
+    """
+    config.check()
+    with started(config, out, resume=resume, progress=progress, decided=("model",)) as session:
+        task = _Finetuning(session, Path(data), Path(val), encoder)
+        with task.val_loader:
+            return Loop(session, task).train()
+
+
+class _Finetuning:
+    """The task of a loop that fine-tunes."""
+
+    def __init__(self, session: Session[FinetuneConfig], data: Path, val: Path, encoder: str | Path | None) -> None:
+        self._session, world = session, session.world
+        self.title, self.shown = "fine-tuning", SHOWN
+        manifest = session.read_videos(data)
+        world.share(lambda: check_labelled(manifest, data))
+        classes, threads = manifest.classes, session.config.data.threads
+        self._val = world.share(
+            lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
+        )
+        self.notes = {CLASSES: json.dumps(classes)}
+        self.loader = session.open_loader()
+        config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder))
+        session.config = config
+        torch.manual_seed(config.run.seed)
+        model = build_classifier(config, embeddings)
+        if pretrained:
+            weights = {name: t for name, t in pretrained.state_dict().items() if not name.startswith("norm.")}
+            model.encoder.load_state_dict(weights)
+        self.take = FinetuneStep(config, model, session.device, world)
+        self.flops = _flops(config)
+        self.head_width = config.model.width // config.model.heads
+
+        # validated apart: an averaged, compiled or sharded model needs no other way
+        self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
+        batch = config.test.batch or config.optim.batch // (world.size * self.take.passes)
+        self.val_loader = ClipLoader(
+            self._val,
+            dataclasses.replace(config.data, max_unusable=1.0),  # the log names them
+            batch=batch,
+            device=session.device,
+            seed=0,
+            train=False,
+        )
+        self._told: set[str] = set()
+        self._note_unusable()
+        self._validated, self._best = world.share(self._begin)
+
+    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor]]:
+        for batch in self.loader.stream(first_step=first_pass):
+            yield batch, batch.label.to(self._session.device)
+
+    def between(self, step: int, steps: int) -> None:
+        """Validates each `test.every` epochs and at the end, but no step twice."""
+        per_epoch = self.loader.steps_per_epoch / self.take.passes
+        due = step % max(round(self._session.config.test.every * per_epoch), 1) == 0 or step == steps
+        if not due or step in self._validated:
+            return
+        found = self._validate()
+        self._validated.add(step)
+        session = self._session
+        if found[ACCURACY] > self._best:
+            self._best = found[ACCURACY]
+            session.world.share(lambda: self._write_best(step, found))
+        session.log.write(step, found)
+        session.log.say(
+            f"step {step}: validation top-1 {found[ACCURACY]:.2%}, top-5 {found['accuracy/validation_top5']:.2%}, "
+            f"best {self._best:.2%}"
+        )
+
+    def _begin(self) -> tuple[set[int], float]:
+        """Steps validated before a run was stopped, and the best accuracy then."""
+        session, best = self._session, self._session.folder / checkpoint.BEST
+        if not session.saved:
+            checkpoint.remove_best(session.folder)
+            return set(), -1.0
+        validated = {line["step"] for line in read_log(session.folder) if ACCURACY in line}
+        return validated, checkpoint.read_state(best)[ACCURACY] if best.is_dir() else -1.0
+
+    def _validate(self) -> dict[str, float]:
+        session, config = self._session, self._session.config
+        with torch.no_grad():
+            whole = checkpoint.copies(self.take.model.state_dict() | dict(self.take.average), keep=True)
+            self._judge.load_state_dict(whole)
+        # a signal need not wait for the whole of it, where no other process waits for this one
+        with session.stop.interruptible(session.world.size == 1):
+            predictions = predict(
+                self._judge,
+                self.val_loader,
+                self._val,
+                config.data,
+                temporal=1,
+                spatial=1,
+                world=session.world,
+                precision=lambda: autocast(config.run, session.device),
+                progress=session.progress,
+            )
+        self._note_unusable()
+        labels = torch.tensor([self._val.videos[place].label for place in predictions.videos.tolist()])
+        if not len(labels):
+            raise session.world.error("none of the validation videos can be decoded")
+        own = predictions.probabilities.gather(1, labels[:, None])
+        return {
+            ACCURACY: float(top_k(predictions.probabilities, labels, 1).double().mean()),
+            "accuracy/validation_top5": float(top_k(predictions.probabilities, labels, 5).double().mean()),
+            "loss/validation": float(-own.clamp_min(1e-30).log().mean()),
+        }
+
+    def _write_best(self, step: int, found: dict[str, float]) -> None:
+        session = self._session
+        try:
+            weights = checkpoint.copies(self._judge.state_dict(), keep=True)
+            checkpoint.write_best(session.folder, step, weights, session.config, dict(self.notes), found)
+        except OSError as error:
+            session.log.say(f"step {step}: RUN/best cannot be written: {error}. The run goes on")
+
+    def _note_unusable(self) -> None:
+        """Names validation videos that cannot be used, once, in the log."""
+        loader = self.val_loader
+        for skipped in [*self._val.skipped, *(s for part in self._session.world.gather(loader.skipped) for s in part)]:
+            if skipped.path not in self._told:
+                self._told.add(skipped.path)
+                self._session.log.say(f"unusable for validation: {skipped.path}: {skipped.reason}")
+
+
+def _resolved(
+    session: Session[FinetuneConfig], classes: tuple[str, ...], path: str | Path | None
+) -> tuple[FinetuneConfig, Encoder | None, Tensor | None]:
+    """The config with what data and files decide, the encoder to start from, and the embeddings of the classes.
+
+    A resumed run has the last two in its checkpoint.
+    """
+    config, say = session.config, session.log.say
+    if session.saved:
+        saved = checkpoint.read_state(session.saved)["config"]["model"]
+        return dataclasses.replace(config, model=from_dict(EncoderConfig, saved)), None, None
+    encoder, model = None, config.model
+    if path is not None:
+        encoder = load_encoder(path)
+        model = _described(encoder)
+        say(f"encoder from {path}")
+    else:
+        say("encoder drawn at random (--scratch)")
+    embeddings = None
+    if config.head.text_embeddings:
+        embeddings = read_text_embeddings(config.head.text_embeddings, classes)
+    elif config.head.text_encoder:
+        embeddings = embed_classes(config.head.text_encoder, classes, config.head.prompt)
+    text_width = 0 if embeddings is None else embeddings.shape[1]
+    config = dataclasses.replace(config, model=dataclasses.replace(model, classes=len(classes), text_width=text_width))
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"{error} (the encoder of {path} decides [model])") from None
+    return config, encoder, embeddings
+
+
+def _described(encoder: Encoder) -> EncoderConfig:
+    tubelet, patch, _ = encoder.patch_size
+    block: Any = encoder.blocks[0]
+    return EncoderConfig(
+        patch=patch,
+        tubelet=tubelet,
+        width=encoder.width,
+        depth=len(encoder.blocks),
+        heads=block.attn.heads,
+        mlp_ratio=block.mlp.fc1.out_features / encoder.width,
+        frames=encoder.grid[0] * tubelet,
+        size=encoder.grid[1] * patch,
+    )
+
+
+def _flops(config: FinetuneConfig) -> float:
+    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
+    model, (slots, rows, columns) = config.model, config.grid
+    tokens = slots * rows * columns
+    pixels = model.tubelet * model.patch**2 * CHANNELS
+    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
+    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE)
+    return embedding.flops + model.depth * block.flops
+
+
+class ClassifierObjective(Objective):
+    """Cross-entropy with soft targets. Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped."""
+
+    def __init__(self, model: Classifier, compiled: Compile) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = compiled(self._cross_entropy)
+
+    def forward(
+        self,
+        video: Tensor,
+        targets: Tensor,
+        path_scales: Tensor | None,
+        feature_scales: Tensor | None,
+        *,
+        inspect: bool = False,
+    ) -> tuple[Tensor, Values, Values]:
+        loss = self._loss(video, targets, path_scales, feature_scales)
+        return loss, {"loss/training": loss.detach()}, {}
+
+    def _cross_entropy(
+        self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
+    ) -> Tensor:
+        logits = self.model(video, path_scales, feature_scales)
+        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+class FinetuneStep(Step):
+    """A step of fine-tuning: what goes with a video are its labels, int64 [B] on the device."""
+
+    config: FinetuneConfig
+    model: Classifier
+
+    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
+        super().__init__(config, model, device, world)
+        self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
+        self.average: dict[str, Tensor] = {}
+        """Moving average of the trained parameters; empty without `optim.ema`."""
+        if config.optim.ema:
+            self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def build_objective(self, compiled: Compile) -> Objective:
+        return ClassifierObjective(self.model, compiled)
+
+    def build_optimizer(self) -> torch.optim.AdamW:
+        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim)
+
+    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Tensor) -> tuple[Any, ...]:
+        config, model = self.config, self.config.model
+        key = {"seed": config.run.seed, "step": step, "first_sample": first_sample}
+        video = augment.augment(video, config.augment, **key)
+        video, targets = augment.mix(video, beside, model.classes, config.augment, views=config.data.views, **key)
+        count, device = len(video), video.device
+        paths = augment.path_scales(count, model.depth, config.optim.drop_path, **key, device=device)
+        features = augment.feature_scales(count, model.width, config.head.dropout, **key, device=device)
+        return video, targets, paths, features
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return self.average
+
+    def __call__(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        values = super().__call__(*args, **options)
+        if self.average:
+            trained = dict(self.model.named_parameters())
+            self._blend(list(self.average.values()), [trained[name].detach() for name in self.average], None)
+        return values

@@ -1,0 +1,175 @@
+"""RandAugment's operations on clips, for a batch at a time: the fifteen of timm's "increasing" set.
+
+Shapes: b clips, C = 3, T frames. Each takes clips [b, C, T, H, W] float32 with whole values from 0 to 255 and a
+strength for each clip [b], and returns such clips, not rounded and clamped yet. Definitions are those of Pillow's
+ImageOps and ImageEnhance, with the clip in place of the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mam2.engine.model.encoder import PIXEL_MEAN
+
+LEVELS = 256
+LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue (ITU-R 601)."""
+
+
+class Operation(NamedTuple):
+    name: str
+    apply: Callable[[Tensor, Tensor], Tensor]
+    strength: Callable[[float], float]
+    """From a magnitude, 0 to 1."""
+    signed: bool = False
+    """Whether half of the clips get the strength with the opposite sign."""
+
+
+def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
+    """Each channel stretched to 0 to 255."""
+    low, high = clips.amin((2, 3, 4), keepdim=True), clips.amax((2, 3, 4), keepdim=True)
+    return torch.where(high > low, (clips - low) * 255 / (high - low).clamp_min(1), clips)
+
+
+def equalize(clips: Tensor, _: Tensor) -> Tensor:
+    """Each channel's levels spread so that all are about equally frequent."""
+    levels = clips.long().flatten(2)
+    counts = torch.zeros(*levels.shape[:2], LEVELS, device=clips.device, dtype=torch.int64)
+    counts.scatter_add_(2, levels, torch.ones_like(levels))
+    last = counts.gather(2, levels.amax(2, keepdim=True))
+    width = (levels.shape[2] - last) // (LEVELS - 1)
+    below = counts.cumsum(2) - counts
+    table = torch.where(
+        width > 0, (width // 2 + below) // width.clamp_min(1), torch.arange(LEVELS, device=clips.device)
+    )
+    return table.gather(2, levels).view_as(clips).to(clips.dtype)
+
+
+def invert(clips: Tensor, _: Tensor) -> Tensor:
+    return 255 - clips
+
+
+def posterize(clips: Tensor, bits: Tensor) -> Tensor:
+    """Only the highest bits kept."""
+    step = 2 ** (8 - _each(bits))
+    return (clips / step).floor() * step
+
+
+def solarize(clips: Tensor, threshold: Tensor) -> Tensor:
+    """Levels from a threshold on inverted."""
+    return torch.where(clips < _each(threshold), clips, 255 - clips)
+
+
+def solarize_add(clips: Tensor, added: Tensor) -> Tensor:
+    """The darker half of the levels made brighter."""
+    return torch.where(clips < 128, clips + _each(added), clips)
+
+
+def colour(clips: Tensor, change: Tensor) -> Tensor:
+    return _away_from(_grey(clips), clips, change)
+
+
+def contrast(clips: Tensor, change: Tensor) -> Tensor:
+    return _away_from(_grey(clips).mean((1, 2, 3, 4), keepdim=True).round(), clips, change)
+
+
+def brightness(clips: Tensor, change: Tensor) -> Tensor:
+    return _away_from(torch.zeros_like(clips), clips, change)
+
+
+def sharpness(clips: Tensor, change: Tensor) -> Tensor:
+    """Away from, or towards, a smoothed clip; the frame's edge stays."""
+    kernel = torch.ones(3, 3, device=clips.device)
+    kernel[1, 1] = 5
+    smooth = clips.clone()
+    inner = F.conv2d(clips.flatten(0, 2)[:, None], (kernel / kernel.sum())[None, None])
+    smooth[..., 1:-1, 1:-1] = inner.view(*clips.shape[:3], *inner.shape[-2:])
+    return _away_from(smooth, clips, change)
+
+
+def rotate(clips: Tensor, degrees: Tensor) -> Tensor:
+    """About the frame's centre, against the clock."""
+    height, width = clips.shape[-2:]
+    cos, sin = (degrees * math.pi / 180).cos(), (degrees * math.pi / 180).sin()
+    x, y = width / 2, height / 2
+    return _move(clips, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+
+
+def shear_x(clips: Tensor, share: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return _move(clips, (one, share, zero), (zero, one, zero))
+
+
+def shear_y(clips: Tensor, share: Tensor) -> Tensor:
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return _move(clips, (one, zero, zero), (share, one, zero))
+
+
+def translate_x(clips: Tensor, share: Tensor) -> Tensor:
+    """By a share of the frame's width."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return _move(clips, (one, zero, share * clips.shape[-1]), (zero, one, zero))
+
+
+def translate_y(clips: Tensor, share: Tensor) -> Tensor:
+    """By a share of the frame's height."""
+    zero, one = torch.zeros_like(share), torch.ones_like(share)
+    return _move(clips, (one, zero, zero), (zero, one, share * clips.shape[-2]))
+
+
+def _each(values: Tensor) -> Tensor:
+    return values[:, None, None, None, None]
+
+
+def _grey(clips: Tensor) -> Tensor:
+    weights = clips.new_tensor(LUMA)[:, None, None, None]
+    return (clips * weights).sum(1, keepdim=True).round().expand_as(clips)
+
+
+def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
+    """1 + change times as far from `plain` as the clips are."""
+    return plain + (clips - plain) * (1 + _each(change))
+
+
+def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Reads each output pixel where an affine map of its place in pixels, (row . (x, y, 1)), says; bilinear.
+
+    What lies outside is ImageNet's mean.
+    """
+    count, channels, frames, height, width = clips.shape
+    y, x = torch.meshgrid(
+        torch.arange(height, device=clips.device) + 0.5, torch.arange(width, device=clips.device) + 0.5, indexing="ij"
+    )
+    from_x, from_y = (
+        row[0][:, None, None] * x + row[1][:, None, None] * y + row[2][:, None, None] for row in (x_row, y_row)
+    )
+    grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
+    fill = 255 * clips.new_tensor(PIXEL_MEAN)[:, None, None, None]
+    # zeros are what grid_sample knows outside
+    flat = (clips - fill).reshape(count, channels * frames, height, width)
+    return F.grid_sample(flat, grid, align_corners=False).view_as(clips) + fill
+
+
+OPERATIONS = (
+    Operation("auto contrast", auto_contrast, lambda m: m),
+    Operation("equalize", equalize, lambda m: m),
+    Operation("invert", invert, lambda m: m),
+    Operation("rotate", rotate, lambda m: 30 * m, signed=True),
+    Operation("posterize", posterize, lambda m: max(4 - int(4 * m), 1)),
+    Operation("solarize", solarize, lambda m: 256 - int(256 * m)),
+    Operation("solarize add", solarize_add, lambda m: int(110 * m)),
+    Operation("colour", colour, lambda m: 0.9 * m, signed=True),
+    Operation("contrast", contrast, lambda m: 0.9 * m, signed=True),
+    Operation("brightness", brightness, lambda m: 0.9 * m, signed=True),
+    Operation("sharpness", sharpness, lambda m: 0.9 * m, signed=True),
+    Operation("shear x", shear_x, lambda m: 0.3 * m, signed=True),
+    Operation("shear y", shear_y, lambda m: 0.3 * m, signed=True),
+    Operation("translate x", translate_x, lambda m: 0.45 * m, signed=True),
+    Operation("translate y", translate_y, lambda m: 0.45 * m, signed=True),
+)

@@ -1,0 +1,214 @@
+"""What every training run has around its loop: its folder and log, what it resumes from, its videos and the bad ones.
+
+RUN/config.json  manifest.jsonl  skipped.tsv  log.jsonl  log.txt  tensorboard/
+    nonfinite.tsv  checkpoints/latest  checkpoints/step-…/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from mam2.engine.config import TrainConfig, UserError, passes, to_dict
+from mam2.engine.data.decoding import available_cores
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.video import Skipped
+from mam2.engine.train import checkpoint
+from mam2.engine.train.distributed import World, join
+from mam2.engine.train.metrics import Log, RunLog, SilentLog
+from mam2.engine.train.runtime import StopSignal, determinism, pick_device
+
+MANIFEST = "manifest.jsonl"
+FREE = {
+    "run": {
+        "log_every",
+        "save_every",
+        "keep",
+        "keep_every",
+        "compile",
+        "device",
+        "sharding",
+        "recompute",
+        "max_nonfinite",
+        "profile",
+        "tracker",
+    },
+    "data": {"threads", "prefetch", "max_unusable", "timeout_s"},
+    "optim": {"micro_batch"},
+    "tokenizer": {"cache"},
+    "test": {"temporal", "spatial", "batch"},
+}
+"""What a resumed run may have other values of than the run it goes on with."""
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+class Session(Generic[Config]):
+    """A run that has begun, seen from one of its processes."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        device: torch.device,
+        world: World,
+        log: Log,
+        stop: StopSignal,
+        *,
+        resume: bool,
+        progress: bool,
+        decided: Collection[str],
+    ) -> None:
+        """decided: tables of the config whose values come from data and checkpoints; see `started` for the rest."""
+        self.config, self.folder, self.device, self.world = config, folder, device, world
+        self.log, self.stop, self.progress = log, stop, progress
+        self.unusable: dict[str, str] = {}
+        """Path of each video that cannot be used, and why."""
+        self.manifest = Manifest(())
+        """Of the videos trained on, once `read_videos` has run."""
+        self.saved = world.share(lambda: checkpoint.newest_whole(folder, log.say) if resume else None)
+        """The checkpoint that the run goes on from, None for a new run."""
+        if self.saved:
+            self._check_continues(self.saved, decided)
+        ranks = f", {world.size} processes" if world.size > 1 else ""
+        log.say(f"run     {folder} on {_machine(device)}{ranks}")
+        if self.saved:
+            log.say(f"resume  from {self.saved}, with its own list of videos ({folder / MANIFEST})")
+
+    def read_videos(self, data: Path) -> Manifest:
+        """Scans the data, or takes the scan of the run that is resumed: the order of clips depends on it."""
+        self.manifest = self.world.share(lambda: self._manifest(data))
+        self.note(self.manifest.skipped)
+        return self.manifest
+
+    def _manifest(self, data: Path) -> Manifest:
+        path = self.folder / MANIFEST
+        if self.saved and path.is_file():
+            return read_saved_manifest(path)
+        manifest = read_manifest(data, threads=self.config.data.threads, progress=self.progress)
+        write_manifest(manifest, path)
+        (self.folder / "skipped.tsv").unlink(missing_ok=True)
+        return manifest
+
+    def open_loader(self, available: Callable[[int, int], bool] | None = None) -> ClipLoader:
+        """Clips of the videos read, a pass of this process in each batch. available: see `ClipLoader`."""
+        world, config = self.world, self.config
+        loader = ClipLoader(
+            self.manifest,
+            config.data,
+            batch=config.optim.batch // (world.size * passes(config, world.size)),
+            device=self.device,
+            seed=config.run.seed,
+            rank=world.rank,
+            world=world.size,
+            # several processes tell each other when the log is written, so that each file is named once
+            on_skip=(lambda skipped: self.note([skipped])) if world.size == 1 else None,
+            available=available,
+        )
+        self.exchange_skips(loader)
+        front_ends = ", ".join(f"{count} by {name}" for name, count in loader.front_ends.items())
+        used = sum(loader.front_ends.values())
+        self.log.say(f"data    {used} videos, decoded {front_ends}; {len(self.unusable)} unusable")
+        return loader
+
+    def exchange_skips(self, loader: ClipLoader) -> None:
+        """Every rank learns of the files that the others found unusable; too many of them end the run everywhere."""
+        for found in self.world.gather(list(loader.skipped)):
+            self.note(found)
+        total = len(self.manifest.videos) + len(self.manifest.skipped)
+        if len(self.unusable) > self.config.data.max_unusable * total:
+            path, reason = list(self.unusable.items())[-1]
+            raise self.world.error(
+                f"{len(self.unusable)} of {total} videos cannot be used, more than data.max_unusable="
+                f"{self.config.data.max_unusable:g} allows; the last is {path}: {reason}"
+            )
+
+    def note(self, found: Iterable[Skipped]) -> None:
+        """Names files that cannot be used, once, in the log and in skipped.tsv."""
+        for skipped in found:
+            if skipped.path in self.unusable:
+                continue
+            self.unusable[skipped.path] = skipped.reason
+            self.log.say(f"unusable: {skipped.path}: {skipped.reason}")
+            if self.world.main:
+                with (self.folder / "skipped.tsv").open("a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(f"{skipped.path}\t{skipped.reason}\n")
+
+    def write_config(self) -> None:
+        """The config as it is now, into RUN/config.json."""
+        if self.world.main:
+            text = json.dumps(to_dict(self.config), indent=1) + "\n"
+            (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+    def _check_continues(self, saved: Path, decided: Collection[str]) -> None:
+        """Raises UserError where a resumed run would not continue the saved one; says what may change its bits."""
+        state, now = checkpoint.read_state(saved), to_dict(self.config)
+        foreign = [table for table in state["config"] if table not in now]
+        if foreign:
+            raise self.world.error(f"{self.folder} holds a run of another kind: its config has [{foreign[0]}]")
+        for table, values in state["config"].items():
+            for key, old in values.items():
+                compared = table not in decided and key not in FREE.get(table, ()) and key in now[table]
+                if compared and old != now[table][key]:
+                    raise self.world.error(
+                        f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
+                        f"use the saved values ({self.folder / 'config.json'}) or start a new run"
+                    )
+        for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
+            if state.get(name, mine) != mine:
+                self.log.say(f"resume  written by {name} {state[name]}, this is {mine}: the bits may differ from here")
+
+
+@contextmanager
+def started(
+    config: Config, out: str | Path, *, resume: bool, progress: bool, decided: Collection[str] = ()
+) -> Iterator[Session[Config]]:
+    """Begins a run in the folder `out` on every process that torchrun started; it ends with the block.
+
+    resume: go on from the newest whole checkpoint in `out`, if there is one. decided: tables of the config whose values
+    come from data and checkpoints, so that a resumed run need not name them.
+    Raises UserError where the folder holds a run and resume is not asked for, cannot be written, or belongs to a run
+    with other values.
+    """
+    folder = Path(out)
+    if checkpoint.newest(folder) and not resume:
+        raise UserError(f"{folder} holds a run: add --resume to go on with it, or name another folder with --out")
+    device = pick_device(config.run)
+    with StopSignal() as stop, join(device) as world, determinism(config.run):
+        passes(config, world.size)
+        log = _open_log(folder, config.run.tracker) if world.main else SilentLog()
+        try:
+            yield Session(
+                config,
+                folder,
+                device,
+                world,
+                log,
+                stop,
+                resume=resume,
+                progress=progress and world.main,
+                decided=decided,
+            )
+        finally:
+            log.close()
+
+
+def _open_log(folder: Path, tracker: str) -> RunLog:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return RunLog(folder, tracker)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{available_cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
