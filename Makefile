@@ -16,7 +16,7 @@ else
   PINS :=
 endif
 
-.PHONY: demo test lint type doctor gpu tune sanitize bench clean
+.PHONY: demo test lint type doctor gpu tune sanitize bench static clean
 
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo

@@ -15,22 +15,22 @@ from mam2.engine.config import PeerFailed, RankError, UserError, recipe_names
 from mam2.engine.finetune_config import FinetuneConfig
 
 VERBS = {
-    "pretrain": "RECIPE --data PATH --out RUN   pre-train on a folder or a list of videos",
-    "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
-    "evaluate": "RUN --data LIST --out FOLDER   test a classifier with many views of every video",
-    "plan": "RECIPE   before a run: parameters, FLOPs, bytes, memory; clips/s and hours estimated",
-    "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
     "demo": "make clips, pre-train on them, measure, draw a report",
+    "doctor": "which path each part takes on this machine",
     "index": "DATA   open every video once: what it holds, who decodes it, what to change",
     "transcode": "DATA --out FOLDER   re-encode for fast decoding: small, key frames close together",
     "train-tokenizer": "DATA --out FOLDER   train a VQ model on your own clips, measured on held-out ones",
     "convert-tokenizer": "CHECKPOINT --out FILE   a VQGAN of taming-transformers to safetensors",
     "tokenize": "RECIPE --data PATH --out CODES   compute the codes of recorded augmentations once",
+    "plan": "RECIPE   before a run: parameters, FLOPs, bytes, memory; clips/s and hours estimated",
+    "pretrain": "RECIPE --data PATH --out RUN   pre-train on a folder or a list of videos",
+    "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
+    "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, a page",
     "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
     "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
-    "export": "CHECKPOINT --to FORMAT --out PATH   weights for Hugging Face or VideoMAE's code, a graph for torch or ONNX",
-    "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, video, a page",
-    "doctor": "which path each part takes on this machine",
+    "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
+    "evaluate": "RUN --data LIST --out FOLDER   test a classifier with many views of every video",
+    "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""
 DISTRIBUTED = ("pretrain", "finetune", "evaluate")
