@@ -154,7 +154,7 @@ def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
 
 
 def decoding_rows(manifests: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
-    from mam2.engine.config import load_recipe
+    from mam2.engine.recipe import load_recipe
 
     data = dataclasses.replace(load_recipe("mam2-fast").data, **settings.data)
     labels: list[Row] = []
@@ -307,7 +307,7 @@ def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline:
 
 
 def tailored(settings: Settings, views: int) -> Any:
-    from mam2.engine.config import load_recipe
+    from mam2.engine.recipe import load_recipe
 
     config = load_recipe("mam2-fast")
     part = {key: value for key, value in settings.model.items() if key != "patch"}

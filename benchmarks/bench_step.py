@@ -25,10 +25,11 @@ from benchmarks import hugging_face
 from benchmarks.report import table
 from benchmarks.step_parts import part_rows
 from benchmarks.timing import elapsed_ms, peak_mib, summary
-from mam2.engine.config import PretrainConfig, load_recipe
+from mam2.engine.config import PretrainConfig
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
 from mam2.engine.train.peak import measured_peak_flops

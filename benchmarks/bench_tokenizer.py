@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import elapsed_ms, summary
-from mam2.engine.config import PretrainConfig, load_recipe
+from mam2.engine.config import PretrainConfig
 from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
 from mam2.engine.data.manifest import Manifest, Video
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train.runtime import compiler
 
 MODELS = {"cuda": ("gumbel-f8-8192", "f16-1024"), "cpu": ("small",)}

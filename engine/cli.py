@@ -11,8 +11,9 @@ import importlib
 import os
 import sys
 
-from mam2.engine.config import PeerFailed, RankError, UserError, recipe_names
+from mam2.engine.config import PeerFailed, RankError, UserError
 from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.recipe import recipe_names
 
 VERBS = {
     "demo": "make clips, pre-train on them, measure, draw a report",

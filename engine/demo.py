@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig, load_recipe
+from mam2.engine.config import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
@@ -20,6 +20,7 @@ from mam2.engine.evaluate.probe import bootstrap, linear_probe
 from mam2.engine.evaluate.report import draw_strips, write_report
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train import checkpoint
 from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain

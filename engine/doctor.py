@@ -7,11 +7,12 @@ import platform
 
 import torch
 
-from mam2.engine.config import RunConfig, UserError, load_recipe
+from mam2.engine.config import RunConfig, UserError
 from mam2.engine.data.decoding import available_cores, choose_front_end
 from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.attention_choice import measure, shapes_of
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train.runtime import compiler, matmul_dtype
 from mam2.kernels import active_path
 from mam2.kernels.launch import table_for

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mam2.engine.config import PretrainConfig, load_recipe, load_recipe_of
+from mam2.engine.config import PretrainConfig
 from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.recipe import load_recipe, load_recipe_of
 
 
 def _write_video(

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from mam2.engine.config import UserError, load_recipe
+from mam2.engine.config import UserError
 from mam2.engine.model import attention as module
 from mam2.engine.model.attention import attention
 from mam2.engine.model.attention_choice import FILE, Shape, choose, measure, shapes_of
+from mam2.engine.recipe import load_recipe
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 6, 9, 2, 16)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import UserError, load_recipe
+from mam2.engine.config import UserError
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train import checkpoint
 from mam2.engine.train.optimizer import build_optimizer
 

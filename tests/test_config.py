@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mam2.engine.config import RECIPES, PretrainConfig, UserError, check, from_dict, load_recipe, to_dict
+from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.recipe import RECIPES, from_dict, load_recipe, to_dict
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))

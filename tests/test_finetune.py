@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine import cli
-from mam2.engine.config import RECIPES, UserError, load_recipe_of, recipe_names
+from mam2.engine.config import UserError
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.evaluate.classification import evaluate
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.recipe import RECIPES, load_recipe_of, recipe_names
 from mam2.engine.train import checkpoint
 from mam2.engine.train.classifiers import load_classifier
 from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune

@@ -154,6 +154,18 @@ def test_a_batch_tells_which_crops_it_shows(videos, tmp_path):
     assert plain.tolist() == [place // 10 for place in range(24)]
 
 
+def test_frames_a_second_and_uniform_frames_take_the_place_of_a_stride(videos, frame_numbers):
+    """At 12.5 of 25 frames a second clips are those of stride 2; uniform ones span the video."""
+    by_rate = take(videos, 2, dataclasses.replace(CONFIG, stride=0, fps=12.5))
+    for one, other in zip(take(videos, 2), by_rate, strict=True):
+        assert torch.equal(one.clip, other.clip)
+    (batch,) = take(videos, 1, dataclasses.replace(CONFIG, stride=0, sampling="uniform"))
+    for clip, place in zip(batch.clip, batch.video.tolist(), strict=True):
+        numbers = frame_numbers(clip.numpy())
+        assert numbers == sorted(numbers)
+        assert numbers[-1] >= videos.videos[place].frames * 3 // 4
+
+
 def test_views_are_crops_of_one_clip(videos):
     config = dataclasses.replace(CONFIG, views=3, flip=False)
     (batch,) = take(videos, 1, config, batch=6)
@@ -371,7 +383,8 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
     ("changes", "batch", "told"),
     [
         ({"views": 3}, 4, "data.views that divides the batch of 4; found 3"),
-        ({"frames": 0}, 4, r"data.frames, data.stride and data.size of at least 1; found \(0, 2, 32\)"),
+        ({"frames": 0}, 4, r"data.frames and data.size of at least 1; found \(0, 32\)"),
+        ({"fps": 8.0}, 4, r"data.stride or data.fps, not both; found 2 and 8"),
         ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area <= data.max_area"),
         ({"max_aspect": 0.5}, 4, "data.max_aspect of at least 1; found 0.5"),
         ({"prefetch": 0}, 4, "data.prefetch of at least 1"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mam2.engine import cli
-from mam2.engine.config import PretrainConfig, UserError, load_recipe
+from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
 from mam2.engine.train.peak import measured_peak_flops

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mam2.engine.config import UserError, load_recipe
+from mam2.engine.config import UserError
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.recipe import load_recipe
 from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import World
 from mam2.engine.train.metrics import read_log

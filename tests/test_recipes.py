@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mam2.engine.config import RECIPES, UserError, check, load_recipe, recipe_names
+from mam2.engine.config import UserError, check
+from mam2.engine.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.train.plan import make_plan
 
 SETS = ("demo", "kinetics400", "ssv2", "ucf101", "hmdb51")

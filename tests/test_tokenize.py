@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.cli import main
-from mam2.engine.config import PretrainConfig, UserError, to_dict
+from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data import code_cache
 from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
 from mam2.engine.data.manifest import read_manifest, write_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.vqgan_files import fingerprint, load_vqgan, save_vqgan
+from mam2.engine.recipe import to_dict
 from mam2.engine.train import checkpoint
 from mam2.engine.train.metrics import read_log
 from mam2.engine.train.pretrain import pretrain

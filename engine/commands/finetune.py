@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.config import UserError, load_recipe_of
+from mam2.engine.config import UserError
 from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.recipe import load_recipe_of
 
 USAGE = "mam2 finetune RECIPE --data LIST --val LIST --checkpoint RUN --out RUN"
 

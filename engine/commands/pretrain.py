@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.config import PretrainConfig, UserError, check, load_recipe
+from mam2.engine.config import PretrainConfig, UserError, check
 from mam2.engine.model.presets import PRESETS, SIZES
+from mam2.engine.recipe import load_recipe
 
 
 def named_recipe(arguments: list[str], usage: str) -> PretrainConfig:

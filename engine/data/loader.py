@@ -366,11 +366,14 @@ def _each(values: list[int], views: int) -> torch.Tensor:
 
 def _check(config: DataConfig, batch: int, views: int) -> None:
     """UserError for values that do not fit together."""
-    sizes = config.frames, config.stride, config.size
+    sizes = config.frames, config.size
     areas = config.min_area, config.max_area
     ahead = config.prefetch, config.threads
     expectations = {
-        f"data.frames, data.stride and data.size of at least 1; found {sizes}": min(sizes) >= 1,
+        f"data.frames and data.size of at least 1; found {sizes}": min(sizes) >= 1,
+        f"for dense clips data.stride or data.fps, not both; found {config.stride} and {config.fps:g}": (
+            config.sampling != "dense" or (config.stride > 0) != (config.fps > 0)
+        ),
         f"0 < data.min_area <= data.max_area <= 1; found {areas}": 0 < areas[0] <= areas[1] <= 1,
         f"data.max_aspect of at least 1; found {config.max_aspect}": config.max_aspect >= 1,
         f"data.prefetch of at least 1, data.threads of at least 0; found {ahead}": ahead[0] >= 1 and ahead[1] >= 0,

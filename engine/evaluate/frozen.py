@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, UserError, from_dict
+from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, UserError
 from mam2.engine.interop.load import load_encoder, load_model
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.recipe import from_dict
 from mam2.engine.train import checkpoint
 
 

@@ -164,7 +164,7 @@ def _flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _searcher() -> Any:
     import cv2
 
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)  # type: ignore[attr-defined]
 
 
 def _scaled(video: Tensor) -> Tensor:

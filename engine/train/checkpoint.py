@@ -33,7 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mam2.engine.config import PretrainConfig, TrainConfig, UserError, from_dict, to_dict
+from mam2.engine.config import PretrainConfig, TrainConfig, UserError
+from mam2.engine.recipe import from_dict, to_dict
 
 FOLDER = "checkpoints"
 WEIGHTS = "model.safetensors"

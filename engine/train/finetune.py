@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine.config import UserError, from_dict
+from mam2.engine.config import UserError
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
@@ -28,6 +28,7 @@ from mam2.engine.model import costs
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
+from mam2.engine.recipe import from_dict
 from mam2.engine.train import augment, checkpoint
 from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
 from mam2.engine.train.distributed import World

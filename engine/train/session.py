@@ -15,11 +15,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from mam2.engine.config import TrainConfig, UserError, passes, to_dict
+from mam2.engine.config import TrainConfig, UserError, passes
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.video import Skipped
+from mam2.engine.recipe import to_dict
 from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import World, join
 from mam2.engine.train.metrics import Log, RunLog, SilentLog
