@@ -138,6 +138,20 @@ def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path,
     assert same_weights(finished, tmp_path)
 
 
+def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypatch, small):
+    """Else the lines of a run that is killed in between would be lost: the resumed one begins after them."""
+    original, logged = checkpoint.Saver.save, []
+
+    def save(self, step, *arguments):
+        logged.append((step, read_log(tmp_path)[-1]["step"]))
+        return original(self, step, *arguments)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    config = small(run={"compile": False, "log_every": 1, "save_every": 2})
+    pretrain(config, clips, tmp_path, progress=False)
+    assert logged == [(2, 2), (4, 4), (6, 6), (8, 8)]
+
+
 def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(clips, tmp_path, monkeypatch, small):
     from mam2.engine.train import tokenizer
 

@@ -181,6 +181,7 @@ class Loop:
                         flags, videos = [], []
                     ended = self._between(step, window)
                     if step % config.run.save_every == 0 and step < self.steps:
+                        self._write(bar, wait=True)  # a run that goes on from here does not log these steps again
                         self._save(step)
                     ended = ended or vote(int(stop.received or 0))
                 self._write(bar, wait=True)
