@@ -100,7 +100,7 @@ ENOUGH = 0.02
 
 def rows(device: torch.device, deadline: float) -> Iterator[Row]:
     """A row for each decoder and each number of views; says so where a package is missing or something cannot run."""
-    for package in ("av", "nvidia.dali"):
+    for package in ("av", "nvidia.dali", "tqdm"):
         if not _installed(package):
             yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return

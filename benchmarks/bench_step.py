@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -169,7 +170,7 @@ def compare(
     for step in ("eager", "compiled", "graph"):
         for provider in ("ours", "hugging_face") if name == "videomae" and step != "graph" else ("ours",):
             row = head | {"provider": provider, "step": step}
-            reason = why_not(step, device, compiled)
+            reason = why_not(provider, step, device, compiled)
             if reason:
                 yield row | {"verdict": "skipped", "reason": reason}
                 continue
@@ -191,8 +192,10 @@ def compare(
     yield from timed(runs, config, batch, device, rounds)
 
 
-def why_not(step: str, device: torch.device, compiled: bool) -> str | None:
+def why_not(provider: str, step: str, device: torch.device, compiled: bool) -> str | None:
     """What keeps a step from being taken in a way, or None."""
+    if provider == "hugging_face" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
     if step == "graph" and device.type != "cuda":
         return "CUDA graphs need a GPU"
     if step == "eager":

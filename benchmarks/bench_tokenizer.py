@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ from torch import Tensor
 
 from benchmarks.timing import elapsed_ms, summary
 from mam2.engine.config import PretrainConfig
-from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
-from mam2.engine.data.manifest import Manifest, Video
 from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
 from mam2.engine.recipe import load_recipe
@@ -28,6 +27,8 @@ SIZE = {"cuda": 224, "cpu": 64}
 VIDEOS = {"cuda": 4096, "cpu": 256}
 SMALL = small(32, 1024, 16)
 """What a run trains for itself."""
+CACHE_NEEDS = ("av", "tqdm")
+"""Packages that the code cache imports."""
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
@@ -42,7 +43,11 @@ def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
         vqgan = VQGAN(CONFIGS.get(name, SMALL)).to(device)
         online = measure_online(vqgan, config, device)
         yield row | {"codes": "online", "precision": online.pop("precision"), **online}
-        yield row | {"codes": "cached", **measure_cached(vqgan.config.codes, config, device)}
+        missing = [package for package in CACHE_NEEDS if importlib.util.find_spec(package) is None]
+        if missing:
+            yield row | {"codes": "cached", "verdict": "skipped", "reason": f"not installed: {', '.join(missing)}"}
+        else:
+            yield row | {"codes": "cached", **measure_cached(vqgan.config.codes, config, device)}
 
 
 def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -> dict[str, Any]:
@@ -57,6 +62,9 @@ def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -
 
 def measure_cached(codes: int, config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """Milliseconds a clip from a cache in the page cache, random clips, onto the device."""
+    from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
+    from mam2.engine.data.manifest import Manifest, Video
+
     videos = VIDEOS[device.type]
     manifest = Manifest(tuple(Video(f"{n}.mp4", -1, 300, 340, 256, "h264", 30.0, 0) for n in range(videos)))
     tokens = config.grid[0] * config.grid[1] * config.grid[2]

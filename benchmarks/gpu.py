@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -162,14 +161,11 @@ def rows_of(name: str, compiled: bool) -> Callable[..., Iterator[dict[str, Any]]
     if name == "correctness":
         from benchmarks.correctness import rows
     elif name == "loader":
-        from benchmarks import bench_loader
+        from benchmarks import bench_loader, bench_tokenizer
 
         def rows(device: Any, deadline: float) -> Iterator[dict[str, Any]]:
             yield from bench_loader.rows(device, deadline)
-            if importlib.util.find_spec("av"):  # the loader's rows have said so where it is missing
-                from benchmarks import bench_tokenizer
-
-                yield from bench_tokenizer.rows(device, deadline)
+            yield from bench_tokenizer.rows(device, deadline)
 
     else:
         from benchmarks import bench_step, operators

@@ -201,7 +201,8 @@ def frame_difference(
         [B,N,Pd] or [B,Nm,Pd], value order (t,h,w,c), float32 (float64 for a float64 clip).
 
     Raises:
-        ValueError: a shape, type or choice that does not fit.
+        ValueError: a shape, type, device or choice that does not fit.
+        IndexError: a token number out of range (on a GPU its values are NaN instead).
     """
     grid = check_video(video, patch_size)
     check_choice("difference", difference, DIFFERENCES)

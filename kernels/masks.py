@@ -14,7 +14,7 @@ import torch
 
 from . import launch, reference
 from .launch import jit, tl
-from .shapes import Grid, check_index
+from .shapes import Grid, check_grid, check_index
 
 
 class TubeMask(NamedTuple):
@@ -191,6 +191,8 @@ def draw(
         raise ValueError(
             f"ratio: {ratio} hides {hidden} of {positions} positions; expected at least 1 hidden and 1 visible"
         )
+    if batch < 0:
+        raise ValueError(f"batch: expected 0 or more clips, found {batch}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
     if not isinstance(step, torch.Tensor):
@@ -225,8 +227,9 @@ def tube_mask(
         device: where the mask is made; default: that of `step`, or the default device.
 
     Raises:
-        ValueError: the ratio hides no position, or all of them.
+        ValueError: a grid or number that does not fit; the ratio hides no position, or all of them.
     """
+    check_grid(grid)
     slots, rows, columns = grid
     return draw(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
 
@@ -242,5 +245,6 @@ def random_mask(
     device: torch.device | str | None = None,
 ) -> TubeMask:
     """Hides int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as `tube_mask`."""
+    check_grid(grid)
     slots, rows, columns = grid
     return draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)

@@ -11,17 +11,20 @@ Plain PyTorch on the device; the phase, 0 to 3, comes from the masks' generator.
 B clips, N tokens (T'·H'·W'), Nm masked.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from .masks import TubeMask, draw, order_by
+from .shapes import check_grid
 
 STREAM = 0x52756E6E696E6743
 """Added to the seed by exclusive or, so that phases and the tubes of the same seed are independent."""
 
 
 def _left_out_of_four(grid: Sequence[int], ratio: float) -> int:
+    check_grid(grid)
     _, rows, columns = grid
     if rows % 2 or columns % 2:
         raise ValueError(f"grid: expected even numbers of rows and columns (cells are 2x2), found {rows} x {columns}")
@@ -95,7 +98,7 @@ def running_cell_subset(
         tokens, every number is −1, which the losses refuse (on a GPU: NaN).
 
     Raises:
-        ValueError: a grid in which the numbers cannot be equal, another ratio.
+        ValueError: a grid that is not the mask's or in which the numbers cannot be equal, another ratio.
     """
     left_out = _left_out_of_four(grid, ratio)
     if grid[0] % 4:
@@ -103,6 +106,9 @@ def running_cell_subset(
             f"grid: expected a multiple of 4 slots (after 4 the cell is back in its place), found {grid[0]}; "
             "decode running_cell_mask(...).visible and give the loss a weight instead"
         )
+    tokens = mask.visible.shape[1] + mask.masked.shape[1]
+    if tokens != math.prod(grid):
+        raise ValueError(f"mask: expected {math.prod(grid)} tokens a clip (grid {tuple(grid)}), found {tokens}")
     batch = mask.masked.shape[0]
     decoded = _decoded(batch, grid, left_out, seed, step, first_sample, mask.masked.device).gather(1, mask.masked)
     count = mask.masked.shape[1] // 4 * (4 - left_out)

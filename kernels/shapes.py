@@ -50,6 +50,12 @@ def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
     return Grid(slots, rows, columns, tubelet * height * width * channels)
 
 
+def check_grid(grid: Sequence[int]) -> None:
+    """ValueError unless `grid` is (T', H', W'), tokens of a clip."""
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"grid: expected 3 positive integers (slots, rows, columns of tokens), found {tuple(grid)}")
+
+
 def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
     """ValueError unless `index` is int64 [B,K] on the device of `video`."""
     if index.dim() != 2 or index.shape[0] != video.shape[0]:

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime import interpreter
 
 from mam2.kernels import (
     frame_difference,
@@ -14,6 +15,39 @@ from mam2.kernels import (
     masked_pixel_loss,
     reference,
 )
+
+
+@pytest.mark.parametrize(
+    ("extent", "dimension", "stride"),
+    [((3, 3, 3, 4, 4), 0, 2**30), ((1, 3, 9, 4, 4), 2, 3 * 2**27), ((1, 3, 3, 4, 4), 2, 2**30)],
+    ids=["clips", "slots", "frames"],
+)
+def test_offsets_that_reach_past_32_bits(
+    extent: tuple[int, ...], dimension: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single strides fit into 32 bits, what they lead to does not. Of the buffer only the clip's pages are used.
+
+    The first half is there for an offset that wraps: it reads zeros.
+    """
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # would copy it onto itself
+    near = torch.randint(256, extent, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    strides = [stride if place == dimension else step for place, step in enumerate(near.stride())]
+    reach = sum((size - 1) * step for size, step in zip(extent, strides, strict=True))
+    assert reach >= 2**31
+    far = torch.empty(2**31 + reach + 1, dtype=torch.uint8).as_strided(extent, strides, 2**31).copy_(near)
+    index, patch = torch.arange(extent[2] // 3).repeat(extent[0], 1), (3, 4, 4)
+    pred = torch.zeros(*index.shape, 144)
+
+    common = {"patch_size": patch, "reduction": "none"}
+    for operator in (
+        lambda video: gather_tubes(video, index, patch_size=patch),
+        lambda video: frame_difference(video, patch_size=patch),
+        lambda video: torch.ops.mam2.motion_energy(video, patch),
+        lambda video: masked_frame_difference_loss(pred, video, index, **common),
+        lambda video: masked_pixel_loss(pred, video, index, **common),
+        lambda video: masked_pixel_loss(pred, video, index, target="joint", **common),
+    ):
+        assert torch.equal(operator(near), operator(far))
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])

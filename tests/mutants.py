@@ -128,6 +128,16 @@ _MISTAKES = {
             "channel.to(tl.int64) * stride_w",
         ),
     ],
+    (LIMITS, "reach_past_32_bits"): [
+        (
+            "clips 32-bit offsets apart",
+            "masked_loss.py",
+            "clip = (place // count).to(tl.int64)",
+            "clip = place // count",
+        ),
+        ("slots 32-bit offsets apart", "cube.py", "base = slot.to(tl.int64) * TUBELET", "base = slot * TUBELET"),
+        ("no cube taken to be wide", "cube.py", '"WIDE": span >= 2**31', '"WIDE": False'),
+    ],
     (INTERPRETER, "test_a_token_out_of_range"): [
         (
             "a token past the last one read",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,14 @@ def test_another_loss_gets_no_number(bench: ModuleType, monkeypatch: pytest.Monk
     assert "median_ms" not in rows["hugging_face", "eager"]
     assert rows["ours", "eager"]["verdict"] == "right"
     assert "ratio" not in rows["ours", "eager"]
+
+
+def test_without_transformers_it_says_so(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = {(row["provider"], row["step"]): row for row in compare(bench, "videomae")}
+    theirs = rows["hugging_face", "eager"]
+    assert (theirs["verdict"], theirs["reason"]) == ("skipped", "transformers is not installed")
+    assert rows["ours", "eager"]["median_ms"] > 0
 
 
 def test_one_that_breaks_leaves_the_others(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,28 @@ def test_dry_run_is_marked(tmp_path: Path) -> None:
         assert row["verdict"] == "right" or (row["verdict"] == "absent" and row["reason"]), row
 
 
+def test_a_bare_machine_imports_every_section_and_says_what_is_missing() -> None:
+    """A GPU machine without network has what its image has: torch, triton and little else."""
+    missing = ["av", "matplotlib", "nvidia.dali", "safetensors", "tensorboard", "tqdm", "transformers", "tyro"]
+    code = f"""
+import json, sys, time
+sys.modules |= dict.fromkeys({missing})
+import torch
+from benchmarks import gpu
+rows = {{section: gpu.rows_of(section, False) for section in gpu.SECONDS}}
+for row in rows["loader"](torch.device("cpu"), time.monotonic() + 60):
+    print(json.dumps(row))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files, online, cached = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert (files["verdict"], files["reason"]) == ("skipped", "av is not installed")
+    assert online["median_ms_per_clip"] > 0
+    assert (cached["verdict"], cached["reason"]) == ("skipped", "not installed: av, tqdm")
+
+
 def test_dry_run_stays_out_of_the_results() -> None:
     gpu = module("gpu")
     with pytest.raises(SystemExit) as stopped:

@@ -49,6 +49,14 @@ def test_weights_and_moments_come_back_bit_for_bit(tmp_path):
     assert checkpoint.read_config(folder).model == CONFIG.model
 
 
+def test_others_may_read_what_they_may_read_of_plain_files(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    tensors = {"a": torch.ones(2)}
+    folder = checkpoint.write(tmp_path, 1, tensors, tensors, load_recipe("demo"), {})
+    assert {file.stat().st_mode for file in folder.iterdir()} == {plain.stat().st_mode}
+
+
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = _trained()
     for step in (1, 4, 8, 9, 10):

@@ -263,8 +263,8 @@ def test_what_does_not_fit_is_one_clear_line(clips, few, tmp_path, small_finetun
         finetune(config, few, tmp_path / "a", val=tmp_path / "other", encoder=None, progress=False)
     with pytest.raises(UserError, match="no label for"):
         finetune(config, few / "left", tmp_path / "b", val=val, encoder=None, progress=False)
-    with pytest.raises(UserError, match="no such file or folder"):
-        finetune(config, few, tmp_path / "c", val=val, encoder=tmp_path / "nothing", progress=False)
+    with pytest.raises(UserError, match="no such file or folder; expected a run"):
+        finetune(config, tmp_path / "unread", tmp_path / "c", val=val, encoder=tmp_path / "nothing", progress=False)
     with pytest.raises(UserError, match=r"augment\.mixup"):
         finetune(small_finetuning(augment={"mixup": -1.0}), few, tmp_path / "d", val=val, encoder=None)
     with pytest.raises(UserError, match="mixing takes pairs"):

@@ -88,6 +88,11 @@ def test_reversing_time_inside_tubelets_negates_intra_differences() -> None:
         torch.testing.assert_close(forward, -backward)
 
 
+def test_a_token_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(IndexError, match="token numbers: expected 0 to 1, found 0 to 2"):
+        frame_difference(torch.zeros(1, 3, 4, 2, 2), patch_size=(2, 2, 2), mask=torch.tensor([[0, 2]]))
+
+
 def test_bad_arguments_name_themselves() -> None:
     with pytest.raises(ValueError, match="difference"):
         frame_difference(clips(), patch_size=PATCH, difference="flow")

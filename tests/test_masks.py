@@ -83,12 +83,21 @@ def test_hiding_nothing_or_everything_is_refused(ratio: float) -> None:
 def test_bad_arguments_name_themselves() -> None:
     with pytest.raises(ValueError, match="seed"):
         tube_mask(2, GRID, 0.5, seed=-1)
+    with pytest.raises(ValueError, match="batch: expected 0 or more clips, found -1"):
+        tube_mask(-1, GRID, 0.5, seed=0)
     with pytest.raises(ValueError, match="step"):
         tube_mask(2, GRID, 0.5, seed=0, step=torch.tensor([1]))
     with pytest.raises(ValueError, match="same number"):
         TubeMask.from_bool(torch.tensor([[True, False], [True, True]]))
     with pytest.raises(ValueError, match="bool"):
         TubeMask.from_bool(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("draw", [tube_mask, random_mask])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 4, 4, 3), (0, 4, 4), (2, -4, 4)])
+def test_what_is_no_grid_is_named(draw, grid: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"grid: expected 3 positive integers .* found \("):
+        draw(2, grid, 0.5, seed=0)
 
 
 def test_an_empty_batch_gives_empty_masks() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import image
 from matplotlib import pyplot as plt
 
 from mam2.engine import cli
-from mam2.engine.evaluate import plots
+from mam2.engine.evaluate import plots, report
 from mam2.engine.train.metrics import read_log
 
 MAM2 = {"loss/appearance": 6.0, "loss/motion_relative": 0.9, "accuracy/codes": 0.1, "accuracy/commonest_code": 0.03}
@@ -65,6 +66,17 @@ def test_several_runs_share_axes_and_missing_columns_are_left_out(tmp_path: Path
     assert [text.get_text() for text in legend.get_texts()] == ["mam2", "videomae"]
     hours = figure.axes[1].lines[0].get_xdata()
     np.testing.assert_allclose(hours, [0, 0.01, 0.02, 0.03, 0.04])
+
+
+def test_a_run_of_one_line_is_a_dot(tmp_path: Path, drawn: list[Any]) -> None:
+    plots.draw_logs({"short": read_log(write_run(tmp_path / "short", MAM2, steps=1))})
+    assert {axis.lines[0].get_marker() for axis in drawn[0].axes if axis.lines} == {"."}
+
+
+def test_long_labels_beside_pictures_are_not_cut_off() -> None:
+    labels = ["predicted appearance"] * 6 + ["read by the marked patch"]
+    picture = report.draw_rows([(label, torch.rand(1, 4, 32, 32, 3)) for label in labels], ["clip"], inches=1.0)
+    assert (image.imread(io.BytesIO(picture))[:, :3] == 1).all()
 
 
 def test_time_between_a_stop_and_a_resume_is_left_out() -> None:

@@ -105,6 +105,17 @@ def test_resuming_with_other_values_is_refused(finished, clips, small):
         pretrain(small(mask={"ratio": 0.75}), clips, finished[0], resume=True, progress=False)
 
 
+def test_a_wrong_tokenizer_is_told_before_the_videos_are_opened(tmp_path, small):
+    with pytest.raises(UserError, match=r"none\.safetensors: expected a VQGAN checkpoint"):
+        pretrain(small(tokenizer={"path": "none.safetensors"}), tmp_path / "nowhere", tmp_path / "run", progress=False)
+
+
+def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
+    with pytest.raises(UserError, match="nowhere"):
+        pretrain(small(), tmp_path / "nowhere", tmp_path / "run", resume=True, progress=False)
+    assert "holds no whole checkpoint: the run begins anew" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
     before = weights(finished[0])
     assert pretrain(small(), clips, finished[0], resume=True, progress=False).step == 8

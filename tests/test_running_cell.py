@@ -74,6 +74,7 @@ def test_clips_whose_numbers_differ_are_refused_where_they_are_used() -> None:
     [
         ((8, 3, 4), 0.5, "even numbers of rows and columns"),
         ((8, 4, 5), 0.5, "even numbers"),
+        ((8, 0, 4), 0.5, "grid: expected 3 positive integers"),
         (GRID, 0.2, "0.25, 0.5 or 0.75"),
         (GRID, 1.0, "0.25, 0.5 or 0.75"),
     ],
@@ -82,7 +83,12 @@ def test_bad_arguments_name_themselves(grid: tuple[int, int, int], ratio: float,
     with pytest.raises(ValueError, match=message):
         running_cell_mask(2, grid, ratio, seed=0)
     with pytest.raises(ValueError, match=message):
-        running_cell_subset(tube_mask(2, grid, 0.5, seed=0), grid, ratio, seed=0)
+        running_cell_subset(tube_mask(2, GRID, 0.5, seed=0), grid, ratio, seed=0)
+
+
+def test_a_mask_of_another_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask: expected 64 tokens a clip \(grid \(4, 4, 4\)\), found 128"):
+        running_cell_subset(tube_mask(2, (8, 4, 4), 0.5, seed=0), (4, 4, 4), seed=0)
 
 
 def test_slots_that_are_no_multiple_of_four_have_no_subset() -> None:

@@ -103,7 +103,8 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
             x, y = zip(*points, strict=True)
             values = [100 * value for value in y] if panel.percent else y
             style = {"color": f"C{number}", "linestyle": STYLES[index]} if several else {"color": f"C{index}"}
-            axis.plot(x, values, label=label, linewidth=1.3, **style)
+            # a single point has no line to be seen by
+            axis.plot(x, values, label=label, linewidth=1.3, marker="." if len(x) == 1 else None, **style)
     if panel.reference is not None:
         axis.axhline(panel.reference, color="grey", linewidth=0.8, linestyle=":")
     if panel.logarithmic:
@@ -135,6 +136,7 @@ def hours(lines: Lines) -> list[float]:
 def png(figure: Any) -> bytes:
     """The picture of a figure, which is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    # tight: the layout can leave too little room for a long label beside pictures of a fixed aspect
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()

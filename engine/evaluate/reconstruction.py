@@ -95,10 +95,11 @@ def draw_training(reports: Sequence[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     loss, usage = figure.subplots(1, 2)
     steps = [report["step"] for report in reports]
-    loss.plot(steps, [report["loss"] for report in reports])
+    marker = "." if len(steps) == 1 else None  # a single point has no line to be seen by
+    loss.plot(steps, [report["loss"] for report in reports], marker=marker)
     loss.set_title("reconstruction loss", fontsize=10)
     for name, label in {"codes_used": "codes in use", "perplexity": "perplexity"}.items():
-        usage.plot(steps, [report[name] for report in reports], label=label)
+        usage.plot(steps, [report[name] for report in reports], label=label, marker=marker)
     usage.set_title("codebook", fontsize=10)
     usage.legend(frameon=False, fontsize=8)
     for axis in (loss, usage):

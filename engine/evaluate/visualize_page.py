@@ -125,7 +125,7 @@ section { margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }
 .bar output { font-variant-numeric: tabular-nums; white-space: nowrap }
 button { font: inherit; padding: .3rem .8rem; min-width: 4.2rem; border: 1px solid #888; border-radius: 6px;
   background: #f4f4f4 }
-.kinds { display: grid; gap: 1rem;
+.kinds { display: grid; gap: 1rem; align-items: end;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--checkpoints) * 9.5rem)), 1fr)) }
 .tiles { display: grid; gap: .4rem; grid-template-columns: repeat(var(--checkpoints), minmax(0, 1fr)) }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .75rem; color: #555; overflow-wrap: anywhere }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from mam2.engine.config import UserError
@@ -90,7 +90,9 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "image_mean": list(PIXEL_MEAN),
         "image_std": list(PIXEL_STD),
     }
-    save_file(to_hugging_face(tensors, encoder.patch_size), folder / "model.safetensors", {"format": "pt"})
+    # not save_file, which lets nobody else read what it writes
+    weights = save(to_hugging_face(tensors, encoder.patch_size), {"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return config["architectures"][0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mam2.engine.config import UserError
@@ -35,7 +35,8 @@ def save_vqgan(vqgan: VQGAN, path: str | Path) -> None:
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
     aside = path.with_name(path.name + ".part")
-    save_file(state, aside, metadata={CONFIG_KEY: json.dumps(dataclasses.asdict(vqgan.config))})
+    # not save_file, which lets nobody else read what it writes
+    aside.write_bytes(save(state, {CONFIG_KEY: json.dumps(dataclasses.asdict(vqgan.config))}))
     os.replace(aside, path)
 
 

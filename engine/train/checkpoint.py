@@ -161,6 +161,7 @@ def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tenso
         hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
         (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
         for file in aside.iterdir():
+            file.chmod((aside / STATE).stat().st_mode)  # safetensors lets nobody else read what it writes
             _sync(file)
         _sync(aside)
         replaced = final.with_name(f".old-{final.name}")

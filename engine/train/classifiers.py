@@ -110,7 +110,9 @@ def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple
 def resolve(path: Path) -> Path:
     """The checkpoint that a run folder stands for: the best, else the newest; other paths stand for themselves."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(
+            f"{path}: no such file or folder; expected a run, a checkpoint, a .pth file or a Hugging Face folder"
+        )
     if (path / checkpoint.BEST).is_dir():
         return path / checkpoint.BEST
     if (path / checkpoint.FOLDER).is_dir():

@@ -30,7 +30,7 @@ from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
 from mam2.engine.recipe import from_dict
 from mam2.engine.train import augment, checkpoint
-from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
+from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled, resolve
 from mam2.engine.train.distributed import World
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.metrics import read_log
@@ -83,6 +83,9 @@ class _Finetuning:
     def __init__(self, session: Session[FinetuneConfig], data: Path, val: Path, encoder: str | Path | None) -> None:
         self._session, world = session, session.world
         self.title, self.shown = "fine-tuning", SHOWN
+        if encoder is not None and not session.saved:
+            start = Path(encoder)
+            world.share(lambda: resolve(start))  # before the videos are opened, which can take hours
         manifest = session.read_videos(data)
         world.share(lambda: check_labelled(manifest, data))
         classes, threads = manifest.classes, session.config.data.threads

@@ -18,6 +18,7 @@ from mam2.engine.model.attention_choice import choose
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train.codes import open_cache, prepare_codes, with_codes
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.runtime import matmul_dtype
@@ -62,6 +63,12 @@ class _Pretraining:
         config, world, device = session.config, session.world, session.device
         self.title, self.shown = "pre-training", SHOWN
         self.notes: dict[str, str] = {}
+        if config.tokenizer.path and config.model.objective == "mam2":
+
+            def check_tokenizer() -> None:
+                load_vqgan(config.tokenizer.path)
+
+            world.share(check_tokenizer)  # before the videos are opened, which can take hours
         manifest = session.read_videos(data)
         cache = open_cache(config, manifest, world, progress=session.progress)
         self.loader = session.open_loader(cache.has if cache else None)

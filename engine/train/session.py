@@ -82,6 +82,8 @@ class Session(Generic[Config]):
         log.say(f"run     {folder} on {_machine(device)}{ranks}")
         if self.saved:
             log.say(f"resume  from {self.saved}, with its own list of videos ({folder / MANIFEST})")
+        elif resume:
+            log.say(f"resume  {folder} holds no whole checkpoint: the run begins anew")
 
     def read_videos(self, data: Path) -> Manifest:
         """Scans the data, or takes the scan of the run that is resumed: the order of clips depends on it."""
