@@ -338,6 +338,11 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
         )
     if data.recorded < 0:
         raise UserError(f"data.recorded must not be negative, found {data.recorded}")
+    if config.optim.batch < 1 or config.optim.micro_batch < 0:
+        raise UserError(
+            f"optim.batch {config.optim.batch}, optim.micro_batch {config.optim.micro_batch}: "
+            "expected at least 1 clip a step, and 0 or more a pass"
+        )
     passes(config, 1)
     check_positive(
         {

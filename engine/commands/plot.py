@@ -14,14 +14,14 @@ from mam2.engine.config import UserError
 def run(arguments: list[str]) -> int:
     def plot(
         runs: tyro.conf.Positional[tuple[Path, ...]],
-        out: Path = Path("runs.png"),
+        out: Path | None = None,
         against: Literal["step", "hours", "both"] = "both",
     ) -> int:
         """Draw losses, code accuracy, gradient norms, rates and memory of one run, or compare several.
 
         Args:
             runs: run folders; a run that is still going on is drawn as far as it is.
-            out: the picture, PNG.
+            out: the picture, PNG; curves.png in the folder of a single run, runs.png here for several.
             against: what the curves are drawn over; hours leave out the time between a stop and a resume.
         """
         from mam2.engine.evaluate.plots import draw_logs
@@ -42,11 +42,12 @@ def run(arguments: list[str]) -> int:
             raise UserError(
                 f"{', '.join(map(str, runs))}: nothing has been logged yet; run.log_every says when"
             ) from None
+        file = out or (runs[0] / "curves.png" if len(runs) == 1 else Path("runs.png"))
         try:
-            out.write_bytes(picture)
+            file.write_bytes(picture)
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
-        print(out)
+            raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
+        print(file)
         return 0
 
     return tyro.cli(plot, args=arguments, prog="mam2 plot")

@@ -10,8 +10,9 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.model.presets import PRESETS, SIZES
-from mam2.engine.recipe import load_recipe
+from mam2.engine.recipe import load_recipe, recipe_names
 
 
 def named_recipe(arguments: list[str], usage: str) -> PretrainConfig:
@@ -25,6 +26,8 @@ def named_recipe(arguments: list[str], usage: str) -> PretrainConfig:
         if not {"-h", "--help"} & set(arguments):
             raise UserError(f"name a recipe first: {usage}")
         known.recipe = "mam2-fast"
+    if known.recipe in recipe_names(FinetuneConfig):
+        raise UserError(f"recipe {known.recipe} fine-tunes; name one that pre-trains: {', '.join(recipe_names())}")
     recipe = load_recipe(known.recipe)
     if known.size:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **SIZES[known.size]._asdict()))

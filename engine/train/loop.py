@@ -137,6 +137,7 @@ class Loop:
         vote = Vote(session.world)
         self.readout = Readout(session.device)
         self.in_a_row = 0
+        self.last = ""  # numbers of the newest log line, in words
         videos: list[Tensor] = []
         flags: list[Tensor] = []
         try:
@@ -216,9 +217,8 @@ class Loop:
                 numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             session.log.write(line.steps[-1], numbers)
             shown = {**self.task.shown, **SHOWN}
-            bar.set_postfix_str(
-                " ".join(form.format(numbers[name]) for name, form in shown.items() if name in numbers), refresh=False
-            )
+            self.last = " ".join(form.format(numbers[name]) for name, form in shown.items() if name in numbers)
+            bar.set_postfix_str(self.last, refresh=False)
             if self.in_a_row >= session.config.run.max_nonfinite:
                 raise session.world.error(
                     f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; the last checkpoint of "
@@ -258,6 +258,8 @@ class Loop:
         name = signal.Signals(ended).name if ended else ""
         how = f"stopped by {name} after step {step}; --resume goes on" if ended else f"done: {step} steps"
         folder = checkpoint.folder_of(session.folder, step)
+        if self.last:
+            session.log.say(f"last    {self.last}")
         session.log.say(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 
