@@ -191,7 +191,7 @@ def test_ranks_name_each_unusable_file_once(clips, tmp_path, small):
 
 @pytest.mark.slow
 def test_two_nodes_meet_by_the_documented_command(tmp_path):
-    """Two agents with a rendezvous, as on two machines."""
+    """Two launchers with a rendezvous, as on two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
