@@ -153,6 +153,8 @@ def draw(videos: Sequence[Video], path: Path) -> None:
     for axes, (name, numbers) in zip(figure.subplots(1, len(values)), values.items(), strict=True):
         axes.hist(numbers, bins=min(50, len(set(numbers)) + 1), color="tab:blue")
         axes.set(xlabel=name, ylabel="videos")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
 
 
