@@ -32,7 +32,7 @@ _HOMES = {
     "VideoMAE": "model.videomae",
     "load_encoder": "interop.load",
     "load_model": "interop.load",
-    "load_recipe": "config",
+    "load_recipe": "recipe",
     "pretrain": "train.pretrain",
 }
 
