@@ -55,7 +55,6 @@ class Task(Protocol):
     @property
     def title(self) -> str:
         """Of the progress bar."""
-        ...
 
     @property
     def take(self) -> Step: ...
@@ -66,31 +65,25 @@ class Task(Protocol):
     @property
     def flops(self) -> float:
         """FLOPs of a clip in a step."""
-        ...
 
     @property
     def head_width(self) -> int:
         """Values of an attention head of the model."""
-        ...
 
     @property
     def shown(self) -> Mapping[str, str]:
         """Numbers of a log line that the progress bar shows, and how: the format of each."""
-        ...
 
     @property
     def notes(self) -> Mapping[str, str]:
         """Further metadata of its checkpoints."""
-        ...
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Any]]:
         """What the passes from `first_pass` on see: batches, and what goes with each into the step."""
-        ...
 
     def between(self, step: int, steps: int) -> None:
         """Called after each of the `steps` steps, before its checkpoint, and where a resumed run begins, with the steps
         done. Work for which it is not to wait for is done in `session.stop.interruptible`."""
-        ...
 
 
 SHOWN = {"clips_per_s": "{:.0f} clips/s", "data_wait": "data wait {:.0%}"}
