@@ -140,9 +140,6 @@ class TrainStep(Step):
     config: PretrainConfig
     model: MAM2 | VideoMAE
 
-    def __init__(self, config: PretrainConfig, model: MAM2 | VideoMAE, device: torch.device, world: World) -> None:
-        super().__init__(config, model, device, world)
-
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)
 
