@@ -15,7 +15,7 @@ from mam2.engine.data.code_cache import CodeCache
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.model.tokenizer import Tokenizer
-from mam2.engine.model.vqgan import VQGANConfig
+from mam2.engine.model.vqgan import VQGAN, VQGANConfig
 from mam2.engine.model.vqgan_files import fingerprint, load_vqgan
 from mam2.engine.train.distributed import World
 from mam2.engine.train.runtime import compiler
@@ -58,14 +58,15 @@ def prepare_codes(
     world: World,
     say: Say,
     *,
+    named: VQGAN | None = None,
     progress: bool = True,
 ) -> CodeSource:
     """The codes of a run; its tokenizer is kept in RUN/tokenizer.safetensors, also where a cache makes it idle.
 
-    cache: from `open_cache`; the loader then has to have its `has` as `available`.
+    cache: from `open_cache`; the loader then has to have its `has` as `available`. named: see `prepare_tokenizer`.
     """
     if cache is None:
-        vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, progress=progress))
+        vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, named=named, progress=progress))
         return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), say)
     world.share(lambda: _keep_tokenizer(cache, run))
     say(

@@ -18,6 +18,7 @@ from mam2.engine.model.attention_choice import choose
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.model.vqgan import VQGAN
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train.codes import open_cache, prepare_codes, with_codes
 from mam2.engine.train.loop import Loop, TrainResult
@@ -63,12 +64,9 @@ class _Pretraining:
         config, world, device = session.config, session.world, session.device
         self.title, self.shown = "pre-training", SHOWN
         self.notes: dict[str, str] = {}
+        named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
         if config.tokenizer.path and config.model.objective == "mam2":
-
-            def check_tokenizer() -> None:
-                load_vqgan(config.tokenizer.path)
-
-            world.share(check_tokenizer)  # before the videos are opened, which can take hours
+            world.share(lambda: named.append(load_vqgan(config.tokenizer.path)))
         manifest = session.read_videos(data)
         cache = open_cache(config, manifest, world, progress=session.progress)
         self.loader = session.open_loader(cache.has if cache else None)
@@ -76,7 +74,15 @@ class _Pretraining:
         self._codes = None
         if config.model.objective == "mam2":
             self._codes = prepare_codes(
-                config, self.loader, cache, session.folder, device, world, session.log.say, progress=session.progress
+                config,
+                self.loader,
+                cache,
+                session.folder,
+                device,
+                world,
+                session.log.say,
+                named=named[0] if named else None,
+                progress=session.progress,
             )
         source = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
         self.flops = sum(step_flops(config, *source).values())

@@ -25,16 +25,24 @@ Say = Callable[[str], None]
 
 
 def prepare_tokenizer(
-    config: PretrainConfig, loader: ClipLoader, run: Path, device: torch.device, say: Say, *, progress: bool = True
+    config: PretrainConfig,
+    loader: ClipLoader,
+    run: Path,
+    device: torch.device,
+    say: Say,
+    *,
+    named: VQGAN | None = None,
+    progress: bool = True,
 ) -> VQGAN:
     """The VQGAN that `config.tokenizer` asks for, on the CPU.
 
     It is kept in RUN/tokenizer.safetensors; one trained here is taken from there when the run is resumed.
+    named: the one of `config.tokenizer.path`, where it is loaded already.
     """
     options = config.tokenizer
     own = run / FILE
     if options.path:
-        vqgan, source = load_for_run(Path(options.path), run), options.path
+        vqgan, source = load_for_run(Path(options.path), run, named), options.path
     elif own.is_file():
         vqgan, source = load_vqgan(own), str(own)
     else:
@@ -54,9 +62,9 @@ def prepare_tokenizer(
     return vqgan
 
 
-def load_for_run(path: Path, run: Path) -> VQGAN:
+def load_for_run(path: Path, run: Path, loaded: VQGAN | None = None) -> VQGAN:
     """A VQGAN from a file, copied to RUN/tokenizer.safetensors. UserError where the run holds another one."""
-    vqgan, own = load_vqgan(path), run / FILE
+    vqgan, own = loaded or load_vqgan(path), run / FILE
     if not own.is_file():
         save_vqgan(vqgan, own)
     elif path.resolve() != own.resolve() and fingerprint(load_vqgan(own)) != fingerprint(vqgan):
