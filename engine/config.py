@@ -75,13 +75,14 @@ class MaskConfig:
 @dataclass(frozen=True, kw_only=True)
 class RegressorConfig:
     depth: int = 4
-    """Cross-attention blocks."""
+    """Cross-attention blocks. 0: no regressor; the decoders get visible latents and mask tokens and do its work too."""
     width: int = 768
     """Embedding width; another width than the encoder's adds a linear projection."""
     heads: int = 12
     """Attention heads."""
     keys: Literal["all", "visible"] = "all"
-    """Keys and values: visible latents and the current masked state (CAE), or the visible latents only."""
+    """Keys and values: visible latents and the current masked state (CAE), or the visible latents only. Without effect
+    at depth 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ class TokenizerConfig:
     """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
     cache: str = ""
     """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
+    frames: Literal["first", "all"] = "first"
+    """Of each token the code of its first frame, or one of each of its frames, all to be predicted."""
     codes: int = 512
     """Codebook size of the one trained here."""
     channels: int = 32
@@ -136,7 +139,7 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     appearance: float = 1.0
-    """Weight of the code cross-entropy."""
+    """Weight of the appearance loss."""
     motion: float = 1.0
     """Weight of the motion loss."""
     alignment: float = 0.0
@@ -146,6 +149,8 @@ class LossConfig:
     norm of the motion gradient there, at every step; `fixed` uses the weights as they are."""
     label_smoothing: float = 0.0
     """Of the code cross-entropy, 0 to 1."""
+    appearance_target: Literal["codes", "pixels", "none"] = "codes"
+    """The tokenizer's codes; VideoMAE's pixels, without a tokenizer; or neither tokenizer nor appearance decoder."""
     motion_target: Literal["adjacent", "intra", "hog", "flow", "none"] = "adjacent"
     """RGB difference to the next sampled frame, or within each tubelet only; histograms of gradients of the difference;
     optical flow (needs opencv-python-headless, on the CPU); or no motion decoder at all."""
@@ -155,7 +160,8 @@ class LossConfig:
     """Added to that deviation, or to the norm of a histogram (pixels in 0 to 1). 0.05 keeps compression noise of static
     patches small."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
-    """VideoMAE's pixel target: standardised per cube and channel (VideoMAE), per patch (MAE, mae_st), or not."""
+    """Pixels as a target, VideoMAE's or of appearance: standardised per cube and channel (VideoMAE), per patch (MAE,
+    mae_st), or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +249,21 @@ class PretrainConfig:
         return slots * int(self.mask.ratio * rows * columns)
 
     @property
+    def needs_codes(self) -> bool:
+        """Whether codes of a tokenizer are predicted."""
+        return self.model.objective == "mam2" and self.loss.appearance_target == "codes"
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of one token's codes: () for its first frame's, (tubelet,) for those of all its frames."""
+        return (self.model.tubelet,) if self.tokenizer.frames == "all" else ()
+
+    @property
+    def tokenized_frames(self) -> int:
+        """Frames of a clip that the tokenizer sees."""
+        return self.grid[0] * math.prod(self.code_shape)
+
+    @property
     def together(self) -> int:
         """Clips that must be in one pass: the views of a video."""
         return self.data.views
@@ -310,6 +331,22 @@ def check(config: PretrainConfig) -> None:
         )
     if model.objective == "joint" and model.tubelet < 2:
         raise UserError("model.objective 'joint' needs model.tubelet of at least 2; 'videomae' does not")
+    appearance = config.loss.appearance_target
+    if model.objective == "mam2" and appearance == motion == "none":
+        raise UserError(
+            "loss.appearance_target and loss.motion_target are both 'none': nothing is left to learn; "
+            "set one of them to another value"
+        )
+    if model.objective == "mam2" and model.regressor.depth == 0 and config.loss.alignment:
+        raise UserError(
+            f"loss.alignment {config.loss.alignment:g} compares what a regressor completes, and model.regressor.depth "
+            "0 has none: set loss.alignment 0, or model.regressor.depth to at least 1"
+        )
+    if config.loss.balance == "gradient" and appearance == "none":
+        raise UserError(
+            "loss.balance 'gradient' rescales the appearance gradient, and loss.appearance_target 'none' has none: "
+            "set loss.balance 'fixed'"
+        )
     if config.loss.balance == "gradient" and (config.loss.motion <= 0 or motion == "none"):
         raise UserError(
             "loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0 and a motion "

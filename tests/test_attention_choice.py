@@ -1,5 +1,6 @@
 """The choice of an attention implementation: only right ones are timed, the choice is remembered and used."""
 
+import dataclasses
 import json
 
 import pytest
@@ -28,6 +29,11 @@ def test_shapes_are_those_of_the_method():
     assert shapes["decoders"] == Shape(64, 1408, 1408, 6, 64)
     assert shapes_of(load_recipe("mam2-cae"), 64)["regressor"].keys == 1568
     assert shapes_of(load_recipe("videomae"), 64)["decoder"].queries == 1568
+    config = load_recipe("mam2-fast")
+    regressor = dataclasses.replace(config.model.regressor, depth=0)
+    shapes = shapes_of(dataclasses.replace(config, model=dataclasses.replace(config.model, regressor=regressor)), 64)
+    assert shapes.keys() == {"encoder", "decoders"}
+    assert shapes["decoders"] == Shape(64, 1568, 1568, 6, 64)
 
 
 def test_what_is_wrong_or_does_not_run_is_not_timed(monkeypatch):

@@ -80,6 +80,34 @@ def test_codes_come_back(tmp_path: Path, config: PretrainConfig) -> None:
     cache.check(manifest(), config, TOKENIZER)
 
 
+def test_codes_of_all_frames_come_back(tmp_path: Path, config: PretrainConfig) -> None:
+    every = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, frames="all"))
+    cache = writer(tmp_path, every)
+    rows = torch.tensor([(1, 0, view) for view in range(3)] + [(7, 0, view) for view in range(3)])
+    codes = torch.randint(CODES, (6, 64, 2), generator=torch.Generator().manual_seed(0))
+    cache.add(*rows[:3].T, codes[:3])
+    cache.add(*rows[3:].T, codes[3:])
+    cache.finish()
+    opened = CodeCache(tmp_path, progress=False)
+    assert torch.equal(opened.codes(*rows.T), codes)
+    assert torch.equal(opened.histogram(), codes.flatten().bincount(minlength=CODES))
+    assert opened.count_absent() == 18
+    assert [opened.has(1, 0), opened.has(7, 0), opened.has(2, 0), opened.has(1, 1)] == [True, True, False, False]
+    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'all', this run says 'first'"):
+        opened.check(manifest(), config, TOKENIZER)
+
+
+def test_a_cache_that_does_not_say_which_frames_has_the_first_ones(tmp_path: Path, config: PretrainConfig) -> None:
+    written(tmp_path, config)
+    header = json.loads((tmp_path / "cache.json").read_text())
+    del header["key"]["tokenizer.frames"]
+    (tmp_path / "cache.json").write_text(json.dumps(header))
+    CodeCache(tmp_path, progress=False).check(manifest(), config, TOKENIZER)
+    every = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, frames="all"))
+    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'first', this run says 'all'"):
+        writer(tmp_path, every)
+
+
 def test_a_clip_that_could_not_be_decoded_is_absent_and_never_read(tmp_path: Path, config: PretrainConfig) -> None:
     whole_shard = tuple((1, video) for video in range(4, 8))
     cache = written(tmp_path, config, absent=((0, 3), (0, 9), *whole_shard))
@@ -145,6 +173,7 @@ MISMATCHES = {
     r"run.seed = 0, this run says 1": {"run": {"seed": 1}},
     r"model.patch = 8, this run says 16": {"model": {"patch": 16}},
     r"model.tubelet = 2, this run says 4": {"model": {"tubelet": 4}},
+    r"tokenizer.frames = 'first', this run says 'all'": {"tokenizer": {"frames": "all"}},
 }
 
 

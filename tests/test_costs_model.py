@@ -126,6 +126,15 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "hog": {"loss": {"motion_target": "hog"}},
     "no motion": {"loss": {"motion_target": "none", "balance": "fixed"}, "mask": {"kind": "random"}},
     "alignment": {"loss": {"alignment": 2.0}},
+    "pixels": {"loss": {"appearance_target": "pixels"}},
+    "motion alone": {"loss": {"appearance_target": "none", "balance": "fixed"}},
+    "all frames": {"tokenizer": {"frames": "all"}},
+    "no regressor": {"regressor": {"depth": 0}},
+    "no regressor, one width": {
+        "regressor": {"depth": 0, "width": 48},
+        "decoder": {"width": 48},
+        "loss": {"appearance_target": "pixels"},
+    },
     "videomae": {"model": {"objective": "videomae"}},
 }
 
@@ -148,7 +157,7 @@ def forward(config: PretrainConfig, batch: int) -> tuple[torch.Tensor, VideoMAE 
     mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, device="cpu")
     extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
-    codes = torch.randint(CODES, (batch, mask.as_bool().shape[1]))
+    codes = torch.randint(CODES, (batch, mask.as_bool().shape[1], *config.code_shape))
     return objective(video, mask, codes)[0], model
 
 
@@ -162,7 +171,17 @@ def test_flops_are_as_counted(name: str) -> None:
     assert counter.get_total_flops() == sum(declared.values()) - unseen
 
 
-@pytest.mark.parametrize("name", ["mam2", "all keys", "another width", "videomae"])
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_those_of_every_case(name: str) -> None:
+    _, model = forward(case(name), 1)
+    declared = costs.part_costs(case(name), CODES)
+    assert sum(cost.parameters for cost in declared.values()) == sum(p.numel() for p in model.parameters())
+
+
+HELD = ("mam2", "all keys", "another width", "pixels", "motion alone", "all frames", "no regressor", "videomae")
+
+
+@pytest.mark.parametrize("name", HELD)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) -> None:
     """Within 15 %: LayerNorm's statistics, attention's sums and index tensors are not declared."""

@@ -50,6 +50,20 @@ def test_a_token_has_the_code_of_its_first_frame() -> None:
         assert torch.equal(codes.view(3, 2, 16)[:, slot], tokenizer.vqgan.codes(frame).flatten(1))
 
 
+def test_with_all_frames_a_token_has_a_code_of_each() -> None:
+    tokenizer, video = build(frames="all", images_per_pass=5), clip()
+    codes = tokenizer.codes(video)
+    assert codes.shape == (3, 32, 2)
+    assert torch.equal(codes[..., 0], build().codes(video))
+    later = video[:, :, 1::2].repeat_interleave(2, 2)
+    assert torch.equal(codes[..., 1], build().codes(later))
+    assert tokenizer.changed_share(video) == 0
+    pictures = tokenizer.decode(codes)
+    assert pictures.shape == (3, 4, 3, 16, 16)
+    for frame, (of_first, part) in enumerate((part, slot) for part in range(2) for slot in range(2)):
+        torch.testing.assert_close(pictures[:, frame], build().decode(codes[..., part])[:, of_first])
+
+
 def test_other_frames_do_not_matter() -> None:
     tokenizer, video = build(), clip()
     other = video.clone()
@@ -151,7 +165,7 @@ def test_wrong_inputs_are_named() -> None:
     tokenizer = build()
     with pytest.raises(ValueError, match=r"T a multiple of 2, found \(3, 3, 3, 16, 16\)"):
         tokenizer.codes(clip()[:, :, :3])
-    with pytest.raises(ValueError, match=r"expected \[B, 32\], found \(3, 31\)"):
+    with pytest.raises(ValueError, match=r"expected \[B, 32\] or \[B, 32, F\], found \(3, 31\)"):
         tokenizer.decode(tokenizer.codes(clip())[:, :31])
     with pytest.raises(ValueError, match=r"precision.*'float16'"):
         build(precision="float16")

@@ -3,7 +3,8 @@
     CODES/cache.json              what the codes depend on, codebook size, precision
           manifest.jsonl          the videos, in the order that the codes have
           tokenizer.safetensors   the tokenizer that they come from
-          shards/a000-000000.npy  codes [videos of the shard, views, N] of one augmentation, read by memory map
+          shards/a000-000000.npy  codes [videos of the shard, views, N] of one augmentation, read by memory map;
+                                  [videos of the shard, views, N, tubelet] where all frames have codes
           shards.json             the finished shards, each with its SHA-256
 
 A clip is (place in manifest.videos, augmentation, view); `draw_clip` gives it the same frames, crop and mirroring in
@@ -58,6 +59,7 @@ def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dic
         "run.seed": config.run.seed,
         "model.patch": config.model.patch,
         "model.tubelet": config.model.tubelet,
+        "tokenizer.frames": config.tokenizer.frames,
         "tokenizer": tokenizer,
         "videos": videos.hexdigest(),
         "draws": draws.hexdigest(),
@@ -113,10 +115,10 @@ class CodeCache:
 
     def has(self, video: int, augmentation: int) -> bool:
         """Whether a clip could be decoded. video: its place in manifest.videos."""
-        return self._row(video, augmentation)[0, 0] != _absent(self.codebook_size)
+        return self._row(video, augmentation).flat[0] != _absent(self.codebook_size)
 
     def codes(self, video: Tensor, augmentation: Tensor, view: Tensor) -> Tensor:
-        """int64 [B, N] of clips given by int64 [B] on the CPU.
+        """int64 [B, N] or [B, N, tubelet] of clips given by int64 [B] on the CPU.
 
         Raises:
             ValueError: the codes of a clip are absent.
@@ -130,13 +132,13 @@ class CodeCache:
     def count_absent(self) -> int:
         """Clips (views not counted) that could not be decoded."""
         absent = _absent(self.codebook_size)
-        return sum(int((shard[:, 0, 0] == absent).sum()) for shard in self._shards.values())
+        return sum(int((_firsts(shard) == absent).sum()) for shard in self._shards.values())
 
     def histogram(self) -> Tensor:
         """How often each code occurs, int64 [V]."""
         counts = np.zeros(self.codebook_size, np.int64)
         for shard in self._shards.values():
-            present = shard[shard[:, 0, 0] != _absent(self.codebook_size)]
+            present = shard[_firsts(shard) != _absent(self.codebook_size)]
             counts += np.bincount(present.ravel(), minlength=self.codebook_size)
         return torch.from_numpy(counts)
 
@@ -182,6 +184,7 @@ class CodeCacheWriter:
                 raise UserError(f"{self.folder}: holds codes in {before['precision']}, this run computes {precision}")
             header = before
         self._header = header
+        self._code_shape = config.code_shape
         self._finished = _finished_shards(self.folder, header, verify=True, progress=progress)
         self._place: tuple[int, int] | None = None
         self._shard: NDArray[Any] = np.empty(0)
@@ -200,7 +203,7 @@ class CodeCacheWriter:
         return self._header["videos"] * self._header["augmentations"]
 
     def add(self, video: Tensor, augmentation: Tensor, view: Tensor, codes: Tensor) -> None:
-        """Codes int64 [B, N] of clips given by int64 [B], all on the CPU.
+        """Codes int64 [B, N] or [B, N, tubelet] of clips given by int64 [B], all on the CPU.
 
         Raises:
             ValueError: a clip of a shard that is finished already.
@@ -225,7 +228,7 @@ class CodeCacheWriter:
             raise ValueError(f"video: expected clips in the order of `missing`, found one of finished shard {place}")
         self._close()
         header = self._header
-        shape = _videos_in(header, place[1]), header["views"], header["tokens"]
+        shape = _videos_in(header, place[1]), header["views"], header["tokens"], *self._code_shape
         self._place = place
         self._shard = np.full(shape, _absent(header["codebook_size"]), _dtype(header["codebook_size"]))
 
@@ -249,6 +252,7 @@ def _identity(video: Video) -> tuple[Any, ...]:
 
 
 def _check_key(folder: Path, there: dict[str, Any], here: dict[str, Any], manifest: Manifest) -> None:
+    there = {"tokenizer.frames": "first"} | there  # which caches of earlier versions do not say
     for name in (name for name in [*here, *there] if there.get(name) != here.get(name)):
         if name == "videos":
             raise UserError(f"{folder}: holds codes of other videos: {_first_difference(folder, manifest)}")
@@ -318,6 +322,11 @@ def _videos_in(header: dict[str, Any], number: int) -> int:
 
 def _shard_name(augmentation: int, number: int) -> str:
     return f"a{augmentation:03d}-{number:06d}.npy"
+
+
+def _firsts(shard: NDArray[Any]) -> NDArray[Any]:
+    """The first code of each video of a shard."""
+    return shard.reshape(len(shard), -1)[:, 0]
 
 
 def _dtype(codebook_size: int) -> type[np.unsignedinteger[Any]]:

@@ -31,7 +31,18 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. The same key gives any motion the same look."""
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
-    colour = _bright_colour(rng)
+    colour = bright_colour(rng)
+    coverage = draw_coverage(motion, shape, rng)
+    return as_pixels(background[None] * (1 - coverage) + colour * coverage)
+
+
+def draw_coverage(
+    motion: str, shape: str, rng: np.random.Generator, *, camera: np.ndarray | float = 0.0, size: int = SIZE
+) -> np.ndarray:
+    """How much of each pixel a moving shape covers: float [FRAMES, size, size, 1], 0 to 1.
+
+    camera: [FRAMES, 2], pixels of a frame of SIZE to the right and down by which all of it is shifted.
+    """
     radius = rng.uniform(13, 20)
     angle = rng.uniform(0, 2 * np.pi)
     drift = rng.uniform(40, 60)  # pixels over the whole clip
@@ -40,7 +51,7 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     place = rng.uniform(0, SIZE, size=2)
 
     progress = np.linspace(-0.5, 0.5, FRAMES)
-    centre = np.repeat(place[None], FRAMES, axis=0)
+    centre = np.repeat(place[None], FRAMES, axis=0) + camera
     angles = np.full(FRAMES, angle)
     radii = np.full(FRAMES, radius)
     if motion in ("left", "right"):
@@ -54,15 +65,18 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     else:
         raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
 
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (SIZE / size)
     # What leaves on one side comes back on the other, so no place in the frame goes with a direction.
     dx, dy = (_wrapped(a[None] - centre[:, i, None, None]) for i, a in enumerate((x, y)))
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     radii = radii[:, None, None]
     # y points down, so a growing angle turns clockwise on the screen.
     distance = _distance(shape, (cos * dx + sin * dy) / radii, (cos * dy - sin * dx) / radii) * radii
-    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-    clip = background[None] * (1 - coverage) + colour * coverage
+    return np.clip(0.5 - distance * (size / SIZE), 0, 1)[..., None]
+
+
+def as_pixels(clip: np.ndarray) -> np.ndarray:
+    """0 to 1 -> uint8"""
     return np.clip(clip * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -87,7 +101,7 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(box(0, 0.6, 0.9, 0.3), box(-0.6, 0, 0.3, 0.9))
 
 
-def _bright_colour(rng: np.random.Generator) -> np.ndarray:
+def bright_colour(rng: np.random.Generator) -> np.ndarray:
     """RGB in 0.4 to 1 with one channel at 1."""
     colour = rng.uniform(0.4, 1.0, size=3)
     colour[rng.integers(3)] = 1.0
@@ -106,11 +120,14 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return background * (1 - disc) + rng.uniform(0.0, 0.25, size=3) * disc
 
 
-def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS) -> None:
-    """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames."""
+def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = 18) -> None:
+    """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames.
+
+    quality: the constant rate factor; 18 is nearly lossless, 30 leaves blocks.
+    """
     codec, options = {
-        ".mp4": ("libx264", {"preset": "veryfast", "crf": "18"}),
-        ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "18", "b:v": "0"}),
+        ".mp4": ("libx264", {"preset": "veryfast", "crf": str(quality)}),
+        ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": str(quality), "b:v": "0"}),
     }[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)

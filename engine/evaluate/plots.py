@@ -28,7 +28,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("code cross-entropy", {"loss/appearance": ""}),
+    Panel("appearance loss", {"loss/appearance": ""}),
     Panel("motion loss / that of no motion", {"loss/motion_relative": ""}, reference=1),
     Panel(
         "right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from mam2.engine.config import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.evaluate.motion_pictures import motion_pictures
+from mam2.engine.evaluate.pixel_pictures import completed_cubes, laid_out, token_cubes
 from mam2.engine.evaluate.probe import bootstrap
-from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.tokenizer import Tokenizer
@@ -23,11 +24,11 @@ from mam2.kernels import TubeMask
 @dataclass(frozen=True, kw_only=True)
 class PretextResult:
     code_accuracy: float
-    """Share of hidden tokens whose code is the likeliest one, 0 to 1."""
+    """Share of the hidden tokens' codes that are the likeliest ones, 0 to 1."""
     code_interval: tuple[float, float]
     """95 % bootstrap interval over clips."""
     commonest_code: float
-    """Share of hidden tokens that carry the commonest code: the accuracy of always answering it."""
+    """Share of the hidden tokens' codes that are the commonest one: the accuracy of always answering it."""
     relative_motion: float
     """Motion loss over that of predicting no motion; 1 means nothing learned, 0 perfect."""
     motion_interval: tuple[float, float]
@@ -38,7 +39,16 @@ class PretextResult:
 def measure_pretext(
     model: MAM2, tokenizer: Tokenizer, loader: ClipLoader, config: PretrainConfig, *, progress: bool = True
 ) -> PretextResult:
-    """Runs the pretext task, motion included, over all videos of a loader, one clip and one mask each."""
+    """Runs the pretext task, motion included, over all videos of a loader, one clip and one mask each.
+
+    Raises ValueError for a config that has no codes or no motion to predict.
+    """
+    if not config.needs_codes or config.loss.motion_target == "none":
+        raise ValueError(
+            "config: expected a MAM2 that predicts codes and motion, found loss.appearance_target "
+            f"{config.loss.appearance_target!r} and loss.motion_target {config.loss.motion_target!r}; "
+            "measure a run that has both"
+        )
     model.eval()
     right: list[Tensor] = []
     moved: list[Tensor] = []
@@ -49,8 +59,8 @@ def measure_pretext(
         video, mask = batch.clip.permute(0, 4, 1, 2, 3), evaluation_mask(batch.clip, config, first)
         first += len(video)
         latents = model.complete(video, mask)
-        codes = tokenizer.codes(video).gather(1, mask.masked)
-        right.append((model.predict_codes(latents, mask) == codes).double().mean(1).cpu())
+        codes = masked_codes(tokenizer.codes(video), mask)
+        right.append((model.predict_codes(latents, mask) == codes).double().flatten(1).mean(1).cpu())
         histogram += codes.flatten().bincount(minlength=len(histogram)).cpu()
         motion = model.predict_motion(latents, mask)
         for losses, pred in ((moved, motion), (still, torch.zeros_like(motion))):
@@ -78,7 +88,7 @@ class Strips:
     original: Tensor
     masked: Tensor
     """The original with hidden patches grey."""
-    appearance: Tensor
+    appearance: Tensor | None = None
     """What is predicted, visible patches kept: from codes decoded, or pixels."""
     codes: Tensor | None = None
     """The original's codes decoded: the best the appearance decoder could do."""
@@ -89,24 +99,33 @@ class Strips:
 
 
 @torch.no_grad()
-def reconstruct(model: MAM2, tokenizer: Tokenizer, clip: Tensor, config: PretrainConfig) -> Strips:
-    """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels."""
+def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> Strips:
+    """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels.
+
+    tokenizer: only read where codes are predicted.
+    """
     model.eval()
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     latents = model.complete(video, mask)
-    codes = tokenizer.codes(video)
-    predicted = codes.scatter(1, mask.masked, model.predict_codes(latents, mask))
     frames = clip[:, :: config.model.tubelet].float() / 255
-    height = frames.shape[2]
-
-    motion = predicted_motion = None
+    true_codes = appearance = motion = predicted_motion = None
+    if config.loss.appearance_target == "codes":
+        assert tokenizer is not None
+        codes, predicted = tokenizer.codes(video), model.predict_codes(latents, mask)
+        index = mask.masked if predicted.ndim == 2 else mask.masked[..., None].expand_as(predicted)
+        true_codes, appearance = (
+            _decoded(tokenizer, one, config) for one in (codes, codes.scatter(1, index, predicted))
+        )
+    elif config.loss.appearance_target == "pixels":
+        completed = completed_cubes(token_cubes(clip, config), mask, model.predict_pixels(latents, mask), config)
+        appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
     if config.loss.motion_target != "none":
         motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
     return Strips(
         original=frames,
         masked=hide(frames, mask, config),
-        codes=_decoded(tokenizer, codes, height),
-        appearance=_decoded(tokenizer, predicted, height),
+        codes=true_codes,
+        appearance=appearance,
         motion=motion,
         predicted_motion=predicted_motion,
     )
@@ -119,8 +138,9 @@ def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
     return torch.where(hidden, 0.5, frames)
 
 
-def _decoded(tokenizer: Tokenizer, codes: Tensor, height: int) -> Tensor:
-    images = tokenizer.decode(codes)  # [B, T', 3, h, w]
-    slots = images.shape[1]
-    images = torch.nn.functional.interpolate(images.flatten(0, 1), size=(height, height), mode="bilinear")
+def _decoded(tokenizer: Tokenizer, codes: Tensor, config: PretrainConfig) -> Tensor:
+    images = tokenizer.decode(codes)  # [B, T' or T, 3, h, w]
+    slots, size = config.grid[0], config.data.size
+    images = images[:, :: images.shape[1] // slots].flatten(0, 1)
+    images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear")
     return rearrange(images.clamp(0, 1), "(b t) c h w -> b t h w c", t=slots)

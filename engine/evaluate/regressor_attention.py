@@ -18,7 +18,11 @@ def regressor_attention(model: MAM2, video: Tensor, mask: TubeMask) -> Tensor:
 
     softmax(q kᵀ / √K) from the queries and keys of each block, the mean over heads and blocks. A row sums to 1 where
     keys are the visible latents only, to less where hidden tokens are keys as well: the rest is read from those.
+
+    Raises ValueError for a model without a regressor.
     """
+    if not model.regressor.blocks:
+        raise ValueError("model: expected a regressor with blocks, found none; it has no attention to show")
     maps: list[Tensor] = []
     with ExitStack() as hooks:
         for block in model.regressor.blocks:

@@ -104,9 +104,13 @@ def _look(path: Path, manifest: Manifest, device: torch.device, tokenizer: Path 
     model, config = load_pretrained(path, device, stride=stride)
     predict: Callable[[Tensor], Strips]
     if isinstance(model, MAM2):
-        codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
-        if codes.codebook_size != (answers := model.appearance_decoder.head.out_features):
-            raise UserError(f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own")
+        codes = None
+        if config.needs_codes:
+            codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
+            if codes.codebook_size != (answers := model.codebook_size):
+                raise UserError(
+                    f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
+                )
 
         def predict(clip: Tensor) -> Strips:
             return reconstruct(model, codes, clip, config)
@@ -121,7 +125,9 @@ def _look(path: Path, manifest: Manifest, device: torch.device, tokenizer: Path 
             clip = batch.clip.to(device)
             mask, strips = evaluation_mask(clip, config), predict(clip)
             video = clip.permute(0, 4, 1, 2, 3)
-            attention = regressor_attention(model, video, mask)[0].cpu() if isinstance(model, MAM2) else None
+            attention = None
+            if isinstance(model, MAM2) and model.regressor.blocks:
+                attention = regressor_attention(model, video, mask)[0].cpu()
             panels = {name: pictures[0].float().cpu() for name, pictures in shown(strips).items()}
             marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
             if attention is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Set
 from pathlib import Path
@@ -161,8 +162,11 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
         return load_classifier(file)[0]
     config = checkpoint.read_config(file)
     if config.model.objective == "mam2":
-        with safe_open(file, framework="pt") as tensors:
-            codes = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
+        codes = 0
+        if config.needs_codes:
+            with safe_open(file, framework="pt") as tensors:
+                rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
+            codes = rows // math.prod(config.code_shape)
         model: MAM2 | VideoMAE = MAM2(config, codes)
     else:
         model = VideoMAE(config)

@@ -51,6 +51,10 @@ def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
             "decoder": Shape(batch, visible + masked, visible + masked, decoder.heads, decoder.width // decoder.heads)
         }
     regressor = model.regressor
+    if not regressor.depth:
+        return parts | {
+            "decoders": Shape(batch, visible + masked, visible + masked, decoder.heads, decoder.width // decoder.heads)
+        }
     keys = visible + (masked if regressor.keys == "all" else 0)
     return parts | {
         "regressor": Shape(batch, masked, keys, regressor.heads, regressor.width // regressor.heads),

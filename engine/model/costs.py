@@ -57,7 +57,7 @@ def part_costs(
 
     Args:
         config: a run's config.
-        codes: codebook size V; MAM2 only.
+        codes: codebook size V; only where codes are predicted.
         tokenizer: what computes the codes within the step; None where they are read from a cache.
         item_bytes: of what the matrix products read and write.
     """
@@ -81,24 +81,30 @@ def part_costs(
         gradient = Cost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
         return linear(masked, width, outputs, item_bytes) + gradient
 
+    tokens = visible + masked
     if model.objective != "mam2":
-        tokens = visible + masked
         project = linear(visible, model.width, width, item_bytes, bias=False) + Cost(parameters=width)
         return parts | {"decoder": project + decoder(tokens), "head and pixel loss": pixel_head(values)}
-    parts |= {
-        "regressor": regressor(config, visible, masked, item_bytes),
-        "appearance decoder": decoder(masked),
-        "code head and loss": code_head(masked, width, codes, item_bytes),
-    }
+    decoded = masked
+    if model.regressor.depth:
+        parts["regressor"] = regressor(config, visible, masked, item_bytes)
+    else:
+        parts["projection"] = projection(config, visible, item_bytes)
+        decoded = tokens
+    if config.loss.appearance_target == "codes":
+        heads = code_head(masked, width, codes, item_bytes) * math.prod(config.code_shape)
+        parts |= {"appearance decoder": decoder(decoded), "code head and loss": heads}
+    elif config.loss.appearance_target == "pixels":
+        parts |= {"appearance decoder": decoder(decoded), "pixel head and loss": pixel_head(values)}
     if motion := motion_values(config.loss.motion_target, config.patch_size):
-        parts |= {"motion decoder": decoder(masked), "motion head and loss": pixel_head(motion)}
+        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         if model.width != model.regressor.width:
             target += linear(masked, model.width, model.regressor.width, item_bytes)
         parts["alignment"] = Cost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
     if tokenizer:
-        parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.grid[0]
+        parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.tokenized_frames
         parts["tokenizer"] = dataclasses.replace(
             parts["tokenizer"], parameters=tokenizer_image(tokenizer, config.grid[1:], item_bytes).parameters
         )
@@ -132,6 +138,12 @@ def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
     return total
 
 
+def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
+    """From the encoder's width to the regressor's, where they differ, and the mask token."""
+    width, cost = config.model.regressor.width, Cost(parameters=config.model.regressor.width)
+    return cost if config.model.width == width else cost + linear(visible, config.model.width, width, item_bytes)
+
+
 def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> Cost:
     sizes = config.model.regressor
     width, everything = sizes.width, sizes.keys == "all"
@@ -147,12 +159,10 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
         + mlp(masked, width, config.model.mlp_ratio, item_bytes)
     )
     inputs = (masked + (keys if everything else 0)) * width
-    total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes) + Cost(parameters=width)
+    total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
     if not everything and not config.run.recompute:  # every block's values start from the same visible latents
         total += Cost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
-    if config.model.width != width:
-        total += linear(visible, config.model.width, width, item_bytes)
-    return total
+    return total + projection(config, visible, item_bytes)
 
 
 def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:

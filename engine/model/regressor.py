@@ -18,7 +18,7 @@ class Regressor(nn.Module):
 
     Args:
         input_width: D. Another width than `width` adds a linear projection.
-        width, depth, heads, mlp_ratio: of the blocks.
+        width, depth, heads, mlp_ratio: of the blocks. Depth 0 completes nothing: it hands on what a decoder needs to.
         keys: `all`: each block's keys and values are the visible latents and the current masked states, so masked
             tokens hear of each other; `visible`: the visible latents only, so each is completed by itself.
     """
@@ -40,7 +40,8 @@ class Regressor(nn.Module):
         self.project = nn.Identity() if input_width == width else nn.Linear(input_width, width)
         self.mask_token = mask_token(width)
         self.blocks = nn.ModuleList(RegressorBlock(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = layer_norm(width)
+        if depth:
+            self.norm = layer_norm(width)
         initialize(self)
 
     def forward(self, visible: Tensor, visible_positions: Tensor, masked_positions: Tensor) -> Tensor:
@@ -51,11 +52,13 @@ class Regressor(nn.Module):
             visible_positions, masked_positions: [B, Nv, Dr] and [B, Nm, Dr].
 
         Returns:
-            [B, Nm, Dr]
+            [B, Nm, Dr]; at depth 0 the projected visible latents and the mask tokens, [B, Nv + Nm, Dr].
         """
         visible = self.project(visible)
         batch, masked_count, _ = masked_positions.shape
         masked = self.mask_token.expand(batch, masked_count, -1)
+        if not self.blocks:
+            return torch.cat([visible, masked], dim=1)
         context, context_positions = visible, visible_positions
         if self.keys == "all":
             context_positions = torch.cat([visible_positions, masked_positions], dim=1)

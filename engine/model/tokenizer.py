@@ -1,7 +1,8 @@
-"""The tokenizer: one VQGAN code per token of a clip, its name for how that token looks.
+"""The tokenizer: VQGAN codes of the tokens of a clip, its names for how they look.
 
-Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, V codes.
-A token's code is that of its first frame, resized so that the code map is exactly H'×W'.
+Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, F codes a token, V codes.
+A token's code is that of its first frame, or there is one of each of its frames; frames are resized so that the code
+map is exactly H'×W'. Without the dimension F only first frames have codes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Tokenizer(nn.Module):
         vqgan: set to evaluation and frozen here.
         grid: tokens along time, height and width (T', H', W').
         precision: of the convolutions. Codes are chosen in float32 from what they give; bfloat16 changes some of them.
+        frames: `first`: one code a token; `all`: F, one of each of its frames.
         images_per_pass: frames that go through the network at once; bounds its memory.
         compiled: makes a faster function of the one from images to codes, `torch.compile` for example.
     """
@@ -34,6 +36,7 @@ class Tokenizer(nn.Module):
         grid: tuple[int, int, int],
         precision: Literal["float32", "bfloat16"] = "float32",
         *,
+        frames: Literal["first", "all"] = "first",
         images_per_pass: int = 64,
         compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
@@ -44,6 +47,7 @@ class Tokenizer(nn.Module):
         self.vqgan: VQGAN = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.grid = grid
         self.precision = precision
+        self.frames = frames
         self.images_per_pass = images_per_pass
         self._image_codes = compiled(self.vqgan.codes) if compiled else self.vqgan.codes
 
@@ -54,15 +58,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, video: Tensor) -> Tensor:
-        """Codes of every token: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> [B, N] int64.
+        """Codes of every token: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
 
         Raises:
             ValueError: T is not a multiple of the grid's T'.
         """
-        frames = self._first_frames(video)
         with self._autocast(video.device):
-            maps = [self._image_codes(part) for part in frames]
-        return torch.cat(maps).view(len(video), -1)
+            maps = [self._image_codes(part) for part in self._images(video)]
+        return self._by_token(torch.cat(maps), len(video))
 
     @torch.no_grad()
     def changed_share(self, video: Tensor) -> float:
@@ -71,31 +74,43 @@ class Tokenizer(nn.Module):
         # cuDNN's float32 convolutions round to TF32 unless they are told not to.
         exact: AbstractContextManager[Any] = torch.backends.cudnn.flags(allow_tf32=False) if cuda else nullcontext()
         with exact, torch.autocast(video.device.type, enabled=False):
-            expected = torch.cat([self.vqgan.codes(part) for part in self._first_frames(video)])
-        return float((self.codes(video) != expected.view(len(video), -1)).float().mean())
+            expected = torch.cat([self.vqgan.codes(part) for part in self._images(video)])
+        return float((self.codes(video) != self._by_token(expected, len(video))).float().mean())
 
-    def _first_frames(self, video: Tensor) -> Iterator[Tensor]:
-        """Each slot's first frame at the VQGAN's scale and range, in parts [images_per_pass or fewer, 3, h, w]."""
+    def _by_token(self, maps: Tensor, clips: int) -> Tensor:
+        """Code maps [B·T'·F, H', W'] -> [B, N] or [B, N, F]."""
+        slots, rows, columns = self.grid
+        codes = maps.view(clips, slots, -1, rows * columns).transpose(2, 3).flatten(1, 2)
+        return codes if self.frames == "all" else codes.squeeze(2)
+
+    def _images(self, video: Tensor) -> Iterator[Tensor]:
+        """The frames that have codes at the VQGAN's scale and range, in parts [images_per_pass or fewer, 3, h, w]."""
         slots, rows, columns = self.grid
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % slots:
             raise ValueError(
                 f"video: expected [B, 3, T, H, W] with T a multiple of {slots}, found {tuple(video.shape)}; "
                 "give the tokenizer the grid of these clips"
             )
-        frames = video[:, :, :: video.shape[2] // slots].transpose(1, 2).flatten(0, 1)
+        step = 1 if self.frames == "all" else video.shape[2] // slots
+        frames = video[:, :, ::step].transpose(1, 2).flatten(0, 1)
         height, width = rows * self.vqgan.config.factor, columns * self.vqgan.config.factor
         return (_prepare(part, height, width) for part in frames.split(self.images_per_pass))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes: [B, N] int64 -> [B, T', 3, h, w] float32 in [0, 1], at the VQGAN's own scale."""
+        """Pictures of codes, at the VQGAN's own scale, float32 in [0, 1].
+
+        [B, N] int64 -> [B, T', 3, h, w] of first frames; [B, N, F] -> [B, T'·F, 3, h, w] of all.
+        """
         slots, rows, columns = self.grid
-        if codes.ndim != 2 or codes.shape[1] != slots * rows * columns:
-            raise ValueError(f"codes: expected [B, {slots * rows * columns}], found {tuple(codes.shape)}")
-        maps = codes.view(-1, rows, columns).split(self.images_per_pass)
+        if codes.ndim not in (2, 3) or codes.shape[1] != slots * rows * columns:
+            tokens = slots * rows * columns
+            raise ValueError(f"codes: expected [B, {tokens}] or [B, {tokens}, F], found {tuple(codes.shape)}")
+        by_frame = codes.reshape(len(codes), slots, rows * columns, -1).transpose(2, 3)
+        maps = by_frame.reshape(-1, rows, columns).split(self.images_per_pass)
         with self._autocast(codes.device):
             images = torch.cat([self.vqgan.decode(part).float() for part in maps])
-        return ((images + 1) / 2).clamp(0, 1).view(len(codes), slots, *images.shape[1:])
+        return ((images + 1) / 2).clamp(0, 1).view(len(codes), -1, *images.shape[1:])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")

@@ -30,15 +30,18 @@ class CodeSource:
     codebook_size: int
     """V: codes are 0 to V - 1."""
     codes: Callable[[Batch], Tensor]
-    """Codes int64 [B, N] of a batch, on its device."""
+    """Codes of a batch, on its device: int64 [B, N] or [B, N, F], see `Tokenizer`."""
     tokenizer: VQGANConfig | None = None
     """Of the network that a step runs for them; None where none does."""
 
 
 def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, progress: bool = True) -> CodeCache | None:
-    """The cache that `config.tokenizer.cache` names, None for none. UserError where it is not one for this run."""
+    """The cache that `config.tokenizer.cache` names, None where there is none or the run predicts no codes.
+
+    Raises UserError where it is not one for this run.
+    """
     options = config.tokenizer
-    if not options.cache:
+    if not options.cache or not config.needs_codes:
         return None
 
     def check() -> None:
@@ -103,7 +106,7 @@ def online(tokenizer: Tokenizer, say: Say) -> CodeSource:
 def with_codes(
     batches: Iterator[Batch], source: CodeSource | None, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches with their codes int64 [B, N], or with None where there is no source.
+    """Batches with their codes, or with None where there is no source.
 
     On a GPU they are computed on a stream of their own. It does not wait for the step before, which the host has only
     queued when the next batch is asked for: so the two run side by side.

@@ -1,4 +1,4 @@
-"""What a step learns: MAM2's losses behind one regressor, or VideoMAE's pixels.
+"""What a step learns: MAM2's losses on the same latents, or VideoMAE's pixels.
 
 MAM2's latents are handed to each loss through a fork. On the way back it sees every loss's gradient there side by side:
 it notes their norms, can bring them into a set proportion, and passes on their sum. With fixed weights that is the
@@ -7,6 +7,7 @@ ordinary gradient of the weighted losses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mam2.engine.config import LossConfig, PretrainConfig
-from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import TubeMask
@@ -27,9 +28,9 @@ Values = dict[str, Tensor]
 class Objective(nn.Module):
     """A model with its losses.
 
-    Called with a video [B, C, T, H, W] uint8, its mask and its codes [B, N] int64 (None where the objective needs
-    none); returns the weighted loss, to be backpropagated, and as 0-d tensors each loss and, with `inspect`, costlier
-    figures. All of it happens in one call, so that FSDP2 has the weights at hand.
+    Called with a video [B, C, T, H, W] uint8, its mask and its codes int64 [B, N] or [B, N, F] (None where the
+    objective needs none); returns the weighted loss, to be backpropagated, and as 0-d tensors each loss and, with
+    `inspect`, costlier figures. All of it happens in one call, so that FSDP2 has the weights at hand.
     """
 
     def gradient_norms(self) -> Values:
@@ -64,6 +65,7 @@ class MAM2Objective(Objective):
         self._loss: LossConfig = config.loss
         self._complete = compiled(model.complete)
         self._appearance = compiled(model.appearance_loss)
+        self._pixels = compiled(model.pixel_loss)
         self._motion = compiled(model.motion_loss)
         balanced = config.loss.balance == "gradient"
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
@@ -71,41 +73,44 @@ class MAM2Objective(Objective):
     def forward(
         self, video: Tensor, mask: TubeMask, codes: Tensor | None, *, inspect: bool = False
     ) -> tuple[Tensor, Values, Values]:
-        assert codes is not None
         weights = self._loss
         latents = self._complete(video, mask)
         for_appearance, for_motion, for_alignment = cast(
             tuple[Tensor, Tensor, Tensor], _Fork.apply(latents, self._balance)
         )
-        appearance = self._appearance(for_appearance, mask, codes)
-        values = {"loss/appearance": appearance.detach()}
-        total = weights.appearance * appearance
+        losses: Values = {}
+        if weights.appearance_target == "codes":
+            assert codes is not None
+            losses["appearance"] = self._appearance(for_appearance, mask, codes)
+        elif weights.appearance_target == "pixels":
+            losses["appearance"] = self._pixels(for_appearance, mask, video)
         if weights.motion_target != "none":
-            motion = self._motion(for_motion, mask, video)
-            values["loss/motion"] = motion.detach()
-            total = total + weights.motion * motion
+            losses["motion"] = self._motion(for_motion, mask, video)
         if weights.alignment:
-            alignment = self.model.alignment_loss(for_alignment, mask, video)
-            values["loss/alignment"] = alignment.detach()
-            total = total + weights.alignment * alignment
+            losses["alignment"] = self.model.alignment_loss(for_alignment, mask, video)
+        total = functools.reduce(torch.add, [getattr(weights, name) * loss for name, loss in losses.items()])
+        values = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         return total, values, self._inspect(video, mask, codes) if inspect else {}
 
     def gradient_norms(self) -> Values:
-        """Of the weighted losses at the regressor's output."""
+        """Of the weighted losses at the decoders' common input."""
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
 
     @torch.no_grad()
-    def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor) -> Values:
+    def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
         """Share of right codes, that of always answering the batch's commonest code, and the motion loss over that of
-        predicting no motion (1: nothing learned)."""
+        predicting no motion (1: nothing learned); of each what the targets are."""
         latents = self.model.complete(video, mask)
-        masked_codes = codes.gather(1, mask.masked)
-        right = (self.model.predict_codes(latents, mask) == masked_codes).float().mean()
-        answers = masked_codes.flatten()
-        # bincount would wait for the device to learn its size
-        counts = answers.new_zeros(self.model.appearance_decoder.head.out_features)
-        counts.scatter_add_(0, answers, torch.ones_like(answers))
-        figures = {"accuracy/codes": right, "accuracy/commonest_code": counts.max() / answers.numel()}
+        figures = {}
+        if self._loss.appearance_target == "codes":
+            assert codes is not None
+            answers = masked_codes(codes, mask)
+            right = (self.model.predict_codes(latents, mask) == answers).float().mean()
+            answers = answers.flatten()
+            # bincount would wait for the device to learn its size
+            counts = answers.new_zeros(self.model.codebook_size)
+            counts.scatter_add_(0, answers, torch.ones_like(answers))
+            figures = {"accuracy/codes": right, "accuracy/commonest_code": counts.max() / answers.numel()}
         if self._loss.motion_target != "none":
             motion = self.model.predict_motion(latents, mask)
             loss, still = (
@@ -119,15 +124,16 @@ class MAM2Objective(Objective):
 class Balance:
     """Norms of two gradients, and the factor that brings the first to `proportion` times the second (None: 1).
 
-    Without a motion target there is the first alone.
+    Where one of the two has no target, there is the other alone.
     """
 
     def __init__(self, proportion: float | None) -> None:
         self.proportion = proportion
         self.norms: Values = {}
 
-    def factor(self, appearance: Tensor, motion: Tensor | None) -> Tensor | None:
-        gradients = {"appearance": appearance} if motion is None else {"appearance": appearance, "motion": motion}
+    def factor(self, appearance: Tensor | None, motion: Tensor | None) -> Tensor | None:
+        both = {"appearance": appearance, "motion": motion}
+        gradients = {name: gradient for name, gradient in both.items() if gradient is not None}
         norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
         if dist.is_available() and dist.is_initialized():
             squares = norms.square()
@@ -136,7 +142,8 @@ class Balance:
         self.norms = dict(zip(gradients, norms.unbind(), strict=True))
         if self.proportion is None:
             return None
-        return (self.proportion * norms[1] / (norms[0] + 1e-12)).to(appearance.dtype)
+        assert appearance is not None
+        return (self.proportion * self.norms["motion"] / (self.norms["appearance"] + 1e-12)).to(appearance.dtype)
 
 
 class _Fork(torch.autograd.Function):
@@ -145,15 +152,13 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, balance: Balance) -> tuple[Tensor, Tensor, Tensor]:
         ctx.balance = balance
-        ctx.set_materialize_grads(False)  # there may be no alignment
+        ctx.set_materialize_grads(False)  # not every loss need be there
         return latents.view_as(latents), latents.view_as(latents), latents.view_as(latents)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
         appearance, motion, alignment = gradients
-        assert appearance is not None
         factor = ctx.balance.factor(appearance, motion)
-        gradient = appearance if factor is None else appearance * factor
-        if motion is not None:
-            gradient = gradient + motion
-        return gradient if alignment is None else gradient + alignment, None
+        if appearance is not None and factor is not None:
+            appearance = appearance * factor
+        return functools.reduce(torch.add, [part for part in (appearance, motion, alignment) if part is not None]), None

@@ -80,7 +80,7 @@ class Plan:
         clips, item = self.clips_a_pass, self.dtype.itemsize
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
-        frames = min(IMAGES_PER_PASS, clips * self.config.grid[0])
+        frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
         tokenizer = self.parts.get("tokenizer", costs.Cost())
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
@@ -90,7 +90,7 @@ class Plan:
             "gradients": state,
             "AdamW's moments": 2 * state,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
-            "activations": max(held, tokenizer.held_bytes * frames / self.config.grid[0]),
+            "activations": max(held, tokenizer.held_bytes * frames / self.config.tokenized_frames),
             "clips": float(batches),
         }
 
@@ -116,7 +116,7 @@ class Plan:
     def report(self, videos: int = 0) -> str:
         """The lines that `mam2 plan` prints."""
         config = self.config
-        data, model, grid = config.data, config.model, config.grid
+        data, grid = config.data, config.grid
         tokens = math.prod(grid)
         masked = config.masked_tokens
         dtype = str(self.dtype).removeprefix("torch.")
@@ -125,7 +125,7 @@ class Plan:
             f"step     {config.optim.batch} clips: {self.clips_a_pass} a pass, {passes(config, self.gpus)} passes on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]
-        if model.objective == "mam2":
+        if config.needs_codes:
             lines.append(f"codes    {self.source}")
         lines += ["", "a clip                  parameters    forward   backward   memory traffic   activations held"]
         lines += [_row(name, cost) for name, cost in self.parts.items()]
@@ -188,7 +188,7 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
             machine = f"{torch.cuda.get_device_name(device)} (measured product)"
             memory = torch.cuda.get_device_properties(device).total_memory / 2**30
     tokenizer, source = None, ""
-    if config.model.objective == "mam2":
+    if config.needs_codes:
         tokenizer, source = _tokenizer(config)
     in_step = None if config.tokenizer.cache else tokenizer
     return Plan(
@@ -201,7 +201,9 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
         memory_gib=memory,
         utilisation=utilisation or UTILISATION[device.type],
         gpus=gpus,
-        source=source + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+        source=source
+        + (", one of each frame" if config.tokenizer.frames == "all" else "")
+        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
     )
 
 

@@ -1,7 +1,8 @@
-"""Pre-training: video files → clips → codes → MAM2 (or VideoMAE) → checkpoints.
+"""Pre-training: video files → clips (→ codes) → MAM2 or VideoMAE → checkpoints.
 
 The clips and masks of a step are a pure function of (seed, step). Started by torchrun, every process works on its part
-of each batch; rank 0 writes the run folder, in which `tokenizer.safetensors` lies beside what every run has.
+of each batch; rank 0 writes the run folder, in which the tokenizer of a run that predicts codes lies beside what every
+run has, as `tokenizer.safetensors`.
 """
 
 from __future__ import annotations
@@ -63,16 +64,18 @@ class _Pretraining:
     def __init__(self, session: Session[PretrainConfig], data: Path) -> None:
         config, world, device = session.config, session.world, session.device
         self.title, self.shown = "pre-training", SHOWN
+        if config.loss.appearance_target == "pixels":
+            self.shown = SHOWN | {"loss/appearance": SHOWN["loss/pixels"]}
         self.notes: dict[str, str] = {}
         named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
-        if config.tokenizer.path and config.model.objective == "mam2":
+        if config.tokenizer.path and config.needs_codes:
             world.share(lambda: named.append(load_vqgan(config.tokenizer.path)))
         manifest = session.read_videos(data)
         cache = open_cache(config, manifest, world, progress=session.progress)
         self.loader = session.open_loader(cache.has if cache else None)
         self._device = device
         self._codes = None
-        if config.model.objective == "mam2":
+        if config.needs_codes:
             self._codes = prepare_codes(
                 config,
                 self.loader,
@@ -100,7 +103,8 @@ class _Pretraining:
                 list(choose(config, clips, device, dtype, session.folder))
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
-        model = MAM2(config, self._codes.codebook_size) if self._codes else VideoMAE(config)
+        codes = self._codes.codebook_size if self._codes else 0
+        model = MAM2(config, codes) if config.model.objective == "mam2" else VideoMAE(config)
         self.take = TrainStep(config, model, device, world)
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor | None]]:

@@ -41,8 +41,12 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
         UserError: a config without codes or recorded augmentations, or a folder that holds other codes.
     """
     check(config)
-    if config.model.objective != "mam2":
-        raise UserError(f"model.objective {config.model.objective!r} has no codes to predict: nothing to tokenize")
+    if not config.needs_codes:
+        objective = config.model.objective
+        which = f"loss.appearance_target {config.loss.appearance_target!r}"
+        if objective != "mam2":
+            which = f"model.objective {objective!r}"
+        raise UserError(f"{which} has no codes to predict: nothing to tokenize")
     if not config.data.recorded:
         raise UserError("data.recorded is 0: set it to the number of augmentations of each video to tokenize")
     if config.tokenizer.cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def build_tokenizer(
 ) -> Tokenizer:
     """A VQGAN laid over a run's token grid, in the precision of the run."""
     rounded = matmul_dtype(config.run, device) == torch.bfloat16
-    return Tokenizer(vqgan.to(device), config.grid, "bfloat16" if rounded else "float32", compiled=compiled)
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
+    return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
 
 
 def train_tokenizer(

@@ -1,0 +1,334 @@
+"""Does MAM2 need fewer epochs than VideoMAE, and less time? `make convergence`, or `python -m benchmarks.convergence`.
+
+    prepare    hard synthetic clips as files, decoded once; a tokenizer, and its codes (seconds and FLOPs noted)
+    steps      a training step of every variant, all taking turns: the seconds of a training are its steps times that
+    sweep      the same learning rates for both methods, chosen by a linear probe on validation clips
+    main       both methods at several budgets of epochs, each a training with its own schedule; probe and fine-tuning
+    ablations  one change of MAM2 each, at one budget
+    real       both methods on labelled real clips (--real-train, --real-test), where there are any
+
+Trainings run side by side, one on each CPU core (on a GPU one after the other). Every one that is done is kept in
+OUT/trials.jsonl: an interrupted run goes on where it stopped. OUT gets results.json, the page and its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.trials import prepared, trial
+from benchmarks.trials.clips import write_hard_dataset
+from benchmarks.trials.report import write_page
+from benchmarks.trials.settings import ABLATIONS, METHODS, SETTINGS, Setting, finetuning, pretraining
+from mam2.engine.config import check
+from mam2.engine.model.costs import step_flops
+from mam2.engine.train.runtime import pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "convergence.md"
+PACKAGES = ("mam2", "torch", "numpy")
+TIMED_ROUNDS = 8
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    group: str
+    variant: str
+    changes: tuple[tuple[str, Any], ...]
+    epochs: float
+    base_lr: float
+    seed: int
+    finetuned: bool = False
+    data: str = "synthetic"
+    family: str = ""
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        return json.dumps(dataclasses.astuple(self))
+
+
+class Run:
+    """A run in its folder, with what it has done so far."""
+
+    def __init__(self, setting: Setting, out: Path, real: tuple[Path, Path] | None) -> None:
+        self.setting, self.out, self.real = setting, out, real
+        self.workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        self.steps_ms: dict[str, float] = {}
+        self.done: dict[str, dict[str, Any]] = {}
+        self.start = time.time()
+        file = out / "trials.jsonl"
+        if file.is_file():
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            self.done = {line["key"]: line for line in lines}
+
+    def prepare(self) -> None:
+        base = pretraining(self.setting, {})
+        videos = self.out / "videos"
+        write_hard_dataset(videos, self.setting.counts, size=64 if base.data.size <= 64 else 128)
+        sources = {"synthetic": {split: videos / split for split in SPLITS}}
+        if self.real:
+            sources["real"] = {"train": self.real[0], "test": self.real[1]}
+        for name, paths in sources.items():
+            prepared.prepare(paths, self.out / name, base, recorded=self.setting.recorded, views=self.setting.views)
+
+    def real_epochs(self) -> float:
+        """Passes over the real training clips that `real_steps` make, 0 without such clips."""
+        if not self.real:
+            return 0.0
+        batch = pretraining(self.setting, {}).optim.batch
+        return self.setting.real_steps * batch / len(prepared.load(self.out / "real").splits["train"].labels)
+
+    def measure(self, jobs: Iterable[Job]) -> None:
+        """Milliseconds of a step of every variant, in a process of its own with nothing beside it."""
+        file = self.out / "steps.json"
+        variants = {job.variant: job for job in jobs}
+        if file.is_file():
+            self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
+        if variants.keys() - self.steps_ms.keys():
+            with self._pool(1) as pool:
+                self.steps_ms = pool.submit(_measure, self.setting, self.out, list(variants.values())).result()
+            file.write_text(json.dumps(self.steps_ms, indent=1), encoding="utf-8")
+
+    def train(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """What came of the jobs; runs those that are not done."""
+        left = [job for job in jobs if job.key not in self.done]
+        with self._pool(self.workers) as pool, (self.out / "trials.jsonl").open("a", encoding="utf-8") as file:
+            running = {pool.submit(_train, self.setting, self.out, job): job for job in left}
+            bar = tqdm(as_completed(running), total=len(left), desc="trainings", unit="training")
+            for future in bar:
+                job, found = running[future], future.result()
+                self.done[job.key] = {"key": job.key, **dataclasses.asdict(job), **found}
+                file.write(json.dumps(self.done[job.key]) + "\n")
+                file.flush()
+                bar.set_postfix_str(f"{job.group} {job.label or job.variant}: {100 * found['probe']:.1f} %")
+        return [self.done[job.key] for job in jobs]
+
+    def _pool(self, workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread, (self.workers,))
+
+    def results(self, jobs: list[Job]) -> dict[str, Any]:
+        """What the report is made of."""
+        facts = {
+            name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8"))
+            for name in ("synthetic", *(["real"] if self.real else []))
+        }
+        trials = [self._trial(job, facts[job.data]) for job in jobs if job.group != "random"]
+        random: dict[str, dict[str, list[float]]] = {}
+        for job in jobs:
+            if job.group == "random":
+                measures = random.setdefault(job.data, {"probe": [], "finetune": []})
+                for measure, found in measures.items():
+                    found.append(self.done[job.key][measure])
+        return {
+            "machine": _machine(self.workers),
+            "setting": self.setting.name,
+            "date": datetime.date.today().isoformat(),
+            "wall_s": time.time() - self.start,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "data": {name: {"validation": 0, **fact["videos"], "classes": fact["classes"]}
+                     for name, fact in facts.items()},
+            "preparation": {name: facts["synthetic"][name] for name in
+                            ("tokenizer_s", "tokenize_s", "tokenizer_flops", "tokenize_flops")},
+            "steps_ms": self.steps_ms,
+            "trials": trials,
+            "random": random,
+        }  # fmt: skip
+
+    def _trial(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in self.done[job.key].items() if name not in ("key", "changes")}
+        config = _config(self.setting, job)
+        codes = facts["codebook_size"] if config.needs_codes else 0
+        frames = config.model.tubelet if config.code_shape else 1
+        clips = found["steps"] * config.optim.batch
+        step_s = self.steps_ms[job.variant] / 1000
+        tokenize = {unit: frames * facts[f"tokenize_{unit}"] for unit in ("s", "flops")}
+        return found | {
+            "changes": dict(job.changes),
+            "step_ms": self.steps_ms[job.variant],
+            "train_s": found["steps"] * step_s,
+            "epoch_s": found["steps"] / job.epochs * step_s,
+            "flops": float(sum(step_flops(config, codes).values()) * clips),
+            "preparation_s": facts["tokenizer_s"] + tokenize["s"] if codes else 0.0,
+            "preparation_flops": facts["tokenizer_flops"] + tokenize["flops"] if codes else 0.0,
+        }
+
+
+def _config(setting: Setting, job: Job) -> Any:
+    # a video in v views is v clips: the same number of steps for every variant
+    views = dict(job.changes).get("data.views", 1)
+    values = {"optim.epochs": job.epochs / views, "optim.base_lr": job.base_lr, "run.seed": job.seed}
+    config = pretraining(setting, {**dict(job.changes), **values})
+    check(config)
+    return config
+
+
+def _one_thread(processes: int) -> None:
+    if processes > 1:
+        torch.set_num_threads(1)
+
+
+def _train(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
+    """In a process of its own: one training with what is measured of it."""
+    clips, config = prepared.load(out / job.data), _config(setting, job)
+    start = time.perf_counter()
+    if job.group == "random":
+        encoder: Any = trial.pretraining(config, clips).model.encoder
+        pretrained = trial.Pretrained(encoder, 0, {})
+    else:
+        pretrained = trial.pretrain(config, clips)
+    trained_s = time.perf_counter() - start
+    accuracy = trial.probe(pretrained.encoder, clips, config)
+    tuned = None
+    if job.finetuned:
+        tuned = trial.finetune(pretrained.encoder, clips, finetuning(setting, config))
+    return {
+        "steps": pretrained.steps,
+        "losses": pretrained.losses,
+        "probe": accuracy["test"],
+        "probe_validation": accuracy.get("validation", accuracy["test"]),
+        "finetune": tuned,
+        "wall_s": trained_s,
+    }
+
+
+def _measure(setting: Setting, out: Path, jobs: list[Job]) -> dict[str, float]:
+    """Median milliseconds of a step, round by round, so that a change of clocks meets all variants."""
+    clips = {job.data: prepared.load(out / job.data) for job in jobs}
+    takes = {job.variant: _stepper(setting, job, clips[job.data]) for job in jobs}
+    samples: dict[str, list[float]] = {variant: [] for variant in takes}
+    for number in tqdm(range(TIMED_ROUNDS + 2), desc="steps", unit="round"):
+        for variant, take in takes.items():
+            elapsed = next(take)
+            if number >= 2:  # the first two warm up
+                samples[variant].append(elapsed)
+    return {variant: 1000 * statistics.median(found) for variant, found in samples.items()}
+
+
+def _stepper(setting: Setting, job: Job, clips: prepared.Prepared) -> Iterator[float]:
+    """Seconds of one step after the other."""
+    config = _config(setting, job)
+    take, stream = trial.pretraining(config, clips), trial.batches(config, clips)
+    cuda = pick_device(config.run).type == "cuda"
+    step = 0
+    while True:
+        start = time.perf_counter()
+        take(step, [next(stream)], 1e-4, inspect=False)
+        if cuda:
+            torch.cuda.synchronize()
+        yield time.perf_counter() - start
+        step += 1
+
+
+def _machine(workers: int) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{workers} cores of {model}"
+
+
+def sweep_jobs(setting: Setting) -> list[Job]:
+    return [
+        Job("sweep", method, tuple(changes.items()), setting.sweep_epochs, rate, 100)
+        for rate in setting.rates
+        for method, changes in METHODS.items()
+    ]
+
+
+def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float = 0.0) -> list[Job]:
+    """All but the sweep, the longest first, so that no core is idle at the end. real_epochs: 0 without real clips."""
+    jobs = [
+        Job("main", method, tuple(changes.items()), epochs, rates[method], seed, finetuned=True)
+        for epochs in sorted(setting.budgets, reverse=True)
+        for seed in range(setting.seeds)
+        for method, changes in METHODS.items()
+    ]
+    if real_epochs:
+        jobs += [
+            Job("real", method, tuple(changes.items()), real_epochs, rates[method], seed, finetuned=True, data="real")
+            for seed in range(setting.seeds)
+            for method, changes in METHODS.items()
+        ]
+    jobs += [
+        Job("ablation", label or "mam2", tuple(changes.items()), setting.ablation_epochs, rates["mam2"], seed,
+            family=family, label=label or "default")
+        for seed in range(setting.ablation_seeds)
+        for family, label, changes in (("default", "", {}), *ABLATIONS)
+    ]  # fmt: skip
+    jobs += [
+        Job("random", "random", (), 1.0, rates["mam2"], seed, finetuned=True, data=data)
+        for data in ("synthetic", *(["real"] if real_epochs else []))
+        for seed in range(setting.seeds)
+    ]
+    return jobs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--setting", choices=list(SETTINGS), default=default, help=f"sizes; here {default}")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="setting", help="all of it in small")
+    parser.add_argument("--out", type=Path, help="folder of the run; runs/convergence-SETTING if not given")
+    parser.add_argument(
+        "--real-train", type=Path, help="labelled real clips to train on: a folder of classes, or a list"
+    )
+    parser.add_argument("--real-test", type=Path, help="labelled real clips to measure on, of the same classes")
+    parser.add_argument("--page", type=Path, help="page to bring up to date; a copy of {PAGE.name} in OUT if not given")
+    options = parser.parse_args()
+    if (options.real_train is None) != (options.real_test is None):
+        parser.error("--real-train and --real-test belong together")
+    setting: Setting = SETTINGS[options.setting]
+    out = options.out or ROOT / "runs" / f"convergence-{setting.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    real = (options.real_train, options.real_test) if options.real_train else None
+    page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
+
+    run = Run(setting, out, real)
+    run.prepare()
+    sweep = sweep_jobs(setting)
+    run.measure([*sweep, *main_jobs(setting, dict.fromkeys(METHODS, 0.0))])
+    rates = best_rates(run.train(sweep))
+    jobs = [*sweep, *main_jobs(setting, rates, real_epochs=run.real_epochs())]
+    run.train(jobs)
+    results = run.results(jobs)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_page(results, page)
+    print(f"{len(jobs)} trainings; {page}, {out / 'results.json'}")
+    return 0
+
+
+def best_rates(sweep: list[dict[str, Any]]) -> dict[str, float]:
+    """Each method's learning rate of the best validation accuracy."""
+    return {
+        method: max((t for t in sweep if t["variant"] == method), key=lambda t: t["probe_validation"])["base_lr"]
+        for method in METHODS
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

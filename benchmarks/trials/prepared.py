@@ -1,0 +1,154 @@
+"""A data set as arrays: clips decoded, cropped and tokenized once by the engine, so that many trainings can share them.
+
+FOLDER/videos/<split>/<class>/*       files; FOLDER/tokenizer.safetensors   trained on the training clips
+FOLDER/<split>.npy                    uint8 [videos, augmentations, views, T, H, W, C]; one of each but for training
+FOLDER/<split>-labels.npy             int64 [videos]
+FOLDER/codes.npy                      int16 [videos, augmentations, views, N, frames of a tubelet]
+FOLDER/prepared.json                  what the tokenizer and its codes cost
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mam2.engine.config import PretrainConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.model import costs
+from mam2.engine.model.vqgan import small
+from mam2.engine.model.vqgan_files import save_vqgan
+from mam2.engine.train.runtime import pick_device
+from mam2.engine.train.tokenizer import FILE, build_tokenizer, clip_frames, code_factor, train_tokenizer
+
+PREPARED = "prepared.json"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """Clips that are held as arrays."""
+
+    clips: np.ndarray
+    """uint8 [videos, augmentations, views, T, H, W, C]"""
+    labels: Tensor
+    """int64 [videos]"""
+
+    def videos(self) -> Tensor:
+        """The first clip of each: uint8 [videos, 3, T, H, W]."""
+        return as_video(self.clips[:, 0, 0])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    splits: dict[str, Split]
+    codes: np.ndarray
+    """int16 [videos, augmentations, views, N, frames of a tubelet], of the training clips"""
+    codebook_size: int
+    classes: int
+    facts: dict[str, Any]
+    """Content of prepared.json."""
+
+
+def as_video(clips: np.ndarray) -> Tensor:
+    """uint8 [B, T, H, W, C] -> [B, C, T, H, W], which lies in memory as the loader's clips do."""
+    return torch.from_numpy(np.array(clips)).permute(0, 4, 1, 2, 3)
+
+
+def load(folder: Path) -> Prepared:
+    facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+    splits = {
+        name: Split(
+            np.load(folder / f"{name}.npy", mmap_mode="r"), torch.from_numpy(np.load(folder / f"{name}-labels.npy"))
+        )
+        for name in facts["videos"]
+    }
+    codes = np.load(folder / "codes.npy", mmap_mode="r")
+    return Prepared(splits, codes, facts["codebook_size"], facts["classes"], facts)
+
+
+def prepare(data: Mapping[str, Path], folder: Path, config: PretrainConfig, *, recorded: int, views: int) -> Prepared:
+    """Renders the videos of each split, trains a tokenizer on the training clips and computes their codes.
+
+    Args:
+        data: folders or lists of the splits, `train` among them.
+        folder: is made; what is there already is kept.
+        recorded, views: clips of each training video, and crops of each clip.
+    """
+    if (folder / PREPARED).is_file():
+        return load(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifests = {name: read_manifest(path) for name, path in data.items()}
+    for name, manifest in manifests.items():
+        train = name == "train"
+        data_config = dataclasses.replace(config.data, recorded=recorded if train else 1, views=views if train else 1)
+        _render(name, manifest, folder, dataclasses.replace(config, data=data_config))
+    facts = {
+        "videos": {name: len(manifest.videos) for name, manifest in manifests.items()},
+        "classes": len(manifests["train"].classes),
+        "codebook_size": config.tokenizer.codes,
+    }
+    facts |= _tokenize(manifests["train"], folder, config)
+    (folder / PREPARED).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return load(folder)
+
+
+def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig) -> None:
+    data, train, device = config.data, name == "train", pick_device(config.run)
+    shape = (len(manifest.videos), data.recorded, data.views, data.frames, data.size, data.size, 3)
+    clips = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)
+    with ClipLoader(manifest, data, batch=BATCH, device=device, seed=config.run.seed, train=train) as loader:
+        wanted = list(itertools.product(range(data.recorded), range(len(manifest.videos))))
+        batches = loader.recorded(wanted) if train else loader.evaluate()
+        for batch in tqdm(batches, desc=f"decoding {name}", total=-(-math.prod(shape[:3]) // BATCH), unit="batch"):
+            clips[batch.video, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
+        if loader.skipped:
+            raise SystemExit(f"{loader.skipped[0].path}: {loader.skipped[0].reason}")
+    clips.flush()
+    np.save(folder / f"{name}-labels.npy", np.array([video.label for video in manifest.videos]))
+
+
+def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[str, float]:
+    """Trains the tokenizer, writes codes.npy; returns seconds and FLOPs of both."""
+    options, device = config.tokenizer, pick_device(config.run)
+    architecture = small(options.channels, options.codes, code_factor(config))
+    start = time.perf_counter()
+    with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
+        frames = clip_frames(loader, options.batch)
+        vqgan, _ = train_tokenizer(frames, architecture, options.steps, device, seed=config.run.seed)
+    trained_s = time.perf_counter() - start
+    save_vqgan(vqgan, folder / FILE)
+    every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))
+    tokenizer = build_tokenizer(vqgan, every_frame, device)
+    clips = np.load(folder / "train.npy", mmap_mode="r")
+    tubelet, tokens = config.model.tubelet, math.prod(config.grid)
+    shape = (*clips.shape[:3], tokens, tubelet)
+    codes = np.lib.format.open_memmap(folder / "codes.npy", mode="w+", dtype=np.int16, shape=shape)
+    share = max(BATCH // math.prod(clips.shape[1:3]), 1)
+    start = time.perf_counter()
+    for first in tqdm(range(0, len(clips), share), desc="tokenizing", unit="batch"):
+        part = clips[first : first + share]
+        found = tokenizer.codes(as_video(part.reshape(-1, *part.shape[3:])).to(device))
+        codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], tokens, tubelet)
+    tokenized_s = (time.perf_counter() - start) / tubelet  # MAM2's default needs one frame's
+    codes.flush()
+    image = costs.tokenizer_image(architecture, config.grid[1:], costs.SINGLE).forward_flops
+    return {
+        "tokenizer_s": trained_s,
+        "tokenize_s": tokenized_s,
+        # its decoder costs about as much as its encoder, a backward pass twice a forward one
+        "tokenizer_flops": float(6 * image * options.steps * options.batch),
+        "tokenize_flops": float(image * math.prod(clips.shape[:3]) * config.grid[0]),
+    }

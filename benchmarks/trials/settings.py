@@ -1,0 +1,176 @@
+"""What a convergence run trains: sizes for a machine, the two methods, and the ablations.
+
+Every variant is a set of changes of one base config: the demo's recipe (balanced losses) on a token grid on which
+the mask ratios 0.75, 0.8 and 0.9 differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mam2.engine.config import PretrainConfig
+from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.recipe import load_recipe, load_recipe_of
+
+Changes = Mapping[str, Any]
+"""Values of a config by their dotted names, as of the command line."""
+
+
+class Ablation(NamedTuple):
+    family: str
+    label: str
+    changes: Changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Sizes of a run. Epochs are passes over the training videos, each video in one view."""
+
+    name: str
+    counts: Mapping[str, int]
+    """Synthetic clips of each split."""
+    base: Changes
+    """Of the pre-training, on top of the demo's recipe."""
+    rates: tuple[float, ...]
+    """Base learning rates tried for each method."""
+    sweep_epochs: float
+    budgets: tuple[float, ...]
+    """Epochs of the main comparison, each a training with its own schedule."""
+    seeds: int
+    ablation_epochs: float
+    ablation_seeds: int = 3
+    finetune: Changes
+    real_steps: int
+    """Optimiser steps on the real clips, 0 for none."""
+    recorded: int = 2
+    """Clips of each training video."""
+    views: int = 4
+    """Crops of each clip."""
+
+
+METHODS: dict[str, Changes] = {"mam2": {}, "videomae": {"model.objective": "videomae"}}
+ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
+"""Of a single loss there is nothing to balance, and AdamW does not see its weight."""
+ABLATIONS = (
+    Ablation("targets", "motion decoder off", {"loss.motion_target": "none", **ALONE}),
+    Ablation("targets", "appearance decoder off", {"loss.appearance_target": "none", **ALONE}),
+    Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
+    Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
+    Ablation("regressor", "off: the decoders do both jobs", {"model.regressor.depth": 0}),
+    Ablation("regressor", "keys and values: all", {"model.regressor.keys": "all"}),
+    Ablation("regressor", "alignment 2", {"loss.alignment": 2.0}),
+    Ablation("motion target", "intra", {"loss.motion_target": "intra"}),
+    Ablation("motion target", "hog", {"loss.motion_target": "hog"}),
+    Ablation("mask", "ratio 0.8", {"mask.ratio": 0.8}),
+    Ablation("mask", "ratio 0.9", {"mask.ratio": 0.9}),
+    Ablation("mask", "random", {"mask.kind": "random"}),
+    Ablation("mask", "motion-guided", {"mask.kind": "motion"}),
+    Ablation("loss balance", "fixed, codes × 0.01", {"loss.balance": "fixed", "loss.appearance": 0.01}),
+    Ablation("loss balance", "fixed, codes × 0.1", {"loss.balance": "fixed", "loss.appearance": 0.1}),
+    Ablation("loss balance", "fixed, codes × 1", {"loss.balance": "fixed", "loss.appearance": 1.0}),
+    Ablation("loss balance", "gradients, codes × 0.1", {"loss.appearance": 0.1}),
+    Ablation("loss balance", "gradients, codes × 1", {"loss.appearance": 1.0}),
+    Ablation("repeated augmentation", "2 views", {"data.views": 2}),
+    Ablation("repeated augmentation", "4 views", {"data.views": 4}),
+)
+
+CPU = Setting(
+    name="cpu",
+    counts={"train": 1600, "validation": 400, "test": 800},
+    base={
+        "data.size": 40,
+        "data.views": 1,
+        "mask.ratio": 0.75,
+        "model.width": 64,
+        "model.heads": 2,
+        "model.regressor.width": 64,
+        "model.regressor.heads": 2,
+        "model.decoder.width": 64,
+        "model.decoder.heads": 2,
+        "tokenizer.steps": 300,
+        "run.compile": False,
+    },
+    rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    sweep_epochs=10,
+    budgets=(5, 10, 20, 40),
+    seeds=3,
+    ablation_epochs=10,
+    finetune={"data.size": 40, "optim.epochs": 6, "run.compile": False},
+    real_steps=400,
+)
+QUICK = dataclasses.replace(
+    CPU,
+    name="quick",
+    counts={"train": 64, "validation": 32, "test": 32},
+    base={**CPU.base, "tokenizer.steps": 5, "optim.warmup_epochs": 0.0},
+    rates=(8e-3,),
+    sweep_epochs=1,
+    budgets=(1, 2),
+    seeds=2,
+    ablation_epochs=1,
+    ablation_seeds=1,
+    finetune={**CPU.finetune, "optim.epochs": 1, "optim.warmup_epochs": 0.0},
+    real_steps=2,
+)
+GPU = Setting(
+    name="gpu",
+    counts={"train": 20000, "validation": 1000, "test": 2000},
+    base={
+        "data.frames": 16,
+        "data.stride": 1,
+        "data.size": 112,
+        "data.views": 1,
+        "data.threads": 0,
+        "mask.ratio": 0.75,
+        "model.patch": 16,
+        "model.width": 384,
+        "model.depth": 12,
+        "model.heads": 6,
+        "model.regressor.depth": 4,
+        "model.regressor.width": 192,
+        "model.regressor.heads": 3,
+        "model.decoder.depth": 2,
+        "model.decoder.width": 192,
+        "model.decoder.heads": 3,
+        "tokenizer.codes": 512,
+        "tokenizer.channels": 32,
+        "tokenizer.batch": 64,
+        "optim.batch": 256,
+        "optim.warmup_epochs": 2.0,
+    },
+    rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+    sweep_epochs=10,
+    budgets=(10, 20, 40, 80),
+    seeds=3,
+    ablation_epochs=20,
+    finetune={"data.frames": 16, "data.stride": 1, "data.size": 112, "data.threads": 0, "optim.batch": 256,
+              "optim.base_lr": 1e-3, "optim.epochs": 10, "optim.drop_path": 0.1},
+    real_steps=1000,
+    recorded=1,
+    views=2,
+)  # fmt: skip
+SETTINGS = {setting.name: setting for setting in (CPU, QUICK, GPU)}
+
+
+def changed(config: Any, changes: Changes) -> Any:
+    """A config with some of its values replaced."""
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        config = dataclasses.replace(config, **{head: changed(getattr(config, head), {rest: value}) if rest else value})
+    return config
+
+
+def pretraining(setting: Setting, changes: Changes) -> PretrainConfig:
+    """The base config with changes."""
+    return changed(load_recipe("demo"), {**setting.base, **changes})
+
+
+def finetuning(setting: Setting, pretrained: PretrainConfig) -> FinetuneConfig:
+    """For an encoder that was pre-trained so; the same for every variant."""
+    model, data = pretrained.model, pretrained.data
+    sizes = {name: getattr(model, name) for name in ("patch", "tubelet", "width", "depth", "heads", "mlp_ratio")}
+    described = {f"model.{name}": value for name, value in {**sizes, "frames": data.frames, "size": data.size}.items()}
+    return changed(load_recipe_of(FinetuneConfig, "demo/finetune"), {**described, **setting.finetune})

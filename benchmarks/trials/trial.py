@@ -1,0 +1,132 @@
+"""One training from prepared clips: pre-train an encoder, probe it frozen, fine-tune it.
+
+Step, losses, masks, optimiser and schedule are the engine's own; only the loader is replaced by arrays, so that a
+training costs no decoding. The clips of a step are a pure function of (seed, step), the same for every variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.trials.prepared import Prepared, Split, as_video
+from mam2.engine.config import PretrainConfig
+from mam2.engine.data.sampling import sample_at
+from mam2.engine.evaluate.probe import linear_probe
+from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.train.classifiers import build_classifier
+from mam2.engine.train.distributed import World
+from mam2.engine.train.finetune import FinetuneStep
+from mam2.engine.train.optimizer import learning_rate
+from mam2.engine.train.runtime import autocast, pick_device
+from mam2.engine.train.step import TrainStep
+
+EVALUATED = 200
+"""Clips that go through an encoder at once where nothing is learned."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    encoder: Encoder
+    steps: int
+    losses: dict[str, float]
+    """Means over the last tenth of the steps."""
+
+
+def pretraining(config: PretrainConfig, prepared: Prepared) -> TrainStep:
+    """A new model with its step."""
+    torch.manual_seed(config.run.seed)
+    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, prepared.codebook_size)
+    return TrainStep(config, model, pick_device(config.run), World())
+
+
+def batches(config: PretrainConfig, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Endless steps' clips and codes. The views of a video lie next to each other, as the engine's loader has them."""
+    train, views, device = prepared.splits["train"], config.data.views, pick_device(config.run)
+    count, recorded, crops = train.clips.shape[:3]
+    samples = config.optim.batch // views
+    sample = 0
+    while True:
+        drawn = np.array([sample_at(sample + place, count, config.run.seed) for place in range(samples)])
+        sample += samples
+        epoch, video = drawn[:, 0].repeat(views), drawn[:, 1].repeat(views)
+        view = (epoch // recorded * views + np.tile(np.arange(views), samples)) % crops
+        clips = as_video(train.clips[video, epoch % recorded, view]).to(device)
+        codes = None
+        if config.needs_codes:
+            found = torch.from_numpy(prepared.codes[video, epoch % recorded, view].astype(np.int64))
+            codes = (found if config.code_shape else found[..., 0]).to(device)
+        yield clips, codes
+
+
+def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
+    """Trains for `config.optim.epochs` passes over the training videos."""
+    take = pretraining(config, prepared)
+    per_epoch = len(prepared.splits["train"].labels) * config.data.views / config.optim.batch
+    steps = max(round(config.optim.epochs * per_epoch), 1)
+    stream = batches(config, prepared)
+    last: list[dict[str, Tensor]] = []
+    for step in range(steps):
+        rate = learning_rate(step, steps, per_epoch, config.optim, global_batch=config.optim.batch)
+        values = take(step, [next(stream)], rate, inspect=step % 10 == 0 and step >= 0.9 * steps)
+        if step >= 0.9 * steps:
+            last.append(values)
+    names = sorted({name for values in last for name in values if not name.startswith("gradient/")})
+    losses = {name: float(torch.stack([v[name] for v in last if name in v]).mean()) for name in names}
+    encoder: Any = take.model.encoder
+    return Pretrained(encoder, steps, losses)
+
+
+@torch.no_grad()
+def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
+    """Mean of the tokens of each video's clip, nothing hidden: float32 [videos, D] on the CPU."""
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    found = []
+    for part in split.videos().split(EVALUATED):
+        with autocast(config.run, device):
+            found.append(encoder.encode(part.to(device)).float().mean(1).cpu())
+    return torch.cat(found)
+
+
+def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, float]:
+    """Accuracy on validation and test videos of a linear probe on frozen features."""
+    found = {name: features(encoder, split, config) for name, split in prepared.splits.items()}
+    labels = {name: split.labels for name, split in prepared.splits.items()}
+    return {
+        name: linear_probe(found["train"], labels["train"], found[name], labels[name]).accuracy
+        for name in ("validation", "test")
+    }
+
+
+def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig) -> float:
+    """Test accuracy after all weights were trained on the labelled training videos."""
+    torch.manual_seed(config.run.seed)
+    device = pick_device(config.run)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
+    model = build_classifier(config)
+    model.encoder.load_state_dict({n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")})
+    take = FinetuneStep(config, model, device, World())
+    train, batch = prepared.splits["train"], config.optim.batch
+    count, recorded, crops = train.clips.shape[:3]
+    steps = max(round(config.optim.epochs * count / batch), 1)
+    for step in range(steps):
+        drawn = np.array([sample_at(step * batch + place, count, config.run.seed) for place in range(batch)])
+        epoch, video = drawn.T
+        clips = as_video(train.clips[video, epoch % recorded, epoch // recorded % crops]).to(device)
+        rate = learning_rate(step, steps, count / batch, config.optim, global_batch=batch)
+        take(step, [(clips, train.labels[torch.from_numpy(video)].to(device))], rate, inspect=False)
+    model.eval()
+    test = prepared.splits["test"]
+    with torch.no_grad(), autocast(config.run, device):
+        answers = [model(part.to(device)).argmax(-1).cpu() for part in test.videos().split(EVALUATED)]
+    return float((torch.cat(answers) == test.labels).double().mean())

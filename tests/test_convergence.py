@@ -1,0 +1,190 @@
+"""The convergence benchmark: its hard clips, its trainings, and a whole quick run that goes on where it stopped."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.convergence import Job, Run, best_rates, main_jobs, sweep_jobs
+from benchmarks.trials import prepared, trial
+from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
+from benchmarks.trials.settings import ABLATIONS, METHODS, QUICK, SETTINGS, changed, finetuning, pretraining
+from mam2.engine.config import check
+from mam2.engine.data.synthetic import MOTIONS, SIZE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quick run's folder."""
+    out = tmp_path_factory.mktemp("convergence")
+    _run(out)
+    return out
+
+
+def _run(out):
+    command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def _hue(clip):
+    red, green, blue = clip.reshape(-1, 3).astype(float).mean(0)
+    return np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)
+
+
+def test_the_tint_gives_the_class_away_in_training_clips_alone():
+    def agreement(split):
+        """How near the hues of a class's clips lie to each other: 1 for all alike, about 0.1 for no agreement."""
+        hues = np.array(
+            [[_hue(render_hard_clip(motion, split, np.random.default_rng([1, STREAMS[split], k, i])))
+              for k in range(60)] for i, motion in enumerate(MOTIONS)]
+        )  # fmt: skip
+        return np.abs(np.exp(1j * hues).mean(1)).mean()
+
+    train, validation, test = (agreement(split) for split in STREAMS)
+    assert train > 1.5 * validation
+    assert train > 1.5 * test
+
+
+def test_a_clip_is_a_function_of_its_key_and_sizes_show_the_same_scene():
+    small, again, large = (
+        render_hard_clip("left", "test", np.random.default_rng(7), size=size) for size in (SIZE, SIZE, 2 * SIZE)
+    )
+    assert np.array_equal(small, again)
+    assert large.shape == (*small.shape[:1], 2 * SIZE, 2 * SIZE, 3)
+    # sampled at every other pixel the larger one shows the smaller one, but for the edges of the shape
+    assert np.mean(np.abs(large[:, ::2, ::2].astype(int) - small) > 8) < 0.05
+
+
+def test_the_class_is_the_motion_before_the_background():
+    """With the camera's motion taken out, the mean colour difference of a clip moves as its class says."""
+    for motion, axis, sign in (("left", 2, -1), ("right", 2, 1), ("up", 1, -1), ("down", 1, 1)):
+        moved = []
+        for seed in range(8):
+            clip = render_hard_clip(motion, "test", np.random.default_rng([seed, 3])).astype(float).max(-1)
+            # the shape is the brightest thing: its place as an angle, since what leaves comes back on the other side
+            bright = (clip >= np.quantile(clip, 0.97, axis=(1, 2), keepdims=True)).sum(axis=3 - axis)
+            angle = np.angle((bright * np.exp(2j * np.pi * np.arange(SIZE) / SIZE)).sum(1))
+            moved.append(np.unwrap(angle)[-1] - np.unwrap(angle)[0])
+        assert sign * np.median(moved) > 0.5, motion
+
+
+def test_interrupted_writing_goes_on(tmp_path):
+    write_hard_dataset(tmp_path, {"train": 16})
+    files = sorted(tmp_path.rglob("*.mp4"))  # a webm file holds a random identifier
+    assert len(files) == 8 == len(list(tmp_path.rglob("*.webm")))
+    before = {p: p.read_bytes() for p in files}
+    files[3].unlink()
+    write_hard_dataset(tmp_path, {"train": 16})
+    assert {p: p.read_bytes() for p in files} == before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_training_of_every_setting_is_possible(name):
+    setting = SETTINGS[name]
+    rates = dict.fromkeys(METHODS, 1e-3)
+    jobs = [*sweep_jobs(setting), *main_jobs(setting, rates, real_epochs=3.0)]
+    assert len({job.key for job in jobs}) == len(jobs)
+    for job in jobs:
+        check(pretraining(setting, dict(job.changes)))
+    finetuning(setting, pretraining(setting, {})).check()
+    assert {job.variant for job in jobs if job.group == "main"} == set(METHODS)
+    assert setting.seeds >= (2 if name == "quick" else 3)
+    changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]
+    assert len(set(changes)) == len(changes), "two ablations are the same"
+    default = pretraining(setting, {})
+    for family, label, change in ABLATIONS:
+        assert pretraining(setting, change) != default, (family, label)
+
+
+def test_values_are_changed_by_their_dotted_names():
+    config = changed(pretraining(QUICK, {}), {"model.regressor.keys": "all", "optim.batch": 8})
+    assert (config.model.regressor.keys, config.optim.batch) == ("all", 8)
+    with pytest.raises((AttributeError, TypeError)):
+        changed(config, {"model.regresor.keys": "all"})
+
+
+def test_the_best_rate_is_that_of_the_validation_clips():
+    sweep = [
+        {"variant": method, "base_lr": rate, "probe_validation": score, "probe": 1 - score}
+        for method, scores in {"mam2": (0.2, 0.5, 0.4), "videomae": (0.6, 0.5, 0.4)}.items()
+        for rate, score in zip((1, 2, 3), scores, strict=True)
+    ]
+    assert best_rates(sweep) == {"mam2": 2, "videomae": 1}
+
+
+@pytest.mark.slow
+def test_a_quick_run_trains_all_and_writes_its_page(finished):
+    results = json.loads((finished / "results.json").read_text())
+    trained = {(t["group"], t["variant"]) for t in results["trials"]}
+    assert {("main", "mam2"), ("main", "videomae"), ("sweep", "mam2")} <= trained
+    assert {label for group, label in trained if group == "ablation"} == {"mam2", *(a.label for a in ABLATIONS)}
+    page = (finished / "convergence.md").read_text()
+    for text in ("VideoMAE's final", "± ", *(ablation.label for ablation in ABLATIONS)):
+        assert text in page
+    for picture in ("convergence.png", "convergence-ablations.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    for found in results["trials"]:
+        assert 0 <= found["probe"] <= 1
+        assert found["train_s"] == pytest.approx(found["steps"] * found["step_ms"] / 1000)
+        coded = found["variant"] not in ("videomae", "appearance decoder off", "pixels instead of codes")
+        assert (found["preparation_s"] > 0) == coded, found["variant"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_trains_nothing_again(finished):
+    before = (finished / "trials.jsonl").read_text()
+    lines = before.splitlines(keepends=True)
+    (finished / "trials.jsonl").write_text("".join(lines[:-1]))
+    _run(finished)
+    after = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
+    assert after[:-1] == lines[:-1]
+    again, first = json.loads(after[-1]), json.loads(lines[-1])
+    assert {**again, "wall_s": 0} == {**first, "wall_s": 0}, "the same training twice gave other numbers"
+
+
+@pytest.mark.slow
+def test_variants_of_a_seed_see_the_same_clips(finished):
+    clips = prepared.load(finished / "synthetic")
+    one, other = (pretraining(QUICK, {**changes, "run.seed": 5}) for changes in METHODS.values())
+    for _, (mine, codes), (theirs, none) in zip(
+        range(5), trial.batches(one, clips), trial.batches(other, clips), strict=False
+    ):
+        assert torch.equal(mine, theirs)
+        assert none is None
+        assert codes.shape == (len(mine), int(np.prod(one.grid)))
+    both = changed(one, {"tokenizer.frames": "all"})
+    assert next(trial.batches(both, clips))[1].shape == (one.optim.batch, int(np.prod(one.grid)), 2)
+
+
+@pytest.mark.slow
+def test_the_trainings_learn(finished):
+    """Twenty passes over 64 clips: the losses fall, and fine-tuning fits what it was shown."""
+    clips = prepared.load(finished / "synthetic")
+    for changes in METHODS.values():
+        short, long = (
+            trial.pretrain(pretraining(QUICK, {**changes, "optim.epochs": epochs}), clips) for epochs in (1.0, 20.0)
+        )
+        name = "loss/pixels" if changes else "loss/appearance"
+        assert long.losses[name] < short.losses[name]
+    config = changed(finetuning(QUICK, pretraining(QUICK, {})), {"optim.epochs": 60.0})
+    shown = dataclasses.replace(clips, splits={**clips.splits, "test": _first_clips(clips.splits["train"])})
+    assert trial.finetune(long.encoder, shown, config) > 0.5
+
+
+def _first_clips(train):
+    return prepared.Split(train.clips[:, :1, :1], train.labels)
+
+
+def test_jobs_that_differ_have_other_keys():
+    job = Job("main", "mam2", (), 5, 1e-3, 0)
+    assert job.key != dataclasses.replace(job, seed=1).key
+    assert Run(QUICK, Path("/nonexistent"), None).done == {}
