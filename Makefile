@@ -16,7 +16,7 @@ else
   PINS :=
 endif
 
-.PHONY: demo test lint type doctor gpu tune sanitize bench static clean
+.PHONY: demo test lint type doctor gpu tune sanitize bench convergence static clean
 
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
@@ -53,6 +53,13 @@ sanitize:
 
 bench:
 	$(PY) -m pytest benchmarks --benchmark-quiet $(ARGS)
+
+# Half the epochs, and half the time? Under two hours on two cores; ARGS=--quick in minutes. With labelled real clips
+# where there are any: ARGS="--real-train DATA --real-test DATA".
+CLIPS := ../shared/clips/mini5
+REAL := $(if $(wildcard $(CLIPS)_train.csv),--real-train $(CLIPS)_train.csv --real-test $(CLIPS)_test.csv)
+convergence: $(VENV)/installed
+	$(BIN)/python -m benchmarks.convergence $(REAL) $(ARGS)
 
 # The tables of machine code and the prediction from them: after a change of the kernels or their launch table.
 static: $(VENV)/installed

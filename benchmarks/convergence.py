@@ -77,13 +77,34 @@ class Run:
         self.workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
         self.steps_ms: dict[str, float] = {}
         self.done: dict[str, dict[str, Any]] = {}
-        self.start = time.time()
+        self.start = time.perf_counter()
         file = out / "trials.jsonl"
         if file.is_file():
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             self.done = {line["key"]: line for line in lines}
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds of this call and those before it."""
+        file = self.out / "seconds.txt"
+        before = float(file.read_text()) if file.is_file() else 0.0
+        return before + time.perf_counter() - self.start
+
+    def close(self) -> None:
+        (self.out / "seconds.txt").write_text(str(self.wall_s))
+
+    def all(self) -> list[Job]:
+        """Prepares, measures and trains all that is not done; returns the trainings."""
+        self.prepare()
+        sweep = sweep_jobs(self.setting)
+        self.measure([*sweep, *main_jobs(self.setting, dict.fromkeys(METHODS, 0.0))])
+        rates = best_rates(self.train(sweep))
+        jobs = [*sweep, *main_jobs(self.setting, rates, real_epochs=self.real_epochs())]
+        self.train(jobs)
+        return jobs
+
     def prepare(self) -> None:
+        _limit_threads(self.workers)
         base = pretraining(self.setting, {})
         videos = self.out / "videos"
         write_hard_dataset(videos, self.setting.counts, size=64 if base.data.size <= 64 else 128)
@@ -126,7 +147,7 @@ class Run:
         return [self.done[job.key] for job in jobs]
 
     def _pool(self, workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread, (self.workers,))
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _limit_threads, (self.workers,))
 
     def results(self, jobs: list[Job]) -> dict[str, Any]:
         """What the report is made of."""
@@ -140,12 +161,13 @@ class Run:
             if job.group == "random":
                 measures = random.setdefault(job.data, {"probe": [], "finetune": []})
                 for measure, found in measures.items():
-                    found.append(self.done[job.key][measure])
+                    if self.done[job.key][measure] is not None:
+                        found.append(self.done[job.key][measure])
         return {
             "machine": _machine(self.workers),
             "setting": self.setting.name,
             "date": datetime.date.today().isoformat(),
-            "wall_s": time.time() - self.start,
+            "wall_s": self.wall_s,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "data": {name: {"validation": 0, **fact["videos"], "classes": fact["classes"]}
                      for name, fact in facts.items()},
@@ -184,7 +206,8 @@ def _config(setting: Setting, job: Job) -> Any:
     return config
 
 
-def _one_thread(processes: int) -> None:
+def _limit_threads(processes: int) -> None:
+    """One thread where as many processes as cores work side by side: so all that is timed has the same."""
     if processes > 1:
         torch.set_num_threads(1)
 
@@ -202,7 +225,7 @@ def _train(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     accuracy = trial.probe(pretrained.encoder, clips, config)
     tuned = None
     if job.finetuned:
-        tuned = trial.finetune(pretrained.encoder, clips, finetuning(setting, config))
+        tuned = trial.finetune(pretrained.encoder, clips, finetuning(setting, config), labelled=setting.labelled)
     return {
         "steps": pretrained.steps,
         "losses": pretrained.losses,
@@ -270,7 +293,7 @@ def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float =
     ]
     if real_epochs:
         jobs += [
-            Job("real", method, tuple(changes.items()), real_epochs, rates[method], seed, finetuned=True, data="real")
+            Job("real", method, tuple(changes.items()), real_epochs, rates[method], seed, data="real")
             for seed in range(setting.seeds)
             for method, changes in METHODS.items()
         ]
@@ -281,7 +304,7 @@ def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float =
         for family, label, changes in (("default", "", {}), *ABLATIONS)
     ]  # fmt: skip
     jobs += [
-        Job("random", "random", (), 1.0, rates["mam2"], seed, finetuned=True, data=data)
+        Job("random", "random", (), 1.0, rates["mam2"], seed, finetuned=data == "synthetic", data=data)
         for data in ("synthetic", *(["real"] if real_epochs else []))
         for seed in range(setting.seeds)
     ]
@@ -309,13 +332,11 @@ def main() -> int:
     page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
 
     run = Run(setting, out, real)
-    run.prepare()
-    sweep = sweep_jobs(setting)
-    run.measure([*sweep, *main_jobs(setting, dict.fromkeys(METHODS, 0.0))])
-    rates = best_rates(run.train(sweep))
-    jobs = [*sweep, *main_jobs(setting, rates, real_epochs=run.real_epochs())]
-    run.train(jobs)
-    results = run.results(jobs)
+    try:
+        jobs = run.all()
+        results = run.results(jobs)
+    finally:
+        run.close()
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results, page)
     print(f"{len(jobs)} trainings; {page}, {out / 'results.json'}")

@@ -177,7 +177,7 @@ def test_the_trainings_learn(finished):
         assert long.losses[name] < short.losses[name]
     config = changed(finetuning(QUICK, pretraining(QUICK, {})), {"optim.epochs": 60.0})
     shown = dataclasses.replace(clips, splits={**clips.splits, "test": _first_clips(clips.splits["train"])})
-    assert trial.finetune(long.encoder, shown, config) > 0.5
+    assert trial.finetune(long.encoder, shown, config, labelled=64) > 0.5
 
 
 def _first_clips(train):

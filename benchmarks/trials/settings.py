@@ -43,6 +43,9 @@ class Setting:
     ablation_epochs: float
     ablation_seeds: int = 3
     finetune: Changes
+    """Of the fine-tuning, on top of the demo's recipe."""
+    labelled: int
+    """Training videos whose labels it sees."""
     real_steps: int
     """Optimiser steps on the real clips, 0 for none."""
     recorded: int = 2
@@ -94,11 +97,12 @@ CPU = Setting(
         "run.compile": False,
     },
     rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    sweep_epochs=10,
+    sweep_epochs=20,
     budgets=(5, 10, 20, 40),
     seeds=3,
-    ablation_epochs=10,
-    finetune={"data.size": 40, "optim.epochs": 6, "run.compile": False},
+    ablation_epochs=15,
+    finetune={"data.size": 40, "optim.epochs": 16, "run.compile": False},
+    labelled=400,
     real_steps=400,
 )
 QUICK = dataclasses.replace(
@@ -148,6 +152,7 @@ GPU = Setting(
     ablation_epochs=20,
     finetune={"data.frames": 16, "data.stride": 1, "data.size": 112, "data.threads": 0, "optim.batch": 256,
               "optim.base_lr": 1e-3, "optim.epochs": 10, "optim.drop_path": 0.1},
+    labelled=4000,
     real_steps=1000,
     recorded=1,
     views=2,

@@ -99,17 +99,18 @@ def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
 
 
 def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, float]:
-    """Accuracy on validation and test videos of a linear probe on frozen features."""
+    """Accuracy of a linear probe on frozen features, on the videos of every split but `train`."""
     found = {name: features(encoder, split, config) for name, split in prepared.splits.items()}
     labels = {name: split.labels for name, split in prepared.splits.items()}
     return {
         name: linear_probe(found["train"], labels["train"], found[name], labels[name]).accuracy
-        for name in ("validation", "test")
+        for name in prepared.splits
+        if name != "train"
     }
 
 
-def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig) -> float:
-    """Test accuracy after all weights were trained on the labelled training videos."""
+def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, labelled: int) -> float:
+    """Test accuracy after all weights were trained on `labelled` of the training videos, evenly from all classes."""
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
@@ -117,11 +118,13 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig) -> fl
     model.encoder.load_state_dict({n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")})
     take = FinetuneStep(config, model, device, World())
     train, batch = prepared.splits["train"], config.optim.batch
-    count, recorded, crops = train.clips.shape[:3]
+    recorded, crops = train.clips.shape[1:3]
+    chosen = np.linspace(0, len(train.labels), min(labelled, len(train.labels)), endpoint=False).astype(int)
+    count = len(chosen)
     steps = max(round(config.optim.epochs * count / batch), 1)
     for step in range(steps):
         drawn = np.array([sample_at(step * batch + place, count, config.run.seed) for place in range(batch)])
-        epoch, video = drawn.T
+        epoch, video = drawn[:, 0], chosen[drawn[:, 1]]
         clips = as_video(train.clips[video, epoch % recorded, epoch // recorded % crops]).to(device)
         rate = learning_rate(step, steps, count / batch, config.optim, global_batch=batch)
         take(step, [(clips, train.labels[torch.from_numpy(video)].to(device))], rate, inspect=False)
