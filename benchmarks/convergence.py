@@ -38,7 +38,7 @@ from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import write_hard_dataset
 from benchmarks.trials.report import write_page
 from benchmarks.trials.settings import ABLATIONS, METHODS, SETTINGS, Setting, finetuning, pretraining
-from mam2.engine.config import check
+from mam2.engine.config import UserError, check
 from mam2.engine.model.costs import step_flops
 from mam2.engine.train.runtime import pick_device
 
@@ -78,6 +78,13 @@ class Run:
         self.steps_ms: dict[str, float] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.start = time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        mine = json.loads(json.dumps([dataclasses.asdict(setting), list(map(str, real or ())), ABLATIONS]))
+        described = out / "setting.json"
+        if not described.is_file():
+            described.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+        elif json.loads(described.read_text(encoding="utf-8")) != mine:
+            raise UserError(f"--out {out} holds a run of other settings or data: name another folder")
         file = out / "trials.jsonl"
         if file.is_file():
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -327,16 +334,18 @@ def main() -> int:
         parser.error("--real-train and --real-test belong together")
     setting: Setting = SETTINGS[options.setting]
     out = options.out or ROOT / "runs" / f"convergence-{setting.name}"
-    out.mkdir(parents=True, exist_ok=True)
     real = (options.real_train, options.real_test) if options.real_train else None
-    page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
-
-    run = Run(setting, out, real)
     try:
-        jobs = run.all()
-        results = run.results(jobs)
-    finally:
-        run.close()
+        run = Run(setting, out, real)
+        try:
+            jobs = run.all()
+            results = run.results(jobs)
+        finally:
+            run.close()
+    except UserError as error:
+        print(f"convergence: error: {error}", file=sys.stderr)
+        return 2
+    page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results, page)
     print(f"{len(jobs)} trainings; {page}, {out / 'results.json'}")

@@ -197,6 +197,9 @@ class RunConfig:
     """Of the matrix products: `auto` is bfloat16 autocast on a GPU and float32 on a CPU."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
+    graph: Literal["auto", "off"] = "auto"
+    """On a GPU take the whole step as one CUDA graph where that is measured to be faster (one process, one pass a
+    step), or never."""
     deterministic: bool = False
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
     recompute: bool = False

@@ -47,7 +47,8 @@ def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
             ]
             batches = [(clips[number, row], codes[number, row]) for row in rows]
             if number == 0:
-                values = step._gradients(0, batches, inspect=True)
+                arguments = [step._arguments(0, batches, index) for index in range(step.passes)]
+                values = step._gradients(arguments, step.passes, inspect=True)
                 names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative"))]
                 means = world.mean_(torch.stack([values[name].float() for name in names]))
                 results |= dict(zip(names, means, strict=True))

@@ -14,7 +14,7 @@ from benchmarks.convergence import Job, Run, best_rates, main_jobs, sweep_jobs
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
 from benchmarks.trials.settings import ABLATIONS, METHODS, QUICK, SETTINGS, changed, finetuning, pretraining
-from mam2.engine.config import check
+from mam2.engine.config import UserError, check
 from mam2.engine.data.synthetic import MOTIONS, SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,4 +187,20 @@ def _first_clips(train):
 def test_jobs_that_differ_have_other_keys():
     job = Job("main", "mam2", (), 5, 1e-3, 0)
     assert job.key != dataclasses.replace(job, seed=1).key
-    assert Run(QUICK, Path("/nonexistent"), None).done == {}
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path):
+    assert Run(QUICK, tmp_path, None).done == {}
+    assert Run(QUICK, tmp_path, None).done == {}
+    with pytest.raises(UserError, match="other settings or data: name another folder"):
+        Run(dataclasses.replace(QUICK, seeds=7), tmp_path, None)
+    with pytest.raises(UserError, match="name another folder"):
+        Run(QUICK, tmp_path, (Path("a"), Path("b")))
+
+
+def test_real_clips_that_do_not_fit_are_named(tmp_path):
+    write_hard_dataset(tmp_path, {"train": 8, "test": 8})
+    (tmp_path / "test" / "left").rename(tmp_path / "test" / "sideways")
+    data = {split: tmp_path / split for split in ("train", "test")}
+    with pytest.raises(UserError, match="'sideways' is not one of the 8"):
+        prepared.prepare(data, tmp_path / "out", pretraining(QUICK, {}), recorded=1, views=1)

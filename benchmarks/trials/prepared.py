@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.model import costs
 from mam2.engine.model.vqgan import small
 from mam2.engine.model.vqgan_files import save_vqgan
+from mam2.engine.train.classifiers import relabelled
 from mam2.engine.train.runtime import pick_device
 from mam2.engine.train.tokenizer import FILE, build_tokenizer, clip_frames, code_factor, train_tokenizer
 
@@ -46,9 +47,10 @@ class Split:
     labels: Tensor
     """int64 [videos]"""
 
-    def videos(self) -> Tensor:
-        """The first clip of each: uint8 [videos, 3, T, H, W]."""
-        return as_video(self.clips[:, 0, 0])
+    def videos(self, count: int) -> Iterator[Tensor]:
+        """The first clip of each, `count` at a time: uint8 [count or fewer, 3, T, H, W]."""
+        for first in range(0, len(self.clips), count):
+            yield as_video(self.clips[first : first + count, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,23 @@ def prepare(data: Mapping[str, Path], folder: Path, config: PretrainConfig, *, r
         data: folders or lists of the splits, `train` among them.
         folder: is made; what is there already is kept.
         recorded, views: clips of each training video, and crops of each clip.
+
+    Raises:
+        UserError: videos without a label, of a class that the training videos lack, or that cannot be decoded.
     """
     if (folder / PREPARED).is_file():
         return load(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifests = {name: read_manifest(path) for name, path in data.items()}
+    classes = manifests["train"].classes
+    manifests = {name: relabelled(manifest, data[name], classes) for name, manifest in manifests.items()}
     for name, manifest in manifests.items():
         train = name == "train"
         data_config = dataclasses.replace(config.data, recorded=recorded if train else 1, views=views if train else 1)
         _render(name, manifest, folder, dataclasses.replace(config, data=data_config))
     facts = {
         "videos": {name: len(manifest.videos) for name, manifest in manifests.items()},
-        "classes": len(manifests["train"].classes),
+        "classes": len(classes),
         "codebook_size": config.tokenizer.codes,
     }
     facts |= _tokenize(manifests["train"], folder, config)
@@ -115,7 +122,8 @@ def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig)
         for batch in tqdm(batches, desc=f"decoding {name}", total=-(-math.prod(shape[:3]) // BATCH), unit="batch"):
             clips[batch.video, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
         if loader.skipped:
-            raise SystemExit(f"{loader.skipped[0].path}: {loader.skipped[0].reason}")
+            path, reason = loader.skipped[0]
+            raise UserError(f"{path}: cannot be decoded: {reason}; take it out of the data")
     clips.flush()
     np.save(folder / f"{name}-labels.npy", np.array([video.label for video in manifest.videos]))
 

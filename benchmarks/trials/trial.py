@@ -92,7 +92,7 @@ def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
     device = next(encoder.parameters()).device
     encoder.eval()
     found = []
-    for part in split.videos().split(EVALUATED):
+    for part in split.videos(EVALUATED):
         with autocast(config.run, device):
             found.append(encoder.encode(part.to(device)).float().mean(1).cpu())
     return torch.cat(found)
@@ -131,5 +131,5 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     model.eval()
     test = prepared.splits["test"]
     with torch.no_grad(), autocast(config.run, device):
-        answers = [model(part.to(device)).argmax(-1).cpu() for part in test.videos().split(EVALUATED)]
+        answers = [model(part.to(device)).argmax(-1).cpu() for part in test.videos(EVALUATED)]
     return float((torch.cat(answers) == test.labels).double().mean())

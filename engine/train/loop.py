@@ -158,6 +158,8 @@ class Loop:
                         step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
                     clips = [(batch.clip.permute(0, 4, 1, 2, 3), beside) for batch, beside in batches]
+                    if step == self.first and (found := self.take.settle(step, clips)):
+                        session.log.say(f"step    {found}")
                     values = self.take(step, clips, rate, inspect=logged)
                     step += 1
                     profiler_step()

@@ -34,6 +34,7 @@ FREE = {
         "keep",
         "keep_every",
         "compile",
+        "graph",
         "device",
         "sharding",
         "recompute",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.train import step_graph
 from mam2.engine.train.distributed import World
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer
@@ -59,6 +60,7 @@ class Step(ABC):
             )
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
+        self._take: step_graph.Take = self._one_pass
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
@@ -84,29 +86,49 @@ class Step(ABC):
         Returns 0-d tensors on the device; `bad` is 1 where loss or gradient was not finite on any rank: nothing was
         changed then. inspect: with the objective's costlier figures. Raises UserError when GPU memory runs out.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
+        step_graph.set_rate(self.optimizer, rate)
         try:
-            return self._gradients(step, micro_batches, inspect) | self._update(inspect)
+            if len(micro_batches) == 1:
+                return self._take(self._arguments(step, micro_batches, 0), inspect)
+            arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
+            return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self.config, len(micro_batches[0][0]), error) from error
 
-    def _gradients(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], inspect: bool) -> dict[str, Tensor]:
-        """Adds up the gradients of the passes; returns the means of what they log."""
+    def settle(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]]) -> str | None:
+        """Before the first step, with what it will see: measures whether it is to be a CUDA graph.
+
+        Returns what was found, for the log; None where there is no choice. Weights and moments stay as they are.
+        """
+        if self.device.type != "cuda" or self.config.run.graph == "off":
+            return None
+        if self.world.size > 1 or len(micro_batches) > 1 or self.config.run.deterministic:
+            return "launched kernel by kernel: a CUDA graph is for one process, one pass and free algorithms"
+        arguments = self._arguments(step, micro_batches, 0)
+        self._take, reason = step_graph.choose(
+            self._one_pass, arguments, self.model, self.optimizer, step_graph.CudaRecorder()
+        )
+        return reason
+
+    def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], index: int) -> tuple[Any, ...]:
+        """What the objective takes of a pass of this process."""
+        video, beside = micro_batches[index]
+        return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, beside)
+
+    def _one_pass(self, arguments: tuple[Any, ...], inspect: bool) -> dict[str, Tensor]:
+        return self._gradients([arguments], 1, inspect) | self._update(inspect)
+
+    def _gradients(self, passes: Iterable[tuple[Any, ...]], count: int, inspect: bool) -> dict[str, Tensor]:
+        """Adds up the gradients of `count` passes; returns the means of what they log."""
         values: dict[str, Tensor] = {}
-        for index, (video, beside) in enumerate(micro_batches):
-            last = index + 1 == len(micro_batches)
-            first_sample = (index * self.world.size + self.world.rank) * len(video)
-            arguments = self.arguments(step, first_sample, video, beside)
-            self._exchange_gradients(last)
+        for index, arguments in enumerate(passes):
+            self._exchange_gradients(index + 1 == count)
             with autocast(self.config.run, self.device):
                 total, losses, figures = self.forward(*arguments, inspect=inspect and index == 0)
                 # A loss that is not finite makes the gradient so, and with it that of every rank.
-                scale = torch.where(total.detach().isfinite(), 1 / len(micro_batches), torch.nan)
+                scale = torch.where(total.detach().isfinite(), 1 / count, torch.nan)
                 (total * scale).backward()
-            shares = {
-                name: loss / len(micro_batches) for name, loss in losses.items()
-            } | self.objective.gradient_norms()
+            shares = {name: loss / count for name, loss in losses.items()} | self.objective.gradient_norms()
             values |= figures | {
                 name: values[name] + share if name in values else share for name, share in shares.items()
             }

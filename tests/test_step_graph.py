@@ -1,0 +1,237 @@
+"""The choice between launching a step's kernels one by one and replaying them; on a CPU with a recorder of our own."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.recipe import load_recipe
+from mam2.engine.train import step_graph
+from mam2.engine.train.distributed import World
+from mam2.engine.train.pretrain import pretrain
+from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step_graph import CudaRecorder, StepGraph
+
+CODES, BATCH = 16, 4
+
+
+class Replayer:
+    """Does recorded work again by calling it; each call takes so many seconds of a clock that only it moves."""
+
+    def __init__(self, monkeypatch, *, launched=2.0, replayed=1.0):
+        self.now, self.launched, self.replayed = 0.0, launched, replayed
+        monkeypatch.setattr(step_graph.time, "perf_counter", lambda: self.now)
+
+    def record(self, work):
+        values = {}
+
+        def replay():
+            values.update(work())
+            self.now += self.replayed - self.launched  # `work` has added the other
+
+        return replay, values
+
+    def timed(self, take):
+        def slow(arguments, inspect):
+            self.now += self.launched
+            return take(arguments, inspect)
+
+        return slow
+
+    def warm_up(self, work):
+        work()
+
+    def wait(self):
+        pass
+
+    def release(self):
+        pass
+
+
+def build(seed=0, **run):
+    recipe = load_recipe("demo")
+    config = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
+        optim=dataclasses.replace(recipe.optim, batch=BATCH),
+        run=dataclasses.replace(recipe.run, compile=False, **run),
+    )
+    torch.manual_seed(seed)
+    device = torch.device(recipe.run.device if recipe.run.device != "auto" else "cpu")
+    return TrainStep(config, MAM2(config, CODES), device, World())
+
+
+def batch(number, device="cpu"):
+    generator = torch.Generator().manual_seed(number)
+    clips = torch.randint(0, 256, (BATCH, 3, 8, 32, 32), dtype=torch.uint8, generator=generator)
+    return clips.to(device), torch.randint(CODES, (BATCH, 64), generator=generator).to(device)
+
+
+def choose(take, recorder):
+    arguments = take._arguments(0, [batch(0)], 0)
+    choice = step_graph.choose(recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder)
+    take._take = choice.take
+    return choice
+
+
+def state(take):
+    moments = [value for entries in take.optimizer.state.values() for value in entries.values()]
+    return [tensor.detach().clone() for tensor in [*take.model.parameters(), *moments]]
+
+
+def run_steps(take, first=0, last=4):
+    # a graph reads the rate as a float32: these are the same numbers there
+    return [take(step, [batch(step)], 2.0**-10 * (step + 1), inspect=step % 2 == 1) for step in range(first, last)]
+
+
+def equal(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
+    plain, replayed = build(), build()
+    choice = choose(replayed, Replayer(monkeypatch))
+    assert isinstance(choice.take, StepGraph)
+    assert choice.reason == "one CUDA graph: a step of 1000 ms replayed, 2000 ms launched kernel by kernel"
+    expected, found = run_steps(plain), run_steps(replayed)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert equal(list(mine.values()), list(theirs.values()))
+    assert equal(state(replayed), state(plain))
+
+
+@pytest.mark.parametrize("replayed", [1.0, 3.0])
+def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed):
+    plain, chosen = build(), build()
+    run_steps(plain, last=2), run_steps(chosen, last=2)
+    before = state(chosen)
+    choice = choose(chosen, Replayer(monkeypatch, replayed=replayed))
+    assert isinstance(choice.take, StepGraph) == (replayed < 2)
+    assert equal(state(chosen), before)
+    assert all(parameter.grad is None for parameter in chosen.model.parameters())
+    run_steps(plain, 2), run_steps(chosen, 2)
+    assert equal(state(chosen), state(plain))
+
+
+def test_a_graph_that_gains_nothing_is_not_taken(monkeypatch):
+    take = build()
+    choice = choose(take, Replayer(monkeypatch, replayed=1.99))
+    assert not isinstance(choice.take, StepGraph)
+    assert choice.reason.startswith("launched kernel by kernel: as a CUDA graph it gains nothing (a step of 1990 ms")
+    assert [(group["lr"], group["capturable"]) for group in take.optimizer.param_groups] == [(0.0, False)] * 2
+
+
+def test_a_graph_that_does_something_else_is_not_taken(monkeypatch):
+    class Forgets(Replayer):
+        """Replays without learning anything."""
+
+        def record(self, work):
+            replay, values = super().record(work)
+
+            def and_forget():
+                weights = [parameter.detach().clone() for parameter in take.model.parameters()]
+                replay()
+                with torch.no_grad():
+                    for parameter, weight in zip(take.model.parameters(), weights, strict=True):
+                        parameter.copy_(weight)
+
+            return and_forget, values
+
+    take, plain = build(), build()
+    choice = choose(take, Forgets(monkeypatch))
+    assert "as a CUDA graph loss/" in choice.reason
+    assert "of step 2 is" in choice.reason
+    run_steps(take), run_steps(plain)
+    assert equal(state(take), state(plain))
+
+
+def test_what_cannot_be_recorded_is_launched(monkeypatch):
+    class Refuses(Replayer):
+        def record(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    take, plain = build(), build()
+    choice = choose(take, Refuses(monkeypatch))
+    assert choice.reason == (
+        "launched kernel by kernel: it cannot be a CUDA graph (operation not permitted when stream is capturing)"
+    )
+    run_steps(take), run_steps(plain)
+    assert equal(state(take), state(plain))
+
+
+def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):
+    take = build()
+    choose(take, Replayer(monkeypatch))
+    run_steps(take, last=1)
+    before = state(take)
+    weight = take.model.encoder.norm.weight
+    kept = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    assert take(1, [batch(1)], 1e-3, inspect=False)["bad"] == 1
+    weight.data.copy_(kept)
+    assert equal(state(take), before)
+
+
+def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
+    from mam2.engine.data.synthetic import write_dataset
+
+    write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
+    recipe = load_recipe("demo")
+    config = dataclasses.replace(
+        recipe,
+        tokenizer=dataclasses.replace(recipe.tokenizer, steps=2, codes=CODES),
+        model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
+        optim=dataclasses.replace(recipe.optim, batch=8, epochs=2.0),
+        run=dataclasses.replace(recipe.run, compile=False, log_every=2),
+    )
+    plain = pretrain(config, tmp_path / "clips" / "train", tmp_path / "plain", progress=False)
+
+    def settle(self, step, micro_batches):
+        arguments = self._arguments(step, micro_batches, 0)
+        self._take, reason = step_graph.choose(
+            self._one_pass, arguments, self.model, self.optimizer, Replayer(monkeypatch, launched=0.0, replayed=-1.0)
+        )
+        return reason
+
+    monkeypatch.setattr(TrainStep, "settle", settle)
+    replayed = pretrain(config, tmp_path / "clips" / "train", tmp_path / "replayed", progress=False)
+    weights = [load_file(result.checkpoint / "model.safetensors") for result in (plain, replayed)]
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-3, atol=1e-5)
+    assert "step    " in (tmp_path / "replayed" / "log.txt").read_text()
+
+
+def test_a_cpu_has_nothing_to_choose():
+    assert build().settle(0, [batch(0)]) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_has_the_losses_of_launched_kernels(compiled):
+    recipe = load_recipe("demo")
+    config = dataclasses.replace(
+        recipe,
+        optim=dataclasses.replace(recipe.optim, batch=BATCH),
+        run=dataclasses.replace(recipe.run, compile=compiled, precision="float32"),
+    )
+    device = torch.device("cuda", 0)
+    losses = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        take = TrainStep(config, MAM2(config, CODES), device, World())
+        if graph:
+            arguments = take._arguments(0, [batch(0, device)], 0)
+            recorder = CudaRecorder()
+            recorder.warm_up(lambda take=take, arguments=arguments: take._one_pass(arguments, False))
+            torch.manual_seed(0)
+            fresh = MAM2(config, CODES).to(device).state_dict()
+            take.model.load_state_dict(fresh)
+            choice = step_graph.choose(take._one_pass, arguments, take.model, take.optimizer, recorder)
+            assert "cannot be" not in choice.reason
+            assert " is " not in choice.reason.partition("(")[0].partition("graph")[2]
+        losses.append([
+            float(take(step, [batch(step, device)], 1e-3, inspect=False)["loss/motion"]) for step in range(5)
+        ])  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
