@@ -21,11 +21,11 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +36,16 @@ from tqdm import tqdm
 
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import write_hard_dataset
-from benchmarks.trials.report import write_page
-from benchmarks.trials.settings import ABLATIONS, METHODS, SETTINGS, Setting, finetuning, pretraining
-from mam2.engine.config import UserError, check
+from benchmarks.trials.report import around, write_page
+from benchmarks.trials.settings import ABLATIONS, SETTINGS, Setting, finetuning, pretraining
+from mam2.engine.config import PretrainConfig, UserError, check
 from mam2.engine.model.costs import step_flops
-from mam2.engine.train.runtime import pick_device
+from mam2.engine.recipe import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "convergence.md"
 PACKAGES = ("mam2", "torch", "numpy")
-TIMED_ROUNDS = 8
+WARM_UP_ROUNDS = 2
 SPLITS = ("train", "validation", "test")
 
 
@@ -85,26 +85,27 @@ class Run:
             described.write_text(json.dumps(mine, indent=1), encoding="utf-8")
         elif json.loads(described.read_text(encoding="utf-8")) != mine:
             raise UserError(f"--out {out} holds a run of other settings or data: name another folder")
+        seconds = out / "seconds.txt"
+        self._before_s = float(seconds.read_text()) if seconds.is_file() else 0.0
         file = out / "trials.jsonl"
         if file.is_file():
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            self.done = {line["key"]: line for line in lines}
+            whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+            file.write_text("".join(whole), encoding="utf-8")  # without one that a sudden end has cut off
+            self.done = {line["key"]: line for line in map(json.loads, whole)}
 
     @property
     def wall_s(self) -> float:
         """Seconds of this call and those before it."""
-        file = self.out / "seconds.txt"
-        before = float(file.read_text()) if file.is_file() else 0.0
-        return before + time.perf_counter() - self.start
+        return self._before_s + time.perf_counter() - self.start
 
-    def close(self) -> None:
+    def note_time(self) -> None:
         (self.out / "seconds.txt").write_text(str(self.wall_s))
 
     def all(self) -> list[Job]:
         """Prepares, measures and trains all that is not done; returns the trainings."""
         self.prepare()
         sweep = sweep_jobs(self.setting)
-        self.measure([*sweep, *main_jobs(self.setting, dict.fromkeys(METHODS, 0.0))])
+        self.measure()
         rates = best_rates(self.train(sweep))
         jobs = [*sweep, *main_jobs(self.setting, rates, real_epochs=self.real_epochs())]
         self.train(jobs)
@@ -128,16 +129,14 @@ class Run:
         batch = pretraining(self.setting, {}).optim.batch
         return self.setting.real_steps * batch / len(prepared.load(self.out / "real").splits["train"].labels)
 
-    def measure(self, jobs: Iterable[Job]) -> None:
+    def measure(self) -> None:
         """Milliseconds of a step of every variant, in a process of its own with nothing beside it."""
         file = self.out / "steps.json"
-        variants = {job.variant: job for job in jobs}
-        if file.is_file():
-            self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
-        if variants.keys() - self.steps_ms.keys():
+        if not file.is_file():
             with self._pool(1) as pool:
-                self.steps_ms = pool.submit(_measure, self.setting, self.out, list(variants.values())).result()
-            file.write_text(json.dumps(self.steps_ms, indent=1), encoding="utf-8")
+                found = pool.submit(_measure, self.setting, self.out / "synthetic").result()
+            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
 
     def train(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """What came of the jobs; runs those that are not done."""
@@ -146,10 +145,16 @@ class Run:
             running = {pool.submit(_train, self.setting, self.out, job): job for job in left}
             bar = tqdm(as_completed(running), total=len(left), desc="trainings", unit="training")
             for future in bar:
-                job, found = running[future], future.result()
+                job = running[future]
+                try:
+                    found = future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
                 self.done[job.key] = {"key": job.key, **dataclasses.asdict(job), **found}
                 file.write(json.dumps(self.done[job.key]) + "\n")
                 file.flush()
+                self.note_time()
                 bar.set_postfix_str(f"{job.group} {job.label or job.variant}: {100 * found['probe']:.1f} %")
         return [self.done[job.key] for job in jobs]
 
@@ -163,16 +168,17 @@ class Run:
             for name in ("synthetic", *(["real"] if self.real else []))
         }
         trials = [self._trial(job, facts[job.data]) for job in jobs if job.group != "random"]
-        random: dict[str, dict[str, list[float]]] = {}
+        untrained: dict[str, dict[str, list[float]]] = {}
         for job in jobs:
             if job.group == "random":
-                measures = random.setdefault(job.data, {"probe": [], "finetune": []})
+                measures = untrained.setdefault(job.data, {"probe": [], "finetune": []})
                 for measure, found in measures.items():
                     if self.done[job.key][measure] is not None:
                         found.append(self.done[job.key][measure])
         return {
             "machine": _machine(self.workers),
             "setting": self.setting.name,
+            "config": to_dict(pretraining(self.setting, {})),
             "date": datetime.date.today().isoformat(),
             "wall_s": self.wall_s,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -182,7 +188,7 @@ class Run:
                             ("tokenizer_s", "tokenize_s", "tokenizer_flops", "tokenize_flops")},
             "steps_ms": self.steps_ms,
             "trials": trials,
-            "random": random,
+            "random": untrained,
         }  # fmt: skip
 
     def _trial(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
@@ -204,11 +210,8 @@ class Run:
         }
 
 
-def _config(setting: Setting, job: Job) -> Any:
-    # a video in v views is v clips: the same number of steps for every variant
-    views = dict(job.changes).get("data.views", 1)
-    values = {"optim.epochs": job.epochs / views, "optim.base_lr": job.base_lr, "run.seed": job.seed}
-    config = pretraining(setting, {**dict(job.changes), **values})
+def _config(setting: Setting, job: Job) -> PretrainConfig:
+    config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr, seed=job.seed)
     check(config)
     return config
 
@@ -217,6 +220,8 @@ def _limit_threads(processes: int) -> None:
     """One thread where as many processes as cores work side by side: so all that is timed has the same."""
     if processes > 1:
         torch.set_num_threads(1)
+    # one process compiles every variant
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
 
 
 def _train(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
@@ -237,38 +242,33 @@ def _train(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
         "steps": pretrained.steps,
         "losses": pretrained.losses,
         "probe": accuracy["test"],
-        "probe_validation": accuracy.get("validation", accuracy["test"]),
+        "probe_validation": accuracy.get("validation"),
         "finetune": tuned,
         "wall_s": trained_s,
     }
 
 
-def _measure(setting: Setting, out: Path, jobs: list[Job]) -> dict[str, float]:
-    """Median milliseconds of a step, round by round, so that a change of clocks meets all variants."""
-    clips = {job.data: prepared.load(out / job.data) for job in jobs}
-    takes = {job.variant: _stepper(setting, job, clips[job.data]) for job in jobs}
-    samples: dict[str, list[float]] = {variant: [] for variant in takes}
-    for number in tqdm(range(TIMED_ROUNDS + 2), desc="steps", unit="round"):
-        for variant, take in takes.items():
-            elapsed = next(take)
-            if number >= 2:  # the first two warm up
-                samples[variant].append(elapsed)
+def _measure(setting: Setting, folder: Path) -> dict[str, float]:
+    """Median milliseconds of a step of each variant. They take turns, in another order each round, so that a change of
+    clocks, and what one leaves in the caches for the next, meets all of them."""
+    clips = prepared.load(folder)
+    variants = {**setting.methods, **{label: changes for _, label, changes in ABLATIONS}}
+    configs = {variant: pretraining(setting, changes) for variant, changes in variants.items()}
+    takes = {variant: trial.pretraining(config, clips) for variant, config in configs.items()}
+    streams = {variant: trial.batches(config, clips) for variant, config in configs.items()}
+    samples: dict[str, list[float]] = {variant: [] for variant in variants}
+    order, shuffle = list(variants), random.Random(0).shuffle
+    for number in tqdm(range(WARM_UP_ROUNDS + setting.rounds), desc="steps", unit="round"):
+        shuffle(order)
+        for variant in order:
+            batch = next(streams[variant])
+            start = time.perf_counter()
+            takes[variant](number, [batch], 1e-4, inspect=False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= WARM_UP_ROUNDS:
+                samples[variant].append(time.perf_counter() - start)
     return {variant: 1000 * statistics.median(found) for variant, found in samples.items()}
-
-
-def _stepper(setting: Setting, job: Job, clips: prepared.Prepared) -> Iterator[float]:
-    """Seconds of one step after the other."""
-    config = _config(setting, job)
-    take, stream = trial.pretraining(config, clips), trial.batches(config, clips)
-    cuda = pick_device(config.run).type == "cuda"
-    step = 0
-    while True:
-        start = time.perf_counter()
-        take(step, [next(stream)], 1e-4, inspect=False)
-        if cuda:
-            torch.cuda.synchronize()
-        yield time.perf_counter() - start
-        step += 1
 
 
 def _machine(workers: int) -> str:
@@ -286,7 +286,7 @@ def sweep_jobs(setting: Setting) -> list[Job]:
     return [
         Job("sweep", method, tuple(changes.items()), setting.sweep_epochs, rate, 100)
         for rate in setting.rates
-        for method, changes in METHODS.items()
+        for method, changes in setting.methods.items()
     ]
 
 
@@ -296,13 +296,13 @@ def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float =
         Job("main", method, tuple(changes.items()), epochs, rates[method], seed, finetuned=True)
         for epochs in sorted(setting.budgets, reverse=True)
         for seed in range(setting.seeds)
-        for method, changes in METHODS.items()
+        for method, changes in setting.methods.items()
     ]
     if real_epochs:
         jobs += [
             Job("real", method, tuple(changes.items()), real_epochs, rates[method], seed, data="real")
             for seed in range(setting.seeds)
-            for method, changes in METHODS.items()
+            for method, changes in setting.methods.items()
         ]
     jobs += [
         Job("ablation", label or "mam2", tuple(changes.items()), setting.ablation_epochs, rates["mam2"], seed,
@@ -335,13 +335,15 @@ def main() -> int:
     setting: Setting = SETTINGS[options.setting]
     out = options.out or ROOT / "runs" / f"convergence-{setting.name}"
     real = (options.real_train, options.real_test) if options.real_train else None
+    if options.page:
+        around(options.page)  # what cannot be written in the end is said now
     try:
         run = Run(setting, out, real)
         try:
             jobs = run.all()
             results = run.results(jobs)
         finally:
-            run.close()
+            run.note_time()
     except UserError as error:
         print(f"convergence: error: {error}", file=sys.stderr)
         return 2
@@ -356,7 +358,7 @@ def best_rates(sweep: list[dict[str, Any]]) -> dict[str, float]:
     """Each method's learning rate of the best validation accuracy."""
     return {
         method: max((t for t in sweep if t["variant"] == method), key=lambda t: t["probe_validation"])["base_lr"]
-        for method in METHODS
+        for method in dict.fromkeys(t["variant"] for t in sweep)
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.convergence import Job, Run, best_rates, main_jobs, sweep_jobs
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
-from benchmarks.trials.settings import ABLATIONS, METHODS, QUICK, SETTINGS, changed, finetuning, pretraining
+from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
 from mam2.engine.config import UserError, check
 from mam2.engine.data.synthetic import MOTIONS, SIZE
 
@@ -90,13 +90,17 @@ def test_interrupted_writing_goes_on(tmp_path):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_training_of_every_setting_is_possible(name):
     setting = SETTINGS[name]
-    rates = dict.fromkeys(METHODS, 1e-3)
+    rates = dict.fromkeys(setting.methods, 1e-3)
     jobs = [*sweep_jobs(setting), *main_jobs(setting, rates, real_epochs=3.0)]
     assert len({job.key for job in jobs}) == len(jobs)
     for job in jobs:
-        check(pretraining(setting, dict(job.changes)))
+        config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr)
+        check(config)
+        # a video in v views is v clips: every variant takes the same number of steps
+        assert config.optim.epochs * config.data.views == pytest.approx(job.epochs)
+        assert config.optim.warmup_epochs == pytest.approx(0.05 * config.optim.epochs)
     finetuning(setting, pretraining(setting, {})).check()
-    assert {job.variant for job in jobs if job.group == "main"} == set(METHODS)
+    assert {job.variant for job in jobs if job.group == "main"} == set(setting.methods)
     assert setting.seeds >= (2 if name == "quick" else 3)
     changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]
     assert len(set(changes)) == len(changes), "two ablations are the same"
@@ -126,6 +130,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
     results = json.loads((finished / "results.json").read_text())
     trained = {(t["group"], t["variant"]) for t in results["trials"]}
     assert {("main", "mam2"), ("main", "videomae"), ("sweep", "mam2")} <= trained
+    assert results["steps_ms"].keys() == {*QUICK.methods, *(a.label for a in ABLATIONS)}
     assert {label for group, label in trained if group == "ablation"} == {"mam2", *(a.label for a in ABLATIONS)}
     page = (finished / "convergence.md").read_text()
     for text in ("VideoMAE's final", "± ", *(ablation.label for ablation in ABLATIONS)):
@@ -154,7 +159,7 @@ def test_a_run_that_is_done_trains_nothing_again(finished):
 @pytest.mark.slow
 def test_variants_of_a_seed_see_the_same_clips(finished):
     clips = prepared.load(finished / "synthetic")
-    one, other = (pretraining(QUICK, {**changes, "run.seed": 5}) for changes in METHODS.values())
+    one, other = (pretraining(QUICK, changes, seed=5) for changes in QUICK.methods.values())
     for _, (mine, codes), (theirs, none) in zip(
         range(5), trial.batches(one, clips), trial.batches(other, clips), strict=False
     ):
@@ -169,15 +174,23 @@ def test_variants_of_a_seed_see_the_same_clips(finished):
 def test_the_trainings_learn(finished):
     """Twenty passes over 64 clips: the losses fall, and fine-tuning fits what it was shown."""
     clips = prepared.load(finished / "synthetic")
-    for changes in METHODS.values():
+    for changes in QUICK.methods.values():
         short, long = (
-            trial.pretrain(pretraining(QUICK, {**changes, "optim.epochs": epochs}), clips) for epochs in (1.0, 20.0)
+            trial.pretrain(pretraining(QUICK, changes, epochs=epochs, base_lr=1.6e-2), clips) for epochs in (1.0, 20.0)
         )
         name = "loss/pixels" if changes else "loss/appearance"
         assert long.losses[name] < short.losses[name]
     config = changed(finetuning(QUICK, pretraining(QUICK, {})), {"optim.epochs": 60.0})
     shown = dataclasses.replace(clips, splits={**clips.splits, "test": _first_clips(clips.splits["train"])})
     assert trial.finetune(long.encoder, shown, config, labelled=64) > 0.5
+
+
+def test_the_labelled_videos_are_of_every_class_and_kind_of_file():
+    labels = torch.arange(8).repeat_interleave(200)  # in the order of the files, whose codec alternates
+    chosen = trial.labelled_videos(labels, 400)
+    assert len(set(chosen.tolist())) == 400
+    assert torch.bincount(labels[torch.from_numpy(chosen)]).tolist() == [50] * 8
+    assert 0.4 < (chosen % 2).mean() < 0.6
 
 
 def _first_clips(train):

@@ -28,6 +28,7 @@ from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.model import costs
+from mam2.engine.model.tokenizer_training import CROP_CODES
 from mam2.engine.model.vqgan import small
 from mam2.engine.model.vqgan_files import save_vqgan
 from mam2.engine.train.classifiers import relabelled
@@ -153,10 +154,11 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
     tokenized_s = (time.perf_counter() - start) / tubelet  # MAM2's default needs one frame's
     codes.flush()
     image = costs.tokenizer_image(architecture, config.grid[1:], costs.SINGLE).forward_flops
+    crop = costs.tokenizer_image(architecture, tuple(min(side, CROP_CODES) for side in config.grid[1:]), costs.SINGLE)
     return {
         "tokenizer_s": trained_s,
         "tokenize_s": tokenized_s,
         # its decoder costs about as much as its encoder, a backward pass twice a forward one
-        "tokenizer_flops": float(6 * image * options.steps * options.batch),
+        "tokenizer_flops": float(6 * crop.forward_flops * options.steps * options.batch),
         "tokenize_flops": float(image * math.prod(clips.shape[:3]) * config.grid[0]),
     }

@@ -278,6 +278,14 @@ def write_page(results: Results, docs_path: Path) -> None:
     Raises:
         ValueError: the page does not have both markers once, in their order.
     """
+    before, after = around(docs_path)
+    draw(results, docs_path.with_name(PICTURES[0]))
+    draw_ablations(results, docs_path.with_name(PICTURES[1]))
+    docs_path.write_text(before + page(results) + after, encoding="utf-8")
+
+
+def around(docs_path: Path) -> tuple[str, str]:
+    """What stands before and after the numbers of a page. ValueError as of `write_page`."""
     text = docs_path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -285,6 +293,4 @@ def write_page(results: Results, docs_path: Path) -> None:
         raise ValueError(
             f"{docs_path}: expected the line {BEGIN} and after it {END}, once each; put them where the numbers go"
         )
-    draw(results, docs_path.with_name(PICTURES[0]))
-    draw_ablations(results, docs_path.with_name(PICTURES[1]))
-    docs_path.write_text(before + page(results) + after, encoding="utf-8")
+    return before, after

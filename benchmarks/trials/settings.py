@@ -46,15 +46,22 @@ class Setting:
     """Of the fine-tuning, on top of the demo's recipe."""
     labelled: int
     """Training videos whose labels it sees."""
+    videomae: Changes
+    """What makes VideoMAE of it: as many blocks after the encoder as MAM2 has in a row, regressor and decoder."""
     real_steps: int
     """Optimiser steps on the real clips, 0 for none."""
+    rounds: int = 40
+    """In which a step of every variant is timed."""
     recorded: int = 2
     """Clips of each training video."""
     views: int = 4
     """Crops of each clip."""
 
+    @property
+    def methods(self) -> dict[str, Changes]:
+        return {"mam2": {}, "videomae": {"model.objective": "videomae", **self.videomae}}
 
-METHODS: dict[str, Changes] = {"mam2": {}, "videomae": {"model.objective": "videomae"}}
+
 ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
 """Of a single loss there is nothing to balance, and AdamW does not see its weight."""
 ABLATIONS = (
@@ -82,7 +89,7 @@ ABLATIONS = (
 
 CPU = Setting(
     name="cpu",
-    counts={"train": 1600, "validation": 400, "test": 800},
+    counts={"train": 1600, "validation": 800, "test": 800},
     base={
         "data.size": 40,
         "data.views": 1,
@@ -100,16 +107,18 @@ CPU = Setting(
     sweep_epochs=20,
     budgets=(5, 10, 20, 40),
     seeds=3,
-    ablation_epochs=15,
+    ablation_epochs=10,
     finetune={"data.size": 40, "optim.epochs": 16, "run.compile": False},
     labelled=400,
+    videomae={"model.decoder.depth": 2},
     real_steps=400,
 )
 QUICK = dataclasses.replace(
     CPU,
     name="quick",
+    rounds=3,
     counts={"train": 64, "validation": 32, "test": 32},
-    base={**CPU.base, "tokenizer.steps": 5, "optim.warmup_epochs": 0.0},
+    base={**CPU.base, "tokenizer.steps": 5},
     rates=(8e-3,),
     sweep_epochs=1,
     budgets=(1, 2),
@@ -143,16 +152,16 @@ GPU = Setting(
         "tokenizer.channels": 32,
         "tokenizer.batch": 64,
         "optim.batch": 256,
-        "optim.warmup_epochs": 2.0,
     },
     rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
     sweep_epochs=10,
-    budgets=(10, 20, 40, 80),
+    budgets=(5, 10, 20, 40),
     seeds=3,
-    ablation_epochs=20,
+    ablation_epochs=10,
     finetune={"data.frames": 16, "data.stride": 1, "data.size": 112, "data.threads": 0, "optim.batch": 256,
               "optim.base_lr": 1e-3, "optim.epochs": 10, "optim.drop_path": 0.1},
     labelled=4000,
+    videomae={"model.decoder.depth": 6},
     real_steps=1000,
     recorded=1,
     views=2,
@@ -168,9 +177,20 @@ def changed(config: Any, changes: Changes) -> Any:
     return config
 
 
-def pretraining(setting: Setting, changes: Changes) -> PretrainConfig:
-    """The base config with changes."""
-    return changed(load_recipe("demo"), {**setting.base, **changes})
+WARM_UP = 0.05
+"""Share of a training's steps; VideoMAE's is 40 of 800 epochs."""
+FLOOR = 0.01
+"""Learning rate at the end over that at the peak."""
+
+
+def pretraining(
+    setting: Setting, changes: Changes, *, epochs: float = 1.0, base_lr: float = 1e-3, seed: int = 0
+) -> PretrainConfig:
+    """The base config with changes. epochs: of one view; where a video has several, it is shown less often."""
+    config = changed(load_recipe("demo"), {**setting.base, **changes})
+    epochs /= config.data.views
+    schedule = {"epochs": epochs, "warmup_epochs": WARM_UP * epochs, "base_lr": base_lr, "min_lr": FLOOR * base_lr}
+    return changed(config, {**{f"optim.{name}": value for name, value in schedule.items()}, "run.seed": seed})
 
 
 def finetuning(setting: Setting, pretrained: PretrainConfig) -> FinetuneConfig:
@@ -178,4 +198,7 @@ def finetuning(setting: Setting, pretrained: PretrainConfig) -> FinetuneConfig:
     model, data = pretrained.model, pretrained.data
     sizes = {name: getattr(model, name) for name in ("patch", "tubelet", "width", "depth", "heads", "mlp_ratio")}
     described = {f"model.{name}": value for name, value in {**sizes, "frames": data.frames, "size": data.size}.items()}
-    return changed(load_recipe_of(FinetuneConfig, "demo/finetune"), {**described, **setting.finetune})
+    return changed(
+        load_recipe_of(FinetuneConfig, "demo/finetune"),
+        {**described, **setting.finetune, "run.seed": pretrained.run.seed},
+    )

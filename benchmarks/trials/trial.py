@@ -100,17 +100,21 @@ def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
 
 def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, float]:
     """Accuracy of a linear probe on frozen features, on the videos of every split but `train`."""
-    found = {name: features(encoder, split, config) for name, split in prepared.splits.items()}
-    labels = {name: split.labels for name, split in prepared.splits.items()}
-    return {
-        name: linear_probe(found["train"], labels["train"], found[name], labels[name]).accuracy
-        for name in prepared.splits
-        if name != "train"
-    }
+    splits = prepared.splits
+    found = {name: features(encoder, split, config) for name, split in splits.items()}
+    judged = [name for name in splits if name != "train"]
+    result = linear_probe(
+        found["train"],
+        splits["train"].labels,
+        torch.cat([found[name] for name in judged]),
+        torch.cat([splits[name].labels for name in judged]),
+    )
+    right = result.right.double().split([len(splits[name].labels) for name in judged])
+    return {name: float(part.mean()) for name, part in zip(judged, right, strict=True)}
 
 
 def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, labelled: int) -> float:
-    """Test accuracy after all weights were trained on `labelled` of the training videos, evenly from all classes."""
+    """Test accuracy after all weights were trained on `labelled` of the training videos; see `labelled_videos`."""
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
@@ -119,7 +123,7 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     take = FinetuneStep(config, model, device, World())
     train, batch = prepared.splits["train"], config.optim.batch
     recorded, crops = train.clips.shape[1:3]
-    chosen = np.linspace(0, len(train.labels), min(labelled, len(train.labels)), endpoint=False).astype(int)
+    chosen = labelled_videos(train.labels, labelled)
     count = len(chosen)
     steps = max(round(config.optim.epochs * count / batch), 1)
     for step in range(steps):
@@ -133,3 +137,12 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     with torch.no_grad(), autocast(config.run, device):
         answers = [model(part.to(device)).argmax(-1).cpu() for part in test.videos(EVALUATED)]
     return float((torch.cat(answers) == test.labels).double().mean())
+
+
+def labelled_videos(labels: Tensor, count: int) -> np.ndarray:
+    """Places of about `count` videos, as many of each class and the same for every training: int64, ascending."""
+    generator = np.random.default_rng(0)
+    classes = labels.unique().tolist()
+    share = max(count // len(classes), 1)
+    chosen = [generator.permutation(np.flatnonzero(labels.numpy() == label))[:share] for label in classes]
+    return np.sort(np.concatenate(chosen))
