@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from benchmarks.trials.intervals import welch
 from benchmarks.trials.selection import (
+    JUDGED,
     MEASURES,
     METHODS,
     Axis,
@@ -117,20 +118,20 @@ def _spread(cell: list[Trial], key: str) -> float:
 
 
 def draw_ablations(results: Results, path: Path) -> None:
-    """PNG of every ablation's probe accuracy beside the default's, by family.
+    """PNG of every ablation's probe accuracy on validation clips beside the default's, by family.
 
     Nothing is drawn without a changed setting.
     """
     default, changed = ablations_of(results)
     if not changed:
         return
-    reference = values(default, "probe")
+    reference = values(default, JUDGED)
     families = grouped(changed, "family")
     count = sum(1 + len(grouped(family, "label")) for family in families.values())
     figure = Figure(figsize=(WIDTH, 0.27 * count + 1.4), layout="constrained")
     axes = figure.add_subplot()
     if reference:
-        middle, spread = 100 * statistics.fmean(reference), _spread(default, "probe")
+        middle, spread = 100 * statistics.fmean(reference), _spread(default, JUDGED)
         axes.axvspan(middle - spread, middle + spread, color="C2", alpha=0.2, label="the default: mean ± spread")
         axes.axvline(middle, color="C2")
     ticks: list[tuple[int, str]] = []
@@ -147,7 +148,7 @@ def draw_ablations(results: Results, path: Path) -> None:
         axes.axhline(place, color="black", alpha=0.12, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(ticks) - 0.3, -0.7)
-    axes.set_xlabel(f"{MEASURES['probe']}, %")
+    axes.set_xlabel(f"{MEASURES['probe']} on validation clips, %")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for verdict, style in VERDICTS.items():
@@ -157,9 +158,9 @@ def draw_ablations(results: Results, path: Path) -> None:
 
 
 def _ablation(axes: Axes, place: int, cell: list[Trial], reference: list[float]) -> None:
-    scores = values(cell, "probe")
+    scores = values(cell, JUDGED)
     difference = welch(scores, reference)
     style = VERDICTS[difference.verdict if difference else None]
     middle = 100 * statistics.fmean(scores)
     axes.plot([100 * score for score in scores], [place] * len(scores), color="0.35", **SEED)
-    axes.errorbar(middle, place, xerr=_spread(cell, "probe"), fmt="o", capsize=3, **style)
+    axes.errorbar(middle, place, xerr=_spread(cell, JUDGED), fmt="o", capsize=3, **style)

@@ -14,6 +14,8 @@ Measure = Literal["probe", "finetune"]
 Axis = Literal["epochs", "seconds", "training_seconds", "flops"]
 """What a training costs: seconds and FLOPs with the preparation of its targets, training seconds without it."""
 
+JUDGED = "probe_validation"
+"""What choices are made by, of learning rates and of settings: the test clips stay for what is reported."""
 METHODS = {"mam2": "MAM2", "videomae": "VideoMAE", "random": "random encoder"}
 MEASURES: dict[Measure, str] = {"probe": "linear probe", "finetune": "fine-tuning"}
 
