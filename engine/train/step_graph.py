@@ -178,7 +178,7 @@ def _compare(
 
 def _numbers(way: Take, arguments: Arguments) -> dict[str, float]:
     """Losses and gradient norm of two steps; the second sees what the first has learned."""
-    found = {}
+    found: dict[str, float] = {}
     for step in (1, 2):
         values = way(arguments, False)
         found |= {
@@ -202,10 +202,10 @@ def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[C
     def put_back() -> None:
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             parameter.copy_(weight)
-        for parameter, entries in optimizer.state.items():
+        for owner, entries in optimizer.state.items():
+            before = moments.get(owner)
             for name, value in entries.items():
                 # a recording keeps their places: what was not there yet begins at zero
-                before = moments.get(parameter)
                 value.copy_(before[name]) if before else value.zero_()
 
     try:
