@@ -26,6 +26,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "convergence.md"
 PACKAGES = ("mam2", "torch", "numpy")
 WARM_UP_ROUNDS = 2
+BEYOND = 2
 SPLITS = ("train", "validation", "test")
 
 
@@ -104,12 +106,26 @@ class Run:
     def all(self) -> list[Job]:
         """Prepares, measures and trains all that is not done; returns the trainings."""
         self.prepare()
-        sweep = sweep_jobs(self.setting)
         self.measure()
-        rates = best_rates(self.train(sweep))
+        sweep, rates = self.sweep()
         jobs = [*sweep, *main_jobs(self.setting, rates, real_epochs=self.real_epochs())]
         self.train(jobs)
         return jobs
+
+    def sweep(self) -> tuple[list[Job], dict[str, float]]:
+        """The trainings of the sweep, and each method's best learning rate.
+
+        Where a method's best is the lowest or the highest tried, one beyond it is tried as well, `BEYOND` times at most.
+        """
+        tried = {method: sorted(self.setting.rates) for method in self.setting.methods}
+        for left in reversed(range(BEYOND + 1)):
+            jobs = sweep_jobs(self.setting, tried)
+            rates = best_rates(self.train(jobs))
+            further = {method: beyond(tried[method], rate) for method, rate in rates.items()}
+            if not left or not any(further.values()):
+                break
+            tried = {method: sorted([*tried[method], *further[method]]) for method in tried}
+        return jobs, rates
 
     def prepare(self) -> None:
         _limit_threads(self.workers)
@@ -282,12 +298,20 @@ def _machine(workers: int) -> str:
     return f"{workers} cores of {model}"
 
 
-def sweep_jobs(setting: Setting) -> list[Job]:
+def sweep_jobs(setting: Setting, rates: Mapping[str, Sequence[float]]) -> list[Job]:
+    """A training for each method and each of its learning rates."""
     return [
         Job("sweep", method, tuple(changes.items()), setting.sweep_epochs, rate, 100)
-        for rate in setting.rates
         for method, changes in setting.methods.items()
+        for rate in rates[method]
     ]
+
+
+def beyond(tried: Sequence[float], best: float) -> list[float]:
+    """The next learning rate past an end of those tried, if the best is there and there are others to tell."""
+    if len(tried) < 2 or best not in (min(tried), max(tried)):
+        return []
+    return [best * 2 if best == max(tried) else best / 2]
 
 
 def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float = 0.0) -> list[Job]:

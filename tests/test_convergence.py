@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import Job, Run, best_rates, main_jobs, sweep_jobs
+from benchmarks.convergence import Job, Run, best_rates, beyond, main_jobs, sweep_jobs
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
@@ -91,7 +91,10 @@ def test_interrupted_writing_goes_on(tmp_path):
 def test_every_training_of_every_setting_is_possible(name):
     setting = SETTINGS[name]
     rates = dict.fromkeys(setting.methods, 1e-3)
-    jobs = [*sweep_jobs(setting), *main_jobs(setting, rates, real_epochs=3.0)]
+    jobs = [
+        *sweep_jobs(setting, dict.fromkeys(setting.methods, setting.rates)),
+        *main_jobs(setting, rates, real_epochs=3.0),
+    ]
     assert len({job.key for job in jobs}) == len(jobs)
     for job in jobs:
         config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr)
@@ -123,6 +126,28 @@ def test_the_best_rate_is_that_of_the_validation_clips():
         for rate, score in zip((1, 2, 3), scores, strict=True)
     ]
     assert best_rates(sweep) == {"mam2": 2, "videomae": 1}
+
+
+def test_a_best_rate_at_an_end_is_looked_beyond(tmp_path, monkeypatch):
+    setting = dataclasses.replace(QUICK, rates=(1e-2, 2e-2, 4e-2))
+    best = {"mam2": 2e-2, "videomae": 3e-1}
+    trained = []
+
+    def train(self, jobs):
+        trained.append([(job.variant, job.base_lr) for job in jobs])
+        return [
+            {"variant": job.variant, "base_lr": job.base_lr, "probe_validation": -abs(job.base_lr - best[job.variant])}
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(Run, "train", train)
+    jobs, rates = Run(setting, tmp_path, None).sweep()
+    assert rates == {"mam2": 2e-2, "videomae": 16e-2}, "two steps beyond at most"
+    assert [len(done) for done in trained] == [6, 7, 8]
+    assert sorted(job.base_lr for job in jobs if job.variant == "videomae") == [1e-2, 2e-2, 4e-2, 8e-2, 16e-2]
+    assert beyond([1.0, 2.0, 4.0], 1.0) == [0.5]
+    assert beyond([1.0, 2.0, 4.0], 2.0) == []
+    assert beyond([1.0], 1.0) == [], "a single rate is no sweep"
 
 
 @pytest.mark.slow
