@@ -115,7 +115,7 @@ class Run:
     def sweep(self) -> tuple[list[Job], dict[str, float]]:
         """The trainings of the sweep, and each method's best learning rate.
 
-        Where a method's best is the lowest or the highest tried, one beyond it is tried as well, `BEYOND` times at most.
+        Where a method's best is the lowest or highest tried, one beyond it is tried as well, `BEYOND` times at most.
         """
         tried = {method: sorted(self.setting.rates) for method in self.setting.methods}
         for left in reversed(range(BEYOND + 1)):
