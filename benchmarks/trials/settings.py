@@ -130,7 +130,7 @@ QUICK = dataclasses.replace(
 )
 GPU = Setting(
     name="gpu",
-    counts={"train": 20000, "validation": 1000, "test": 2000},
+    counts={"train": 12000, "validation": 1000, "test": 2000},
     base={
         "data.frames": 16,
         "data.stride": 1,
@@ -164,7 +164,6 @@ GPU = Setting(
     videomae={"model.decoder.depth": 6},
     real_steps=1000,
     recorded=1,
-    views=2,
 )  # fmt: skip
 SETTINGS = {setting.name: setting for setting in (CPU, QUICK, GPU)}
 
