@@ -2,7 +2,8 @@
 
     prepare    hard synthetic clips as files, decoded once; a tokenizer, and its codes (seconds and FLOPs noted)
     steps      a training step of every variant, all taking turns: the seconds of a training are its steps times that
-    sweep      the same learning rates for both methods, chosen by a linear probe on validation clips
+    sweep      the same learning rates for both methods, judged by a linear probe on validation clips; then the two best
+               of each once more, at the largest budget with all seeds
     main       both methods at several budgets of epochs, each a training with its own schedule; probe and fine-tuning
     ablations  one change of MAM2 each, at one budget
     real       both methods on labelled real clips (--real-train, --real-test), where there are any
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import write_hard_dataset
 from benchmarks.trials.report import around, write_page
+from benchmarks.trials.selection import JUDGED, grouped, values
 from benchmarks.trials.settings import ABLATIONS, SETTINGS, Setting, finetuning, pretraining
 from mam2.engine.config import PretrainConfig, UserError, check
 from mam2.engine.model.costs import step_flops
@@ -47,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "convergence.md"
 PACKAGES = ("mam2", "torch", "numpy")
 WARM_UP_ROUNDS = 2
-BEYOND = 2
+BEYOND, FINALISTS = 2, 2
 SPLITS = ("train", "validation", "test")
 
 
@@ -103,29 +105,31 @@ class Run:
     def note_time(self) -> None:
         (self.out / "seconds.txt").write_text(str(self.wall_s))
 
-    def all(self) -> list[Job]:
-        """Prepares, measures and trains all that is not done; returns the trainings."""
+    def all(self) -> dict[str, Any]:
+        """Prepares, measures and trains all that is not done; returns the results."""
         self.prepare()
         self.measure()
-        sweep, rates = self.sweep()
-        jobs = [*sweep, *main_jobs(self.setting, rates, real_epochs=self.real_epochs())]
+        sweep, best = self.sweep()
+        final = final_jobs(self.setting, best)
+        rates = {method: ranked[0] for method, ranked in ranked_rates(self.train(final)).items()}
+        jobs = main_jobs(self.setting, rates, real_epochs=self.real_epochs())
         self.train(jobs)
-        return jobs
+        return self.results([*sweep, *jobs], final)
 
-    def sweep(self) -> tuple[list[Job], dict[str, float]]:
-        """The trainings of the sweep, and each method's best learning rate.
+    def sweep(self) -> tuple[list[Job], dict[str, list[float]]]:
+        """The trainings of the sweep's first round, and the `FINALISTS` best learning rates of each method.
 
         Where a method's best is the lowest or highest tried, one beyond it is tried as well, `BEYOND` times at most.
         """
         tried = {method: sorted(self.setting.rates) for method in self.setting.methods}
         for left in reversed(range(BEYOND + 1)):
             jobs = sweep_jobs(self.setting, tried)
-            rates = best_rates(self.train(jobs))
-            further = {method: beyond(tried[method], rate) for method, rate in rates.items()}
+            ranked = ranked_rates(self.train(jobs))
+            further = {method: beyond(tried[method], rates[0]) for method, rates in ranked.items()}
             if not left or not any(further.values()):
                 break
             tried = {method: sorted([*tried[method], *further[method]]) for method in tried}
-        return jobs, rates
+        return jobs, {method: rates[:FINALISTS] for method, rates in ranked.items()}
 
     def prepare(self) -> None:
         _limit_threads(self.workers)
@@ -177,13 +181,14 @@ class Run:
     def _pool(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _limit_threads, (self.workers,))
 
-    def results(self, jobs: list[Job]) -> dict[str, Any]:
-        """What the report is made of."""
+    def results(self, jobs: list[Job], final: list[Job]) -> dict[str, Any]:
+        """What the report is made of. final: the sweep's last round, of which the winners are among the jobs, too."""
         facts = {
             name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8"))
             for name in ("synthetic", *(["real"] if self.real else []))
         }
         trials = [self._trial(job, facts[job.data]) for job in jobs if job.group != "random"]
+        trials += [{**self._trial(job, facts[job.data]), "group": "sweep"} for job in final]
         untrained: dict[str, dict[str, list[float]]] = {}
         for job in jobs:
             if job.group == "random":
@@ -314,13 +319,27 @@ def beyond(tried: Sequence[float], best: float) -> list[float]:
     return [best * 2 if best == max(tried) else best / 2]
 
 
+def final_jobs(setting: Setting, rates: Mapping[str, Sequence[float]]) -> list[Job]:
+    """The sweep's last round: some learning rates of each method at the largest budget with all seeds."""
+    return [
+        main_job(setting, method, max(setting.budgets), rate, seed)
+        for seed in range(setting.seeds)
+        for method, tried in rates.items()
+        for rate in tried
+    ]
+
+
+def main_job(setting: Setting, method: str, epochs: float, rate: float, seed: int) -> Job:
+    return Job("main", method, tuple(setting.methods[method].items()), epochs, rate, seed, finetuned=True)
+
+
 def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float = 0.0) -> list[Job]:
     """All but the sweep, the longest first, so that no core is idle at the end. real_epochs: 0 without real clips."""
     jobs = [
-        Job("main", method, tuple(changes.items()), epochs, rates[method], seed, finetuned=True)
+        main_job(setting, method, epochs, rates[method], seed)
         for epochs in sorted(setting.budgets, reverse=True)
         for seed in range(setting.seeds)
-        for method, changes in setting.methods.items()
+        for method in setting.methods
     ]
     if real_epochs:
         jobs += [
@@ -364,8 +383,7 @@ def main() -> int:
     try:
         run = Run(setting, out, real)
         try:
-            jobs = run.all()
-            results = run.results(jobs)
+            results = run.all()
         finally:
             run.note_time()
     except UserError as error:
@@ -374,16 +392,17 @@ def main() -> int:
     page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results, page)
-    print(f"{len(jobs)} trainings; {page}, {out / 'results.json'}")
+    print(f"{len(run.done)} trainings; {page}, {out / 'results.json'}")
     return 0
 
 
-def best_rates(sweep: list[dict[str, Any]]) -> dict[str, float]:
-    """Each method's learning rate of the best validation accuracy."""
-    return {
-        method: max((t for t in sweep if t["variant"] == method), key=lambda t: t["probe_validation"])["base_lr"]
-        for method in dict.fromkeys(t["variant"] for t in sweep)
-    }
+def ranked_rates(trials: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each method's learning rates, that of the best mean accuracy on validation clips first."""
+    ranked: dict[str, list[float]] = {}
+    for (method,), mine in grouped(trials, "variant").items():
+        means = {rate: statistics.fmean(values(cell, JUDGED)) for (rate,), cell in grouped(mine, "base_lr").items()}
+        ranked[method] = sorted(means, key=lambda rate: -means[rate])
+    return ranked
 
 
 if __name__ == "__main__":

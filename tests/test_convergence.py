@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import Job, Run, best_rates, beyond, main_jobs, sweep_jobs
+from benchmarks.convergence import Job, Run, beyond, final_jobs, main_jobs, ranked_rates, sweep_jobs
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
@@ -96,6 +96,10 @@ def test_every_training_of_every_setting_is_possible(name):
         *main_jobs(setting, rates, real_epochs=3.0),
     ]
     assert len({job.key for job in jobs}) == len(jobs)
+    final = final_jobs(setting, {method: [rate, 2 * rate] for method, rate in rates.items()})
+    assert len({job.key for job in final} & {job.key for job in jobs}) == len(final) / 2, (
+        "the winners are not run again"
+    )
     for job in jobs:
         config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr)
         check(config)
@@ -119,13 +123,15 @@ def test_values_are_changed_by_their_dotted_names():
         changed(config, {"model.regresor.keys": "all"})
 
 
-def test_the_best_rate_is_that_of_the_validation_clips():
-    sweep = [
+def test_rates_are_ranked_by_the_mean_on_validation_clips():
+    trials = [
         {"variant": method, "base_lr": rate, "probe_validation": score, "probe": 1 - score}
         for method, scores in {"mam2": (0.2, 0.5, 0.4), "videomae": (0.6, 0.5, 0.4)}.items()
         for rate, score in zip((1, 2, 3), scores, strict=True)
     ]
-    assert best_rates(sweep) == {"mam2": 2, "videomae": 1}
+    assert ranked_rates(trials) == {"mam2": [2, 3, 1], "videomae": [1, 2, 3]}
+    unlucky = {"variant": "mam2", "base_lr": 2, "probe_validation": 0.0, "probe": 1.0}
+    assert ranked_rates([*trials, unlucky])["mam2"] == [3, 2, 1]
 
 
 def test_a_best_rate_at_an_end_is_looked_beyond(tmp_path, monkeypatch):
@@ -142,7 +148,8 @@ def test_a_best_rate_at_an_end_is_looked_beyond(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "train", train)
     jobs, rates = Run(setting, tmp_path, None).sweep()
-    assert rates == {"mam2": 2e-2, "videomae": 16e-2}, "two steps beyond at most"
+    assert {method: ranked[0] for method, ranked in rates.items()} == {"mam2": 2e-2, "videomae": 16e-2}
+    assert [len(ranked) for ranked in rates.values()] == [2, 2]
     assert [len(done) for done in trained] == [6, 7, 8]
     assert sorted(job.base_lr for job in jobs if job.variant == "videomae") == [1e-2, 2e-2, 4e-2, 8e-2, 16e-2]
     assert beyond([1.0, 2.0, 4.0], 1.0) == [0.5]

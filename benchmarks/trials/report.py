@@ -63,7 +63,7 @@ def sweep_table(results: Results) -> str:
     for (variant, epochs), trials in grouped(trials_of(results, "sweep"), "variant", "epochs").items():
         cells = {base_lr: cell for (base_lr,), cell in sorted(grouped(trials, "base_lr").items())}
         best = max(cells, key=lambda base_lr: _mean(cells[base_lr], JUDGED))
-        at_end = " (an end of the sweep)" if best in (min(cells), max(cells)) else ""
+        at_end = " (an end of the sweep)" if len(cells) > 2 and best in (min(cells), max(cells)) else ""
         for base_lr, cell in cells.items():
             rows.append(
                 {
