@@ -26,6 +26,7 @@ import random
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -179,7 +180,7 @@ class Run:
         return [self.done[job.key] for job in jobs]
 
     def _pool(self, workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _limit_threads, (self.workers,))
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (self.workers,))
 
     def results(self, jobs: list[Job], final: list[Job]) -> dict[str, Any]:
         """What the report is made of. final: the sweep's last round, of which the winners are among the jobs, too."""
@@ -235,6 +236,19 @@ def _config(setting: Setting, job: Job) -> PretrainConfig:
     config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr, seed=job.seed)
     check(config)
     return config
+
+
+def _begin_worker(processes: int) -> None:
+    """Of a process that trains; it ends with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _limit_threads(processes)
 
 
 def _limit_threads(processes: int) -> None:

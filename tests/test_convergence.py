@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,37 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
         assert found["train_s"] == pytest.approx(found["steps"] * found["step_ms"] / 1000)
         coded = found["variant"] not in ("videomae", "appearance decoder off", "pixels instead of codes")
         assert (found["preparation_s"] > 0) == coded, found["variant"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "trials.jsonl").is_file() or not (tmp_path / "trials.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.wait()
+    while any(_alive(child) for child in children):
+        assert time.monotonic() < deadline, "workers are left behind"
+        time.sleep(0.2)
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    with (tmp_path / "trials.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    done = Run(QUICK, tmp_path, None).done
+    assert len(done) == len(lines)
+
+
+def _alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
