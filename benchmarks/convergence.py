@@ -190,6 +190,11 @@ class Run:
         }
         trials = [self._trial(job, facts[job.data]) for job in jobs if job.group != "random"]
         trials += [{**self._trial(job, facts[job.data]), "group": "sweep"} for job in final]
+        trials += [
+            {**trial, "group": "ablation", "family": "default", "label": "default"}
+            for trial in trials
+            if (trial["group"], trial["variant"], trial["epochs"]) == ("main", "mam2", self.setting.ablation_epochs)
+        ]
         untrained: dict[str, dict[str, list[float]]] = {}
         for job in jobs:
             if job.group == "random":
@@ -362,10 +367,10 @@ def main_jobs(setting: Setting, rates: dict[str, float], *, real_epochs: float =
             for method, changes in setting.methods.items()
         ]
     jobs += [
-        Job("ablation", label or "mam2", tuple(changes.items()), setting.ablation_epochs, rates["mam2"], seed,
-            family=family, label=label or "default")
+        Job("ablation", label, tuple(changes.items()), setting.ablation_epochs, rates["mam2"], seed,
+            family=family, label=label)
         for seed in range(setting.ablation_seeds)
-        for family, label, changes in (("default", "", {}), *ABLATIONS)
+        for family, label, changes in ABLATIONS
     ]  # fmt: skip
     jobs += [
         Job("random", "random", (), 1.0, rates["mam2"], seed, finetuned=data == "synthetic", data=data)

@@ -108,6 +108,7 @@ def test_every_training_of_every_setting_is_possible(name):
         assert config.optim.epochs * config.data.views == pytest.approx(job.epochs)
         assert config.optim.warmup_epochs == pytest.approx(0.05 * config.optim.epochs)
     finetuning(setting, pretraining(setting, {})).check()
+    assert setting.ablation_epochs in setting.budgets
     assert {job.variant for job in jobs if job.group == "main"} == set(setting.methods)
     assert setting.seeds >= (2 if name == "quick" else 3)
     changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]

@@ -41,7 +41,9 @@ class Setting:
     """Epochs of the main comparison, each a training with its own schedule."""
     seeds: int
     ablation_epochs: float
+    """One of the budgets, whose trainings of MAM2 are the default that the ablations are compared with."""
     ablation_seeds: int = 3
+    """Of each changed setting; the default has all."""
     finetune: Changes
     """Of the fine-tuning, on top of the demo's recipe."""
     labelled: int
@@ -108,6 +110,7 @@ CPU = Setting(
     budgets=(5, 10, 20, 40),
     seeds=3,
     ablation_epochs=10,
+    ablation_seeds=2,
     finetune={"data.size": 40, "optim.epochs": 16, "run.compile": False},
     labelled=400,
     videomae={"model.decoder.depth": 2},
