@@ -75,10 +75,11 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
     steps = max(round(config.optim.epochs * per_epoch), 1)
     stream = batches(config, prepared)
     last: list[dict[str, Tensor]] = []
+    end = min(int(0.9 * steps), steps - 1)
     for step in range(steps):
         rate = learning_rate(step, steps, per_epoch, config.optim, global_batch=config.optim.batch)
-        values = take(step, [next(stream)], rate, inspect=step % 10 == 0 and step >= 0.9 * steps)
-        if step >= 0.9 * steps:
+        values = take(step, [next(stream)], rate, inspect=step >= end and (step - end) % 10 == 0)
+        if step >= end:
             last.append(values)
     names = sorted({name for values in last for name in values if not name.startswith("gradient/")})
     losses = {name: float(torch.stack([v[name] for v in last if name in v]).mean()) for name in names}
