@@ -35,6 +35,7 @@ from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
 from mam2.engine.train.peak import measured_peak_flops
 from mam2.engine.train.runtime import autocast, matmul_dtype, why_not_compile
+from mam2.engine.train.step_graph import CudaRecorder
 from mam2.kernels import TubeMask, tube_mask
 
 Row = dict[str, Any]
@@ -142,21 +143,15 @@ def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.
 
 def captured(candidate: Candidate) -> Callable[[], Tensor]:
     """The whole step as a CUDA graph; call it to replay it."""
-    side = torch.cuda.Stream()  # capture needs a warm-up on a stream of its own
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            candidate()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = candidate()
+    recorder = CudaRecorder()
+    recorder.warm_up(candidate)
+    replay, values = recorder.record(lambda: {"loss": candidate()})
 
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
+    def replayed() -> Tensor:
+        replay()
+        return values["loss"]
 
-    return replay
+    return replayed
 
 
 def compare(
