@@ -8,14 +8,11 @@ validation and test clips, one drawn at random: what reads the tint does well on
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import functools
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mam2.engine.data.synthetic import (
     FRAMES,
@@ -25,7 +22,7 @@ from mam2.engine.data.synthetic import (
     as_pixels,
     bright_colour,
     draw_coverage,
-    write_clip,
+    write_clips,
 )
 
 STREAMS = {"train": 10, "validation": 11, "test": 12}
@@ -73,32 +70,11 @@ def _hue(tint: float) -> np.ndarray:
     return 0.7 + 0.3 * np.cos(2 * np.pi * (tint - np.array([0, 1, 2]) / 3))
 
 
-def _write_one(job: tuple[str, str, str, int, list[int]]) -> None:
-    path, motion, split, size, key = Path(job[0]), *job[1:]
-    rng = np.random.default_rng(key)
-    aside = path.with_name(f".part-{path.name}")  # a file that was cut off must not be taken for a whole one
-    write_clip(aside, render_hard_clip(motion, split, rng, size=size), quality=int(rng.integers(20, 34)))
-    aside.replace(path)
+def _render(size: int, split: str, motion: str, index: int) -> tuple[np.ndarray, int]:
+    rng = np.random.default_rng([0, STREAMS[split], index])
+    return render_hard_clip(motion, split, rng, size=size), int(rng.integers(20, 34))
 
 
 def write_hard_dataset(folder: Path, counts: Mapping[str, int], *, size: int = SIZE) -> None:
-    """Writes `folder/<split>/<motion>/*.mp4` and .webm, as many clips as `counts` says, classes in equal shares.
-
-    size: height and width of the frames in pixels. Files that are there already are kept.
-    """
-    jobs = []
-    for split, count in counts.items():
-        for index in range(count):
-            motion = MOTIONS[index % len(MOTIONS)]
-            suffix = ".mp4" if (index // len(MOTIONS)) % 2 else ".webm"
-            path = folder / split / motion / f"{index:05d}{suffix}"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append((str(path), motion, split, size, [0, STREAMS[split], index]))
-    if not jobs:
-        return
-    workers = min(len(os.sched_getaffinity(0)), 16)
-    # Spawned, not forked: the caller may hold threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(_write_one, jobs, chunksize=16), total=len(jobs), desc="writing clips", unit="clip"):
-            pass
+    """Writes `folder/<split>/<motion>/*`, frames of size² pixels; see `mam2.engine.data.synthetic.write_clips`."""
+    write_clips(folder, counts, functools.partial(_render, size))

@@ -8,8 +8,10 @@ apart. Half of the files are mp4/H.264, half webm/VP9.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +25,8 @@ SHAPES = ("bar", "triangle", "cross", "half-disc", "corner")
 SIZE = 64
 FRAMES = 24
 FPS = 12
+QUALITY = 18
+"""Constant rate factor."""
 STREAMS = {"train": 0, "test": 2}
 """Random streams of the splits. The test clips of stream 1 were looked at while the demo's settings were chosen."""
 
@@ -120,7 +124,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return background * (1 - disc) + rng.uniform(0.0, 0.25, size=3) * disc
 
 
-def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = 18) -> None:
+def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = QUALITY) -> None:
     """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames.
 
     quality: the constant rate factor; 18 is nearly lossless, 30 leaves blocks.
@@ -141,28 +145,36 @@ def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = 1
         container.mux(stream.encode())
 
 
-def _write_one(job: tuple[str, str, list[int]]) -> None:
-    path, motion, key = Path(job[0]), job[1], job[2]
-    aside = path.with_name(f".part-{path.name}")  # a file that was cut off must not be taken for a whole one
-    write_clip(aside, render_clip(motion, np.random.default_rng(key)))
-    aside.replace(path)
+Render = Callable[[str, str, int], tuple[np.ndarray, int]]
+"""From split, motion and number to a clip, uint8 [T, H, W, 3], and the quality it is encoded with. Can be pickled."""
 
 
 def write_dataset(folder: str | Path, *, train: int, test: int, seed: int = 0, progress: bool = True) -> None:
-    """Writes `folder/train/<motion>/*` and `folder/test/<motion>/*`, as many clips as told, classes in equal shares.
+    """Writes `folder/train/<motion>/*` and `folder/test/<motion>/*`, as many clips as told; see `write_clips`.
 
-    Train and test clips come from separate random streams. Files that are there already are kept, so an
-    interrupted call goes on where it stopped.
+    Train and test clips come from separate random streams.
+    """
+    write_clips(Path(folder), {"train": train, "test": test}, functools.partial(_render, seed), progress=progress)
+
+
+def _render(seed: int, split: str, motion: str, index: int) -> tuple[np.ndarray, int]:
+    return render_clip(motion, np.random.default_rng([seed, STREAMS[split], index])), QUALITY
+
+
+def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, progress: bool = True) -> None:
+    """Writes `folder/<split>/<motion>/*`, as many clips of each split as `counts` says, classes in equal shares.
+
+    Half are mp4, half webm. Files that are there already are kept, so an interrupted call goes on where it stopped.
     """
     jobs = []
-    for split, count in (("train", train), ("test", test)):
+    for split, count in counts.items():
         for index in range(count):
             motion = MOTIONS[index % len(MOTIONS)]
             suffix = ".mp4" if (index // len(MOTIONS)) % 2 else ".webm"
-            path = Path(folder) / split / motion / f"{index:05d}{suffix}"
+            path = folder / split / motion / f"{index:05d}{suffix}"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append((str(path), motion, [seed, STREAMS[split], index]))
+                jobs.append((path, render, split, motion, index))
     if not jobs:
         return
     workers = min(len(os.sched_getaffinity(0)), 16)
@@ -171,3 +183,11 @@ def write_dataset(folder: str | Path, *, train: int, test: int, seed: int = 0, p
         done = pool.map(_write_one, jobs, chunksize=32)
         for _ in tqdm(done, total=len(jobs), desc="writing clips", unit="clip", disable=None if progress else True):
             pass
+
+
+def _write_one(job: tuple[Path, Render, str, str, int]) -> None:
+    path, render, split, motion, index = job
+    clip, quality = render(split, motion, index)
+    aside = path.with_name(f".part-{path.name}")  # a file that was cut off must not be taken for a whole one
+    write_clip(aside, clip, quality=quality)
+    aside.replace(path)
