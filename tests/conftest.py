@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mam2.engine.config import PretrainConfig
+from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import load_recipe, load_recipe_of
 
@@ -77,6 +78,22 @@ def frame_numbers() -> Callable[[NDArray[np.uint8]], list[int]]:
         return np.rint((levels - 5) / 10).astype(int).ravel().tolist()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def videos(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_video: Callable[..., Path],
+    numbered_frames: Callable[..., NDArray[np.uint8]],
+) -> Manifest:
+    """Ten labelled videos of 6 to 24 frames in three codecs and sizes."""
+    folder = tmp_path_factory.mktemp("videos")
+    kinds = [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
+    for number in range(10):
+        suffix, encoder = kinds[number % 3]
+        frames = numbered_frames(6 + 2 * number, 48 + 16 * (number % 2), 64)
+        write_video(folder / f"class {number % 4}" / f"{number}.{suffix}", frames, encoder)
+    return read_manifest(folder, progress=False)
 
 
 def _small_config(**tables: dict[str, Any]) -> PretrainConfig:

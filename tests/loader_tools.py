@@ -1,0 +1,41 @@
+"""Loaders with small settings, and videos that are damaged: what the loader's tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mam2.engine.config import DataConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest
+
+CONFIG = DataConfig(frames=4, stride=2, size=32, threads=2)
+
+
+def open_loader(videos: Manifest, config: DataConfig = CONFIG, batch: int = 4, **options) -> ClipLoader:
+    return ClipLoader(videos, config, **{"batch": batch, "device": "cpu", "seed": 5, **options})
+
+
+def take(videos: Manifest, steps: int, config: DataConfig = CONFIG, *, first_step: int = 0, **options):
+    with open_loader(videos, config, **options) as clips:
+        return list(itertools.islice(clips.stream(first_step), steps))
+
+
+def assert_same(one, other) -> None:
+    for name, value in one._asdict().items():
+        if name != "step":
+            assert torch.equal(value, getattr(other, name)), name
+
+
+def damaged(videos: Manifest, folder: Path, *numbers: int) -> Manifest:
+    """The manifest with some of its files replaced by noise, which was found to be sound before."""
+    changed = list(videos.videos)
+    for number in numbers:
+        path = folder / f"damaged {number}.mp4"
+        path.write_bytes(np.random.default_rng(number).bytes(3000))
+        changed[number] = dataclasses.replace(changed[number], path=str(path))
+    return dataclasses.replace(videos, videos=tuple(changed))

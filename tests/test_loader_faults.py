@@ -1,0 +1,211 @@
+"""What goes wrong while loading: it is replaced or named, and ends threads and program as it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mam2.engine.config import UserError
+from mam2.engine.data import decoding, loader, manifest, renderer
+from mam2.engine.data.graph import ClipGraph
+from mam2.engine.data.manifest import Skipped
+from mam2.engine.data.sampling import draw_clip, replacement
+from tests.loader_tools import CONFIG, assert_same, damaged, open_loader, take
+
+
+def test_a_damaged_video_is_replaced_the_same_way_by_any_thread_and_named_once(videos, tmp_path, frame_numbers):
+    broken = damaged(videos, tmp_path, 0, 1)
+    told: list[Skipped] = []
+    batches = take(broken, 10, on_skip=told.append)
+    assert sorted(Path(entry.path).name for entry in told) == ["damaged 0.mp4", "damaged 1.mp4"]
+    sound = take(videos, 10)
+    replaced = 0
+    for batch, before in zip(batches, sound, strict=True):
+        for row, video in enumerate(before.video.tolist()):
+            if video in (0, 1):
+                epoch = (before.step * 4 + row) // 10
+                drawn = ((replacement(video, 10, epoch, 5, attempt), attempt) for attempt in itertools.count(1))
+                other, attempt = next((place, attempt) for place, attempt in drawn if place not in (0, 1))
+                first = draw_clip(other, videos.videos[other], epoch, CONFIG, 5, attempt=attempt).frames[0]
+                assert batch.video[row] == other
+                assert frame_numbers(batch.clip[row].numpy())[0] == first
+                replaced += 1
+            else:
+                assert batch.video[row] == video
+                assert torch.equal(batch.clip[row], before.clip[row])
+    assert replaced == 8
+    threads = dataclasses.replace(CONFIG, threads=1)
+    for one, other in zip(batches[5:], take(broken, 5, threads, first_step=5), strict=True):
+        assert_same(one, other)
+
+
+def test_what_dali_cannot_decode_goes_to_pyav(videos, monkeypatch):
+    run = ClipGraph.run
+
+    def fail_late(self: ClipGraph, payloads, frames, views):
+        if self._front_end != "pyav" and max(numbers[0] for numbers in frames) > 2:
+            raise decoding.DecodeError("damage in the middle")
+        return run(self, payloads, frames, views)
+
+    expected = take(videos, 5)
+    monkeypatch.setattr(ClipGraph, "run", fail_late)
+    monkeypatch.setattr(loader, "choose_front_end", lambda codec, *_, **__: "dali-cpu" if codec == "vp9" else "pyav")
+    with open_loader(videos) as clips:
+        got = list(itertools.islice(clips.stream(), 5))
+        assert clips.skipped == []
+        assert clips.front_ends == {"pyav": 7, "dali-cpu": 3}
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one.video, other.video)
+        difference = (one.clip.int() - other.clip.int()).abs()
+        assert difference.max() <= 3
+
+
+def test_nvdec_is_not_asked_twice_for_a_file_it_failed_on(videos, monkeypatch):
+    run = ClipGraph.run
+    asked: list[int] = []
+
+    def no_gpu(self: ClipGraph, payloads, frames, views):
+        if self._front_end == "nvdec":
+            asked.append(len(payloads))
+            raise decoding.DecodeError("unsupported profile")
+        return run(self, payloads, frames, views)
+
+    expected = take(videos, 8)
+    monkeypatch.setattr(ClipGraph, "run", no_gpu)
+    monkeypatch.setattr(loader, "choose_front_end", lambda codec, *_, **__: "nvdec" if codec == "vp9" else "pyav")
+    with open_loader(videos) as clips:
+        for one, other in zip(expected, clips.stream(), strict=False):
+            assert_same(one, other)
+        assert clips.front_ends == {"pyav": 10}
+    assert 3 <= len(asked) < 12
+
+
+def test_evaluation_leaves_a_damaged_video_out(videos, tmp_path):
+    with open_loader(damaged(videos, tmp_path, 2, 9)) as clips:
+        batches = list(clips.evaluate())
+        assert [Path(entry.path).name for entry in clips.skipped] == ["damaged 2.mp4", "damaged 9.mp4"]
+    assert torch.cat([batch.video for batch in batches]).tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert torch.cat([batch.label for batch in batches]).tolist() == [
+        videos.videos[video].label for video in (0, 1, 3, 4, 5, 6, 7, 8)
+    ]
+
+
+def test_too_many_damaged_videos_end_the_run(videos, tmp_path):
+    with open_loader(damaged(videos, tmp_path, *range(6))) as clips, pytest.raises(UserError, match="6 of 10 videos"):
+        for _ in clips.stream():
+            pass
+    skipped = tuple(Skipped(f"{number}.mp4", "empty file") for number in range(11))
+    with pytest.raises(UserError, match=r"11 of 21 videos cannot be used.*10\.mp4: empty file"):
+        open_loader(dataclasses.replace(videos, skipped=skipped))
+
+
+def test_a_forced_front_end_decodes_what_it_can(videos):
+    config = dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0)
+    told: list[Skipped] = []
+    (batch,) = take(videos, 1, config, on_skip=told.append)
+    assert {videos.videos[video].codec for video in batch.video} == {"vp9"}
+    assert len(told) == 7
+    assert "codec h264 cannot be decoded by dali-cpu" in told[0].reason
+    with pytest.raises(UserError, match="7 of 10 videos cannot be used"):
+        open_loader(videos, dataclasses.replace(config, max_unusable=0.5))
+    avc = dataclasses.replace(videos, videos=tuple(video for video in videos.videos if video.codec == "h264"))
+    with pytest.raises(UserError, match="use front_end=pyav"):
+        open_loader(avc, config)
+
+
+def test_an_error_in_a_thread_reaches_the_consumer(videos, tmp_path, monkeypatch):
+    def fail(_: Skipped) -> None:
+        raise RuntimeError("the log is full")
+
+    with open_loader(damaged(videos, tmp_path, 0), on_skip=fail) as clips:
+        stream = clips.stream()
+        with pytest.raises(RuntimeError, match="the log is full"):
+            list(itertools.islice(stream, 20))
+        with pytest.raises(RuntimeError, match="the log is full"):
+            next(stream)
+    monkeypatch.setattr(loader, "draw_clip", None)
+    with open_loader(videos) as clips, pytest.raises(TypeError):
+        next(clips.stream())
+
+
+def test_a_strange_error_of_one_file_is_a_skip(videos, monkeypatch):
+    def strange(path: str, *arguments, **keywords) -> np.ndarray:
+        if path.endswith("0.mp4"):
+            raise OverflowError("a header from the future")
+        return decoding.decode_frames(path, *arguments, **keywords)
+
+    monkeypatch.setattr(renderer, "decode_frames", strange)
+    told: list[Skipped] = []
+    take(videos, 5, on_skip=told.append)
+    assert [entry.reason for entry in told] == ["OverflowError: a header from the future"]
+
+
+def test_close_and_neglect_end_all_threads(videos):
+    before = threading.active_count()
+    with open_loader(videos) as clips:
+        stream = clips.stream()
+        next(stream)
+        other = clips.stream()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(other)
+    clips = open_loader(videos)
+    stream = clips.stream()
+    next(stream)
+    del stream
+    clips.close()
+    assert threading.active_count() == before
+
+
+def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
+    manifest.write_manifest(videos, tmp_path / "manifest")
+    program = (
+        "import sys\n"
+        "from mam2.engine.config import DataConfig\n"
+        "from mam2.engine.data.loader import ClipLoader\n"
+        "from mam2.engine.data.manifest import read_saved_manifest\n"
+        "config = DataConfig(frames=4, stride=2, size=32)\n"
+        "clips = ClipLoader(read_saved_manifest(sys.argv[1]), config, batch=4, device='cpu', seed=0)\n"
+        "stream = clips.stream()\n"
+        "print(next(stream).clip.shape[0])\n"
+        "raise KeyboardInterrupt\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "manifest")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "4\n"
+    assert done.stderr.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "told"),
+    [
+        ({"views": 3}, 4, "data.views that divides the batch of 4; found 3"),
+        ({"frames": 0}, 4, r"data.frames and data.size of at least 1; found \(0, 32\)"),
+        ({"fps": 8.0}, 4, r"data.stride or data.fps, not both; found 2 and 8"),
+        ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area <= data.max_area"),
+        ({"max_aspect": 0.5}, 4, "data.max_aspect of at least 1; found 0.5"),
+        ({"prefetch": 0}, 4, "data.prefetch of at least 1"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, told):
+    with pytest.raises(UserError, match=told):
+        open_loader(videos, dataclasses.replace(CONFIG, **changes), batch=batch)
+
+
+def test_without_dali_the_remedy_is_named(videos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    with pytest.raises(UserError, match=r"pip install '\.\[cpu\]'"):
+        open_loader(videos)
