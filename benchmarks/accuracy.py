@@ -1,7 +1,8 @@
 """How exact each operator is and how much memory it takes, beside plain PyTorch: `python -m benchmarks.accuracy`.
 
 For each operator and type: ‖out − exact‖ / ‖exact‖ of the worst output or gradient against the definition in float64 on
-the same inputs, and the most memory that forward and backward hold beyond the inputs. Masks have no error.
+the same inputs, and the most memory that forward and backward hold beyond the inputs. Masks have no error. Then
+attention in bfloat16, with keys and values centred and without, on tokens that share more and more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import platform
 import sys
+from typing import get_args
 
 import torch
 
@@ -19,8 +21,11 @@ from benchmarks.clips import SHAPES, Shape
 from benchmarks.operators import OPERATORS
 from benchmarks.report import Row, table
 from benchmarks.timing import peak_mib
+from mam2.engine.model.attention import Backend, attention
 
 COLUMNS = ("operator", "type", "error", "error_of_eager", "peak_mib", "peak_mib_of_eager", "reason")
+ATTENTION_COLUMNS = ("shared", "attention", "centred", "plain")
+SHARED = (1, 3, 10, 30)
 ON_A_CPU = Shape(batch=4, size=112)
 """Large enough for chunks to show, small enough for float64."""
 
@@ -48,6 +53,35 @@ def measure(shape: Shape, device: torch.device) -> list[Row]:
     return rows
 
 
+def attention_rows(device: torch.device) -> list[Row]:
+    """‖gradient − exact‖ / ‖exact‖ of the worst of q, k and v for each implementation that runs here.
+
+    Every token is a part that all of a clip share plus one of its own, `shared` times as small.
+    """
+    rows = []
+    for shared in SHARED:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(tokens: int, scale: float = 1.0, generator: torch.Generator = generator) -> torch.Tensor:
+            return scale * torch.randn(4, tokens, 3, 64, generator=generator, device=device)
+
+        leaves = [(draw(1, 3.0) + draw(256, 3 / shared)).bfloat16().requires_grad_() for _ in range(3)]
+        upstream = draw(256).bfloat16()
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        exact = torch.autograd.grad(attention(*wide, backend="products"), wide, upstream.double())
+        for backend in get_args(Backend)[1:]:
+            row: Row = {"shared": f"{shared}×", "attention": backend}
+            try:
+                for name, center in (("centred", True), ("plain", False)):
+                    out = attention(*leaves, backend=backend, center=center)
+                    found = torch.autograd.grad(out, leaves, upstream)
+                    row[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+            except (RuntimeError, ValueError):  # it has no kernel for these inputs
+                continue
+            rows.append(row)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="the shape of `make bench` on a CPU")
@@ -57,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(shape, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}"
     print(f"{where}, torch {torch.__version__}, {str(shape).rsplit(' ', 1)[0]}\n{table(rows, COLUMNS)}")
+    print(f"\nattention in bfloat16: error of the worst gradient\n{table(attention_rows(device), ATTENTION_COLUMNS)}")
     return 1 if any("reason" in row for row in rows) else 0
 
 

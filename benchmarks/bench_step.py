@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,8 +41,8 @@ from mam2.kernels import TubeMask, tube_mask
 
 Row = dict[str, Any]
 OBJECTIVES = ("videomae", "mam2-fast", "mam2-cae")
-BATCHES = {"cuda": (64, 16, 128), "cpu": (2,)}
-"""The recipes' batch first: what a time limit cuts off is at the end."""
+BATCHES = {"cuda": (64, 16, 128), "cpu": (16, 2)}
+"""The usual one first: what a time limit cuts off is at the end."""
 CODES = 8192
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative difference of the two losses up to which they count as one objective."""
@@ -256,17 +257,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="compiled steps too: minutes on a CPU")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--batch", type=int, nargs="+", help="clips a step; default: 64 on a GPU, 16 on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     found: list[Row] = []
-    for name in options.objective:
-        for precision in ("bfloat16",) if cuda else ("float32", "bfloat16"):
-            config, batch = sized(name, None if cuda else REDUCED, precision), BATCHES[device.type][0]
-            found += compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
-            inputs = inputs_of(config, batch, device)
-            found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
+    batches = options.batch or BATCHES[device.type][:1]
+    precisions = ("bfloat16",) if cuda else ("float32", "bfloat16")
+    for name, batch, precision in itertools.product(options.objective, batches, precisions):
+        config = sized(name, None if cuda else REDUCED, precision)
+        found += compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
+        inputs = inputs_of(config, batch, device)
+        found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
+        torch.compiler.reset()
     note = "" if cuda else " (a CPU: only the ratios mean something)"
     print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")
     parts = ("objective", "batch", "precision", "part", "forward_ms", "backward_ms", "percent", "percent_of_flops")

@@ -8,7 +8,7 @@ states), τ frames a tubelet, p patch edge.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,8 +17,9 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
-LOSS_CHUNK_BYTES = 2 << 20
-"""Targets held at a time by masked_loss: they stay in the cache, and the allocator reuses their pages."""
+CHUNK_BYTES = 2 << 20
+"""What masked_loss and scale_gradient hold at a time beside their result: it stays in the cache, and the allocator
+reuses its pages."""
 
 
 def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -79,6 +80,12 @@ def draw_mask(
     parts = order[:, hidden:], order[:, :hidden]
     visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).flatten(1) for part in parts)
     return visible, masked
+
+
+def _slices(count: int, row_bytes: int) -> Iterator[slice]:
+    """Cuts `count` rows into slices of about CHUNK_BYTES."""
+    step = max(CHUNK_BYTES // max(row_bytes, 1), 1)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def tokens_of(video: torch.Tensor, patch_size: Sequence[int]) -> int:
@@ -253,9 +260,7 @@ def masked_loss(
     every_token = pred.shape[1] != count
     errors = pred.new_empty(batch, count, dtype=dtype)
     gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
-    clips = max(LOSS_CHUNK_BYTES // max(count * pred.shape[2] * dtype.itemsize, 1), 1)
-    for start in range(0, batch, clips):
-        part = slice(start, start + clips)
+    for part in _slices(batch, count * pred.shape[2] * dtype.itemsize):
         index = masked[part]
         goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
         rows = _rows(index, token_count) if every_token else None
@@ -274,8 +279,15 @@ def masked_loss(
 
 def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """gradient · scale, where scale covers the leading dimensions of gradient; multiplied in float32 or float64."""
-    wide = gradient.to(torch.promote_types(gradient.dtype, scale.dtype))
-    return wide.mul(scale.view(*scale.shape, *[1] * (gradient.dim() - scale.dim()))).to(gradient.dtype)
+    out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    lead = gradient.shape[: max(gradient.dim() - 1, scale.dim())]
+    shape = math.prod(lead), math.prod(gradient.shape[len(lead) :])
+    rows, scaled = gradient.reshape(shape), out.view(shape)
+    factors = scale.view((*scale.shape, *[1] * (len(lead) - scale.dim()))).expand(lead).reshape(-1, 1)
+    item = torch.promote_types(gradient.dtype, scale.dtype).itemsize
+    for part in _slices(len(rows), item * shape[1]):
+        scaled[part] = rows[part] * factors[part]
+    return out
 
 
 def softmax_gradient_(

@@ -87,6 +87,30 @@ def test_pytorchs_are_the_textbook_formula(backend: str, dtype: torch.dtype) -> 
     check(backend, dtype, "cpu")
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("backend", ["sdpa", "products", "auto"])
+def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device: str) -> None:
+    """As those of a young model do; without centred keys and values bfloat16 loses the query's gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(common: float, own: float) -> Tensor:
+        tokens = common * torch.randn(2, 1, 3, 32, generator=generator)
+        tokens = tokens + own * torch.randn(2, 128, 3, 32, generator=generator)
+        return tokens.to(device, torch.bfloat16).requires_grad_()
+
+    leaves = [draw(3, 0.1) for _ in range(3)]
+    upstream = draw(0, 1).detach()
+    exact = torch.autograd.grad(textbook(*leaves), leaves, upstream.double())
+
+    def errors(gradients: tuple[Tensor, ...]) -> list[float]:
+        return [float((a - b).float().norm() / b.float().norm()) for a, b in zip(gradients, exact, strict=True)]
+
+    assert max(errors(torch.autograd.grad(attention(*leaves, backend=backend), leaves, upstream))) < 0.02
+    if backend != "auto":
+        plain = attention(*leaves, backend=backend, center=False)
+        assert max(errors(torch.autograd.grad(plain, leaves, upstream))) > 0.2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_xformers_operator_returns_and_differentiates_what_xformers_computes(
     dtype: torch.dtype, fake_xformers: types.ModuleType

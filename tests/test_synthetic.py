@@ -57,3 +57,11 @@ def test_files_are_real_labelled_and_kept_on_a_second_call(tmp_path):
     assert [path for path in files if before[path] != after[path]] == [files[3]]
     train = (tmp_path / "train" / "up" / files[-1].name).read_bytes()
     assert all(train != path.read_bytes() for path in (tmp_path / "test").glob("*/*"))
+
+
+def test_the_same_set_is_written_bit_for_bit(tmp_path):
+    for name in ("one", "other"):
+        write_dataset(tmp_path / name, train=64, test=0, progress=False)
+    one, other = (sorted((tmp_path / name).rglob("*.*")) for name in ("one", "other"))
+    assert len(one) == 64
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]

@@ -103,6 +103,7 @@ CPU = Setting(
         "model.decoder.width": 64,
         "model.decoder.heads": 2,
         "tokenizer.steps": 300,
+        "run.precision": "float32",  # everywhere, whatever the CPU could do
         "run.compile": False,
     },
     rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2),
@@ -111,7 +112,7 @@ CPU = Setting(
     seeds=3,
     ablation_epochs=10,
     ablation_seeds=2,
-    finetune={"data.size": 40, "optim.epochs": 16, "run.compile": False},
+    finetune={"data.size": 40, "optim.epochs": 16, "run.precision": "float32", "run.compile": False},
     labelled=400,
     videomae={"model.decoder.depth": 2},
     real_steps=400,

@@ -127,13 +127,14 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = QUALITY) -> None:
     """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames.
 
-    quality: the constant rate factor; 18 is nearly lossless, 30 leaves blocks.
+    quality: the constant rate factor; 18 is nearly lossless, 30 leaves blocks. The same frames give the same bytes.
     """
     codec, options = {
-        ".mp4": ("libx264", {"preset": "veryfast", "crf": str(quality)}),
+        # without the macroblock tree: on frames this small x264's differs from call to call
+        ".mp4": ("libx264", {"preset": "veryfast", "crf": str(quality), "x264-params": "mbtree=0:rc-lookahead=0"}),
         ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": str(quality), "b:v": "0"}),
     }[path.suffix]
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:  # WebM has a random number otherwise
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,9 +29,16 @@ def pick_device(config: RunConfig) -> torch.device:
 
 
 def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What matrix products run in. On a CPU `auto` is float32: bfloat16's backward pass was slower there."""
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bfloat16 else torch.float32
+    """What matrix products run in; `auto` is bfloat16 where the device multiplies it faster than float32."""
+    auto = config.precision == "auto" and (device.type == "cuda" or cpu_multiplies_bfloat16())
+    return torch.bfloat16 if auto or config.precision == "bfloat16" else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it (Intel since Cooper Lake, AMD since Zen 4); without, it is emulated."""
+    # an older torch does not tell: float32
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
