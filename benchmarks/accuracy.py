@@ -2,7 +2,7 @@
 
 For each operator and type: ‖out − exact‖ / ‖exact‖ of the worst output or gradient against the definition in float64 on
 the same inputs, and the most memory that forward and backward hold beyond the inputs. Masks have no error. Then
-attention in bfloat16, with keys and values centred and without, on tokens that share more and more.
+attention in bfloat16, with centring and without, on tokens that share more and more.
 """
 
 from __future__ import annotations

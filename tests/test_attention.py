@@ -90,7 +90,7 @@ def test_pytorchs_are_the_textbook_formula(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("backend", ["sdpa", "products", "auto"])
 def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device: str) -> None:
-    """As those of a young model do; without centred keys and values bfloat16 loses the query's gradient."""
+    """As those of a young model do; without centred keys bfloat16 loses the query's gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(common: float, own: float) -> Tensor:
@@ -105,7 +105,7 @@ def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device:
     def errors(gradients: tuple[Tensor, ...]) -> list[float]:
         return [float((a - b).float().norm() / b.float().norm()) for a, b in zip(gradients, exact, strict=True)]
 
-    assert max(errors(torch.autograd.grad(attention(*leaves, backend=backend), leaves, upstream))) < 0.02
+    assert max(errors(torch.autograd.grad(attention(*leaves, backend=backend), leaves, upstream))) < 0.1
     if backend != "auto":
         plain = attention(*leaves, backend=backend, center=False)
         assert max(errors(torch.autograd.grad(plain, leaves, upstream))) > 0.2

@@ -102,7 +102,9 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
 def test_memory_is_what_a_step_holds(objective: str) -> None:
     """Within a third: temporaries of the operators are not declared, and some of the activations go before others."""
     config = load_recipe("demo")
-    config = changed(config, data={"size": 64, "prefetch": 1}, optim={"batch": 16}, run={"device": "cpu"})
+    config = changed(
+        config, data={"size": 64, "prefetch": 1}, optim={"batch": 16}, run={"device": "cpu", "precision": "float32"}
+    )
     config = changed(config, model={"objective": objective}, tokenizer={"cache": "codes"})
     model = VideoMAE(config) if objective == "videomae" else MAM2(config, config.tokenizer.codes)
     compute = build_objective(model, config, lambda part: part)

@@ -5,11 +5,11 @@ Where attention_choice.py has measured a shape, its winner runs. Elsewhere `xfor
 does where it has an operator (CUDA, FlashAttention or CUTLASS); on a CPU in bfloat16 two matrix products around a
 softmax (`products`); PyTorch's `scaled_dot_product_attention` does the rest.
 
-In 16 bits keys and values are centred first. While a model is young its tokens resemble each other, and the gradient of
-the scores is a small difference of large numbers: rounded to bfloat16 (the row sums of gradient times output in flash
-attention, that product itself elsewhere) it is lost, and the query's gradient can come out wrong by more than its own
-size (see arXiv 2510.04212). What all keys share cancels in the softmax, what all values share comes through
-unchanged: taken out and put back, the function is the same and the large numbers are gone.
+In 16 bits the keys are centred first. While a model is young its tokens resemble each other, and the gradient of the
+scores is a small difference of large numbers, whose rounding errors (in flash attention those of the row sums of
+gradient times output) hit all keys alike: the query's gradient can come out wrong by more than its own size (see arXiv
+2510.04212). What all keys share cancels in the softmax; without it the function is the same, and common errors cancel
+too. `products` rounds the large numbers themselves, gradient times values, so it centres the values as well.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
         backend: `auto` takes what was measured for the shape, else what `active_backend` names; the others force one.
             `products` holds B·H·N·M scores.
-        center: takes out what keys and values share, in bfloat16 and float16 (see above); False is for comparison.
+        center: in bfloat16 and float16, as above; False is for comparison.
 
     Returns:
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
@@ -67,19 +67,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
             f"backend: xformers has no operator for {q.dtype} on {q.device} with {q.shape[-1]} values a head; "
             "use 'auto' or 'sdpa', or install the xformers that fits this torch"
         )
-    if center and q.dtype in (torch.bfloat16, torch.float16):
-        # detached: the function does not depend on what is taken out
-        common_key, common_value = (x.detach().mean(1, keepdim=True) for x in (k, v))
-        return _run(q, k - common_key, v - common_value, backend) + common_value
-    return _run(q, k, v, backend)
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+    center = center and q.dtype in (torch.bfloat16, torch.float16)
+    if center:
+        k = k - k.detach().mean(1, keepdim=True)  # detached: the function does not depend on it
     if backend == "xformers":
         return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
     if backend == "products":
+        common = v.detach().mean(1, keepdim=True) if center else 0
         scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+        return (scores.softmax(-1) @ (v - common).transpose(1, 2)).transpose(1, 2) + common
     if backend in KERNELS:
         with sdpa_kernel(KERNELS[backend]):
             return _sdpa(q, k, v)

@@ -183,6 +183,7 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
         norm(tokens, width, item_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
         + Cost(parameters=2 * width)  # the biases of queries and values
+        + Cost(held_bytes=_centred(tokens, width, item_bytes))  # beside the projection they were a part of
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
@@ -198,14 +199,22 @@ def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
 
 
 def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
-    """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows."""
+    """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows.
+
+    In 16 bits the keys are read twice and written once to centre them.
+    """
     products = 4 * queries * keys * width
     return Cost(
         forward_flops=products,
         backward_flops=2 * products,
-        bytes_moved=6 * (queries + keys) * width * item_bytes,
+        bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centred(keys, width, item_bytes),
         held_bytes=(queries + 2 * keys) * width * item_bytes,
     )
+
+
+def _centred(keys: int, width: int, item_bytes: int) -> int:
+    """Bytes of a block's centred keys; there are none in float32."""
+    return keys * width * item_bytes if item_bytes == 2 else 0
 
 
 def linear(
