@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mam2.kernels import TubeMask, masked_frame_difference_loss, masked_pixel_loss, random_mask
+from mam2.kernels import TubeMask, masked_frame_difference_loss, masked_pixel_loss, random_mask, reference
 
 PATCH, GRID = (2, 4, 6), (3, 2, 2)
 LOSSES = [masked_pixel_loss, masked_frame_difference_loss]
@@ -115,3 +115,20 @@ def test_strided_predictions_and_clips(loss) -> None:
     assert torch.equal(out, expected)
     (gradient,) = torch.autograd.grad(out, transposed)
     assert torch.equal(gradient, torch.autograd.grad(expected, pred)[0])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slices_of_any_size_give_the_same_bits(loss, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = random_mask(3, GRID, 0.5, seed=4)
+    found = []
+    for size in (reference.CHUNK_BYTES, 1, 3000):
+        monkeypatch.setattr(reference, "CHUNK_BYTES", size)
+        pred = predictions(mask, dtype=torch.bfloat16)
+        value = loss(pred, clips(3), mask, patch_size=PATCH, reduction=reduction)
+        (gradient,) = torch.autograd.grad(value, pred, torch.linspace(0.1, 1, value.numel()).view(value.shape))
+        assert gradient.count_nonzero() > gradient.numel() / 2
+        found.append((value.detach(), gradient))
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-6, atol=0)
+        assert torch.equal(gradient, found[0][1])
