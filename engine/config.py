@@ -194,8 +194,8 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the matrix products: `auto` is bfloat16 autocast on a GPU and on a CPU with instructions for it, else
-    float32."""
+    """Of the matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs that multiply it
+    (AVX512-BF16, AMX), else float32."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
     graph: Literal["auto", "off"] = "auto"

@@ -29,7 +29,7 @@ def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
         model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
         loss=dataclasses.replace(recipe.loss, balance=balance, appearance=0.3, alignment=0.5),
         optim=dataclasses.replace(recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5),
-        run=dataclasses.replace(recipe.run, compile=False, sharding=sharding),
+        run=dataclasses.replace(recipe.run, precision="float32", compile=False, sharding=sharding),
     )
     with join(torch.device("cpu")) as world:
         torch.manual_seed(0)

@@ -106,7 +106,7 @@ def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device:
         return [float((a - b).float().norm() / b.float().norm()) for a, b in zip(gradients, exact, strict=True)]
 
     assert max(errors(torch.autograd.grad(attention(*leaves, backend=backend), leaves, upstream))) < 0.1
-    if backend != "auto":
+    if backend != "auto" and device == "cpu":
         plain = attention(*leaves, backend=backend, center=False)
         assert max(errors(torch.autograd.grad(plain, leaves, upstream))) > 0.2
 

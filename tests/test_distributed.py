@@ -72,7 +72,7 @@ def test_a_run_of_two_goes_on_alone(sharding, clips, tmp_path, small):
     """Two processes train, stop at a checkpoint, and one goes on: the log is that of one process from the start."""
     config = small(
         optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5},
-        run={"compile": False, "log_every": 1, "save_every": 4, "sharding": sharding},
+        run={"precision": "float32", "compile": False, "log_every": 1, "save_every": 4, "sharding": sharding},
         loss={"balance": "gradient"},
     )
     recipe = tmp_path / "recipe.json"

@@ -17,6 +17,7 @@ from mam2.engine.evaluate.features import layer_tokens
 from mam2.engine.evaluate.frozen import load_frozen
 from mam2.engine.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
 
@@ -54,7 +55,7 @@ def test_rows_are_the_videos_features(videos, run, tmp_path, capsys, layer):
     assert (features.shape, features.dtype) == ((8, 24), np.float32)
     assert [Path(path).parent for path in index["paths"]] == [videos] * 8
     assert list(index["skipped"]) == [str(videos / "broken.mp4")]
-    assert index["layer"] == (layer or 2)
+    assert (index["layer"], index["precision"]) == (layer or 2, "float32")
     assert "8 videos, 24 values each" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.json"}
 

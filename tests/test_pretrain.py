@@ -129,6 +129,7 @@ def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
         config = small(
             optim={"batch": 16, "epochs": 0.5, "micro_batch": most},
             loss={"balance": "fixed"},
+            run={"precision": "float32"},
             tokenizer={"path": str(tmp_path / "16" / "tokenizer.safetensors") if most == 8 else ""},
         )
         pretrain(config, clips, tmp_path / str(most), progress=False)

@@ -19,6 +19,7 @@ from mam2.engine.evaluate.knn import knn
 from mam2.engine.evaluate.probe import bootstrap, held_out, linear_probe
 from mam2.engine.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
 
@@ -154,6 +155,18 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found[mean].copy()), expected[0], rtol=1e-4, atol=1e-5)
     # this grid has as many cells as tokens, so their mean is the tokens'
     torch.testing.assert_close(torch.from_numpy(found[cells].mean(1, dtype="f4")), expected[0], rtol=1e-2, atol=1e-2)
+
+
+def test_features_are_kept_apart_by_precision(clips, encoders, tmp_path):
+    frozen = load_frozen(encoders[0], torch.device("cpu"))
+    manifest, want = read_manifest(clips / "test", progress=False), Wanted(frozen, 2, "mean")
+    precise, rounded = (
+        FeatureCache(tmp_path, RunConfig(precision=precision)).get(manifest, [want], batch=16, progress=False)[want]
+        for precision in ("float32", "bfloat16")
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+    difference = np.linalg.norm(precise - rounded) / np.linalg.norm(precise)
+    assert 1e-5 < difference < 0.02
 
 
 def test_layers_are_the_blocks_outputs(encoders):

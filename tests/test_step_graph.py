@@ -184,7 +184,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
         tokenizer=dataclasses.replace(recipe.tokenizer, steps=2, codes=CODES),
         model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
         optim=dataclasses.replace(recipe.optim, batch=8, epochs=2.0),
-        run=dataclasses.replace(recipe.run, compile=False, log_every=2),
+        run=dataclasses.replace(recipe.run, precision="float32", compile=False, log_every=2),
     )
     plain = pretrain(config, tmp_path / "clips" / "train", tmp_path / "plain", progress=False)
 

@@ -23,6 +23,7 @@ from mam2.engine.evaluate.views import view_clip
 from mam2.engine.train import checkpoint
 from mam2.engine.train.classifiers import CLASSES, build_classifier, load_classifier, relabelled
 
+pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
 NAMES = ("archery", "juggling", "wave")
 
@@ -174,6 +175,7 @@ def test_three_processes_count_every_video_once(result, saved, clips, tmp_path):
     """Five videos on three ranks: none shown twice to fill up, none left out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += ["-m", "mam2.engine", "evaluate", saved, "--data", clips, "--out", tmp_path, "--device", "cpu"]
+    command += ["--precision", "float32"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("top-1") == 1

@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> int:
         stride: int = 0,
         batch: int = 32,
         device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
         """Write the mean token of the middle clip of every video.
 
@@ -34,6 +35,7 @@ def run(arguments: list[str]) -> int:
             stride: distance of two sampled frames instead of the checkpoint's.
             batch: clips that go through the encoder at once.
             device: `auto` takes a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
         if out.suffix not in (".npy", ".parquet"):
             raise UserError(f"--out {out}: expected a name that ends in .npy or .parquet")
@@ -47,15 +49,18 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.data.manifest import read_manifest
         from mam2.engine.evaluate.feature_files import Wanted, write_features
         from mam2.engine.evaluate.frozen import load_frozen
-        from mam2.engine.train.runtime import pick_device
+        from mam2.engine.train.runtime import matmul_dtype, pick_device
 
-        frozen = load_frozen(checkpoint, pick_device(RunConfig(device=device)), stride=stride)
+        settings = RunConfig(device=device, precision=precision)
+        where = pick_device(settings)
+        frozen = load_frozen(checkpoint, where, stride=stride)
         if not 0 <= layer <= frozen.depth:
             raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
         manifest = read_manifest(data)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
             rows = Path(folder) / "rows.npy"
-            skipped = write_features(manifest, {Wanted(frozen, layer or frozen.depth, "mean"): rows}, batch=batch)
+            wanted = {Wanted(frozen, layer or frozen.depth, "mean"): rows}
+            skipped = write_features(manifest, wanted, batch=batch, run=settings)
             features = np.load(rows)
         there = ~np.isnan(features[:, 0])
         features = features[there]
@@ -65,6 +70,7 @@ def run(arguments: list[str]) -> int:
             "checkpoint": str(checkpoint),
             "sha256": frozen.digest,
             "layer": layer or frozen.depth,
+            "precision": str(matmul_dtype(settings, where)).removeprefix("torch."),
             "skipped": skipped,
             "classes": manifest.classes,
         }

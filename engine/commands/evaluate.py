@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
             batch: most clips in a forward pass; 0 takes the recipe's, or 32.
             threads: decoding threads; 0 means as many as this process may use cores.
             device: auto takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and float32 on a CPU.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
         from mam2.engine.config import RunConfig
         from mam2.engine.evaluate.classification import evaluate

@@ -28,6 +28,7 @@ def run(arguments: list[str]) -> int:
         stride: int = 0,
         batch: int = 32,
         device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
         """Probe frozen encoders: one clip a video, features computed once and kept.
 
@@ -42,6 +43,7 @@ def run(arguments: list[str]) -> int:
             stride: distance of two sampled frames instead of the checkpoint's.
             batch: clips that go through an encoder at once.
             device: `auto` takes a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
         from mam2.engine.evaluate.frozen import load_frozen
         from mam2.engine.evaluate.probing import probe_encoders
@@ -49,10 +51,18 @@ def run(arguments: list[str]) -> int:
 
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
-        where = pick_device(RunConfig(device=device))
+        settings = RunConfig(device=device, precision=precision)
+        where = pick_device(settings)
         encoders = [load_frozen(path, where, stride=stride) for path in dict.fromkeys(checkpoints)]
         result = probe_encoders(
-            encoders, data, val, probes=tuple(dict.fromkeys(probes)), layers=layers, cache=cache, batch=batch
+            encoders,
+            data,
+            val,
+            probes=tuple(dict.fromkeys(probes)),
+            layers=layers,
+            cache=cache,
+            batch=batch,
+            run=settings,
         )
         try:
             out.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.evaluate.features import layer_tokens
 from mam2.engine.evaluate.frozen import FrozenEncoder
-from mam2.engine.train.runtime import autocast
+from mam2.engine.train.runtime import autocast, matmul_dtype
 
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
@@ -43,10 +43,13 @@ class Wanted(NamedTuple):
 
 
 class FeatureCache:
-    """A folder of features, each file named by the hash of weights, videos, sampling, layer and kind."""
+    """A folder of features, each file named by the hash of weights, videos, sampling, precision, layer and kind.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    run: its precision is that of the encoders.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig | None = None) -> None:
+        self._folder, self._run = folder, run or RunConfig()
 
     def get(
         self, manifest: Manifest, wanted: Iterable[Wanted], *, batch: int, progress: bool = True
@@ -55,11 +58,11 @@ class FeatureCache:
 
         A video that cannot be decoded has a row of NaN. batch: clips that go through an encoder at once.
         """
-        paths = {want: self._folder / f"{_key(manifest, want)}.npy" for want in wanted}
+        paths = {want: self._folder / f"{_key(manifest, want, self._run)}.npy" for want in wanted}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             missing = {want: path for want, path in paths.items() if not path.is_file()}
-            write_features(manifest, missing, batch=batch, progress=progress)
+            write_features(manifest, missing, batch=batch, run=self._run, progress=progress)
         except OSError as error:
             raise UserError(f"--cache {self._folder}: cannot be written: {error.strerror}") from None
         return {want: np.load(path, mmap_mode="r") for want, path in paths.items()}
@@ -67,12 +70,12 @@ class FeatureCache:
 
 @torch.no_grad()
 def write_features(
-    manifest: Manifest, wanted: Mapping[Wanted, Path], *, batch: int, progress: bool = True
+    manifest: Manifest, wanted: Mapping[Wanted, Path], *, batch: int, run: RunConfig, progress: bool = True
 ) -> dict[str, str]:
     """Writes features of the middle clip of every video to .npy files; see `FeatureCache.get` for what they hold.
 
     Encoders that see the same clips share one decoding; each runs once for all its layers. A file appears when it is
-    whole. Returns the paths of the videos that could not be decoded, with the reason.
+    whole. `run` tells the precision. Returns the paths of the videos that could not be decoded, with the reason.
     """
     skipped: dict[str, str] = {}
     by_clips: dict[str, list[Wanted]] = {}
@@ -81,10 +84,10 @@ def write_features(
     for group in by_clips.values():
         rows = {want: _new_rows(wanted[want], manifest, want) for want in group}
         encoders = list(dict.fromkeys(want.frozen for want in group))
-        device = next(encoders[0].encoder.parameters()).device
+        device = _device(encoders[0])
         with (
             ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader,
-            autocast(RunConfig(), device),
+            autocast(run, device),
         ):
             bar = tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True)
             for clips in bar:
@@ -133,7 +136,12 @@ def _clips(want: Wanted) -> dict[str, object]:
     return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
 
 
-def _key(manifest: Manifest, want: Wanted) -> str:
+def _device(frozen: FrozenEncoder) -> torch.device:
+    return next(frozen.encoder.parameters()).device
+
+
+def _key(manifest: Manifest, want: Wanted, run: RunConfig) -> str:
+    dtype = str(matmul_dtype(run, _device(want.frozen)))
     videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
-    described = json.dumps([want.frozen.digest, _clips(want), want.layer, want.kind, CELLS, videos])
+    described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, CELLS, videos])
     return hashlib.sha256(described.encode()).hexdigest()[:32]

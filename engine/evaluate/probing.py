@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mam2.engine.config import UserError
+from mam2.engine.config import RunConfig, UserError
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.evaluate.attentive import attentive_probe
 from mam2.engine.evaluate.feature_files import FeatureCache, Wanted
@@ -81,6 +81,7 @@ def probe_encoders(
     layers: Sequence[int] = (),
     cache: Path,
     batch: int = 32,
+    run: RunConfig | None = None,
     progress: bool = True,
 ) -> Probed:
     """Probes every encoder at every layer on labelled videos.
@@ -92,6 +93,7 @@ def probe_encoders(
         layers: numbers from 1; none: each encoder's last.
         cache: folder that keeps the features, see `FeatureCache`.
         batch: clips that go through an encoder at once.
+        run: its precision is that of the encoders.
 
     Raises:
         UserError: for data without labels, too few videos, or layers that an encoder lacks.
@@ -108,7 +110,7 @@ def probe_encoders(
         for kind in kinds
         if kind == "cells" or set(probes) - {"attentive"}
     ]
-    files = FeatureCache(cache)
+    files = FeatureCache(cache, run)
     of_train = files.get(train.manifest, wanted, batch=batch, progress=progress)
     of_test = files.get(test.manifest, wanted, batch=batch, progress=progress)
     labelled = len(train.rows) + len(test.rows)

@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
         backend: `auto` takes what was measured for the shape, else what `active_backend` names; the others force one.
             `products` holds B·H·N·M scores.
-        center: in bfloat16 and float16, as above; False is for comparison.
+        center: where q, k, v are bfloat16 or float16, as above; False is for comparison.
 
     Returns:
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
@@ -73,13 +73,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
     if backend == "xformers":
         return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
     if backend == "products":
-        common = v.detach().mean(1, keepdim=True) if center else 0
-        scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        return (scores.softmax(-1) @ (v - common).transpose(1, 2)).transpose(1, 2) + common
+        if center:
+            common = v.detach().mean(1, keepdim=True)
+            return _products(q, k, v - common) + common
+        return _products(q, k, v)
     if backend in KERNELS:
         with sdpa_kernel(KERNELS[backend]):
             return _sdpa(q, k, v)
     return _sdpa(q, k, v)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

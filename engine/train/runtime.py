@@ -35,8 +35,10 @@ def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for it (Intel since Cooper Lake, AMD since Zen 4); without, it is emulated."""
-    # an older torch does not tell: float32
+    """Whether it is an x86 CPU with instructions for that: AVX512-BF16 or AMX. ARM's were never measured here.
+
+    A torch that lacks `torch.cpu.get_capabilities` does not tell: False.
+    """
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
