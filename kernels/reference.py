@@ -279,13 +279,16 @@ def masked_loss(
 
 def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """gradient · scale, where scale covers the leading dimensions of gradient; multiplied in float32 or float64."""
+    factors = scale.view((*scale.shape, *[1] * (gradient.dim() - scale.dim())))
+    wide = torch.promote_types(gradient.dtype, scale.dtype)
+    if wide == gradient.dtype:
+        return gradient * factors
     out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     lead = gradient.shape[: max(gradient.dim() - 1, scale.dim())]
     shape = math.prod(lead), math.prod(gradient.shape[len(lead) :])
     rows, scaled = gradient.reshape(shape), out.view(shape)
-    factors = scale.view((*scale.shape, *[1] * (len(lead) - scale.dim()))).expand(lead).reshape(-1, 1)
-    item = torch.promote_types(gradient.dtype, scale.dtype).itemsize
-    for part in _slices(len(rows), item * shape[1]):
+    factors = factors.expand((*lead, *[1] * (gradient.dim() - len(lead)))).reshape(-1, 1)
+    for part in _slices(len(rows), wide.itemsize * shape[1]):
         scaled[part] = rows[part] * factors[part]
     return out
 

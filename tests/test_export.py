@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mam2.engine.cli import main
 from mam2.engine.config import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
@@ -16,10 +16,11 @@ from mam2.engine.interop import load_encoder, load_model
 from mam2.engine.interop.graph import write_onnx, write_torch
 from mam2.engine.interop.write import write_hugging_face
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.train import checkpoint
+from tests.small_models import encoder, shaken
 
 CONFIG = PretrainConfig(
     data=DataConfig(frames=4, size=24),
@@ -38,19 +39,6 @@ CONFIG = PretrainConfig(
 def clip(batch: int = 3) -> Tensor:
     """uint8 [B, 3, 4, 24, 24]."""
     return torch.randint(0, 256, (batch, 3, 4, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """With every parameter moved, biases that start at 0 among them."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def encoder() -> Encoder:
-    return Encoder((2, 3, 3), (2, 8, 8), width=48, depth=2, heads=4, mlp_ratio=2)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train import checkpoint
-from tests.interop_models import CLASSES, CONFIG, PATCH, classifier, clip, encoder, shaken
+from tests.small_models import CLASSES, CONFIG, PATCH, classifier, clip, encoder, shaken
 
 
 @pytest.mark.parametrize("build", [encoder, classifier, lambda: VideoMAE(CONFIG)])

@@ -17,7 +17,7 @@ from mam2.engine.interop.write import write_hugging_face
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import tube_mask
-from tests.interop_models import CLASSES, CONFIG, classifier, clip, close, encoder, normalized, shaken
+from tests.small_models import CLASSES, CONFIG, classifier, clip, close, encoder, normalized, shaken
 
 SIZES = {
     "image_size": 24,

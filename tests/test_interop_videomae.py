@@ -21,7 +21,7 @@ from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.model.videomae import VideoMAE
-from tests.interop_models import CONFIG, PATCH, classifier, clip, close, normalized, shaken
+from tests.small_models import CONFIG, PATCH, classifier, clip, close, normalized, shaken
 
 
 def plain_encoder(state: dict[str, Tensor], video: Tensor, heads: int, final: str | None) -> Tensor:

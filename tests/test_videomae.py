@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mam2.engine.config import LossConfig
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import tube_mask
-
-
-def clip(batch: int = 2) -> torch.Tensor:
-    """uint8 [B, 3, T, H, W], viewed from [B, T, H, W, 3] as the loader's are."""
-    frames = torch.randint(0, 256, (batch, 4, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    return frames.permute(0, 4, 1, 2, 3)
-
-
-def normalized(video: torch.Tensor) -> torch.Tensor:
-    """[B, 3, T, H, W] uint8 -> [B, T, 3, H, W], what Hugging Face's processor gives its model."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-    return (video.transpose(1, 2) / 255 - mean) / std
+from tests.small_models import CONFIG, clip, normalized
 
 
 def copy_block(block: nn.Module, layer: nn.Module) -> None:
@@ -55,17 +45,7 @@ def copy_encoder(encoder: Encoder, model: nn.Module) -> None:
 
 def build(normalize: str = "channel") -> VideoMAE:
     torch.manual_seed(0)
-    model = ModelConfig(
-        objective="videomae",
-        patch=8,
-        width=48,
-        depth=2,
-        heads=4,
-        mlp_ratio=2,
-        decoder=DecoderConfig(depth=2, width=24, heads=3),
-    )
-    data, loss = DataConfig(frames=4, size=24), LossConfig(pixel_normalize=normalize)
-    return VideoMAE(PretrainConfig(data=data, model=model, loss=loss))
+    return VideoMAE(dataclasses.replace(CONFIG, loss=LossConfig(pixel_normalize=normalize)))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Small models of ours, and clips for them: what the tests of weights in and out share."""
+"""Small models of ours, and clips for them: what the tests of VideoMAE and of weights in and out share."""
 
 from __future__ import annotations
 
