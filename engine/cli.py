@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import platform
 import sys
 
+import mam2
 from mam2.engine.config import PeerFailed, RankError, UserError
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import recipe_names
@@ -34,6 +36,12 @@ VERBS = {
     "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""
+EXTRAS = {
+    "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
+    "flow": ("cv2",),
+    "onnx": ("onnx", "onnxscript"),
+}
+"""Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
 DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 """Verbs that several processes can work on together, started by torchrun."""
 
@@ -48,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"mam2 {mam2.__version__}, Python {platform.python_version()}")
+        sys.exit(0)
     try:
         name = arguments[0]
         if name not in VERBS:
@@ -62,6 +73,16 @@ def main(arguments: list[str] | None = None) -> None:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {error}", file=sys.stderr)
+        status = 2
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        if extra is None:
+            raise
+        print(
+            f"mam2: error: {arguments[0]} needs {error.name}, which is not installed: pip install 'mam2[{extra}]', "
+            f"or in a checkout pip install '.[{extra}]'",
+            file=sys.stderr,
+        )
         status = 2
     except PeerFailed:
         status = 1
@@ -80,4 +101,4 @@ def usage() -> str:
     end = (
         f"`mam2 VERB --help` lists the options; recipes: {', '.join([*recipe_names(), *recipe_names(FinetuneConfig)])}."
     )
-    return "\n".join(["usage: mam2 VERB …", "", *lines, "", end, ""])
+    return "\n".join(["usage: mam2 VERB …", "       mam2 --version", "", *lines, "", end, ""])
