@@ -323,7 +323,7 @@ def masked_frame_difference_loss(
     patch_size: Sequence[int] = (2, 16, 16),
     difference: str = "adjacent",
     normalize: str | None = "channel",
-    eps: float = 1e-6,
+    eps: float = 0.05,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weight: torch.Tensor | None = None,
@@ -335,8 +335,8 @@ def masked_frame_difference_loss(
         pred: [B,Nm,Pd] or [B,N,Pd]; Pd is P for "adjacent", P·(τ−1)/τ for "intra".
         difference: "adjacent": the next frame of the clip minus this one; the clip's last frame has no next one, so
             these values of pred count for nothing, in the mean's divisor neither. "intra": within the token.
-        normalize, eps: what the difference is divided by, see frame_difference.py. A large eps (0.05) keeps
-            noise in static patches small.
+        normalize, eps: what the difference is divided by, see frame_difference.py. The default keeps a patch of one
+            color, whose deviation is 0, from deciding the loss; eps=1e-6 is the formula of VideoMAE and MAE-DFER.
         reduction: "mean" over all existing values, "sum", or "none": [B,Nm], each token's mean over its existing ones.
 
     The rest, the result and the errors are as in `masked_pixel_loss`.
