@@ -19,14 +19,19 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform, and the PyTorch path needs none; annotations of kernels still read tl
-    triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+    triton, tl = None, SimpleNamespace(constexpr=None, int32=None, int64=None)  # type: ignore[assignment]
 
 PATHS = ("triton", "pytorch")
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Any = None, **options: Any) -> Any:
+    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported.
+
+    `options` are Triton's; with them this is called first and decorates what it returns.
+    """
+    if function is None:
+        return functools.partial(jit, **options)
+    return triton.jit(function, **options) if triton is not None else function
 
 
 def active_path(where: torch.Tensor | torch.device | str) -> str:

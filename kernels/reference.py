@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .shapes import unfit_tokens
+
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -101,9 +103,14 @@ def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
 
 
 def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor. IndexError for a token that does not exist."""
+    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor.
+
+    Raises:
+        IndexError: a token that does not exist.
+        ValueError: REPEATED or OTHER_COUNT of shapes.py in its place.
+    """
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-        raise IndexError(f"token numbers: expected 0 to {tokens - 1}, found {int(index.min())} to {int(index.max())}")
+        raise unfit_tokens(int(index.min()), int(index.max()), index.shape[1], tokens)
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()
 
 

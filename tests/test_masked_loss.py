@@ -261,7 +261,7 @@ def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
         ({"pred": torch.zeros(2, 6, 144).long()}, "pred: expected a float type"),
         ({"mask": torch.zeros(2, 11, dtype=torch.bool)}, r"mask: expected bool \[2, 12\]"),
         ({"mask": torch.zeros(2, 6)}, "mask: expected int64"),
-        ({"weight": torch.ones(2, 12)}, r"weight: expected bool or real \[2, 6\]"),
+        ({"weight": torch.ones(2, 7)}, r"weight: expected bool or real \[2, 6\] \(masked tokens\) or \[2, 12\]"),
         ({"weight": torch.ones(2, 6, dtype=torch.complex64)}, "weight: expected bool or real"),
         ({"reduction": "max"}, "reduction: expected one of 'mean', 'sum', 'none'"),
         ({"normalize": "global"}, "normalize"),
