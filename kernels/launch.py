@@ -98,10 +98,27 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of logits to hold at a time, a multiple of 128."""
-    budget = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"])
-    return max(budget // (codes * dtype.itemsize) // 128, 1) * 128
+GPU_ROWS = 1024
+"""Least rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
+
+
+def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
+    """Rows of logits [rows,codes] to hold at a time, a multiple of 128.
+
+    Every chunk reads the weight [codes,width] three times; on a GPU its logits therefore take at least as many bytes.
+    """
+    rows, least = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"]) // (codes * dtype.itemsize), 128
+    if device.type == "cuda":
+        least = max(GPU_ROWS, -(-width // 128) * 128)
+    return max(rows // 128 * 128, least)
+
+
+def wide_products(device: torch.device) -> bool:
+    """Whether `torch.mm(..., out_dtype=float32)` of half types runs there: on GPUs from sm_80 on, and not while
+    `torch.backends.cuda.matmul.allow_fp16_accumulation` asks for sums in float16."""
+    if device.type != "cuda" or torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_type(dtype: torch.dtype) -> Any:

@@ -29,7 +29,7 @@ from .cube import (
     run_values,
     store_rounded,
 )
-from .derivatives import refuse_double_backward, refuse_transforms, wants_gradient
+from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
 from .scale_gradient import scale_gradient
@@ -211,35 +211,28 @@ def _(
     return error, pred.new_empty(pred.shape if needs_gradient else (0,))
 
 
-class _MaskedLoss(torch.autograd.Function):
-    """The operator with its gradient: for the host half the work of `register_autograd`."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    gradient = output[1]
+    ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, inputs[2])
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(pred: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _masked_loss(pred, *rest)
+def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    refuse_double_backward("masked loss")
+    gradient, masked = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * 10
+    tokens = gradient.shape[1]
+    if tokens != masked.shape[1]:
+        fits = ((masked >= 0) & (masked < tokens)).all(dim=1, keepdim=True)
+        factors = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked.clamp(0, tokens - 1), upstream)
+        # a token out of range has no gradient of its own to be NaN: its clip's are
+        upstream = torch.where(fits, factors, float("nan"))
+    return scale_gradient(gradient, upstream), *(None,) * 9
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, inputs[2])
 
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        refuse_double_backward("masked loss")
-        gradient, masked = ctx.saved_tensors
-        if upstream is None:
-            return (None,) * 10
-        tokens = gradient.shape[1]
-        if tokens != masked.shape[1]:
-            fits = ((masked >= 0) & (masked < tokens)).all(dim=1, keepdim=True)
-            factors = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked.clamp(0, tokens - 1), upstream)
-            # a token out of range has no gradient of its own to be NaN: its clip's are
-            upstream = torch.where(fits, factors, float("nan"))
-        return scale_gradient(gradient, upstream), *(None,) * 9
+_errors_and_gradient = differentiable(_masked_loss, _save, _backward)
 
 
 def _masked_count(pred: torch.Tensor, weight: torch.Tensor | None, grid: shapes.Grid) -> int | None:
@@ -280,8 +273,7 @@ def _loss(
         shapes.check_weight(weight, masked, grid)
     refuse_transforms("masked loss", pred)
     settings = list(patch_size), target, normalize, eps, means, stds, wants_gradient(pred)
-    operator = _MaskedLoss.apply if settings[-1] else _masked_loss
-    errors, _ = operator(pred, video, masked, *settings)
+    errors, _ = _errors_and_gradient(pred, video, masked, *settings)
     if weight is not None:
         if weight.shape != masked.shape:
             weight = weight.gather(1, masked.clamp(0, grid.tokens - 1))
