@@ -113,10 +113,14 @@ def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int 
     return max(rows // 128 * 128, least)
 
 
+def half_sums() -> bool:
+    """Whether products may add up in float16."""
+    return torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
 def wide_products(device: torch.device) -> bool:
-    """Whether `torch.mm(..., out_dtype=float32)` of half types runs there: on GPUs from sm_80 on, and not while
-    `torch.backends.cuda.matmul.allow_fp16_accumulation` asks for sums in float16."""
-    if device.type != "cuda" or torch.backends.cuda.matmul.allow_fp16_accumulation:
+    """Whether `torch.mm(..., out_dtype=float32)` of half types runs there: on GPUs from sm_80 on, unless `half_sums`."""
+    if device.type != "cuda" or half_sums():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
