@@ -1,3 +1,6 @@
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+# (in a kernel a tuple grows by `+`: Triton has no unpacking)
 """Visible tokens of a clip, normalised, ready for the patch embedding.
 
     out[b, k, (t,h,w,c)] = (x − mean[c]) / std[c],   x = video at token visible[b, k], in [0,1]
@@ -65,18 +68,22 @@ def _gather_tubes_kernel(
         CHANNELS_LAST,
         WIDE,
         False,
-        BYTES,
+        False,
         DTYPE,
     )
+    pixels = ()
+    for segment in tl.static_range(LENGTH // RUN):  # before any store, after which the table would be read again
+        value, channel = run_values(segment, CHANNELS, RUN)
+        part = cube[segment]
+        if AFFINE:  # the mean first: a product plus a shift would be fused, and a value at its mean not come out as 0
+            part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)
+        elif BYTES:
+            part *= 1.0 / 255.0
+        pixels = pixels + (part,)
     out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * LENGTH) + row * LENGTH
     for segment in tl.static_range(LENGTH // RUN):
-        value, channel = run_values(segment, CHANNELS, RUN)
-        pixels = cube[segment].to(DTYPE)
-        if AFFINE:  # the mean first: a product plus a shift would be fused, and a value at its mean not come out as 0
-            pixels = (pixels - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)
-        elif BYTES:
-            pixels *= 1.0 / 255.0
-        store_rounded(out + value, tl.where(inside, pixels, float("nan")), mask)
+        value, _ = run_values(segment, CHANNELS, RUN)
+        store_rounded(out + value, tl.where(inside, pixels[segment], float("nan")), mask)
 
 
 def _launch(

@@ -7,7 +7,8 @@ A program takes a row: once through it for the maximum, the sum of exponentials 
 block) and the target's logit, once more to write. Exponentials and sums are float32. A row of `ignore_index` gives 0,
 a target out of range NaN, both as loss and as gradient.
 
-A thread writes over the logits that it has read itself and reads none of another's, so that the row needs no barrier.
+The gradient goes over the logits without a barrier: a thread writes over those that it has read itself, and the target's
+logit, which all read, is part of the sum of exponentials that every gradient waits for.
 
 M rows, V codes.
 """
@@ -44,15 +45,16 @@ def _softmax_gradient_kernel(
     target = tl.load(target_ptr + row)
     counted = target != ignore_index
     exists = (target >= 0) & (target < codes)
+    picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
     target = tl.where(exists, target, -1).to(tl.int32)
     column = tl.arange(0, BLOCK)
     lowest = float("-inf")
 
     logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
-    largest = tl.max(logits, axis=0)
+    # the maximum is the same without it, but so no thread adds exponentials before it has read the target's logit
+    largest = tl.maximum(tl.max(logits, axis=0), picked)
     exponential = tl.exp(logits - above(largest))
     sum_exp = tl.sum(exponential, axis=0)
-    picked = tl.sum(tl.where(column == target, logits, 0.0), axis=0)
     total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
     if not ONE_BLOCK:
         for start in range(BLOCK, codes, BLOCK):
@@ -61,7 +63,6 @@ def _softmax_gradient_kernel(
             larger = tl.maximum(largest, tl.max(logits, axis=0))
             sum_exp = sum_exp * tl.exp(largest - above(larger)) + tl.sum(tl.exp(logits - above(larger)), axis=0)
             largest = larger
-            picked += tl.sum(tl.where(start + column == target, logits, 0.0), axis=0)
             total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
 
     loss = largest + tl.log(sum_exp) - (1 - SMOOTHING) * picked
