@@ -31,10 +31,18 @@ from .cube import (
 )
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
-from .shapes import DIFFERENCES, check_choice, check_deviation, check_statistics, check_video, target_values
+from .shapes import (
+    DIFFERENCES,
+    check_choice,
+    check_deviation,
+    check_statistics,
+    check_video,
+    target_values,
+    token_grid,
+)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
 def _frame_difference_kernel(
     out_ptr,
     video_ptr,
@@ -115,7 +123,7 @@ def _launch(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> torch.Tensor:
-    grid = check_video(video, patch_size)
+    grid = token_grid(video, patch_size)
     dtype = reference.compute_dtype(video)
     values = target_values(grid, patch_size, difference)
     out = video.new_empty(*index.shape, values, dtype=dtype)
