@@ -18,7 +18,7 @@ def touch(*paths: Path) -> None:
 def read(folder: Path, text: str, name: str = "list.csv") -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Paths relative to the folder and labels of a list in it, and the names of the labels."""
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    entries, classes = read_source(folder / name)
+    entries, classes, _ = read_source(folder / name)
     assert all(os.path.isabs(entry.path) for entry in entries)
     return [(os.path.relpath(entry.path, folder), entry.label) for entry in entries], classes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mam2.engine.config import UserError
-from mam2.engine.data.decoding import FRAMES, available_cores
+from mam2.engine.data.decoding import available_cores
+from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.lists import read_source
 from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.files import one_line
 
 INDEX_SUFFIX = ".index.jsonl"
 DERIVED = ("duration_s", "front_ends")
@@ -89,6 +92,8 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
         changed=sum(path in before and found[path] is not before[path] for path in paths),
         removed=sum(path not in found for path in before),
     )
+    for note in listing.notes:
+        tqdm.write(one_line(note), file=sys.stderr)
     results = [_labelled(found[entry.path], entry.label) for entry in listing.entries]
     videos = tuple(result for result in results if isinstance(result, Video))
     skipped = tuple(dict.fromkeys(result for result in results if isinstance(result, Skipped)))
@@ -110,10 +115,10 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
         return probe(path)
     try:
         status = os.stat(path)
+        now = folder_status(path) if os.path.isdir(path) else (status.st_size, status.st_mtime_ns)
     except OSError:
         return probe(path)
-    same_size = status.st_size == earlier.bytes or (isinstance(earlier, Video) and earlier.codec == FRAMES)
-    return earlier if same_size and status.st_mtime_ns == earlier.mtime_ns else probe(path)
+    return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe(path)
 
 
 def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:

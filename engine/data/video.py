@@ -22,6 +22,7 @@ from mam2.engine.data.decoding import (
     quarter_turns,
     read_packets,
 )
+from mam2.engine.data.frame_folders import folder_status
 
 HASH_BLOCK = 2**16
 RATE_TOLERANCE = 0.05
@@ -63,7 +64,7 @@ class Video:
     bytes: int = 0
     """Of the file, or of all images of a folder."""
     mtime_ns: int = 0
-    """When the file changed last; of a folder, when images came, went or were renamed."""
+    """When the file changed last, or the folder or one of its images."""
     content: str = ""
     """Hash of size, head, middle and tail; see `content_hash`."""
 
@@ -108,7 +109,8 @@ def probe(path: str, label: int = -1) -> Video | Skipped:
         status = os.stat(path)
         size, mtime_ns = status.st_size, status.st_mtime_ns
         if os.path.isdir(path):
-            return _probe_folder(path, label, mtime_ns)
+            size, mtime_ns = folder_status(path)
+            return _probe_folder(path, label, size, mtime_ns)
         return _probe_file(path, label, size, mtime_ns)
     except FileNotFoundError:
         return Skipped(path, "does not exist")
@@ -181,11 +183,10 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
         )
 
 
-def _probe_folder(path: str, label: int, mtime_ns: int) -> Video:
+def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
     images = frame_files(path)
     if not images:
         raise DecodeError("no images in this folder")
-    size = sum(os.path.getsize(image) for image in images)
     first = _probe_file(images[0], label, size, mtime_ns)
     return Video(
         path=path,
