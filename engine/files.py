@@ -19,13 +19,14 @@ from mam2.engine.config import UserError
 
 NAMES = "mam2.names"
 """Error handler of an encoder: surrogates become the bytes they stand for, what the encoding lacks an escape."""
-PLACE_ERRORS = frozenset(
-    (
-        *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-        *(errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ETXTBSY),
-    )
+FULL_OR_FORBIDDEN = frozenset(
+    (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE)
 )
-"""Of an OSError that tells of the place written to, and not of a mistake in the program."""
+"""Numbers of errors that only the place can cause that is written to or read, never a mistake in the program."""
+PLACE_ERRORS = FULL_OR_FORBIDDEN | {
+    *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ETXTBSY)
+}
+"""Those of a place that a user named to write to."""
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)}
 

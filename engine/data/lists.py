@@ -173,8 +173,7 @@ def _read_list(source: Path, split: str) -> Listing:
             raise UserError(f"{source}: line {row.number} names no video; expected `path label`")
     labels, classes = _number_labels(source, rows, notes)
     entries = [
-        Entry(os.path.join(source.parent, row.path), label, row.split)
-        for row, label in zip(rows, labels, strict=True)
+        Entry(os.path.join(source.parent, row.path), label, row.split) for row, label in zip(rows, labels, strict=True)
     ]
     return Listing(entries, classes, tuple(notes))
 

@@ -25,6 +25,8 @@ from mam2.engine.data.decoding import (
 from mam2.engine.data.frame_folders import folder_status
 
 HASH_BLOCK = 2**16
+HDR = {16: "pq", 18: "hlg"}
+"""Transfer functions of high dynamic range by their numbers in ITU-T H.273."""
 RATE_TOLERANCE = 0.05
 """Stated and measured rates differ by this much where timestamps are rounded or the last frame is shown for longer."""
 INTERVAL_TOLERANCE = 0.4
@@ -67,6 +69,12 @@ class Video:
     """When the file changed last, or the folder or one of its images."""
     content: str = ""
     """Hash of size, head, middle and tail; see `content_hash`."""
+    b_frames: bool = False
+    """Frames are decoded in another order than they are shown."""
+    interlaced: bool = False
+    """A frame holds two half pictures of different times, as the first one says."""
+    transfer: str = ""
+    """How values stand for light: "pq" and "hlg" are HDR, else "sdr"; empty in manifests that were saved without it."""
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -180,6 +188,9 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             bytes=size,
             mtime_ns=mtime_ns,
             content=content_hash([path], size),
+            b_frames=bool(stream.codec_context.has_b_frames),
+            interlaced=bool(first.interlaced_frame),
+            transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
         )
 
 
@@ -203,6 +214,7 @@ def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
         bytes=size,
         mtime_ns=mtime_ns,
         content=content_hash([images[0], images[len(images) // 2], images[-1]], size),
+        transfer=first.transfer,
     )
 
 
