@@ -14,6 +14,7 @@ import sys
 
 import mam2
 from mam2.engine.config import PeerFailed, RankError, UserError
+from mam2.engine.files import FULL_OR_FORBIDDEN, accept_names, one_line
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import recipe_names
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Read when torch is first imported, which no import above does.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = sys.argv[1:] if arguments is None else arguments
+    accept_names(sys.stdout, sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
@@ -72,7 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"mam2: error: {error}", file=sys.stderr)
+            print(f"mam2: error: {one_line(error)}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mam2: error: {one_line(place)}{error.strerror}; make room or name another place", file=sys.stderr)
         status = 2
     except ModuleNotFoundError as error:
         extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
