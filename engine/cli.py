@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 
+from mam2.engine import signals
 from mam2.engine.config import PeerFailed, RankError, UserError
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import recipe_names
@@ -48,6 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
+    with signals.command_signals():
+        signals.end(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    """Exit status of a command line; whatever went wrong by the user's or a signal's doing is said."""
     try:
         name = arguments[0]
         if name not in VERBS:
@@ -57,21 +65,20 @@ def main(arguments: list[str] | None = None) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
             raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
-        status = verb.run(arguments[1:])
+        return verb.run(arguments[1:])
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {error}", file=sys.stderr)
-        status = 2
-    except PeerFailed:
-        status = 1
-    except KeyboardInterrupt:
-        print(
-            "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
-            file=sys.stderr,
-        )
-        status = 130
-    sys.exit(status)
+        return 2
+    except PeerFailed as error:
+        if str(error):
+            print(f"mam2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
+        signals.tell_stopped(number)
+        return 128 + number
 
 
 def usage() -> str:

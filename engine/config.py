@@ -11,13 +11,19 @@ from typing import Any, Literal, Protocol
 class UserError(Exception):
     """A mistake of the user's: printed as one line without a stack trace, exit status 2."""
 
+    everywhere = False
+    """Whether every process of the run raised at this place."""
+
 
 class RankError(UserError):
     """One that only this process of several has met; its message names the process."""
 
 
 class PeerFailed(Exception):
-    """Another process of the run has failed and says why; this one ends in silence."""
+    """Another process of the run has failed and says why; the text, if any, says how this one noticed."""
+
+    everywhere = False
+    """Whether every process of the run raised at this place."""
 
 
 @dataclass(frozen=True, kw_only=True)
