@@ -9,10 +9,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import signal
-import sys
-
-from mam2.engine import signals
+        return 2
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        if extra is None:
+            raise
+        print(
+            f"mam2: error: {arguments[0]} needs {error.name}, which is not installed: pip install 'mam2[{extra}]', "
+            f"or in a checkout pip install '.[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except PeerFailed as error:
+        if str(error):
+            print(f"mam2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
+        signals.tell_stopped(number)
+        return 128 + number
 from mam2.engine.config import PeerFailed, RankError, UserError
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import recipe_names
@@ -36,6 +51,12 @@ VERBS = {
     "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""
+EXTRAS = {
+    "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
+    "flow": ("cv2",),
+    "onnx": ("onnx", "onnxscript"),
+}
+"""Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
 DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 """Verbs that several processes can work on together, started by torchrun."""
 
@@ -50,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"mam2 {mam2.__version__}, Python {platform.python_version()}")
+        sys.exit(0)
     with signals.command_signals():
         signals.end(_run(arguments))
 
@@ -70,6 +94,7 @@ def _run(arguments: list[str]) -> int:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {error}", file=sys.stderr)
+<<<<<<< HEAD
         return 2
     except PeerFailed as error:
         if str(error):
@@ -79,6 +104,28 @@ def _run(arguments: list[str]) -> int:
         number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
         signals.tell_stopped(number)
         return 128 + number
+=======
+        status = 2
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        if extra is None:
+            raise
+        print(
+            f"mam2: error: {arguments[0]} needs {error.name}, which is not installed: pip install 'mam2[{extra}]', "
+            f"or in a checkout pip install '.[{extra}]'",
+            file=sys.stderr,
+        )
+        status = 2
+    except PeerFailed:
+        status = 1
+    except KeyboardInterrupt:
+        print(
+            "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
+            file=sys.stderr,
+        )
+        status = 130
+    sys.exit(status)
+>>>>>>> main
 
 
 def usage() -> str:
@@ -87,4 +134,4 @@ def usage() -> str:
     end = (
         f"`mam2 VERB --help` lists the options; recipes: {', '.join([*recipe_names(), *recipe_names(FinetuneConfig)])}."
     )
-    return "\n".join(["usage: mam2 VERB …", "", *lines, "", end, ""])
+    return "\n".join(["usage: mam2 VERB …", "       mam2 --version", "", *lines, "", end, ""])

@@ -3,67 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-
-class UserError(Exception):
-    """A mistake of the user's: printed as one line without a stack trace, exit status 2."""
-
-    everywhere = False
-    """Whether every process of the run raised at this place."""
-
-
-class RankError(UserError):
-    """One that only this process of several has met; its message names the process."""
-
-
-class PeerFailed(Exception):
-    """Another process of the run has failed and says why; the text, if any, says how this one noticed."""
-
-    everywhere = False
-    """Whether every process of the run raised at this place."""
+from mam2.engine.errors import PeerFailed as PeerFailed
+from mam2.engine.errors import RankError as RankError
+from mam2.engine.errors import UserError as UserError
+from mam2.engine.limits import (
+    BATCH,
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Limits,
+    check_limits,
+    limited,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    frames: int = 16
+    frames: int = limited(16, COUNT)
     """Frames in a clip (T)."""
-    stride: int = 4
+    stride: int = limited(4, COUNT_OR_NONE)
     """Distance of two sampled frames, in frames of the file; 0 where `fps` says it."""
-    fps: float = 0.0
+    fps: float = limited(0.0, NOT_NEGATIVE)
     """Sampled frames a second, for files of mixed rates; 0 where `stride` says it. Exactly one of the two."""
     sampling: Literal["dense", "uniform"] = "dense"
     """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
-    size: int = 224
+    size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
     crop: Literal["random-resized", "multi-scale"] = "random-resized"
     """`multi-scale` is VideoMAE's: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or centre;
     `min_area`, `max_area` and `max_aspect` do not apply to it."""
-    min_area: float = 0.5
+    min_area: float = limited(0.5, Limits(above=0, at_most=1))
     """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
-    max_area: float = 1.0
+    max_area: float = limited(1.0, Limits(above=0, at_most=1))
     """Largest share of the frame's area that a random resized crop keeps, 0 to 1."""
-    max_aspect: float = 4 / 3
+    max_aspect: float = limited(4 / 3, Limits(at_least=1))
     """Aspect ratios of the crop are drawn log-uniformly from 1/max_aspect to max_aspect; at least 1."""
     flip: bool = True
     """Mirror half of the clips left to right. Off where direction carries meaning (SSv2, the demo)."""
-    views: int = 1
+    views: int = limited(1, COUNT)
     """Crops (and masks) drawn from one decoded clip: repeated augmentation. Divides the batch size."""
-    recorded: int = 0
+    recorded: int = limited(0, COUNT_OR_NONE)
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
     front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
-    threads: int = 0
+    threads: int = limited(0, COUNT_OR_NONE)
     """Decoding threads; 0 means as many as this process may use cores."""
-    prefetch: int = 2
+    prefetch: int = limited(2, COUNT)
     """Batches prepared ahead of the step."""
-    timeout_s: float = 60.0
+    timeout_s: float = limited(60.0, POSITIVE)
     """Seconds after which a file that is still being decoded counts as unusable."""
-    max_unusable: float = 0.5
+    max_unusable: float = limited(0.5, SHARE)
     """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
 
 
@@ -72,19 +70,19 @@ class MaskConfig:
     kind: Literal["tube", "random", "motion"] = "tube"
     """`tube`: the same patches in every slot; `random`: anywhere in space and time; `motion`: tubes, more often where
     the clip moves."""
-    ratio: float = 0.9
+    ratio: float = limited(0.9, SHARE)
     """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
-    strength: float = 0.5
+    strength: float = limited(0.5, SHARE)
     """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegressorConfig:
-    depth: int = 4
+    depth: int = limited(4, COUNT_OR_NONE)
     """Cross-attention blocks. 0: no regressor; the decoders get visible latents and mask tokens and do its work too."""
-    width: int = 768
+    width: int = limited(768, COUNT)
     """Embedding width; another width than the encoder's adds a linear projection."""
-    heads: int = 12
+    heads: int = limited(12, COUNT)
     """Attention heads."""
     keys: Literal["all", "visible"] = "all"
     """Keys and values: visible latents and the current masked state (CAE), or the visible latents only. Without effect
@@ -93,11 +91,11 @@ class RegressorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    depth: int = 4
+    depth: int = limited(4, COUNT_OR_NONE)
     """Self-attention blocks of each decoder."""
-    width: int = 768
+    width: int = limited(768, COUNT)
     """Embedding width. MAM2's decoders work at the regressor's width: leave equal."""
-    heads: int = 12
+    heads: int = limited(12, COUNT)
     """Attention heads."""
 
 
@@ -106,17 +104,17 @@ class ModelConfig:
     objective: Literal["mam2", "videomae", "joint"] = "mam2"
     """What is learned: MAM2's codes and motion; VideoMAE's pixels; or MAE-DFER's first frame of each tubelet and the
     later frames' differences to it, by VideoMAE's one decoder (`joint`)."""
-    patch: int = 16
+    patch: int = limited(16, COUNT)
     """Height and width of a patch in pixels."""
-    tubelet: int = 2
+    tubelet: int = limited(2, COUNT)
     """Frames a token spans."""
-    width: int = 768
+    width: int = limited(768, COUNT)
     """Embedding width of the encoder."""
-    depth: int = 12
+    depth: int = limited(12, COUNT)
     """Blocks of the encoder."""
-    heads: int = 12
+    heads: int = limited(12, COUNT)
     """Attention heads of the encoder."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = limited(4.0, POSITIVE)
     """Hidden width of the MLPs over the embedding width, everywhere."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     """MAM2 only."""
@@ -132,28 +130,28 @@ class TokenizerConfig:
     """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
     frames: Literal["first", "all"] = "first"
     """Of each token the code of its first frame, or one of each of its frames, all to be predicted."""
-    codes: int = 512
+    codes: int = limited(512, Limits(at_least=2))
     """Codebook size of the one trained here."""
-    channels: int = 32
+    channels: int = limited(32, COUNT)
     """Base channels of the one trained here."""
-    steps: int = 1000
+    steps: int = limited(1000, COUNT)
     """Training steps of the one trained here."""
-    batch: int = 64
+    batch: int = limited(64, BATCH)
     """Frames a training step of the one trained here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    appearance: float = 1.0
+    appearance: float = limited(1.0, NOT_NEGATIVE)
     """Weight of the appearance loss."""
-    motion: float = 1.0
+    motion: float = limited(1.0, NOT_NEGATIVE)
     """Weight of the motion loss."""
-    alignment: float = 0.0
+    alignment: float = limited(0.0, NOT_NEGATIVE)
     """Weight of the latent alignment of CAE (2 there); runs the encoder on the masked tokens as well."""
     balance: Literal["fixed", "gradient"] = "fixed"
     """`gradient` rescales the appearance gradient at the regressor's output to `appearance / motion` times the
     norm of the motion gradient there, at every step; `fixed` uses the weights as they are."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = limited(0.0, SHARE)
     """Of the code cross-entropy, 0 to 1."""
     appearance_target: Literal["codes", "pixels", "none"] = "codes"
     """The tokenizer's codes; VideoMAE's pixels, without a tokenizer; or neither tokenizer nor appearance decoder."""
@@ -162,7 +160,7 @@ class LossConfig:
     optical flow (needs opencv-python-headless, on the CPU); or no motion decoder at all."""
     motion_normalize: Literal["channel", "patch", "none"] = "channel"
     """Divide an RGB difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
-    motion_eps: float = 1e-6
+    motion_eps: float = limited(1e-6, NOT_NEGATIVE)
     """Added to that deviation, or to the norm of a histogram (pixels in 0 to 1). 0.05 keeps compression noise of static
     patches small."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
@@ -172,30 +170,30 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    batch: int = 64
+    batch: int = limited(64, BATCH)
     """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
-    micro_batch: int = 0
+    micro_batch: int = limited(0, COUNT_OR_NONE)
     """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
     0: its whole share of the batch."""
-    epochs: float = 400
+    epochs: float = limited(400, POSITIVE)
     """Passes over the data set; each shows every video once, in `data.views` views."""
-    warmup_epochs: float = 20
+    warmup_epochs: float = limited(20, NOT_NEGATIVE)
     """Linear warm-up of the learning rate from 0."""
-    base_lr: float = 1.5e-4
+    base_lr: float = limited(1.5e-4, NOT_NEGATIVE)
     """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
-    min_lr: float = 1e-5
+    min_lr: float = limited(1e-5, NOT_NEGATIVE)
     """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
-    weight_decay: float = 0.05
+    weight_decay: float = limited(0.05, NOT_NEGATIVE)
     """AdamW's; none on 1-D parameters and mask tokens."""
-    beta2: float = 0.95
+    beta2: float = limited(0.95, BELOW_ONE)
     """AdamW's second beta; the first is 0.9."""
-    clip_norm: float = 0.0
+    clip_norm: float = limited(0.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    seed: int = 0
+    seed: int = limited(0, SEED)
     """Of weights, order, clips and masks."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes a GPU if there is one."""
@@ -211,19 +209,19 @@ class RunConfig:
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
     recompute: bool = False
     """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
-    log_every: int = 20
+    log_every: int = limited(20, COUNT)
     """Steps between two lines of the log."""
-    save_every: int = 1000
+    save_every: int = limited(1000, COUNT)
     """Steps between two checkpoints; one is always written at the end."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes: `ddp` gives each a whole model, `fsdp` spreads weights, gradients and moments over them."""
-    keep: int = 3
+    keep: int = limited(3, COUNT)
     """Newest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: int = limited(0, COUNT_OR_NONE)
     """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
-    max_nonfinite: int = 20
+    max_nonfinite: int = limited(20, COUNT)
     """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
-    profile: int = 0
+    profile: int = limited(0, COUNT_OR_NONE)
     """Steps to profile, from the sixth of this call on: a trace and a table of operators in RUN/profile/."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """A service that gets the numbers of the log as well; its package has to be installed."""
@@ -312,7 +310,7 @@ def passes(config: TrainConfig, processes: int) -> int:
 
 
 def check(config: PretrainConfig) -> None:
-    """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
+    """Raises UserError for values that are out of range or cannot work together, naming key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
     tokens = math.prod(config.grid)
@@ -321,8 +319,6 @@ def check(config: PretrainConfig) -> None:
             f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
             "it must hide at least one and leave at least one visible"
         )
-    if not 0 <= mask.strength <= 1:
-        raise UserError(f"mask.strength {mask.strength}: expected 0 to 1")
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:
@@ -367,44 +363,18 @@ def check(config: PretrainConfig) -> None:
 
 
 def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
-    """`check` for what all kinds of config have; tokens of `tubelet` frames and `patch`² pixels."""
-    data, run = config.data, config.run
-    if data.size < 1 or data.size % patch:
+    """The part of `check` that all kinds of config share; a token spans `tubelet` frames and `patch`² pixels."""
+    data = config.data
+    check_limits(config)
+    if data.size % patch:
         below = max(data.size // patch, 1) * patch
         raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; {below} would be")
-    if data.frames < 1 or data.frames % tubelet:
+    if data.frames % tubelet:
         raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
-    if not 0 < data.min_area <= data.max_area <= 1 or data.max_aspect < 1:
-        raise UserError(
-            f"data.min_area {data.min_area}, data.max_area {data.max_area}, data.max_aspect {data.max_aspect}: "
-            "expected 0 < min_area <= max_area <= 1 <= max_aspect"
-        )
-    if data.stride < 0 or data.fps < 0 or (data.sampling == "dense" and (data.stride > 0) == (data.fps > 0)):
+    if data.min_area > data.max_area:
+        raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
+    if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):
         raise UserError(
             f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one, the other is 0"
         )
-    if data.recorded < 0:
-        raise UserError(f"data.recorded must not be negative, found {data.recorded}")
-    if config.optim.batch < 1 or config.optim.micro_batch < 0:
-        raise UserError(
-            f"optim.batch {config.optim.batch}, optim.micro_batch {config.optim.micro_batch}: "
-            "expected at least 1 clip a step, and 0 or more a pass"
-        )
     passes(config, 1)
-    check_positive(
-        {
-            "data.timeout_s": data.timeout_s,
-            "optim.epochs": config.optim.epochs,
-            "run.log_every": run.log_every,
-            "run.save_every": run.save_every,
-            "run.keep": run.keep,
-            "data.prefetch": data.prefetch,
-        }
-    )
-
-
-def check_positive(values: Mapping[str, float]) -> None:
-    """Raises UserError for the first value that is not above 0, by its name."""
-    for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{name} must be positive, found {value}")

@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from mam2.engine.config import (
-    DataConfig,
-    OptimConfig,
-    RunConfig,
-    UserError,
-    check_positive,
-    check_training,
-)
+from mam2.engine.config import DataConfig, OptimConfig, RunConfig, check_training
+from mam2.engine.errors import UserError
+from mam2.engine.limits import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, Limits, limited
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """Of the encoder that is fine-tuned. The checkpoint decides; the values serve where there is none (`--scratch`)."""
 
-    patch: int = 16
+    patch: int = limited(16, COUNT)
     """Height and width of a patch in pixels."""
-    tubelet: int = 2
+    tubelet: int = limited(2, COUNT)
     """Frames a token spans."""
-    width: int = 768
+    width: int = limited(768, COUNT)
     """Embedding width."""
-    depth: int = 12
+    depth: int = limited(12, COUNT)
     """Blocks."""
-    heads: int = 12
+    heads: int = limited(12, COUNT)
     """Attention heads."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = limited(4.0, POSITIVE)
     """Hidden width of the MLPs over the embedding width."""
-    frames: int = 0
+    frames: int = limited(0, COUNT_OR_NONE)
     """Frames of the clips that it was pre-trained on: its positions at another size are resampled from theirs; 0: as
     `data.frames`."""
-    size: int = 0
+    size: int = limited(0, COUNT_OR_NONE)
     """Height and width of those clips in pixels; 0: as `data.size`."""
-    classes: int = 0
+    classes: int = limited(0, COUNT_OR_NONE)
     """Classes that the head tells apart; the training videos decide."""
-    text_width: int = 0
+    text_width: int = limited(0, COUNT_OR_NONE)
     """Values of a text embedding, 0 for a linear head; the embeddings decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    dropout: float = 0.0
+    dropout: float = limited(0.0, BELOW_ONE)
     """Share of the pooled features that a step leaves out, 0 to 1."""
     text_embeddings: str = ""
     """File with a text embedding for every class, which become the classifier: .npy or .safetensors, see
@@ -55,7 +49,7 @@ class HeadConfig:
     """What the text encoder reads, with the class name for {}."""
     frozen: bool = True
     """Keep the text embeddings as they are; false trains them too."""
-    temperature: float = 0.01
+    temperature: float = limited(0.01, POSITIVE)
     """Cosines are divided by it, at first; learned from there."""
 
 
@@ -63,21 +57,21 @@ class HeadConfig:
 class AugmentConfig:
     """Beside crop and mirroring, which [data] has. Drawn for each clip, the same for all of its frames."""
 
-    operations: int = 4
+    operations: int = limited(4, COUNT_OR_NONE)
     """RandAugment's n: operations in a row, each drawn anew; 0 turns RandAugment off."""
-    magnitude: float = 7.0
+    magnitude: float = limited(7.0, Limits(at_least=0, at_most=10))
     """RandAugment's m, 0 to 10."""
-    magnitude_std: float = 0.5
+    magnitude_std: float = limited(0.5, NOT_NEGATIVE)
     """Deviation of the normal distribution, around `magnitude`, that each operation's is drawn from."""
-    share: float = 0.5
+    share: float = limited(0.5, SHARE)
     """Chance that a drawn operation is carried out, 0 to 1."""
-    erase: float = 0.25
+    erase: float = limited(0.25, SHARE)
     """Chance that a box of the clip is replaced by noise, 0 to 1."""
-    mixup: float = 0.8
+    mixup: float = limited(0.8, NOT_NEGATIVE)
     """Alpha of the Beta distribution of mixup's weight; 0 turns it off."""
-    cutmix: float = 1.0
+    cutmix: float = limited(1.0, NOT_NEGATIVE)
     """Alpha of that of cutmix's share of the frame; 0 turns it off. With both on, each has half of the pairs."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = limited(0.1, SHARE)
     """Share of the target that goes to all classes evenly, 0 to 1."""
 
     @property
@@ -98,11 +92,11 @@ class FinetuneOptimConfig(OptimConfig):
     """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
-    layer_decay: float = 0.75
+    layer_decay: float = limited(0.75, Limits(above=0, at_most=1))
     """Each block's learning rate over that of the block above it; the head has the full one."""
-    drop_path: float = 0.1
+    drop_path: float = limited(0.1, BELOW_ONE)
     """Chance that the last block's branches are left out for a clip; falls linearly to 0 at the first block."""
-    ema: float = 0.0
+    ema: float = limited(0.0, BELOW_ONE)
     """Decay of the moving average of the weights that validation and RUN/best then use; 0 for none."""
 
 
@@ -110,13 +104,13 @@ class FinetuneOptimConfig(OptimConfig):
 class ViewsConfig:
     """Validation shows each video's middle clip in one view; `mam2 evaluate` shows these many."""
 
-    every: float = 1.0
+    every: float = limited(1.0, POSITIVE)
     """Epochs between two validations of a fine-tuning run; there is always one at the end."""
-    temporal: int = 5
+    temporal: int = limited(5, COUNT)
     """Clips of a video: dense ones evenly from its start to its end, uniform ones interleaved."""
-    spatial: int = 3
+    spatial: int = limited(3, COUNT)
     """Square crops of a clip at full short side, evenly along the longer side."""
-    batch: int = 0
+    batch: int = limited(0, COUNT_OR_NONE)
     """Most clips in a forward pass; 0: as many as a training pass has, in `mam2 evaluate` 32."""
 
 
@@ -147,44 +141,12 @@ class FinetuneConfig:
         return self.data.views * (2 if self.augment.mixes else 1)
 
     def check(self) -> None:
-        """Raises UserError for values that cannot work together, naming key, expectation and remedy."""
-        model, head, augment, optim, test = self.model, self.head, self.augment, self.optim, self.test
+        """Raises UserError for values that are out of range or cannot work together, naming key and remedy."""
+        model, head = self.model, self.head
         check_training(self, model.patch, model.tubelet)
         if model.width % model.heads:
             raise UserError(f"model.width {model.width} is not a multiple of model.heads {model.heads}")
-        shares: dict[str, Any] = {
-            "head.dropout": head.dropout,
-            "augment.share": augment.share,
-            "augment.erase": augment.erase,
-            "augment.label_smoothing": augment.label_smoothing,
-            "optim.drop_path": optim.drop_path,
-            "optim.ema": optim.ema,
-        }
-        for name, value in shares.items():
-            if not 0 <= value <= 1 or (value == 1 and name in ("head.dropout", "optim.drop_path", "optim.ema")):
-                raise UserError(f"{name} must be from 0 to 1 (dropout, drop path and averaging below 1), found {value}")
-        if not 0 <= augment.magnitude <= 10 or augment.magnitude_std < 0 or augment.operations < 0:
-            raise UserError(
-                f"augment.magnitude {augment.magnitude}, augment.magnitude_std {augment.magnitude_std}, "
-                f"augment.operations {augment.operations}: expected a magnitude from 0 to 10, the others not negative"
-            )
-        if min(augment.mixup, augment.cutmix) < 0:
-            raise UserError(
-                f"augment.mixup {augment.mixup} and augment.cutmix {augment.cutmix} must not be negative; 0 turns off"
-            )
-        if not 0 < optim.layer_decay <= 1:
-            raise UserError(f"optim.layer_decay must be above 0, at most 1 (off), found {optim.layer_decay}")
         if head.text_embeddings and head.text_encoder:
             raise UserError("head.text_embeddings and head.text_encoder both give the text embeddings: name one")
         if head.text_encoder and "{}" not in head.prompt:
             raise UserError(f"head.prompt needs {{}} where the class name goes, found {head.prompt!r}")
-        if test.batch < 0:
-            raise UserError(f"test.batch must not be negative, found {test.batch}")
-        check_positive(
-            {
-                "head.temperature": head.temperature,
-                "test.every": test.every,
-                "test.temporal": test.temporal,
-                "test.spatial": test.spatial,
-            }
-        )

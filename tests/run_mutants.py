@@ -43,6 +43,7 @@ def jobs() -> list[tuple[str, Mutant | None, str, str]]:
 def run_here(mutant: Mutant | None, file: str, select: str, folder: Path) -> int:
     """Pytest's exit status, in a process that has not imported mam2 yet. ValueError if the mutant fits no longer."""
     kernels = Path(shutil.copytree(TESTS.parent / "kernels", folder / "mam2" / "kernels"))
+    (folder / "mam2" / "__init__.py").touch()  # a regular package, as the checkout's, which comes later on the path
     if mutant is not None:
         source = (kernels / mutant.file).read_text(encoding="utf-8")
         if source.count(mutant.old) != 1:

@@ -6,6 +6,8 @@ import json
 import pytest
 
 from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.limits import KEY, check_limits
 from mam2.engine.recipe import RECIPES, from_dict, load_recipe, to_dict
 
 
@@ -74,13 +76,84 @@ def _changed(**tables):
         ({"mask": {"ratio": 0.0}}, "must hide at least one"),
         ({"optim": {"batch": 7}}, "optim.batch 7 cannot be shared out to 1 processes"),
         ({"model": {"heads": 7}}, "is not a multiple of model.heads"),
-        ({"data": {"min_area": 0.0}}, "expected 0 < min_area"),
+        ({"data": {"min_area": 0.0}}, "data.min_area 0.0: expected above 0 and at most 1"),
+        ({"data": {"min_area": 0.9, "max_area": 0.5}}, "data.min_area 0.9 is above data.max_area 0.5"),
         ({"loss": {"motion": 0.0}}, "needs loss.motion above 0"),
-        ({"run": {"log_every": 0}}, "run.log_every must be positive"),
+        ({"run": {"log_every": 0}}, "run.log_every 0: expected at least 1"),
         ({"model": {"tubelet": 1}, "loss": {"motion_target": "intra"}}, "'intra' needs model.tubelet"),
     ],
 )
 def test_values_that_cannot_work_are_named(tables, told):
+    with pytest.raises(UserError) as error:
+        check(_changed(**tables))
+    assert told in str(error.value)
+
+
+def _numbers(kind, prefix=""):
+    """(key, default, declared limits) of every number in a config, nested tables included."""
+    config = kind()
+    for item in dataclasses.fields(kind):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(type(value), f"{prefix}{item.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            bases = (cls.__dict__.get("__dataclass_fields__", {}) for cls in kind.__mro__)
+            limits = [fields[item.name].metadata[KEY] for fields in bases if KEY in _metadata(fields, item.name)]
+            yield f"{prefix}{item.name}", value, limits[0] if limits else None
+
+
+def _metadata(fields, name):
+    return fields[name].metadata if name in fields else {}
+
+
+def _with(config, key, value):
+    table, _, rest = key.partition(".")
+    return dataclasses.replace(config, **{table: _with(getattr(config, table), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
+def test_every_number_declares_its_limits_and_has_a_default_within(kind):
+    undeclared = [key for key, default, limits in _numbers(kind) if limits is None or default not in limits]
+    assert undeclared == []
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
+def test_a_number_beyond_any_limit_is_named(kind):
+    for key, default, limits in _numbers(kind):
+        wrong = [] if isinstance(default, int) else [float("nan"), float("inf"), float("-inf")]
+        wrong += [edge - 1 for edge in (limits.at_least, limits.above) if edge is not None]
+        wrong += [edge + 1 for edge in (limits.at_most, limits.below) if edge is not None]
+        wrong += [edge for edge in (limits.above, limits.below) if edge is not None]
+        assert wrong
+        for value in wrong:
+            with pytest.raises(UserError) as error:
+                check_limits(_with(kind(), key, value))
+            assert str(error.value).startswith(f"{key} ")
+            assert "expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"model": {"tubelet": 0}}, "model.tubelet 0: expected at least 1"),
+        ({"model": {"patch": 0}}, "model.patch 0: expected at least 1"),
+        ({"model": {"heads": 0}}, "model.heads 0: expected at least 1"),
+        ({"data": {"views": 0}}, "data.views 0: expected at least 1"),
+        ({"data": {"threads": -1}}, "data.threads -1: expected at least 0"),
+        ({"run": {"seed": -1}}, "run.seed -1: expected at least 0"),
+        ({"optim": {"epochs": float("inf")}}, "optim.epochs inf: expected above 0"),
+        ({"mask": {"ratio": float("nan")}}, "mask.ratio nan: expected"),
+        ({"optim": {"beta2": 1.5}}, "optim.beta2 1.5: expected at least 0 and below 1"),
+        ({"loss": {"label_smoothing": 2.0}}, "loss.label_smoothing 2.0: expected at least 0 and at most 1"),
+        ({"optim": {"base_lr": float("nan")}}, "optim.base_lr nan: expected"),
+        ({"optim": {"base_lr": -1.0}}, "optim.base_lr -1.0: expected at least 0"),
+        ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay -0.1: expected at least 0"),
+        ({"optim": {"clip_norm": -1.0}}, "optim.clip_norm -1.0: expected at least 0"),
+        ({"loss": {"appearance": -1.0}}, "loss.appearance -1.0: expected at least 0"),
+        ({"optim": {"batch": 1_000_000}}, "optim.batch 1000000: expected at least 1 and at most 131072"),
+    ],
+)
+def test_values_that_broke_a_run_with_a_stack_trace_are_refused(tables, told):
     with pytest.raises(UserError) as error:
         check(_changed(**tables))
     assert told in str(error.value)

@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from mam2.engine.config import DataConfig, RunConfig, UserError
+from mam2.engine.limits import Limits, check_value
 
 MOST_HELD_OUT = 64
 FRAME_DISTANCE = 16
@@ -59,14 +60,17 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.train.tokenizer import FILE, clip_frames
         from mam2.engine.train.tokenizer import train_tokenizer as train
 
+        least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
+        given = {"codes": codes, "channels": channels, "factor": factor, "size": size}
+        given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
+        for flag, value in given.items():
+            check_value(f"--{flag}", value, Limits(at_least=least[flag]))
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: is there already; name another folder")
         try:
             architecture = small(channels, codes, factor)
         except ValueError as error:
             raise UserError(f"--{error}") from None
-        if codes < 2 or steps < 2 or batch < 1:
-            raise UserError(f"--codes {codes} --steps {steps} --batch {batch}: expected at least 2, 2 and 1")
         if size < factor or size % factor:
             raise UserError(f"--size {size} is not a multiple of --factor {factor}")
         frames = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)

@@ -1,0 +1,80 @@
+"""Allowed values of config fields: declared on the field itself, checked for a whole config at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from mam2.engine.errors import UserError
+
+KEY = "limits"
+
+
+class Limits(NamedTuple):
+    """An interval of numbers; None leaves a side open. Every value must be finite."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return not (
+            (self.at_least is not None and value < self.at_least)
+            or (self.above is not None and value <= self.above)
+            or (self.at_most is not None and value > self.at_most)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return " and ".join(words) or "a finite number"
+
+
+COUNT = Limits(at_least=1)
+COUNT_OR_NONE = Limits(at_least=0)
+POSITIVE = Limits(above=0)
+NOT_NEGATIVE = Limits(at_least=0)
+SHARE = Limits(at_least=0, at_most=1)
+BELOW_ONE = Limits(at_least=0, below=1)
+SEED = Limits(at_least=0, below=2**62)
+"""Seeds are added to and multiplied by small numbers, and stay below 2^63."""
+BATCH = Limits(at_least=1, at_most=2**17)
+"""Clips of a step; more is a slip of the keyboard, and ends in an allocation that fails."""
+
+
+def limited(default: Any, limits: Limits) -> Any:
+    """A dataclass field with a default and the interval that its values must lie in."""
+    return dataclasses.field(default=default, metadata={KEY: limits})
+
+
+def check_limits(config: Any, prefix: str = "") -> None:
+    """Raises UserError for the first number of a config outside its field's limits, naming key and expectation.
+
+    Numbers of fields without declared limits must be finite. Nested dataclasses are checked under their own names.
+    """
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            check_limits(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            check_value(name, value, _declared(type(config), item.name))
+
+
+def check_value(name: str, value: float, limits: Limits) -> None:
+    """Raises UserError where `value` lies outside `limits`; `name` is the key or flag that the user wrote."""
+    if value not in limits:
+        raise UserError(f"{name} {value}: expected {limits}")
+
+
+def _declared(kind: type, name: str) -> Limits:
+    """Limits of a field; those of a base class where a subclass declares the field again with another default."""
+    for cls in kind.__mro__:
+        fields = cls.__dict__.get("__dataclass_fields__", {})
+        if name in fields and KEY in fields[name].metadata:
+            return fields[name].metadata[KEY]
+    return Limits()
