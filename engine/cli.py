@@ -9,26 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-        return 2
-    except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
-        if extra is None:
-            raise
-        print(
-            f"mam2: error: {arguments[0]} needs {error.name}, which is not installed: pip install 'mam2[{extra}]', "
-            f"or in a checkout pip install '.[{extra}]'",
-            file=sys.stderr,
-        )
-        return 2
-    except PeerFailed as error:
-        if str(error):
-            print(f"mam2: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
-        signals.tell_stopped(number)
-        return 128 + number
+import platform
+import signal
+import sys
+
+import mam2
+from mam2.engine import signals
 from mam2.engine.config import PeerFailed, RankError, UserError
+from mam2.engine.files import FULL_OR_FORBIDDEN, accept_names, one_line
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.recipe import recipe_names
 
@@ -68,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Read when torch is first imported, which no import above does.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = sys.argv[1:] if arguments is None else arguments
+    accept_names(sys.stdout, sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         sys.exit(0 if arguments else 2)
@@ -94,18 +83,7 @@ def _run(arguments: list[str]) -> int:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {error}", file=sys.stderr)
-<<<<<<< HEAD
         return 2
-    except PeerFailed as error:
-        if str(error):
-            print(f"mam2: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
-        signals.tell_stopped(number)
-        return 128 + number
-=======
-        status = 2
     except ModuleNotFoundError as error:
         extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
         if extra is None:
@@ -115,17 +93,15 @@ def _run(arguments: list[str]) -> int:
             f"or in a checkout pip install '.[{extra}]'",
             file=sys.stderr,
         )
-        status = 2
-    except PeerFailed:
-        status = 1
-    except KeyboardInterrupt:
-        print(
-            "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
-            file=sys.stderr,
-        )
-        status = 130
-    sys.exit(status)
->>>>>>> main
+        return 2
+    except PeerFailed as error:
+        if str(error):
+            print(f"mam2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
+        signals.tell_stopped(number)
+        return 128 + number
 
 
 def usage() -> str:
