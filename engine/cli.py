@@ -10,9 +10,11 @@ import difflib
 import importlib
 import os
 import platform
+import signal
 import sys
 
 import mam2
+from mam2.engine import signals
 from mam2.engine.config import PeerFailed, RankError, UserError
 from mam2.engine.files import FULL_OR_FORBIDDEN, accept_names, one_line
 from mam2.engine.finetune_config import FinetuneConfig
@@ -61,6 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[0] in ("-V", "--version", "version"):
         print(f"mam2 {mam2.__version__}, Python {platform.python_version()}")
         sys.exit(0)
+    with signals.command_signals():
+        signals.end(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    """Exit status of a command line; whatever went wrong by the user's or a signal's doing is said."""
     try:
         name = arguments[0]
         if name not in VERBS:
@@ -70,18 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
             raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
-        status = verb.run(arguments[1:])
+        return verb.run(arguments[1:])
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {one_line(error)}", file=sys.stderr)
-        status = 2
+        return 2
     except OSError as error:
         if error.errno not in FULL_OR_FORBIDDEN:
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(f"mam2: error: {one_line(place)}{error.strerror}; make room or name another place", file=sys.stderr)
-        status = 2
+        return 2
     except ModuleNotFoundError as error:
         extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
         if extra is None:
@@ -91,16 +99,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"or in a checkout pip install '.[{extra}]'",
             file=sys.stderr,
         )
-        status = 2
-    except PeerFailed:
-        status = 1
-    except KeyboardInterrupt:
-        print(
-            "mam2: stopped; what was saved is whole. The same command goes on, with --resume if it saved a checkpoint",
-            file=sys.stderr,
-        )
-        status = 130
-    sys.exit(status)
+        return 2
+    except PeerFailed as error:
+        if str(error):
+            print(f"mam2: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
+        signals.tell_stopped(number)
+        return 128 + number
 
 
 def usage() -> str:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mam2.engine import signals
 from mam2.engine.config import UserError
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint
+from mam2.engine.train import checkpoint, lock
 from mam2.engine.train.metrics import read_log
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
@@ -103,18 +104,49 @@ def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp
     assert same_weights(finished, tmp_path)
 
 
-def test_a_signal_in_the_first_step_ends_after_it(finished, clips, tmp_path, monkeypatch, small):
+def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monkeypatch, small):
+    """Which compiles for minutes, and nothing would be lost: there is no step to save yet."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
-    original = TrainStep._gradients
+    monkeypatch.setattr(TrainStep, "_gradients", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(signals.Stopped, match="SIGTERM"):
+        pretrain(config, clips, tmp_path, progress=False)
+    assert checkpoint.newest(tmp_path) is None
+    assert not (tmp_path / lock.FILE).exists()
+
+
+@pytest.mark.parametrize("number", signals.ENDING)
+def test_every_signal_that_ends_saves_first(number, finished, clips, tmp_path, monkeypatch, small):
+    """Sent twice, as torchrun does: the terminal's signal, and its own."""
+    config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
+    original, calls = TrainStep._gradients, []
 
     def interrupted(self, *arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
         return original(self, *arguments)
 
     monkeypatch.setattr(TrainStep, "_gradients", interrupted)
     result = pretrain(config, clips, tmp_path, progress=False)
-    assert (result.step, result.signal) == (1, signal.SIGINT)
-    assert result.checkpoint.is_dir()
+    assert (result.step, result.signal) == (2, number)
+    assert checkpoint.why_damaged(result.checkpoint) is None
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_hangup_that_nohup_ignores_ends_nothing(monkeypatch):
+    monkeypatch.setattr(signals, "SAME_S", 0.0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignal() as stop, stop.looping():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(signals.Stopped):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path, monkeypatch, small):
@@ -123,7 +155,7 @@ def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path,
 
     def slow(*arguments, **options):
         calls.append(None)
-        if len(calls) == 1:  # a second signal ends at once
+        if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
         return original(*arguments, **options)

@@ -57,8 +57,9 @@ class Saver:
         """main: False on the ranks that only help to gather tensors. notes: further metadata of the weights."""
         self._run, self._config, self._main, self._notes = run, config, main, dict(notes or {})
         self._thread: threading.Thread | None = None
-        self._problem: OSError | None = None
+        self._problem: BaseException | None = None
         if main:
+            code_version()  # which fails now or never
             for left in (run / FOLDER).glob(".part-*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -79,17 +80,22 @@ class Saver:
         return problem
 
     def wait(self) -> OSError | None:
-        """Until the last one is on the disk. Returns what kept it from there (disk full, no permission), or None."""
+        """Until the last one is on the disk. Returns what kept it from there (disk full, no permission), or None.
+
+        Raises what else went wrong in the thread: then it is not on the disk either.
+        """
         if self._thread:
             self._thread.join()
             self._thread = None
         problem, self._problem = self._problem, None
-        return problem
+        if problem is None or isinstance(problem, OSError):
+            return problem
+        raise problem
 
     def _write(self, *arguments: Any) -> None:
         try:
             write(*arguments)
-        except OSError as error:
+        except BaseException as error:  # the run must hear of everything, or it would say "done"
             self._problem = error
 
 
@@ -187,7 +193,11 @@ def code_version() -> str:
         root = Path(__file__).resolve().parents[2] / package
         for file in sorted(root.rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return f"{importlib.metadata.version('mam2')} {digest.hexdigest()[:12]}"
+    try:
+        version = importlib.metadata.version("mam2")
+    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, but not installed
+        version = "uninstalled"
+    return f"{version} {digest.hexdigest()[:12]}"
 
 
 def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -6,9 +6,11 @@ trains a tokenizer; the others wait for what it found. Gradients are averaged by
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mam2.engine import signals
 from mam2.engine.config import PeerFailed, RankError, UserError
 
 Value = TypeVar("Value")
@@ -26,6 +29,8 @@ STEP_TIMEOUT = datetime.timedelta(minutes=10)
 """A process that keeps the others waiting so long in a step is taken for dead."""
 SETUP_TIMEOUT = datetime.timedelta(days=2)
 """Rank 0 may scan millions of files or train a tokenizer meanwhile."""
+ABORT_S = 5.0
+"""How long an aborted process group is waited for."""
 LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Ss]ocket|[Bb]roken pipe|[Tt]imed out|NCCL|remote process", re.I
 )
@@ -79,7 +84,9 @@ class World:
 
     def error(self, message: str) -> Exception:
         """For a mistake that every rank sees at once: rank 0 says it, the others end without a word."""
-        return UserError(message) if self.main else PeerFailed()
+        error = UserError(message) if self.main else PeerFailed()
+        error.everywhere = True
+        return error
 
 
 class Vote:
@@ -108,28 +115,69 @@ class Vote:
 def join(device: torch.device) -> Iterator[World]:
     """The world that torchrun's environment describes, for as long as the block lasts.
 
-    A user's mistake on another rank than 0 becomes RankError, which names the rank; losing another process becomes
-    PeerFailed, since that process tells what went wrong.
+    Raises RankError, which names the rank, where the processes cannot be connected, and in place of a UserError on
+    another rank than 0. Losing another process later becomes PeerFailed with the backend's first line.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device if device.type == "cuda" else None)
-    hosts = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+    world, whole = None, False
     try:
-        yield World(rank, size, local_rank, hosts)
+        world = _connect(device, rank, size, local_rank)
+        yield world
+        whole = True
     except UserError as error:
-        if rank == 0:
+        if rank == 0 or isinstance(error, RankError):
             raise
         raise RankError(f"rank {rank}: {error}") from error
     except (RuntimeError, dist.DistError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and LOST.search(str(error)):
-            raise PeerFailed from error
+        if world and not isinstance(error, torch.OutOfMemoryError) and LOST.search(str(error)):
+            raise PeerFailed(f"rank {rank}: lost the other processes: {first_line(error)}") from error
         raise
     finally:
+        _disconnect(device, whole)
+
+
+def _connect(device: torch.device, rank: int, size: int, local_rank: int) -> World:
+    """Joins the processes and lets them add up a number, which is when backends really connect. Raises RankError."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        hosts = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        found = torch.ones((), device=device)
+        dist.all_reduce(found)
+        if int(found) != size:
+            raise RuntimeError(f"a sum over {size} processes gave {int(found)}")
+    except (RuntimeError, dist.DistError) as error:
+        more = "; NCCL_DEBUG=INFO in the environment tells more" if backend == "nccl" else ""
+        raise RankError(f"rank {rank}: {backend} cannot connect the processes: {first_line(error)}{more}") from error
+    return World(rank, size, local_rank, hosts)
+
+
+def _disconnect(device: torch.device, whole: bool) -> None:
+    """Leaves the process group. After an error NCCL might wait for others until its time limit: it is aborted then,
+    and not waited for, since the error has still to be printed."""
+    if not dist.is_initialized():
+        return
+    if whole or device.type != "cuda":
         dist.destroy_process_group()
+        return
+
+    def abort() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.distributed_c10d._abort_process_group()
+
+    thread = threading.Thread(target=abort, name="abort", daemon=True)
+    thread.start()
+    thread.join(ABORT_S)
+    if thread.is_alive():
+        signals.abandon()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty; its kind where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,28 +6,30 @@ checkpoint as if it had never stopped, and only the step number has to be rememb
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config import UserError
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.presets import parameters_by_part
+from mam2.engine.progress import BAR, Progress
+from mam2.engine.signals import Interrupted, end_soon
 from mam2.engine.train import checkpoint
-from mam2.engine.train.distributed import Vote
-from mam2.engine.train.metrics import Readout
+from mam2.engine.train.distributed import Vote, first_line
+from mam2.engine.train.metrics import Line, Readout
 from mam2.engine.train.optimizer import learning_rate, long_warmup
 from mam2.engine.train.peak import measured_peak_flops
-from mam2.engine.train.runtime import Interrupted, matmul_dtype, paused_gc, profiled
+from mam2.engine.train.runtime import compile_problem, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step
@@ -100,6 +102,16 @@ class Loop:
         if session.saved:
             self.first = checkpoint.restore(session.saved, take.model, take.optimizer, take.extra_state())
         self.saver = checkpoint.Saver(session.folder, config, main=world.main, notes=task.notes)
+        self.step, self.sound = self.first, True
+        """Steps done, and whether weights and moments are those after as many."""
+        self.updates, self.recorded = 0, False
+        """Updates that the optimizer told of; a recorded step (CUDA graph) tells of none."""
+        take.optimizer.register_step_pre_hook(self._note_update)
+        self.readout = Readout(session.device)
+        self.spikes = Spikes()
+        self.in_a_row = 0
+        self.last = ""
+        """Numbers of the newest log line, in words."""
         self.steps_per_epoch = task.loader.steps_per_epoch / take.passes
         self.steps = max(round(config.optim.epochs * self.steps_per_epoch), 1)
         dtype = matmul_dtype(config.run, session.device)
@@ -125,88 +137,171 @@ class Loop:
         session.write_config()
 
     def train(self) -> TrainResult:
-        """Runs the steps that are left, or as many as a signal allows."""
+        """Runs the steps that are left, or as many as a signal allows. Whatever ends them, what is sound is saved."""
+        session, task = self.session, self.task
+        ended = 0
+        try:
+            with session.stop.looping():
+                try:
+                    ended = self._run()
+                except Exception as error:
+                    told = self._rescued(error)
+                    if told is error:
+                        raise
+                    raise told from error
+                self._save(self.step, last=True)
+                session.exchange_skips(task.loader)
+                result = self._result(ended)
+        finally:
+            if ended:
+                end_soon(ended)  # what is new is on the disk: decoding threads need not be waited for
+            task.loader.close()
+        return result
+
+    def _run(self) -> int:
+        """The steps; the signal that ended them early, or 0."""
         session, task = self.session, self.task
         config, stop = session.config, session.stop
-        step, ended = self.first, 0
+        ended = 0
         window = _Window(task.loader)
         vote = Vote(session.world)
-        self.readout = Readout(session.device)
-        self.spikes = Spikes()
-        self.in_a_row = 0
-        self.last = ""  # numbers of the newest log line, in words
         videos: list[Tensor] = []
         flags: list[Tensor] = []
-        try:
-            stream = task.batches(self.first * self.take.passes)
-            bar = tqdm(
-                total=self.steps,
-                initial=self.first,
-                desc=task.title,
-                unit="step",
-                disable=None if session.progress else True,
-                smoothing=0.05,
-            )
-            profiling = profiled(config.run.profile if session.world.main else 0, session.folder / "profile")
-            with bar, paused_gc(), stop.looping(), profiling as profiler_step:
-                ended = self._between(step, window) if step else 0
-                while step < self.steps and not ended:
+        stream = task.batches(self.first * self.take.passes)
+        bar = Progress(
+            desc=task.title,
+            total=self.steps,
+            initial=self.first,
+            unit="step",
+            shown=session.progress,
+            smoothing=0.05,
+            bar_format=BAR,
+        )
+        profile_steps = config.run.profile if session.world.main else 0
+        profiling = profiled(profile_steps, session.folder / "profile", session.log.say)
+        with bar, paused_gc(), profiling as profiler_step:
+            ended = self._between(window) if self.step else 0
+            while self.step < self.steps and not ended:
+                with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
                         with stop.interruptible(session.world.size == 1):
                             batches = [next(stream) for _ in range(self.take.passes)]
                     except Interrupted:  # a loader that hangs must not keep what is done from being saved
-                        ended = int(stop.received or 0)
-                        break
-                    logged = (step + 1) % config.run.log_every == 0 or step + 1 == self.steps
+                        return int(stop.received or 0)
+                    logged = (self.step + 1) % config.run.log_every == 0 or self.step + 1 == self.steps
                     rate = learning_rate(
-                        step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
+                        self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
                     clips = [(batch.clip.permute(0, 4, 1, 2, 3), beside) for batch, beside in batches]
-                    if step == self.first and (found := self.take.settle(step, clips)):
-                        session.log.say(f"step    {found}")
-                    values = self.take(step, clips, rate, inspect=logged)
-                    step += 1
-                    profiler_step()
-                    bar.update()
-                    flags.append(values.pop("bad"))
-                    self.spikes.see(values)
-                    videos.append(torch.stack([batch.video for batch, _ in batches]))
-                    self._write(bar)
-                    if logged:
-                        session.exchange_skips(task.loader)
-                        numbers = window.close(step, config.optim.batch)
-                        if "clips_per_s" in numbers:
-                            numbers["mfu"] = numbers["clips_per_s"] / self.full_clips_per_s
-                        numbers |= {"learning_rate": rate, "epoch": step / self.steps_per_epoch}
-                        values |= self.spikes.peak()
-                        self.readout.put(step, values, torch.stack(flags), numbers, videos, session.world)
-                        flags, videos = [], []
-                    ended = self._between(step, window)
-                    if step % config.run.save_every == 0 and step < self.steps:
-                        self._write(bar, wait=True)  # a run that goes on from here does not log these steps again
-                        self._save(step)
-                    ended = ended or vote(int(stop.received or 0))
-                self._write(bar, wait=True)
-                self._save(step, last=True)
-        finally:
-            task.loader.close()
-        session.exchange_skips(task.loader)
-        return self._result(step, ended)
+                    values = self._take(clips, rate, inspect=logged)
+                profiler_step()
+                bar.update()
+                flags.append(values.pop("bad"))
+                self.spikes.see(values)
+                videos.append(torch.stack([batch.video for batch, _ in batches]))
+                self._write(bar)
+                if logged:
+                    session.exchange_skips(task.loader)
+                    numbers = window.close(self.step, config.optim.batch)
+                    if "clips_per_s" in numbers:
+                        numbers["mfu"] = numbers["clips_per_s"] / self.full_clips_per_s
+                    numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+                    values |= self.spikes.peak()
+                    self.readout.put(self.step, values, torch.stack(flags), numbers, videos, session.world)
+                    flags, videos = [], []
+                ended = self._between(window)
+                if self.step % config.run.save_every == 0 and self.step < self.steps:
+                    self._write(bar, wait=True)  # a run that goes on from here does not log these steps again
+                    self._save(self.step)
+                ended = ended or vote(int(stop.received or 0))
+            self._write(bar, wait=True)
+        return ended
 
-    def _between(self, step: int, window: _Window) -> int:
+    def _take(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
+        """One step; `self.step` and `self.sound` follow what the weights are."""
+        first, say = self.step == self.first, self.session.log.say
+        compiles = first and self.take.compiled.startswith("compiled")
+        start = time.perf_counter()
+        if compiles:
+            say("step    the first one compiles the model, which can take minutes; --run.no-compile starts at once")
+        if first and (found := self.take.settle(self.step, clips)):
+            say(f"step    {found}")
+        updates = self.updates
+        self.sound = not self.recorded  # a recorded step does not tell whether it came to its update
+        values = self.take(self.step, clips, rate, inspect=inspect)
+        self.recorded = self.updates == updates
+        self.step += 1
+        self.sound = True
+        if compiles:
+            say(f"step    compiled, and the first one done, in {time.perf_counter() - start:.0f} s")
+        return values
+
+    def _note_update(self, *_: object) -> None:
+        """Before the optimizer changes weights: until the step is whole they are neither the old ones nor the new."""
+        self.updates += 1
+        self.sound = False
+
+    def _rescued(self, error: Exception) -> Exception:
+        """Saves what is sound before an error ends the run. The error to raise: it says where to go on from."""
+        problem = compile_problem(error)
+        told = ""
+        if self.step > self.first:
+            with contextlib.suppress(Exception):  # they are only log lines
+                self._write_lines(self.readout.take(wait=True))
+            place = self._save_before_end(error)
+            self.session.log.say(f"error   {place}")
+            told = f"; {place}"
+        if problem:
+            return UserError(f"{problem}{told}")
+        if isinstance(error, UserError):
+            error.args = (f"{error}{told}",)
+        return error
+
+    def _save_before_end(self, error: Exception) -> str:
+        """Saves the state after the last whole step, where it is sound; in words, which checkpoint there is."""
+        session, world, step = self.session, self.session.world, self.step
+        # Of several processes this one may be alone with its error. Then nothing can be saved that needs the others;
+        # and on a GPU a step may be queued that adds up gradients with processes that are gone.
+        alone = world.size > 1 and not getattr(error, "everywhere", False)
+        reason = "" if self.sound else "its weights are those of half a step"
+        if alone and (session.config.run.sharding == "fsdp" or session.device.type == "cuda"):
+            reason = "that needs the other processes"
+        if not reason:
+            try:
+                self._save(step, last=True)
+                return f"the state after step {step} is saved in {checkpoint.folder_of(session.folder, step)}"
+            except Exception as failure:
+                reason = first_line(failure)
+        whole = checkpoint.newest(session.folder)
+        where = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint"
+        return f"the state after step {step} is not saved ({reason}); {where}"
+
+    def _between(self, window: _Window) -> int:
         """Lets the task work, which no rate counts; the signal that ended its work early, or 0."""
         start = time.perf_counter()
         try:
-            self.task.between(step, self.steps)
+            self.task.between(self.step, self.steps)
         except Interrupted:
             return int(self.session.stop.received or 0)
         window.leave_out(time.perf_counter() - start)
         return 0
 
-    def _write(self, bar: Any, *, wait: bool = False) -> None:
-        """Writes the log line whose numbers have come from the device, if there is one."""
+    def _write(self, bar: Progress, *, wait: bool = False) -> None:
+        """Writes the log lines whose numbers have come from the device. Raises UserError after too many bad steps."""
+        shown = self._write_lines(self.readout.take(wait=wait))
+        if shown:
+            bar.show(shown)
+        if self.in_a_row >= self.session.config.run.max_nonfinite:
+            raise self.session.world.error(
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were left out. Begin a "
+                "new run with a lower optim.base_lr, with optim.clip_norm, or with run.precision=float32"
+            )
+
+    def _write_lines(self, lines: Iterable[Line]) -> list[str]:
+        """Writes log lines; numbers of the newest one in words, as the progress bar shows them."""
         session = self.session
-        for line in self.readout.take(wait=wait):
+        words: list[str] = []
+        for line in lines:
             bad = [step for step, flag in zip(line.steps, line.bad, strict=True) if flag]
             numbers = line.numbers
             if bad:
@@ -220,13 +315,9 @@ class Loop:
                 numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             session.log.write(line.steps[-1], numbers)
             shown = {**self.task.shown, **SHOWN}
-            self.last = " ".join(form.format(numbers[name]) for name, form in shown.items() if name in numbers)
-            bar.set_postfix_str(self.last, refresh=False)
-            if self.in_a_row >= session.config.run.max_nonfinite:
-                raise session.world.error(
-                    f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; the last checkpoint of "
-                    f"{session.folder} is sound. Lower optim.base_lr, set optim.clip_norm, or use run.precision=float32"
-                )
+            words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]
+            self.last = " ".join(words)
+        return words
 
     def _name_clips(self, bad: list[int], videos: dict[int, list[int]]) -> None:
         """Lists the clips of steps that were left out in nonfinite.tsv."""
@@ -237,24 +328,33 @@ class Loop:
         numbers = ", ".join(map(str, bad))
         session.log.say(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
         if session.world.main:
-            with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.writelines(f"{step}\t{path}\n" for step, path in sorted(rows))
+            try:
+                with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
+                    stream.writelines(f"{step}\t{path}\n" for step, path in sorted(rows))
+            except OSError as error:
+                session.log.say(f"log     {file} cannot be written: {error.strerror}. The run goes on")
 
     def _save(self, step: int, *, last: bool = False) -> None:
         """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
+        session = self.session
+        if session.lock and session.lock.lost:
+            raise UserError(f"step {step}: another process has taken {session.folder} over, so nothing is saved here")
         problem = self.saver.save(step, self.take.model, self.take.optimizer, self.take.extra_state())
         if last:
             problem = self.saver.wait()
+        folder = checkpoint.folder_of(session.folder, step)
         if problem is None:
+            if last and session.world.main and not folder.is_dir():
+                raise UserError(f"step {step}: {folder} was written and is gone; look after the disk")
             return
-        whole = checkpoint.newest(self.session.folder)
-        message = f"a checkpoint cannot be written: {problem}; the last whole one is {whole}"
+        whole = checkpoint.newest(session.folder)
+        message = f"a checkpoint cannot be written: {problem}; the last whole one is {whole or 'none'}"
         if last:
             raise UserError(f"step {step}: {message}")
-        self.session.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
+        session.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
 
-    def _result(self, step: int, ended: int) -> TrainResult:
-        session = self.session
+    def _result(self, ended: int) -> TrainResult:
+        session, step = self.session, self.step
         unusable = len(session.unusable)
         used = len(session.manifest.videos) + len(session.manifest.skipped) - unusable
         where = f" (named in {session.folder / 'skipped.tsv'})" if unusable else ""
@@ -263,6 +363,11 @@ class Loop:
         folder = checkpoint.folder_of(session.folder, step)
         if self.last:
             session.log.say(f"last    {self.last}")
+        best = session.folder / checkpoint.BEST
+        if session.world.main and best.is_dir():
+            found = checkpoint.read_state(best)
+            measured = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
+            session.log.say(f"best    after step {found['step']}: {measured}; {best}")
         session.log.say(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 

@@ -30,7 +30,7 @@ from mam2.engine.train.step import TrainStep
 SHOWN = {
     "loss/appearance": "codes {:.2f}",
     "loss/motion": "motion {:.4g}",
-    "loss/motion_relative": "({:.0%} of still)",
+    "loss/motion_relative": "({:.0%} of no motion)",
     "loss/pixels": "pixels {:.3f}",
     "accuracy/codes": "right codes {:.0%}",
 }

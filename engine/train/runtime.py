@@ -1,31 +1,47 @@
-"""Where and how a step runs: device, precision, compilation, and the signals that end a run."""
+"""Where and how a step runs: device, precision, compilation."""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.config import RankError, RunConfig, UserError
 
 
 def pick_device(config: RunConfig) -> torch.device:
     """The device a run is told to use. Raises UserError where it asks for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
+        raise _error_here(
             "run.device is cuda, but torch sees no GPU: install a CUDA build of torch, or use run.device=cpu"
         )
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", _gpu_number()) if name == "cuda" else torch.device(name)
+
+
+def _gpu_number() -> int:
+    """Of the GPU of this process: its number on the machine, or 0 where it sees one GPU alone, as Slurm may arrange."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1:
+        return 0
+    if number >= count:
+        raise _error_here(
+            f"LOCAL_RANK is {number}, but torch sees {count} GPUs: start at most {count} processes on a machine"
+        )
+    return number
+
+
+def _error_here(message: str) -> UserError:
+    """A mistake that other processes of the run may not see: it names this one, if it is one of several."""
+    rank = os.environ.get("RANK", "0")
+    return UserError(message) if rank == "0" else RankError(f"rank {rank}: {message}")
 
 
 def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -71,58 +87,30 @@ def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callabl
     return (lambda part: torch.compile(part, fullgraph=True, dynamic=False)), "compiled, whole graphs"
 
 
-class Interrupted(Exception):
-    """A signal asked for an end while the loop was waiting."""
+def compile_problem(error: BaseException) -> str | None:
+    """One line on a compiler that failed, with the remedy; None for an error of another kind.
 
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a request that the loop meets after its step; a second one ends at once.
-
-    Outside the loop there is nothing to save, and the first one ends the program too.
+    torch.compile wraps what a C++ compiler, Triton or its assembler says into errors of its own.
     """
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._looping = False
-        self._interruptible = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def looping(self) -> Iterator[None]:
-        """While it lasts, the loop looks at `received` after each step."""
-        self._looping = True
-        try:
-            yield
-        finally:
-            self._looping = False
-
-    @contextmanager
-    def interruptible(self, allowed: bool = True) -> Iterator[None]:
-        """While it lasts, a signal raises Interrupted; so does one that came since the loop last looked."""
-        if allowed and self.received:
-            raise Interrupted
-        self._interruptible = allowed
-        try:
-            yield
-        finally:
-            self._interruptible = False
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        again = self.received is not None
-        self.received = signal.Signals(number)
-        if again or not self._looping:
-            raise KeyboardInterrupt
-        if self._interruptible:
-            raise Interrupted
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, CppCompileError | InvalidCxxCompiler | BackendCompilerFailed):
+            break
+        inner = inner.__cause__ or inner.__context__
+    if inner is None:
+        return None
+    while isinstance(inner, BackendCompilerFailed):
+        inner = inner.inner_exception
+    text = inner.output if isinstance(inner, CppCompileError) else str(inner)
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()] or [type(inner).__name__]
+    told = next((line for line in lines if "error" in line.lower()), lines[0])
+    name = (
+        f"the C++ compiler ({os.environ.get('CXX', 'g++')})" if isinstance(inner, CppCompileError) else "torch.compile"
+    )
+    return f"{name} failed: {told[:300]}; mend it, or add --run.no-compile, which trains more slowly"
 
 
 @contextmanager
@@ -156,10 +144,11 @@ def determinism(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
+def profiled(steps: int, folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Profiles `steps` steps after the first five, which compile and warm up: gives a function to call after each.
 
-    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`.
+    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`; `say` hears
+    where that fails.
     """
     if not steps:
         yield lambda: None
@@ -168,11 +157,14 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
 
     def write(profiler: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / "trace.json"))
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
-        (folder / "operators.txt").write_text(table, encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "operators.txt").write_text(table, encoding="utf-8")
+            profiler.export_chrome_trace(str(folder / "trace.json"))
+        except OSError as error:
+            say(f"profile {folder}: cannot be written: {error.strerror}. The run goes on")
 
     plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:

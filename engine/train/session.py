@@ -1,7 +1,7 @@
 """What every training run has around its loop: its folder and log, what it resumes from, its videos and the bad ones.
 
 RUN/config.json  manifest.jsonl  skipped.tsv  log.jsonl  log.txt  tensorboard/
-    nonfinite.tsv  checkpoints/latest  checkpoints/step-…/
+    nonfinite.tsv  checkpoints/latest  checkpoints/step-…/  lock
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.video import Skipped
 from mam2.engine.recipe import to_dict
+from mam2.engine.signals import StopSignal
 from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import World, join
+from mam2.engine.train.lock import RunLock
 from mam2.engine.train.metrics import Log, RunLog, SilentLog
-from mam2.engine.train.runtime import StopSignal, determinism, pick_device
+from mam2.engine.train.runtime import determinism, pick_device
 
 MANIFEST = "manifest.jsonl"
 FREE = {
@@ -63,12 +65,15 @@ class Session(Generic[Config]):
         world: World,
         log: Log,
         stop: StopSignal,
+        lock: RunLock | None = None,
         *,
         resume: bool,
         progress: bool,
         decided: Collection[str],
     ) -> None:
-        """decided: tables of the config whose values come from data and checkpoints; see `started` for the rest."""
+        """lock: of the process that writes. decided: tables of the config whose values come from data and checkpoints;
+        see `started` for the rest."""
+        self.lock = lock
         self.config, self.folder, self.device, self.world = config, folder, device, world
         self.log, self.stop, self.progress = log, stop, progress
         self.unusable: dict[str, str] = {}
@@ -79,6 +84,8 @@ class Session(Generic[Config]):
         """The checkpoint that the run goes on from, None for a new run."""
         if self.saved:
             self._check_continues(self.saved, decided)
+        else:
+            log.begin_anew()
         ranks = f", {world.size} processes" if world.size > 1 else ""
         log.say(f"run     {folder} on {_machine(device)}{ranks}")
         if self.saved:
@@ -185,9 +192,9 @@ def started(
     if checkpoint.newest(folder) and not resume:
         raise UserError(f"{folder} holds a run: add --resume to go on with it, or name another folder with --out")
     device = pick_device(config.run)
-    with StopSignal() as stop, join(device) as world, determinism(config.run):
+    with StopSignal() as stop, join(device) as world, determinism(config.run), _opened(folder, config, world) as opened:
         passes(config, world.size)
-        log = _open_log(folder, config.run.tracker) if world.main else SilentLog()
+        log, lock = opened
         try:
             yield Session(
                 config,
@@ -196,20 +203,46 @@ def started(
                 world,
                 log,
                 stop,
+                lock,
                 resume=resume,
                 progress=progress and world.main,
                 decided=decided,
             )
-        finally:
-            log.close()
+        except BaseException as error:
+            log.note(f"ended   {type(error).__name__}: {error}")
+            raise
 
 
-def _open_log(folder: Path, tracker: str) -> RunLog:
+@contextmanager
+def _opened(folder: Path, config: TrainConfig, world: World) -> Iterator[tuple[Log, RunLock | None]]:
+    """The run folder's log and lock on rank 0, for as long as the block lasts; nothing on the others.
+
+    Raises UserError where the folder cannot be written or another process writes it.
+    """
+    held: list[RunLock] = []
+    logs: list[RunLog] = []
+
+    def open_here() -> None:
+        lock = RunLock(folder)
+        told: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.take(told.append)
+            held.append(lock)
+            logs.append(RunLog(folder, config.run.tracker))
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
+        for line in told:
+            logs[0].say(line)
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return RunLog(folder, tracker)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
+        world.share(open_here)
+        yield (logs[0], held[0]) if world.main else (SilentLog(), None)
+    finally:
+        for log in logs:
+            log.close()
+        for lock in held:
+            lock.release()
 
 
 def _machine(device: torch.device) -> str:

@@ -1,0 +1,111 @@
+"""How far work has come: a bar on a terminal, a plain line every few percent where the output is a file or a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+BAR = "{desc}: {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""Of a bar with numbers behind it: without a width for the bar itself, tqdm shrinks it to nothing."""
+LINE = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
+SHARE = 0.05
+"""Of the whole between two plain lines."""
+LEAST_S, MOST_S = 10.0, 600.0
+"""Seconds between two plain lines: none more often, and one at least so often."""
+
+
+class Progress(tqdm):
+    """tqdm that also serves logs. A stream that is gone (a closed pipe, a lost terminal) never ends the work."""
+
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        desc: str = "",
+        total: int | None = None,
+        *,
+        shown: bool = True,
+        initial: int = 0,
+        unit: str = "it",
+        **options: Any,
+    ) -> None:
+        """shown: False writes nothing at all. The rest is tqdm's."""
+        terminal = _is_terminal()
+        self._plain = shown and not terminal
+        self._title, self._first, self._unit = desc, initial, unit
+        self._began = self._told_at = time.monotonic()
+        self._told_share = initial / total if total else 0.0
+        super().__init__(
+            iterable,
+            desc,
+            total,
+            disable=not (shown and terminal),
+            initial=initial,
+            unit=unit,
+            dynamic_ncols=True,
+            **options,
+        )
+
+    def show(self, numbers: Sequence[str]) -> None:
+        """Numbers behind the bar, the most important first: as many as the terminal has room for."""
+        self.postfix = None
+        room = None
+        if not self.disable and (columns := self.format_dict["ncols"]):
+            room = columns - len(str(self)) - 4  # the times become longer
+        fitting: list[str] = []
+        for text in numbers:
+            if room is not None and len(" ".join([*fitting, text])) > room:
+                break
+            fitting.append(text)
+        self.set_postfix_str(" ".join(fitting), refresh=False)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if not self._plain:
+            return super().update(n)
+        self.n += n or 0
+        now = time.monotonic()
+        share = self.n / self.total if self.total else 0.0
+        since = now - self._told_at
+        if since >= MOST_S or (share - self._told_share >= SHARE and since >= LEAST_S):
+            self._told_at, self._told_share = now, share
+            line = self.format_meter(
+                self.n,
+                self.total,
+                now - self._began,
+                prefix=self._title,
+                unit=self._unit,
+                bar_format=LINE if self.total else None,
+                postfix=getattr(self, "postfix", None),
+                initial=self._first,
+            )
+            with contextlib.suppress(OSError, ValueError):
+                print(line, file=sys.stderr, flush=True)
+        return None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        with contextlib.suppress(OSError, ValueError):
+            return super().display(msg, pos)
+        return None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().close()
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._plain:
+            yield from super().__iter__()
+            return
+        for item in self.iterable:
+            yield item
+            self.update()
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return False
