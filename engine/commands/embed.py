@@ -29,8 +29,9 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face.
             data: folder of videos, an annotation list, or a video.
-            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video) or
-                features.parquet (a row a video; needs pyarrow).
+            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video, which file
+                of weights was read and the SHA-256 of the encoder in it) or features.parquet (a row per video; needs
+                pyarrow).
             layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
             stride: distance of two sampled frames instead of the checkpoint's.
             batch: clips that go through the encoder at once.
@@ -68,6 +69,7 @@ def run(arguments: list[str]) -> int:
         skipped |= {video.path: video.reason for video in manifest.skipped}
         about = {
             "checkpoint": str(checkpoint),
+            "weights": str(frozen.weights),
             "sha256": frozen.digest,
             "layer": layer or frozen.depth,
             "precision": str(matmul_dtype(settings, where)).removeprefix("torch."),

@@ -22,7 +22,7 @@ from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
-from mam2.engine.evaluate.frozen import load_pretrained, own_weights
+from mam2.engine.evaluate.frozen import load_pretrained
 from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import Strips, evaluation_mask, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
@@ -32,6 +32,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
 from mam2.engine.train.tokenizer import build_tokenizer
+from mam2.engine.train.weights import find_weights
 from mam2.kernels import TubeMask
 
 TILE = 160
@@ -146,7 +147,7 @@ def _look(path: Path, manifest: Manifest, device: torch.device, tokenizer: Path 
 
 def _tokenizer_of(path: Path) -> Path:
     """The tokenizer in the run folder that a checkpoint lies in."""
-    weights = own_weights(path)
+    weights = find_weights(path)
     assert weights is not None  # a MAM2 model comes from nowhere else
     for folder in list(weights.absolute().parents)[:3]:
         if (folder / TOKENIZER_FILE).is_file():

@@ -15,7 +15,7 @@ from collections.abc import Set
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig, UserError
@@ -27,7 +27,8 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import Positions, set_clip_size
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import CLASSES, is_classifier, load_classifier, resolve
+from mam2.engine.train.classifiers import CLASSES, is_classifier, load_classifier
+from mam2.engine.train.weights import find_weights
 
 Model = MAM2 | VideoMAE | Classifier | Encoder
 BESIDE_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
@@ -63,7 +64,7 @@ def load_encoder(
     Raises:
         UserError: for what cannot be read, and tensors that are missing, unknown or of another shape, by name.
     """
-    own = own_weights(Path(path))
+    own = find_weights(path)
     if own is not None:
         encoder = _own(own).encoder
     else:
@@ -98,7 +99,7 @@ def load_model(path: str | Path, *, heads: int | None = None, decoder_heads: int
     Raises:
         UserError: as `load_encoder`.
     """
-    own = own_weights(Path(path))
+    own = find_weights(path)
     if own is not None:
         return _own(own).eval()
     weights = _read(Path(path))
@@ -130,27 +131,10 @@ def encoder_of(model: Model) -> Encoder:
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The names of a classifier's classes, in order; none where the file has none."""
     path = Path(path)
-    own = own_weights(path)
+    own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
     return hugging_face_classes(path) if path.is_dir() else ()
-
-
-def own_weights(path: Path) -> Path | None:
-    """The weights of a run of MAM2 (the best validated, else the newest), of a checkpoint folder of it, or such a file.
-
-    None for anything else. Raises UserError where there is nothing, or what is there cannot be read.
-    """
-    folder = resolve(path)
-    if folder.is_dir():
-        return folder / checkpoint.WEIGHTS if (folder / checkpoint.STATE).is_file() else None
-    if folder.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(folder, framework="pt") as file:
-            return folder if "config" in (file.metadata() or {}) else None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read: {error}") from None
 
 
 def _read(path: Path) -> Weights:
