@@ -116,6 +116,11 @@ class ModelConfig:
     """Attention heads of the encoder."""
     mlp_ratio: float = limited(4.0, POSITIVE)
     """Hidden width of the MLPs over the embedding width, everywhere."""
+    layer_scale: float = limited(0.0, NOT_NEGATIVE)
+    """First value of LayerScale, which multiplies the branches of every block by a learned vector; CAE's is 0.1.
+    0: no LayerScale."""
+    projection_norm: bool = False
+    """LayerNorm after the projection from the encoder's width to another one of the regressor, as in CAE."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
