@@ -208,9 +208,9 @@ class RunConfig:
     (AVX512-BF16, AMX), else float32."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
-    graph: Literal["auto", "off"] = "auto"
-    """On a GPU take the whole step as one CUDA graph where that is measured to be faster (one process, one pass a
-    step), or never."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU take the whole step as one CUDA graph: where that is measured to be faster (one process, one pass a
+    step), always (not compared; an error where it cannot be), or never."""
     deterministic: bool = False
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
     recompute: bool = False
