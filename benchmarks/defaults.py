@@ -107,7 +107,7 @@ def accuracies(encoder: Encoder, data: prepared.Prepared, config: PretrainConfig
     return by_slot, overall
 
 
-def row(family: str, label: str, changes: Changes, given: Any, clips: int) -> dict[str, Any]:
+def row(changes: Changes, given: Any, clips: int) -> dict[str, Any]:
     """Trains and probes; `clips`: training clips."""
     config = config_of(changes, given.steps, clips)
     rendering = {name: value for name, value in changes.items() if name.startswith(("data.", "tokenizer."))}
@@ -119,7 +119,7 @@ def row(family: str, label: str, changes: Changes, given: Any, clips: int) -> di
     trained = trial.pretrain(config, data)
     seconds = time.perf_counter() - start
     by_slot, overall = accuracies(trained.encoder, data, config)
-    return {"family": family, "label": label, "by_slot": by_slot, "overall": overall, "s": seconds} | trained.losses
+    return {"by_slot": by_slot, "overall": overall, "s": seconds} | trained.losses
 
 
 def main() -> int:
@@ -128,6 +128,7 @@ def main() -> int:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", nargs="*", metavar="VALUE", help="rows by the names of their values")
     given = parser.parse_args()
     default = config_of({}, given.steps, 1)
     sets = {"train": given.train, "test": given.test}
@@ -143,9 +144,12 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     print(f"| | random encoder | {100 * random_encoder[0]:.1f} | {100 * random_encoder[1]:.1f} | | | | |", flush=True)
     for family, label, changes in (("", "default, seed 0", {}), *ROWS):
-        found = next((line for line in done if (line["family"], line["label"]) == (family, label)), None)
+        if given.only and label not in given.only:
+            continue
+        mine = {"family": family, "label": label, "steps": given.steps}
+        found = next((line for line in done if mine.items() <= line.items()), None)
         if found is None:
-            found = row(family, label, changes, given, clips)
+            found = mine | row(changes, given, clips)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found) + "\n")
         cells = [f"{100 * found[name]:.1f}" for name in ("by_slot", "overall")]

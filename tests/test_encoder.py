@@ -12,7 +12,8 @@ from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, check
 from mam2.engine.model.blocks import Attention, sincos_positions
 from mam2.engine.model.costs import part_costs
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part, resized, with_presetfrom mam2.engine.recipe import load_recipe
+from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part, resized, with_preset
+from mam2.engine.recipe import load_recipe
 
 GRID, PATCH = (2, 3, 3), (2, 8, 8)
 

@@ -59,8 +59,8 @@ GPUS = {
     "rtx3060": GPU("NVIDIA GeForce RTX 3060", 25.5, 360, 12),
     "mi300x": GPU("AMD Instinct MI300X", 1307, 5300, 192),
 }
-"""NVIDIA's and AMD's data sheets; a GeForce card's rate is twice that of its float32 units, as in NVIDIA's white papers for
-bfloat16 with float32 accumulation."""
+"""NVIDIA's and AMD's data sheets; a GeForce card's rate is twice that of its float32 units, as in NVIDIA's white papers
+for bfloat16 with float32 accumulation."""
 WITHOUT_BFLOAT16 = {
     "v100",
     "t4",
