@@ -29,8 +29,8 @@ def run(arguments: list[str]) -> int:
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             config: values of the recipe.
-            gpu: a card by its name in any spelling (h200, "RTX 4090", 3090); an unknown one lists them. Without it: this
-                machine, which is measured.
+            gpu: a card by its name in any spelling (h200, "RTX 4090", 3090); an unknown one lists them. Without it
+                this machine, which is measured.
             gpus: devices of the run.
             videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
             utilisation: share of the peak that the step reaches, 0 to 1; 0 takes an assumption, which is printed.

@@ -207,8 +207,8 @@ class Plan:
         ]
         if videos:
             lines.append(
-                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of {videos:,} "
-                f"videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
         return "\n".join(lines)
 
