@@ -69,8 +69,10 @@ def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
     """The model with regressor and decoders of a preset of `PRESETS`, scaled to its encoder."""
     of = Size(model.width, model.depth, model.heads)
     scale = model.width / SIZES["base"].width
-    regressor, decoder = (_scaled(part, scale, of) for part in PRESETS[preset])
-    return dataclasses.replace(model, regressor=regressor, decoder=decoder)
+    after = PRESETS[preset]
+    return dataclasses.replace(
+        model, regressor=_scaled(after.regressor, scale, of), decoder=_scaled(after.decoder, scale, of)
+    )
 
 
 def _scaled(part: Part, scale: float, encoder: Size) -> Part:
