@@ -103,7 +103,7 @@ def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
     assert stop.value.code == 0
     model = seen[0].model
     assert (model.width, model.depth, model.heads) == (384, 6, 6)
-    assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (768, "all", 768)
+    assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (384, "all", 384)
     assert seen[0].optim.batch == 128
 
 
