@@ -1,7 +1,7 @@
 """What the floor of the motion target's deviation does on real clips: `python -m benchmarks.motion_floor --data CLIPS`.
 
-The motion target is d / (s + floor): d the difference to the next frame, s the deviation of a patch's pixels, both in the
-range 0 to 1. A patch of one color has s = 0, and a fade of one gray level then gives 1/255 / floor. For each floor:
+The motion target is d / (s + floor): d the difference to the next frame, s the deviation of a patch's pixels, both in
+the range 0 to 1. A patch of one color has s = 0, and a fade of one gray level then gives 1/255 / floor. For each floor:
 
     mean, most     mean squared target of a clip: over all clips, and of the worst one
     over 100       clips whose mean squared target is above 100
@@ -41,7 +41,7 @@ from mam2.kernels import TubeMask, frame_difference, gather_tubes
 FLOORS = (1e-6, 1 / 255, 0.01, 0.02, 0.05, 0.1, 0.2)
 JUDGED_WITH = 0.05
 HELD_OUT = 5
-"""Every so manieth clip is not trained on."""
+"""One of so many clips is not trained on."""
 HUGE = 100
 
 
@@ -143,9 +143,8 @@ def main() -> int:
     check(config)
     clips = read_clips(given.data, config)
     held = torch.arange(len(clips)) % HELD_OUT == 0
-    print(
-        f"{len(clips)} clips of {config.data.frames} frames of {given.size}², patches of {given.patch}²; {given.steps} steps"
-    )
+    shape = f"{config.data.frames} frames of {given.size}², patches of {given.patch}²"
+    print(f"{len(clips)} clips of {shape}; {given.steps} steps")
     print("| floor | gray levels | mean | most | over 100 | peak loss | peak gradient | gray | floored |")
     print("|---|---|---|---|---|---|---|---|---|")
     for floor, huber in [*((floor, False) for floor in FLOORS), (FLOORS[0], True)]:

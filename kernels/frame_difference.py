@@ -6,9 +6,9 @@
 
 The variance is unbiased, over all τ frames of the cube. Standardising the cube and then subtracting (MAE-DFER) gives
 the same, since the mean cancels. eps, in pixel units of [0,1] ("patch": their square), keeps s away from 0. A patch of
-one color has a variance of 0, and with eps = 1e-6 a fade by one gray level has a target of 1/255/1e-6 = 3922 there, which
-then decides the loss. So the default is 0.05, 13 gray levels; eps=1e-6 is VideoMAE's formula. For "patch" the same floor
-is eps = 0.05² = 0.0025. "intra" cannot explode: whatever changes within the cube is in its variance as well.
+one color has a variance of 0, and with eps = 1e-6 a fade by one gray level has a target of 1/255/1e-6 = 3922 there,
+which then decides the loss. So the default is 0.05, 13 gray levels; eps=1e-6 is VideoMAE's formula. For "patch" the
+same floor is eps = 0.05² = 0.0025. "intra" cannot explode: what changes within the cube is in its variance as well.
 
 B clips, C channels, T frames, N tokens, Nm masked, Pd values of a token's difference, τ frames a tubelet.
 """

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig
+from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, check
 from mam2.engine.model.blocks import Attention, sincos_positions
+from mam2.engine.model.costs import part_costs
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part
+from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part, resized, with_preset
+from mam2.engine.recipe import load_recipe
 
 GRID, PATCH = (2, 3, 3), (2, 8, 8)
 
@@ -77,6 +80,45 @@ def test_sizes_are_the_known_ones(size: str, millions: float) -> None:
     block = 12 * width**2 + 2 * width + 4 * width + 5 * width + width  # weights, q and v bias, norms, MLP, projection
     assert parameters == 1536 * width + width + depth * block + 2 * width
     assert parameters / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["mam2-fast", "mam2-cae", "videomae", "demo"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_scales_the_whole_model(recipe: str, size: str) -> None:
+    before = load_recipe(recipe)
+    config = dataclasses.replace(before, model=resized(before.model, size))
+    check(config)
+    model = config.model
+    assert (model.width, model.depth, model.heads) == SIZES[size]
+    parts = {"decoder": model.decoder}
+    if model.objective == "mam2":
+        parts["regressor"] = model.regressor
+    for name, part in parts.items():
+        old = getattr(before.model, name)
+        assert part.width / model.width == old.width / before.model.width
+        assert part.depth == min(old.depth, max(model.depth // 3, 1))
+
+
+@pytest.mark.parametrize(("size", "width", "heads"), [("small", 192, 3), ("base", 384, 6), ("large", 512, 8)])
+def test_videomaes_decoders_have_its_widths(size: str, width: int, heads: int) -> None:
+    decoder = resized(load_recipe("videomae").model, size).decoder
+    assert (decoder.width, decoder.heads, decoder.depth) == (width, heads, 4)
+
+
+def test_base_is_the_recipes_size_and_a_preset_is_scaled_to_the_encoder() -> None:
+    fast, cae = load_recipe("mam2-fast").model, load_recipe("mam2-cae").model
+    assert resized(fast, "base") == fast
+    assert with_preset(fast, "cae") == cae
+    assert with_preset(resized(fast, "small"), "cae") == resized(cae, "small")
+    assert resized(with_preset(fast, "cae"), "small") == resized(cae, "small")
+
+
+def test_tiny_is_small() -> None:
+    """22.9 M parameters and 89 GFLOP forward at 16 frames of 224² where only the encoder shrinks."""
+    recipe = load_recipe("mam2-fast")
+    parts = part_costs(dataclasses.replace(recipe, model=resized(recipe.model, "tiny")), 1024)
+    assert sum(cost.parameters for cost in parts.values()) < 1e6
+    assert sum(cost.forward_flops for cost in parts.values()) < 4e9
 
 
 def test_every_preset_builds() -> None:

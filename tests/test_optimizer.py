@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mam2.engine.config import OptimConfig
-from mam2.engine.train.optimizer import build_optimizer, learning_rate
+from mam2.engine.train.optimizer import build_optimizer, learning_rate, long_warmup
 
 CONFIG = OptimConfig(epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
 
@@ -23,6 +23,18 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine():
 
 def test_a_run_shorter_than_its_warm_up_works():
     assert learning_rate(0, 1, 0.1, CONFIG, global_batch=256) > 0
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1, "100% of the training"), (3, "67% of the training"), (4, None)])
+def test_a_warm_up_of_more_than_half_the_training_is_told_with_a_remedy(epochs, told):
+    config = OptimConfig(epochs=epochs, warmup_epochs=2)
+    warning = long_warmup(config)
+    if told is None:
+        assert warning is None
+    else:
+        assert told in warning
+        shorter = float(warning.split("--optim.warmup-epochs ")[1])
+        assert long_warmup(OptimConfig(epochs=epochs, warmup_epochs=shorter)) is None
 
 
 def test_biases_norms_and_mask_tokens_are_not_decayed():

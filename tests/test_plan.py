@@ -52,7 +52,7 @@ def test_this_machine_is_measured_and_flags_change_the_plan(capsys: pytest.Captu
     status, out, _ = run(capsys, "videomae", "--size", "tiny", "--optim.batch", "8", "--optim.micro-batch", "4")
     assert status == 0
     assert "(measured product)" in out
-    assert "8 clips: 4 a pass, 2 passes on 1 device" in out
+    assert "8 clips: 2 passes of 4 clips on 1 device" in out
     assert "hours" not in out
 
 
@@ -75,6 +75,33 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], argumen
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx-4090", "NVIDIA GeForce RTX 4090", "4090", "RTX4090"])
+def test_a_card_is_known_in_any_spelling(name: str) -> None:
+    assert make_plan(load_recipe("videomae"), gpu=name).machine.startswith("NVIDIA GeForce RTX 4090 ")
+
+
+def test_unknown_and_old_cards_are_one_line_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "videomae", "--gpu", "RTX 4099")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "did you mean rtx409" in err
+    status, _, err = run(capsys, "videomae", "--gpu", "Tesla T4")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has no bfloat16 products" in err
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1.0, "seconds"), (50.0, "minutes"), (4e3, "hours"), (1e5, "days")])
+def test_numbers_have_units_that_a_person_reads(epochs: float, told: str) -> None:
+    config = changed(load_recipe("mam2-fast"), optim={"epochs": epochs})
+    text = make_plan(config, gpu="h200").report(10_000)
+    (line,) = (line for line in text.splitlines() if line.startswith("time"))
+    value, unit = line.split()[1:3]
+    assert unit == told
+    assert 1 <= float(value.replace(",", "")) < 200
+    assert "e+" not in text
+    assert "1 pass of 64 clips" in text
+    assert "10,000 videos" in text
+
+
 def test_hours_follow_from_clips_per_s() -> None:
     config = changed(load_recipe("mam2-fast"), data={"views": 2})
     plan = make_plan(config, gpu="h200")
@@ -94,7 +121,15 @@ def test_a_cache_of_codes_saves_the_tokenizers_work() -> None:
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
     config = changed(load_recipe("mam2-cae"), optim={"batch": 256})
-    assert "DOES NOT FIT" in make_plan(config, gpu="a10").report()
+    report = make_plan(config, gpu="a10").report()
+    assert "DOES NOT FIT: --optim.micro-batch " in report
+    fitting = int(report.split("--optim.micro-batch ")[1].split()[0])
+    smaller = changed(config, optim={"batch": 256, "micro_batch": fitting})
+    assert "DOES NOT FIT" not in make_plan(smaller, gpu="a10").report()
+    larger = changed(config, optim={"batch": 256, "micro_batch": 2 * fitting})
+    assert "DOES NOT FIT" in make_plan(larger, gpu="a10").report()
+    huge = changed(config, model={"width": 8192, "heads": 64}, optim={"batch": 1})
+    assert "no optim.micro_batch fits; try --run.recompute" in make_plan(huge, gpu="a10").report()
     small = changed(config, optim={"batch": 256, "micro_batch": 8})
     assert "DOES NOT FIT" not in make_plan(small, gpu="a10").report()
 

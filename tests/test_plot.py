@@ -127,3 +127,10 @@ def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     status, err = run(capsys, full, "--out", tmp_path / "nowhere" / "x.png")
     assert (status, err.count("\n")) == (2, 1)
     assert "cannot be written" in err
+
+
+def test_the_motion_loss_itself_is_drawn_with_its_peaks(tmp_path: Path, drawn: list[Any]) -> None:
+    plots.draw_logs({"a": read_log(write_run(tmp_path / "a", {"loss/motion": 0.2, "loss/motion_peak": 30.0}))})
+    (axis,) = (axis for axis in drawn[0].axes if axis.get_title() == "motion loss")
+    assert axis.get_yscale() == "log"
+    assert [line.get_ydata()[0] for line in axis.lines] == [0.2, 30.0]

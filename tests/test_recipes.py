@@ -23,7 +23,11 @@ def head(name: str) -> str:
 
 
 def test_every_data_set_has_every_method() -> None:
-    assert set(recipe_names()) == {f"{data}/{method}" for data in SETS for method in METHODS} | {"demo", *METHODS}
+    assert set(recipe_names()) == {f"{data}/{method}" for data in SETS for method in METHODS} | {
+        "demo",
+        "laptop",
+        *METHODS,
+    }
     for name in recipe_names():
         check(load_recipe(name))
 
@@ -42,6 +46,12 @@ def test_a_data_sets_recipe_is_the_methods_with_its_own_values(method: str) -> N
         assert config.optim.base_lr == (3e-4 if data == "ucf101" else 1.5e-4)
         assert config.optim.warmup_epochs == (20 if config.optim.epochs <= 400 else 40)
     assert load_recipe(f"kinetics400/{method}") == plain
+
+
+def test_the_laptops_model_is_small_in_every_part() -> None:
+    plan = make_plan(load_recipe("laptop"), gpu="rtx4060")
+    assert plan.parameters < 5e6
+    assert sum(cost.flops for cost in plan.parts.values()) < 3e9
 
 
 def test_the_demo_in_other_methods() -> None:

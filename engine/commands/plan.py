@@ -29,12 +29,13 @@ def run(arguments: list[str]) -> int:
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             config: values of the recipe.
-            gpu: b200, h200, h100, a100, l40s, l4, a10, rtx4090 or mi300x; else this machine, which is measured.
+            gpu: a card by its name in any spelling (h200, "RTX 4090", 3090); an unknown one lists them. Without it
+                this machine, which is measured.
             gpus: devices of the run.
             videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
             utilisation: share of the peak that the step reaches, 0 to 1; 0 takes an assumption, which is printed.
-            size: tiny, small, base, large or huge instead of the recipe's: the encoder, and the rest in proportion.
-            preset: regressor and decoders instead of the recipe's: fast (half as wide as the encoder), cae (as wide).
+            size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
+            preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)
         from mam2.engine.train.plan import make_plan

@@ -31,8 +31,8 @@ def run(arguments: list[str]) -> int:
             out: run folder for checkpoints and logs.
             config: values of the recipe.
             resume: go on from the newest checkpoint in the run folder.
-            size: tiny, small, base, large or huge instead of the recipe's: the encoder, and the rest in proportion.
-            preset: regressor and decoders instead of the recipe's: fast (half as wide as the encoder), cae (as wide).
+            size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
+            preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)
         from mam2.engine.train.pretrain import pretrain

@@ -56,7 +56,7 @@ Part = TypeVar("Part", RegressorConfig, DecoderConfig)
 
 
 def resized(model: ModelConfig, size: str) -> ModelConfig:
-    """The model with an encoder of a size of `SIZES`; regressor and decoders keep their widths relative to the encoder's.
+    """The model with an encoder of a size of `SIZES`; regressor and decoders keep their widths relative to it.
 
     VideoMAE's decoder so gets its published widths: 192, 384, 512 and 640 for small to huge.
     """
@@ -80,7 +80,7 @@ def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
 
 
 def _scaled(part: Part, scale: float, encoder: Size) -> Part:
-    """`part` at `scale` times its width, with heads about as wide as the encoder's, and at most a third of its blocks."""
+    """`part` at `scale` times its width, heads about as wide as the encoder's, and at most a third of its depth."""
     width = round(part.width * scale)
     head = encoder.width / encoder.heads
     most = range(1, width + 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -32,14 +34,47 @@ GPUS = {
     "b200": GPU("NVIDIA B200", 2250, 8000, 180),
     "h200": GPU("NVIDIA H200 SXM", 989, 4800, 141),
     "h100": GPU("NVIDIA H100 SXM", 989, 3350, 80),
+    "h100pcie": GPU("NVIDIA H100 PCIe", 756, 2000, 80),
     "a100": GPU("NVIDIA A100 SXM 80 GB", 312, 2039, 80),
+    "a10040gb": GPU("NVIDIA A100 PCIe 40 GB", 312, 1555, 40),
     "l40s": GPU("NVIDIA L40S", 362, 864, 48),
     "l4": GPU("NVIDIA L4", 121, 300, 24),
+    "a40": GPU("NVIDIA A40", 149.7, 696, 48),
+    "a30": GPU("NVIDIA A30", 165, 933, 24),
     "a10": GPU("NVIDIA A10", 125, 600, 24),
+    "rtx6000ada": GPU("NVIDIA RTX 6000 Ada", 364, 960, 48),
+    "rtxa6000": GPU("NVIDIA RTX A6000", 154.8, 768, 48),
+    "rtx5090": GPU("NVIDIA GeForce RTX 5090", 209.5, 1792, 32),
+    "rtx5080": GPU("NVIDIA GeForce RTX 5080", 112.6, 960, 16),
+    "rtx5070ti": GPU("NVIDIA GeForce RTX 5070 Ti", 87.9, 896, 16),
+    "rtx5070": GPU("NVIDIA GeForce RTX 5070", 61.7, 672, 12),
     "rtx4090": GPU("NVIDIA GeForce RTX 4090", 165, 1008, 24),
+    "rtx4080": GPU("NVIDIA GeForce RTX 4080", 97.5, 717, 16),
+    "rtx4070ti": GPU("NVIDIA GeForce RTX 4070 Ti", 80.2, 504, 12),
+    "rtx4070": GPU("NVIDIA GeForce RTX 4070", 58.3, 504, 12),
+    "rtx4060": GPU("NVIDIA GeForce RTX 4060", 30.2, 272, 8),
+    "rtx3090": GPU("NVIDIA GeForce RTX 3090", 71, 936, 24),
+    "rtx3080": GPU("NVIDIA GeForce RTX 3080", 59.5, 760, 10),
+    "rtx3070": GPU("NVIDIA GeForce RTX 3070", 40.6, 448, 8),
+    "rtx3060": GPU("NVIDIA GeForce RTX 3060", 25.5, 360, 12),
     "mi300x": GPU("AMD Instinct MI300X", 1307, 5300, 192),
 }
-"""NVIDIA's and AMD's data sheets; the RTX 4090's rate is that of its Ada white paper with float32 accumulation."""
+"""NVIDIA's and AMD's data sheets; a GeForce card's rate is twice that of its float32 units, as in NVIDIA's white papers
+for bfloat16 with float32 accumulation."""
+WITHOUT_BFLOAT16 = {
+    "v100",
+    "t4",
+    "p100",
+    "titanv",
+    "rtx2080ti",
+    "rtx2080",
+    "rtx2070",
+    "rtx2060",
+    "gtx1080ti",
+    "gtx1080",
+}
+"""NVIDIA's cards from before Ampere: a training there has to be float32, for which there is no estimate."""
+MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
 UTILISATION = {"cuda": 0.4, "cpu": 0.5}
 """Share of the peak that a step is assumed to reach where nothing else is said; not measured."""
 IMAGES_PER_PASS = 64
@@ -95,6 +130,23 @@ class Plan:
         }
 
     @property
+    def fits(self) -> bool:
+        """Whether nine tenths of a device's memory hold a step."""
+        return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
+
+    def remedy(self) -> str:
+        """What makes a plan fit that does not: the largest `optim.micro_batch`, if there is one, or other settings."""
+        config = self.config
+        for clips in range(self.clips_a_pass - 1, config.together - 1, -1):
+            optim = dataclasses.replace(config.optim, micro_batch=clips)
+            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
+            if smaller.clips_a_pass == clips and smaller.fits:
+                return f"--optim.micro-batch {clips} fits"
+        ways = [] if config.run.recompute else ["--run.recompute"]
+        ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
+        return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
+
+    @property
     def clips_per_s(self) -> float:
         """Of all devices: bound by arithmetic at the assumed utilisation, or by memory."""
         return self.gpus / max(self._seconds_of_arithmetic, self._seconds_of_memory)
@@ -120,14 +172,18 @@ class Plan:
         tokens = math.prod(grid)
         masked = config.masked_tokens
         dtype = str(self.dtype).removeprefix("torch.")
+        count = passes(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",
-            f"step     {config.optim.batch} clips: {self.clips_a_pass} a pass, {passes(config, self.gpus)} passes on "
+            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]
         if config.needs_codes:
             lines.append(f"codes    {self.source}")
-        lines += ["", "a clip                  parameters    forward   backward   memory traffic   activations held"]
+        lines += [
+            "",
+            "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
+        ]
         lines += [_row(name, cost) for name, cost in self.parts.items()]
         totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.Cost())
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
@@ -135,23 +191,24 @@ class Plan:
         step = costs.step_bytes(self.parameters, self.dtype.itemsize)
         memory = self.memory
         total = sum(memory.values())
-        parts = " + ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
-        fits = "" if total < 0.9 * self.memory_gib * 2**30 else "  DOES NOT FIT: lower optim.micro_batch"
+        parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
+        limit = f" of {self.memory_gib:.0f} GiB" if math.isfinite(self.memory_gib) else ""
+        fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
         lines += [
             "(the tokenizer is frozen: it is not among all parameters, and holds its activations before the others)",
-            f"AdamW    {step / 1e9:.2f} GB of memory traffic a step, weights and gradients included",
+            f"AdamW    {_bytes(step)} of memory traffic per step, weights and gradients included",
             "",
-            f"memory   {total / 2**30:.1f} GiB a device (estimated): {parts}{fits}",
-            f"machine  {self.machine}: {self.peak_flops / 1e12:.3g} TFLOP/s {dtype}{bandwidth}",
-            f"speed    {self.clips_per_s:.3g} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
+            f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
+            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",
         ]
         if videos:
             lines.append(
-                f"time     {self.hours(videos):.3g} hours (estimated) for {config.optim.epochs:g} epochs of {videos} "
-                f"videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
         return "\n".join(lines)
 
@@ -161,7 +218,8 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
 
     Args:
         config: a run's config.
-        gpu: a name of `GPUS`, or empty for this machine, whose products are then measured.
+        gpu: a name of `GPUS` in any spelling ("RTX 4090", "H100-PCIe"), or empty for this machine, whose products are
+            then measured.
         gpus: devices of one run.
         utilisation: share of the peak that the step reaches, 0 to 1; 0 assumes `UTILISATION`.
 
@@ -170,13 +228,14 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
     """
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
-    if gpu and gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}, or nothing for this machine")
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: expected at least 1")
+    known = _known(gpu) if gpu else ""
     passes(config, gpus)
     device = torch.device("cuda") if gpu else pick_device(config.run)
     dtype = matmul_dtype(config.run, device)
     if gpu:
-        name, tflop_per_s, gb_per_s, memory_gb = GPUS[gpu]
+        name, tflop_per_s, gb_per_s, memory_gb = GPUS[known]
         if dtype == torch.float32:
             raise UserError("--gpu: its rate is known for bfloat16 only; leave run.precision at auto")
         peak, rate, memory = tflop_per_s * 1e12, gb_per_s * 1e9, memory_gb * 1e9 / 2**30
@@ -216,7 +275,54 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     return own, f"{own.codes} codes of a small VQ model that is trained on the data first (its training not counted)"
 
 
+def _known(gpu: str) -> str:
+    """The key of `GPUS` that a user means; UserError with the nearest ones where there is none."""
+    name = re.sub(r"[^a-z0-9]", "", gpu.lower())
+    for maker in MAKERS:
+        name = name.replace(maker, "")
+    name = name if name in GPUS or f"rtx{name}" not in GPUS else f"rtx{name}"
+    if name in WITHOUT_BFLOAT16:
+        raise UserError(
+            f"--gpu {gpu}: it has no bfloat16 products, and only those are estimated; cards from Ampere (2020) on have "
+            "them. A run there takes --run.precision float32"
+        )
+    if name not in GPUS:
+        near = difflib.get_close_matches(name, GPUS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}, or nothing for this machine{hint}")
+    return name
+
+
 def _row(name: str, cost: costs.Cost) -> str:
-    flops = f"{cost.forward_flops / 1e9:>8.3g} G {cost.backward_flops / 1e9:>8.3g} G"
-    moved, held = cost.bytes_moved / 2**20, cost.held_bytes / 2**20
-    return f"  {name:<21} {cost.parameters / 1e6:>8.2f} M {flops} {moved:>12.1f} MiB {held:>14.1f} MiB"
+    flops = f"{_count(cost.forward_flops):>12}  {_count(cost.backward_flops) if cost.backward_flops else '-':>13}"
+    moved, held = _bytes(cost.bytes_moved), _bytes(cost.held_bytes)
+    return f"  {name:<21} {_count(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"
+
+
+def _plain(value: float) -> str:
+    """Three digits, without an exponent: 0.0123, 1.23, 1,230."""
+    if value < 1:
+        return f"{value:.3g}"
+    rounded = round(value, 2 - math.floor(math.log10(value)))
+    return f"{rounded:,.{max(2 - math.floor(math.log10(rounded)), 0)}f}"
+
+
+def _count(value: float) -> str:
+    """With a prefix: 86.2 M, 117 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{_plain(value / factor)} {prefix}"
+    return f"{_plain(value)} "
+
+
+def _bytes(value: float) -> str:
+    """In MiB or GiB."""
+    return f"{_plain(value / 2**30)} GiB" if value >= 2**30 else f"{_plain(value / 2**20)} MiB"
+
+
+def _duration(hours: float) -> str:
+    """In seconds, minutes, hours or days, whichever is read at a glance."""
+    for least, unit, name in ((100, 24, "days"), (1, 1, "hours"), (1 / 30, 1 / 60, "minutes")):
+        if hours >= least:
+            return f"{_plain(hours / unit)} {name}"
+    return f"{_plain(3600 * hours)} seconds"

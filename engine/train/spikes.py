@@ -50,7 +50,7 @@ class Spikes:
             return None
         self._warned = True
         return (
-            f"steps {steps[0]} to {steps[-1]}: the motion loss rose to {numbers[PEAK]:.3g}, more than {FACTOR} times its "
-            f"median {median:.3g}. Patches of almost one color that change do that where loss.motion_eps is small (its "
-            f"default is 0.05). This is told once; log.jsonl holds the peak of every line as {PEAK}"
+            f"steps {steps[0]} to {steps[-1]}: the motion loss rose to {numbers[PEAK]:.3g}, more than {FACTOR} times "
+            f"its median {median:.3g}. Patches of almost one color that change do that where loss.motion_eps is small "
+            f"(its default is 0.05). This is told once; log.jsonl holds the peak of every line as {PEAK}"
         )
