@@ -112,6 +112,11 @@ class ModelConfig:
     """Attention heads of the encoder."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLPs over the embedding width, everywhere."""
+    layer_scale: float = 0.0
+    """First value of LayerScale, which multiplies the branches of every block by a learned vector; CAE's is 0.1.
+    0: no LayerScale."""
+    projection_norm: bool = False
+    """LayerNorm after the projection from the encoder's width to another one of the regressor, as in CAE."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -317,6 +322,8 @@ def check(config: PretrainConfig) -> None:
         )
     if not 0 <= mask.strength <= 1:
         raise UserError(f"mask.strength {mask.strength}: expected 0 to 1")
+    if not 0 <= model.layer_scale < math.inf:
+        raise UserError(f"model.layer_scale {model.layer_scale}: expected 0 (none) or a positive number; CAE's is 0.1")
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():
         if part.width % part.heads:

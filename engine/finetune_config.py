@@ -31,6 +31,8 @@ class EncoderConfig:
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLPs over the embedding width."""
+    layer_scale: float = 0.0
+    """First value of LayerScale, see `ModelConfig`; any but 0 where the checkpoint has it. 0: no LayerScale."""
     frames: int = 0
     """Frames of the clips that it was pre-trained on: its positions at another size are resampled from theirs; 0: as
     `data.frames`."""

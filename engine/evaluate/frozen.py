@@ -41,16 +41,25 @@ class FrozenEncoder:
         return len(self.encoder.blocks)
 
 
-def load_frozen(path: Path, device: torch.device, *, stride: int = 0) -> FrozenEncoder:
+def load_frozen(
+    path: Path,
+    device: torch.device,
+    *,
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+) -> FrozenEncoder:
     """The encoder of whatever `load_encoder` reads, in evaluation.
 
     stride: distance of two sampled frames instead of the checkpoint's; 0 keeps that, and `DataConfig`'s default where
         the checkpoint says nothing of its clips.
+    frames, size, heads: see `load_encoder`.
 
     Raises UserError where it cannot be read.
     """
     weights = find_weights(path)  # once: a run that goes on may get a newer one at any time
-    encoder = load_encoder(weights or path)
+    encoder = load_encoder(weights or path, frames=frames, size=size, heads=heads)
     return FrozenEncoder(
         name=str(path),
         encoder=encoder.to(device).requires_grad_(False),
@@ -60,13 +69,22 @@ def load_frozen(path: Path, device: torch.device, *, stride: int = 0) -> FrozenE
     )
 
 
-def load_pretrained(path: Path, device: torch.device, *, stride: int = 0) -> tuple[MAM2 | VideoMAE, PretrainConfig]:
+def load_pretrained(
+    path: Path,
+    device: torch.device,
+    *,
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> tuple[MAM2 | VideoMAE, PretrainConfig]:
     """The whole model of whatever `load_model` reads, and its config with `data` as in `FrozenEncoder`.
 
     A checkpoint of others gets VideoMAE's mask. Raises UserError where there is no decoder.
     """
     weights = find_weights(path)
-    model = load_model(weights or path)
+    model = load_model(weights or path, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     if not isinstance(model, MAM2 | VideoMAE):
         raise UserError(f"{path}: holds no decoder, so it predicts nothing; name a checkpoint of pre-training")
     config = checkpoint.read_config(weights) if weights else _foreign_config(model)

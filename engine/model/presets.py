@@ -27,10 +27,12 @@ SIZES = {
 
 
 class Preset(NamedTuple):
-    """What comes after the encoder."""
+    """What comes after the encoder, and how blocks and projection are built: fields of `ModelConfig`."""
 
     regressor: RegressorConfig
     decoder: DecoderConfig
+    layer_scale: float = 0.0
+    projection_norm: bool = False
 
 
 PRESETS = {
@@ -41,9 +43,13 @@ PRESETS = {
     "cae": Preset(
         RegressorConfig(depth=4, width=768, heads=12, keys="all"),
         DecoderConfig(depth=4, width=768, heads=12),
+        layer_scale=0.1,
+        projection_norm=True,
     ),
 }
-"""`cae` is CAE's regressor and decoders at the base width; `fast` halves the width and asks the visible tokens only."""
+"""`cae` is CAE's regressor and decoders at the base width, with its LayerScale in all blocks, the encoder's too, and
+its LayerNorm after a projection to another width; that the MLP of CAE's regressor adds to the normalized state is left
+out. `fast` halves the width and asks the visible tokens only, without these."""
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:

@@ -72,6 +72,7 @@ def build_encoder(config: FinetuneConfig) -> Encoder:
         depth=model.depth,
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
+        layer_scale=model.layer_scale,
     )
     set_clip_size(encoder, data.frames, data.size)
     return encoder

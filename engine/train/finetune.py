@@ -240,6 +240,7 @@ def _described(encoder: Encoder) -> EncoderConfig:
         depth=len(encoder.blocks),
         heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / encoder.width,
+        layer_scale=0.0 if block.gamma_1 is None else 1.0,
         frames=encoder.grid[0] * tubelet,
         size=encoder.grid[1] * patch,
     )
@@ -251,7 +252,7 @@ def _flops(config: FinetuneConfig) -> float:
     tokens = slots * rows * columns
     pixels = model.tubelet * model.patch**2 * CHANNELS
     embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE)
+    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
     return embedding.flops + model.depth * block.flops
 
 
