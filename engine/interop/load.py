@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig, UserError
+from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.interop.names import Tensors
-from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae, videomae_classes
+from mam2.engine.interop.read import Weights, read_hugging_face, read_videomae
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
@@ -114,10 +115,56 @@ def load_model(
         _resized(path, model, frames, size)
         return model.eval()
     weights = _read(Path(path), frames, size)
+    model = _foreign_model(weights, heads, decoder_heads)
+    _resized(path, model, frames, size)
+    return model.eval()
+
+
+def load_any_classifier(
+    path: str | Path, *, frames: int | None = None, size: int | None = None, heads: int | None = None
+) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
+    """A classifier of any kind that `load_model` reads, on the CPU, in evaluation.
+
+    Args:
+        path, frames, size, heads: as in `load_encoder`.
+
+    Returns:
+        The classifier; a config whose `data` and `test` say its clips and views (of another project's: those its file
+        says, and VideoMAE's); and the names of its classes in the order of the logits, none where nothing says them.
+
+    Raises:
+        UserError: as `load_encoder`, and for a file without a classifier.
+    """
+    own = find_weights(path)
+    if own is not None:
+        if not is_classifier(own):
+            raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+        model, config, classes = load_classifier(own)
+    else:
+        weights = _read(Path(path), frames, size)
+        found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
+        if not isinstance(found, Classifier):
+            raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
+        model, classes = found, weights.classes
+        if classes and len(classes) != len(weights.tensors["head.weight"]):
+            raise UserError(f"{path}: names {len(classes)} classes for a head of {len(weights.tensors['head.weight'])}")
+        data = DataConfig(
+            stride=weights.stride or DataConfig().stride, sampling="uniform" if weights.uniform else "dense"
+        )
+        config = FinetuneConfig(data=data)
+    _resized(path, model, frames, size)
+    (slots, rows, _), (tubelet, patch, _) = model.encoder.grid, model.encoder.patch_size
+    data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch)
+    return model.eval(), dataclasses.replace(config, data=data), classes
+
+
+def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | None) -> Classifier | VideoMAE | Encoder:
+    """Everything in another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
+    model: Classifier | VideoMAE | Encoder
     if "head.weight" in weights.tensors:
         if "norm.weight" not in weights.tensors:
             raise UserError(
-                f"{path}: its head reads the first token, not the mean over tokens (no fc_norm); "
+                f"{weights.path}: its head reads the first token, not the mean over tokens (no fc_norm); "
                 "such a classifier is not supported, load_encoder takes the encoder"
             )
         encoder = _encoder(weights, heads)
@@ -132,10 +179,11 @@ def load_model(
         _set_eps(model, weights.eps)
         model.decoder.norm.eps = weights.head_eps
     else:
-        return load_encoder(path, frames=frames, size=size, heads=heads)
+        model = _encoder(weights, heads)
+        _fill(nn.ModuleDict({"encoder": model}), weights)
+        return model
     _fill(model, weights)
-    _resized(path, model, frames, size)
-    return model.eval()
+    return model
 
 
 def encoder_of(model: Model) -> Encoder:
@@ -149,12 +197,16 @@ def class_names(path: str | Path) -> tuple[str, ...]:
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
-    return hugging_face_classes(path) if path.is_dir() else videomae_classes(path)
+    return _read_file(path).classes
+
+
+def _read_file(path: Path) -> Weights:
+    return read_hugging_face(path) if path.is_dir() else read_videomae(path)
 
 
 def _read(path: Path, frames: int | None, size: int | None) -> Weights:
     """Another project's weights, with a clip size: the file's, else the caller's, else VideoMAE's usual one."""
-    weights = read_hugging_face(path) if path.is_dir() else read_videomae(path)
+    weights = _read_file(path)
     unknown = [
         name
         for name, said, given in (("frames", weights.frames, frames), ("size", weights.size, size))
