@@ -79,9 +79,7 @@ def load_encoder(
         encoder = _own(own).encoder
     else:
         weights = _read(Path(path), frames, size)
-        encoder = _encoder(weights, heads)
-        others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
-        _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
+        encoder = _filled_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
 
@@ -179,9 +177,7 @@ def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | Non
         _set_eps(model, weights.eps)
         model.decoder.norm.eps = weights.head_eps
     else:
-        model = _encoder(weights, heads)
-        _fill(nn.ModuleDict({"encoder": model}), weights)
-        return model
+        return _filled_encoder(weights, heads)
     _fill(model, weights)
     return model
 
@@ -282,6 +278,14 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
         model = VideoMAE(config)
     checkpoint.load_weights(model, file)
     return model
+
+
+def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
+    """The encoder of another project's file, without the head or the decoder that may be there."""
+    encoder = _encoder(weights, heads)
+    others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
+    _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
+    return encoder
 
 
 def _encoder(weights: Weights, heads: int | None) -> Encoder:
