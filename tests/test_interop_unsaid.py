@@ -50,6 +50,9 @@ def test_a_clip_size_that_nothing_says_is_assumed_aloud(tmp_path: Path, caplog: 
     assert not caplog.text
     with pytest.raises(UserError, match=r"pass --heads or heads="):
         load_encoder(path)
+    for wrong in ({"frames": 0}, {"size": -8}, {"frames": 3}):
+        with pytest.raises(UserError, match=r"bare\.pth: .*(at least 1 frame|make no whole tokens)"):
+            load_encoder(path, heads=4, **wrong)
 
 
 def test_a_decoder_takes_no_other_clips(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig, UserError
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.interop.names import Tensors
-from mam2.engine.interop.read import Weights, read_hugging_face, read_videomae
+from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
@@ -193,16 +193,12 @@ def class_names(path: str | Path) -> tuple[str, ...]:
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
-    return _read_file(path).classes
-
-
-def _read_file(path: Path) -> Weights:
-    return read_hugging_face(path) if path.is_dir() else read_videomae(path)
+    return hugging_face_classes(path) if path.is_dir() else read_videomae(path).classes
 
 
 def _read(path: Path, frames: int | None, size: int | None) -> Weights:
     """Another project's weights, with a clip size: the file's, else the caller's, else VideoMAE's usual one."""
-    weights = _read_file(path)
+    weights = read_hugging_face(path) if path.is_dir() else read_videomae(path)
     unknown = [
         name
         for name, said, given in (("frames", weights.frames, frames), ("size", weights.size, size))
@@ -217,7 +213,13 @@ def _read(path: Path, frames: int | None, size: int | None) -> Weights:
             SIZE if "size" in unknown else weights.size or size,
             ", ".join(f"--{name} or {name}=" for name in unknown),
         )
-    weights = dataclasses.replace(weights, frames=weights.frames or frames or FRAMES, size=weights.size or size or SIZE)
+    weights = dataclasses.replace(
+        weights,
+        frames=next(value for value in (weights.frames, frames, FRAMES) if value is not None),
+        size=next(value for value in (weights.size, size, SIZE) if value is not None),
+    )
+    if min(_frames(weights), _size(weights)) < 1:
+        raise UserError(f"{path}: expected at least 1 frame of 1 pixel, found frames {frames}, size {size}")
     tokens = _frames(weights) * _size(weights) ** 2 // math.prod(weights.patch_size)
     if tokens > MOST_TOKENS:
         raise UserError(
@@ -243,7 +245,7 @@ def _resized(
     """The model for clips of another size, changed in place; None keeps its own frames or size."""
     encoder = encoder_of(model)
     own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
-    frames, size = frames or own_frames, size or own_size
+    frames, size = own_frames if frames is None else frames, own_size if size is None else size
     if isinstance(model, MAM2 | VideoMAE) and (frames, size) != (own_frames, own_size):
         raise UserError(
             f"{path}: its decoder predicts clips of {own_frames} frames of {own_size}², not {frames} of {size}²; "

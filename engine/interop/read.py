@@ -99,7 +99,7 @@ def read_hugging_face(folder: Path) -> Weights:
         head_eps=HEAD_NORM_EPS,
         normalized_pixels=config.get("norm_pix_loss", True),
         mean_pooling=config.get("use_mean_pooling", True),
-        classes=_hugging_face_classes(folder, config),
+        classes=hugging_face_classes(folder),
     )
 
 
@@ -148,8 +148,9 @@ def read_videomae(path: Path) -> Weights:
     )
 
 
-def _hugging_face_classes(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
-    labels = config.get("id2label", {})
+def hugging_face_classes(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's classes in the order of the logits; none where nobody has named them."""
+    labels = _config(folder).get("id2label", {})
     try:
         names = tuple(str(labels[number]) for number in sorted(labels, key=int))
     except (TypeError, ValueError):
