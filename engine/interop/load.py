@@ -108,12 +108,9 @@ def load_model(
         UserError: as `load_encoder`.
     """
     own = find_weights(path)
-    if own is not None:
-        model = _own(own)
-        _resized(path, model, frames, size)
-        return model.eval()
-    weights = _read(Path(path), frames, size)
-    model = _foreign_model(weights, heads, decoder_heads)
+    model: Model = (
+        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+    )
     _resized(path, model, frames, size)
     return model.eval()
 

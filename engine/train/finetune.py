@@ -223,7 +223,7 @@ def _resolved(
         return dataclasses.replace(config, model=from_dict(EncoderConfig, saved)), None, None
     encoder, model = None, config.model
     if path is not None:
-        encoder = load_encoder(path, **options)
+        encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
         say(f"encoder from {path}")
     else:
