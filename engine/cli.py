@@ -35,7 +35,7 @@ VERBS = {
     "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
     "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
     "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
-    "evaluate": "RUN --data LIST --out FOLDER   test a classifier with many views of every video",
+    "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with many views of every video",
     "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""

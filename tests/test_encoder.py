@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, check
-from mam2.engine.model.blocks import Attention, sincos_positions
+from mam2.engine.model.blocks import Attention, mlp_width, sincos_positions
 from mam2.engine.model.costs import part_costs
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part, resized, with_preset
@@ -146,3 +146,32 @@ def test_wrong_inputs_are_named(encoder: Encoder) -> None:
         encoder.encode(clip()[..., :16])
     with pytest.raises(ValueError, match="heads"):
         Attention(48, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda video: video.float(), "0 to 255"),
+        (lambda video: (video.float() / 255 - 0.45) / 0.225, "-2 to 2.444"),
+        (lambda video: (video.float() / 255).masked_fill(video == 7, math.nan), "nan to nan"),
+        (lambda video: (video.float() / 255).masked_fill(video == 7, math.inf), "0 to inf"),
+    ],
+)
+def test_float_clips_out_of_range_are_refused_in_evaluation(encoder: Encoder, change: object, found: str) -> None:
+    encoder.eval()
+    with pytest.raises(ValueError, match=rf"expected floats from 0 to 1, found {found}; divide bytes by 255"):
+        encoder.encode(change(clip()))  # type: ignore[operator]
+    overshoot = clip().float() / 255 * 1.2 - 0.1  # as bicubic resizing may leave it
+    assert encoder.encode(overshoot).isfinite().all()
+
+
+def test_a_clip_without_token_numbers_is_told_to_encode(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"index: expected .* call encoder\.encode\(video\)"):
+        encoder(clip())
+
+
+def test_an_mlps_width_survives_its_ratio() -> None:
+    """A ratio computed from a file's shapes gives the shape again; other fractions are cut off as in VideoMAE."""
+    for width in (48, 96, 384, 768, 1408):
+        assert all(mlp_width(width, hidden / width) == hidden for hidden in range(1, 5 * width))
+    assert mlp_width(10, 1.29) == 12

@@ -19,6 +19,7 @@ from mam2.engine.config import UserError
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.evaluate.classification import evaluate
 from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.interop.write import write_videomae
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.recipe import RECIPES, load_recipe_of, recipe_names
 from mam2.engine.train import checkpoint
@@ -224,6 +225,31 @@ def test_it_starts_from_the_encoder_it_is_given(pretrained, clips, few, tmp_path
     own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
     assert own.keys() == {name for name in given if not name.startswith("norm.")}
     assert all(torch.equal(own[name], given[name]) for name in own)
+
+
+@pytest.mark.parametrize("kind", ["unsaid", "layer scale"])
+def test_it_starts_from_encoders_of_every_kind(kind, clips, few, tmp_path, small, small_finetuning):
+    """A .pth that does not say its clips, and an encoder with LayerScale; a rate of zero leaves both as they came."""
+    values = {"objective": "videomae", "width": 24, "depth": 2, "heads": 2}
+    model = VideoMAE(small(model=values | ({"layer_scale": 0.1} if kind == "layer scale" else {})))
+    options = {}
+    if kind == "unsaid":
+        path, options = tmp_path / "bare.pth", {"frames": 8, "size": 32, "heads": 2}
+        write_videomae(model, path)
+        torch.save({"model": torch.load(path)["model"]}, path)
+    else:
+        path = tmp_path / "run"
+        config = small(model=values | {"layer_scale": 0.1})
+        checkpoint.write(path, 1, model.state_dict(), {"rng.cpu": torch.get_rng_state()}, config, {})
+    config = small_finetuning(optim={"batch": 16, "epochs": 1.0, "base_lr": 0.0, "min_lr": 0.0})
+    out = tmp_path / "out"
+    finetune(config, few, out, val=clips / "test", encoder=path, progress=False, encoder_options=options)
+    classifier, resolved, _ = load_classifier(out)
+    assert (resolved.model.frames, resolved.model.size, resolved.model.heads) == (8, 32, 2)
+    own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
+    assert own.keys() == {name for name in given if not name.startswith("norm.")}
+    assert all(torch.equal(own[name], given[name]) for name in own)
+    assert any("gamma_1" in name for name in own) == (kind == "layer scale")
 
 
 def test_another_clip_size_resamples_the_positions_and_is_found_again(

@@ -95,7 +95,7 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
 def test_what_others_cannot_compute_is_not_written(tmp_path: Path) -> None:
     resampled = encoder()
     set_clip_size(resampled, 8, 24)
-    with pytest.raises(UserError, match="positions are resampled"):
+    with pytest.raises(UserError, match="takes 8 frames of 24², another clip size than it was pre-trained at"):
         write_hugging_face(resampled, tmp_path)
     with pytest.raises(UserError, match="text embeddings"):
         write_videomae(Classifier(encoder(), TextHead(48, torch.randn(3, 8))), tmp_path / "out.pth")

@@ -20,6 +20,8 @@ from mam2.engine.data.video import Video
 from mam2.engine.evaluate import accuracy
 from mam2.engine.evaluate.classification import evaluate
 from mam2.engine.evaluate.views import view_clip
+from mam2.engine.interop.load import load_encoder
+from mam2.engine.interop.write import write_hugging_face, write_videomae
 from mam2.engine.train import checkpoint
 from mam2.engine.train.classifiers import CLASSES, build_classifier, load_classifier, relabelled
 
@@ -183,6 +185,48 @@ def test_three_processes_count_every_video_once(result, saved, clips, tmp_path):
     assert (tmp_path / "unusable.tsv").read_text().count("broken.mp4") == 1
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, result[1]))
     assert ours == theirs
+
+
+def exported(saved, folder, names):
+    """The same classifier as a folder of Hugging Face and as a .pth that says nothing."""
+    model, _, _ = load_classifier(saved)
+    (folder / "hf").mkdir()
+    write_hugging_face(model, folder / "hf", names)
+    write_videomae(model, folder / "said.pth")
+    torch.save({"model": torch.load(folder / "said.pth")["model"]}, folder / "bare.pth")
+    return folder / "hf", folder / "bare.pth"
+
+
+def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
+    """By the names of their classes, by numbers, and by a list of names; the rest of the recipe as given."""
+    views = {"temporal": 3, "spatial": 3, "progress": False}
+    folder, bare = exported(saved, tmp_path, NAMES)
+    numbered = tmp_path / "numbers.csv"
+    rows = clips.read_text().splitlines()
+    numbers = {name: str(number) for number, name in enumerate(NAMES)}
+    lines = [rows[0], *(f"{clips.parent / row.split(',')[0]},{numbers[row.split(',')[1]]}" for row in rows[1:])]
+    numbered.write_text("\n".join(lines) + "\n")
+    said = {"frames": 4, "size": 32, "heads": 2}
+    found = [
+        evaluate(folder, clips, tmp_path / "names", **views),
+        evaluate(folder, numbered, tmp_path / "numbers", **views),
+        evaluate(bare, numbered, tmp_path / "bare", **views, **said),
+        evaluate(bare, clips, tmp_path / "told", **views, **said, names=NAMES),
+    ]
+    for one in found:
+        assert (one.videos, one.unusable, one.temporal, one.spatial) == (5, 1, 3, 3)
+        assert 0 <= one.top1 <= one.top5 == 1
+    # one model, the same views: one accuracy (nothing in these files says the stride, so it is the default of 4)
+    assert {one.top1 for one in found} == {found[0].top1}
+    assert [row["class"] for row in predictions(tmp_path / "told")] == [row["class"] for row in predictions(result[1])]
+    assert [row["class"] for row in predictions(tmp_path / "bare")] == ["0", "1", "2", "2", "0"]
+    with pytest.raises(UserError, match="the class 'archery' is not one of the 3"):
+        evaluate(bare, clips, tmp_path / "none", **views, **said)
+    with pytest.raises(UserError, match=r"names 2 classes, .* tells 3 apart"):
+        evaluate(bare, clips, tmp_path / "none", **views, **said, names=NAMES[:2])
+    write_videomae(load_encoder(saved), tmp_path / "encoder.pth")
+    with pytest.raises(UserError, match="holds no classifier"):
+        evaluate(tmp_path / "encoder.pth", clips, tmp_path / "none", **views, **said)
 
 
 def test_labels_go_by_name_in_lists_that_lack_a_class(clips, tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import av
@@ -88,6 +89,16 @@ def test_a_checkpoint_away_from_its_run_asks_for_the_tokenizer(videos, runs, tmp
     own = runs[0] / "tokenizer.safetensors"
     assert visualize(file, "--data", video, "--out", tmp_path / "seen", "--tokenizer", own) == 0
     assert len(list((tmp_path / "seen").glob("*.mp4"))) == 1
+
+
+def test_names_in_any_script_are_kept(videos, runs, tmp_path):
+    (tmp_path / "clips").mkdir()
+    video = next(path for path in videos.rglob("*.mp4"))
+    shutil.copy(video, tmp_path / "clips" / "прыжок 跳ぶ é.mp4")
+    assert visualize(runs[1], "--data", tmp_path / "clips", "--out", tmp_path / "seen") == 0
+    names = {path.name for path in (tmp_path / "seen").iterdir()}
+    assert names == {"index.html", *(f"01-прыжок-跳ぶ-é.{suffix}" for suffix in ("png", "gif", "mp4"))}
+    assert "01-прыжок-跳ぶ-é" in (tmp_path / "seen" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")

@@ -304,7 +304,7 @@ def test_a_wrong_shape_or_name_is_named(tmp_path: Path) -> None:
         ("missing.ckpt", None, "no such file"),
         ("text.ckpt", b"hello", "another kind"),
         ("text.safetensors", b"hello", "unreadable"),
-        ("empty.ckpt", b"", "another kind"),
+        ("empty.ckpt", b"", "the file is empty"),
     ],
 )
 def test_other_files_are_named(tmp_path: Path, name: str, content: bytes | None, found: str) -> None:

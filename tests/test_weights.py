@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mam2.engine.cli import main
 from mam2.engine.config import UserError
@@ -80,6 +81,20 @@ def test_the_hash_is_that_of_the_encoder_that_is_loaded(run: Path, tmp_path: Pat
     # bit-equal weights in another file, written at another step with another config: the same encoder
     same = checkpoint.write(tmp_path / "again", 9, dict(stepped(4).state_dict()), {}, CLASSIFIER, notes=NOTES)
     assert {load_frozen(same, CPU).digest} == by_step[4]
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
+    """The library writes metadata in a random order, another one for each file."""
+    notes = NOTES | {f"note {number}": 'é\t"\n' for number in range(20)}
+    files = [
+        checkpoint.write(tmp_path / str(copy), 4, dict(stepped(4).state_dict()), {}, CLASSIFIER, notes=notes)
+        / checkpoint.WEIGHTS
+        for copy in range(4)
+    ]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert checkpoint.read_metadata(files[0]).items() >= notes.items()
+    assert all(torch.equal(load_file(files[0])[name], tensor) for name, tensor in stepped(4).state_dict().items())
+    assert checkpoint.why_damaged(files[0].parent) is None
 
 
 def test_the_hash_tells_apart_what_computes_other_features(run: Path) -> None:

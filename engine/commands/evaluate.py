@@ -17,6 +17,10 @@ def run(arguments: list[str]) -> int:
         temporal: int = 0,
         spatial: int = 0,
         batch: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
+        classes: Path | None = None,
         threads: int = 0,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
@@ -24,19 +28,30 @@ def run(arguments: list[str]) -> int:
         """Classify every video in many views; write accuracies, predictions and a confusion picture.
 
         Args:
-            checkpoint: a run of mam2 finetune (its best), or one of its checkpoints.
+            checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
+                or a Hugging Face folder of a VideoMAE that classifies.
             data: labelled videos: a folder with a folder a class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
             temporal: clips of a video; 0 takes the recipe's.
             spatial: crops of a clip; 0 takes the recipe's.
             batch: most clips in a forward pass; 0 takes the recipe's, or 32.
+            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
+            size: height and width of these clips, pixels.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
+            classes: text file with a class name per line in the order of the logits, for a checkpoint without names.
             threads: decoding threads; 0 means as many as this process may use cores.
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.config import RunConfig
+        from mam2.engine.config import RunConfig, UserError
         from mam2.engine.evaluate.classification import evaluate
 
+        names: tuple[str, ...] = ()
+        if classes:
+            try:
+                names = tuple(line for line in classes.read_text(encoding="utf-8").splitlines() if line)
+            except (OSError, UnicodeError) as error:
+                raise UserError(f"--classes {classes}: cannot be read: {error}") from None
         result = evaluate(
             checkpoint,
             data,
@@ -46,6 +61,10 @@ def run(arguments: list[str]) -> int:
             batch=batch,
             run=RunConfig(device=device, precision=precision),
             threads=threads,
+            frames=frames,
+            size=size,
+            heads=heads,
+            names=names,
         )
         if os.environ.get("RANK", "0") == "0":
             print(

@@ -24,6 +24,9 @@ def run(arguments: list[str]) -> int:
         out: Path,
         checkpoint: Path | None = None,
         config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = values,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
         scratch: bool = False,
         resume: bool = False,
     ) -> int:
@@ -36,6 +39,9 @@ def run(arguments: list[str]) -> int:
             out: run folder for checkpoints and logs.
             checkpoint: the encoder: a run or checkpoint of mam2, of VideoMAE, or a folder of Hugging Face's.
             config: values of the recipe.
+            frames: frames of the clips that the checkpoint was trained on, where it does not say them.
+            size: height and width of these clips, pixels.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             scratch: draw the encoder's weights at random instead.
             resume: go on from the newest checkpoint in the run folder.
         """
@@ -43,7 +49,8 @@ def run(arguments: list[str]) -> int:
             raise UserError("name the encoder with --checkpoint, or --scratch for weights drawn at random, not both")
         from mam2.engine.train.finetune import finetune
 
-        result = finetune(config, data, out, val=val, encoder=checkpoint, resume=resume)
+        said = {"frames": frames, "size": size, "heads": heads}
+        result = finetune(config, data, out, val=val, encoder=checkpoint, resume=resume, encoder_options=said)
         return 128 + result.signal if result.signal else 0
 
     return tyro.cli(finetune, args=arguments, prog="mam2 finetune")

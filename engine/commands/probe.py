@@ -59,7 +59,10 @@ def run(arguments: list[str]) -> int:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        encoders = [load_frozen(path, where, stride=stride, frames=frames, size=size, heads=heads) for path in dict.fromkeys(checkpoints)]
+        encoders = [
+            load_frozen(path, where, stride=stride, frames=frames, size=size, heads=heads)
+            for path in dict.fromkeys(checkpoints)
+        ]
         result = probe_encoders(
             encoders,
             data,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.evaluate import accuracy
 from mam2.engine.evaluate.views import predict
-from mam2.engine.train.classifiers import load_classifier, relabelled
+from mam2.engine.interop.load import load_any_classifier
+from mam2.engine.model.classifier import logits_of
+from mam2.engine.train.classifiers import relabelled
 from mam2.engine.train.distributed import join
 from mam2.engine.train.runtime import autocast, pick_device
+from mam2.engine.train.weights import find_weights
 
 BATCH = 32
 """Clips in a forward pass where nothing else is asked for."""
@@ -53,24 +57,38 @@ def evaluate(
     batch: int = 0,
     run: RunConfig | None = None,
     threads: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    names: Sequence[str] = (),
     progress: bool = True,
 ) -> EvaluationResult:
     """Classifies all videos of a folder or list, and writes what came of it to the folder `out`.
 
     Args:
-        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, or a model.safetensors of either.
+        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
+            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
         data: labelled videos: a folder with a folder a class, or an annotation list.
         out: made if missing.
         temporal, spatial: views; 0 takes those of the run's recipe.
         batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
         run: where and how to compute, of which device and precision are read; by default the best there is.
+        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
+        names: of the classes, in the order of the logits, for a checkpoint that does not say them. Without either,
+            labels that are numbers from 0 are taken for the places of the logits.
         threads: decoding threads, 0 for as many as this process may use cores.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
         UserError: for checkpoints, data and folders that cannot be used.
     """
-    model, config, classes = load_classifier(checkpoint)
+    model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
+    foreign = find_weights(checkpoint) is None
+    outputs = logits_of(model)
+    if names and len(names) != outputs:
+        raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {outputs} apart")
+    numbers = tuple(map(str, range(outputs)))
+    classes = tuple(names) or classes or numbers
     temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial
     if min(temporal, spatial) < 1:
         raise UserError(f"expected at least one view, found temporal {temporal}, spatial {spatial}")
@@ -79,9 +97,10 @@ def evaluate(
     videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
     device = pick_device(run)
     with join(device) as world:
-        manifest = world.share(
-            lambda: relabelled(read_manifest(data, threads=threads, progress=progress), data, classes)
-        )
+        manifest = world.share(lambda: read_manifest(data, threads=threads, progress=progress))
+        if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
+            classes = numbers  # a list that numbers the classes, as VideoMAE's do
+        manifest = world.share(lambda: relabelled(manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=device, seed=0, train=False) as loader:
             predictions = predict(

@@ -13,6 +13,7 @@ from torch import nn
 
 from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, UserError
 from mam2.engine.interop.load import load_encoder, load_model
+from mam2.engine.model.blocks import Attention
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -127,8 +128,9 @@ def digest(encoder: Encoder) -> str:
 
     Two encoders with one digest compute the same features, whatever files they came from.
     """
+    heads = [module.heads for module in encoder.modules() if isinstance(module, Attention)]
     norms = [module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
-    sizes = [encoder.grid, encoder.patch_size, [block.attn.heads for block in encoder.blocks], norms]
+    sizes = [encoder.grid, encoder.patch_size, heads, norms]
     found = hashlib.sha256(json.dumps(sizes).encode())
     for name, tensor in sorted({**encoder.state_dict(), "positions": encoder.positions}.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

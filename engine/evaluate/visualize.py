@@ -98,12 +98,12 @@ def visualize(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph")  # of scripts that matplotlib's font lacks
                 (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
-            frames = _side_by_side(seen, named=len(checkpoints) > 1)
-            images = [Image.fromarray(frame) for frame in frames]
+            pages = _side_by_side(seen, named=len(checkpoints) > 1)
+            images = [Image.fromarray(frame) for frame in pages]
             images[0].save(
                 out / f"{name}.gif", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
             )
-            write_clip(out / f"{name}.mp4", np.concatenate([frames] * ROUNDS), fps=PER_SECOND)
+            write_clip(out / f"{name}.mp4", np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
             named[name] = seen
         return write_page(out / "index.html", named)
     except OSError as error:

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig, UserError
+from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.interop.names import Tensors
-from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae, videomae_classes
+from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
@@ -78,9 +79,7 @@ def load_encoder(
         encoder = _own(own).encoder
     else:
         weights = _read(Path(path), frames, size)
-        encoder = _encoder(weights, heads)
-        others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
-        _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
+        encoder = _filled_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
 
@@ -109,15 +108,58 @@ def load_model(
         UserError: as `load_encoder`.
     """
     own = find_weights(path)
+    model: Model = (
+        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+    )
+    _resized(path, model, frames, size)
+    return model.eval()
+
+
+def load_any_classifier(
+    path: str | Path, *, frames: int | None = None, size: int | None = None, heads: int | None = None
+) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
+    """A classifier of any kind that `load_model` reads, on the CPU, in evaluation.
+
+    Args:
+        path, frames, size, heads: as in `load_encoder`.
+
+    Returns:
+        The classifier; a config whose `data` and `test` say its clips and views (of another project's: those its file
+        says, and VideoMAE's); and the names of its classes in the order of the logits, none where nothing says them.
+
+    Raises:
+        UserError: as `load_encoder`, and for a file without a classifier.
+    """
+    own = find_weights(path)
     if own is not None:
-        model = _own(own)
-        _resized(path, model, frames, size)
-        return model.eval()
-    weights = _read(Path(path), frames, size)
+        if not is_classifier(own):
+            raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+        model, config, classes = load_classifier(own)
+    else:
+        weights = _read(Path(path), frames, size)
+        found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
+        if not isinstance(found, Classifier):
+            raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
+        model, classes = found, weights.classes
+        if classes and len(classes) != len(weights.tensors["head.weight"]):
+            raise UserError(f"{path}: names {len(classes)} classes for a head of {len(weights.tensors['head.weight'])}")
+        data = DataConfig(
+            stride=weights.stride or DataConfig().stride, sampling="uniform" if weights.uniform else "dense"
+        )
+        config = FinetuneConfig(data=data)
+    _resized(path, model, frames, size)
+    (slots, rows, _), (tubelet, patch, _) = model.encoder.grid, model.encoder.patch_size
+    data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch)
+    return model.eval(), dataclasses.replace(config, data=data), classes
+
+
+def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | None) -> Classifier | VideoMAE | Encoder:
+    """Everything in another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
+    model: Classifier | VideoMAE | Encoder
     if "head.weight" in weights.tensors:
         if "norm.weight" not in weights.tensors:
             raise UserError(
-                f"{path}: its head reads the first token, not the mean over tokens (no fc_norm); "
+                f"{weights.path}: its head reads the first token, not the mean over tokens (no fc_norm); "
                 "such a classifier is not supported, load_encoder takes the encoder"
             )
         encoder = _encoder(weights, heads)
@@ -132,10 +174,9 @@ def load_model(
         _set_eps(model, weights.eps)
         model.decoder.norm.eps = weights.head_eps
     else:
-        return load_encoder(path, frames=frames, size=size, heads=heads)
+        return _filled_encoder(weights, heads)
     _fill(model, weights)
-    _resized(path, model, frames, size)
-    return model.eval()
+    return model
 
 
 def encoder_of(model: Model) -> Encoder:
@@ -149,7 +190,7 @@ def class_names(path: str | Path) -> tuple[str, ...]:
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
-    return hugging_face_classes(path) if path.is_dir() else videomae_classes(path)
+    return hugging_face_classes(path) if path.is_dir() else read_videomae(path).classes
 
 
 def _read(path: Path, frames: int | None, size: int | None) -> Weights:
@@ -169,7 +210,13 @@ def _read(path: Path, frames: int | None, size: int | None) -> Weights:
             SIZE if "size" in unknown else weights.size or size,
             ", ".join(f"--{name} or {name}=" for name in unknown),
         )
-    weights = dataclasses.replace(weights, frames=weights.frames or frames or FRAMES, size=weights.size or size or SIZE)
+    weights = dataclasses.replace(
+        weights,
+        frames=next(value for value in (weights.frames, frames, FRAMES) if value is not None),
+        size=next(value for value in (weights.size, size, SIZE) if value is not None),
+    )
+    if min(_frames(weights), _size(weights)) < 1:
+        raise UserError(f"{path}: expected at least 1 frame of 1 pixel, found frames {frames}, size {size}")
     tokens = _frames(weights) * _size(weights) ** 2 // math.prod(weights.patch_size)
     if tokens > MOST_TOKENS:
         raise UserError(
@@ -195,7 +242,7 @@ def _resized(
     """The model for clips of another size, changed in place; None keeps its own frames or size."""
     encoder = encoder_of(model)
     own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
-    frames, size = frames or own_frames, size or own_size
+    frames, size = own_frames if frames is None else frames, own_size if size is None else size
     if isinstance(model, MAM2 | VideoMAE) and (frames, size) != (own_frames, own_size):
         raise UserError(
             f"{path}: its decoder predicts clips of {own_frames} frames of {own_size}², not {frames} of {size}²; "
@@ -230,6 +277,14 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
         model = VideoMAE(config)
     checkpoint.load_weights(model, file)
     return model
+
+
+def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
+    """The encoder of another project's file, without the head or the decoder that may be there."""
+    encoder = _encoder(weights, heads)
+    others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
+    _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
+    return encoder
 
 
 def _encoder(weights: Weights, heads: int | None) -> Encoder:

@@ -65,6 +65,8 @@ class Weights:
     """Whether the encoder ends without a LayerNorm, before a mean over tokens."""
     stride: int = 0
     """Distance of two sampled frames; 0 where nothing says it."""
+    classes: tuple[str, ...] = ()
+    """Names of a classifier's classes, in the order of its logits; empty where nothing says them."""
     uniform: bool = False
     """Whether its clips are spread over the whole video (TSN), as VideoMAE's on Something-Something V2."""
 
@@ -97,18 +99,20 @@ def read_hugging_face(folder: Path) -> Weights:
         head_eps=HEAD_NORM_EPS,
         normalized_pixels=config.get("norm_pix_loss", True),
         mean_pooling=config.get("use_mean_pooling", True),
+        classes=hugging_face_classes(folder),
     )
 
 
 def read_videomae(path: Path) -> Weights:
     """A checkpoint of VideoMAE's or VideoMAE v2's code (.pth, or safetensors with its names); nothing in it runs."""
     arguments: Any = None
+    classes: Any = None
     if path.suffix == ".safetensors" or kind_of(path) == "safetensors":
         state: Any = _safetensors(path)
     else:
         state = load_pickle(path)
         if isinstance(state, dict):
-            arguments = state.get("args")
+            arguments, classes = state.get("args"), state.get("classes")
             state = _state_in(path, state)
     found = (
         {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -140,25 +144,19 @@ def read_videomae(path: Path) -> Weights:
         normalized_pixels=said.get("normlize_target", True),
         stride=numbers.get("sampling_rate", 0),
         uniform=said.get("data_set") == "SSV2",
+        classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
     )
 
 
 def hugging_face_classes(folder: Path) -> tuple[str, ...]:
-    """The names of a classifier's classes."""
+    """The names of a folder's classes in the order of the logits; none where nobody has named them."""
     labels = _config(folder).get("id2label", {})
     try:
-        return tuple(str(labels[number]) for number in sorted(labels, key=int))
+        names = tuple(str(labels[number]) for number in sorted(labels, key=int))
     except (TypeError, ValueError):
         raise UserError(f"{folder}: config.json: expected id2label to map numbers to names, found {labels}") from None
-
-
-def videomae_classes(path: Path) -> tuple[str, ...]:
-    """The names of a classifier's classes in a .pth that `write_videomae` wrote; none in VideoMAE's own."""
-    if kind_of(path) == "safetensors":
-        return ()
-    state = load_pickle(path)
-    found = state.get("classes", ()) if isinstance(state, dict) else ()
-    return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else ()
+    # transformers' own stand-ins where nobody named the classes
+    return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 def _state_in(path: Path, checkpoint: dict[str, Any]) -> Any:

@@ -58,6 +58,14 @@ def linear_head(width: int, classes: int) -> nn.Linear:
     return head
 
 
+def logits_of(model: Classifier) -> int:
+    """Number of classes that a classifier tells apart."""
+    head = model.head
+    rows = head.embeddings if isinstance(head, TextHead) else head.weight
+    assert isinstance(rows, Tensor)
+    return len(rows)
+
+
 class TextHead(nn.Module):
     """The head for classes that have names: how near a clip comes to the text embedding of each name.
 

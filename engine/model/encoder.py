@@ -76,8 +76,8 @@ class Encoder(nn.Module):
         """
         if index is None:
             raise ValueError(
-                f"index: expected the number of each token beside tokens [B, N, P], found tokens of {tuple(tokens.shape)} "
-                "alone; for a clip [B, 3, T, H, W] call encoder.encode(video)"
+                f"index: expected the number of each token beside tokens [B, N, P], found {tuple(tokens.shape)} alone; "
+                "for a clip [B, 3, T, H, W] call encoder.encode(video)"
             )
         tokens = self.patch_embed(tokens) + self.positions[index]
         for number, block in enumerate(self.blocks):
@@ -118,6 +118,7 @@ def _check_range(video: Tensor) -> None:
     low, high = (bound.item() for bound in video.detach().aminmax())
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also where one is not a number
         raise ValueError(
-            f"video: expected floats from 0 to 1, found {low:.4g} to {high:.4g}; divide bytes by 255 (or pass uint8), leave "
-            "out the normalization by mean and deviation, which the encoder does itself, and replace what is not finite"
+            f"video: expected floats from 0 to 1, found {low:.4g} to {high:.4g}; divide bytes by 255 (or pass uint8), "
+            "leave out the normalization by mean and deviation, which the encoder does itself, and replace what "
+            "is not finite"
         )

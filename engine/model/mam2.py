@@ -75,13 +75,22 @@ class MAM2(nn.Module):
             layer_scale=cfg.model.layer_scale,
             projection_norm=cfg.model.projection_norm,
         )
-        blocks = {"mlp_ratio": mlp_ratio, "layer_scale": cfg.model.layer_scale}
-        shape = {"width": decoder.width, "depth": decoder.depth, "heads": decoder.heads}
+
+        def decode(outputs: int) -> Decoder:
+            return Decoder(
+                width=decoder.width,
+                depth=decoder.depth,
+                heads=decoder.heads,
+                outputs=outputs,
+                mlp_ratio=mlp_ratio,
+                layer_scale=cfg.model.layer_scale,
+            )
+
         if appearance != "none":
             outputs = {"codes": math.prod(cfg.code_shape) * codes, "pixels": math.prod(cfg.patch_size) * CHANNELS}
-            self.appearance_decoder = Decoder(**shape, **blocks, outputs=outputs[appearance])
+            self.appearance_decoder = decode(outputs[appearance])
         if motion != "none":
-            self.motion_decoder = Decoder(**shape, **blocks, outputs=motion_values(motion, cfg.patch_size))
+            self.motion_decoder = decode(motion_values(motion, cfg.patch_size))
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:

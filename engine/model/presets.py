@@ -28,7 +28,7 @@ SIZES = {
 
 
 class Preset(NamedTuple):
-    """What comes after the encoder, at the base size, and how blocks and projection are built: fields of `ModelConfig`."""
+    """What comes after the encoder, and how blocks and projection are built: fields of `ModelConfig`."""
 
     regressor: RegressorConfig
     decoder: DecoderConfig

@@ -69,9 +69,11 @@ def read_vqgan(path: str | Path) -> tuple[VQGAN, list[str]]:
         raise VQGANFileError(f"{path}: expected a VQGAN checkpoint (.ckpt or .safetensors), found no such file")
     try:
         check_whole(path)
-        read = _read_safetensors if kind_of(path) == "safetensors" else _read_checkpoint
+        kind = kind_of(path)
     except UserError as error:
         raise VQGANFileError(str(error)) from None
+    safetensors = kind == "safetensors" or (kind == "unknown" and path.suffix == ".safetensors")
+    read = _read_safetensors if safetensors else _read_checkpoint
     state, config = read(path)
     left_out = [name for name in state if not name.startswith(PARTS)]
     state = {name: tensor for name, tensor in state.items() if name.startswith(PARTS)}

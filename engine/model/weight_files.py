@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import zipfile
@@ -63,6 +64,21 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in the order of their names, in place: the library's own order is random, so
+    that two files of the same content would have two hashes. Raises OSError."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header} if metadata else header
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise OSError(errno.EIO, "the header of a safetensors file cannot be written again", str(path))
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _start(path: Path) -> bytes:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mam2.engine.config import PretrainConfig, TrainConfig, UserError
+from mam2.engine.model.weight_files import sort_metadata
 from mam2.engine.recipe import from_dict, to_dict
 
 FOLDER = "checkpoints"
@@ -118,6 +119,7 @@ def write(
     metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
     with _written_aside(final, state, weights, moments) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
+        sort_metadata(aside / WEIGHTS)
         save_file(moments, aside / OPTIMIZER)
     latest = final.with_name(f".{LATEST}")
     latest.write_text(final.name + "\n", encoding="utf-8")
@@ -142,6 +144,7 @@ def write_best(
     metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
     with _written_aside(final, {"step": step, **found}, weights) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
+        sort_metadata(aside / WEIGHTS)
     return final
 
 

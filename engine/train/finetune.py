@@ -54,6 +54,7 @@ def finetune(
     encoder: str | Path | None,
     resume: bool = False,
     progress: bool = True,
+    encoder_options: Mapping[str, int | None] | None = None,
 ) -> TrainResult:
     """Fine-tunes an encoder to tell classes of videos apart; leaves checkpoints, RUN/best and logs in `out`.
 
@@ -66,6 +67,7 @@ def finetune(
             None draws the weights at random. A resumed run does not read it.
         resume: go on from the newest whole checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
+        encoder_options: frames, size and heads for `load_encoder`, of an encoder whose file does not say them.
 
     Raises:
         UserError: for data, configs and checkpoints that cannot be used.
@@ -73,7 +75,7 @@ def finetune(
     """
     config.check()
     with started(config, out, resume=resume, progress=progress, decided=("model",)) as session:
-        task = _Finetuning(session, Path(data), Path(val), encoder)
+        task = _Finetuning(session, Path(data), Path(val), encoder, encoder_options or {})
         with task.val_loader:
             return Loop(session, task).train()
 
@@ -81,7 +83,14 @@ def finetune(
 class _Finetuning:
     """The task of a loop that fine-tunes."""
 
-    def __init__(self, session: Session[FinetuneConfig], data: Path, val: Path, encoder: str | Path | None) -> None:
+    def __init__(
+        self,
+        session: Session[FinetuneConfig],
+        data: Path,
+        val: Path,
+        encoder: str | Path | None,
+        options: Mapping[str, int | None],
+    ) -> None:
         self._session, world = session, session.world
         self.title, self.shown = "fine-tuning", SHOWN
         if encoder is not None and not session.saved:
@@ -95,7 +104,7 @@ class _Finetuning:
         )
         self.notes = {CLASSES: json.dumps(classes)}
         self.loader = session.open_loader()
-        config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder))
+        config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder, options))
         session.config = config
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, embeddings)
@@ -199,7 +208,10 @@ class _Finetuning:
 
 
 def _resolved(
-    session: Session[FinetuneConfig], classes: tuple[str, ...], path: str | Path | None
+    session: Session[FinetuneConfig],
+    classes: tuple[str, ...],
+    path: str | Path | None,
+    options: Mapping[str, int | None],
 ) -> tuple[FinetuneConfig, Encoder | None, Tensor | None]:
     """The config with what data and files decide, the encoder to start from, and the embeddings of the classes.
 
@@ -211,7 +223,7 @@ def _resolved(
         return dataclasses.replace(config, model=from_dict(EncoderConfig, saved)), None, None
     encoder, model = None, config.model
     if path is not None:
-        encoder = load_encoder(path)
+        encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
         say(f"encoder from {path}")
     else:
