@@ -110,7 +110,8 @@ def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int
     if not fits or pred.shape[2] != values:
         every = f"[{batch}, {grid.tokens}, {values}]"
         some = f"[{batch}, {count}, {values}] (masked tokens) or {every} (every token)"
-        expected = some if count < grid.tokens else f"{every}, as all are masked (a mask of zeros and ones has to be bool)"
+        of_all = f"{every}, as all are masked (a mask of zeros and ones has to be bool)"
+        expected = some if count < grid.tokens else of_all
         raise ValueError(f"pred: expected {expected}, found {list(pred.shape)}")
     if not pred.dtype.is_floating_point or pred.device != masked.device:
         raise ValueError(f"pred: expected a float type on {masked.device}, found {pred.dtype} on {pred.device}")

@@ -88,7 +88,12 @@ def test_a_chunk_of_logits_on_a_gpu_is_no_smaller_than_the_weight(monkeypatch: p
 
 @pytest.mark.parametrize(
     ("capability", "half_sums", "hip", "wide"),
-    [((8, 0), False, None, True), ((7, 5), False, None, False), ((9, 0), True, None, False), ((9, 0), False, "7", True)],
+    [
+        ((8, 0), False, None, True),
+        ((7, 5), False, None, False),
+        ((9, 0), True, None, False),
+        ((7, 5), False, "7", True),
+    ],
 )
 def test_products_keep_float32_where_the_gpu_can(
     capability: tuple[int, int], half_sums: bool, hip: str | None, wide: bool, monkeypatch: pytest.MonkeyPatch
