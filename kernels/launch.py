@@ -119,7 +119,7 @@ def half_sums() -> bool:
 
 
 def wide_products(device: torch.device) -> bool:
-    """Whether `torch.mm(..., out_dtype=float32)` of half types runs there: on GPUs from sm_80 on, unless `half_sums`."""
+    """Whether `torch.mm` of half types gives float32 there (`out_dtype`): on GPUs from sm_80 on, unless `half_sums`."""
     if device.type != "cuda" or half_sums():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -113,6 +113,7 @@ def _masked_loss_kernel(
     pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
     gradient = gradient_ptr + (clip * predicted_tokens + pred_row) * (FRAMES * HEIGHT * LENGTH)
     error = tl.zeros([ROWS], DTYPE)
+    factor = tl.where(inside, 2.0, float("nan")).to(DTYPE)
     for segment in tl.static_range(LENGTH // RUN):
         value, _ = run_values(segment, CHANNELS, RUN)
         value += row * LENGTH
@@ -123,7 +124,7 @@ def _masked_loss_kernel(
             stored = row < FRAMES * HEIGHT
             if EVERY_TOKEN:  # a token out of range has no row of its own
                 stored = stored & inside
-            store_rounded(gradient + value, tl.where(inside, 2 * residual, float("nan")), stored)
+            store_rounded(gradient + value, factor * residual, stored)
     tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
 
 

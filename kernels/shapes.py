@@ -71,8 +71,8 @@ def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected shape [{video.shape[0]}, K] (one row a clip), found {tuple(index.shape)}")
     if index.dtype != torch.int64:
         raise ValueError(
-            f"{name}: expected int64 token numbers, found {index.dtype}; a mask of zeros and ones becomes token numbers "
-            "by TubeMask.from_bool(mask.bool())"
+            f"{name}: expected int64 token numbers or a TubeMask, found {index.dtype}; "
+            "a mask of zeros and ones becomes one by TubeMask.from_bool(mask.bool())"
         )
     if index.device != video.device:
         raise ValueError(f"{name}: expected the device of video ({video.device}), found {index.device}")
@@ -108,10 +108,11 @@ def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int
     batch, count = masked.shape
     fits = pred.dim() == 3 and pred.shape[0] == batch and pred.shape[1] in (count, grid.tokens)
     if not fits or pred.shape[2] != values:
-        raise ValueError(
-            f"pred: expected [{batch}, {count}, {values}] (masked tokens) or [{batch}, {grid.tokens}, {values}] "
-            f"(every token), found {list(pred.shape)}"
-        )
+        every = f"[{batch}, {grid.tokens}, {values}]"
+        some = f"[{batch}, {count}, {values}] (masked tokens) or {every} (every token)"
+        of_all = f"{every}, as all are masked (a mask of zeros and ones has to be bool)"
+        expected = some if count < grid.tokens else of_all
+        raise ValueError(f"pred: expected {expected}, found {list(pred.shape)}")
     if not pred.dtype.is_floating_point or pred.device != masked.device:
         raise ValueError(f"pred: expected a float type on {masked.device}, found {pred.dtype} on {pred.device}")
 

@@ -7,8 +7,8 @@ A program takes a row: once through it for the maximum, the sum of exponentials 
 block) and the target's logit, once more to write. Exponentials and sums are float32. A row of `ignore_index` gives 0,
 a target out of range NaN, both as loss and as gradient.
 
-The gradient goes over the logits without a barrier: a thread writes over those that it has read itself, and the target's
-logit, which all read, is part of the sum of exponentials that every gradient waits for.
+The gradient goes over the logits without a barrier: a thread writes over those that it has read itself, and the
+target's logit, which all read, is part of the sum of exponentials that every gradient waits for.
 
 M rows, V codes.
 """

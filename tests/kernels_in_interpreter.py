@@ -331,9 +331,7 @@ def test_a_token_out_of_range_reads_nothing_and_gives_nan() -> None:
 
 @pytest.mark.parametrize("target", LOSSES)
 @pytest.mark.parametrize("every", [False, True])
-def test_the_gradient_of_a_token_out_of_range_is_nan(
-    target: str, every: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_of_a_token_out_of_range_is_nan(target: str, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In predictions of every token it has no place: the whole clip's gradient is NaN. Memory holds old numbers."""
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *given, **options: empty(*given, **options).fill_(7))

@@ -81,8 +81,8 @@ _MISTAKES = {
         (
             "half the gradient",
             "masked_loss.py",
-            "store_rounded(gradient + value, 2 * residual,",
-            "store_rounded(gradient + value, residual,",
+            "store_rounded(gradient + value, factor * residual, stored)",
+            "store_rounded(gradient + value, factor * residual / 2, stored)",
         ),
         (
             "the mean taken from differences to the first frame too",
@@ -101,8 +101,8 @@ _MISTAKES = {
         (
             "no gradient written where nothing exists",
             "masked_loss.py",
-            "2 * residual, inside & (row < FRAMES * HEIGHT))",
-            "2 * residual, exists)",
+            "stored = row < FRAMES * HEIGHT\n",
+            "stored = exists\n",
         ),
     ],
     (LIMITS, "large_bright_patches"): [
@@ -146,12 +146,65 @@ _MISTAKES = {
             "inside = (token >= 0) & (token <= slots * rows * columns)",
         ),
     ],
+    (INTERPRETER, "gradient_of_a_token_out_of_range"): [
+        (
+            "the gradient of a token out of range left as the memory was",
+            "masked_loss.py",
+            "            if EVERY_TOKEN:  # a token",
+            "            if True:  # a token",
+        ),
+        (
+            "a factor for a token out of range in predictions of every token",
+            "masked_loss.py",
+            'upstream = torch.where(fits, factors, float("nan"))',
+            "upstream = factors",
+        ),
+    ],
+    (INTERPRETER, "test_a_target_out_of_range"): [
+        (
+            "a target out of range has the gradient of no target",
+            "softmax_gradient.py",
+            'tl.where(exists, 1.0, float("nan"))',
+            "tl.where(exists, 1.0, 1.0)",
+        ),
+    ],
+    (LIMITS, "minus_infinity"): [
+        (
+            "the difference of two infinities",
+            "softmax_gradient.py",
+            'return tl.where(largest == float("-inf"), 0.0, largest)',
+            "return largest",
+        ),
+    ],
+    (INTERPRETER, "byte_at_its_channel"): [
+        (
+            "a product and a shift, which a GPU rounds once",
+            "gather_tubes.py",
+            "part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)",
+            "part = part * spread(mean_ptr + CHANNELS, channel, CHANNELS) - (spread(mean_ptr, channel, CHANNELS) "
+            "* spread(mean_ptr + CHANNELS, channel, CHANNELS) + 0.0)",
+        ),
+    ],
+    (INTERPRETER, "one_color"): [
+        (
+            "the mean of bytes by an approximate quotient",
+            "cube.py",
+            "mean = (total // COUNT).to(DTYPE) + (total % COUNT).to(DTYPE) / COUNT",
+            "mean = total.to(DTYPE) / COUNT",
+        ),
+        (
+            "PyTorch path: the sum of bytes after a division",
+            "reference.py",
+            "    pixels = raw.to(dtype, copy=True)\n",
+            "    pixels = raw.to(dtype, copy=True).div_(3.0).mul_(3.0)\n",
+        ),
+    ],
     (INTERPRETER, "shared_case and gather_tubes and normalized and not 16x16"): [
         (
-            "the mean not divided by the deviation",
+            "the mean in units of [0,1] where the clip is in bytes",
             "cube.py",
-            "shift = tuple(-m / s for m, s in zip(mean, std, strict=True))",
-            "shift = tuple(-m for m, s in zip(mean, std, strict=True))",
+            "tuple(m * one for m in mean)",
+            "tuple(mean)",
         ),
     ],
     (INTERPRETER, "shared_case and scale_gradient and float16"): [
@@ -166,7 +219,7 @@ _MISTAKES = {
         (
             "exponentials of another maximum summed",
             "softmax_gradient.py",
-            "sum_exp = sum_exp * tl.exp(largest - larger) + ",
+            "sum_exp = sum_exp * tl.exp(largest - above(larger)) + ",
             "sum_exp = sum_exp + ",
         ),
     ],
@@ -190,7 +243,7 @@ _MISTAKES = {
         (
             "an ignored row has a gradient",
             "softmax_gradient.py",
-            "upstream = tl.where(counted, 1.0, 0.0).to(DTYPE)",
+            'upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)',
             "upstream = tl.where(counted, 1.0, 1.0).to(DTYPE)",
         ),
     ],
@@ -284,7 +337,7 @@ _MISTAKES = {
         (
             "upstream factors of masked tokens given to the first tokens",
             "masked_loss.py",
-            "scatter(1, masked, upstream)",
+            "scatter(1, masked.clamp(0, tokens - 1), upstream)",
             "scatter(1, torch.arange(masked.shape[1]).expand_as(masked), upstream)",
         ),
     ],

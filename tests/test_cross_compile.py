@@ -57,6 +57,52 @@ of 1000 codes, are not aligned, and with 4 channels two warps share a cube's row
 """
 
 
+SPECIALIZATIONS = """
+import json
+import torch
+from compile_kernels import PretendedDriver, driver, launch, masks, masked_loss, softmax_gradient
+
+driver.set_active(PretendedDriver("sm_90"))
+launch.architecture = lambda device: "sm_90"
+keys = {}
+
+def record(kernel, programs, *arguments, **meta):
+    *_, binder = kernel.create_binder()
+    _, found, options = binder(*arguments, **meta)
+    keys.setdefault(kernel.fn.__name__, set()).add(str((found, options)))
+
+launch.run = record
+step = torch.empty((), dtype=torch.int64, device="meta")
+for seed, sample, slots, positions, hidden, strength in (
+    (0, 0, 8, 196, 176, 0), (1, 1, 1, 129, 1, 1), (16, 48, 16, 256, 16, 32768), (2**40 + 1, 2**40, 3, 200, 3, 65536)
+):
+    masks._launch(step, seed, sample, 4, slots, positions, hidden, None, strength)
+logits, target = torch.empty(4, 64, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+for ignored in (-100, 0, 1, 16):
+    softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True)
+for grid, count in (((2, 2, 2), 4), ((16, 16, 16), 16), ((3, 16, 5), 32)):
+    video = torch.empty(2, 2 * grid[0], 16 * grid[1], 16 * grid[2], 16, dtype=torch.uint8, device="meta")
+    index = torch.empty(2, count, dtype=torch.int64, device="meta")
+    settings = (2, 16, 16), "pixel", "channel", 1e-6, None, None, True
+    masked_loss._launch(torch.empty(2, count, 8192, device="meta"), video.permute(0, 4, 1, 2, 3), index, *settings)
+print(json.dumps({name: len(found) for name, found in keys.items()}))
+"""
+
+
+def test_one_compilation_serves_all_seeds_samples_and_counts() -> None:
+    """Triton compiles again for integers of 1, multiples of 16 and 64 bits, unless it is told not to."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SPECIALIZATIONS]
+    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == {
+        "_draw_mask_kernel": 1,
+        "_softmax_gradient_kernel": 1,
+        "_masked_loss_kernel": 1,
+    }
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[str, Future[list[dict[str, Any]]]]]:
     """Architecture → what compile_kernels.py prints, two architectures at a time."""

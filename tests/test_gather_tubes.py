@@ -96,7 +96,7 @@ def test_no_visible_token_gives_no_row() -> None:
         ({"visible": VISIBLE[0]}, r"visible: expected shape \[2, K\]"),
         ({"visible": VISIBLE.int()}, "int64"),
         ({"visible": torch.eye(2, 8, dtype=torch.int64)}, "each at most once in a clip, found one twice"),
-        ({"visible": torch.ones(2, 8, dtype=torch.bool)}, r"int64 token numbers, found torch.bool; .* from_bool"),
+        ({"visible": torch.ones(2, 8, dtype=torch.bool)}, "TubeMask, found torch.bool; .*from_bool"),
         ({"mean": MEAN}, "both or neither"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean: expected 3 values"),
         ({"mean": MEAN, "std": (0.2, 0.0, 0.2)}, "positive"),

@@ -134,13 +134,13 @@ def test_a_boolean_mask_compiles_as_one_graph(reduction: str) -> None:
 
 
 def test_what_needs_the_host_says_so_under_compile() -> None:
-    mask = tube_mask(2, (2, 2, 2), 0.5, seed=0).as_bool()
+    mask, videos = tube_mask(2, (2, 2, 2), 0.5, seed=0).as_bool(), clips()
 
     @torch.compile(backend="eager", fullgraph=True)
     def loss(every: torch.Tensor) -> torch.Tensor:
-        return masked_pixel_loss(every, clips(), mask, patch_size=PATCH, reduction="none")
+        return masked_pixel_loss(every, videos, mask, patch_size=PATCH, reduction="none")
 
-    with pytest.raises(Exception, match="a boolean one cannot be counted under torch.compile"):
+    with pytest.raises(Exception, match="a boolean one cannot be counted under"):
         loss(torch.randn(2, 8, 96))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mam2.kernels import launch
+from mam2.kernels import cube, launch
 
 CPU = torch.device("cpu")
 TABLES = {"default": {"a": [[512, 1], [1024, 2]], "b": [[64, 8]]}, "sm_90": {"a": [[512, 4], [1024, 16]]}}
@@ -88,7 +88,12 @@ def test_a_chunk_of_logits_on_a_gpu_is_no_smaller_than_the_weight(monkeypatch: p
 
 @pytest.mark.parametrize(
     ("capability", "half_sums", "hip", "wide"),
-    [((8, 0), False, None, True), ((7, 5), False, None, False), ((9, 0), True, None, False), ((9, 0), False, "7", True)],
+    [
+        ((8, 0), False, None, True),
+        ((7, 5), False, None, False),
+        ((9, 0), True, None, False),
+        ((7, 5), False, "7", True),
+    ],
 )
 def test_products_keep_float32_where_the_gpu_can(
     capability: tuple[int, int], half_sums: bool, hip: str | None, wide: bool, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +107,26 @@ def test_products_keep_float32_where_the_gpu_can(
         out = product(*(torch.empty(4, 4, dtype=torch.float16, device="cuda") for _ in range(2)), torch.float32)
     assert out.dtype == torch.float32
     assert (torch.ops.aten.mm.dtype in calls.functions) == wide
+
+
+@pytest.mark.parametrize(
+    ("video", "patch", "rows_are_whole"),
+    [
+        (torch.zeros(2, 4, 8, 8, 3).permute(0, 4, 1, 2, 3), (2, 4, 4), True),
+        (torch.zeros(2, 3, 4, 8, 8), (2, 4, 4), False),
+        (torch.zeros(2, 1, 4, 8, 8), (2, 4, 4), True),
+        (torch.zeros(2, 1, 4, 8, 16)[..., ::2], (2, 4, 4), False),
+        (torch.zeros(2, 4, 8, 8, 6)[..., ::2].permute(0, 4, 1, 2, 3), (2, 4, 4), False),
+        (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 4), False),
+        (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 1), True),
+    ],
+    ids=["channels_last", "planes", "grey", "every other pixel", "channels apart", "pixels apart", "one pixel wide"],
+)
+def test_a_patch_row_without_gaps_is_read_in_wide_pieces(
+    video: torch.Tensor, patch: tuple[int, int, int], rows_are_whole: bool
+) -> None:
+    pytest.importorskip("triton")
+    assert cube.cube_meta(video, patch, torch.float32)["CHANNELS_LAST"] == rows_are_whole
 
 
 def test_the_file() -> None:

@@ -261,7 +261,11 @@ def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
         ({"pred": torch.zeros(2, 6, 144).long()}, "pred: expected a float type"),
         ({"mask": torch.zeros(2, 11, dtype=torch.bool)}, r"mask: expected bool \[2, 12\]"),
         ({"mask": torch.zeros(2, 6)}, r"mask: expected int64 .* TubeMask.from_bool\(mask.bool\(\)\)"),
-        ({"mask": torch.eye(2, 12, dtype=torch.int64)}, "each at most once in a clip, found one twice; .* mask.bool"),
+        ({"mask": torch.eye(2, 12, dtype=torch.int64)}, "pred: .*a mask of zeros and ones has to be bool"),
+        (
+            {"mask": torch.eye(2, 12, dtype=torch.int64), "pred": torch.zeros(2, 12, 144)},
+            "each at most once in a clip, found one twice; .* mask.bool",
+        ),
         ({"mask": torch.tensor([[0, 1, 2, 3, 4, 5], [6, 5, 4, 7, 3, 6]])}, "each at most once in a clip"),
         ({"mask": torch.arange(12).expand(2, -1) < 5}, "expected 6 masked tokens in every clip, .* a clip with 5"),
         ({"mask": [[1, 2]]}, "mask: expected a TubeMask, a tensor or None, found list"),
