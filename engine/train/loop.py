@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mam2.engine.config import UserError
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.files import append_rows
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.presets import parameters_by_part
 from mam2.engine.train import checkpoint
@@ -229,8 +230,7 @@ class Loop:
         numbers = ", ".join(map(str, bad))
         session.log.say(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
         if session.world.main:
-            with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.writelines(f"{step}\t{path}\n" for step, path in sorted(rows))
+            append_rows(file, sorted(rows))
 
     def _save(self, step: int, *, last: bool = False) -> None:
         """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
