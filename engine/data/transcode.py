@@ -76,8 +76,8 @@ ENCODERS = {
     ),
     "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
 }
-"""H.264 and HEVC without B-frames: DALI waits for every picture that NVDEC gives out of order. HEVC's groups of pictures
-are closed, so that decoding can start at each key frame."""
+"""H.264 and HEVC without B-frames: DALI waits for every picture that NVDEC gives out of order. HEVC with closed groups
+of pictures, so that decoding can start at each key frame."""
 MULTIPLE = 16
 """Of which both sides are multiples: DALI then keeps an NVDEC decoder from one video to the next of the same size."""
 UNSTATED_RATE = 25.0
@@ -94,8 +94,8 @@ class Settings:
     codec: str = "h264"
     """`h264` or `hevc`, which NVDEC decodes, or `vp9`, which DALI on a CPU decodes too."""
     short_side: int = 320
-    """Pixels; a smaller video keeps its size. Both sides are then rounded to multiples of 16: at 320 pixels, that stretches
-    a picture by less than 3 %."""
+    """Pixels; a smaller video keeps its size. Both sides are then rounded to multiples of 16: at 320 pixels, that
+    stretches a picture by less than 3 %."""
     gop: int = 30
     """The most frames from a key frame to the next."""
 

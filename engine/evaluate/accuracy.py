@@ -36,7 +36,7 @@ def class_accuracies(probabilities: Tensor, labels: Tensor) -> tuple[list[int], 
 def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Videos of each class (row) that were taken for each class (column): int64 [V, V].
 
-    More than DRAWN_CLASSES classes are counted in that many groups of neighbors, since V² numbers would fill the memory.
+    More than DRAWN_CLASSES classes are counted in that many groups of neighbors: V² numbers would fill the memory.
     """
     classes = probabilities.shape[1]
     bins = min(classes, DRAWN_CLASSES)

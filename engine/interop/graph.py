@@ -8,6 +8,7 @@ Normalising and cutting into tokens are part of the graph. B clips, T frames, N 
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mam2.engine.config import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.interop.load import encoder_of
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder
@@ -50,7 +52,10 @@ class Plain(nn.Module):
 
 def write_torch(model: Encoder | Classifier, path: Path) -> None:
     """A program of torch.export, for `torch.export.load(path).module()(video)`."""
-    torch.export.save(_program(model), path)
+    # torch.export.save into a file turns a full disk into a RuntimeError without the reason
+    buffer = io.BytesIO()
+    torch.export.save(_program(model), buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 def write_onnx(model: Encoder | Classifier, path: Path) -> None:

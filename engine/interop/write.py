@@ -5,6 +5,7 @@ Both recompute the positions from the size of the clip, so what they get has to 
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mam2.engine.config import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.interop.load import Model, encoder_of
 from mam2.engine.interop.names import Tensors, to_hugging_face, to_videomae
 from mam2.engine.model.blocks import Block, sincos_positions
@@ -100,7 +102,10 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
 
 def write_videomae(model: Model, path: Path) -> None:
     """Writes a .pth that VideoMAE's and VideoMAE v2's `--finetune` takes: weights under `model`, as they name them."""
-    torch.save({"model": to_videomae(_tensors(model), encoder_of(model).patch_size)}, path)
+    # torch.save into a file turns a full disk into a RuntimeError without the reason
+    buffer = io.BytesIO()
+    torch.save({"model": to_videomae(_tensors(model), encoder_of(model).patch_size)}, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 def _tensors(model: Model) -> Tensors:

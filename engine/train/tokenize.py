@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from mam2.engine.config import PretrainConfig, UserError, check, passes
 from mam2.engine.data.code_cache import MANIFEST, CodeCache, CodeCacheWriter
-from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.lists import check_source
+from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Skipped, read_manifest, write_manifest
 from mam2.engine.files import append_rows, check_apart, make_folder, one_line, writing
 from mam2.engine.model.vqgan import VQGAN
