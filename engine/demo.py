@@ -18,6 +18,7 @@ from mam2.engine.evaluate.features import extract_features
 from mam2.engine.evaluate.pretext import PretextResult, measure_pretext, reconstruct
 from mam2.engine.evaluate.probe import bootstrap, linear_probe
 from mam2.engine.evaluate.report import draw_strips, write_report
+from mam2.engine.files import make_folder, write_whole, writing
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.recipe import load_recipe
@@ -61,6 +62,14 @@ def demo(
     start = time.perf_counter()
     config = config or load_recipe("demo")
     data, run = out / "clips", out / "run"
+    with writing(out):
+        return _demo(out, data, run, train_clips, test_clips, config, start)
+
+
+def _demo(
+    out: Path, data: Path, run: Path, train_clips: int, test_clips: int, config: PretrainConfig, start: float
+) -> tuple[TrainResult, DemoResult | None]:
+    make_folder(out)
     write_dataset(data, train=train_clips, test=test_clips)
     trained = pretrain(config, data / "train", run, resume=True)
     if trained.signal:
@@ -68,9 +77,7 @@ def demo(
     # The run decides what is measured: an earlier call may have left a finished one here.
     result, strips = _measure(config, data, run)
     rows = _rows(result)
-    (run / "demo.json").write_text(
-        json.dumps(asdict(result) | {"verdicts": result.verdicts()}, indent=1), encoding="utf-8"
-    )
+    write_whole(run / "demo.json", json.dumps(asdict(result) | {"verdicts": result.verdicts()}, indent=1))
     page = write_report(
         run,
         title="MAM2 demo",

@@ -24,7 +24,7 @@ FULL_OR_FORBIDDEN = frozenset(
 )
 """Numbers of errors that only the place can cause that is written to or read, never a mistake in the program."""
 PLACE_ERRORS = FULL_OR_FORBIDDEN | {
-    *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ETXTBSY)
+    *(errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ETXTBSY)
 }
 """Those of a place that a user named to write to."""
 
@@ -75,14 +75,14 @@ def write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
     write_whole(path, "".join(map(table_line, rows)))
 
 
-def append_row(path: Path, cells: Sequence[object]) -> None:
-    """Adds a line to a tab-separated file, which is made where it is missing. Raises OSError."""
+def append_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Adds lines to a tab-separated file, which is made where it is missing. Raises OSError."""
     with path.open("ab") as file:
-        file.write(table_line(cells).encode("utf-8", NAMES))
+        file.write("".join(map(table_line, rows)).encode("utf-8", NAMES))
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once: after a crash, or on a full disk, it holds the old content or the new. Raises OSError.
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Replaces a file whole: after a crash or on a full disk it holds the old content or the new. Raises OSError.
 
     Text is written as UTF-8, names that are not UTF-8 as their bytes.
     """
@@ -112,9 +112,17 @@ def writing(place: str | Path, argument: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in PLACE_ERRORS:
+        if error.errno not in PLACE_ERRORS or not _concerns(error, Path(place)):
             raise
         raise unwritable(place, error, argument) from error
+
+
+def _concerns(error: OSError, place: Path) -> bool:
+    """Whether an error is of the place, of a file in it or beside it (written aside), or of a folder above it."""
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return True  # of a write or a sync, which do not tell
+    path, place = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.abspath(place))
+    return path.is_relative_to(place.parent) or place.is_relative_to(path)
 
 
 def unwritable(place: str | Path, error: OSError, argument: str = "--out") -> UserError:

@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_said_first(videos, run, tmp_path, capsys, mon
     for out, message in {
         "f.csv": ".npy or .parquet",
         "f.parquet": "pip install pyarrow",
-        "no/f.npy": "no folder",
+        "no/f.npy": "cannot be written: No such file or directory",
     }.items():
         assert embed(run, "--data", videos, "--out", tmp_path / out) == 2
         assert message in capsys.readouterr().err

@@ -43,7 +43,7 @@ def good(path: Path) -> Video:
     return video
 
 
-@pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("vp9", ".webm")])
+@pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("hevc", ".mp4"), ("vp9", ".webm")])
 def test_every_frame_keeps_its_number_at_a_smaller_size(tmp_path, clip_bytes, frame_numbers, codec, suffix):
     place(clip_bytes, tmp_path / "in" / "x" / "a.mp4")
     outcome = transcode(tmp_path / "in", tmp_path / "out", Settings(codec=codec, short_side=48, gop=7))
@@ -52,14 +52,15 @@ def test_every_frame_keeps_its_number_at_a_smaller_size(tmp_path, clip_bytes, fr
     assert (video.codec, video.frames, video.width, video.height, video.fps) == (codec, 20, 64, 48, 25.0)
     assert video.keyframe_max <= 7
     assert not video.variable_rate
+    assert not video.b_frames
     assert frame_numbers(decode_frames(video.path, range(20))) == list(range(20))
     assert outcome.written[0] == (len(clip_bytes), video.bytes)
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((33, 47), (32, 48)), ((32, 48), (32, 48)), ((1, 1), (2, 2)), ((99, 201), (40, 82))]
+    ("size", "expected"), [((33, 47), (32, 48)), ((32, 48), (32, 48)), ((1, 1), (16, 16)), ((99, 201), (48, 80))]
 )
-def test_sides_become_even_and_never_larger(tmp_path, write_video, size, expected):
+def test_sides_become_multiples_of_16(tmp_path, write_video, size, expected):
     frames = np.full((3, *size, 3), 90, np.uint8)
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=25)
@@ -67,10 +68,69 @@ def test_sides_become_even_and_never_larger(tmp_path, write_video, size, expecte
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    assert not transcode(tmp_path / "a.mkv", tmp_path / "out", Settings(short_side=40)).failed
+    assert not transcode(tmp_path / "a.mkv", tmp_path / "out", Settings(short_side=41)).failed
     video = good(tmp_path / "out" / "a.mp4")
     assert (video.height, video.width) == expected
     assert abs(decode_frames(video.path, [0]).astype(int) - 90).max() <= 3
+
+
+def test_a_picture_is_stretched_by_less_than_3_percent():
+    for width, height in ((340, 256), (1920, 1080), (640, 360), (426, 240), (720, 576), (608, 1080)):
+        wide, high = module._coded_size(width, height, 320)
+        assert wide % 16 == high % 16 == 0
+        assert min(wide, high) == min(320, height, width)
+        assert wide / high == pytest.approx(width / height, rel=0.03)
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_scenes_that_move_get_no_b_frames_and_closed_groups(tmp_path, codec):
+    generator = np.random.default_rng(0)
+    scene = generator.integers(0, 255, (96, 160, 3), np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 96, 96, "bgr0"
+        for shift in range(40):
+            image = np.ascontiguousarray(scene[:, shift : shift + 96])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert not transcode(tmp_path / "a.mkv", tmp_path / "out", Settings(codec=codec, gop=10)).failed
+    with av.open(str(tmp_path / "out" / "a.mp4")) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    assert [packet.pts for packet in packets] == sorted(packet.pts for packet in packets)
+    assert good(tmp_path / "out" / "a.mp4").keyframe_max <= 10
+    assert decode_frames(str(tmp_path / "out" / "a.mp4"), [25]).shape == (1, 96, 96, 3)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path, clip_bytes, capsys, full_disk):
+    place(clip_bytes, *(tmp_path / "in" / f"{number}.mp4" for number in range(3)))
+    arguments = ["transcode", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--short-side", "48"]
+    with full_disk(200), pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert told.splitlines()[-1].startswith(f"mam2: error: --out {tmp_path / 'out'}: cannot be written: File too large")
+    assert files(tmp_path / "out") == [module.SETTINGS]
+
+
+def test_images_that_were_overwritten_are_encoded_again(tmp_path, write_frames, numbered_frames):
+    write_frames(tmp_path / "in" / "clip", numbered_frames(3))
+    transcode(tmp_path / "in", tmp_path / "out", Settings())
+    image = tmp_path / "in" / "clip" / "img_00002.jpg"
+    image.write_bytes(image.read_bytes())
+    os.utime(image, ns=(2 * 10**18, 2 * 10**18))
+    assert len(transcode(tmp_path / "in", tmp_path / "out", Settings()).written) == 1
+
+
+def test_a_list_keeps_its_splits_and_odd_names(tmp_path, clip_bytes):
+    odd = os.fsdecode(b"tab\there caf\xe9.mp4")
+    place(clip_bytes, tmp_path / odd, tmp_path / "b.mp4")
+    (tmp_path / "list.csv").write_bytes(os.fsencode(f'path,split\n"{odd}",train\nb.mp4,val\n'))
+    transcode(tmp_path / "list.csv", tmp_path / "out", Settings(short_side=32))
+    (only,) = read_manifest(f"{tmp_path / 'out' / 'list.tsv'}:train").videos
+    assert only.path == str(tmp_path / "out" / odd)
+    outcome = transcode(f"{tmp_path / 'list.csv'}:val", tmp_path / "other", Settings(short_side=32))
+    assert len(outcome.written) == 1
+    assert len(read_manifest(tmp_path / "other" / "list.tsv").videos) == 1
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -236,7 +296,7 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
     place(clip_bytes, tmp_path / "in" / "a.mp4")
     (tmp_path / "in" / "list.csv").write_text("a.mp4 0\n")
     for settings, told in (
-        (Settings(codec="av1"), "--codec: expected one of h264, vp9; found av1"),
+        (Settings(codec="av1"), "--codec: expected one of h264, hevc, vp9; found av1"),
         (Settings(short_side=1), "--short-side 1"),
         (Settings(gop=0), "--gop 0"),
     ):
@@ -273,8 +333,8 @@ def test_real_clips_look_and_count_the_same(tmp_path):
         assert not after.rotation, video.path
         assert not after.variable_rate, video.path
         assert video.frames * 0.9 - 1 <= after.frames <= video.frames, video.path
-        (wide, high), shown = after.shown_size, video.shown_size
-        assert wide / high == pytest.approx(shown[0] / shown[1], rel=0.06), video.path
+        assert after.shown_size == module._coded_size(*video.shown_size, 64), video.path
+        assert not after.b_frames, video.path
         if "corrupt" in video.path:
             continue
         middle = min(video.frames // 2, after.frames - 1)

@@ -260,4 +260,29 @@ def test_accuracies_of_a_table_counted_by_hand():
     assert accuracy.top_k(chances, labels, 9).all()
     matrix = accuracy.confusion(chances, labels)
     assert matrix.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
-    assert accuracy.class_accuracies(matrix) == [1.0, 0.5, 0.0, None]
+    assert accuracy.class_accuracies(chances, labels) == ([1, 2, 1, 0], [1.0, 0.5, 0.0, None])
+
+
+def test_the_confusion_of_very_many_classes_takes_little_memory():
+    chances = torch.zeros(3, 60_001)
+    chances[[0, 1, 2], [0, 60_000, 59_999]] = 1
+    labels = torch.tensor([0, 60_000, 1])
+    matrix = accuracy.confusion(chances, labels)
+    assert matrix.shape == (accuracy.DRAWN_CLASSES, accuracy.DRAWN_CLASSES)
+    assert matrix.nonzero().tolist() == [[0, 0], [0, 999], [999, 999]]
+    counts, shares = accuracy.class_accuracies(chances, labels)
+    assert (counts[0], counts[1], counts[60_000], sum(counts)) == (1, 1, 1, 3)
+    assert (shares[0], shares[1], shares[2], shares[60_000]) == (1.0, 0.0, None, 1.0)
+    picture = accuracy.draw_confusion(matrix, [str(number) for number in range(60_001)])
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_tables_hold_names_with_tabs_line_ends_and_bytes(tmp_path):
+    odd = os.fsdecode(b'caf\xe9\t"a"\r\n$x_.mp4')
+    chances = torch.tensor([[0.25, 0.75]])
+    accuracy.write_predictions(tmp_path / "p.tsv", [odd], torch.tensor([1]), chances, ["plain", odd])
+    with (tmp_path / "p.tsv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        (row,) = csv.DictReader(file, delimiter="\t")
+    assert (row["path"], row["class"], row["class1"], row["class2"], row["right"]) == (odd, odd, odd, "plain", "1")
+    matrix = accuracy.confusion(chances, torch.tensor([1]))
+    assert accuracy.draw_confusion(matrix, ["plain", odd]).startswith(b"\x89PNG")

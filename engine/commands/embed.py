@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 import tyro
 
 from mam2.engine.config import RunConfig, UserError
+from mam2.engine.files import check_apart, check_folder, one_line, whole_file, write_whole, writing
 
 
 def run(arguments: list[str]) -> int:
@@ -48,8 +50,9 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--out {out}: expected a name that ends in .npy or .parquet")
         if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
             raise UserError(f"--out {out}: parquet needs pyarrow (pip install pyarrow); .npy does not")
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: no folder {out.absolute().parent}")
+        check_apart(data, out)
+        with writing(out):
+            check_folder(out.absolute().parent)
 
         import numpy as np
 
@@ -64,7 +67,7 @@ def run(arguments: list[str]) -> int:
         if not 0 <= layer <= frozen.depth:
             raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
         manifest = read_manifest(data)
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
+        with writing(out), tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
             rows = Path(folder) / "rows.npy"
             wanted = {Wanted(frozen, layer or frozen.depth, "mean"): rows}
             skipped = write_features(manifest, wanted, batch=batch, run=settings)
@@ -84,27 +87,30 @@ def run(arguments: list[str]) -> int:
         }
         paths, labels = [video.path for video in videos], [video.label for video in videos]
         if out.suffix == ".npy":
-            np.save(out, features)
             index = about | {"paths": paths, "labels": labels}
-            # ASCII escapes carry every path, also one that is not UTF-8
-            out.with_suffix(".json").write_text(json.dumps(index, indent=1) + "\n", encoding="ascii")
+            with writing(out):
+                with whole_file(out) as file:
+                    np.save(file, features)
+                # ASCII escapes carry every path, also one that is not UTF-8
+                write_whole(out.with_suffix(".json"), json.dumps(index, indent=1) + "\n")
         else:
             import pyarrow
             import pyarrow.parquet
 
             flat = pyarrow.array(features.ravel())
-            names = [path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for path in paths]
+            names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in paths]
             columns = {
                 "path": pyarrow.array(names),
                 "label": pyarrow.array(labels),
                 "feature": pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1]),
             }
             table = pyarrow.table(columns).replace_schema_metadata({"mam2": json.dumps(about)})
-            pyarrow.parquet.write_table(table, out)
+            with writing(out), whole_file(out) as file:
+                pyarrow.parquet.write_table(table, file)
         left_out = f"; {len(skipped)} left out" if skipped else ""
         print(f"{len(videos)} videos, {features.shape[1]} values each: {out}{left_out}")
         for path, reason in skipped.items():
-            print(f"left out  {path}: {reason}")
+            print(one_line(f"left out  {path}: {reason}"))
         return 0
 
     return tyro.cli(embed, args=arguments, prog="mam2 embed")

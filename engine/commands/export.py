@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from mam2.engine.config import UserError
+from mam2.engine.files import make_folder
 
 SHOWN = 10
 """Classes that are printed; the file has all of them."""
@@ -39,6 +40,8 @@ def run(arguments: list[str]) -> int:
         """
         if out.exists():
             raise UserError(f"--out {out}: is there already; name another one")
+        # Before the model is read and traced, which takes minutes.
+        make_folder(out.absolute().parent)
         from safetensors import SafetensorError
 
         from mam2.engine.interop.graph import write_onnx, write_torch

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mam2.engine.config import RunConfig, UserError
+from mam2.engine.files import check_folder, write_whole, writing
 
 if TYPE_CHECKING:
     from mam2.engine.evaluate.probing import Probed, Score
@@ -51,12 +52,17 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
+        from mam2.engine.data.lists import check_source
         from mam2.engine.evaluate.frozen import load_frozen
         from mam2.engine.evaluate.probing import probe_encoders
         from mam2.engine.train.runtime import pick_device
 
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
+        with writing(out):
+            check_folder(out.absolute().parent)
+        for source in (data, val or data):
+            check_source(source)
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
         encoders = [
@@ -73,10 +79,8 @@ def run(arguments: list[str]) -> int:
             batch=batch,
             run=settings,
         )
-        try:
-            out.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        with writing(out):
+            write_whole(out, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
         print(table(result))
         print(out)
         return 0

@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from mam2.engine.config import DataConfig, RunConfig, UserError
+from mam2.engine.files import make_folder, one_line, unwritable, write_whole
 from mam2.engine.limits import Limits, check_value
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run(arguments: list[str]) -> int:
             threads: decoding threads; 0 means as many as this process may use cores.
             device: `auto` takes a GPU if there is one.
         """
+        from mam2.engine.data.lists import check_source
         from mam2.engine.data.loader import ClipLoader
         from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
         from mam2.engine.evaluate.reconstruction import draw_reconstructions, draw_training, measure_reconstruction
@@ -70,6 +72,8 @@ def run(arguments: list[str]) -> int:
             check_value(f"--{flag}", value, Limits(at_least=least[flag]))
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: is there already; name another folder")
+        check_source(data)
+        make_folder(out.absolute().parent)
         try:
             architecture = small(channels, codes, factor)
         except ValueError as error:
@@ -86,7 +90,7 @@ def run(arguments: list[str]) -> int:
         kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
 
         def skip(skipped: Skipped) -> None:
-            tqdm.write(f"unusable: {skipped.path}: {skipped.reason}")
+            tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
 
         for skipped in manifest.skipped:
             skip(skipped)
@@ -103,19 +107,22 @@ def run(arguments: list[str]) -> int:
 
         aside = out.with_name(out.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         try:
+            aside.mkdir(parents=True)
             save_vqgan(vqgan, aside / FILE)
             draw_reconstructions(result, aside / "reconstructions.png")
             draw_training(reports, aside / "training.png")
-            (aside / "training.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+            write_whole(aside / "training.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
             numbers = {
                 field.name: getattr(result, field.name)
                 for field in dataclasses.fields(result)
                 if field.name not in ("original", "reconstructed")
             }
-            (aside / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
             aside.replace(out)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise unwritable(out, error) from error
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

@@ -66,6 +66,11 @@ def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dic
     }
 
 
+def check_cache(folder: str | Path) -> None:
+    """Raises UserError where a cache is not there or unfinished; reads no codes, so that it can be asked first."""
+    CodeCache(folder, verify=False)
+
+
 class CodeCache:
     """A finished cache, open for reading. Threads may share it."""
 
@@ -87,7 +92,12 @@ class CodeCache:
                     f"{self.folder}: {_shard_name(*place)} is missing or damaged; mam2 tokenize with the same values "
                     "writes what is not there"
                 )
-            self._shards[place] = np.load(self.folder / "shards" / _shard_name(*place), mmap_mode="r")
+            try:
+                self._shards[place] = np.load(self.folder / "shards" / _shard_name(*place), mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{self.folder}: {_shard_name(*place)} cannot be read ({error}); tokenize anew"
+                ) from None
 
     @property
     def codebook_size(self) -> int:

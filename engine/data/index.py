@@ -155,8 +155,8 @@ def advice(videos: Sequence[Video]) -> list[str]:
         )
     if odd > count / 10:
         found.append(
-            f"{odd} of {count} videos have sides that are not multiples of {NVDEC_MULTIPLE}: on a GPU, DALI makes a new "
-            "NVDEC decoder for each of their clips: mam2 transcode DATA --out FOLDER"
+            f"{odd} of {count} videos have sides that are not multiples of {NVDEC_MULTIPLE}: on a GPU, DALI makes a "
+            "new NVDEC decoder for each of their clips: mam2 transcode DATA --out FOLDER"
         )
     if reordered > count / 10:
         found.append(

@@ -52,9 +52,9 @@ class Changes(NamedTuple):
 def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True) -> Manifest:
     """The usable videos of a folder, an annotation list or a single file, in a fixed order.
 
-    source: see `mam2.engine.data.lists`; where an index lies beside it (for LIST:SPLIT that of the list serves as well),
-    only what changed since is opened. Or the index
-    itself (.jsonl), which is taken as it stands: no file is looked at.
+    source: see `mam2.engine.data.lists`; where an index lies beside it, only what changed since is opened. For
+    LIST:SPLIT the index of LIST serves too. Or the index itself (.jsonl), which is taken as it stands: no file is
+    looked at.
     threads: files opened at once, 0 for twice the cores. progress: draw a bar when the output is a terminal.
     Raises UserError when there is nothing to use; single files that cannot be used are in `skipped`.
     """

@@ -8,13 +8,13 @@ square stay so. A folder of images becomes a video.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
+import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,8 +39,19 @@ from mam2.engine.data.decoding import (
     frame_files,
     open_video,
 )
-from mam2.engine.data.lists import Listing, read_source
+from mam2.engine.data.frame_folders import folder_status
+from mam2.engine.data.lists import Listing, list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.files import (
+    FULL_OR_FORBIDDEN,
+    check_apart,
+    make_folder,
+    one_line,
+    unwritable,
+    write_table,
+    write_whole,
+    writing,
+)
 
 
 class Encoder(NamedTuple):
@@ -52,9 +63,24 @@ class Encoder(NamedTuple):
 
 
 ENCODERS = {
-    "h264": Encoder(".mp4", "libx264", {"preset": "fast", "crf": "20"}, {"movflags": "+faststart"}),
+    "h264": Encoder(".mp4", "libx264", {"preset": "fast", "crf": "20", "bf": "0"}, {"movflags": "+faststart"}),
+    "hevc": Encoder(
+        ".mp4",
+        "libx265",
+        {
+            "preset": "fast",
+            "crf": "22",
+            "bf": "0",
+            "x265-params": "open-gop=0:pools=none:frame-threads=1:log-level=error",
+        },
+        {"movflags": "+faststart"},
+    ),
     "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
 }
+"""H.264 and HEVC without B-frames: DALI waits for every picture that NVDEC gives out of order. HEVC with closed groups
+of pictures, so that decoding can start at each key frame."""
+MULTIPLE = 16
+"""Of which both sides are multiples: DALI then keeps an NVDEC decoder from one video to the next of the same size."""
 UNSTATED_RATE = 25.0
 """Frames a second where the source does not say; folders of images never do."""
 MOST_LOST = 0.1
@@ -67,9 +93,10 @@ FAILURES = "transcode.failed.tsv"
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     codec: str = "h264"
-    """`h264`, which NVDEC decodes, or `vp9`, which DALI on a CPU decodes too."""
+    """`h264` or `hevc`, which NVDEC decodes, or `vp9`, which DALI on a CPU decodes too."""
     short_side: int = 320
-    """Pixels; a smaller video keeps its size. Both sides are rounded to even numbers."""
+    """Pixels; a smaller video keeps its size. Both sides are then rounded to multiples of 16: at 320 pixels, that
+    stretches a picture by less than 3 %."""
     gop: int = 30
     """The most frames from a key frame to the next."""
 
@@ -103,9 +130,12 @@ def transcode(
     `out/transcode.failed.tsv` names failures. jobs: files at once, 0 for as many as cores.
     Raises UserError for values that cannot be, and where `out` holds files made with other ones.
     """
-    source, out = Path(source), Path(out).absolute()
+    out = Path(out).absolute()
     _check(settings, jobs)
     listing = read_source(source)
+    for note in listing.notes:
+        tqdm.write(one_line(note), file=sys.stderr)
+    source = list_and_split(source)[0]
     plan = _plan(source, listing, out, settings)
     _claim(out, settings)
     stop = threading.Event()
@@ -119,10 +149,11 @@ def transcode(
             raise
     done = list(zip(plan, results, strict=True))
     failed = tuple(Skipped(job.source, result) for job, result in done if isinstance(result, str))
-    _write_table(out / FAILURES, ("path", "reason"), ((entry.path, entry.reason) for entry in failed))
-    if source.is_file() and plan[0].source != os.path.abspath(source):
-        targets = {job.source: job.target for job, result in done if not isinstance(result, str)}
-        _write_list(out / f"{source.stem}.tsv", listing, targets)
+    with writing(out):
+        write_table(out / FAILURES, [("path", "reason"), *((entry.path, entry.reason) for entry in failed)])
+        if source.is_file() and plan[0].source != os.path.abspath(source):
+            targets = {job.source: job.target for job, result in done if not isinstance(result, str)}
+            _write_list(out / f"{source.stem}.tsv", listing, targets)
     written = tuple(result for result in results if isinstance(result, Written))
     return Outcome(written, sum(result is None for result in results), failed)
 
@@ -141,8 +172,7 @@ def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list
     sources = list(dict.fromkeys(entry.path for entry in listing.entries))
     if source.is_dir():
         root = os.path.abspath(source)
-        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):
-            raise UserError(f"--out {out} lies in the data folder {root}; choose one outside of it")
+        check_apart(source, out, inside=False)
     else:
         root = os.path.commonpath([os.path.dirname(path) for path in sources])
     suffix = ENCODERS[settings.codec].suffix
@@ -166,14 +196,13 @@ def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list
 
 def _claim(out: Path, settings: Settings) -> None:
     """Makes the folder and notes the settings in it; UserError where it holds files made with other ones."""
-    file, values = out / SETTINGS, dataclasses.asdict(settings)
+    file, values = out / SETTINGS, dataclasses.asdict(settings) | {"multiple": MULTIPLE, "b_frames": 0}
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+        with writing(out):
+            if not file.exists():
+                write_whole(file, json.dumps(values) + "\n")
+            before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not the settings of a transcoding ({error}); choose another folder") from error
     if before != values:
@@ -200,6 +229,11 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
         return Written(video.bytes, job.target.stat().st_size)
     except DecodeError as error:
         return str(error)
+    except OSError as error:
+        # av's errors are OSErrors too. A full or read-only disk is nothing that the next file does without.
+        if error.errno in FULL_OR_FORBIDDEN and not isinstance(error, av.error.InvalidDataError):
+            raise unwritable(job.target.parent, error) from error
+        return f"{type(error).__name__}: {error}"
     except FILE_ERRORS as error:  # one strange file must not end the run: it is named, and the others go on
         return f"{type(error).__name__}: {error}"
     finally:
@@ -209,7 +243,8 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
 
 def _is_newer(target: Path, source: str) -> bool:
     try:
-        return target.stat().st_mtime_ns >= os.stat(source).st_mtime_ns
+        changed = folder_status(source)[1] if os.path.isdir(source) else os.stat(source).st_mtime_ns
+        return target.stat().st_mtime_ns >= changed
     except FileNotFoundError:
         return False
 
@@ -218,7 +253,7 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
     """Writes all frames of a video; their number."""
     encoder = ENCODERS[settings.codec]
     rate = Fraction(video.fps or UNSTATED_RATE).limit_denominator(1001)
-    width, height = _even_size(*video.shown_size, settings.short_side)
+    width, height = _coded_size(*video.shown_size, settings.short_side)
     stored = (height, width) if video.rotation % 180 else (width, height)
     reformatter = VideoReformatter()
     sources = frame_files(video.path) if video.codec == FRAMES else [video.path]
@@ -252,7 +287,7 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
 
 
 def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
-    """A yuv420p frame of even sides after quarter turns counter-clockwise."""
+    """A yuv420p frame, both sides even, after quarter turns counter-clockwise."""
     if not turns:
         return frame
     height, width = frame.height, frame.width
@@ -275,22 +310,18 @@ def _decoded(paths: Iterable[str], stop: threading.Event) -> Iterator[VideoFrame
             yield from decode_packet(stream, None)
 
 
-def _even_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """The size with a shorter side of at most `short_side`, both sides even and at least 2."""
+def _coded_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """The size with a shorter side of about `short_side` or less, both sides the nearest multiples of 16."""
     scale = min(1.0, short_side / min(width, height))
-    return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
+    wide, high = (max(MULTIPLE, MULTIPLE * round(side * scale / MULTIPLE)) for side in (width, height))
+    return wide, high
 
 
 def _write_list(path: Path, listing: Listing, targets: dict[str, Path]) -> None:
-    rows = (
-        (os.path.relpath(targets[entry.path], path.parent), listing.classes[entry.label] if entry.label >= 0 else "")
-        for entry in listing.entries
-        if entry.path in targets
-    )
-    _write_table(path, ("path", "label"), rows)
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    # File names need not be UTF-8.
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+    entries = [entry for entry in listing.entries if entry.path in targets]
+    paths = [os.path.relpath(targets[entry.path], path.parent) for entry in entries]
+    labels = [listing.classes[entry.label] if entry.label >= 0 else "" for entry in entries]
+    columns = {"path": paths, "label": labels}
+    if any(entry.split for entry in entries):
+        columns["split"] = [entry.split for entry in entries]
+    write_table(path, [tuple(columns), *zip(*columns.values(), strict=True)])

@@ -18,6 +18,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.evaluate import accuracy
 from mam2.engine.evaluate.views import predict
+from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
 from mam2.engine.interop.load import load_any_classifier
 from mam2.engine.model.classifier import logits_of
 from mam2.engine.train.classifiers import relabelled
@@ -82,6 +83,7 @@ def evaluate(
     Raises:
         UserError: for checkpoints, data and folders that cannot be used.
     """
+    check_apart(data, out)
     model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
     foreign = find_weights(checkpoint) is None
     outputs = logits_of(model)
@@ -97,6 +99,7 @@ def evaluate(
     videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
     device = pick_device(run)
     with join(device) as world:
+        world.share(lambda: make_folder(out))
         manifest = world.share(lambda: read_manifest(data, threads=threads, progress=progress))
         if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
             classes = numbers  # a list that numbers the classes, as VideoMAE's do
@@ -119,8 +122,7 @@ def evaluate(
             raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
         places = predictions.videos.tolist()
         labels = torch.tensor([manifest.videos[place].label for place in places])
-        matrix = accuracy.confusion(predictions.probabilities, labels)
-        by_class = accuracy.class_accuracies(matrix)
+        counts, by_class = accuracy.class_accuracies(predictions.probabilities, labels)
         known = [share for share in by_class if share is not None]
         whole = len(manifest.videos) + len(manifest.skipped)
         result = EvaluationResult(
@@ -137,25 +139,19 @@ def evaluate(
 
         def write() -> None:
             folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "results.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+            write_whole(folder / "results.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n")
             paths = [manifest.videos[place].path for place in places]
             accuracy.write_predictions(folder / "predictions.tsv", paths, labels, predictions.probabilities, classes)
-            rows = [
-                f"{name}\t{int(matrix[number].sum())}\t{'' if share is None else f'{share:.6f}'}\n"
-                for number, (name, share) in enumerate(zip(classes, by_class, strict=True))
-            ]
-            (folder / "classes.tsv").write_text("".join(["class\tvideos\taccuracy\n", *rows]), encoding="utf-8")
-            (folder / "confusion.png").write_bytes(accuracy.draw_confusion(matrix, classes))
+            shares = ["" if share is None else f"{share:.6f}" for share in by_class]
+            rows = zip(classes, counts, shares, strict=True)
+            write_table(folder / "classes.tsv", [("class", "videos", "accuracy"), *rows])
+            matrix = accuracy.confusion(predictions.probabilities, labels)
+            write_whole(folder / "confusion.png", accuracy.draw_confusion(matrix, classes))
             reasons = {entry.path: entry.reason for entry in manifest.skipped} | skipped
-            (folder / "unusable.tsv").write_text(
-                "".join(f"{path}\t{reason}\n" for path, reason in reasons.items()),
-                encoding="utf-8",
-                errors="surrogateescape",
-            )
+            write_table(folder / "unusable.tsv", reasons.items())
 
         try:
             world.share(write)
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written: {error.strerror}; name another folder") from None
+            raise unwritable(out, error) from None
     return result

@@ -117,6 +117,7 @@ def _pooled(tokens: Tensor, want: Wanted) -> Tensor:
 
 
 def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
+    """An .npy file aside, full of NaN. Raises OSError where the disk has no room for all of it."""
     slots, height, width = want.frozen.encoder.grid
     cells = (slots * min(CELLS, height) * min(CELLS, width),) if want.kind == "cells" else ()
     rows = np.lib.format.open_memmap(
@@ -125,6 +126,8 @@ def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
         np.dtype(np.float16 if want.kind == "cells" else np.float32),
         (len(manifest.videos), *cells, want.frozen.encoder.width),
     )
+    with _aside(path).open("rb+") as file:  # a disk that runs full under a memory map ends the process with SIGBUS
+        os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
     rows[:] = np.nan
     return rows
 

@@ -30,6 +30,7 @@ from mam2.engine.evaluate.pretext import Strips, evaluation_mask, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
 from mam2.engine.evaluate.report import draw_rows, shown
 from mam2.engine.evaluate.visualize_page import LABELS, READS, Seen, write_page
+from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
@@ -74,6 +75,7 @@ def visualize(
     Raises:
         UserError: for what cannot be read or written.
     """
+    check_apart(data, out, inside=False)
     everything = read_manifest(data, progress=progress)
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
     manifest = Manifest(tuple(everything.videos[place] for place in places))

@@ -68,7 +68,7 @@ def write_page(path: Path, clips: Mapping[str, Sequence[Seen]]) -> Path:
         )
     names = dict.fromkeys(one.checkpoint for seen in clips.values() for one in seen)
     page = _PAGE.replace("%NAMES%", "<br>".join(map(html.escape, names))).replace("%MAPS%", json.dumps(maps))
-    path.write_text(page.replace("%SECTIONS%", "\n".join(sections)), encoding="utf-8")
+    path.write_text(page.replace("%SECTIONS%", "\n".join(sections)), encoding="utf-8", errors="backslashreplace")
     return path
 
 

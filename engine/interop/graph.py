@@ -10,6 +10,7 @@ B clips, T frames, N tokens, D width, V classes.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mam2.engine.config import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.interop.load import encoder_of
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder
@@ -58,7 +60,10 @@ def write_torch(model: Encoder | Classifier, path: Path, classes: tuple[str, ...
 
     `torch.export.load(path, extra_files=files)` with `files = {"classes.json": ""}` puts the classes' names there.
     """
-    torch.export.save(_program(model), path, extra_files={CLASSES_FILE: json.dumps(classes)} if classes else None)
+    # torch.export.save into a file turns a full disk into a RuntimeError without the reason
+    buffer = io.BytesIO()
+    torch.export.save(_program(model), buffer, extra_files={CLASSES_FILE: json.dumps(classes)} if classes else None)
+    write_whole(path, buffer.getbuffer())
 
 
 def write_onnx(model: Encoder | Classifier, path: Path, classes: tuple[str, ...] = ()) -> None:

@@ -5,6 +5,7 @@ Both recompute the positions from the size of the clip, so what they get has to 
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mam2.engine.config import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.interop.load import Model, encoder_of
 from mam2.engine.interop.names import Tensors, to_hugging_face, to_videomae
 from mam2.engine.model.blocks import Block, sincos_positions
@@ -120,7 +122,10 @@ def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> s
     if isinstance(model, VideoMAE):
         args["normlize_target"] = model.normalize is not None  # the spelling is VideoMAE's
     written: dict[str, Any] = {"model": to_videomae(_tensors(model), encoder.patch_size), "args": args}
-    torch.save(written | ({"classes": list(classes)} if classes else {}), path)
+    # torch.save into a file turns a full disk into a RuntimeError without the reason
+    buffer = io.BytesIO()
+    torch.save(written | ({"classes": list(classes)} if classes else {}), buffer)
+    write_whole(path, buffer.getbuffer())
     return type(model).__name__
 
 

@@ -18,10 +18,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine.config import UserError
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.lists import check_source
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.evaluate.accuracy import top_k
 from mam2.engine.evaluate.views import predict
+from mam2.engine.files import check_apart
 from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
 from mam2.engine.interop.load import load_encoder
 from mam2.engine.model import costs
@@ -74,6 +76,10 @@ def finetune(
         PeerFailed: another process of the run has failed, and says why.
     """
     config.check()
+    for labelled in (data, val):
+        check_apart(labelled, out)
+    if not resume:
+        check_source(val)  # before the training videos are opened, which can take hours
     with started(config, out, resume=resume, progress=progress, decided=("model",)) as session:
         task = _Finetuning(session, Path(data), Path(val), encoder, encoder_options or {})
         with task.val_loader:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mam2.engine.config import PretrainConfig, check, passes
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.code_cache import check_cache
+from mam2.engine.files import check_apart
 from mam2.engine.model.attention_choice import choose
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
@@ -54,6 +56,7 @@ def pretrain(
         PeerFailed: another process of the run has failed, and says why.
     """
     check(config)
+    check_apart(data, out)
     with started(config, out, resume=resume, progress=progress) as session:
         return Loop(session, _Pretraining(session, Path(data))).train()
 
@@ -70,6 +73,8 @@ class _Pretraining:
         named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
         if config.tokenizer.path and config.needs_codes:
             world.share(lambda: named.append(load_vqgan(config.tokenizer.path)))
+        if config.tokenizer.cache and config.needs_codes:
+            world.share(lambda: check_cache(config.tokenizer.cache))
         manifest = session.read_videos(data)
         cache = open_cache(config, manifest, world, progress=session.progress)
         self.loader = session.open_loader(cache.has if cache else None)

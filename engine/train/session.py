@@ -20,6 +20,7 @@ from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.video import Skipped
+from mam2.engine.files import append_rows
 from mam2.engine.recipe import to_dict
 from mam2.engine.signals import StopSignal
 from mam2.engine.train import checkpoint
@@ -28,7 +29,7 @@ from mam2.engine.train.lock import RunLock
 from mam2.engine.train.metrics import Log, RunLog, SilentLog
 from mam2.engine.train.runtime import determinism, pick_device
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, SKIPPED = "manifest.jsonl", "skipped.tsv"
 FREE = {
     "run": {
         "log_every",
@@ -96,6 +97,8 @@ class Session(Generic[Config]):
     def read_videos(self, data: Path) -> Manifest:
         """Scans the data, or takes the scan of the run that is resumed: the order of clips depends on it."""
         self.manifest = self.world.share(lambda: self._manifest(data))
+        if self.world.main:  # begun anew also when a run is resumed: what can be read again is no longer in it
+            (self.folder / SKIPPED).unlink(missing_ok=True)
         self.note(self.manifest.skipped)
         return self.manifest
 
@@ -105,7 +108,6 @@ class Session(Generic[Config]):
             return read_saved_manifest(path)
         manifest = read_manifest(data, threads=self.config.data.threads, progress=self.progress)
         write_manifest(manifest, path)
-        (self.folder / "skipped.tsv").unlink(missing_ok=True)
         return manifest
 
     def open_loader(self, available: Callable[[int, int], bool] | None = None) -> ClipLoader:
@@ -149,8 +151,7 @@ class Session(Generic[Config]):
             self.unusable[skipped.path] = skipped.reason
             self.log.say(f"unusable: {skipped.path}: {skipped.reason}")
             if self.world.main:
-                with (self.folder / "skipped.tsv").open("a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(f"{skipped.path}\t{skipped.reason}\n")
+                append_rows(self.folder / SKIPPED, [(skipped.path, skipped.reason)])
 
     def write_config(self) -> None:
         """The config as it is now, into RUN/config.json."""

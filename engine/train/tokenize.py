@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from mam2.engine.config import PretrainConfig, UserError, check, passes
 from mam2.engine.data.code_cache import MANIFEST, CodeCache, CodeCacheWriter
+from mam2.engine.data.lists import check_source
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Skipped, read_manifest, write_manifest
-from mam2.engine.model.vqgan_files import fingerprint
+from mam2.engine.files import append_rows, check_apart, make_folder, one_line, writing
+from mam2.engine.model.vqgan import VQGAN
+from mam2.engine.model.vqgan_files import fingerprint, load_vqgan
 from mam2.engine.train.codes import CodeSource, online, with_codes
 from mam2.engine.train.runtime import compiler, pick_device
 from mam2.engine.train.tokenizer import build_tokenizer, prepare_tokenizer
@@ -52,17 +55,23 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
     if config.tokenizer.cache:
         raise UserError("tokenizer.cache names the cache to read; name the one to write with --out")
     out, device = Path(out), pick_device(config.run)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}; name another folder") from None
+    check_source(data)
+    check_apart(data, out)
+    make_folder(out)
+    named = load_vqgan(config.tokenizer.path) if config.tokenizer.path else None
+    with writing(out):
+        return _tokenize(config, data, out, device, named, progress)
+
+
+def _tokenize(
+    config: PretrainConfig, data: str | Path, out: Path, device: torch.device, named: VQGAN | None, progress: bool
+) -> TokenizeResult:
     manifest = read_manifest(data, threads=config.data.threads, progress=progress)
     (out / "skipped.tsv").unlink(missing_ok=True)
 
     def skip(skipped: Skipped) -> None:
-        tqdm.write(f"unusable: {skipped.path}: {skipped.reason}")
-        with (out / "skipped.tsv").open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{skipped.path}\t{skipped.reason}\n")
+        tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
+        append_rows(out / "skipped.tsv", [(skipped.path, skipped.reason)])
 
     for skipped in manifest.skipped:
         skip(skipped)
@@ -70,7 +79,7 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
     with ClipLoader(manifest, config.data, batch=batch, device=device, seed=config.run.seed, on_skip=skip) as loader:
         if config.run.compile:
             torch.compiler.reset()  # as in `Step`
-        vqgan = prepare_tokenizer(config, loader, out, device, tqdm.write, progress=progress)
+        vqgan = prepare_tokenizer(config, loader, out, device, tqdm.write, named=named, progress=progress)
         tokenizer = build_tokenizer(vqgan, config, device, compiler(config.run, device)[0])
         writer = CodeCacheWriter(
             out,
