@@ -258,9 +258,7 @@ def is_packed(stream: VideoStream) -> bool:
     return stream.codec_context.name == "mpeg4" and bool(stream.codec_context.has_b_frames)
 
 
-def _packets_from(
-    container: InputContainer, stream: VideoStream, limit: _Limit, pts: int
-) -> Iterator[Packet] | None:
+def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit, pts: int) -> Iterator[Packet] | None:
     """Packets from the key frame with a timestamp on; None where seeking does not lead to it."""
     try:
         container.seek(pts, stream=stream)

@@ -84,7 +84,9 @@ class Video:
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seek_points", tuple((index, pts) for index, pts in self.seek_points))  # JSON has lists
+        object.__setattr__(
+            self, "seek_points", tuple((index, pts) for index, pts in self.seek_points)
+        )  # JSON has lists
 
     @property
     def shown_size(self) -> tuple[int, int]:

@@ -76,9 +76,13 @@ def prepare_codes(
         f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
         f"each video, {cache.bytes / 1e6:.3g} MB, chosen in {cache.precision}; {cache.count_absent()} clips absent"
     )
-    return CodeSource(
-        cache.codebook_size, lambda batch: cache.codes(batch.video, batch.augmentation, batch.view).to(device)
-    )
+    loader.fetch_codes(cache.codes)
+    return CodeSource(cache.codebook_size, _fetched)
+
+
+def _fetched(batch: Batch) -> Tensor:
+    assert batch.codes is not None
+    return batch.codes
 
 
 def _keep_tokenizer(cache: CodeCache, run: Path) -> None:
