@@ -26,7 +26,7 @@ TRIAL_TOLERANCE = 6.0
 """Mean difference to PyAV's frames in grey levels; the next frame of the trial clip differs by 10."""
 DRIVER = re.compile(r"nvcuvid|cuInit|CUDA (driver|runtime)|driver version|no kernel image|NVML", re.IGNORECASE)
 MEMORY = re.compile(r"out of memory|bad_alloc|cannot allocate memory|memory allocation", re.IGNORECASE)
-CUDA = re.compile(r"\bCUDA_ERROR|\bcuda(Error)?\b|\bcu[A-Z]\w+|illegal memory access|device-side", re.IGNORECASE)
+CUDA = re.compile(r"\bCUDA (API )?error|\bCUDA_ERROR|\bcuda[A-Z]\w+|\bcu[A-Z]\w+|illegal memory access|device-side")
 DECODER = re.compile(r"decoders?(\.|__|_)video|video decoder", re.IGNORECASE)
 
 Value = TypeVar("Value")
