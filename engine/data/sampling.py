@@ -57,7 +57,7 @@ class ClipRequest:
 
 
 def least_size(views: Sequence[View], size: int) -> tuple[float, float]:
-    """Width and height in pixels of a frame whose crops all have CROP_MARGIN times the `size` pixels of a clip a side."""
+    """Width and height of a frame, in pixels, of which every crop is CROP_MARGIN times as wide and high as a clip."""
     wanted = CROP_MARGIN * size
     return wanted / min(view.x1 - view.x0 for view in views), wanted / min(view.y1 - view.y0 for view in views)
 
