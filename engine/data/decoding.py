@@ -61,7 +61,7 @@ Item = TypeVar("Item")
 class Cut(NamedTuple):
     """A key frame at which decoding may start: all packets before it are shown before it, all after it after it."""
 
-    index: int
+    frame: int
     """Number of its frame."""
     pts: int
     """Its timestamp, in units of the stream."""
@@ -350,7 +350,7 @@ def _packets_for(
     if not finder.cuts or not finder.timed:
         return [] if dropped or index else kept, 0, None
     cut = finder.cuts[-1]
-    return kept[cut.packets - dropped :], cut.index, cut.pts
+    return kept[cut.packets - dropped :], cut.frame, cut.pts
 
 
 class _Converter:

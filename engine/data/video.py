@@ -222,7 +222,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             mtime_ns=mtime_ns,
             content=content_hash([path], size),
             interlaced=bool(first.interlaced_frame),
-            seek_points=tuple((cut.index, cut.pts) for cut in finder.cuts) if may_seek else (),
+            seek_points=tuple((cut.frame, cut.pts) for cut in finder.cuts) if may_seek else (),
         )
 
 
