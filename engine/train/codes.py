@@ -66,7 +66,8 @@ def prepare_codes(
 ) -> CodeSource:
     """The codes of a run; its tokenizer is kept in RUN/tokenizer.safetensors, also where a cache makes it idle.
 
-    cache: from `open_cache`; the loader then has to have its `has` as `available`, and fetches its codes. named: see `prepare_tokenizer`.
+    cache: from `open_cache`; the loader then has to have its `has` as `available`, and fetches its codes.
+    named: see `prepare_tokenizer`.
     """
     if cache is None:
         vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, named=named, progress=progress))
