@@ -56,11 +56,16 @@ class DataConfig:
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
     threads: int = limited(0, COUNT_OR_NONE)
-    """Decoding threads; 0 means as many as this process may use cores."""
+    """Decoding threads; 0 means as many as this process may use cores, shared with the other processes of a node."""
+    nvdec_threads: int = limited(32, COUNT)
+    """Threads that feed NVDEC; they wait more than they compute, so they may be more than the cores."""
     prefetch: int = limited(2, COUNT)
     """Batches prepared ahead of the step."""
     timeout_s: float = limited(60.0, POSITIVE)
-    """Seconds after which a file that is still being decoded counts as unusable."""
+    """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
+    wait_s: float = limited(300.0, NOT_NEGATIVE)
+    """Seconds to wait for data that is away (a folder that is missing, an I/O error) before the run ends. Below the 10
+    minutes after which the other processes of a run give up."""
     max_unusable: float = limited(0.5, SHARE)
     """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ def demo(
 ) -> tuple[TrainResult, DemoResult | None]:
     """Runs the whole demo in `out` (clips, run, report). The result is None when a signal ended pre-training."""
     start = time.perf_counter()
-    config = config or load_recipe("demo")
+    config = decoding_for(config or load_recipe("demo"))
     data, run = out / "clips", out / "run"
     with writing(out):
         return _demo(out, data, run, train_clips, test_clips, config, start)
@@ -94,6 +95,13 @@ def _demo(
         print(f"{'yes' if holds else 'NO '}  {claim}")
     print(f"report: {page} ({time.perf_counter() - start:.0f} s in all)")
     return trained, result
+
+
+def decoding_for(config: PretrainConfig) -> PretrainConfig:
+    """On a GPU PyAV decodes the small clips, half of which are too small for NVDEC, on all cores."""
+    if pick_device(config.run).type != "cuda":
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, front_end="pyav", threads=0))
 
 
 def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult, bytes]:

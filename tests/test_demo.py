@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib import image
 
+from mam2.engine import demo as demos
 from mam2.engine.demo import DemoResult, demo
 from mam2.engine.evaluate.pretext import PretextResult, evaluation_mask, reconstruct
 from mam2.engine.model.mam2 import MAM2
@@ -102,3 +103,11 @@ def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch
 def test_the_shipped_demo_page_is_described_in_the_readme():
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     assert "report.html" in readme
+
+
+def test_on_a_gpu_pyav_decodes_the_small_clips_on_all_cores(monkeypatch, small):
+    config = small()
+    assert demos.decoding_for(config) == config
+    monkeypatch.setattr(demos, "pick_device", lambda _: torch.device("cuda"))
+    data = demos.decoding_for(config).data
+    assert (data.front_end, data.threads) == ("pyav", 0)

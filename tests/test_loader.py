@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,20 @@ def test_every_real_clip_gives_a_clip_and_every_broken_file_is_named():
     assert len(found.skipped) == 7
     moving = torch.cat([batch.clip for batch in batches]).float()
     assert (moving.std((1, 2, 3, 4)) > 1).float().mean() > 0.95  # pictures, not blanks
+
+
+def test_a_loader_thread_fetches_the_codes_of_recorded_clips(videos):
+    config = dataclasses.replace(CONFIG, views=2, recorded=3)
+    fetched_by: set[str] = set()
+
+    def codes(video: torch.Tensor, augmentation: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        fetched_by.add(threading.current_thread().name)
+        return torch.stack([video, augmentation, view], 1)
+
+    with open_loader(videos, config, batch=8) as clips:
+        assert next(clips.stream()).codes is None
+        clips.fetch_codes(codes)
+        for batch in itertools.islice(clips.stream(), 4):
+            assert torch.equal(batch.codes, torch.stack([batch.video, batch.augmentation, batch.view], 1))
+        assert next(clips.evaluate()).codes is None  # middle clips are not recorded
+    assert fetched_by == {"prefetch"}

@@ -205,7 +205,118 @@ def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, to
         open_loader(videos, dataclasses.replace(CONFIG, **changes), batch=batch)
 
 
-def test_without_dali_the_remedy_is_named(videos, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[cpu\]'"):
-        open_loader(videos)
+def test_without_dali_pytorch_crops_the_same(videos, monkeypatch):
+    expected = take(videos, 2)
+    monkeypatch.setattr(loader, "dali_version", lambda: "")
+    monkeypatch.setattr(renderer, "dali_version", lambda: "")
+    with open_loader(videos) as clips:
+        assert clips.cropper == "PyTorch (DALI is not installed)"
+        for one, other in zip(expected, itertools.islice(clips.stream(), 2), strict=True):
+            assert (one.clip.int() - other.clip.int()).abs().max() <= 1
+    with pytest.raises(UserError, match="needs NVIDIA DALI, which is not installed: use front_end=pyav"):
+        open_loader(videos, dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0))
+
+
+def test_a_mistake_of_a_program_is_no_bad_file(videos, monkeypatch):
+    def removed(*_, **__):
+        raise TypeError("open() got an unexpected keyword argument")
+
+    monkeypatch.setattr(renderer, "decode_frames", removed)
+    with open_loader(videos) as clips, pytest.raises(TypeError, match="unexpected keyword"):
+        next(clips.stream())
+    monkeypatch.setattr(renderer, "read_vetted", removed)
+    monkeypatch.setattr(loader, "choose_front_end", lambda *_, **__: "dali-cpu")
+    with open_loader(videos) as clips, pytest.raises(TypeError, match="unexpected keyword"):
+        next(clips.stream())
+
+
+def test_first_files_that_fail_for_one_reason_end_the_run(videos, monkeypatch):
+    def refuse(*_, **__):
+        raise decoding.DecodeError("Permission denied")
+
+    many = dataclasses.replace(
+        videos, videos=tuple(dataclasses.replace(videos.videos[0], path=f"/nowhere/{k}.mp4") for k in range(100))
+    )
+    monkeypatch.setattr(renderer, "decode_frames", refuse)
+    with open_loader(many) as clips, pytest.raises(UserError, match=r"first 16 .* one reason, Permission denied"):
+        next(clips.stream())
+
+
+def nvdec_for_vp9(codec: str, *_, **__) -> str:
+    return "nvdec" if codec == "vp9" else "pyav"
+
+
+def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
+    run = ClipGraph.run
+
+    def no_gpu(self: ClipGraph, payloads, frames, views):
+        if self._front_end == "nvdec":
+            raise decoding.DecodeError("unsupported")
+        return run(self, payloads, frames, views)
+
+    monkeypatch.setattr(ClipGraph, "run", no_gpu)
+    monkeypatch.setattr(loader, "choose_front_end", nvdec_for_vp9)
+    vp9 = next(video for video in videos.videos if video.codec == "vp9")
+    many = dataclasses.replace(videos, videos=(vp9,) * 60)
+    said: list[str] = []
+    with open_loader(many, say=said.append) as clips:
+        for _ in zip(range(7), clips.stream(), strict=False):
+            pass
+        assert clips.front_ends == {"pyav": 60}
+        assert clips.skipped == []
+    assert len(said) == 1
+    assert "NVDEC is given up for this run: it failed on 20 files one after the other" in said[0]
+
+
+def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
+    expected = take(videos, 3)
+    free = threading.Event()
+    run = ClipGraph._run_pipeline
+
+    def hang(self: ClipGraph, payloads, frames, views):
+        return free.wait(60) if self._front_end == "nvdec" else run(self, payloads, frames, views)
+
+    monkeypatch.setattr(ClipGraph, "_run_pipeline", hang)
+    monkeypatch.setattr(loader, "choose_front_end", nvdec_for_vp9)
+    said: list[str] = []
+    with open_loader(videos, dataclasses.replace(CONFIG, timeout_s=0.2), say=said.append) as clips:
+        for one, other in zip(expected, clips.stream(), strict=False):
+            assert_same(one, other)
+    free.set()
+    assert len(said) == 1
+    assert "NVDEC gave no answer within 0.2 s" in said[0]
+
+
+@pytest.mark.parametrize("bad", [0, 37, 63])
+def test_a_bad_file_costs_a_batch_few_runs(bad):
+    calls: list[int] = []
+
+    class Graph:
+        def run(self, payloads, frames, views):
+            calls.append(len(payloads))
+            if bad in payloads:
+                raise decoding.DecodeError(f"file {bad} of {len(payloads)}")
+            return [torch.tensor(payloads)[:, None]]
+
+    work = renderer.Renderer(CONFIG, samples=64, device=torch.device("cpu"), say=print)
+    jobs = []
+    for row in range(64):
+        payload = renderer.Future()
+        payload.set_result(row)
+        jobs.append(renderer.Job(row, draw_nothing, "pyav", payload))
+    clip = torch.full((64, 1, 1), -1)
+    assert work._resize(Graph(), jobs, clip) == {bad: f"file {bad} of 1"}
+    work.close()
+    assert clip.flatten().tolist() == [-1 if row == bad else row for row in range(64)]
+    assert len(calls) <= 13
+
+
+draw_nothing = renderer.ClipRequest(0, (0,), ())
+
+
+def test_processes_of_a_node_share_its_cores(monkeypatch):
+    monkeypatch.setattr(renderer, "available_cores", lambda: 192)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert renderer.threads_of_a_process() == 24
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "999")
+    assert renderer.threads_of_a_process() == 1

@@ -26,3 +26,5 @@ class Batch(NamedTuple):
     """bool [B] on the CPU, whether the crop is mirrored left to right."""
     step: int
     """Number of the batch, from 0."""
+    codes: torch.Tensor | None = None
+    """int64 [B, N] or [B, N, tubelet] on the loader's device, of a cache; None where codes come from elsewhere."""

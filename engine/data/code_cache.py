@@ -41,7 +41,7 @@ SHARD_VIDEOS = 1024
 """Videos of a shard: what a killed `mam2 tokenize` loses at most."""
 DRAWN_VIDEOS = 16
 """Of which the key holds what is drawn, since another version of this program or of NumPy might draw otherwise."""
-INDIFFERENT = ("front_end", "threads", "prefetch", "timeout_s", "max_unusable")
+INDIFFERENT = ("front_end", "threads", "nvdec_threads", "prefetch", "timeout_s", "wait_s", "max_unusable")
 """Fields of the data config that decide how a clip is read and not which it is."""
 
 

@@ -16,7 +16,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -45,7 +45,7 @@ FRAMES = "frames"
 PYAV = int(av.__version__.split(".")[0])
 # From version 17 on PyAV starts a thread for every core at each conversion: too dear for small frames.
 ONE_THREAD = {"threads": 1} if PYAV >= 17 else {}
-READ_OPTIONS = {"metadata_errors": "ignore"} if PYAV < 19 else {}
+READ_OPTIONS: dict[str, Any] = {"metadata_errors": "ignore"} if PYAV < 19 else {}
 """Of `av.open`, so that names and titles that are not UTF-8 (HMDB51) do not raise; from version 19 on none do."""
 FILE_ERRORS = (
     *(av.error.FFmpegError, OSError),
@@ -61,7 +61,7 @@ Item = TypeVar("Item")
 class Cut(NamedTuple):
     """A key frame at which decoding may start: all packets before it are shown before it, all after it after it."""
 
-    index: int
+    frame: int
     """Number of its frame."""
     pts: int
     """Its timestamp, in units of the stream."""
@@ -154,7 +154,7 @@ def decode_frames(
         pinned: return memory that a GPU copies from without a detour. Needs CUDA.
 
     Raises:
-        DecodeError: there is no frame at all, an image of a folder cannot be decoded, or it takes longer than timeout_s.
+        DecodeError: there is no frame, an image of a folder cannot be decoded, or it takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
     target = _Target(least_size, pinned)
@@ -225,12 +225,13 @@ def _decode(
     may_skip: begin to decode at a later key frame than the first. point: the seek point to begin to read at.
     """
     with open_video(path, limit.seconds) as (container, stream):
-        packets: Iterable[Packet] | None = limit(read_packets(container, stream))
+        packets: Iterable[Packet] = limit(read_packets(container, stream))
         index, first_pts = 0, None
         if point:
-            packets = _packets_from(container, stream, limit, point[1])
-            if packets is None:
+            sought = _packets_from(container, stream, limit, point[1])
+            if sought is None:
                 return None
+            packets = sought
         if may_skip and not is_packed(stream):
             packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1], point[0] if point else 0)
         convert: _Converter | None = None
@@ -259,9 +260,7 @@ def is_packed(stream: VideoStream) -> bool:
     return stream.codec_context.name == "mpeg4" and bool(stream.codec_context.has_b_frames)
 
 
-def _packets_from(
-    container: InputContainer, stream: VideoStream, limit: _Limit, pts: int
-) -> Iterator[Packet] | None:
+def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit, pts: int) -> Iterator[Packet] | None:
     """Packets from the key frame with a timestamp on; None where seeking does not lead to it."""
     try:
         container.seek(pts, stream=stream)
@@ -352,7 +351,7 @@ def _packets_for(
     if not finder.cuts or not finder.timed:
         return [] if dropped or index else kept, 0, None
     cut = finder.cuts[-1]
-    return kept[cut.packets - dropped :], cut.index, cut.pts
+    return kept[cut.packets - dropped :], cut.frame, cut.pts
 
 
 class _Converter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 
@@ -39,7 +39,7 @@ def choose_front_end(
     interlaced: bool = False,
     bytes: int = 0,
     dali: bool = True,
-    broken: Collection[str] = (),
+    broken: Mapping[str, str] | None = None,
 ) -> str:
     """The decoder for a video: "nvdec" on a GPU where it can, else "pyav"; or the forced one.
 
@@ -52,13 +52,13 @@ def choose_front_end(
         interlaced: frames consist of two fields.
         bytes: of the file; 0 where it is not known.
         dali: whether the nvidia.dali package is installed.
-        broken: codecs that NVDEC failed to decode on this machine.
+        broken: codecs that NVDEC does not decode on this machine, and why.
 
     Raises:
         UserError: the forced decoder cannot decode the video.
     """
     problems = {
-        "nvdec": _nvdec_problem(codec, pixel_format, rotation, size, interlaced, torch.device(device), broken),
+        "nvdec": _nvdec_problem(codec, pixel_format, rotation, size, interlaced, torch.device(device), broken or {}),
         "dali-cpu": _dali_cpu_problem(codec, rotation),
         "pyav": "",
     }
@@ -82,14 +82,14 @@ def _nvdec_problem(
     size: tuple[int, int] | None,
     interlaced: bool,
     device: torch.device,
-    broken: Collection[str],
+    broken: Mapping[str, str],
 ) -> str:
     if device.type != "cuda":
         return f"nvdec needs an NVIDIA GPU, the device is {device.type}"
     if codec not in NVDEC_SIZES:
         return f"codec {codec} cannot be decoded by nvdec ({', '.join(NVDEC_SIZES)} only)"
     if codec in broken:
-        return f"codec {codec} is not decoded by nvdec on this machine"
+        return f"codec {codec} cannot be decoded by nvdec on this machine ({broken[codec]})"
     if pixel_format not in NVDEC_PIXELS and not (pixel_format == "yuv420p10le" and codec in NVDEC_TEN_BIT):
         return f"pixel format {pixel_format} of codec {codec} cannot be decoded by nvdec"
     if interlaced:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mam2.engine.config import DataConfig, UserError
-from mam2.engine.data.decoding import DecodeError
+from mam2.engine.data.nvdec import NvdecHangs, error_of, within
 from mam2.engine.data.sampling import View
 
 
@@ -31,6 +31,14 @@ def import_dali() -> ModuleType:
             f"NVIDIA DALI is not installed ({error}): pip install '.[cpu]' in the checkout, or [cuda13], [cuda12]"
         ) from error
     return nvidia.dali
+
+
+def dali_version() -> str:
+    """Of the nvidia.dali package; empty where it is not installed."""
+    try:
+        return import_dali().__version__
+    except UserError:
+        return ""
 
 
 class ClipGraph:
@@ -62,26 +70,42 @@ class ClipGraph:
         """Clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C], valid until the next call.
 
         payloads: frames [T, h, w, C] for "pyav", else the bytes of a file, of which the frames numbered `frames[s]`
-        are decoded, for which there is no time limit. Raises DecodeError if DALI cannot decode any one of them; the
-        graph then stays usable.
+        are decoded.
+
+        Raises:
+            DecodeError: DALI cannot decode any one of them; the graph stays usable.
+            GpuError: memory, GPU or driver failed; NvdecHangs where NVDEC did not answer within data.timeout_s seconds.
         """
+        try:
+            if self._front_end == "nvdec":
+                outputs = within(self._config.timeout_s, lambda: self._run_pipeline(payloads, frames, views))
+            else:
+                outputs = self._run_pipeline(payloads, frames, views)
+        except TimeoutError as error:
+            self._pipeline = None  # its thread may come back, but nobody listens
+            raise NvdecHangs(f"NVDEC gave {error} (data.timeout_s) for {len(payloads)} clips") from error
+        except RuntimeError as error:
+            self._pipeline = None  # DALI gives up a pipeline after any error
+            raise error_of(str(error), _reason(str(error))) from error
+        # In this thread: the tensors are ordered after the stream that is current here.
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _run_pipeline(
+        self, payloads: Sequence[NDArray[np.uint8]], frames: Sequence[Sequence[int]], views: Sequence[Sequence[View]]
+    ) -> Any:
         if self._pipeline is None:
             self._pipeline = self._build()
+        pipeline = self._pipeline
         if self._front_end == "pyav":
-            self._pipeline.feed_input("frames", list(payloads))
+            pipeline.feed_input("frames", list(payloads))
         else:
-            self._pipeline.feed_input("encoded", list(payloads))
-            self._pipeline.feed_input("numbers", [np.array(numbers, np.int32) for numbers in frames])
+            pipeline.feed_input("encoded", list(payloads))
+            pipeline.feed_input("numbers", [np.array(numbers, np.int32) for numbers in frames])
         corners = np.array([[_corners(view) for view in sample] for sample in views], np.float32)  # [S, R, 2, 2]
         for view in range(self._views):
             for name, corner in (("from", 0), ("to", 1)):
-                self._pipeline.feed_input(f"{name}_{view}", np.ascontiguousarray(corners[:, view, corner]))
-        try:
-            outputs = self._pipeline.run()
-        except RuntimeError as error:
-            self._pipeline = None  # DALI gives up a pipeline after any error
-            raise DecodeError(_reason(str(error))) from error
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+                pipeline.feed_input(f"{name}_{view}", np.ascontiguousarray(corners[:, view, corner]))
+        return pipeline.run()
 
     def _build(self) -> Any:
         fn, types = self._dali.fn, self._dali.types

@@ -16,11 +16,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.front_ends import choose_front_end
+from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
+from mam2.engine.data.graph import dali_version
 from mam2.engine.data.manifest import Manifest, Skipped
+from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
 from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
@@ -29,8 +32,12 @@ from mam2.engine.data.video import Video
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""
 MOST_ATTEMPTS = 100
+FIRST_FILES = 16
+"""So many files that fail for one reason before any file is decoded end the run."""
 
 
+CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From place in manifest.videos, recorded augmentation and view, int64 [B] on the CPU, to codes int64 [B, N, …]."""
 Plan = tuple[int, list[tuple[int, int]]]
 """A step and its samples: epoch and place among the usable videos."""
 
@@ -92,12 +99,13 @@ class ClipLoader:
         train: bool = True,
         on_skip: Callable[[Skipped], None] | None = None,
         available: Callable[[int, int], bool] | None = None,
+        say: Callable[[str], None] = tqdm.write,
     ):
         """batch: clips a step of this rank, all views counted. train=False: `stream` gives middle clips in one view.
 
         available(place in manifest.videos, recorded augmentation): False has `stream` replace the clip as if it could
-        not be decoded; for clips without codes in a cache. Raises UserError if the config does not fit together, DALI
-        is absent, or too many videos cannot be used.
+        not be decoded; for clips without codes in a cache. say: gets lines for the log, also from loader threads.
+        Raises UserError if the config does not fit together, or too many videos cannot be used.
         """
         self._views = config.views if train else 1
         _check(config, batch, self._views)
@@ -111,16 +119,29 @@ class ClipLoader:
         self._manifest, self._config = manifest, config
         self._batch, self._train = batch, train
         self._seed, self._rank, self._world = seed, rank, world
-        self._on_skip, self._available = on_skip, available
+        self._on_skip, self._available, self._say = on_skip, available, say
+        self._codes: CodesOf | None = None
+        self._record = Record()
+        self._decoded_any = False
         self._front_end_of = self._choose_front_ends(torch.device(device))
         self._usable = sorted(self._front_end_of)
-        self._renderer = Renderer(config, samples=batch, device=torch.device(device))
+        paths = [video.path for video in manifest.videos]
+        self._renderer = Renderer(config, samples=batch, device=torch.device(device), say=say, paths=paths)
         self._streams: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     @property
     def front_ends(self) -> dict[str, int]:
         """Number of videos that each front end decodes."""
         return dict(Counter(self._front_end_of.values()))
+
+    @property
+    def cropper(self) -> str:
+        """What crops, mirrors and resizes, for the log."""
+        return self._renderer.cropper
+
+    def fetch_codes(self, codes: CodesOf) -> None:
+        """Has a loader thread put the codes of recorded clips into the batches of streams opened from now on."""
+        self._codes = codes
 
     @property
     def steps_per_epoch(self) -> float:
@@ -210,9 +231,15 @@ class ClipLoader:
 
     def _taken(self, batch: Batch, waited_s: float) -> None:
         self.wait_s += waited_s
-        self._renderer.hand_over(batch.clip)
+        self._renderer.hand_over(batch.clip, *([] if batch.codes is None else [batch.codes]))
 
     def _choose_front_ends(self, device: torch.device) -> dict[int, str]:
+        dali, broken = bool(dali_version()), {}
+        if device.type == "cuda" and dali and self._config.front_end in ("auto", "nvdec"):
+            there = {video.codec for video in self._manifest.videos}
+            broken = broken_codecs(there.intersection(NVDEC_SIZES), device, self._config)
+            for codec, problem in broken.items():
+                self._say(f"data    NVDEC does not decode {codec} here ({problem}): PyAV takes it")
         chosen: dict[int, str] = {}
         refusal = UserError("the manifest holds no videos")
         for index, video in enumerate(self._manifest.videos):
@@ -223,8 +250,9 @@ class ClipLoader:
                     video.codec,
                     device,
                     self._config.front_end,
-                    pixel_format=video.pixel_format,
-                    rotation=video.rotation,
+                    dali=dali,
+                    broken=broken,
+                    **video.traits,
                 )
             except UserError as error:
                 refusal = error
@@ -276,7 +304,7 @@ class ClipLoader:
             return self._sample(row, epoch, place, way, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
         request = way.draw(index, video, epoch, attempt)
-        job = self._renderer.start(row, video.path, request, self._front_end_of[index])
+        job = self._renderer.start(row, video.path, request, self._front_end_of[index], video.seek_points)
         return _Sample(epoch, place, attempt, job)
 
     def _finished(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
@@ -286,29 +314,45 @@ class ClipLoader:
             reasons = self._renderer.finish([sample.job for sample in samples], chunk.clip)
             again = []
             for sample, reason in zip(samples, reasons, strict=True):
+                if sample.job.front_end == "nvdec" and self._record.note(reason is None):
+                    self._give_nvdec_up(f"it failed on {MOST_FAILURES} files one after the other, last: {reason}")
+                self._decoded_any |= reason is None
                 if reason is None:
                     chunk.shown[sample.job.row] = sample
                 else:
                     again += self._try_again(sample, reason, way)
             samples = again
+            if self._renderer.hangs:
+                self._give_nvdec_up(self._renderer.hangs)
         if chunk.last:
             yield from self._batch_of(chunk, way)
 
     def _try_again(self, sample: _Sample, reason: str, way: _Way) -> list[_Sample]:
         """The sample with PyAV, then another video in its place; nothing if it is to be left out."""
         job = sample.job
-        path = self._manifest.videos[job.request.video].path
+        video = self._manifest.videos[job.request.video]
         if job.front_end != "pyav" and self._config.front_end == "auto":
             if job.front_end == "nvdec":
                 # Building its graph anew at every visit would starve the step.
                 self._front_end_of[job.request.video] = "pyav"
-            return [dataclasses.replace(sample, job=self._renderer.start(job.row, path, job.request, "pyav"))]
+            job = self._renderer.start(job.row, video.path, job.request, "pyav", video.seek_points)
+            return [dataclasses.replace(sample, job=job)]
         self._skip(job.request.video, reason)
+        self._check_first()
         self._check_share()
         if not way.replace:
             return []
         attempt = self._next_attempt(sample.attempt, job.request.video)
         return [self._sample(job.row, sample.epoch, sample.place, way, attempt)]
+
+    def _give_nvdec_up(self, why: str) -> None:
+        """PyAV decodes everything from now on."""
+        given = [index for index, front_end in self._front_end_of.items() if front_end == "nvdec"]
+        if given and self._config.front_end == "auto":
+            self._front_end_of.update(dict.fromkeys(given, "pyav"))
+            self._say(
+                f"data    NVDEC is given up for this run: {why}. PyAV decodes all videos; mam2 doctor tries NVDEC"
+            )
 
     def _next_attempt(self, attempt: int, video: int) -> int:
         if attempt == MOST_ATTEMPTS:
@@ -326,15 +370,19 @@ class ClipLoader:
         self.decoded_frames += len(samples) * self._config.frames
         requests = [sample.job.request for sample in samples]
         period, views = way.period, clip.shape[1]
+        video = _each([request.video for request in requests], views)
+        augmentation = _each([sample.epoch % period if period else sample.epoch for sample in samples], views)
+        view = torch.arange(views).repeat(len(samples))
         yield Batch(
             clip=clip.flatten(0, 1),
-            video=_each([request.video for request in requests], views),
+            video=video,
             label=_each([self._manifest.videos[request.video].label for request in requests], views),
-            augmentation=_each([sample.epoch % period if period else sample.epoch for sample in samples], views),
-            view=torch.arange(views).repeat(len(samples)),
+            augmentation=augmentation,
+            view=view,
             box=torch.tensor([view[:4] for request in requests for view in request.views], dtype=torch.float32),
             flip=torch.tensor([view.flip for request in requests for view in request.views]),
             step=chunk.step,
+            codes=self._renderer.upload(self._codes(video, augmentation, view)) if self._codes and period else None,
         )
 
     def _skip(self, video: int, reason: str) -> None:
@@ -344,6 +392,16 @@ class ClipLoader:
             self.skipped.append(Skipped(path, reason))
             if self._on_skip:
                 self._on_skip(self.skipped[-1])
+
+    def _check_first(self) -> None:
+        """UserError where the first files all fail for one reason: that is no matter of single files."""
+        reasons = {entry.reason for entry in self.skipped}
+        if self._decoded_any or self._config.max_unusable >= 1 or len(self.skipped) < FIRST_FILES or len(reasons) > 1:
+            return
+        raise UserError(
+            f"no video can be decoded: the first {len(self.skipped)} that were tried all failed for one reason, "
+            f"{reasons.pop()}; the last is {self.skipped[-1].path}. mam2 doctor decodes clips of its own"
+        )
 
     def _check_share(self) -> None:
         unusable = [*self._manifest.skipped, *self.skipped]

@@ -47,7 +47,7 @@ def why_away(path: str, error: BaseException) -> str:
     while cause is not None and not isinstance(cause, (OSError, av.error.FFmpegError)):
         cause = cause.__cause__
     number = getattr(cause, "errno", None)
-    if number in TRANSIENT:
+    if number is not None and number in TRANSIENT:
         # FFmpeg also returns EIO for damaged content.
         if isinstance(cause, av.error.FFmpegError) and _can_be_read(path):
             return ""

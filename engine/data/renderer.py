@@ -5,8 +5,9 @@ Legend: S samples of a batch, R views of each, T frames, H = W = the clip's size
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from mam2.engine.config import DataConfig
+from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
-from mam2.engine.data.graph import ClipGraph, import_dali
-from mam2.engine.data.sampling import ClipRequest
+from mam2.engine.data.graph import ClipGraph, dali_version
+from mam2.engine.data.nvdec import NvdecHangs, error_of, fault
+from mam2.engine.data.outage import Patience
+from mam2.engine.data.sampling import ClipRequest, least_size
 from mam2.engine.data.vetting import read_vetted
 
 
@@ -36,9 +40,16 @@ class Job:
 class Renderer:
     """`start` sets a thread to work on a clip, `finish` puts started clips into a batch. Threads may share one."""
 
-    def __init__(self, config: DataConfig, *, samples: int, device: torch.device):
-        """samples: the most in one batch. Raises UserError where DALI is absent."""
-        import_dali()
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        samples: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        paths: Sequence[str] = (),
+    ):
+        """samples: the most in one batch. say: gets lines for the log. paths: of the data; see `Patience`."""
         if device.type == "cuda" and device.index is None:
             # A thread of its own would take the first GPU for the current one.
             device = torch.device("cuda", torch.cuda.current_device())
@@ -46,19 +57,50 @@ class Renderer:
         self._samples = samples
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._threads = config.threads or available_cores()
+        self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
+        self._patience = Patience(config.wait_s, say, paths)
         self._vetted: set[tuple[str, int, int]] = set()
-        self._graphs: dict[tuple[str, int], ClipGraph] = {}
+        self._dali = dali_version()
+        self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
+        self.hangs = ""
+        """What a call of NVDEC that never ended says; such a call must not be made again."""
 
-    def start(self, row: int, path: str, request: ClipRequest, front_end: str) -> Job:
-        """Decode a clip, or read the file for a graph that decodes, in a thread."""
+    @property
+    def cropper(self) -> str:
+        """What crops, mirrors and resizes, for the log."""
+        return f"DALI {self._dali}" if self._dali else "PyTorch (DALI is not installed)"
+
+    def start(
+        self, row: int, path: str, request: ClipRequest, front_end: str, seek_points: Sequence[tuple[int, int]] = ()
+    ) -> Job:
+        """Decode a clip, or read the file for a graph that decodes, in a thread. seek_points: see `Video`."""
         if front_end == "pyav":
-            payload = self._pool.submit(_decode, path, request.frames, self._config.timeout_s)
+            payload = self._pool.submit(self._decode, path, request, seek_points)
         else:
-            payload = self._pool.submit(read_vetted, path, self._vetted)
+            payload = self._pool.submit(self._patience, path, lambda: read_vetted(path, self._vetted))
         return Job(row, request, front_end, payload)
+
+    def _decode(self, path: str, request: ClipRequest, seek_points: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
+        def read() -> NDArray[np.uint8]:
+            return decode_frames(
+                path,
+                request.frames,
+                timeout_s=self._config.timeout_s,
+                seek_points=seek_points,
+                least_size=least_size(request.views, self._config.size),
+                pinned=self._device.type == "cuda",
+            )
+
+        try:
+            return self._patience(path, read)
+        except DecodeError:
+            raise
+        except FILE_ERRORS as error:  # one strange file must not end a run of days: it is named, counted and left out
+            if isinstance(error, RuntimeError) and fault(str(error)) in ("memory", "driver", "gpu"):
+                raise error_of(str(error), str(error).splitlines()[0]) from error
+            raise DecodeError(f"{type(error).__name__}: {error}") from error
 
     def finish(self, jobs: Sequence[Job], clip: torch.Tensor) -> list[str | None]:
         """Wait for jobs and resize them into their rows of a batch; None for each that is there, else why it is not.
@@ -75,7 +117,13 @@ class Renderer:
                 reasons[job.row] = str(error)
         for front_end, group in groups.items():
             with self._lock:
-                reasons.update(self._resize(self._graph(front_end, clip.shape[1]), group, clip))
+                try:
+                    reasons.update(self._resize(self._graph(front_end, clip.shape[1]), group, clip))
+                except NvdecHangs as error:
+                    if self._config.front_end != "auto":
+                        raise
+                    self.hangs = str(error)
+                    reasons.update({job.row: self.hangs for job in group})
         return [reasons.get(job.row) for job in jobs]
 
     def empty(self, samples: int, views: int) -> torch.Tensor:
@@ -92,17 +140,28 @@ class Renderer:
             self._wait()
             return kept
 
-    def hand_over(self, clip: torch.Tensor) -> None:
-        """To be called by the consumer's thread: its stream uses the batch from now on."""
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        """A small tensor, on the device."""
+        if not self._copies:
+            return values
+        with self._copying():
+            there = values.pin_memory().to(self._device, non_blocking=True)
+            self._wait()
+            return there
+
+    def hand_over(self, *tensors: torch.Tensor) -> None:
+        """To be called by the consumer's thread: its stream uses these tensors of a batch from now on."""
         if self._copies:
-            # The memory belongs to the copying stream, which must not reuse it before the consumer's is done.
-            clip.record_stream(torch.cuda.current_stream(self._device))
+            for tensor in tensors:
+                # The memory belongs to the copying stream, which must not reuse it before the consumer's is done.
+                tensor.record_stream(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         """End the threads; what is not begun is dropped."""
+        self._patience.close()
         self._pool.shutdown(cancel_futures=True)
 
-    def _resize(self, graph: ClipGraph, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
+    def _resize(self, graph: ClipGraph | TorchCrops, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
         """Run jobs of one front end through its graph; the rows that failed, with the reason."""
         payloads = [job.payload.result() for job in group]
         requests = [job.request for job in group]
@@ -118,16 +177,21 @@ class Renderer:
         except DecodeError as error:
             if len(group) == 1:
                 return {group[0].row: str(error)}
-            # DALI does not say which one it was.
-            return {row: why for job in group for row, why in self._resize(graph, [job], clip).items()}
+            # DALI does not say which one it was: halve the group until it is alone.
+            half = len(group) // 2
+            return self._resize(graph, group[:half], clip) | self._resize(graph, group[half:], clip)
         return {}
 
-    def _graph(self, front_end: str, views: int) -> ClipGraph:
+    def _graph(self, front_end: str, views: int) -> ClipGraph | TorchCrops:
         key = front_end, views
         if key not in self._graphs:
-            self._graphs[key] = ClipGraph(
-                front_end, self._config, views=views, samples=self._samples, threads=self._threads, device=self._device
-            )
+            if self._dali:
+                threads = self._config.nvdec_threads if front_end == "nvdec" else self._threads
+                self._graphs[key] = ClipGraph(
+                    front_end, self._config, views=views, samples=self._samples, threads=threads, device=self._device
+                )
+            else:
+                self._graphs[key] = TorchCrops(self._config.size, views=views, device=self._device)
         return self._graphs[key]
 
     def _copying(self) -> AbstractContextManager[object]:
@@ -138,10 +202,6 @@ class Renderer:
             self._copies.synchronize()
 
 
-def _decode(path: str, frames: Sequence[int], timeout_s: float) -> NDArray[np.uint8]:
-    try:
-        return decode_frames(path, frames, timeout_s=timeout_s)
-    except DecodeError:
-        raise
-    except FILE_ERRORS as error:  # one strange file must not end a run of days: it is named, counted and left out
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+def threads_of_a_process() -> int:
+    """Cores that this process may use, divided by the processes that torchrun started on this machine."""
+    return max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.manifest import Video
 
 CROP_TRIES = 10
+CROP_MARGIN = 1.4
+"""Pixels of a crop over those of a clip that leave the second resampling of a scaled frame enough to filter."""
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 CROP_SCALES = [(wide, high) for i, high in enumerate(_SCALES) for wide in _SCALES[max(i - 1, 0) : i + 2]]
 """Width and height of a multi-scale crop over the shorter side: at most one step apart (`max_distort` = 1)."""
@@ -51,6 +54,12 @@ class ClipRequest:
     frames: tuple[int, ...]
     """Ascending frame numbers. They may repeat and pass the end: decoding repeats the last frame there is."""
     views: tuple[View, ...]
+
+
+def least_size(views: Sequence[View], size: int) -> tuple[float, float]:
+    """Width and height of a frame, in pixels, of which every crop is CROP_MARGIN times as wide and high as a clip."""
+    wanted = CROP_MARGIN * size
+    return wanted / min(view.x1 - view.x0 for view in views), wanted / min(view.y1 - view.y0 for view in views)
 
 
 def sample_at(counter: int, n: int, seed: int) -> tuple[int, int]:

@@ -146,6 +146,35 @@ def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = Q
         container.mux(stream.encode())
 
 
+TRIALS = {
+    "h264": (".mp4", "libx264", "yuv420p"),
+    "hevc": (".mp4", "libx265", "yuv420p"),
+    "vp8": (".webm", "libvpx", "yuv420p"),
+    "vp9": (".webm", "libvpx-vp9", "yuv420p"),
+    "av1": (".mp4", "libsvtav1", "yuv420p"),
+    "mpeg4": (".avi", "mpeg4", "yuv420p"),
+    "mjpeg": (".avi", "mjpeg", "yuvj420p"),
+}
+"""Suffix, FFmpeg's encoder and pixel format of the trial clip of a codec."""
+
+
+def write_trial(folder: Path, codec: str, *, frames: int, side: int) -> Path | None:
+    """A clip to try a decoder with: frame t is grey, 10·t + 5 bright. None where PyAV has no encoder for the codec."""
+    suffix, encoder, pixels = TRIALS[codec]
+    if encoder not in av.codecs_available:
+        return None
+    path = folder / f"{codec}{suffix}"
+    options = {"libx265": {"x265-params": "log-level=none"}}.get(encoder, {})
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = side, side, pixels
+        for number in range(frames):
+            image = np.full((side, side, 3), 10 * number + 5, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 Render = Callable[[str, str, int], tuple[np.ndarray, int]]
 """From split, motion and number to a clip, uint8 [T, H, W, 3], and the quality it is encoded with. Can be pickled."""
 

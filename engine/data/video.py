@@ -91,7 +91,9 @@ class Video:
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seek_points", tuple((index, pts) for index, pts in self.seek_points))  # JSON has lists
+        object.__setattr__(
+            self, "seek_points", tuple((index, pts) for index, pts in self.seek_points)
+        )  # JSON has lists
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -230,7 +232,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             b_frames=bool(stream.codec_context.has_b_frames),
             interlaced=bool(first.interlaced_frame),
             transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
-            seek_points=tuple((cut.index, cut.pts) for cut in finder.cuts) if may_seek else (),
+            seek_points=tuple((cut.frame, cut.pts) for cut in finder.cuts) if may_seek else (),
         )
 
 

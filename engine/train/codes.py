@@ -66,7 +66,8 @@ def prepare_codes(
 ) -> CodeSource:
     """The codes of a run; its tokenizer is kept in RUN/tokenizer.safetensors, also where a cache makes it idle.
 
-    cache: from `open_cache`; the loader then has to have its `has` as `available`. named: see `prepare_tokenizer`.
+    cache: from `open_cache`; the loader then has to have its `has` as `available`, and fetches its codes.
+    named: see `prepare_tokenizer`.
     """
     if cache is None:
         vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, named=named, progress=progress))
@@ -76,9 +77,13 @@ def prepare_codes(
         f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
         f"each video, {cache.bytes / 1e6:.3g} MB, chosen in {cache.precision}; {cache.count_absent()} clips absent"
     )
-    return CodeSource(
-        cache.codebook_size, lambda batch: cache.codes(batch.video, batch.augmentation, batch.view).to(device)
-    )
+    loader.fetch_codes(cache.codes)
+    return CodeSource(cache.codebook_size, _fetched)
+
+
+def _fetched(batch: Batch) -> Tensor:
+    assert batch.codes is not None
+    return batch.codes
 
 
 def _keep_tokenizer(cache: CodeCache, run: Path) -> None:

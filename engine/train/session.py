@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from mam2.engine.config import TrainConfig, UserError, passes
 from mam2.engine.data.decoding import available_cores
@@ -45,7 +46,7 @@ FREE = {
         "profile",
         "tracker",
     },
-    "data": {"threads", "prefetch", "max_unusable", "timeout_s"},
+    "data": {"threads", "nvdec_threads", "prefetch", "max_unusable", "timeout_s", "wait_s"},
     "optim": {"micro_batch"},
     "tokenizer": {"cache"},
     "test": {"temporal", "spatial", "batch"},
@@ -124,11 +125,14 @@ class Session(Generic[Config]):
             # several processes tell each other when the log is written, so that each file is named once
             on_skip=(lambda skipped: self.note([skipped])) if world.size == 1 else None,
             available=available,
+            say=self.log.say if world.main else lambda line: tqdm.write(f"rank {world.rank}: {line}"),
         )
         self.exchange_skips(loader)
         front_ends = ", ".join(f"{count} by {name}" for name, count in loader.front_ends.items())
         used = sum(loader.front_ends.values())
-        self.log.say(f"data    {used} videos, decoded {front_ends}; {len(self.unusable)} unusable")
+        self.log.say(
+            f"data    {used} videos, decoded {front_ends}, cropped by {loader.cropper}; {len(self.unusable)} unusable"
+        )
         return loader
 
     def exchange_skips(self, loader: ClipLoader) -> None:

@@ -1,0 +1,80 @@
+"""Crop, mirror and resize in PyTorch: what DALI's graph does to PyAV's frames, where DALI is not installed.
+
+The filter is DALI's: bilinear, widened by the scale where an image shrinks (antialiasing), with the edge of the frame
+repeated beyond it. Both agree to one grey level, of 0 to 255 (tests/test_crops.py).
+
+Legend: S samples in a call, R views of each, T frames, H = W = the clip's size, C = 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mam2.engine.data.sampling import View
+
+ROWS = 32
+"""Output rows and columns computed at a time: a product with only the part of the input that their filters touch."""
+
+
+class TorchCrops:
+    """Stands in for the `ClipGraph` of front end "pyav". A clip depends on its own frames alone."""
+
+    def __init__(self, size: int, *, views: int, device: torch.device) -> None:
+        """size: height and width of a clip in pixels. device: where the work is done and results stay."""
+        self._size, self._views, self._device = size, views, device
+
+    def run(
+        self, payloads: Sequence[NDArray[np.uint8]], frames: Sequence[Sequence[int]], views: Sequence[Sequence[View]]
+    ) -> list[Tensor]:
+        """Clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C].
+
+        payloads: decoded frames uint8 [T, h, w, C]. frames: not used, as the frames are decoded.
+        """
+        videos = [torch.from_numpy(payload).to(self._device, non_blocking=True) for payload in payloads]
+        return [
+            torch.stack([crop(video, shown[view], self._size) for video, shown in zip(videos, views, strict=True)])
+            for view in range(self._views)
+        ]
+
+
+def crop(video: Tensor, view: View, size: int) -> Tensor:
+    """A view of uint8 frames [T, h, w, C], resized to uint8 [T, size, size, C] on their device."""
+    height, width = video.shape[1:3]
+    rows = _taps(view.y0 * height, view.y1 * height, height, size, video.device)
+    columns = _taps(view.x0 * width, view.x1 * width, width, size, video.device)
+    top, bottom, left, right = rows[0][1], rows[-1][2], columns[0][1], columns[-1][2]
+    planes = video[:, top:bottom, left:right].permute(0, 3, 1, 2).float()  # [T, C, h', w']
+    shrunk = torch.cat([taps @ planes[:, :, low - top : high - top] for taps, low, high in rows], 2)
+    parts = [shrunk[..., low - left : high - left] @ taps.mT for taps, low, high in columns]
+    clip = torch.cat(parts, 3).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return (clip.flip(2) if view.flip else clip).contiguous()
+
+
+def _taps(begin: float, end: float, length: int, size: int, device: torch.device) -> list[tuple[Tensor, int, int]]:
+    """Filters of output pixels between two edges of an input of `length` pixels.
+
+    For every ROWS of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 to which
+    they belong.
+    """
+    scale = (end - begin) / size
+    radius = max(scale, 1.0)
+    centres = begin + (np.arange(size) + 0.5) * scale - 0.5
+    first = np.ceil(centres - radius).astype(int)
+    offsets = np.arange(int(np.ceil(2 * radius)) + 1)
+    places = first[:, None] + offsets
+    weights = np.maximum(1 - np.abs(places - centres[:, None]) / radius, 0)
+    weights /= weights.sum(1, keepdims=True)
+    places = places.clip(0, length - 1)
+    blocks = []
+    for start in range(0, size, ROWS):
+        some, parts = places[start : start + ROWS], weights[start : start + ROWS]
+        low, high = int(some.min()), int(some.max()) + 1
+        dense = np.zeros((len(some), high - low))
+        np.add.at(dense, (np.arange(len(some))[:, None], some - low), parts)
+        blocks.append((torch.from_numpy(dense.astype(np.float32)).to(device), low, high))
+    return blocks

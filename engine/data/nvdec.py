@@ -1,0 +1,148 @@
+"""Whether NVDEC works: whose fault a failure of DALI is, a trial of each codec, and when to give NVDEC up."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mam2.engine.config import DataConfig
+from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, decode_frames
+from mam2.engine.data.synthetic import write_trial
+from mam2.engine.errors import UserError
+
+MOST_FAILURES = 20
+"""So many failures of NVDEC one after the other tell of the machine and not of the files."""
+TRIAL_FRAMES, TRIAL_SIDE = 16, 256
+TRIAL_TOLERANCE = 6.0
+"""Mean difference to PyAV's frames in grey levels; the next frame of the trial clip differs by 10."""
+DRIVER = re.compile(r"nvcuvid|cuInit|CUDA (driver|runtime)|driver version|no kernel image|NVML", re.IGNORECASE)
+MEMORY = re.compile(r"out of memory|bad_alloc|cannot allocate memory|memory allocation", re.IGNORECASE)
+CUDA = re.compile(r"\bCUDA (API )?error|\bCUDA_ERROR|\bcuda[A-Z]\w+|\bcu[A-Z]\w+|illegal memory access|device-side")
+DECODER = re.compile(r"decoders?(\.|__|_)video|video decoder", re.IGNORECASE)
+
+Value = TypeVar("Value")
+
+
+class GpuError(UserError):
+    """A driver or a GPU does not do what it is asked; no file is at fault."""
+
+
+class NvdecHangs(GpuError):
+    """NVDEC does not answer."""
+
+
+def fault(message: str) -> Literal["memory", "driver", "gpu", "file", "program"]:
+    """Whose fault a RuntimeError of DALI is.
+
+    message: all of it. DALI names the operator that failed; only the decoder's own messages are a file's fault.
+    """
+    if MEMORY.search(message):
+        return "memory"
+    if DRIVER.search(message):
+        return "driver"
+    told = message.partition("encountered:")[2] or message
+    if CUDA.search(told):
+        return "gpu"
+    return "file" if DECODER.search(message) else "program"
+
+
+def error_of(message: str, reason: str) -> Exception:
+    """What to raise for a RuntimeError of DALI with a message, of which `reason` is the sentence that matters."""
+    kind = fault(message)
+    if kind == "file":
+        return DecodeError(reason)
+    if kind == "memory":
+        return GpuError(f"no memory left for the clips: {reason}; use a smaller optim.micro_batch or data.prefetch")
+    if kind in ("driver", "gpu"):
+        return GpuError(f"the GPU or its driver failed: {reason}; mam2 doctor tries each decoder")
+    return RuntimeError(message)
+
+
+def within(seconds: float, work: Callable[[], Value]) -> Value:
+    """What `work` returns, in a thread of its own. Raises TimeoutError after `seconds`; the thread is left behind."""
+    box: list[Any] = []
+
+    def run() -> None:
+        try:
+            box.extend((work(), None))
+        except BaseException as error:  # raised again in the caller's thread
+            box.extend((None, error))
+
+    thread = threading.Thread(target=run, name="nvdec", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not box:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+class Record:
+    """Counts failures of NVDEC in a row."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def note(self, worked: bool) -> bool:
+        """Notes a clip. Returns True once, when NVDEC is to be given up."""
+        self.in_a_row = 0 if worked else self.in_a_row + 1
+        return self.in_a_row == MOST_FAILURES
+
+
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""From the bytes of a file to its frames 0 to 15, uint8 [T, H, W, C] of the stored size."""
+
+
+def try_codec(codec: str, decode: Decode) -> str:
+    """Decodes a made clip and compares it with PyAV's frames; why NVDEC cannot be used for a codec, or empty."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_trial(Path(folder), codec, frames=TRIAL_FRAMES, side=TRIAL_SIDE)
+        if path is None:  # this build of PyAV has no encoder for it: the files themselves will tell
+            return ""
+        expected = decode_frames(str(path), range(TRIAL_FRAMES))
+        try:
+            found = decode(np.fromfile(path, np.uint8))
+        except (DecodeError, UserError, TimeoutError, *FILE_ERRORS) as error:
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if found.shape != expected.shape:
+        return f"a clip of shape {expected.shape} came out as {found.shape}"
+    difference = float(np.abs(found.astype(np.float32) - expected.astype(np.float32)).mean())
+    if difference > TRIAL_TOLERANCE:
+        return f"its frames differ by {difference:.1f} grey levels on average from PyAV's"
+    return ""
+
+
+def try_codecs(codecs: Iterable[str], decode: Decode) -> dict[str, str]:
+    """Codecs that NVDEC does not decode here, with the reason."""
+    return {codec: problem for codec in sorted(set(codecs)) if (problem := try_codec(codec, decode))}
+
+
+def broken_codecs(codecs: Collection[str], device: torch.device, config: DataConfig) -> dict[str, str]:
+    """`try_codecs` on a GPU, once per process and codec."""
+    found = {codec: _tried(codec, device, config.timeout_s) for codec in sorted(set(codecs))}
+    return {codec: problem for codec, problem in found.items() if problem}
+
+
+@functools.lru_cache
+def _tried(codec: str, device: torch.device, timeout_s: float) -> str:
+    from mam2.engine.data.graph import ClipGraph
+    from mam2.engine.data.sampling import View
+
+    config = DataConfig(frames=TRIAL_FRAMES, stride=1, size=TRIAL_SIDE, timeout_s=timeout_s)
+
+    def decode(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        graph = ClipGraph("nvdec", config, views=1, samples=1, threads=1, device=device)
+        (clips,) = graph.run([content], [range(TRIAL_FRAMES)], [[View(0, 0, 1, 1, False)]])
+        return clips[0].cpu().numpy()
+
+    return try_codec(codec, decode)

@@ -1,0 +1,33 @@
+"""The doctor really decodes: it names what comes out right, and what does not."""
+
+from __future__ import annotations
+
+import av
+import torch
+
+from mam2.engine import doctor
+from mam2.engine.data import renderer
+
+CPU = torch.device("cpu")
+
+
+def test_it_decodes_a_clip_of_each_codec():
+    lines = {line.split()[0]: line for line in doctor.try_decoding(CPU)}
+    assert set(lines) == set(doctor.CODECS)
+    for codec in ("h264", "hevc", "vp9", "mjpeg", "mpeg4"):
+        assert "right by pyav, cropped by DALI" in lines[codec]
+
+
+def test_what_does_not_work_is_named(monkeypatch):
+    decode = renderer.decode_frames
+    monkeypatch.setattr(
+        renderer, "decode_frames", lambda *arguments, **options: decode(*arguments, **options)[::-1].copy()
+    )
+    assert all("WRONG" in line or "not tried" in line for line in doctor.try_decoding(CPU))
+
+    def removed(*_, **__):
+        raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+
+    monkeypatch.setattr(av, "open", removed)
+    lines = doctor.try_decoding(CPU)
+    assert all("NOT POSSIBLE: TypeError: open() got an unexpected" in line or "not tried" in line for line in lines)
