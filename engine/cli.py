@@ -82,7 +82,13 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"mam2: error: {error}", file=sys.stderr)
+            print(f"mam2: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mam2: error: {one_line(place)}{error.strerror}; make room or name another place", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
@@ -96,7 +102,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     except PeerFailed as error:
         if str(error):
-            print(f"mam2: {error}", file=sys.stderr)
+            print(f"mam2: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT

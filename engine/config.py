@@ -160,9 +160,10 @@ class LossConfig:
     optical flow (needs opencv-python-headless, on the CPU); or no motion decoder at all."""
     motion_normalize: Literal["channel", "patch", "none"] = "channel"
     """Divide an RGB difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
-    motion_eps: float = limited(1e-6, NOT_NEGATIVE)
-    """Added to that deviation, or to the norm of a histogram (pixels in 0 to 1). 0.05 keeps compression noise of static
-    patches small."""
+    motion_eps: float = limited(0.05, NOT_NEGATIVE)
+    """Added to that deviation, in the pixels' range of 0 to 1 (0.05: 13 gray levels); with `patch` to the variance, where
+    0.0025 is the same; with `hog` to the norm of a histogram. 1e-6 is VideoMAE's formula, with which a patch of one color
+    that changes by one gray level decides the loss."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
     """Pixels as a target, VideoMAE's or of appearance: standardised per cube and channel (VideoMAE), per patch (MAE,
     mae_st), or not."""

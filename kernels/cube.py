@@ -192,7 +192,8 @@ def mean_and_inverse(
         total = group_sum(cube, group, GROUPS, RUN)
         if INTEGER:
             wide = total.to(tl.int64)
-            mean = total.to(DTYPE) / COUNT
+            # a quotient of floats is approximate on a GPU; this one is exact where all values are equal
+            mean = (total // COUNT).to(DTYPE) + (total % COUNT).to(DTYPE) / COUNT
             scatter = group_sum(squares, group, GROUPS, RUN).to(tl.int64) * COUNT - wide * wide
             variance = scatter.to(DTYPE) / (COUNT * (COUNT - 1))
         else:
@@ -298,15 +299,14 @@ def _table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: tor
 def normalizing_table(
     video: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """[2,C] multipliers and shifts that turn the clip's numbers into (x − mean)/std; None without mean and std.
+    """[2,C] means in the clip's numbers, and what a value minus its mean is multiplied by; None without mean and std.
 
     Tables are kept, so that a captured step copies nothing from the host.
     """
     if mean is None or std is None:
         return None
     one = 255 if video.dtype == torch.uint8 else 1
-    shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
-    return _table((tuple(1 / (s * one) for s in std), shift), video.device, dtype)
+    return _table((tuple(m * one for m in mean), tuple(1 / (s * one) for s in std)), video.device, dtype)
 
 
 def restoring_table(
@@ -333,7 +333,8 @@ def cube_meta(video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype
         "WIDTH": width,
         "ROWS": launch.power_of_two(tubelet * height),
         "RUN": min(length & -length, MAX_RUN),
-        "CHANNELS_LAST": stride_c == 1 and stride_w == channels,
+        # the stride of a dimension of size 1 leads nowhere
+        "CHANNELS_LAST": (channels == 1 or stride_c == 1) and (width == 1 or stride_w == channels),
         "WIDE": span >= 2**31,
         "BYTES": video.dtype == torch.uint8,
         "DTYPE": launch.triton_type(dtype),

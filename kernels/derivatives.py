@@ -1,5 +1,8 @@
 """Which derivatives the losses give: first ones, by backward(), also of torch.func.vmap. Others are refused here."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -12,6 +15,31 @@ def refuse_double_backward(operator: str) -> None:
             f"{operator}: double backward is not supported (its backward ran under create_graph=True); "
             "use a loss written in PyTorch for second derivatives"
         )
+
+
+def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The custom operator with its gradient: `save` and `backward` as `register_autograd` takes them.
+
+    An eager call goes through an autograd.Function, which costs the host less than what is registered; torch.compile
+    and torch.func.vmap take that.
+    """
+    operator.register_autograd(backward, setup_context=save)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = operator(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or retrieve_all_functorch_interpreters():
+            return operator(*inputs)
+        return Eager.apply(*inputs)
+
+    return call
 
 
 def wants_gradient(tensor: torch.Tensor) -> bool:

@@ -5,8 +5,10 @@
     s          "channel": sqrt(var of the cube's channel) + eps;  "patch": sqrt(var of the cube + eps);  None: 1
 
 The variance is unbiased, over all τ frames of the cube. Standardising the cube and then subtracting (MAE-DFER) gives
-the same, since the mean cancels. eps is in pixel units of [0,1] ("patch": their square) and is the floor that keeps
-a static patch from dividing by almost nothing.
+the same, since the mean cancels. eps, in pixel units of [0,1] ("patch": their square), keeps s away from 0. A patch of
+one color has a variance of 0, and with eps = 1e-6 a fade by one gray level has a target of 1/255/1e-6 = 3922 there, which
+then decides the loss. So the default is 0.05, 13 gray levels; eps=1e-6 is VideoMAE's formula. For "patch" the same floor
+is eps = 0.05² = 0.0025. "intra" cannot explode: whatever changes within the cube is in its variance as well.
 
 B clips, C channels, T frames, N tokens, Nm masked, Pd values of a token's difference, τ frames a tubelet.
 """
@@ -29,10 +31,18 @@ from .cube import (
 )
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
-from .shapes import DIFFERENCES, check_choice, check_deviation, check_statistics, check_video, target_values
+from .shapes import (
+    DIFFERENCES,
+    check_choice,
+    check_deviation,
+    check_statistics,
+    check_video,
+    target_values,
+    token_grid,
+)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
 def _frame_difference_kernel(
     out_ptr,
     video_ptr,
@@ -113,7 +123,7 @@ def _launch(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> torch.Tensor:
-    grid = check_video(video, patch_size)
+    grid = token_grid(video, patch_size)
     dtype = reference.compute_dtype(video)
     values = target_values(grid, patch_size, difference)
     out = video.new_empty(*index.shape, values, dtype=dtype)
@@ -181,7 +191,7 @@ def frame_difference(
     patch_size: Sequence[int] = (2, 16, 16),
     difference: str = "adjacent",
     normalize: str | None = "channel",
-    eps: float = 1e-6,
+    eps: float = 0.05,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     mask: TubeMask | torch.Tensor | None = None,
@@ -193,7 +203,7 @@ def frame_difference(
         patch_size: (frames, height, width) of a token.
         difference: "adjacent" or "intra".
         normalize: "channel", "patch" or None.
-        eps: see the head of this file.
+        eps: added to the deviation ("patch": to the variance), see the head of this file; 1e-6 is VideoMAE's.
         mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
         mask: rows of these masked tokens only, as in `masked_pixel_loss`; default: every token.
 

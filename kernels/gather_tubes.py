@@ -1,3 +1,6 @@
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+# (in a kernel a tuple grows by `+`: Triton has no unpacking)
 """Visible tokens of a clip, normalised, ready for the patch embedding.
 
     out[b, k, (t,h,w,c)] = (x − mean[c]) / std[c],   x = video at token visible[b, k], in [0,1]
@@ -10,17 +13,18 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values, store_rounded
+from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values, spread, store_rounded
 from .launch import jit, tl
-from .shapes import check_index, check_statistics, check_video
+from .masks import TubeMask, without_repeats
+from .shapes import check_index, check_statistics, check_video, token_grid
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
 def _gather_tubes_kernel(
     out_ptr,
     video_ptr,
     index_ptr,
-    affine_ptr,
+    mean_ptr,
     count,
     slots,
     rows,
@@ -57,23 +61,29 @@ def _gather_tubes_kernel(
         mask & inside,
         stride_c,
         stride_w,
-        affine_ptr,
+        None,
         CHANNELS,
         WIDTH,
         RUN,
         CHANNELS_LAST,
         WIDE,
-        AFFINE,
-        BYTES,
+        False,
+        False,
         DTYPE,
     )
+    pixels = ()
+    for segment in tl.static_range(LENGTH // RUN):  # before any store, after which the table would be read again
+        value, channel = run_values(segment, CHANNELS, RUN)
+        part = cube[segment]
+        if AFFINE:  # the mean first: a product plus a shift would be fused, and a value at its mean not come out as 0
+            part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)
+        elif BYTES:
+            part *= 1.0 / 255.0
+        pixels = pixels + (part,)
     out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * LENGTH) + row * LENGTH
     for segment in tl.static_range(LENGTH // RUN):
         value, _ = run_values(segment, CHANNELS, RUN)
-        pixels = cube[segment].to(DTYPE)
-        if BYTES and not AFFINE:
-            pixels *= 1.0 / 255.0
-        store_rounded(out + value, tl.where(inside, pixels, float("nan")), mask)
+        store_rounded(out + value, tl.where(inside, pixels[segment], float("nan")), mask)
 
 
 def _launch(
@@ -85,7 +95,7 @@ def _launch(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     batch, count = visible.shape
-    grid = check_video(video, patch_size)
+    grid = token_grid(video, patch_size)
     out = video.new_empty(batch, count, grid.values, dtype=dtype)
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     table = normalizing_table(video, mean, std, compute)
@@ -138,7 +148,7 @@ def _(
 
 def gather_tubes(
     video: torch.Tensor,
-    visible: torch.Tensor,
+    visible: TubeMask | torch.Tensor,
     *,
     patch_size: Sequence[int] = (2, 16, 16),
     mean: Sequence[float] | None = None,
@@ -149,7 +159,7 @@ def gather_tubes(
 
     Args:
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
-        visible: [B,Nv] int64 token numbers, in any order.
+        visible: [B,Nv] int64 token numbers, in any order; or a TubeMask, whose visible tokens are taken.
         patch_size: (frames, height, width) of a token.
         mean, std: one value a channel, in [0,1] units; None leaves the pixels in [0,1].
         dtype: of the result; default: the autocast type where autocast is on, else the clip's float type, else float32.
@@ -158,11 +168,16 @@ def gather_tubes(
         [B,Nv,P], value order (t,h,w,c).
 
     Raises:
-        ValueError: a shape, type or device that does not fit.
+        ValueError: a shape, type or device that does not fit; N token numbers for N tokens of which two are the same,
+            as in a mask of zeros and ones (on a GPU the clip's values are NaN instead).
         IndexError: a token number out of range (on a GPU its values are NaN instead).
     """
-    check_video(video, patch_size)
+    grid = check_video(video, patch_size)
+    if isinstance(visible, TubeMask):
+        visible = visible.visible
     check_index("visible", visible, video)
+    if visible.shape[1] == grid.tokens:
+        visible = without_repeats(visible)
     means, stds = check_statistics(mean, std, video.shape[1])
     if dtype is None:
         if torch.is_autocast_enabled(video.device.type):

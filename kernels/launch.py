@@ -19,14 +19,19 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform, and the PyTorch path needs none; annotations of kernels still read tl
-    triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+    triton, tl = None, SimpleNamespace(constexpr=None, int32=None, int64=None)  # type: ignore[assignment]
 
 PATHS = ("triton", "pytorch")
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Any = None, **options: Any) -> Any:
+    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported.
+
+    `options` are Triton's; with them this is called first and decorates what it returns.
+    """
+    if function is None:
+        return functools.partial(jit, **options)
+    return triton.jit(function, **options) if triton is not None else function
 
 
 def active_path(where: torch.Tensor | torch.device | str) -> str:
@@ -93,10 +98,31 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of logits to hold at a time, a multiple of 128."""
-    budget = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"])
-    return max(budget // (codes * dtype.itemsize) // 128, 1) * 128
+GPU_ROWS = 1024
+"""Least rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
+
+
+def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
+    """Rows of logits [rows,codes] to hold at a time, a multiple of 128.
+
+    Every chunk reads the weight [codes,width] three times; on a GPU its logits therefore take at least as many bytes.
+    """
+    rows, least = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"]) // (codes * dtype.itemsize), 128
+    if device.type == "cuda":
+        least = max(GPU_ROWS, -(-width // 128) * 128)
+    return max(rows // 128 * 128, least)
+
+
+def half_sums() -> bool:
+    """Whether products may add up in float16."""
+    return torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def wide_products(device: torch.device) -> bool:
+    """Whether `torch.mm(..., out_dtype=float32)` of half types runs there: on GPUs from sm_80 on, unless `half_sums`."""
+    if device.type != "cuda" or half_sums():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_type(dtype: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import launch
-from .derivatives import refuse_double_backward, refuse_transforms, wants_gradient
+from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
 from .scale_gradient import scale_gradient
 from .shapes import REDUCTIONS, check_choice
 from .softmax_gradient import accumulation_dtype, softmax_gradient_
@@ -23,7 +23,7 @@ from .softmax_gradient import accumulation_dtype, softmax_gradient_
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left · right in `dtype`, without rounding to a half type in between where the device can."""
-    if left.dtype != dtype and left.device.type == "cuda":
+    if left.dtype != dtype and launch.wide_products(left.device):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
 
@@ -47,7 +47,7 @@ def _run(
     d_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0)
     d_bias = weight.new_zeros(codes, dtype=wide) if needs[2] else weight.new_empty(0)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chunk = launch.chunk_rows(codes, dtype, hidden.device)
+    chunk = launch.chunk_rows(codes, dtype, hidden.device, hidden.shape[1])
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
@@ -199,8 +199,8 @@ def _rows_backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | Non
     return *cast, *(None,) * 4
 
 
-_sum_op.register_autograd(_sum_backward, setup_context=_save_gradients)
-_rows_op.register_autograd(_rows_backward, setup_context=_save_inputs)
+_sum = differentiable(_sum_op, _save_gradients, _sum_backward)
+_rows = differentiable(_rows_op, _save_inputs, _rows_backward)
 
 
 def linear_cross_entropy(
@@ -230,7 +230,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape, type or device that does not fit.
-        IndexError or RuntimeError: a target out of range (on a GPU the loss is NaN instead).
+        IndexError or RuntimeError: a target out of range (on a GPU the loss and the row's gradients are NaN instead).
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -256,9 +256,9 @@ def linear_cross_entropy(
     refuse_transforms("linear_cross_entropy", hidden, weight, bias)
     label_smoothing = float(label_smoothing)
     if reduction == "none":
-        return _rows_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
+        return _rows(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
     needs = [tensor is not None and wants_gradient(tensor) for tensor in (hidden, weight, bias)]
-    total = _sum_op(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
+    total = _sum(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
     if reduction == "sum":
         return total
     counted = (target != ignore_index).sum()

@@ -29,13 +29,13 @@ from .cube import (
     run_values,
     store_rounded,
 )
-from .derivatives import refuse_double_backward, refuse_transforms, wants_gradient
+from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
 from .scale_gradient import scale_gradient
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
 def _masked_loss_kernel(
     error_ptr,
     gradient_ptr,
@@ -120,7 +120,10 @@ def _masked_loss_kernel(
         residual = tl.where(exists, predicted - target[segment], 0.0)
         error += tl.sum(residual * residual, axis=1)
         if GRADIENT:
-            store_rounded(gradient + value, 2 * residual, inside & (row < FRAMES * HEIGHT))
+            stored = row < FRAMES * HEIGHT
+            if EVERY_TOKEN:  # a token out of range has no row of its own
+                stored = stored & inside
+            store_rounded(gradient + value, tl.where(inside, 2 * residual, float("nan")), stored)
     tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
 
 
@@ -136,7 +139,7 @@ def _launch(
     std: Sequence[float] | None,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = shapes.check_video(video, patch_size)
+    grid = shapes.token_grid(video, patch_size)
     dtype = reference.compute_dtype(pred, video)
     every_token = pred.shape[1] != masked.shape[1]
     error = pred.new_empty(masked.shape, dtype=dtype)
@@ -220,12 +223,24 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
     gradient, masked = ctx.saved_tensors
     if upstream is None:
         return (None,) * 10
-    if gradient.shape[1] != masked.shape[1]:
-        upstream = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked, upstream)
+    tokens = gradient.shape[1]
+    if tokens != masked.shape[1]:
+        fits = ((masked >= 0) & (masked < tokens)).all(dim=1, keepdim=True)
+        factors = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked.clamp(0, tokens - 1), upstream)
+        # a token out of range has no gradient of its own to be NaN: its clip's are
+        upstream = torch.where(fits, factors, float("nan"))
     return scale_gradient(gradient, upstream), *(None,) * 9
 
 
-_masked_loss.register_autograd(_backward, setup_context=_save)
+_errors_and_gradient = differentiable(_masked_loss, _save, _backward)
+
+
+def _masked_count(pred: torch.Tensor, weight: torch.Tensor | None, grid: shapes.Grid) -> int | None:
+    """How many tokens a boolean mask hides in each clip, from the shape of pred or weight; None if they hold all."""
+    for tensor in (pred, weight):
+        if tensor is not None and tensor.dim() > 1 and tensor.shape[1] != grid.tokens:
+            return tensor.shape[1]
+    return None
 
 
 def _loss(
@@ -246,15 +261,27 @@ def _loss(
     shapes.check_choice("reduction", reduction, shapes.REDUCTIONS)
     shapes.check_deviation(normalize, patch_size, video.shape[1])
     means, stds = shapes.check_statistics(mean, std, video.shape[1])
-    masked = masked_index(mask, grid, video)
+    counted, count = None, None
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+        count = _masked_count(pred, weight, grid)
+        if count is None and reduction != "none":  # the masked tokens need not be picked: the others weigh nothing
+            shapes.check_bool_mask(mask, video, grid)
+            counted, mask = mask, None
+    masked = masked_index(mask, grid, video, count)
     shapes.check_pred(pred, masked, grid, values)
-    shapes.check_weight(weight, masked)
+    if weight is not None:
+        shapes.check_weight(weight, masked, grid)
     refuse_transforms("masked loss", pred)
     settings = list(patch_size), target, normalize, eps, means, stds, wants_gradient(pred)
-    errors, _ = _masked_loss(pred, video, masked, *settings)
+    errors, _ = _errors_and_gradient(pred, video, masked, *settings)
     if weight is not None:
+        if weight.shape != masked.shape:
+            weight = weight.gather(1, masked.clamp(0, grid.tokens - 1))
         weight = weight.to(errors.dtype)
         errors = errors * weight
+    if counted is not None:
+        errors = torch.where(counted, errors, 0.0)
+        weight = counted.to(errors.dtype) if weight is None else torch.where(counted, weight, 0.0)
     if reduction == "sum":
         return errors.sum()
     existing: int | torch.Tensor = values
@@ -289,8 +316,9 @@ def masked_pixel_loss(
     Args:
         pred: [B,Nm,P] predictions of the masked tokens in the order of the mask, or [B,N,P] of every token.
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
-        mask: TubeMask, int64 [B,Nm] token numbers, each at most once in a clip, bool [B,N] with True = masked (which
-            waits for the device), or None: every token.
+        mask: TubeMask, int64 [B,Nm] token numbers, each at most once in a clip, bool [B,N] with True = masked, as many
+            in every clip, or None: every token. With reduction="none", a boolean mask for a pred of every token waits
+            for the device, unless the shape of `weight` says how many are masked.
         patch_size: (frames, height, width) of a token.
         mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
         target: "pixel": the standardised cube; "joint": its first frame, and of every later frame the standardised
@@ -300,7 +328,7 @@ def masked_pixel_loss(
             The variance is unbiased.
         eps: see `normalize`.
         weight: bool or real [B,Nm], what each masked token counts, for losses over numbers of tokens that differ from
-            clip to clip: every error is multiplied by it.
+            clip to clip: every error is multiplied by it. Or [B,N], of every token: those of the masked ones count.
         reduction: "mean" over all masked values (with `weight`: the weighted mean), "sum", or "none": [B,Nm], each
             token's mean over its values (with `weight`: times its weight). The mean over nothing is NaN, as PyTorch's.
 
@@ -308,8 +336,10 @@ def masked_pixel_loss(
         A scalar or [B,Nm], float32 (float64 if pred or video is), differentiable once in pred and weight.
 
     Raises:
-        ValueError: a shape, type, device or choice that does not fit.
-        IndexError: a token number out of range (on a GPU the loss is NaN instead).
+        ValueError: a shape, type, device or choice that does not fit; a clip that names a token twice, as a mask of
+            zeros and ones does, or hides another number than pred has.
+        IndexError: a token number out of range.
+            For what is wrong with the numbers in a mask, on a GPU the clip's loss and gradient are NaN instead.
     """
     shapes.check_choice("target", target, shapes.PIXEL_TARGETS)
     return _loss(pred, video, mask, patch_size, target, normalize, eps, mean, std, weight, reduction)
@@ -323,7 +353,7 @@ def masked_frame_difference_loss(
     patch_size: Sequence[int] = (2, 16, 16),
     difference: str = "adjacent",
     normalize: str | None = "channel",
-    eps: float = 1e-6,
+    eps: float = 0.05,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weight: torch.Tensor | None = None,
@@ -335,8 +365,8 @@ def masked_frame_difference_loss(
         pred: [B,Nm,Pd] or [B,N,Pd]; Pd is P for "adjacent", P·(τ−1)/τ for "intra".
         difference: "adjacent": the next frame of the clip minus this one; the clip's last frame has no next one, so
             these values of pred count for nothing, in the mean's divisor neither. "intra": within the token.
-        normalize, eps: what the difference is divided by, see frame_difference.py. A large eps (0.05) keeps
-            noise in static patches small.
+        normalize, eps: what the difference is divided by, see frame_difference.py. The default keeps a patch of one
+            color, whose deviation is 0, from deciding the loss; eps=1e-6 is the formula of VideoMAE and MAE-DFER.
         reduction: "mean" over all existing values, "sum", or "none": [B,Nm], each token's mean over its existing ones.
 
     The rest, the result and the errors are as in `masked_pixel_loss`.

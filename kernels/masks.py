@@ -14,7 +14,7 @@ import torch
 
 from . import launch, reference
 from .launch import jit, tl
-from .shapes import Grid, check_grid, check_index
+from .shapes import OTHER_COUNT, REPEATED, Grid, check_bool_mask, check_grid, check_index
 
 
 class TubeMask(NamedTuple):
@@ -34,10 +34,15 @@ class TubeMask(NamedTuple):
         """From [B,N] bool, True = masked. Waits for the device once, to check the counts.
 
         Raises:
-            ValueError: not a boolean matrix, or rows that hide different numbers of tokens.
+            ValueError: not a boolean matrix, or rows that hide different numbers of tokens; under torch.compile, where
+                nothing can wait for the device.
         """
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ValueError(f"mask: expected bool [B,N], found {mask.dtype} {tuple(mask.shape)}")
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "mask: a boolean one cannot be counted under torch.compile; pass a TubeMask or int64 token numbers"
+            )
         counts = mask.sum(dim=1).tolist()
         if len(set(counts)) > 1:
             raise ValueError(
@@ -53,35 +58,52 @@ def order_by(mask: torch.Tensor) -> torch.Tensor:
     return mask.to(torch.uint8).sort(dim=1, stable=True, descending=True).indices
 
 
-def masked_index(mask: TubeMask | torch.Tensor | None, grid: Grid, video: torch.Tensor) -> torch.Tensor:
-    """Masked token numbers [B,Nm] of a TubeMask, a bool [B,N], an index, or None: every token. ValueError if unfit."""
+def masked_index(
+    mask: TubeMask | torch.Tensor | None, grid: Grid, video: torch.Tensor, count: int | None = None
+) -> torch.Tensor:
+    """Masked token numbers [B,Nm] of a TubeMask, a bool [B,N], an index, or None: every token. ValueError if unfit.
+
+    `count` is the Nm that a boolean mask should have: where it is given, nothing waits for the device, and a clip that
+    hides another number of tokens gets OTHER_COUNT for each. A clip whose index holds a token twice gets REPEATED.
+    """
     if mask is None:
         return torch.arange(grid.tokens, device=video.device).expand(video.shape[0], -1)
     if isinstance(mask, TubeMask):
         index = mask.masked
+    elif not isinstance(mask, torch.Tensor):
+        raise ValueError(f"mask: expected a TubeMask, a tensor or None, found {type(mask).__name__}")
     elif mask.dtype == torch.bool:
-        if mask.shape != (video.shape[0], grid.tokens):
-            expected = [video.shape[0], grid.tokens]
-            raise ValueError(f"mask: expected bool {expected} (True = masked), found shape {list(mask.shape)}")
-        index = TubeMask.from_bool(mask).masked
+        check_bool_mask(mask, video, grid)
+        if not count:
+            return TubeMask.from_bool(mask).masked
+        found = mask.sum(dim=1, keepdim=True)
+        return torch.where(found == count, order_by(mask)[:, :count], OTHER_COUNT - found)
     else:
         index = mask
     check_index("mask", index, video)
-    return index
+    return index if isinstance(mask, TubeMask) else without_repeats(index)
 
 
-@jit
+def without_repeats(index: torch.Tensor) -> torch.Tensor:
+    """The token numbers [B,K]; REPEATED in their place in a clip that holds one twice."""
+    ordered = index.sort(dim=1).values
+    repeated = ((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any(dim=1, keepdim=True)
+    return torch.where(repeated, REPEATED, index)
+
+
+# one compilation for all values: the kernel's sort takes seconds to compile
+@jit(do_not_specialize=["seed", "first_sample", "slots", "positions", "hidden", "strength"])
 def _draw_mask_kernel(
     visible_ptr,
     masked_ptr,
     step_ptr,
     energy_ptr,
-    seed,
-    first_sample,
-    slots,
-    positions,
-    hidden,
-    strength,
+    seed: tl.int64,
+    first_sample: tl.int64,
+    slots: tl.int32,
+    positions: tl.int32,
+    hidden: tl.int32,
+    strength: tl.int32,
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -64,7 +64,7 @@ class MaskedFrameDifferenceLoss(_Configured):
         patch_size: Sequence[int] = (2, 16, 16),
         difference: str = "adjacent",
         normalize: str | None = "channel",
-        eps: float = 1e-6,
+        eps: float = 0.05,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         reduction: str = "mean",

@@ -21,10 +21,10 @@ from . import launch, reference
 from .cube import cube_meta, cube_place, has_target, load_cube, row_offsets
 from .launch import jit, tl
 from .masks import TubeMask, draw
-from .shapes import check_video
+from .shapes import check_video, token_grid
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["slots", "rows", "columns"])
 def _motion_energy_kernel(
     energy_ptr,
     video_ptr,
@@ -82,7 +82,7 @@ def _motion_energy_kernel(
 
 
 def _launch(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    grid = check_video(video, patch_size)
+    grid = token_grid(video, patch_size)
     dtype = reference.compute_dtype(video)
     energy = video.new_empty(video.shape[0], grid.tokens, dtype=reference.energy_dtype(video))
     meta = cube_meta(video, patch_size, dtype)

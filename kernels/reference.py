@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .shapes import unfit_tokens
+
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -101,20 +103,28 @@ def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
 
 
 def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor. IndexError for a token that does not exist."""
+    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor.
+
+    Raises:
+        IndexError: a token that does not exist.
+        ValueError: REPEATED or OTHER_COUNT of shapes.py in its place.
+    """
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-        raise IndexError(f"token numbers: expected 0 to {tokens - 1}, found {int(index.min())} to {int(index.max())}")
+        raise unfit_tokens(int(index.min()), int(index.max()), index.shape[1], tokens)
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()
 
 
-def _pixels(
+def _unit(video: torch.Tensor) -> int:
+    """What the clip's numbers are counted in, as parts of [0,1]."""
+    return 255 if video.dtype == torch.uint8 else 1
+
+
+def _numbers(
     raw: torch.Tensor, channels: int, dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> torch.Tensor:
-    """Values as the decoder gave them → pixels in [0,1]: uint8 is divided by 255, a normalised float clip undone."""
+    """Values as the decoder gave them, in the clip's unit; the normalisation of a float clip is undone."""
     pixels = raw.to(dtype, copy=True)
-    if raw.dtype == torch.uint8:
-        return pixels.div_(255)
-    if mean is not None and std is not None:
+    if raw.dtype != torch.uint8 and mean is not None and std is not None:
         by_channel = pixels.unflatten(-1, (-1, channels))
         by_channel.mul_(pixels.new_tensor(std)).add_(pixels.new_tensor(mean))
     return pixels
@@ -154,7 +164,7 @@ def gather_tubes(
     tokens = patchify(video, patch_size)
     picked = tokens.flatten(0, 1).index_select(0, _rows(visible, tokens.shape[1]))
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
-    values = _pixels(picked, video.shape[1], compute, None, None)
+    values = _numbers(picked, video.shape[1], compute, None, None).div_(_unit(video))
     if mean is not None and std is not None:
         by_channel = values.unflatten(-1, (-1, video.shape[1]))
         by_channel.sub_(values.new_tensor(mean)).div_(values.new_tensor(std))
@@ -169,20 +179,30 @@ def _over_rows(cubes: torch.Tensor, statistic: torch.Tensor, width: int) -> tupl
     return cubes.unflatten(1, (-1, width * groups)), statistic.repeat(1, width)[:, None]
 
 
-def _center_(cubes: torch.Tensor, groups: int, width: int) -> torch.Tensor:
-    """Subtracts from cubes [M,P] the mean of each of its `groups` interleaved groups: one a channel, or one."""
-    rows, mean = _over_rows(cubes, cubes.unflatten(1, (-1, groups)).mean(dim=1), width)
+def _center_(cubes: torch.Tensor, groups: int, width: int, whole: bool) -> torch.Tensor:
+    """Subtracts from cubes [M,P] the mean of each of its `groups` interleaved groups: one a channel, or one.
+
+    `whole`: they hold bytes, whose sum is exact, so that what is left of a cube of one colour is 0 and no rounding.
+    """
+    by_group = cubes.unflatten(1, (-1, groups))
+    count = by_group.shape[1]
+    # float32 holds integers up to 2^24
+    wide = torch.float64 if whole and 255 * count > 2**24 else cubes.dtype
+    mean = by_group.sum(dim=1, dtype=wide).div_(count).to(cubes.dtype)
+    rows, mean = _over_rows(cubes, mean, width)
     rows.sub_(mean)
     return cubes
 
 
-def _deviation(centered: torch.Tensor, groups: int, normalize: str, eps: float) -> torch.Tensor:
-    """What a standardised cube is divided by, [M,G], from the unbiased variance.
+def _deviation(centered: torch.Tensor, groups: int, normalize: str, eps: float, unit: int) -> torch.Tensor:
+    """What a standardised cube is divided by, [M,G], from the unbiased variance; `eps` is in parts of [0,1].
 
     "channel" is sqrt(variance) + eps (VideoMAE), "patch" is sqrt(variance + eps) (MAE, mae_st).
     """
     variance = centered.square().unflatten(1, (-1, groups)).sum(dim=1).div_(centered.shape[1] // groups - 1)
-    return variance.sqrt_().add_(eps) if normalize == "channel" else variance.add_(eps).sqrt_()
+    if normalize == "channel":
+        return variance.sqrt_().add_(eps * unit)
+    return variance.add_(eps * unit * unit).sqrt_()
 
 
 def target(
@@ -201,18 +221,21 @@ def target(
     "pixel" is the standardised cube; "joint" is its first frame, then x[t] − x[0] over the cube's deviation for each
     later frame t; "adjacent" is x[t+1] − x[t] for each frame t of the cube over the cube's deviation, 0 where the clip
     has no frame t+1; "intra" is the same for t+1 inside the cube, τ−1 differences.
+    A uint8 clip is counted in bytes until the last division.
     """
-    channels, (tubelet, _, width) = video.shape[1], patch_size
+    channels, (tubelet, _, width), unit = video.shape[1], patch_size, _unit(video)
     tokens = patchify(video, patch_size)
     count, values = tokens.shape[1:]
     rows = _rows(index, count)
-    cubes = _pixels(tokens.reshape(-1, values).index_select(0, rows), channels, dtype, mean, std)
+    cubes = _numbers(tokens.reshape(-1, values).index_select(0, rows), channels, dtype, mean, std)
     groups = channels if normalize == "channel" else 1
     frame = values // tubelet
     if kind in ("pixel", "joint"):
         if normalize is not None:
-            deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
+            deviation = _deviation(_center_(cubes, groups, width, unit > 1), groups, normalize, eps, unit)
             torch.Tensor.div_(*_over_rows(cubes, deviation, width))
+        elif unit > 1:
+            cubes.div_(unit)
         if kind == "joint":
             cubes[:, frame:].unflatten(1, (-1, frame)).sub_(cubes[:, None, :frame])
         return cubes
@@ -225,10 +248,12 @@ def target(
         own_last, next_first = rows * tubelet + tubelet - 1, (rows + slot) * tubelet
         following = torch.where(lacks_next_frame(index, count, slot).flatten(), own_last, next_first)
         frames = tokens.reshape(-1, frame).index_select(0, following)
-        torch.sub(_pixels(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
+        torch.sub(_numbers(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
     if normalize is not None:
-        deviation = _deviation(_center_(cubes, groups, width), groups, normalize, eps)
+        deviation = _deviation(_center_(cubes, groups, width, unit > 1), groups, normalize, eps, unit)
         torch.Tensor.div_(*_over_rows(difference, deviation, width))
+    elif unit > 1:
+        difference.div_(unit)
     return difference
 
 

@@ -13,7 +13,7 @@ from .cube import store_rounded
 from .launch import jit, tl
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["blocks"])
 def _scale_gradient_kernel(out_ptr, gradient_ptr, scale_ptr, blocks, length, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) // blocks
     column = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -14,6 +14,11 @@ DIFFERENCES = ("adjacent", "intra")
 PIXEL_TARGETS = ("pixel", "joint")
 REDUCTIONS = ("mean", "sum", "none")
 
+REPEATED = -(2**40)
+"""Stands for every token of a clip whose token numbers hold one twice: an operator refuses it (on a GPU: NaN)."""
+OTHER_COUNT = -(2**41)
+"""Minus n: the same for a clip whose boolean mask hides n tokens where another number is expected."""
+
 
 class Grid(NamedTuple):
     """How a clip is cut into tokens: `slots` tubelets of `rows` x `columns` patches, `values` numbers each."""
@@ -28,6 +33,13 @@ class Grid(NamedTuple):
         return self.slots * self.rows * self.columns
 
 
+def token_grid(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
+    """The token grid of a clip [B,C,T,H,W] that `check_video` has accepted."""
+    tubelet, height, width = patch_size
+    _, channels, frames, rows, columns = video.shape
+    return Grid(frames // tubelet, rows // height, columns // width, tubelet * height * width * channels)
+
+
 def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
     """The token grid of `video` [B,C,T,H,W]; ValueError if it cannot be cut into whole cubes."""
     if video.dim() != 5:
@@ -38,16 +50,13 @@ def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
         raise ValueError("video: no gradient flows to the clip; pass video.detach()")
     if len(patch_size) != 3 or min(patch_size) < 1:
         raise ValueError(f"patch_size: expected 3 positive integers (tubelet, height, width), found {patch_size}")
-    _, channels, *extent = video.shape
-    tubelet, height, width = patch_size
-    for name, size, patch in zip(("frames", "height", "width"), extent, patch_size, strict=True):
+    for name, size, patch in zip(("frames", "height", "width"), video.shape[2:], patch_size, strict=True):
         if size % patch or size == 0:
             raise ValueError(
                 f"video: expected {name} to be a multiple of {patch} (patch_size {tuple(patch_size)}), found {size}; "
                 "crop or resize the clip"
             )
-    slots, rows, columns = extent[0] // tubelet, extent[1] // height, extent[2] // width
-    return Grid(slots, rows, columns, tubelet * height * width * channels)
+    return token_grid(video, patch_size)
 
 
 def check_grid(grid: Sequence[int]) -> None:
@@ -61,9 +70,37 @@ def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
     if index.dim() != 2 or index.shape[0] != video.shape[0]:
         raise ValueError(f"{name}: expected shape [{video.shape[0]}, K] (one row a clip), found {tuple(index.shape)}")
     if index.dtype != torch.int64:
-        raise ValueError(f"{name}: expected int64 token numbers, found {index.dtype}")
+        raise ValueError(
+            f"{name}: expected int64 token numbers, found {index.dtype}; a mask of zeros and ones becomes token numbers "
+            "by TubeMask.from_bool(mask.bool())"
+        )
     if index.device != video.device:
         raise ValueError(f"{name}: expected the device of video ({video.device}), found {index.device}")
+
+
+def check_bool_mask(mask: torch.Tensor, video: torch.Tensor, grid: Grid) -> None:
+    """ValueError unless the boolean `mask` is [B,N] on the device of `video`."""
+    expected = [video.shape[0], grid.tokens]
+    if list(mask.shape) != expected or mask.device != video.device:
+        raise ValueError(
+            f"mask: expected bool {expected} (True = masked) on {video.device}, "
+            f"found shape {list(mask.shape)} on {mask.device}"
+        )
+
+
+def unfit_tokens(lowest: int, highest: int, count: int, tokens: int) -> Exception:
+    """Why [B,count] token numbers from `lowest` to `highest` cannot be those of clips of `tokens` tokens."""
+    if lowest == REPEATED:
+        return ValueError(
+            "token numbers: expected each at most once in a clip, found one twice; "
+            "pass a mask of zeros and ones as bool: mask.bool()"
+        )
+    if lowest <= OTHER_COUNT:
+        return ValueError(
+            f"mask: expected {count} masked tokens in every clip, as many as pred or weight has, "
+            f"found a clip with {OTHER_COUNT - lowest}"
+        )
+    return IndexError(f"token numbers: expected 0 to {tokens - 1}, found {lowest} to {highest}")
 
 
 def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int) -> None:
@@ -79,14 +116,13 @@ def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int
         raise ValueError(f"pred: expected a float type on {masked.device}, found {pred.dtype} on {pred.device}")
 
 
-def check_weight(weight: torch.Tensor | None, masked: torch.Tensor) -> None:
-    """ValueError unless `weight` is None or holds one number for each of the tokens `masked` [B,Nm]."""
-    if weight is None:
-        return
-    if weight.shape != masked.shape or weight.device != masked.device or weight.is_complex():
+def check_weight(weight: torch.Tensor, masked: torch.Tensor, grid: Grid) -> None:
+    """ValueError unless `weight` holds a number for each of the tokens `masked` [B,Nm], or for every token."""
+    shapes = list(masked.shape), [masked.shape[0], grid.tokens]
+    if list(weight.shape) not in shapes or weight.device != masked.device or weight.is_complex():
         raise ValueError(
-            f"weight: expected bool or real {list(masked.shape)} (one a masked token) on {masked.device}, "
-            f"found {weight.dtype} {list(weight.shape)} on {weight.device}"
+            f"weight: expected bool or real {shapes[0]} (masked tokens) or {shapes[1]} (every token) on "
+            f"{masked.device}, found {weight.dtype} {list(weight.shape)} on {weight.device}"
         )
 
 

@@ -5,7 +5,10 @@
 
 A program takes a row: once through it for the maximum, the sum of exponentials (running, where a row is longer than a
 block) and the target's logit, once more to write. Exponentials and sums are float32. A row of `ignore_index` gives 0,
-a target out of range NaN.
+a target out of range NaN, both as loss and as gradient.
+
+The gradient goes over the logits without a barrier: a thread writes over those that it has read itself, and the target's
+logit, which all read, is part of the sum of exponentials that every gradient waits for.
 
 M rows, V codes.
 """
@@ -17,6 +20,12 @@ from .launch import jit, tl
 
 
 @jit
+def above(largest):
+    """What to subtract before an exponential: the maximum, 0 where that is −inf and the difference would be NaN."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@jit(do_not_specialize=["ignore_index"])
 def _softmax_gradient_kernel(
     loss_ptr,
     logits_ptr,
@@ -37,12 +46,14 @@ def _softmax_gradient_kernel(
     counted = target != ignore_index
     exists = (target >= 0) & (target < codes)
     picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
+    target = tl.where(exists, target, -1).to(tl.int32)
     column = tl.arange(0, BLOCK)
     lowest = float("-inf")
 
     logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
-    largest = tl.max(logits, axis=0)
-    exponential = tl.exp(logits - largest)
+    # the maximum is the same without it, but so no thread adds exponentials before it has read the target's logit
+    largest = tl.maximum(tl.max(logits, axis=0), picked)
+    exponential = tl.exp(logits - above(largest))
     sum_exp = tl.sum(exponential, axis=0)
     total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
     if not ONE_BLOCK:
@@ -50,7 +61,7 @@ def _softmax_gradient_kernel(
             mask = start + column < codes
             logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
             larger = tl.maximum(largest, tl.max(logits, axis=0))
-            sum_exp = sum_exp * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger), axis=0)
+            sum_exp = sum_exp * tl.exp(largest - above(larger)) + tl.sum(tl.exp(logits - above(larger)), axis=0)
             largest = larger
             total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
 
@@ -61,24 +72,22 @@ def _softmax_gradient_kernel(
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
 
     if GRADIENT:
-        upstream = tl.where(counted, 1.0, 0.0).to(DTYPE)
+        upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)
         if WEIGHTED:
             upstream *= tl.load(upstream_ptr + row)
         scale = upstream / sum_exp
         shift = SMOOTHING * upstream / codes
-        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+        at_target = shift + (1 - SMOOTHING) * upstream
         if ONE_BLOCK:
-            gradient = (exponential * scale - shift).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + column, gradient, mask=column < codes)
+            gradient = exponential * scale - tl.where(column == target, at_target, shift)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < codes)
         else:
             for start in range(0, codes, BLOCK):
                 mask = start + column < codes
                 logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-                gradient = (tl.exp(logits - largest) * scale - shift).to(logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + start + column, gradient, mask=mask)
-        tl.debug_barrier()  # the target's value goes over the one just stored
-        gradient_at_target = tl.exp(picked - largest) * scale - shift - (1 - SMOOTHING) * upstream
-        tl.store(logits_ptr + target, gradient_at_target.to(logits_ptr.dtype.element_ty), mask=counted & exists)
+                gradient = tl.exp(logits - above(largest)) * scale
+                gradient -= tl.where(start + column == target, at_target, shift)
+                tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

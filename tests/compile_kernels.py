@@ -39,7 +39,8 @@ from mam2.kernels import launch, masked_loss, masks, motion_mask, scale_gradient
 frame_difference = importlib.import_module("mam2.kernels.frame_difference")
 gather_tubes = importlib.import_module("mam2.kernels.gather_tubes")
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "static"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "static"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -279,13 +280,20 @@ def compiled(architectures: Iterable[str], everything: bool) -> Iterable[dict[st
             yield facts | {"row": ",".join(table_row(name, architecture, facts))}
 
 
+def table_path(table: str, version: str) -> Path:
+    """File of a table made by this Triton: without a version in its name for the one that constraints.txt pins."""
+    pinned = f"triton=={version}" in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    return RESULTS / (table if pinned else table.replace(".csv", f"-triton-{version}.csv"))
+
+
 def write_tables() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for file, (architectures, head) in TABLES.items():
+    for table, (architectures, head) in TABLES.items():
+        file = table_path(table, triton.__version__)
         rows = sorted(facts["row"] for facts in compiled(architectures, everything=False))
         first = f"# triton {triton.__version__}; written by: python tests/compile_kernels.py --write"
-        (RESULTS / file).write_text("\n".join([first, head, *rows]) + "\n", encoding="utf-8")
-        print(f"{RESULTS / file}: {len(rows)} rows", file=sys.stderr)
+        file.write_text("\n".join([first, head, *rows]) + "\n", encoding="utf-8")
+        print(f"{file}: {len(rows)} rows", file=sys.stderr)
 
 
 def main() -> None:

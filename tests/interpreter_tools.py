@@ -128,3 +128,43 @@ def patched_once() -> Iterator[None]:
 
     with patch.object(interpreter.InterpretedFunction, "__call__", call):
         yield
+
+
+@contextmanager
+def as_a_gpu_rounds() -> Iterator[None]:
+    """The interpreter's arithmetic with a GPU's freedoms: a product and a sum rounded once, quotients off by one bit.
+
+    A product that goes straight into an addition or subtraction is not rounded before it; float32 quotients other than
+    0 are the next larger number.
+    """
+    builder = interpreter.interpreter_builder
+    multiply, divide = builder.create_fmul, builder.create_fdiv
+
+    def product(left: Any, right: Any) -> Any:
+        out = multiply(left, right)
+        out.set_attr("exact", np.multiply(left.data, right.data, dtype=np.longdouble))
+        return out
+
+    def fused(operation: Any) -> Any:
+        def combine(left: Any, right: Any) -> Any:
+            exact = [operand.attr.get("exact", operand.data) for operand in (left, right)]
+            data = operation(*exact).astype(left.data.dtype)
+            return interpreter.TensorHandle(data, left.dtype.scalar)
+
+        return combine
+
+    def quotient(left: Any, right: Any) -> Any:
+        out = divide(left, right)
+        if out.data.dtype == np.float32:
+            out.data = np.where(out.data == 0, out.data, np.nextafter(out.data, np.float32(np.inf)))
+        return out
+
+    with ExitStack() as patches:
+        for name, replaced in (
+            ("fmul", product),
+            ("fadd", fused(np.add)),
+            ("fsub", fused(np.subtract)),
+            ("fdiv", quotient),
+        ):
+            patches.enter_context(patch.object(builder, f"create_{name}", replaced))
+        yield

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, register_random, settings
 from hypothesis import strategies as st
-from interpreter_tools import patched_once, recorded
+from interpreter_tools import as_a_gpu_rounds, patched_once, recorded
 
 from benchmarks import cases, correctness
 from benchmarks.cases import BRAIN, BYTES, DOUBLE, HALF, LAYOUTS, SINGLE, Case, Clip
@@ -83,6 +83,36 @@ def check(case: Case) -> None:
 def test_shared_case(case: Case) -> None:
     assert active_path(CPU) == "triton"
     check(case)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+def test_a_byte_at_its_channel_s_mean_gives_zero(dtype: torch.dtype) -> None:
+    """Also where the compiler makes one rounding of a product and a sum."""
+    video = torch.arange(256, dtype=BYTES).view(1, 1, 1, 16, 16).expand(1, 3, 2, -1, -1).contiguous()
+    for first in range(0, 255, 3):
+        mean = [(first + channel) / 255 for channel in range(3)]
+        options = {"patch_size": (2, 16, 16), "mean": mean, "std": (0.2, 0.3, 0.25), "dtype": dtype}
+        with as_a_gpu_rounds():
+            out = gather_tubes(video, torch.tensor([[0]]), **options).view(2, 256, 3)
+        assert [out[0, first + channel, channel].item() for channel in range(3)] == [0, 0, 0], first
+
+
+@pytest.mark.parametrize("target", ["pixel", "joint"])
+@pytest.mark.parametrize("normalize", ["channel", "patch"])
+@pytest.mark.parametrize("patch", [(2, 14, 14), (3, 2, 2)])
+def test_a_patch_of_one_color_has_target_zero_on_both_paths(
+    target: str, normalize: str, patch: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its color: with the smallest eps, a rounding in the mean would be as large as the pixels."""
+    levels = torch.tensor([3, 77, 149, 190, 247], dtype=BYTES)
+    colors = torch.stack([levels, *([levels.flip(0), levels // 2] if normalize == "channel" else [levels] * 2)], dim=1)
+    video = colors.view(5, 3, 1, 1, 1).expand(-1, -1, *patch)
+    options = {"patch_size": patch, "target": target, "normalize": normalize, "eps": 1e-6, "reduction": "none"}
+    for path in ("triton", "pytorch"):
+        monkeypatch.setenv("MAM2_KERNELS", path)
+        with as_a_gpu_rounds():
+            loss = masked_pixel_loss(torch.zeros(5, 1, video[0].numel()), video, None, **options)
+        assert loss.flatten().tolist() == [0] * 5, path
 
 
 @st.composite
@@ -299,10 +329,59 @@ def test_a_token_out_of_range_reads_nothing_and_gives_nan() -> None:
     assert [run.outside() for run in launches] == [0, 0]
 
 
-def test_a_target_out_of_range_gives_nan() -> None:
-    hidden, weight = torch.randn(3, 2), torch.randn(5, 2)
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([5, 0, -1]), reduction="none")
-    assert torch.equal(loss.isnan(), torch.tensor([True, False, True]))
+@pytest.mark.parametrize("target", LOSSES)
+@pytest.mark.parametrize("every", [False, True])
+def test_the_gradient_of_a_token_out_of_range_is_nan(
+    target: str, every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In predictions of every token it has no place: the whole clip's gradient is NaN. Memory holds old numbers."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *given, **options: empty(*given, **options).fill_(7))
+    video, masked = SMALL.make(), torch.tensor([[8, 1], [3, 0], [-1, 2]])
+    video = torch.cat([video, video[:1]])
+    pred = prediction(target, torch.empty(3, 8) if every else masked)
+    with recorded() as launches:
+        loss, gradient = loss_and_gradient(target, pred, video, masked)
+    bad = torch.tensor([[True, False], [False, False], [True, False]])
+    assert torch.equal(loss.isnan(), bad)
+    expected = bad.any(dim=1, keepdim=True).expand(-1, 8) if every else bad
+    assert torch.equal(gradient.isnan().all(2), expected)
+    assert torch.equal(gradient.isnan().any(2), expected)
+    assert [run.outside() for run in launches] == [0, 0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("codes", [5, 8193])
+def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:
+    hidden, weight = torch.randn(4, 2).requires_grad_(), torch.randn(codes, 2).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([codes, 0, -1, -100]), reduction=reduction)
+    bad = torch.tensor([True, False, True, False])
+    assert torch.equal(loss.isnan(), bad if reduction == "none" else torch.tensor(True))
+    upstream = torch.ones_like(loss)
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight), upstream)
+    assert torch.equal(of_hidden.isnan().all(1), bad)
+    assert torch.equal(of_hidden.isnan().any(1), bad)
+    assert of_weight.isnan().all()
+
+
+def test_masks_whose_numbers_do_not_fit_give_nan() -> None:
+    """A token named twice, zeros and ones for token numbers, another number of masked tokens than predictions."""
+    video, numbers = SMALL.make(), torch.tensor([[0, 5, 0], [4, 5, 6]])
+    pred = torch.randn(2, 3, 96)
+    bad = torch.tensor([True, False])
+    loss, gradient = loss_and_gradient("pixel", pred, video, numbers)
+    assert torch.equal(loss.isnan().all(1), bad)
+    assert torch.equal(gradient.flatten(1).isnan().all(1), bad)
+    hidden = torch.zeros(2, 8, dtype=torch.bool).index_fill(1, torch.tensor([2, 4, 6]), True)
+    right = loss_and_gradient("pixel", pred, video, torch.tensor([[2, 4, 6]] * 2))
+    for found, expected in zip(loss_and_gradient("pixel", pred, video, hidden), right, strict=True):
+        assert torch.equal(found, expected)
+    hidden[0, 0] = True
+    loss, gradient = loss_and_gradient("pixel", pred, video, hidden)
+    assert torch.equal(loss.isnan().all(1), bad)
+    assert torch.equal(gradient.flatten(1).isnan().all(1), bad)
+    assert masked_pixel_loss(torch.randn(2, 8, 96), video, hidden.long(), patch_size=SMALL.patch).isnan()
+    assert gather_tubes(video, hidden.long(), patch_size=SMALL.patch).isnan().all()
 
 
 def test_frames_that_fill_no_tubelet_are_refused() -> None:

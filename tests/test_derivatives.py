@@ -116,6 +116,24 @@ def test_vmap_maps_masks_over_steps(draw: Callable) -> None:
 
 
 @losses
+def test_an_eager_call_takes_the_short_way(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One autograd.Function with no operator's own gradient inside, and the clip checked once."""
+    checks: list[object] = []
+    for module in (shapes, gather_module):
+        check = module.check_video
+        monkeypatch.setattr(module, "check_video", lambda *given, check=check: checks.append(given) or check(*given))
+    pending, names = [loss(*(tensor.requires_grad_() for tensor in leaves())).grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None:
+            names.add(node.name())
+            pending += [following for following, _ in node.next_functions]
+    assert "EagerBackward" in names
+    assert not any(name.startswith("GeneratedBackward") for name in names)
+    assert len(checks) <= 1
+
+
+@losses
 def test_nothing_is_recorded_without_gradients(loss: Loss) -> None:
     inputs = tuple(tensor.requires_grad_() for tensor in leaves())
     with torch.no_grad():

@@ -4,7 +4,7 @@ import einops
 import pytest
 import torch
 
-from mam2.kernels import gather_tubes
+from mam2.kernels import gather_tubes, random_mask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = (2, 4, 6)
@@ -68,6 +68,18 @@ def test_any_strides_and_channels() -> None:
         torch.testing.assert_close(out, by_einops(video, VISIBLE))
 
 
+def test_a_tube_mask_gives_its_visible_tokens() -> None:
+    mask = random_mask(2, (2, 2, 2), 0.5, seed=0)
+    expected = gather_tubes(clips(), mask.visible, patch_size=PATCH)
+    assert torch.equal(gather_tubes(clips(), mask, patch_size=PATCH), expected)
+
+
+def test_all_tokens_in_another_order() -> None:
+    order = torch.stack([torch.arange(8).flip(0), torch.arange(8)])
+    out = gather_tubes(clips(), order, patch_size=PATCH, dtype=torch.float64)
+    torch.testing.assert_close(out, by_einops(clips(), order))
+
+
 def test_no_visible_token_gives_no_row() -> None:
     assert gather_tubes(clips(), VISIBLE[:, :0], patch_size=PATCH).shape == (2, 0, 144)
 
@@ -83,6 +95,8 @@ def test_no_visible_token_gives_no_row() -> None:
         ({"patch_size": (2, 4)}, "patch_size"),
         ({"visible": VISIBLE[0]}, r"visible: expected shape \[2, K\]"),
         ({"visible": VISIBLE.int()}, "int64"),
+        ({"visible": torch.eye(2, 8, dtype=torch.int64)}, "each at most once in a clip, found one twice"),
+        ({"visible": torch.ones(2, 8, dtype=torch.bool)}, r"int64 token numbers, found torch.bool; .* from_bool"),
         ({"mean": MEAN}, "both or neither"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean: expected 3 values"),
         ({"mean": MEAN, "std": (0.2, 0.0, 0.2)}, "positive"),

@@ -106,6 +106,44 @@ def test_a_step_compiles_as_one_graph(autocast: bool) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_boolean_mask_compiles_as_one_graph(reduction: str) -> None:
+    """README's first example, VideoMAE; VideoMAE v2's line; MAE's predictions of every token."""
+    hidden, cells = tube_mask(2, (2, 2, 2), 0.5, seed=0), running_cell_mask(2, (2, 2, 2), seed=0)
+    masked, left_out = hidden.as_bool(), cells.as_bool()
+    options = {"patch_size": PATCH, "mean": (0.5,) * 3, "std": (0.2,) * 3, "reduction": reduction}
+
+    def losses(pred: torch.Tensor, every: torch.Tensor, videos: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            masked_pixel_loss(pred, videos, masked, **options),
+            masked_frame_difference_loss(pred, videos, masked, **options),
+            masked_pixel_loss(pred, videos, ~left_out, weight=masked, **options),
+            masked_pixel_loss(every, videos, None, weight=masked, **options),
+            *([masked_pixel_loss(every, videos, masked, **options)] if reduction == "mean" else []),
+        ]
+
+    inputs = torch.randn(2, 4, 96, requires_grad=True), torch.randn(2, 8, 96, requires_grad=True), clips() / 255
+    found = torch.compile(losses, fullgraph=True)(*inputs)
+    for compiled, eager in zip(found, losses(*inputs), strict=True):
+        torch.testing.assert_close(compiled, eager)
+    total = sum(loss.sum() for loss in found)
+    expected = torch.autograd.grad(sum(loss.sum() for loss in losses(*inputs)), inputs[:2])
+    for mine, other in zip(torch.autograd.grad(total, inputs[:2]), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_what_needs_the_host_says_so_under_compile() -> None:
+    mask = tube_mask(2, (2, 2, 2), 0.5, seed=0).as_bool()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def loss(every: torch.Tensor) -> torch.Tensor:
+        return masked_pixel_loss(every, clips(), mask, patch_size=PATCH, reduction="none")
+
+    with pytest.raises(Exception, match="a boolean one cannot be counted under torch.compile"):
+        loss(torch.randn(2, 8, 96))
+
+
 def test_the_path_can_be_forced_and_errors_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAM2_KERNELS", raising=False)
     assert active_path(torch.zeros(1)) == "pytorch"

@@ -2,14 +2,29 @@
 
 import importlib.resources
 import json
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mam2.kernels import launch
 
 CPU = torch.device("cpu")
 TABLES = {"default": {"a": [[512, 1], [1024, 2]], "b": [[64, 8]]}, "sm_90": {"a": [[512, 4], [1024, 16]]}}
+
+
+class Calls(TorchDispatchMode):
+    """The operators called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -58,6 +73,35 @@ def test_chunks_are_multiples_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.chunk_rows(10**6, torch.float32, CPU) == 128
     pretend(monkeypatch, "sm_90")
     assert launch.chunk_rows(512, torch.float32, CPU) == 2048
+
+
+def test_a_chunk_of_logits_on_a_gpu_is_no_smaller_than_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 25})
+    pretend(monkeypatch, "sm_90")
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    assert launch.chunk_rows(8192, half, gpu, 384) == 2048
+    assert launch.chunk_rows(32000, half, gpu, 384) == 1024
+    assert launch.chunk_rows(128256, half, gpu, 4096) == 4096
+    assert launch.chunk_rows(128256, half, gpu, 1100) == 1152
+    assert launch.chunk_rows(128256, half, CPU, 4096) == 128
+
+
+@pytest.mark.parametrize(
+    ("capability", "half_sums", "hip", "wide"),
+    [((8, 0), False, None, True), ((7, 5), False, None, False), ((9, 0), True, None, False), ((9, 0), False, "7", True)],
+)
+def test_products_keep_float32_where_the_gpu_can(
+    capability: tuple[int, int], half_sums: bool, hip: str | None, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fake CUDA tensors: which product is called."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "half_sums", lambda: half_sums)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    product = importlib.import_module("mam2.kernels.linear_cross_entropy")._product
+    with FakeTensorMode(), Calls() as calls:
+        out = product(*(torch.empty(4, 4, dtype=torch.float16, device="cuda") for _ in range(2)), torch.float32)
+    assert out.dtype == torch.float32
+    assert (torch.ops.aten.mm.dtype in calls.functions) == wide
 
 
 def test_the_file() -> None:

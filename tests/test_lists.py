@@ -18,7 +18,7 @@ def touch(*paths: Path) -> None:
 def read(folder: Path, text: str, name: str = "list.csv") -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Paths relative to the folder and labels of a list in it, and the names of the labels."""
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    entries, classes = read_source(folder / name)
+    entries, classes, _ = read_source(folder / name)
     assert all(os.path.isabs(entry.path) for entry in entries)
     return [(os.path.relpath(entry.path, folder), entry.label) for entry in entries], classes
 
@@ -47,6 +47,39 @@ def test_folders_of_numbered_images_are_videos(tmp_path):
         touch(*(tmp_path / name / f"img_{number:05d}.jpg" for number in (1, 2)))
     assert found(tmp_path) == [("pull/12", 0), ("push/182040", 1), ("push/7", 1)]
     assert found(tmp_path / "push" / "7") == [(".", -1)]
+
+
+def test_folders_that_are_numbers_are_classes_in_the_order_of_their_numbers(tmp_path):
+    touch(*(tmp_path / name / "a.mp4" for name in ("0", "10", "9", "007")))
+    assert read_source(tmp_path).classes == ("0", "007", "9", "10")
+    # The videos stay in the order of their paths, by which runs and code caches number them.
+    assert found(tmp_path) == [("0/a.mp4", 0), ("007/a.mp4", 1), ("10/a.mp4", 3), ("9/a.mp4", 2)]
+    touch(tmp_path / "x" / "a.mp4")
+    assert read_source(tmp_path).classes == ("0", "007", "10", "9", "x")
+
+
+def test_images_are_found_whatever_their_names_and_formats(tmp_path):
+    touch(*(tmp_path / "a" / f"frame ({number}).jpg" for number in (1, 2)))
+    touch(*(tmp_path / "b" / f"{number}_left.TIF" for number in (1, 2)))
+    touch(tmp_path / "c" / "one1.jpg", tmp_path / "c" / "other1.jpg")
+    assert found(tmp_path) == [("a", -1), ("b", -1)]
+
+
+@pytest.mark.parametrize("linked", ["wave", "waving"])
+def test_two_class_folders_that_are_one_are_refused(tmp_path, linked):
+    touch(tmp_path / "store" / "a.mp4", tmp_path / "data" / "run" / "b.mp4")
+    (tmp_path / "data" / "wave").symlink_to(tmp_path / "store")
+    (tmp_path / "data" / "waving").symlink_to(tmp_path / "store")
+    with pytest.raises(UserError, match="the class folders wave and waving are one folder"):
+        read_source(tmp_path / "data")
+    (tmp_path / "data" / linked).unlink()
+    assert len(read_source(tmp_path / "data").classes) == 2
+
+
+def test_of_a_folder_and_a_link_to_it_the_folder_is_read(tmp_path):
+    touch(tmp_path / "z" / "y" / "one.mp4")
+    os.symlink(tmp_path / "z", tmp_path / "a", target_is_directory=True)
+    assert [name for name, _ in found(tmp_path)] == ["z/y/one.mp4"]
 
 
 def test_posters_beside_videos_are_not_frames(tmp_path):
@@ -89,6 +122,8 @@ def test_a_single_video_is_a_data_set(tmp_path):
         ('"a, ""b"".mp4",3', 'a, "b".mp4', 3),
         ('"clip 7" 58 3', "clip 7", 3),
         ('"clip 7"\t3', "clip 7", 3),
+        ('"a, b.mp4"', "a, b.mp4", -1),
+        ('"a b.mp4"::3', "a b.mp4", 3),
     ],
 )
 def test_each_form_of_a_line(tmp_path, line, path, label):
@@ -96,7 +131,13 @@ def test_each_form_of_a_line(tmp_path, line, path, label):
     assert read(tmp_path, line + "\n")[0] == [(path, label)]
 
 
-@pytest.mark.parametrize("form", ["{} {}", "{}\t{}", "{},{}", "{}::{}", '"{}",{}'])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("{} {}", "{}\t{}", "{},{}", "{}::{}", '"{}",{}', '"{}", "{}"', '"{}" "{}"', '{}, "{}"', '{}\t"{}"'),
+        *('"{}"::"{}"', '"{}" , "{}"'),
+    ],
+)
 def test_names_are_labels_in_alphabetical_order(tmp_path, form):
     lines = [
         form.format(path, name) for path, name in (("a.mp4", "wave"), ("b.mp4", "baseball swing"), ("c.mp4", "wave"))
@@ -124,6 +165,8 @@ def test_names_that_are_not_utf_8_come_back_as_bytes(tmp_path):
     [
         "label\tpath\nwave\ta, b.mp4\narchery\tc.mp4\n\tc.mp4\n",
         'Filename,Class\n"a, b.mp4",wave\nc.mp4,archery\n\nc.mp4,\n',
+        '"path", "category"\n"a, b.mp4", "wave"\nc.mp4 , archery\nc.mp4,\n',
+        "video_path\tsplit\taction\na, b.mp4\t\twave\nc.mp4\t\tarchery\nc.mp4\t\t\n",
     ],
 )
 def test_a_list_with_a_header(tmp_path, text):
@@ -134,6 +177,68 @@ def test_a_list_with_a_header(tmp_path, text):
 
 def test_numbers_under_a_header_stay_what_they_are(tmp_path):
     assert read(tmp_path, "video,label\na.mp4,7\n")[0] == [("a.mp4", 7)]
+
+
+SPLITS = "path,label,split\na.mp4,wave,train\nb.mp4,archery,val\nc.mp4,archery,train\n"
+
+
+def test_a_split_column_chooses_rows_and_without_a_choice_a_line_says_so(tmp_path):
+    assert read(tmp_path, SPLITS)[0] == [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 0)]
+    listed = tmp_path / "list.csv"
+    (note,) = read_source(listed).notes
+    assert note == (f"{listed}: rows of all splits are used: train (2), val (1); {listed}:train takes those of one")
+    entries, classes, notes = read_source(f"{listed}:train")
+    assert [(os.path.basename(entry.path), entry.label) for entry in entries] == [("a.mp4", 1), ("c.mp4", 0)]
+    assert (classes, notes) == (("archery", "wave"), ())
+    with pytest.raises(UserError, match=r"list\.csv:test: no row of this split; the list has train \(2\), val \(1\)"):
+        read_source(f"{listed}:test")
+    touch(tmp_path / "list.csv:train")  # a file of that name is meant
+    with pytest.raises(UserError, match="the list is empty"):
+        read_source(f"{listed}:train")
+
+
+def test_a_split_of_a_list_without_such_a_column_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("a.mp4 0\n")
+    with pytest.raises(UserError, match=r"list\.csv:train: the list has no column named split or subset"):
+        read_source(f"{tmp_path / 'list.csv'}:train")
+    with pytest.raises(UserError, match=r"nowhere\.csv:train: no such file or folder"):
+        read_source(f"{tmp_path / 'nowhere.csv'}:train")
+
+
+KINETICS = "label,youtube_id,time_start,time_end,split\nwave,-aB_0,1,11,train\nrun,xyz,130,140,train\nrun,qq,0,10,val\n"
+
+
+def test_kinetics_own_list_finds_videos_by_their_usual_names(tmp_path):
+    touch(tmp_path / "train" / "wave" / "-aB_0_000001_000011.mp4", tmp_path / "elsewhere" / "qq.mkv")
+    assert read(tmp_path, KINETICS) == (
+        [("train/wave/-aB_0_000001_000011.mp4", 1), ("xyz_000130_000140.mp4", 0), ("elsewhere/qq.mkv", 0)],
+        ("run", "wave"),
+    )
+    assert len(read_source(f"{tmp_path / 'list.csv'}:train").entries) == 2
+
+
+def test_kinetics_own_list_without_its_videos_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"Kinetics' own list.*none of its 3 videos \(-aB_0_000001_000011\.mp4"):
+        read(tmp_path, KINETICS)
+    with pytest.raises(UserError, match="row 2: the times soon, 11 are no numbers"):
+        read(tmp_path, KINETICS.replace(",1,11", ",soon,11"))
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    (tmp_path / "list.csv").write_text("path,genre\na.mp4,wave\n")
+    assert read_source(tmp_path / "list.csv").notes == (
+        f"{tmp_path / 'list.csv'}: no column for labels; the columns genre are not used",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"), [("a 0\nb 60000\n", 1), ("a 0\nb 1\nc\n", 0), ("a\nb\n", 0), ("a 1\nb 2\n", 0)]
+)
+def test_gaps_between_numbered_labels_are_told(tmp_path, text, notes):
+    (tmp_path / "list.csv").write_text(text)
+    found = read_source(tmp_path / "list.csv").notes
+    assert len(found) == notes
+    assert all("go up to 60000, of which 2 occur: 60001 classes" in note for note in found)
 
 
 def test_a_cell_may_hold_a_line_end(tmp_path):
@@ -149,6 +254,10 @@ def test_a_cell_may_hold_a_line_end(tmp_path):
         (b"path,label\na.mp4,1\nb.mp4\n", "line 3 has 1 columns, the header has 2"),
         (b"path,label\na, b.mp4,1\n", "line 2 has 3 columns, the header has 2"),
         (b"path,label\n", "a header but no videos"),
+        (
+            b"clip_no,label\n7,1\n",
+            r"the header \(clip_no, label\) has no column for the videos; expected one named path",
+        ),
         (b"path,label\na.mp4,1\n,1\n", "line 3 names no video"),
         (b"a.mp4 1\n\n,1\n", "line 3 names no video"),
         (b"a.mp4::1\n::1\n", "line 2 names no video"),

@@ -138,8 +138,40 @@ def test_a_folder_of_images_is_looked_at_again_when_an_image_comes(tmp_path, wri
     assert scan(tmp_path, first)[1].unchanged == 1
     assert opened == []
     write_frames(tmp_path / "clip", numbered_frames(4))
-    os.utime(tmp_path / "clip", ns=(1, 1))
     assert scan(tmp_path, first)[0].videos[0].frames == 4
+
+
+def test_an_image_that_is_overwritten_in_place_is_a_change(tmp_path, write_frames, numbered_frames, opened):
+    write_frames(tmp_path / "clip", numbered_frames(3))
+    known, _ = scan(tmp_path, Manifest(()))
+    folder = (tmp_path / "clip").stat().st_mtime_ns
+    image = tmp_path / "clip" / "img_00002.jpg"
+    image.write_bytes(image.read_bytes())
+    os.utime(image, ns=(2 * 10**18, 2 * 10**18))
+    assert (tmp_path / "clip").stat().st_mtime_ns == folder
+    found, changes = scan(tmp_path, known)
+    assert changes == Changes(unchanged=0, new=0, changed=1, removed=0)
+    assert found.videos[0].mtime_ns == 2 * 10**18
+
+
+def test_a_folder_that_was_skipped_is_looked_at_again_when_an_image_is_mended(tmp_path, write_frames, numbered_frames):
+    place(b"x", *(tmp_path / "clip" / f"img_{number}.jpg" for number in (1, 2)))
+    write_frames(tmp_path / "sound", numbered_frames(2))
+    known, _ = scan(tmp_path, Manifest(()))
+    assert len(known.skipped) == 1
+    (tmp_path / "clip" / "img_1.jpg").write_bytes((tmp_path / "sound" / "img_00001.jpg").read_bytes())
+    assert len(scan(tmp_path, known)[0].videos) == 2
+
+
+def test_two_series_of_images_are_not_shuffled_into_one_video(tmp_path, write_frames, numbered_frames):
+    write_frames(tmp_path / "good", numbered_frames(2))
+    write_frames(tmp_path / "flow", numbered_frames(2))
+    for number in (1, 2):
+        image = tmp_path / "flow" / f"img_{number:05d}.jpg"
+        image.with_name(f"flow_x_{number}.jpg").write_bytes(image.read_bytes())
+        image.rename(image.with_name(f"flow_y_{number}.jpg"))
+    (entry,) = read_manifest(tmp_path).skipped
+    assert entry.reason == "images flow_x_#.jpg and flow_y_#.jpg, 2 each: one of them in a folder is a video"
 
 
 def test_labels_come_from_the_source_not_from_the_index(tmp_path, clip_bytes):
@@ -176,11 +208,26 @@ def test_the_index_itself_is_taken_as_it_stands(tmp_path, clip_bytes, opened):
     assert opened == []
 
 
-def test_a_broken_index_is_an_error_not_ignored(tmp_path, clip_bytes):
+@pytest.mark.parametrize("content", ["{}\n", "", "[1]\n[]\n", '{"classes": []}\n[]\n', '{"classes": []}\n{"path": "'])
+def test_a_broken_index_is_an_error_that_names_the_remedy(tmp_path, clip_bytes, content):
     place(clip_bytes, tmp_path / "data" / "a.mp4")
-    index_path(tmp_path / "data").write_text("{}\n")
-    with pytest.raises(UserError, match=r"data\.index\.jsonl: not a saved manifest"):
+    index_path(tmp_path / "data").write_text(content)
+    with pytest.raises(UserError, match=r"data\.index\.jsonl: not a saved manifest .*; `mam2 index .*/data` writes it"):
         read_manifest(tmp_path / "data")
+
+
+def test_a_split_of_a_list_uses_the_index_of_the_list(tmp_path, clip_bytes, opened, capsys):
+    place(clip_bytes, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    listed = tmp_path / "all.csv"
+    listed.write_text("path,split\na.mp4,train\nb.mp4,val\n")
+    write_manifest(read_manifest(listed), index_path(listed))
+    assert (
+        f"rows of all splits are used: train (1), val (1); {listed}:train takes those of one" in capsys.readouterr().err
+    )
+    opened.clear()
+    assert names(read_manifest(f"{listed}:val")) == ["b.mp4"]
+    assert opened == []
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interrupted_scan_ends_soon(tmp_path, monkeypatch):
@@ -202,7 +249,8 @@ def test_an_interrupted_scan_ends_soon(tmp_path, monkeypatch):
 
 def test_a_saved_manifest_comes_back_whole(tmp_path):
     odd = os.fsdecode(b"caf\xe9 \n\t\"'\xf0\x9f\x8e\xac.mp4")
-    video = Video(odd, 1, 30, 640, 480, "h264", 29.97, 90, "yuv420p10le", True, 12, 18, 2**40, 17 * 10**17, "0a1b")
+    facts = True, 12, 18, 2**40, 17 * 10**17, "0a1b", True, True, "pq"
+    video = Video(odd, 1, 30, 640, 480, "h264", 29.97, 90, "yuv420p10le", *facts)
     assert all(getattr(video, field.name) != field.default for field in dataclasses.fields(video))
     manifest = Manifest((video,), (Skipped(odd, "no video stream", 5, 6),), ("a", "b"))
     write_manifest(manifest, tmp_path / "manifest")

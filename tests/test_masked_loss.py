@@ -260,8 +260,13 @@ def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
         ({"pred": torch.zeros(2, 6, 140)}, "pred: expected"),
         ({"pred": torch.zeros(2, 6, 144).long()}, "pred: expected a float type"),
         ({"mask": torch.zeros(2, 11, dtype=torch.bool)}, r"mask: expected bool \[2, 12\]"),
-        ({"mask": torch.zeros(2, 6)}, "mask: expected int64"),
-        ({"weight": torch.ones(2, 12)}, r"weight: expected bool or real \[2, 6\]"),
+        ({"mask": torch.zeros(2, 6)}, r"mask: expected int64 .* TubeMask.from_bool\(mask.bool\(\)\)"),
+        ({"mask": torch.eye(2, 12, dtype=torch.int64)}, "each at most once in a clip, found one twice; .* mask.bool"),
+        ({"mask": torch.tensor([[0, 1, 2, 3, 4, 5], [6, 5, 4, 7, 3, 6]])}, "each at most once in a clip"),
+        ({"mask": torch.arange(12).expand(2, -1) < 5}, "expected 6 masked tokens in every clip, .* a clip with 5"),
+        ({"mask": [[1, 2]]}, "mask: expected a TubeMask, a tensor or None, found list"),
+        ({"mask": torch.tensor([[0, 1, 2, 3, 4, -2]] * 2)}, "token numbers: expected 0 to 11, found -2 to 4"),
+        ({"weight": torch.ones(2, 7)}, r"weight: expected bool or real \[2, 6\] \(masked tokens\) or \[2, 12\]"),
         ({"weight": torch.ones(2, 6, dtype=torch.complex64)}, "weight: expected bool or real"),
         ({"reduction": "max"}, "reduction: expected one of 'mean', 'sum', 'none'"),
         ({"normalize": "global"}, "normalize"),
@@ -272,5 +277,36 @@ def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
 def test_bad_arguments_name_themselves(loss, change: dict, message: str) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
     arguments = {"pred": torch.zeros(2, 6, 144), "video": clips(), "mask": mask, "patch_size": PATCH} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, IndexError), match=message):
         loss(**arguments)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [None, "masked", "every"])
+def test_a_boolean_mask_is_its_token_numbers(loss, every: bool, reduction: str, weighted: str | None) -> None:
+    mask = random_mask(2, GRID, 0.6, seed=3)
+    pred = torch.randn(2, 12 if every else 7, 144, dtype=torch.float64, requires_grad=True)
+    options = {"patch_size": PATCH, "reduction": reduction}
+    weights = torch.rand(2, 12, dtype=torch.float64, requires_grad=True)
+    given = {None: None, "masked": weights.gather(1, mask.masked), "every": weights}[weighted]
+    picked = None if weighted is None else weights.gather(1, mask.masked)
+    ours = loss(pred, clips(), mask.as_bool(), weight=given, **options)
+    expected = loss(pred, clips(), mask, weight=picked, **options)
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(expected)
+    leaves = [pred] if weighted is None else [pred, weights]
+    for mine, other in zip(
+        *(torch.autograd.grad(out, leaves, upstream, retain_graph=True) for out in (ours, expected)), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_predictions_that_are_not_masked_may_be_infinite(loss) -> None:
+    mask = random_mask(2, GRID, 0.6, seed=3)
+    pred = torch.randn(2, 12, 144)
+    expected = loss(pred, clips(), mask, patch_size=PATCH)
+    pred.scatter_(1, mask.visible[..., None].expand(-1, -1, 144), float("inf"))
+    torch.testing.assert_close(loss(pred, clips(), mask.as_bool(), patch_size=PATCH), expected)

@@ -33,8 +33,8 @@ def run(arguments: list[str]) -> int:
             gpus: devices of the run.
             videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
             utilisation: share of the peak that the step reaches, 0 to 1; 0 takes an assumption, which is printed.
-            size: encoder size instead of the recipe's: tiny, small, base, large, huge.
-            preset: regressor and decoders instead of the recipe's: fast, cae.
+            size: tiny, small, base, large or huge instead of the recipe's: the encoder, and the rest in proportion.
+            preset: regressor and decoders instead of the recipe's: fast (half as wide as the encoder), cae (as wide).
         """
         check(config)
         from mam2.engine.train.plan import make_plan

@@ -11,7 +11,7 @@ import tyro
 
 from mam2.engine.config import PretrainConfig, UserError, check
 from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.model.presets import PRESETS, SIZES
+from mam2.engine.model.presets import PRESETS, SIZES, resized, with_preset
 from mam2.engine.recipe import load_recipe, recipe_names
 
 
@@ -30,9 +30,9 @@ def named_recipe(arguments: list[str], usage: str) -> PretrainConfig:
         raise UserError(f"recipe {known.recipe} fine-tunes; name one that pre-trains: {', '.join(recipe_names())}")
     recipe = load_recipe(known.recipe)
     if known.size:
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **SIZES[known.size]._asdict()))
+        recipe = dataclasses.replace(recipe, model=resized(recipe.model, known.size))
     if known.preset:
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **PRESETS[known.preset]._asdict()))
+        recipe = dataclasses.replace(recipe, model=with_preset(recipe.model, known.preset))
     return recipe
 
 
@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> int:
             out: run folder for checkpoints and logs.
             config: values of the recipe.
             resume: go on from the newest checkpoint in the run folder.
-            size: encoder size instead of the recipe's: tiny, small, base, large, huge.
-            preset: regressor and decoders instead of the recipe's: fast, cae.
+            size: tiny, small, base, large or huge instead of the recipe's: the encoder, and the rest in proportion.
+            preset: regressor and decoders instead of the recipe's: fast (half as wide as the encoder), cae (as wide).
         """
         check(config)
         from mam2.engine.train.pretrain import pretrain

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from mam2.engine.config import UserError
+from mam2.engine.data.frame_folders import IMAGE_SUFFIXES, AmbiguousFrames, frame_names
 
 FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
 AUTOMATIC = ("nvdec", "pyav")
@@ -49,7 +49,6 @@ CUTS_HELD = 3
 """Key frames to fall back on; the packets before them are forgotten, or an hour of video would be held in memory."""
 FRAMES = "frames"
 """In the place of a codec's name: the path is a folder that holds an image a frame."""
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 # From version 17 on PyAV starts a thread for every core at each conversion: too dear for small frames.
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
@@ -151,10 +150,11 @@ def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame
 
 
 def frame_files(folder: str) -> list[str]:
-    """Paths of the images in a folder, in the order of their names, where 10 comes after 9."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
-    return [os.path.join(folder, name) for name in names]
+    """Paths of the frames in a folder of images, in order; see `frame_names`. Raises DecodeError."""
+    try:
+        return [os.path.join(folder, name) for name in frame_names(os.listdir(folder))]
+    except AmbiguousFrames as error:
+        raise DecodeError(str(error)) from error
 
 
 def decode_frames(path: str, frames: Sequence[int], *, timeout_s: float = TIMEOUT_S) -> NDArray[np.uint8]:

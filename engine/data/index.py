@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import numpy as np
 
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.manifest import Manifest, Video
+from mam2.engine.data.video import HDR
+from mam2.engine.files import one_line, write_whole
 
 CLIP = tuple(range(0, 64, 4))
 """Frames of the clip by which decoding is measured: 16, 4 apart, from the start that was drawn."""
@@ -20,6 +23,11 @@ DENSE_KEYS = 60
 """Key frames further apart than this, about the length of a clip, make decoding slower than the clip itself."""
 LARGE_SIDE = 480
 """A shorter side above this is mostly thrown away by a clip of 224 pixels."""
+MEASURED_BYTES = 2**29
+"""Videos of which a clip takes more memory than this when it is decoded are left out of the measurement of the rate."""
+NVDEC_MULTIPLE = 16
+"""DALI keeps an NVDEC decoder for the next clip only where both sides are multiples of this (frames_decoder_gpu.cc)."""
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 AV1_GPUS = "A10, A40, L4, L40, RTX 30 and newer"
 """GPUs whose NVDEC takes AV1; A100, H100 and H200 do not (NVIDIA's NVDEC application note)."""
 REASONS = 8
@@ -27,9 +35,10 @@ EXAMPLES = 3
 
 
 def measure_clips_per_s(videos: Sequence[Video], seed: int = 0) -> tuple[float, int]:
-    """Random clips a second that one thread of this machine decodes with PyAV, and of how many videos."""
+    """Random clips per second that one thread of this machine decodes with PyAV, and of how many videos."""
     generator = np.random.default_rng(seed)
-    chosen = [videos[int(place)] for place in np.linspace(0, len(videos) - 1, min(RATE_FILES, len(videos)))]
+    fit = [video for video in videos if video.width * video.height * 3 * len(CLIP) <= MEASURED_BYTES]
+    chosen = [fit[int(place)] for place in np.linspace(0, len(fit) - 1, min(RATE_FILES, len(fit)))]
     seconds, decoded = 0.0, 0
     for video in chosen:
         start = int(generator.integers(max(video.frames - CLIP[-1], 1)))
@@ -79,6 +88,15 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     ]
     front_ends = Counter(front_end for video in videos for front_end in video.front_ends)
     av1 = sum(video.codec == "av1" for video in videos)
+    hdr = sum(video.transfer in HDR.values() for video in videos)
+    interlaced = sum(video.interlaced for video in videos)
+    if hdr:
+        rows.append(("HDR", f"{hdr} videos are decoded as they are, without tone mapping: their colors look pale"))
+    if interlaced:
+        rows.append(("interlaced", f"{interlaced} videos are decoded as they are: edges that move look like combs"))
+    speed = f"{rate[0]:.1f} clips/s per thread, measured here on {rate[1]} of them"
+    if not rate[1]:
+        speed = f"speed not measured: none decodes, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
     rows += [
         (
             "NVDEC",
@@ -88,7 +106,7 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
         ("DALI on CPU", f"{front_ends['dali-cpu']} videos"),
         (
             "PyAV",
-            f"{front_ends['pyav']} videos; {rate[0]:.1f} clips/s a thread, measured here on {rate[1]} of them",
+            f"{front_ends['pyav']} videos; {speed}",
         ),
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]
@@ -96,8 +114,10 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
         lines += ["", "skipped"]
         reasons = Counter(entry.reason for entry in manifest.skipped).most_common()
         for reason, count in reasons[:REASONS]:
-            examples = [entry.path for entry in manifest.skipped if entry.reason == reason][:EXAMPLES]
-            lines.append(f"  {count} × {reason}: {', '.join(examples)}{', …' if count > len(examples) else ''}")
+            examples = [one_line(entry.path) for entry in manifest.skipped if entry.reason == reason][:EXAMPLES]
+            lines.append(
+                f"  {count} × {one_line(reason)}: {', '.join(examples)}{', …' if count > len(examples) else ''}"
+            )
         if len(reasons) > REASONS:
             lines.append(f"  … and {len(reasons) - REASONS} other reasons; the index has every file")
     hints = advice(videos)
@@ -109,7 +129,10 @@ def advice(videos: Sequence[Video]) -> list[str]:
     count = len(videos)
     sparse = [video for video in videos if video.keyframe_max > DENSE_KEYS]
     large = [video for video in videos if min(video.shown_size) > LARGE_SIDE]
-    no_nvdec = [video for video in videos if "nvdec" not in video.front_ends]
+    nvdec = [video for video in videos if "nvdec" in video.front_ends]
+    no_nvdec = count - len(nvdec)
+    odd = sum(video.width % NVDEC_MULTIPLE > 0 or video.height % NVDEC_MULTIPLE > 0 for video in nvdec)
+    reordered = sum(video.b_frames for video in nvdec)
     fps = [video.fps for video in videos if video.fps]
     contents = {video.path: video.content or video.path for video in videos}
     copies = len(contents) - len(set(contents.values()))
@@ -125,10 +148,20 @@ def advice(videos: Sequence[Video]) -> list[str]:
             f"{len(large)} of {count} videos have a shorter side above {LARGE_SIDE}: "
             "mam2 transcode DATA --out FOLDER --short-side 320"
         )
-    if len(no_nvdec) > count / 10:
+    if no_nvdec > count / 10:
         found.append(
-            f"{len(no_nvdec)} of {count} videos are not for NVDEC (codec, pixel format or rotation): "
+            f"{no_nvdec} of {count} videos are not for NVDEC (codec, pixel format or rotation): "
             "mam2 transcode DATA --out FOLDER --codec h264"
+        )
+    if odd > count / 10:
+        found.append(
+            f"{odd} of {count} videos have sides that are not multiples of {NVDEC_MULTIPLE}: on a GPU, DALI makes a new "
+            "NVDEC decoder for each of their clips: mam2 transcode DATA --out FOLDER"
+        )
+    if reordered > count / 10:
+        found.append(
+            f"{reordered} of {count} videos have B-frames, which slow NVDEC down on a GPU: "
+            "mam2 transcode DATA --out FOLDER"
         )
     if fps and max(fps) > 1.5 * min(fps):
         found.append(
@@ -141,7 +174,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
 
 
 def draw(videos: Sequence[Video], path: Path) -> None:
-    """Histograms of lengths, sizes and key-frame distances as a picture (the suffix tells the format)."""
+    """Histograms of lengths, sizes and key-frame distances as a picture; path ends in one of PICTURE_SUFFIXES."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")
@@ -155,7 +188,9 @@ def draw(videos: Sequence[Video], path: Path) -> None:
         axes.set(xlabel=name, ylabel="videos")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from mam2.engine.config import UserError
-from mam2.engine.data.decoding import FRAMES, available_cores
-from mam2.engine.data.lists import read_source
+from mam2.engine.data.decoding import available_cores
+from mam2.engine.data.frame_folders import folder_status
+from mam2.engine.data.lists import list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.files import one_line, whole_file
 
 INDEX_SUFFIX = ".index.jsonl"
 DERIVED = ("duration_s", "front_ends")
@@ -49,15 +52,20 @@ class Changes(NamedTuple):
 def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True) -> Manifest:
     """The usable videos of a folder, an annotation list or a single file, in a fixed order.
 
-    source: see `mam2.engine.data.lists`; where an index lies beside it, only what changed since is opened. Or the index
+    source: see `mam2.engine.data.lists`; where an index lies beside it (for LIST:SPLIT that of the list serves as well),
+    only what changed since is opened. Or the index
     itself (.jsonl), which is taken as it stands: no file is looked at.
     threads: files opened at once, 0 for twice the cores. progress: draw a bar when the output is a terminal.
     Raises UserError when there is nothing to use; single files that cannot be used are in `skipped`.
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
         return read_saved_manifest(source)
-    index = index_path(source)
-    known = read_saved_manifest(index) if index.exists() else Manifest(())
+    places = (index_path(source), index_path(list_and_split(source)[0]))
+    index = next((place for place in places if place.exists()), None)
+    try:
+        known = read_saved_manifest(index) if index else Manifest(())
+    except UserError as error:
+        raise UserError(f"{error}; `mam2 index {source}` writes it anew") from error
     return scan(source, known, threads=threads, progress=progress)[0]
 
 
@@ -89,6 +97,8 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
         changed=sum(path in before and found[path] is not before[path] for path in paths),
         removed=sum(path not in found for path in before),
     )
+    for note in listing.notes:
+        tqdm.write(one_line(note), file=sys.stderr)
     results = [_labelled(found[entry.path], entry.label) for entry in listing.entries]
     videos = tuple(result for result in results if isinstance(result, Video))
     skipped = tuple(dict.fromkeys(result for result in results if isinstance(result, Skipped)))
@@ -106,14 +116,15 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
 def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     """What is known of a file if that still holds, else what it turns out to be."""
     earlier = before.get(path)
-    if earlier is None or (isinstance(earlier, Video) and not earlier.content):
+    # An index of an earlier version lacks some of what is written today.
+    if earlier is None or (isinstance(earlier, Video) and not (earlier.content and earlier.transfer)):
         return probe(path)
     try:
         status = os.stat(path)
+        now = folder_status(path) if os.path.isdir(path) else (status.st_size, status.st_mtime_ns)
     except OSError:
         return probe(path)
-    same_size = status.st_size == earlier.bytes or (isinstance(earlier, Video) and earlier.codec == FRAMES)
-    return earlier if same_size and status.st_mtime_ns == earlier.mtime_ns else probe(path)
+    return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe(path)
 
 
 def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
@@ -123,17 +134,19 @@ def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """JSON lines: the class names, then a line a video, then a line a skipped file. Replaces the file at once."""
-    partial = Path(f"{path}.partial")
-    # ASCII escapes carry every path, also one that is not UTF-8.
-    with open(partial, "w", encoding="ascii") as file:
-        file.write(json.dumps({"classes": manifest.classes}) + "\n")
+    """JSON lines: the class names, one line per video, one line per skipped file. Replaces the file whole."""
+    with whole_file(Path(path)) as file:
+
+        def write(record: dict[str, Any]) -> None:
+            # ASCII escapes carry every path, also one that is not UTF-8.
+            file.write(json.dumps(record).encode("ascii") + b"\n")
+
+        write({"classes": manifest.classes})
         for video in manifest.videos:
             derived = {"duration_s": round(video.duration_s, 3), "front_ends": video.front_ends}
-            file.write(json.dumps(dataclasses.asdict(video) | derived) + "\n")
+            write(dataclasses.asdict(video) | derived)
         for skipped in manifest.skipped:
-            file.write(json.dumps(dataclasses.asdict(skipped)) + "\n")
-    partial.replace(path)
+            write(dataclasses.asdict(skipped))
 
 
 def read_saved_manifest(path: str | Path) -> Manifest:
@@ -149,5 +162,5 @@ def read_saved_manifest(path: str | Path) -> Manifest:
                 else:
                     videos.append(Video(**{key: value for key, value in record.items() if key not in DERIVED}))
             return Manifest(tuple(videos), tuple(skipped), tuple(classes))
-    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
-        raise UserError(f"{path}: not a saved manifest ({error})") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: not a saved manifest ({type(error).__name__}: {error})") from error

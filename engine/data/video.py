@@ -22,8 +22,11 @@ from mam2.engine.data.decoding import (
     quarter_turns,
     read_packets,
 )
+from mam2.engine.data.frame_folders import folder_status
 
 HASH_BLOCK = 2**16
+HDR = {16: "pq", 18: "hlg"}
+"""Transfer functions of high dynamic range by their numbers in ITU-T H.273."""
 RATE_TOLERANCE = 0.05
 """Stated and measured rates differ by this much where timestamps are rounded or the last frame is shown for longer."""
 INTERVAL_TOLERANCE = 0.4
@@ -63,9 +66,15 @@ class Video:
     bytes: int = 0
     """Of the file, or of all images of a folder."""
     mtime_ns: int = 0
-    """When the file changed last; of a folder, when images came, went or were renamed."""
+    """When the file changed last, or the folder or one of its images."""
     content: str = ""
     """Hash of size, head, middle and tail; see `content_hash`."""
+    b_frames: bool = False
+    """Frames are decoded in another order than they are shown."""
+    interlaced: bool = False
+    """A frame holds two half pictures of different times, as the first one says."""
+    transfer: str = ""
+    """How values stand for light: "pq" and "hlg" are HDR, else "sdr"; empty in manifests that were saved without it."""
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -108,7 +117,8 @@ def probe(path: str, label: int = -1) -> Video | Skipped:
         status = os.stat(path)
         size, mtime_ns = status.st_size, status.st_mtime_ns
         if os.path.isdir(path):
-            return _probe_folder(path, label, mtime_ns)
+            size, mtime_ns = folder_status(path)
+            return _probe_folder(path, label, size, mtime_ns)
         return _probe_file(path, label, size, mtime_ns)
     except FileNotFoundError:
         return Skipped(path, "does not exist")
@@ -178,14 +188,16 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             bytes=size,
             mtime_ns=mtime_ns,
             content=content_hash([path], size),
+            b_frames=bool(stream.codec_context.has_b_frames),
+            interlaced=bool(first.interlaced_frame),
+            transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
         )
 
 
-def _probe_folder(path: str, label: int, mtime_ns: int) -> Video:
+def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
     images = frame_files(path)
     if not images:
         raise DecodeError("no images in this folder")
-    size = sum(os.path.getsize(image) for image in images)
     first = _probe_file(images[0], label, size, mtime_ns)
     return Video(
         path=path,
@@ -202,6 +214,7 @@ def _probe_folder(path: str, label: int, mtime_ns: int) -> Video:
         bytes=size,
         mtime_ns=mtime_ns,
         content=content_hash([images[0], images[len(images) // 2], images[-1]], size),
+        transfer=first.transfer,
     )
 
 

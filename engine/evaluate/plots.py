@@ -29,6 +29,9 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("appearance loss", {"loss/appearance": ""}),
+    Panel(
+        "motion loss", {"loss/motion": "of the step", "loss/motion_peak": "largest since the last"}, logarithmic=True
+    ),
     Panel("motion loss / that of no motion", {"loss/motion_relative": ""}, reference=1),
     Panel(
         "right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True

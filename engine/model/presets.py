@@ -1,12 +1,13 @@
-"""Named sizes of the encoder and named forms of the rest, as data on the config classes."""
+"""Named sizes of a model and named forms of what follows its encoder, as data on the config classes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from mam2.engine.config import DecoderConfig, RegressorConfig
+from mam2.engine.config import DecoderConfig, ModelConfig, RegressorConfig
 
 
 class Size(NamedTuple):
@@ -27,7 +28,7 @@ SIZES = {
 
 
 class Preset(NamedTuple):
-    """What comes after the encoder."""
+    """What comes after the encoder, at the base size."""
 
     regressor: RegressorConfig
     decoder: DecoderConfig
@@ -43,7 +44,43 @@ PRESETS = {
         DecoderConfig(depth=4, width=768, heads=12),
     ),
 }
-"""`cae` is CAE's regressor and decoders at the base width; `fast` halves the width and asks the visible tokens only."""
+"""`cae` is CAE's regressor and decoders, as wide as the encoder; `fast` halves the width and asks the visible tokens
+only."""
+
+Part = TypeVar("Part", RegressorConfig, DecoderConfig)
+
+
+def resized(model: ModelConfig, size: str) -> ModelConfig:
+    """The model with an encoder of a size of `SIZES`; regressor and decoders keep their widths relative to the encoder's.
+
+    VideoMAE's decoder so gets its published widths: 192, 384, 512 and 640 for small to huge.
+    """
+    to = SIZES[size]
+    scale = to.width / model.width
+    return dataclasses.replace(
+        model,
+        **to._asdict(),
+        regressor=_scaled(model.regressor, scale, to),
+        decoder=_scaled(model.decoder, scale, to),
+    )
+
+
+def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
+    """The model with regressor and decoders of a preset of `PRESETS`, scaled to its encoder."""
+    of = Size(model.width, model.depth, model.heads)
+    scale = model.width / SIZES["base"].width
+    regressor, decoder = (_scaled(part, scale, of) for part in PRESETS[preset])
+    return dataclasses.replace(model, regressor=regressor, decoder=decoder)
+
+
+def _scaled(part: Part, scale: float, encoder: Size) -> Part:
+    """`part` at `scale` times its width, with heads about as wide as the encoder's, and at most a third of its blocks."""
+    width = round(part.width * scale)
+    head = encoder.width / encoder.heads
+    most = range(1, width + 1)
+    heads = min((count for count in most if width % (8 * count) == 0), key=lambda count: abs(width / count - head))
+    depth = min(part.depth, max(encoder.depth // 3, 1))
+    return dataclasses.replace(part, width=width, depth=depth, heads=heads)
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:

@@ -27,10 +27,11 @@ from mam2.engine.signals import Interrupted, end_soon
 from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import Vote, first_line
 from mam2.engine.train.metrics import Line, Readout
-from mam2.engine.train.optimizer import learning_rate
+from mam2.engine.train.optimizer import learning_rate, long_warmup
 from mam2.engine.train.peak import measured_peak_flops
 from mam2.engine.train.runtime import compile_problem, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
+from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step
 from mam2.kernels import active_path
 
@@ -107,6 +108,7 @@ class Loop:
         """Updates that the optimizer told of; a recorded step (CUDA graph) tells of none."""
         take.optimizer.register_step_pre_hook(self._note_update)
         self.readout = Readout(session.device)
+        self.spikes = Spikes()
         self.in_a_row = 0
         self.last = ""
         """Numbers of the newest log line, in words."""
@@ -130,6 +132,8 @@ class Loop:
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
             f"{config.optim.batch} clips a step{shared}"
         )
+        if problem := long_warmup(config.optim):
+            say(f"warning: {problem}")
         session.write_config()
 
     def train(self) -> TrainResult:
@@ -193,6 +197,7 @@ class Loop:
                 profiler_step()
                 bar.update()
                 flags.append(values.pop("bad"))
+                self.spikes.see(values)
                 videos.append(torch.stack([batch.video for batch, _ in batches]))
                 self._write(bar)
                 if logged:
@@ -201,6 +206,7 @@ class Loop:
                     if "clips_per_s" in numbers:
                         numbers["mfu"] = numbers["clips_per_s"] / self.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+                    values |= self.spikes.peak()
                     self.readout.put(self.step, values, torch.stack(flags), numbers, videos, session.world)
                     flags, videos = [], []
                 ended = self._between(window)
@@ -301,6 +307,8 @@ class Loop:
             if bad:
                 numbers["skipped_steps"] = len(bad)
                 self._name_clips(bad, line.videos)
+            if problem := self.spikes.warning(line.steps, numbers):
+                session.log.say(f"warning: {problem}")
             for flag in line.bad:
                 self.in_a_row = self.in_a_row + 1 if flag else 0
             if session.device.type == "cuda":

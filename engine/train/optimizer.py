@@ -50,6 +50,17 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if name.startswith("encoder.patch_embed.") else depth + 1
 
 
+def long_warmup(config: OptimConfig | FinetuneOptimConfig) -> str | None:
+    """One sentence where the warm-up takes more than half of the training, else None."""
+    if config.warmup_epochs <= config.epochs / 2:
+        return None
+    return (
+        f"optim.warmup_epochs {config.warmup_epochs:g} of optim.epochs {config.epochs:g}: the learning rate rises for "
+        f"{min(config.warmup_epochs / config.epochs, 1):.0%} of the training and is small in most of it; "
+        f"a short trial takes --optim.warmup-epochs {config.epochs / 20:g}"
+    )
+
+
 def learning_rate(step: int, steps: int, steps_per_epoch: float, config: OptimConfig, *, global_batch: int) -> float:
     """Of step `step` of `steps`: linear warm-up from 0, then half a cosine to the minimum; times batch/256."""
     peak, floor = (rate * global_batch / 256 for rate in (config.base_lr, config.min_lr))

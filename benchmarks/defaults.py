@@ -1,0 +1,167 @@
+"""Tries values of the recipes on labelled real clips, one change at a time: `python -m benchmarks.defaults`.
+
+    python -m benchmarks.defaults --train TRAIN.csv --test TEST.csv --out runs/defaults
+
+Each row is one short pre-training of the same tiny model on the training clips and a linear probe of the frozen encoder,
+fitted on the labelled training clips: on the means of each time slot, side by side, and on the mean of all tokens.
+Clips, codes and steps are the same in all rows but those that change them. A row that is done is kept in OUT/rows.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.trials import prepared, trial
+from benchmarks.trials.settings import Changes, changed
+from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.evaluate.probe import linear_probe
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.recipe import load_recipe
+
+BASE: Changes = {
+    "data.sampling": "uniform",
+    "data.stride": 0,
+    "data.frames": 8,
+    "data.size": 48,
+    "data.views": 1,
+    "data.flip": False,
+    "data.min_area": 0.5,
+    "data.max_aspect": 4 / 3,
+    "mask.ratio": 0.75,
+    "model.width": 64,
+    "model.heads": 2,
+    "model.regressor.width": 64,
+    "model.regressor.heads": 2,
+    "model.decoder.width": 64,
+    "model.decoder.heads": 2,
+    "tokenizer.steps": 300,
+    "loss.appearance": 0.1,
+    "loss.motion_eps": 0.05,
+    "optim.base_lr": 8e-3,
+    "optim.min_lr": 8e-5,
+    "run.precision": "float32",
+    "run.compile": False,
+}
+"""On top of the demo's recipe: the other recipes' values where a tiny model allows them."""
+FIXED: Changes = {"loss.balance": "fixed"}
+ROWS: tuple[tuple[str, str, Changes], ...] = (
+    ("motion floor", "1e-6", {"loss.motion_eps": 1e-6}),
+    ("motion floor", "0.1", {"loss.motion_eps": 0.1}),
+    ("appearance", "none", {"loss.appearance_target": "none", **FIXED}),
+    ("balance", "fixed, codes × 1", {"loss.appearance": 1.0, **FIXED}),
+    ("learning rate", "× 1/4", {"optim.base_lr": 2e-3, "optim.min_lr": 2e-5}),
+    ("mask", "tubes, 0.5", {"mask.ratio": 0.5}),
+    ("", "default, seed 1", {"run.seed": 1}),
+    ("mask", "random, 0.75", {"mask.kind": "random"}),
+    ("balance", "gradients, codes × 1", {"loss.appearance": 1.0}),
+    ("learning rate", "× 2", {"optim.base_lr": 1.6e-2, "optim.min_lr": 1.6e-4}),
+    ("motion floor", "0.02", {"loss.motion_eps": 0.02}),
+    ("mask", "tubes, 0.9", {"mask.ratio": 0.9}),
+    ("appearance", "codes only", {"loss.motion_target": "none", **FIXED}),
+    ("crop", "area from 0.9", {"data.min_area": 0.9, "data.max_aspect": 1.1}),
+    ("appearance", "pixels", {"loss.appearance_target": "pixels"}),
+    ("balance", "gradients, codes × 0.01", {"loss.appearance": 0.01}),
+    ("motion target", "intra", {"loss.motion_target": "intra"}),
+    ("crop", "multi-scale", {"data.crop": "multi-scale"}),
+    ("tokenizer", "512 codes", {"tokenizer.codes": 512}),
+    ("motion target", "hog, floor 0.05", {"loss.motion_target": "hog"}),
+    ("motion target", "hog, floor 0.001", {"loss.motion_target": "hog", "loss.motion_eps": 0.001}),
+    ("method", "VideoMAE", {"model.objective": "videomae", "model.decoder.depth": 2}),
+)
+RECORDED = 2
+"""Crops of each training clip."""
+
+
+def config_of(changes: Changes, steps: int, train_clips: int) -> PretrainConfig:
+    config = changed(load_recipe("demo"), {**BASE, **changes})
+    epochs = steps * config.optim.batch / train_clips
+    config = changed(config, {"optim.epochs": epochs, "optim.warmup_epochs": 0.1 * epochs})
+    check(config)
+    return config
+
+
+@torch.no_grad()
+def accuracies(encoder: Encoder, data: prepared.Prepared, config: PretrainConfig) -> tuple[float, float]:
+    """Of the linear probe on the test clips: from the means of each slot, and from the mean of all tokens."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    found = {}
+    for name, split in data.splits.items():
+        tokens = [encoder.encode(part.to(device)).float().cpu() for part in split.videos(trial.EVALUATED)]
+        found[name] = torch.cat([part.unflatten(1, (config.grid[0], -1)).mean(2) for part in tokens])
+    labels = {name: split.labels for name, split in data.splits.items()}
+    with torch.enable_grad():
+        by_slot, overall = (
+            linear_probe(form(found["train"]), labels["train"], form(found["test"]), labels["test"]).accuracy
+            for form in (lambda slots: slots.flatten(1), lambda slots: slots.mean(1))
+        )
+    return by_slot, overall
+
+
+def row(family: str, label: str, changes: Changes, given: Any, clips: int) -> dict[str, Any]:
+    """Trains and probes; `clips`: training clips."""
+    config = config_of(changes, given.steps, clips)
+    rendering = {name: value for name, value in changes.items() if name.startswith(("data.", "tokenizer."))}
+    key = ",".join(f"{name}={value}" for name, value in sorted(rendering.items())) or "default"
+    data = prepared.prepare(
+        {"train": given.train, "test": given.test}, given.out / key, config, recorded=RECORDED, views=1
+    )
+    start = time.perf_counter()
+    trained = trial.pretrain(config, data)
+    seconds = time.perf_counter() - start
+    by_slot, overall = accuracies(trained.encoder, data, config)
+    return {"family": family, "label": label, "by_slot": by_slot, "overall": overall, "s": seconds} | trained.losses
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=__doc__.splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True, help="labelled list or folder")
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
+    parser.add_argument("--steps", type=int, default=200)
+    given = parser.parse_args()
+    default = config_of({}, given.steps, 1)
+    sets = {"train": given.train, "test": given.test}
+    data = prepared.prepare(sets, given.out / "default", default, recorded=RECORDED, views=1)
+    clips = len(data.splits["train"].labels)
+    file = given.out / "rows.jsonl"
+    done = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    torch.manual_seed(0)
+    random_encoder = accuracies(Encoder.from_config(default), data, default)
+    print(
+        f"{clips} training clips, {len(data.splits['test'].labels)} test clips, {given.steps} steps of {default.optim.batch}"
+    )
+    print(
+        "| | value | probe by slots, % | probe of the mean, % | motion error / none | right codes, % | commonest, % | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    print(f"| | random encoder | {100 * random_encoder[0]:.1f} | {100 * random_encoder[1]:.1f} | | | | |", flush=True)
+    for family, label, changes in (("", "default, seed 0", {}), *ROWS):
+        found = next((line for line in done if (line["family"], line["label"]) == (family, label)), None)
+        if found is None:
+            found = row(family, label, changes, given, clips)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(found) + "\n")
+        cells = [f"{100 * found[name]:.1f}" for name in ("by_slot", "overall")]
+        cells.append(f"{found['loss/motion_relative']:.3f}" if "loss/motion_relative" in found else "")
+        cells += [
+            f"{100 * found[name]:.1f}" if name in found else ""
+            for name in ("accuracy/codes", "accuracy/commonest_code")
+        ]
+        print(f"| {family} | {label} | {' | '.join(cells)} | {found['s']:.0f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"defaults: {error}", file=sys.stderr)
+        sys.exit(2)
