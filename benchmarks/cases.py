@@ -119,6 +119,20 @@ class Case(NamedTuple):
     plain: Callable[..., list[Tensor]] | None = None
     """The same in plain PyTorch; None: `run` on the PyTorch path."""
 
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Operator, target and memory layout, or codes: one group launches the same kernels on clips that lie alike."""
+        words = self.name.replace(",", "").split()
+        return words[0], *(word for word in words[1:] if word in LAYOUTS or word in TARGETS or word[0] == "V")
+
+
+def few(cases: Iterator[Case]) -> list[Case]:
+    """The first case of each group."""
+    found: dict[tuple[str, ...], Case] = {}
+    for case in cases:
+        found.setdefault(case.group, case)
+    return list(found.values())
+
 
 def loss_case(
     clip: Clip,

@@ -116,6 +116,11 @@ class ModelConfig:
     """Attention heads of the encoder."""
     mlp_ratio: float = limited(4.0, POSITIVE)
     """Hidden width of the MLPs over the embedding width, everywhere."""
+    layer_scale: float = limited(0.0, NOT_NEGATIVE)
+    """First value of LayerScale, which multiplies the branches of every block by a learned vector; CAE's is 0.1.
+    0: no LayerScale."""
+    projection_norm: bool = False
+    """LayerNorm after the projection from the encoder's width to another one of the regressor, as in CAE."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -203,9 +208,9 @@ class RunConfig:
     (AVX512-BF16, AMX), else float32."""
     compile: bool = True
     """Compile the step with torch.compile; said in the log when it cannot be."""
-    graph: Literal["auto", "off"] = "auto"
-    """On a GPU take the whole step as one CUDA graph where that is measured to be faster (one process, one pass a
-    step), or never."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU take the whole step as one CUDA graph: where that is measured to be faster (one process, one pass a
+    step), always (not compared; an error where it cannot be), or never."""
     deterministic: bool = False
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
     recompute: bool = False

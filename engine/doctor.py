@@ -8,7 +8,8 @@ import platform
 import torch
 
 from mam2.engine.config import RunConfig, UserError
-from mam2.engine.data.decoding import available_cores, choose_front_end
+from mam2.engine.data.decoding import available_cores
+from mam2.engine.data.front_ends import choose_front_end
 from mam2.engine.data.graph import import_dali
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.attention_choice import measure, shapes_of

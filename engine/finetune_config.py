@@ -25,6 +25,8 @@ class EncoderConfig:
     """Attention heads."""
     mlp_ratio: float = limited(4.0, POSITIVE)
     """Hidden width of the MLPs over the embedding width."""
+    layer_scale: float = limited(0.0, NOT_NEGATIVE)
+    """First value of LayerScale, see `ModelConfig`; any but 0 where the checkpoint has it. 0: no LayerScale."""
     frames: int = limited(0, COUNT_OR_NONE)
     """Frames of the clips that it was pre-trained on: its positions at another size are resampled from theirs; 0: as
     `data.frames`."""

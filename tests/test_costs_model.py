@@ -136,6 +136,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"appearance_target": "pixels"},
     },
     "videomae": {"model": {"objective": "videomae"}},
+    "layer scale": {
+        "model": {"layer_scale": 0.1, "projection_norm": True},
+        "regressor": {"width": 32, "heads": 2},
+        "decoder": {"width": 32, "heads": 2},
+    },
 }
 
 
@@ -178,7 +183,17 @@ def test_parameters_are_those_of_every_case(name: str) -> None:
     assert sum(cost.parameters for cost in declared.values()) == sum(p.numel() for p in model.parameters())
 
 
-HELD = ("mam2", "all keys", "another width", "pixels", "motion alone", "all frames", "no regressor", "videomae")
+HELD = (
+    "mam2",
+    "all keys",
+    "another width",
+    "pixels",
+    "motion alone",
+    "all frames",
+    "no regressor",
+    "videomae",
+    "layer scale",
+)
 
 
 @pytest.mark.parametrize("name", HELD)

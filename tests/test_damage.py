@@ -22,6 +22,7 @@ import torch
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
 
@@ -305,7 +306,7 @@ def test_dali_sees_no_file_that_leads_it_astray(tmp_path, numbered_frames):
 @needs_clips
 def test_dali_may_see_every_sound_real_file():
     for video in read_manifest(CLIPS, progress=False).videos:
-        if video.codec in decoding.DALI_CPU_CODECS and "corrupt" not in video.path:
+        if video.codec in DALI_CPU_CODECS and "corrupt" not in video.path:
             vetting.vet(np.fromfile(video.path, np.uint8))
 
 

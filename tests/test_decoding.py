@@ -9,7 +9,8 @@ import torch
 
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data import decoding
-from mam2.engine.data.decoding import DecodeError, choose_front_end, decode_frames, decode_packet, open_video
+from mam2.engine.data.decoding import DecodeError, decode_frames, decode_packet, open_video
+from mam2.engine.data.front_ends import DALI_CPU_CODECS, choose_front_end
 from mam2.engine.data.graph import ClipGraph
 from mam2.engine.data.manifest import probe, read_manifest
 from mam2.engine.data.sampling import View
@@ -254,7 +255,7 @@ def assert_same_frames(path: Path, starts, strides) -> None:
 def test_dali_and_pyav_give_the_same_frames_of_real_clips():
     compared = 0
     for video in read_manifest(CLIPS, progress=False).videos:
-        if video.codec in decoding.DALI_CPU_CODECS and video.width <= 640 and "corrupt" not in video.path:
+        if video.codec in DALI_CPU_CODECS and video.width <= 640 and "corrupt" not in video.path:
             starts = np.random.default_rng(0).integers(0, video.frames, 3).tolist()
             assert_same_frames(Path(video.path), starts, strides=(3,))
             compared += 1

@@ -126,6 +126,32 @@ def test_a_regressor_block_is_caes_cross_attention() -> None:
     torch.testing.assert_close(block(masked, context, masked_positions, context_positions), expected)
 
 
+@torch.no_grad()
+def test_layer_scale_multiplies_every_branch_and_the_projection_has_its_norm() -> None:
+    """As in CAE: all of it 0.1 at first, in encoder, regressor and decoders; at 0 a block is the identity."""
+    cfg = config("all")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_scale=0.1, projection_norm=True))
+    model = build(cfg)
+    gammas = {name: p for name, p in model.named_parameters() if "gamma_" in name}
+    assert len(gammas) == 2 * (2 + 2 + 1 + 1)
+    assert all(torch.equal(p, torch.full_like(p, 0.1)) for p in gammas.values())
+    tokens = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    block = model.encoder.blocks[0]
+    halfway = tokens + 0.1 * block.attn(block.norm1(tokens))
+    torch.testing.assert_close(block(tokens), halfway + 0.1 * block.mlp(block.norm2(halfway)))
+    scales = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    left_out = block(tokens, scales)
+    torch.testing.assert_close(left_out[1], (tokens + 0.2 * block.mlp(block.norm2(tokens)))[1])
+    projected = model.regressor.project(tokens)
+    torch.testing.assert_close(projected.mean(-1), torch.zeros(2, 5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(projected.var(-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0)
+    regressor, masked, seen = model.regressor.blocks[0], torch.randn(2, 2, 3, 24), torch.randn(2, 2, 4, 24)
+    for parameter in gammas.values():
+        parameter.zero_()
+    assert torch.equal(block(tokens), tokens)
+    assert torch.equal(regressor(masked[0], seen[0], masked[1], seen[1]), masked[0])
+
+
 def test_every_regressor_block_sees_the_state_the_last_one_left() -> None:
     model = build(config("all"))
     visible, visible_positions = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(0))

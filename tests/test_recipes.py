@@ -36,7 +36,8 @@ def test_a_data_sets_recipe_is_the_methods_with_its_own_values(method: str) -> N
         assert config.model == plain.model
         assert config.loss == plain.loss
         assert config.data.stride == (2 if data == "ssv2" else 4)
-        assert config.data.flip == (data != "ssv2")
+        assert config.data.flip == (data != "ssv2" and method != "videomae")
+        assert config.data.crop == ("multi-scale" if method == "videomae" else "random-resized")
         assert config.mask.ratio == (0.75 if data in ("ucf101", "hmdb51") else 0.9)
         assert config.optim.base_lr == (3e-4 if data == "ucf101" else 1.5e-4)
         assert config.optim.warmup_epochs == (20 if config.optim.epochs <= 400 else 40)

@@ -118,7 +118,53 @@ def test_a_compiled_network_is_the_one_that_gives_the_codes() -> None:
 
     tokenizer = build(compiled=compiled, images_per_pass=4)
     assert torch.equal(tokenizer.codes(clip()), build(images_per_pass=4).codes(clip()))
-    assert calls == [4, 2]
+    assert calls == [3, 3]
+
+
+def test_any_number_of_images_costs_few_compilations() -> None:
+    """As `mam2 tokenize` meets it, which leaves undecodable clips out: torch.compile refuses the ninth."""
+    torch._dynamo.reset()
+    tokenizer = build(
+        images_per_pass=24, compiled=lambda codes: torch.compile(codes, fullgraph=True, dynamic=False, backend="eager")
+    )
+    plain, sizes = build(images_per_pass=24), []
+    inner = tokenizer._image_codes
+    tokenizer._image_codes = lambda images: sizes.append(len(images)) or inner(images)
+    for clips in [12, 24, *range(1, 13)]:
+        assert torch.equal(tokenizer.codes(clip(clips)), plain.codes(clip(clips)))
+    assert len(set(sizes)) <= 5
+    assert max(sizes) <= 24
+
+
+@pytest.mark.parametrize(("clips", "parts"), [(10, [7, 7, 7]), (4, [8]), (3, [6])])
+def test_constant_batches_are_hardly_padded(clips: int, parts: list[int]) -> None:
+    sizes: list[int] = []
+    tokenizer = build(images_per_pass=8, compiled=lambda codes: codes)
+    codes = tokenizer.vqgan.codes
+    tokenizer._image_codes = lambda images: sizes.append(len(images)) or codes(images)
+    tokenizer.codes(clip(clips))
+    assert sizes == parts
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cudnn_stays_on_and_float32_is_not_tf32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU convolutions would otherwise run in PyTorch's own slow kernel, or round to TF32."""
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    tokenizer = build(precision=precision)
+    codes = tokenizer.vqgan.codes
+
+    def watched(images: Tensor) -> Tensor:
+        seen.append((cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic, torch.is_autocast_enabled("cpu")))
+        return codes(images)
+
+    monkeypatch.setattr(tokenizer.vqgan, "codes", watched)
+    tokenizer._image_codes = watched
+    tokenizer.changed_share(clip())
+    tokenizer.decode(tokenizer.codes(clip()))
+    rounded = precision == "bfloat16"
+    assert seen == [(True, False, True, False), (True, False, True, rounded), (True, False, True, rounded)]
+    assert cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

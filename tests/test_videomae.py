@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import LossConfig
+from mam2.engine.config import DecoderConfig, LossConfig, ModelConfig, PretrainConfig
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import tube_mask
@@ -153,6 +153,31 @@ def test_every_parameter_is_trained() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_weights_start_as_videomaes() -> None:
+    """Deviations of VideoMAE's own code at ViT-B (PyTorch's default layers where it initializes nothing itself)."""
+    config = dataclasses.replace(
+        PretrainConfig(),
+        model=ModelConfig(objective="videomae", depth=1, decoder=DecoderConfig(depth=1, width=384, heads=6)),
+    )
+    torch.manual_seed(0)
+    model = VideoMAE(config)
+    for tensor, official in (
+        (model.encoder.patch_embed.weight, 0.0147),
+        (model.encoder.patch_embed.bias, 0.0147),
+        (model.encoder_to_decoder.weight, 0.0208),
+        (model.decoder.head.weight, 0.0323),
+        (model.encoder.blocks[0].attn.qkv.weight, math.sqrt(2 / (768 + 3 * 768))),
+        (model.decoder.blocks[0].mlp.fc1.weight, math.sqrt(2 / (384 + 4 * 384))),
+    ):
+        error = 6 / math.sqrt(2 * tensor.numel())  # six deviations of a sample's deviation
+        assert tensor.std().item() == pytest.approx(official, rel=error + 0.005)
+    assert model.encoder.patch_embed.weight.abs().max() <= 1536**-0.5
+    assert not model.decoder.head.bias.any()
+    # normal with 0.02, cut at one deviation: 0.0108; 384 values
+    assert model.mask_token.abs().max() <= 0.02
+    assert model.mask_token.std().item() == pytest.approx(0.0108, rel=0.12)
 
 
 def test_encode_sees_the_whole_clip() -> None:

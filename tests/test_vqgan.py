@@ -157,6 +157,15 @@ def test_gumbel_codes_are_the_largest_logits_without_noise() -> None:
     assert torch.equal(vqgan.train().codes(images()), codes)
 
 
+def test_choosing_a_code_is_no_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would round the logits to TF32."""
+    vqgan = build(TINY_GUMBEL)
+    latents = vqgan.encode(images()).detach()
+    expected = vqgan.quantize.proj(latents).argmax(1)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    assert torch.equal(vqgan.quantize.codes(latents), expected)
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_GUMBEL], ids=["vq", "gumbel"])
 def test_codes_are_chosen_in_float32_under_autocast(config: VQGANConfig) -> None:
     vqgan = build(config)

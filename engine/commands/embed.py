@@ -20,6 +20,9 @@ def run(arguments: list[str]) -> int:
         out: Path,
         layer: int = 0,
         stride: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
         batch: int = 32,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
@@ -29,10 +32,14 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face.
             data: folder of videos, an annotation list, or a video.
-            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video) or
-                features.parquet (a row a video; needs pyarrow).
+            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video, which file
+                of weights was read and the SHA-256 of the encoder in it) or features.parquet (a row per video; needs
+                pyarrow).
             layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
             stride: distance of two sampled frames instead of the checkpoint's.
+            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
+            size: height and width of these clips, pixels.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             batch: clips that go through the encoder at once.
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
@@ -53,7 +60,7 @@ def run(arguments: list[str]) -> int:
 
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        frozen = load_frozen(checkpoint, where, stride=stride)
+        frozen = load_frozen(checkpoint, where, stride=stride, frames=frames, size=size, heads=heads)
         if not 0 <= layer <= frozen.depth:
             raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
         manifest = read_manifest(data)
@@ -68,6 +75,7 @@ def run(arguments: list[str]) -> int:
         skipped |= {video.path: video.reason for video in manifest.skipped}
         about = {
             "checkpoint": str(checkpoint),
+            "weights": str(frozen.weights),
             "sha256": frozen.digest,
             "layer": layer or frozen.depth,
             "precision": str(matmul_dtype(settings, where)).removeprefix("torch."),

@@ -26,6 +26,9 @@ def run(arguments: list[str]) -> int:
         out: Path = Path("probe.json"),
         cache: Path = Path("features"),
         stride: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
         batch: int = 32,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
@@ -41,6 +44,9 @@ def run(arguments: list[str]) -> int:
             out: the table as JSON.
             cache: folder of features, by the hash of weights and videos; delete it at will.
             stride: distance of two sampled frames instead of the checkpoint's.
+            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
+            size: height and width of these clips, pixels.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             batch: clips that go through an encoder at once.
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
@@ -53,7 +59,7 @@ def run(arguments: list[str]) -> int:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        encoders = [load_frozen(path, where, stride=stride) for path in dict.fromkeys(checkpoints)]
+        encoders = [load_frozen(path, where, stride=stride, frames=frames, size=size, heads=heads) for path in dict.fromkeys(checkpoints)]
         result = probe_encoders(
             encoders,
             data,

@@ -18,6 +18,10 @@ def run(arguments: list[str]) -> int:
         clips: int = 4,
         tokenizer: Path | None = None,
         stride: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
+        decoder_heads: int | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
     ) -> int:
         """Draw clips, their hidden patches, what is predicted of them and what the regressor reads.
@@ -29,6 +33,10 @@ def run(arguments: list[str]) -> int:
             clips: videos shown, evenly spread over the data.
             tokenizer: VQGAN of checkpoints that no longer lie in their run folder.
             stride: distance of two sampled frames instead of the checkpoint's.
+            frames: frames of the clips of a checkpoint that does not say them.
+            size: height and width of these clips, pixels.
+            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
+            decoder_heads: the same of its decoder.
             device: `auto` takes a GPU if there is one.
         """
         from mam2.engine.evaluate.visualize import visualize
@@ -37,7 +45,19 @@ def run(arguments: list[str]) -> int:
         if not checkpoints or clips < 1:
             raise UserError("visualize: name at least one checkpoint, and --clips of at least 1")
         where = pick_device(RunConfig(device=device))
-        page = visualize(checkpoints, data, out, where, clips=clips, tokenizer=tokenizer, stride=stride)
+        page = visualize(
+            checkpoints,
+            data,
+            out,
+            where,
+            clips=clips,
+            tokenizer=tokenizer,
+            stride=stride,
+            frames=frames,
+            size=size,
+            heads=heads,
+            decoder_heads=decoder_heads,
+        )
         print(page)
         return 0
 

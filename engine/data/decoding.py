@@ -1,4 +1,4 @@
-"""From a video file to RGB frames: which decoder takes which file, and PyAV, the one that takes them all.
+"""From a video file to RGB frames with PyAV.
 
 Frames are counted in the order in which they are shown. Counting, not timestamps, decides which frame is which, so
 variable frame rates, gaps and wrong clocks do no harm; the timestamps only tell where decoding may start.
@@ -9,17 +9,17 @@ single packet, nor a system call on a drive that never answers.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
@@ -27,18 +27,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from mam2.engine.config import UserError
 from mam2.engine.data.frame_folders import IMAGE_SUFFIXES, AmbiguousFrames, frame_names
 
-FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
-AUTOMATIC = ("nvdec", "pyav")
-"""In order of preference. DALI's decoder on the CPU is no faster than PyAV, and no match for damaged files."""
-DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")
-NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "mjpeg")
-"""DALI's list for NVDEC without AV1, which Ampere's and Hopper's data-centre chips do not decode, and MPEG-4, whose
-packed AVIs (HMDB51) hold another number of frames than packets."""
-NVDEC_PIXELS = ("yuv420p", "yuvj420p", "nv12")
-NVDEC_TEN_BIT = ("hevc", "vp9")
 MAX_SIDE = 8192
 """Larger frames are damaged headers; a clip of them would not fit into memory either."""
 TIMEOUT_S = 60.0
@@ -47,14 +37,36 @@ REORDER = 32
 """More packets than any decoder holds back before the frame it was given comes out."""
 CUTS_HELD = 3
 """Key frames to fall back on; the packets before them are forgotten, or an hour of video would be held in memory."""
+SHRINK_FROM = 1.5
+"""Frames this many times larger than needed are worth a second resampling: less than half of the memory is left."""
 FRAMES = "frames"
 """In the place of a codec's name: the path is a folder that holds an image a frame."""
 
+PYAV = int(av.__version__.split(".")[0])
 # From version 17 on PyAV starts a thread for every core at each conversion: too dear for small frames.
-ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+ONE_THREAD = {"threads": 1} if PYAV >= 17 else {}
+READ_OPTIONS = {"metadata_errors": "ignore"} if PYAV < 19 else {}
+"""Of `av.open`, so that names and titles that are not UTF-8 (HMDB51) do not raise; from version 19 on none do."""
+FILE_ERRORS = (
+    *(av.error.FFmpegError, OSError),
+    *(ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError),
+)
+"""What reading a strange file raises in FFmpeg, PyAV and NumPy. Others (TypeError, AttributeError, ImportError) are
+mistakes of a program or its packages: never to be counted as a bad file."""
 
 
 Item = TypeVar("Item")
+
+
+class Cut(NamedTuple):
+    """A key frame at which decoding may start: all packets before it are shown before it, all after it after it."""
+
+    index: int
+    """Number of its frame."""
+    pts: int
+    """Its timestamp, in units of the stream."""
+    packets: int
+    """Number of packets before it."""
 
 
 class DecodeError(Exception):
@@ -66,53 +78,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_front_end(
-    codec: str, device: torch.device | str, forced: str = "auto", *, pixel_format: str = "yuv420p", rotation: int = 0
-) -> str:
-    """The decoder for a video: "nvdec" on a GPU where it can, else "pyav"; or the forced one.
-
-    codec and pixel_format are FFmpeg's names, rotation is in degrees. Raises UserError where the forced one cannot.
-    """
-    problems = {
-        "nvdec": _nvdec_problem(codec, pixel_format, rotation, torch.device(device)),
-        "dali-cpu": _dali_cpu_problem(codec, rotation),
-        "pyav": "",
-    }
-    if forced == "auto":
-        return next(front_end for front_end in AUTOMATIC if not problems[front_end])
-    if forced not in problems:
-        raise UserError(f"data.front_end: expected auto, {', '.join(FRONT_ENDS)}; found {forced}")
-    if problems[forced]:
-        raise UserError(f"{problems[forced]}: use front_end=pyav, or auto")
-    return forced
-
-
-def _nvdec_problem(codec: str, pixel_format: str, rotation: int, device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"nvdec needs an NVIDIA GPU, the device is {device.type}"
-    if codec not in NVDEC_CODECS:
-        return f"codec {codec} cannot be decoded by nvdec ({', '.join(NVDEC_CODECS)} only)"
-    if pixel_format not in NVDEC_PIXELS and not (pixel_format == "yuv420p10le" and codec in NVDEC_TEN_BIT):
-        return f"pixel format {pixel_format} of codec {codec} cannot be decoded by nvdec"
-    return f"a video rotated by {rotation} degrees is not turned upright by nvdec" if rotation else ""
-
-
-def _dali_cpu_problem(codec: str, rotation: int) -> str:
-    if codec not in DALI_CPU_CODECS:
-        return f"codec {codec} cannot be decoded by dali-cpu (VP8, VP9, MJPEG only)"
-    return f"a video rotated by {rotation} degrees is not turned upright by dali-cpu" if rotation else ""
-
-
 @contextmanager
 def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream, ready to decode on one thread; FFmpeg's errors become DecodeError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DecodeError("not a file")  # to open a pipe would wait for ever
-        # Without "ignore", names and titles that are not UTF-8 (HMDB51) raise. A playlist under a video's name must
-        # not reach the network.
-        only_files = {"protocol_whitelist": "file"}
-        with av.open(path, metadata_errors="ignore", timeout=timeout_s, options=only_files) as container:
+        only_files = {"protocol_whitelist": "file"}  # a playlist under a video's name must not reach the network
+        with av.open(path, timeout=timeout_s, options=only_files, **READ_OPTIONS) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise DecodeError("no video stream")
@@ -157,23 +130,52 @@ def frame_files(folder: str) -> list[str]:
         raise DecodeError(str(error)) from error
 
 
-def decode_frames(path: str, frames: Sequence[int], *, timeout_s: float = TIMEOUT_S) -> NDArray[np.uint8]:
+def decode_frames(
+    path: str,
+    frames: Sequence[int],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    seek_points: Sequence[tuple[int, int]] = (),
+    least_size: tuple[float, float] | None = None,
+    pinned: bool = False,
+) -> NDArray[np.uint8]:
     """Frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], RGB, upright.
 
-    frames: ascending, repeats allowed; one past the end is the last one there is. A video is read from its beginning
-    and decoded from the last key frame at or before the first of them where the timestamps allow no doubt, otherwise
-    from its first frame. Raises DecodeError when there is no frame at all, when an image of a folder cannot be
-    decoded, and when it takes longer than timeout_s.
+    A video is decoded from the last key frame at or before the first of the frames where the timestamps allow no doubt,
+    otherwise from its first frame. It is read from its beginning, or from the last seek point before them.
+
+    Args:
+        path: of the video, or of the folder of images.
+        frames: ascending, repeats allowed; one past the end is the last one there is.
+        timeout_s: longest time for an open, a read, or the whole clip, in seconds.
+        seek_points: `Video.seek_points`, frame numbers and timestamps of key frames, ascending.
+        least_size: width and height in pixels that are enough; frames more than SHRINK_FROM times as large are scaled
+            down to it while they are converted to RGB. They keep their aspect ratio. None for the stored size.
+        pinned: return memory that a GPU copies from without a detour. Needs CUDA.
+
+    Raises:
+        DecodeError: there is no frame at all, an image of a folder cannot be decoded, or it takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
+    target = _Target(least_size, pinned)
     if os.path.isdir(path):
-        return _decode_images(path, frames, limit)
-    clip = _decode(path, frames, limit, may_skip=True)
+        return _decode_images(path, frames, limit, target)
+    point = next((point for point in reversed(seek_points) if point[0] <= frames[0]), None)
+    clip = _decode(path, frames, limit, target, point=point) if point else None
     if clip is None:
-        clip = _decode(path, frames, limit, may_skip=False)
+        clip = _decode(path, frames, limit, target)
+    if clip is None:
+        clip = _decode(path, frames, limit, target, may_skip=False)
     if clip is None:
         raise DecodeError("no decodable frame")
     return clip
+
+
+class _Target(NamedTuple):
+    """Where decoded frames go; see `decode_frames`."""
+
+    least_size: tuple[float, float] | None
+    pinned: bool
 
 
 class _Limit:
@@ -190,7 +192,7 @@ class _Limit:
             yield item
 
 
-def _decode_images(folder: str, frames: Sequence[int], limit: _Limit) -> NDArray[np.uint8]:
+def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _Target) -> NDArray[np.uint8]:
     files = frame_files(folder)
     if not files:
         raise DecodeError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
@@ -204,27 +206,40 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit) -> NDArray
             raise DecodeError(f"{os.path.basename(file)}: {error}") from error
         if image is None:
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
-        convert = convert or _Converter(image)
+        convert = convert or _Converter(image, target.least_size)
         images.append(convert(image))
-    return _stack(images)
+    return _stack(images, target.pinned)
 
 
-def _decode(path: str, wanted: Sequence[int], limit: _Limit, *, may_skip: bool) -> NDArray[np.uint8] | None:
-    """The clip, or None when no frame came or decoding did not begin where it was meant to."""
+def _decode(
+    path: str,
+    wanted: Sequence[int],
+    limit: _Limit,
+    target: _Target,
+    *,
+    may_skip: bool = True,
+    point: tuple[int, int] | None = None,
+) -> NDArray[np.uint8] | None:
+    """The clip, or None when no frame came, or reading or decoding did not begin where it was meant to.
+
+    may_skip: begin to decode at a later key frame than the first. point: the seek point to begin to read at.
+    """
     with open_video(path, limit.seconds) as (container, stream):
-        packets: Iterable[Packet] = limit(read_packets(container, stream))
+        packets: Iterable[Packet] | None = limit(read_packets(container, stream))
         index, first_pts = 0, None
-        # MPEG-4 in an AVI packs a B-frame and the next frame into one packet, and its timestamps do not tell.
-        packed = stream.codec_context.name == "mpeg4" and stream.codec_context.has_b_frames
-        if may_skip and not packed:
-            packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1])
+        if point:
+            packets = _packets_from(container, stream, limit, point[1])
+            if packets is None:
+                return None
+        if may_skip and not is_packed(stream):
+            packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1], point[0] if point else 0)
         convert: _Converter | None = None
         images: list[NDArray[np.uint8]] = []
         for frame in limit(_frames(stream, packets)):
             if convert is None:
                 if first_pts is not None and frame.pts != first_pts:
                     return None
-                convert = _Converter(frame)
+                convert = _Converter(frame, target.least_size)
             if index == wanted[len(images)]:
                 image = convert(frame)
                 while len(images) < len(wanted) and wanted[len(images)] == index:
@@ -236,12 +251,39 @@ def _decode(path: str, wanted: Sequence[int], limit: _Limit, *, may_skip: bool) 
             return None
         if len(images) < len(wanted):
             images += [convert(frame)] * (len(wanted) - len(images))
-        return _stack(images)
+        return _stack(images, target.pinned)
 
 
-def _stack(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def is_packed(stream: VideoStream) -> bool:
+    """Whether packets hold several frames and timestamps do not tell: B-frames of MPEG-4 in an AVI."""
+    return stream.codec_context.name == "mpeg4" and bool(stream.codec_context.has_b_frames)
+
+
+def _packets_from(
+    container: InputContainer, stream: VideoStream, limit: _Limit, pts: int
+) -> Iterator[Packet] | None:
+    """Packets from the key frame with a timestamp on; None where seeking does not lead to it."""
+    try:
+        container.seek(pts, stream=stream)
+    except av.error.FFmpegError:
+        return None
+    packets = iter(limit(read_packets(container, stream)))
+    for packet in packets:
+        if packet.size and packet.is_keyframe and packet.pts == pts:
+            return itertools.chain([packet], packets)
+        if not packet.size or packet.pts is None or packet.pts > pts:
+            break
+    return None
+
+
+def _stack(images: list[NDArray[np.uint8]], pinned: bool) -> NDArray[np.uint8]:
     # DALI takes dense arrays only, and left alone NumPy keeps the memory order of a turned image.
-    return np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8))
+    shape = len(images), *images[0].shape
+    if pinned:
+        import torch
+
+        return np.stack(images, out=torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy())
+    return np.stack(images, out=np.empty(shape, np.uint8))
 
 
 def _frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
@@ -251,54 +293,83 @@ def _frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFra
     yield from decode_packet(stream, None)
 
 
-def _packets_for(packets: Iterable[Packet], first: int, last: int) -> tuple[list[Packet], int, int | None]:
-    """The packets to decode for the frames from `first` to `last`, the index of the first frame, and its timestamp.
+class CutFinder:
+    """Finds the cuts of a stream in its packets, which it is shown one after the other.
 
-    A key frame cuts the video cleanly where all packets before it are shown before it and all after it after it: then
-    it is frame number "packets before it" and needs none of them. Key frames that are followed by frames shown
-    earlier (open groups of pictures), and streams without timestamps, have no such cut: all packets, 0 and None then,
-    or none at all where the video was too long to hold them.
+    Key frames that are followed by frames shown earlier (open groups of pictures) are no cuts, and streams in which
+    packets have no timestamps have none.
     """
+
+    def __init__(self, index: int = 0) -> None:
+        """index: number of the first frame."""
+        self.index = index
+        """Number of the next frame."""
+        self.cuts: list[Cut] = []
+        """Ascending; the last ones may yet turn out not to be cuts."""
+        self.timed = True
+        """Whether every packet had a timestamp."""
+        self._packets = 0
+        self._newest = -math.inf
+
+    def see(self, packet: Packet, *, take: bool = True) -> None:
+        """Looks at the next packet that is not empty. take: whether it may become one of the cuts."""
+        if packet.pts is None:
+            self.timed = False
+        elif self.timed:
+            while self.cuts and packet.pts <= self.cuts[-1].pts:
+                self.cuts.pop()
+            later = packet.pts > self._newest and self.index > 0
+            if take and later and packet.is_keyframe and not packet.is_discard:
+                self.cuts.append(Cut(self.index, packet.pts, self._packets))
+            self._newest = max(self._newest, packet.pts)
+        self._packets += 1
+        self.index += not packet.is_discard
+
+
+def _packets_for(
+    packets: Iterable[Packet], first: int, last: int, index: int = 0
+) -> tuple[list[Packet], int, int | None]:
+    """The packets to decode for the frames from `first` to `last`, the number of the first frame, and its timestamp.
+
+    index: number of the frame that the packets begin with. Without a cut the result is all packets, 0 and None, or no
+    packet where the first ones are not there: they were not read, or the video was too long to hold them.
+    """
+    finder = CutFinder(index)
     kept: list[Packet] = []
-    count = 0  # packets that give a frame
-    newest = -math.inf
-    cuts: list[tuple[int, int, int]] = []  # place in kept, frame index, timestamp
-    timed, forgot = True, False
+    dropped = 0
     for packet in packets:
         if not packet.size:
             continue
-        if packet.pts is None:
-            timed = False
-        elif timed:
-            while cuts and packet.pts <= cuts[-1][2]:
-                cuts.pop()
-            if packet.is_keyframe and not packet.is_discard and packet.pts > newest and 0 < count <= first:
-                cuts.append((len(kept), count, packet.pts))
-                if len(cuts) > CUTS_HELD:
-                    forgot = True
-                    gone = cuts[1][0]
-                    del kept[:gone]
-                    cuts = [(place - gone, index, pts) for place, index, pts in cuts[1:]]
-            newest = max(newest, packet.pts)
+        finder.see(packet, take=finder.index <= first)
+        if len(finder.cuts) > CUTS_HELD:
+            del finder.cuts[0]
+            gone = finder.cuts[0].packets - dropped
+            del kept[:gone]
+            dropped += gone
         kept.append(packet)
-        count += not packet.is_discard
-        if count > last + REORDER:
+        if finder.index > last + REORDER:
             break
-    if not cuts or not timed:
-        return [] if forgot else kept, 0, None
-    place, index, pts = cuts[-1]
-    return kept[place:], index, pts
+    if not finder.cuts or not finder.timed:
+        return [] if dropped or index else kept, 0, None
+    cut = finder.cuts[-1]
+    return kept[cut.packets - dropped :], cut.index, cut.pts
 
 
 class _Converter:
     """Frame to upright RGB uint8 [H, W, C], in the size and rotation of the first; one swscale context for all."""
 
-    def __init__(self, first: VideoFrame) -> None:
+    def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None) -> None:
+        """least_size: see `decode_frames`."""
         if max(first.width, first.height) > MAX_SIDE:
             raise DecodeError(f"frames of {first.width}x{first.height} pixels, more than {MAX_SIDE} a side")
         self._width, self._height = first.width, first.height
         self._turns = quarter_turns(first.rotation)
         self._reformatter = VideoReformatter()
+        if least_size:
+            least_width, least_height = reversed(least_size) if self._turns % 2 else least_size
+            scale = max(least_width / first.width, least_height / first.height)
+            if SHRINK_FROM * scale < 1:
+                self._width, self._height = math.ceil(first.width * scale), math.ceil(first.height * scale)
 
     def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
         rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", **ONE_THREAD)

@@ -19,7 +19,7 @@ import torch
 
 from mam2.engine.config import DataConfig, UserError
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.decoding import choose_front_end
+from mam2.engine.data.front_ends import choose_front_end
 from mam2.engine.data.manifest import Manifest, Skipped
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer

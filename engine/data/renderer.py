@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mam2.engine.config import DataConfig
-from mam2.engine.data.decoding import DecodeError, available_cores, decode_frames
+from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
 from mam2.engine.data.graph import ClipGraph, import_dali
 from mam2.engine.data.sampling import ClipRequest
 from mam2.engine.data.vetting import read_vetted
@@ -143,5 +143,5 @@ def _decode(path: str, frames: Sequence[int], timeout_s: float) -> NDArray[np.ui
         return decode_frames(path, frames, timeout_s=timeout_s)
     except DecodeError:
         raise
-    except Exception as error:  # one strange file must not end a run of days: it is named, counted and left out
+    except FILE_ERRORS as error:  # one strange file must not end a run of days: it is named, counted and left out
         raise DecodeError(f"{type(error).__name__}: {error}") from error

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from mam2.engine.config import UserError
 from mam2.engine.data.decoding import (
+    FILE_ERRORS,
     FRAMES,
     ONE_THREAD,
     DecodeError,
@@ -199,7 +200,7 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
         return Written(video.bytes, job.target.stat().st_size)
     except DecodeError as error:
         return str(error)
-    except Exception as error:  # one strange file must not end the run: it is named, and the others go on
+    except FILE_ERRORS as error:  # one strange file must not end the run: it is named, and the others go on
         return f"{type(error).__name__}: {error}"
     finally:
         with suppress(OSError):  # renamed, or never made

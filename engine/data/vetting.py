@@ -14,7 +14,7 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from mam2.engine.data.decoding import DecodeError, decode_packet, read_packets
+from mam2.engine.data.decoding import READ_OPTIONS, DecodeError, decode_packet, read_packets
 
 MAX_BYTES = 2**31 - 1
 
@@ -39,7 +39,7 @@ def vet(content: NDArray[np.uint8]) -> None:
     """Reads all packets and decodes the key frames, as only they may change the size. Raises DecodeError for damage."""
     file = _Watched(content)
     try:
-        with av.open(file, metadata_errors="ignore") as container:
+        with av.open(file, **READ_OPTIONS) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream) or stream.codec_context is None:
                 raise DecodeError("no video stream")

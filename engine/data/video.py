@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
+from tqdm import tqdm
 
 from mam2.engine.config import UserError
 from mam2.engine.data.decoding import (
+    FILE_ERRORS,
     FRAMES,
-    FRONT_ENDS,
+    CutFinder,
     DecodeError,
-    choose_front_end,
     decode_packet,
     frame_files,
+    is_packed,
     open_video,
     quarter_turns,
     read_packets,
 )
 from mam2.engine.data.frame_folders import folder_status
+from mam2.engine.data.front_ends import FRONT_ENDS, choose_front_end
+from mam2.engine.data.outage import ALONE_S, Patience
 
 HASH_BLOCK = 2**16
 HDR = {16: "pq", 18: "hlg"}
@@ -31,8 +37,13 @@ RATE_TOLERANCE = 0.05
 """Stated and measured rates differ by this much where timestamps are rounded or the last frame is shown for longer."""
 INTERVAL_TOLERANCE = 0.4
 """Of the median. Rounding to milliseconds moves an interval by a quarter at 240 frames a second, a lost frame by 1."""
+SEEK_FROM = 64 * 2**20
+"""Bytes. A smaller file is read from its beginning: to note seek points of all videos would make manifests large."""
+SEEK_SPACING = 4 * 2**20
+"""Bytes of video between two seek points, which are read in vain at most."""
 UNEVEN_SHARE = 0.01
 """A single gap in a long video does not make its rate variable."""
+_PATIENCE = Patience(ALONE_S, lambda line: tqdm.write(line, file=sys.stderr))
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,12 @@ class Video:
     """A frame holds two half pictures of different times, as the first one says."""
     transfer: str = ""
     """How values stand for light: "pq" and "hlg" are HDR, else "sdr"; empty in manifests that were saved without it."""
+    seek_points: tuple[tuple[int, int], ...] = ()
+    """Frame number and timestamp of key frames at which reading may begin, SEEK_SPACING apart; empty for files that
+    are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seek_points", tuple((index, pts) for index, pts in self.seek_points))  # JSON has lists
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -87,6 +104,17 @@ class Video:
         return self.frames / self.fps if self.fps else 0.0
 
     @property
+    def traits(self) -> dict[str, Any]:
+        """What `choose_front_end` asks for beside the codec."""
+        return {
+            "pixel_format": self.pixel_format,
+            "rotation": self.rotation,
+            "size": (self.width, self.height),
+            "interlaced": self.interlaced,
+            "bytes": self.bytes,
+        }
+
+    @property
     def front_ends(self) -> tuple[str, ...]:
         """Those that decode it where their machine is there."""
         return tuple(front_end for front_end in FRONT_ENDS if self._suits(front_end))
@@ -94,7 +122,7 @@ class Video:
     def _suits(self, front_end: str) -> bool:
         device = "cuda" if front_end == "nvdec" else "cpu"
         try:
-            choose_front_end(self.codec, device, front_end, pixel_format=self.pixel_format, rotation=self.rotation)
+            choose_front_end(self.codec, device, front_end, **self.traits)
         except UserError:
             return False
         return True
@@ -113,21 +141,28 @@ class Skipped:
 def probe(path: str, label: int = -1) -> Video | Skipped:
     """Open a video, or a folder of images, decode its first frame and count the rest."""
     size, mtime_ns = 0, 0
-    try:
-        status = os.stat(path)
+
+    def look() -> Video | Skipped:
+        nonlocal size, mtime_ns
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return Skipped(path, "does not exist")
         size, mtime_ns = status.st_size, status.st_mtime_ns
         if os.path.isdir(path):
             size, mtime_ns = folder_status(path)
             return _probe_folder(path, label, size, mtime_ns)
         return _probe_file(path, label, size, mtime_ns)
-    except FileNotFoundError:
-        return Skipped(path, "does not exist")
+
+    try:
+        return _PATIENCE(path, look)
     except DecodeError as error:
-        if isinstance(error.__cause__, (OSError, av.error.ExitError)):  # not the file's fault: to be tried again
-            size, mtime_ns = 0, 0
-        return Skipped(path, str(error), size, mtime_ns)
-    except Exception as error:  # one strange file must not end the scan of a data set: it is named and left out
-        return Skipped(path, f"{type(error).__name__}: {error}", size, mtime_ns)
+        found, cause = Skipped(path, str(error), size, mtime_ns), error.__cause__
+    except FILE_ERRORS as error:  # one strange file must not end the scan of a data set: it is named and left out
+        found, cause = Skipped(path, f"{type(error).__name__}: {error}", size, mtime_ns), error
+    if isinstance(cause, (OSError, av.error.ExitError)):  # not the file's fault: to be tried again
+        return Skipped(path, found.reason)
+    return found
 
 
 def content_hash(paths: Sequence[str], size: int) -> str:
@@ -150,7 +185,7 @@ def content_hash(paths: Sequence[str], size: int) -> str:
 
 def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
     with open_video(path) as (container, stream):
-        count, first = 0, None
+        finder, since, first = CutFinder(), 0, None
         keys: list[int] = []
         times: list[int] = []
         for packet in read_packets(container, stream):
@@ -160,10 +195,13 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
                 first = next(iter(decode_packet(stream, packet)), None)
             if not packet.is_discard:
                 if packet.is_keyframe:
-                    keys.append(count)
+                    keys.append(finder.index)
                 if packet.pts is not None:
                     times.append(packet.pts)
-                count += 1
+            cuts = len(finder.cuts)
+            finder.see(packet, take=since >= SEEK_SPACING)
+            since = packet.size if len(finder.cuts) > cuts else since + packet.size
+        count = finder.index
         if first is None:  # the decoder may have held it back
             first = next(iter(decode_packet(stream, None)), None)
         if first is None:
@@ -171,6 +209,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
         intervals = np.zeros(0)
         if stream.time_base and len(times) == count:  # where some frames have no time, the others tell nothing
             intervals = np.diff(np.sort(times)) * float(stream.time_base)
+        may_seek = size > SEEK_FROM and finder.timed and not is_packed(stream)
         gaps = np.diff(sorted({0, *keys, max(count, 1)}))
         return Video(
             path=path,
@@ -191,6 +230,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             b_frames=bool(stream.codec_context.has_b_frames),
             interlaced=bool(first.interlaced_frame),
             transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
+            seek_points=tuple((cut.index, cut.pts) for cut in finder.cuts) if may_seek else (),
         )
 
 

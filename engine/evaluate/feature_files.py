@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,7 +44,7 @@ class Wanted(NamedTuple):
 
 
 class FeatureCache:
-    """A folder of features, each file named by the hash of weights, videos, sampling, precision, layer and kind.
+    """A folder of features; a file's name is the hash of the encoder, videos, sampling, precision, layer and kind.
 
     run: its precision is that of the encoders.
     """
@@ -61,8 +62,10 @@ class FeatureCache:
         paths = {want: self._folder / f"{_key(manifest, want, self._run)}.npy" for want in wanted}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            missing = {want: path for want, path in paths.items() if not path.is_file()}
-            write_features(manifest, missing, batch=batch, run=self._run, progress=progress)
+            # two paths can stand for one encoder: a run and its best checkpoint
+            missing = {path: want for want, path in paths.items() if not path.is_file()}
+            wanted_once = {want: path for path, want in missing.items()}
+            write_features(manifest, wanted_once, batch=batch, run=self._run, progress=progress)
         except OSError as error:
             raise UserError(f"--cache {self._folder}: cannot be written: {error.strerror}") from None
         return {want: np.load(path, mmap_mode="r") for want, path in paths.items()}
@@ -127,7 +130,7 @@ def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".part-{path.name}")
+    return path.with_name(f".part-{os.getpid()}-{path.name}")  # other processes may write the same features
 
 
 def _clips(want: Wanted) -> dict[str, object]:

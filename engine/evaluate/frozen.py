@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, UserError
 from mam2.engine.interop.load import load_encoder, load_model
@@ -18,6 +18,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.recipe import from_dict
 from mam2.engine.train import checkpoint
+from mam2.engine.train.weights import find_weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,8 +30,10 @@ class FrozenEncoder:
     encoder: Encoder
     data: DataConfig
     """Frames, size and sampling of its clips; decoders and threads are those that suit this machine."""
+    weights: Path
+    """The file that the encoder was loaded from, or another project's folder."""
     digest: str
-    """SHA-256 of the weights' files, hexadecimal."""
+    """See `digest`."""
 
     @property
     def depth(self) -> int:
@@ -38,49 +41,55 @@ class FrozenEncoder:
         return len(self.encoder.blocks)
 
 
-def load_frozen(path: Path, device: torch.device, *, stride: int = 0) -> FrozenEncoder:
-    """The encoder of whatever `load_encoder` reads, of a run its newest checkpoint.
+def load_frozen(
+    path: Path,
+    device: torch.device,
+    *,
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+) -> FrozenEncoder:
+    """The encoder of whatever `load_encoder` reads, in evaluation.
 
     stride: distance of two sampled frames instead of the checkpoint's; 0 keeps that, and `DataConfig`'s default where
         the checkpoint says nothing of its clips.
+    frames, size, heads: see `load_encoder`.
 
     Raises UserError where it cannot be read.
     """
-    encoder = load_encoder(path)
-    weights = own_weights(path)
+    weights = find_weights(path)  # once: a run that goes on may get a newer one at any time
+    encoder = load_encoder(weights or path, frames=frames, size=size, heads=heads)
     return FrozenEncoder(
         name=str(path),
         encoder=encoder.to(device).requires_grad_(False),
         data=_clips_of(encoder, weights, stride),
-        digest=_digest(weights or path),
+        weights=weights or path,
+        digest=digest(encoder),
     )
 
 
-def load_pretrained(path: Path, device: torch.device, *, stride: int = 0) -> tuple[MAM2 | VideoMAE, PretrainConfig]:
+def load_pretrained(
+    path: Path,
+    device: torch.device,
+    *,
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> tuple[MAM2 | VideoMAE, PretrainConfig]:
     """The whole model of whatever `load_model` reads, and its config with `data` as in `FrozenEncoder`.
 
     A checkpoint of others gets VideoMAE's mask. Raises UserError where there is no decoder.
     """
-    model = load_model(path)
+    weights = find_weights(path)
+    model = load_model(weights or path, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     if not isinstance(model, MAM2 | VideoMAE):
         raise UserError(f"{path}: holds no decoder, so it predicts nothing; name a checkpoint of pre-training")
-    weights = own_weights(path)
     config = checkpoint.read_config(weights) if weights else _foreign_config(model)
     data = _clips_of(model.encoder, weights, stride)
     return model.to(device).requires_grad_(False), dataclasses.replace(config, data=data)
-
-
-def own_weights(path: Path) -> Path | None:
-    """The weights' file of a run folder (its newest checkpoint), a checkpoint folder or such a file; None of others."""
-    folder = checkpoint.newest(path) or path
-    file = folder / checkpoint.WEIGHTS if (folder / checkpoint.STATE).is_file() else folder
-    if file.suffix != ".safetensors" or not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return file if "config" in (opened.metadata() or {}) else None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {file}: cannot be read: {error}") from None
 
 
 def _clips_of(encoder: Encoder, weights: Path | None, stride: int) -> DataConfig:
@@ -113,13 +122,15 @@ def _foreign_config(model: MAM2 | VideoMAE) -> PretrainConfig:
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, pixel_normalize=model.normalize or "none"))
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 over a file, or over the files of a folder and their names."""
-    digest = hashlib.sha256()
-    for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if part.is_file():
-            digest.update(part.relative_to(path).as_posix().encode() if part != path else b"")
-            with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+def digest(encoder: Encoder) -> str:
+    """SHA-256 (hexadecimal) of all that an encoder's outputs depend on: its weights, positions, sizes and epsilons.
+
+    Two encoders with one digest compute the same features, whatever files they came from.
+    """
+    norms = [module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
+    sizes = [encoder.grid, encoder.patch_size, [block.attn.heads for block in encoder.blocks], norms]
+    found = hashlib.sha256(json.dumps(sizes).encode())
+    for name, tensor in sorted({**encoder.state_dict(), "positions": encoder.positions}.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

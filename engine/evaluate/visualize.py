@@ -9,8 +9,10 @@ Shapes: B clips, T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C = 3.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from mam2.engine.config import PretrainConfig, UserError
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
-from mam2.engine.evaluate.frozen import load_pretrained, own_weights
+from mam2.engine.evaluate.frozen import load_pretrained
 from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import Strips, evaluation_mask, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
@@ -32,6 +34,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.vqgan_files import load_vqgan
 from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
 from mam2.engine.train.tokenizer import build_tokenizer
+from mam2.engine.train.weights import find_weights
 from mam2.kernels import TubeMask
 
 TILE = 160
@@ -52,6 +55,10 @@ def visualize(
     clips: int = 4,
     tokenizer: Path | None = None,
     stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Draws what checkpoints predict in clips of `data`, side by side; returns the page.
@@ -62,6 +69,7 @@ def visualize(
         out: folder, made if missing.
         tokenizer: VQGAN for checkpoints whose run folder no longer holds theirs.
         stride: distance of two sampled frames instead of the checkpoints'.
+        frames, size, heads, decoder_heads: of checkpoints that do not say them, see `load_model`.
 
     Raises:
         UserError: for what cannot be read or written.
@@ -70,8 +78,9 @@ def visualize(
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
     manifest = Manifest(tuple(everything.videos[place] for place in places))
     by_clip: dict[int, list[Seen]] = {}
+    said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
     for path in dict.fromkeys(checkpoints):
-        for place, one in _look(path, manifest, device, tokenizer, stride).items():
+        for place, one in _look(path, manifest, device, tokenizer, said).items():
             by_clip.setdefault(place, []).append(one)
     if not by_clip:
         raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
@@ -79,14 +88,16 @@ def visualize(
         out.mkdir(parents=True, exist_ok=True)
         named: dict[str, list[Seen]] = {}
         for number, (place, seen) in enumerate(sorted(by_clip.items()), 1):
-            stem = re.sub(r"[^\w.-]+", "-", Path(manifest.videos[place].path).stem, flags=re.ASCII)[:60]
+            stem = re.sub(r"[^\w.-]+", "-", Path(manifest.videos[place].path).stem)[:60]
             name = f"{number:02d}-{stem}"
             rows = [
                 (f"{one.checkpoint[-24:]}\n{LABELS[kind]}" if len(checkpoints) > 1 else LABELS[kind], pictures[None])
                 for one in seen
                 for kind, pictures in one.panels.items()
             ]
-            (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # of scripts that matplotlib's font lacks
+                (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
             frames = _side_by_side(seen, named=len(checkpoints) > 1)
             images = [Image.fromarray(frame) for frame in frames]
             images[0].save(
@@ -99,9 +110,11 @@ def visualize(
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
-def _look(path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, stride: int) -> dict[int, Seen]:
+def _look(
+    path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
+) -> dict[int, Seen]:
     """What a checkpoint makes of each clip, by its place in the manifest."""
-    model, config = load_pretrained(path, device, stride=stride)
+    model, config = load_pretrained(path, device, **said)
     predict: Callable[[Tensor], Strips]
     if isinstance(model, MAM2):
         codes = None
@@ -146,7 +159,7 @@ def _look(path: Path, manifest: Manifest, device: torch.device, tokenizer: Path 
 
 def _tokenizer_of(path: Path) -> Path:
     """The tokenizer in the run folder that a checkpoint lies in."""
-    weights = own_weights(path)
+    weights = find_weights(path)
     assert weights is not None  # a MAM2 model comes from nowhere else
     for folder in list(weights.absolute().parents)[:3]:
         if (folder / TOKENIZER_FILE).is_file():

@@ -2,12 +2,15 @@
 
     video [B, 3, T, H, W] uint8, RGB -> tokens [B, N, D], or logits [B, V] of a classifier; any batch B >= 1, float32
 
-Normalising and cutting into tokens are part of the graph. B clips, T frames, N tokens, D width, V classes.
+Normalizing and cutting into tokens are part of the graph. The names of a classifier's classes, in the order of its
+logits, are JSON in the file: in .pt2 the extra file `classes.json`, in ONNX the metadata property `classes`.
+B clips, T frames, N tokens, D width, V classes.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +23,8 @@ from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder
 
 ONNX_NEEDS = ("onnx", "onnxscript")
+CLASSES_FILE, CLASSES_PROPERTY = "classes.json", "classes"
+"""Where a .pt2 and an ONNX file hold the names of the classes."""
 LARGEST_FILE = 2**31
 """Bytes of a protocol buffer; larger weights go into a file beside it."""
 
@@ -48,12 +53,15 @@ class Plain(nn.Module):
         return tokens
 
 
-def write_torch(model: Encoder | Classifier, path: Path) -> None:
-    """A program of torch.export, for `torch.export.load(path).module()(video)`."""
-    torch.export.save(_program(model), path)
+def write_torch(model: Encoder | Classifier, path: Path, classes: tuple[str, ...] = ()) -> None:
+    """A program of torch.export, for `torch.export.load(path).module()(video)`.
+
+    `torch.export.load(path, extra_files=files)` with `files = {"classes.json": ""}` puts the classes' names there.
+    """
+    torch.export.save(_program(model), path, extra_files={CLASSES_FILE: json.dumps(classes)} if classes else None)
 
 
-def write_onnx(model: Encoder | Classifier, path: Path) -> None:
+def write_onnx(model: Encoder | Classifier, path: Path, classes: tuple[str, ...] = ()) -> None:
     """An ONNX file, input `video`, output `tokens` or `logits`; weights of almost 2 GiB and more in `<path>.data`.
 
     Raises UserError where a package that torch's exporter needs is missing.
@@ -62,16 +70,18 @@ def write_onnx(model: Encoder | Classifier, path: Path) -> None:
     if missing:
         raise UserError(f"export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     output = "logits" if isinstance(model, Classifier) else "tokens"
-    torch.onnx.export(
+    program = torch.onnx.export(
         _program(model),
-        f=path,
         input_names=["video"],
         output_names=[output],
         dynamic_shapes={"video": {0: "batch"}},  # the program has it already, without its name
         dynamo=True,
-        external_data=sum(tensor.nbytes for tensor in model.state_dict().values()) > 0.9 * LARGEST_FILE,
         verbose=False,
     )
+    assert program is not None  # with dynamo=True
+    if classes:
+        program.model.metadata_props[CLASSES_PROPERTY] = json.dumps(classes)
+    program.save(path, external_data=sum(t.nbytes for t in model.state_dict().values()) > 0.9 * LARGEST_FILE)
 
 
 def _program(model: Encoder | Classifier) -> torch.export.ExportedProgram:

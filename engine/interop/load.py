@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Set
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mam2.engine.config import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig, UserError
 from mam2.engine.interop.names import Tensors
-from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.interop.read import Weights, hugging_face_classes, read_hugging_face, read_videomae, videomae_classes
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import Positions, set_clip_size
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import CLASSES, is_classifier, load_classifier, resolve
+from mam2.engine.train.classifiers import CLASSES, is_classifier, load_classifier
+from mam2.engine.train.weights import find_weights
 
 Model = MAM2 | VideoMAE | Classifier | Encoder
+ModelKind = TypeVar("ModelKind", MAM2, VideoMAE, Classifier, Encoder, Model)
+FRAMES, SIZE = 16, 224
+"""Of the clips of a file that says nothing of them: those of nearly all that VideoMAE published."""
+MOST_TOKENS = 2**20
+"""Of a clip; a million positions of a ViT-B take 3 GB."""
 BESIDE_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
 """How the parameters of a decoder and of a classifier's head begin."""
 MOST_NAMED = 12
@@ -52,7 +60,9 @@ def load_encoder(
     Args:
         path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
             holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification.
-        frames, size: of the clips it is to take, where they are others than it was trained on.
+        frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
+            resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
+            Without them such a file counts as one of 16 frames of 224², and a warning is logged.
         heads: attention heads, where path is a checkpoint of VideoMAE's code of a width that it never published.
         positions: what becomes of the positions at another size, see `mam2.engine.model.positions`.
 
@@ -63,32 +73,32 @@ def load_encoder(
     Raises:
         UserError: for what cannot be read, and tensors that are missing, unknown or of another shape, by name.
     """
-    own = own_weights(Path(path))
+    own = find_weights(path)
     if own is not None:
         encoder = _own(own).encoder
     else:
-        weights = _read(Path(path))
+        weights = _read(Path(path), frames, size)
         encoder = _encoder(weights, heads)
         others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
         _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
-    if frames is not None or size is not None:
-        own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
-        try:
-            set_clip_size(
-                encoder, own_frames if frames is None else frames, own_size if size is None else size, positions
-            )
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-    return encoder.eval()
+    return _resized(path, encoder, frames, size, positions).eval()
 
 
-def load_model(path: str | Path, *, heads: int | None = None, decoder_heads: int | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Model:
     """Everything a file holds, on the CPU, in evaluation.
 
         probabilities = load_model("videomae-base-finetuned-kinetics")(video).softmax(-1)
 
     Args:
         path: as in `load_encoder`.
+        frames, size: as in `load_encoder`; a model with a decoder takes no other clips than it was trained on.
         heads, decoder_heads: as in `load_encoder`, of the encoder and of VideoMAE's decoder.
 
     Returns:
@@ -98,11 +108,12 @@ def load_model(path: str | Path, *, heads: int | None = None, decoder_heads: int
     Raises:
         UserError: as `load_encoder`.
     """
-    own = own_weights(Path(path))
+    own = find_weights(path)
     if own is not None:
-        return _own(own).eval()
-    weights = _read(Path(path))
-    model: Classifier | VideoMAE
+        model = _own(own)
+        _resized(path, model, frames, size)
+        return model.eval()
+    weights = _read(Path(path), frames, size)
     if "head.weight" in weights.tensors:
         if "norm.weight" not in weights.tensors:
             raise UserError(
@@ -113,12 +124,17 @@ def load_model(path: str | Path, *, heads: int | None = None, decoder_heads: int
         model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])))
         model.norm.eps = weights.head_eps
     elif "mask_token" in weights.tensors:
-        model = VideoMAE(_pretraining_config(weights, heads, decoder_heads))
+        hidden = weights.tensors.get("decoder.blocks.0.mlp.fc1.weight")
+        ratio = 0.0 if hidden is None else len(hidden) / hidden.shape[1]
+        model = VideoMAE(_pretraining_config(weights, heads, decoder_heads), decoder_mlp_ratio=ratio)
+        if _ends_without_norm(weights):
+            model.encoder.norm = nn.Identity()  # type: ignore[assignment]
         _set_eps(model, weights.eps)
         model.decoder.norm.eps = weights.head_eps
     else:
-        return load_encoder(path, heads=heads)
+        return load_encoder(path, frames=frames, size=size, heads=heads)
     _fill(model, weights)
+    _resized(path, model, frames, size)
     return model.eval()
 
 
@@ -130,31 +146,73 @@ def encoder_of(model: Model) -> Encoder:
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The names of a classifier's classes, in order; none where the file has none."""
     path = Path(path)
-    own = own_weights(path)
+    own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
-    return hugging_face_classes(path) if path.is_dir() else ()
+    return hugging_face_classes(path) if path.is_dir() else videomae_classes(path)
 
 
-def own_weights(path: Path) -> Path | None:
-    """The weights of a run of MAM2 (the best validated, else the newest), of a checkpoint folder of it, or such a file.
+def _read(path: Path, frames: int | None, size: int | None) -> Weights:
+    """Another project's weights, with a clip size: the file's, else the caller's, else VideoMAE's usual one."""
+    weights = read_hugging_face(path) if path.is_dir() else read_videomae(path)
+    unknown = [
+        name
+        for name, said, given in (("frames", weights.frames, frames), ("size", weights.size, size))
+        if said is None and given is None
+    ]
+    if unknown:
+        logging.getLogger("mam2").warning(
+            "%s: does not say the %s of its clips; %d frames of %d² are assumed: pass what it was trained on (%s)",
+            path,
+            " and the ".join(unknown),
+            FRAMES if "frames" in unknown else weights.frames or frames,
+            SIZE if "size" in unknown else weights.size or size,
+            ", ".join(f"--{name} or {name}=" for name in unknown),
+        )
+    weights = dataclasses.replace(weights, frames=weights.frames or frames or FRAMES, size=weights.size or size or SIZE)
+    tokens = _frames(weights) * _size(weights) ** 2 // math.prod(weights.patch_size)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"{path}: {weights.frames} frames of {weights.size}² with a patch of {weights.patch_size} would be "
+            f"{tokens} tokens per clip; expected at most {MOST_TOKENS}. Correct the file's num_frames and image size"
+        )
+    return weights
 
-    None for anything else. Raises UserError where there is nothing, or what is there cannot be read.
-    """
-    folder = resolve(path)
-    if folder.is_dir():
-        return folder / checkpoint.WEIGHTS if (folder / checkpoint.STATE).is_file() else None
-    if folder.suffix != ".safetensors":
-        return None
+
+def _frames(weights: Weights) -> int:
+    assert weights.frames is not None  # `_read` fills it in
+    return weights.frames
+
+
+def _size(weights: Weights) -> int:
+    assert weights.size is not None
+    return weights.size
+
+
+def _resized(
+    path: str | Path, model: ModelKind, frames: int | None, size: int | None, positions: Positions = "resample"
+) -> ModelKind:
+    """The model for clips of another size, changed in place; None keeps its own frames or size."""
+    encoder = encoder_of(model)
+    own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
+    frames, size = frames or own_frames, size or own_size
+    if isinstance(model, MAM2 | VideoMAE) and (frames, size) != (own_frames, own_size):
+        raise UserError(
+            f"{path}: its decoder predicts clips of {own_frames} frames of {own_size}², not {frames} of {size}²; "
+            "leave frames and size out"
+        )
     try:
-        with safe_open(folder, framework="pt") as file:
-            return folder if "config" in (file.metadata() or {}) else None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read: {error}") from None
+        set_clip_size(encoder, frames, size, positions)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return model
 
 
-def _read(path: Path) -> Weights:
-    return read_hugging_face(path) if path.is_dir() else read_videomae(path)
+def _ends_without_norm(weights: Weights) -> bool:
+    """Whether the encoder has no LayerNorm at its end: what comes after it is a mean over tokens."""
+    return "encoder.norm.weight" not in weights.tensors and (
+        weights.mean_pooling or "mask_token" not in weights.tensors
+    )
 
 
 def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
@@ -178,20 +236,19 @@ def _encoder(weights: Weights, heads: int | None) -> Encoder:
     """An encoder of the weights' sizes, not filled yet."""
     config = _model_config(weights, heads)
     tubelet, height, width = weights.patch_size
-    if weights.frames % tubelet or weights.size % height or weights.size % width:
-        raise UserError(
-            f"{weights.path}: {weights.frames} frames of {weights.size}² make no whole tokens of {weights.patch_size}"
-        )
+    frames, size = _frames(weights), _size(weights)
+    if frames % tubelet or size % height or size % width:
+        raise UserError(f"{weights.path}: {frames} frames of {size}² make no whole tokens of {weights.patch_size}")
     encoder = Encoder(
-        (weights.frames // tubelet, weights.size // height, weights.size // width),
+        (frames // tubelet, size // height, size // width),
         weights.patch_size,
         width=config.width,
         depth=config.depth,
         heads=config.heads,
         mlp_ratio=config.mlp_ratio,
+        layer_scale=config.layer_scale,
     )
-    without_norm = "encoder.norm.weight" not in weights.tensors and "mask_token" not in weights.tensors
-    if without_norm:  # what comes after it is a mean over tokens
+    if _ends_without_norm(weights):
         encoder.norm = nn.Identity()  # type: ignore[assignment]
     _set_eps(encoder, weights.eps)
     return encoder
@@ -205,7 +262,7 @@ def _pretraining_config(weights: Weights, heads: int | None, decoder_heads: int 
         heads=_heads(weights, "decoder_heads", decoder_heads or weights.decoder_heads, width),
     )
     return PretrainConfig(
-        data=DataConfig(frames=weights.frames, size=weights.size),
+        data=DataConfig(frames=_frames(weights), size=_size(weights)),
         model=dataclasses.replace(model, objective="videomae", decoder=decoder),
         loss=LossConfig(pixel_normalize="channel" if weights.normalized_pixels else "none"),
     )
@@ -226,13 +283,17 @@ def _model_config(weights: Weights, heads: int | None) -> ModelConfig:
         depth=_depth(weights.tensors, "encoder.blocks."),
         heads=_heads(weights, "heads", heads or weights.heads, width),
         mlp_ratio=len(hidden) / width,
+        layer_scale=1.0 if any(name.endswith(".gamma_1") for name in weights.tensors) else 0.0,
     )
 
 
 def _heads(weights: Weights, name: str, heads: int | None, width: int) -> int:
     if heads is None:
-        raise UserError(f"{weights.path}: nothing says how many attention heads a width of {width} has; pass {name}=")
-    if width % heads:
+        option = f"--{name.replace('_', '-')}"
+        raise UserError(
+            f"{weights.path}: nothing says how many attention heads a width of {width} has; pass {option} or {name}="
+        )
+    if heads < 1 or width % heads:
         raise UserError(f"{weights.path}: {name}: {heads} heads do not divide a width of {width}")
     return heads
 

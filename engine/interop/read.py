@@ -1,7 +1,7 @@
 """Weights that others have written: VideoMAE's and VideoMAE v2's checkpoints, and folders of Hugging Face.
 
 A checkpoint of VideoMAE's code says little about the model: sizes are read from the shapes, the heads from the width,
-and the clip from the arguments that are pickled beside the weights, where there are any. P values a token.
+and the clip from the arguments that are pickled beside the weights, where there are any. P values per token.
 """
 
 from __future__ import annotations
@@ -12,19 +12,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mam2.engine.config import UserError
 from mam2.engine.interop.names import Tensors, from_hugging_face, from_videomae
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 from mam2.engine.model.pickles import load_pickle
+from mam2.engine.model.weight_files import kind_of, open_safetensors
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 """Of VideoMAE's encoders by width."""
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 """Of VideoMAE's decoders by width."""
+WHOLE_NUMBERS = (
+    "num_frames",
+    "tubelet_size",
+    "num_attention_heads",
+    "decoder_num_attention_heads",
+)
+"""What a Hugging Face config has to give as positive whole numbers, beside the sides of clip and patch."""
+ARGUMENTS = ("num_frames", "num_segments", "input_size", "sampling_rate")
+"""Settings of VideoMAE's code that say what its clips are."""
+EMBEDDING = "patch_embed.proj.weight"
+"""How the name of a VideoMAE's first layer ends."""
 STATES = ("model", "module", "state_dict")
 """Where the weights are in a checkpoint: of VideoMAE, of DeepSpeed, of others."""
 HEAD_NORM_EPS = 1e-5
@@ -38,9 +48,9 @@ class Weights:
     path: Path
     tensors: Tensors
     """float32, on the CPU."""
-    frames: int = 16
-    size: int = 224
-    """Of the clips it takes."""
+    frames: int | None
+    size: int | None
+    """Of the clips it takes; None where nothing says it."""
     patch_size: tuple[int, int, int]
     """Frames, height and width of a token."""
     heads: int | None
@@ -50,7 +60,13 @@ class Weights:
     head_eps: float = LAYER_NORM_EPS
     """Of the LayerNorms, and of the one after encoder or decoder blocks where Hugging Face has another."""
     normalized_pixels: bool = True
-    """Whether the decoder predicts standardised pixels."""
+    """Whether the decoder predicts standardized pixels."""
+    mean_pooling: bool = False
+    """Whether the encoder ends without a LayerNorm, before a mean over tokens."""
+    stride: int = 0
+    """Distance of two sampled frames; 0 where nothing says it."""
+    uniform: bool = False
+    """Whether its clips are spread over the whole video (TSN), as VideoMAE's on Something-Something V2."""
 
 
 def read_hugging_face(folder: Path) -> Weights:
@@ -67,6 +83,7 @@ def read_hugging_face(folder: Path) -> Weights:
     tensors = from_hugging_face(_folder_tensors(folder))
     if not config.get("qv_bias", config.get("qkv_bias", True)):
         tensors |= _zero_biases(tensors)
+    config = {key: _whole(folder, key, value) if key in WHOLE_NUMBERS else value for key, value in config.items()}
     patch = _side(folder, config, "patch_size", 16)
     return Weights(
         path=folder,
@@ -79,19 +96,20 @@ def read_hugging_face(folder: Path) -> Weights:
         eps=config.get("layer_norm_eps", 1e-12),
         head_eps=HEAD_NORM_EPS,
         normalized_pixels=config.get("norm_pix_loss", True),
+        mean_pooling=config.get("use_mean_pooling", True),
     )
 
 
 def read_videomae(path: Path) -> Weights:
     """A checkpoint of VideoMAE's or VideoMAE v2's code (.pth, or safetensors with its names); nothing in it runs."""
     arguments: Any = None
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or kind_of(path) == "safetensors":
         state: Any = _safetensors(path)
     else:
         state = load_pickle(path)
         if isinstance(state, dict):
             arguments = state.get("args")
-            state = next((state[key] for key in STATES if isinstance(state.get(key), dict)), state)
+            state = _state_in(path, state)
     found = (
         {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         if hasattr(state, "items")
@@ -105,25 +123,62 @@ def read_videomae(path: Path) -> Weights:
             f"{path}: expected the weights of a VideoMAE (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "
             f"found {', '.join(sorted(found)[:3]) or 'no tensors'}{hint}"
         )
-    said = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    said = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    said = said if isinstance(said, dict) else {}
+    numbers = {key: _whole(path, f"args.{key}", said[key]) for key in ARGUMENTS if said.get(key) is not None}
+    frames = numbers.get("num_frames")
     decoder = tensors.get("mask_token")
     tubelet, height, width = convolution.shape[2:]
     return Weights(
         path=path,
         tensors=tensors,
-        frames=said.get("num_frames", 16) * said.get("num_segments", 1),
-        size=said.get("input_size", 224),
+        frames=None if frames is None else frames * numbers.get("num_segments", 1),
+        size=numbers.get("input_size"),
         patch_size=(tubelet, height, width),
         heads=HEADS.get(len(convolution)),
         decoder_heads=None if decoder is None else DECODER_HEADS.get(decoder.shape[-1]),
         normalized_pixels=said.get("normlize_target", True),
+        stride=numbers.get("sampling_rate", 0),
+        uniform=said.get("data_set") == "SSV2",
     )
 
 
 def hugging_face_classes(folder: Path) -> tuple[str, ...]:
     """The names of a classifier's classes."""
     labels = _config(folder).get("id2label", {})
-    return tuple(labels[number] for number in sorted(labels, key=int))
+    try:
+        return tuple(str(labels[number]) for number in sorted(labels, key=int))
+    except (TypeError, ValueError):
+        raise UserError(f"{folder}: config.json: expected id2label to map numbers to names, found {labels}") from None
+
+
+def videomae_classes(path: Path) -> tuple[str, ...]:
+    """The names of a classifier's classes in a .pth that `write_videomae` wrote; none in VideoMAE's own."""
+    if kind_of(path) == "safetensors":
+        return ()
+    state = load_pickle(path)
+    found = state.get("classes", ()) if isinstance(state, dict) else ()
+    return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else ()
+
+
+def _state_in(path: Path, checkpoint: dict[str, Any]) -> Any:
+    """The weights in a checkpoint, under whichever key they are. Raises UserError where two keys hold some."""
+    for key in STATES:
+        if isinstance(checkpoint.get(key), dict):
+            return checkpoint[key]
+    tables = [key for key, value in checkpoint.items() if isinstance(value, dict)]
+    holding = [key for key in tables if any(str(name).endswith(EMBEDDING) for name in checkpoint[key])]
+    if len(holding) > 1:
+        raise UserError(
+            f"{path}: holds the weights of several models ({', '.join(map(repr, holding))}); save one of them as "
+            "{'model': checkpoint['" + str(holding[-1]) + "']}"
+        )
+    if not holding and tables and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise UserError(
+            f"{path}: expected the weights of a VideoMAE under one of {', '.join(map(repr, STATES))}, found the keys "
+            f"{', '.join(map(repr, list(checkpoint)[:8]))}, none of which holds a {EMBEDDING}"
+        )
+    return checkpoint[holding[0]] if holding else checkpoint
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -147,18 +202,22 @@ def _folder_tensors(folder: Path) -> Tensors:
 
 
 def _safetensors(path: Path) -> Tensors:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _whole(path: Path, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: expected {key} to be a whole number of at least 1, found {value!r}")
+    return value
 
 
 def _side(folder: Path, config: dict[str, Any], key: str, default: int) -> int:
     value = config.get(key, default)
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) > 1:
+    sides = list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    if len(sides) != 1:
         raise UserError(f"{folder}: config.json: expected {key} to be a square, found {value}")
-    return sides.pop()
+    return _whole(folder, f"{key} in config.json", sides.pop())
 
 
 def _zero_biases(tensors: Tensors) -> Tensors:

@@ -28,9 +28,10 @@ BILINEAR = 2
 def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()) -> str:
     """Writes config.json, model.safetensors and preprocessor_config.json for `from_pretrained`.
 
-    A classifier becomes a VideoMAEForVideoClassification, VideoMAE a VideoMAEForPreTraining, and of anything else the
-    encoder a VideoMAEModel. Their encoders give what ours give. The LayerNorm before a head has an epsilon of 1e-5 in
-    Hugging Face's code and of 1e-6 in ours: logits and predicted pixels differ by as much. To fine-tune one there:
+    A classifier becomes a VideoMAEForVideoClassification, VideoMAE a VideoMAEForPreTraining if that class computes its
+    loss (see `decoder_is_videomaes`), and of anything else the encoder a VideoMAEModel. Their encoders give what ours
+    give. The LayerNorm before a head has an epsilon of 1e-5 in Hugging Face's code and of 1e-6 in ours: logits and
+    predicted pixels differ by as much. To fine-tune one there:
     `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=…)`.
 
     Args:
@@ -41,6 +42,8 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
     Returns:
         The name of the class in transformers.
     """
+    if isinstance(model, VideoMAE) and not decoder_is_videomaes(model):
+        model = model.encoder
     encoder, tensors = encoder_of(model), _tensors(model)
     tubelet, patch, _ = encoder.patch_size
     block = _first(encoder.blocks)
@@ -98,21 +101,64 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
     return config["architectures"][0]
 
 
-def write_videomae(model: Model, path: Path) -> None:
-    """Writes a .pth that VideoMAE's and VideoMAE v2's `--finetune` takes: weights under `model`, as they name them."""
-    torch.save({"model": to_videomae(_tensors(model), encoder_of(model).patch_size)}, path)
+def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> str:
+    """Writes a .pth that VideoMAE's and VideoMAE v2's `--finetune` takes: weights under `model`, as they name them.
+
+    Beside the weights, under `args`, what `load_model` cannot read from their shapes, and under `classes` the names of
+    a classifier's classes. A decoder is left out where VideoMAE's loss is another one, see `decoder_is_videomaes`.
+
+    Returns:
+        The name of our class that the weights belong to.
+    """
+    if isinstance(model, VideoMAE) and not (
+        decoder_is_videomaes(model) and isinstance(model.encoder.norm, nn.LayerNorm)
+    ):
+        model = model.encoder
+    encoder = encoder_of(model)
+    tubelet, patch, _ = encoder.patch_size
+    args: dict[str, Any] = {"num_frames": encoder.grid[0] * tubelet, "input_size": encoder.grid[1] * patch}
+    if isinstance(model, VideoMAE):
+        args["normlize_target"] = model.normalize is not None  # the spelling is VideoMAE's
+    written: dict[str, Any] = {"model": to_videomae(_tensors(model), encoder.patch_size), "args": args}
+    torch.save(written | ({"classes": list(classes)} if classes else {}), path)
+    return type(model).__name__
+
+
+def decoder_is_videomaes(model: VideoMAE) -> bool:
+    """Whether VideoMAE's loss on the decoder is the model's: of pixels, standardized per channel or not at all.
+
+    The objective `joint` and `loss.pixel_normalize = "patch"` have other targets, which neither VideoMAE's code nor
+    Hugging Face's can be told.
+    """
+    return model.target == "pixel" and model.normalize in ("channel", None)
 
 
 def _tensors(model: Model) -> Tensors:
     """What others have a place for, under our names. Raises UserError where that is not what the model computes."""
     encoder = encoder_of(model)
     if not torch.equal(encoder.positions, sincos_positions(len(encoder.positions), encoder.width)):
-        raise UserError("the positions are resampled, and others recompute them; use --to torch or --to onnx")
+        tubelet, patch, _ = encoder.patch_size
+        raise UserError(
+            f"the model takes {encoder.grid[0] * tubelet} frames of {encoder.grid[1] * patch}², another clip size than "
+            "it was pre-trained at, with position embeddings interpolated from that size; VideoMAE's code and Hugging "
+            "Face compute the position embeddings from the clip size, so their outputs would be wrong. "
+            "Use --to torch or --to onnx, which keep them"
+        )
     if isinstance(model, Classifier) and not isinstance(model.head, nn.Linear):
         raise UserError("the head compares with text embeddings, others have a linear one; use --to torch or --to onnx")
     if isinstance(model, VideoMAE | Classifier):
-        return dict(model.state_dict())
-    return {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        return _without_layer_scale(dict(model.state_dict()))
+    return _without_layer_scale({f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
+
+
+def _without_layer_scale(tensors: Tensors) -> Tensors:
+    """The same function without LayerScale: γ·(Wx + b) = (γW)x + γb, in the layers that end each branch."""
+    for name in [name for name in tensors if name.endswith((".gamma_1", ".gamma_2"))]:
+        gamma, block = tensors.pop(name), name.removesuffix(".gamma_1").removesuffix(".gamma_2")
+        last = f"{block}.attn.proj" if name.endswith(".gamma_1") else f"{block}.mlp.fc2"
+        tensors[f"{last}.weight"] = gamma[:, None] * tensors[f"{last}.weight"]
+        tensors[f"{last}.bias"] = gamma * tensors[f"{last}.bias"]
+    return tensors
 
 
 def _first(blocks: nn.ModuleList) -> Block:

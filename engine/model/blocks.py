@@ -6,6 +6,8 @@ projection have a bias, the key projection has none (it would cancel in the soft
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from mam2.engine.model.attention import attention
 
 LAYER_NORM_EPS = 1e-6
+MASK_TOKEN_STD = 0.02
 
 
 def sincos_positions(count: int, width: int) -> Tensor:
@@ -37,7 +40,15 @@ def initialize(module: nn.Module) -> None:
 
 def mask_token(width: int) -> nn.Parameter:
     """The learned [1, 1, D] stand-in for a hidden token, drawn with standard deviation 0.02."""
-    return nn.Parameter(torch.randn(1, 1, width) * 0.02)
+    return nn.Parameter(torch.randn(1, 1, width) * MASK_TOKEN_STD)
+
+
+def mlp_width(width: int, ratio: float) -> int:
+    """Hidden width of an MLP: `width * ratio`, rounded down as in VideoMAE.
+
+    A ratio that was computed as hidden / width gives hidden again: the quotient's rounding error does not count.
+    """
+    return math.floor(width * ratio + 1e-6)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -85,8 +96,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        self.fc1 = nn.Linear(width, mlp_width(width, ratio))
+        self.fc2 = nn.Linear(mlp_width(width, ratio), width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(tokens)))
@@ -95,35 +106,43 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, [B, N, D] -> [B, N, D].
 
+    layer_scale: first value of `gamma_1` and `gamma_2` [D], which attention and MLP branch are multiplied by
+    (LayerScale, Touvron et al., arXiv 2103.17239, as in CAE); 0 leaves them out.
+
     path_scales [2, B]: what each clip's attention and MLP branches are multiplied by, for stochastic depth: 0 where a
     branch is left out, the inverse of its chance to stay where it is not. They are drawn outside, so that a step can
     be repeated bit for bit and recomputed.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, heads)
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, mlp_ratio)
+        self.gamma_1, self.gamma_2 = _gammas(width, layer_scale)
 
     def forward(self, tokens: Tensor, path_scales: Tensor | None = None) -> Tensor:
-        if path_scales is None:
-            tokens = tokens + self.attn(self.norm1(tokens))
-            return tokens + self.mlp(self.norm2(tokens))
-        attention, mlp = path_scales[..., None, None]
-        tokens = tokens + attention * self.attn(self.norm1(tokens))
-        return tokens + mlp * self.mlp(self.norm2(tokens))
+        attention, mlp = (None, None) if path_scales is None else path_scales[..., None, None]
+        tokens = tokens + _scaled(self.attn(self.norm1(tokens)), self.gamma_1, attention)
+        return tokens + _scaled(self.mlp(self.norm2(tokens)), self.gamma_2, mlp)
 
 
 class RegressorBlock(nn.Module):
     """CAE's cross-attention block: masked states ask the context.
 
     Positions are added to queries and keys at every block and never enter the state; values carry none. Queries, keys
-    and values have a LayerNorm each. The MLP is on a plain residual (CAE's continues from the normalised state).
+    and values have a LayerNorm each. The MLP is on a plain residual; CAE's adds to the normalized state instead.
+    layer_scale: as in `Block`.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.norm_q = layer_norm(width)
         self.norm_k = layer_norm(width)
@@ -131,13 +150,29 @@ class RegressorBlock(nn.Module):
         self.attn = CrossAttention(width, heads)
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, mlp_ratio)
+        self.gamma_1, self.gamma_2 = _gammas(width, layer_scale)
 
     def forward(self, masked: Tensor, context: Tensor, masked_positions: Tensor, context_positions: Tensor) -> Tensor:
         """masked and its positions [B, Nm, D], context and its positions [B, M, D] -> [B, Nm, D]."""
         queries = self.norm_q(masked + masked_positions)
         keys = self.norm_k(context + context_positions)
-        masked = masked + self.attn(queries, keys, self.norm_v(context))
-        return masked + self.mlp(self.norm2(masked))
+        masked = masked + _scaled(self.attn(queries, keys, self.norm_v(context)), self.gamma_1)
+        return masked + _scaled(self.mlp(self.norm2(masked)), self.gamma_2)
+
+
+def _gammas(width: int, value: float) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
+    """LayerScale's two parameters of a block, or none for a value of 0."""
+    return (
+        (nn.Parameter(torch.full((width,), value)), nn.Parameter(torch.full((width,), value)))
+        if value
+        else (None, None)
+    )
+
+
+def _scaled(branch: Tensor, *scales: Tensor | None) -> Tensor:
+    for scale in scales:
+        branch = branch if scale is None else scale * branch
+    return branch
 
 
 def _check_heads(width: int, heads: int) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 
 from mam2.engine.config import PretrainConfig
+from mam2.engine.model.blocks import mlp_width
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.model.motion_targets import motion_values
 from mam2.engine.model.vqgan import VQGANConfig
@@ -73,7 +74,7 @@ def part_costs(
     }
 
     def decoder(tokens: int) -> Cost:
-        one = block(tokens, width, ratio, item_bytes)
+        one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
         return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
 
     def pixel_head(outputs: int) -> Cost:
@@ -100,8 +101,7 @@ def part_costs(
         parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
-        if model.width != model.regressor.width:
-            target += linear(masked, model.width, model.regressor.width, item_bytes)
+        target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)
         parts["alignment"] = Cost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
     if tokenizer:
         parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.tokenized_frames
@@ -125,7 +125,7 @@ def step_bytes(parameters: int, item_bytes: int) -> int:
 def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost:
     """The encoder without its patch embedding, on so many tokens."""
     model = config.model
-    one = block(tokens, model.width, model.mlp_ratio, item_bytes)
+    one = block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
@@ -140,8 +140,13 @@ def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
 
 def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
     """From the encoder's width to the regressor's, where they differ, and the mask token."""
-    width, cost = config.model.regressor.width, Cost(parameters=config.model.regressor.width)
-    return cost if config.model.width == width else cost + linear(visible, config.model.width, width, item_bytes)
+    model, width = config.model, config.model.regressor.width
+    cost = Cost(parameters=width)
+    if model.width != width:
+        cost += linear(visible, model.width, width, item_bytes)
+        if model.projection_norm:
+            cost += norm(visible, width, item_bytes)
+    return cost
 
 
 def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> Cost:
@@ -157,6 +162,7 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
         + attention(masked, keys, width, item_bytes)
         + linear(masked, width, width, item_bytes)
         + mlp(masked, width, config.model.mlp_ratio, item_bytes)
+        + scaling(masked, width, item_bytes, config.model.layer_scale)
     )
     inputs = (masked + (keys if everything else 0)) * width
     total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
@@ -177,7 +183,7 @@ def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
     )
 
 
-def block(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
+def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> Cost:
     """A self-attention block."""
     return (
         norm(tokens, width, item_bytes)
@@ -187,12 +193,21 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
+        + scaling(tokens, width, item_bytes, layer_scale)
     )
+
+
+def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Cost:
+    """LayerScale on a block's two branches: holds both, reads them once more and writes the gradients before it."""
+    if not layer_scale:
+        return Cost()
+    branches = 2 * tokens * width * item_bytes
+    return Cost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
 
 
 def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
     """LayerNorm, linear, GELU, linear."""
-    inner = int(width * ratio)
+    inner = mlp_width(width, ratio)
     gelu = Cost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
     layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
     return norm(tokens, width, item_bytes) + layers

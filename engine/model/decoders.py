@@ -16,9 +16,11 @@ class Decoder(nn.Module):
     `head(features)` gives the prediction; a loss that never forms it takes `head.weight` and `head.bias`.
     """
 
-    def __init__(self, *, width: int, depth: int, heads: int, outputs: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, *, width: int, depth: int, heads: int, outputs: int, mlp_ratio: float = 4.0, layer_scale: float = 0.0
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = layer_norm(width)
         self.head = nn.Linear(width, outputs)
         initialize(self)

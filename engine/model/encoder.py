@@ -20,6 +20,8 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 """ImageNet's mean of each channel, pixels in 0 to 1."""
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's standard deviation of each channel, pixels in 0 to 1."""
+OVERSHOOT = 0.25
+"""How far a float clip may go beyond 0 to 1: bicubic resizing overshoots by less."""
 
 
 class Encoder(nn.Module):
@@ -28,7 +30,7 @@ class Encoder(nn.Module):
     Args:
         grid: tokens along time, height and width (T', H', W'); token index is row-major.
         patch_size: frames, height and width of a token.
-        width, depth, heads, mlp_ratio: of the blocks.
+        width, depth, heads, mlp_ratio, layer_scale: of the blocks.
     """
 
     positions: Tensor
@@ -42,6 +44,7 @@ class Encoder(nn.Module):
         depth: int,
         heads: int,
         mlp_ratio: float = 4.0,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -49,7 +52,7 @@ class Encoder(nn.Module):
         self.width = width
         self.patch_embed = nn.Linear(math.prod(patch_size) * CHANNELS, width)
         self.register_buffer("positions", sincos_positions(math.prod(grid), width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = layer_norm(width)
         initialize(self)
 
@@ -63,13 +66,19 @@ class Encoder(nn.Module):
             depth=model.depth,
             heads=model.heads,
             mlp_ratio=model.mlp_ratio,
+            layer_scale=model.layer_scale,
         )
 
-    def forward(self, tokens: Tensor, index: Tensor, path_scales: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, index: Tensor | None = None, path_scales: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].
 
-        path_scales: [depth, 2, B], see `Block`; None keeps every branch as it is.
+        path_scales: [depth, 2, B], see `Block`; None keeps every branch as it is. For clips see `encode`.
         """
+        if index is None:
+            raise ValueError(
+                f"index: expected the number of each token beside tokens [B, N, P], found tokens of {tuple(tokens.shape)} "
+                "alone; for a clip [B, 3, T, H, W] call encoder.encode(video)"
+            )
         tokens = self.patch_embed(tokens) + self.positions[index]
         for number, block in enumerate(self.blocks):
             tokens = block(tokens) if path_scales is None else block(tokens, path_scales[number])
@@ -92,6 +101,23 @@ class Encoder(nn.Module):
         return gather_tubes(video, index, patch_size=self.patch_size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)
 
     def encode(self, video: Tensor, path_scales: Tensor | None = None) -> Tensor:
-        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, T'·H'·W', D]."""
+        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, T'·H'·W', D].
+
+        video: uint8 (0 to 255) or float (0 to 1, not normalized: that is done here), any strides.
+
+        Raises ValueError for other sizes and, in evaluation, for a float clip with other values than those.
+        """
+        if not self.training and not torch.compiler.is_compiling() and video.is_floating_point():
+            _check_range(video)
         index = torch.arange(len(self.positions), device=video.device).expand(len(video), -1)
         return self(self.tokens(video, index), index, path_scales)
+
+
+def _check_range(video: Tensor) -> None:
+    """Raises ValueError for a clip of floats far outside 0 to 1: of bytes or normalized, or not finite."""
+    low, high = (bound.item() for bound in video.detach().aminmax())
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also where one is not a number
+        raise ValueError(
+            f"video: expected floats from 0 to 1, found {low:.4g} to {high:.4g}; divide bytes by 255 (or pass uint8), leave "
+            "out the normalization by mean and deviation, which the encoder does itself, and replace what is not finite"
+        )

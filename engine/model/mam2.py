@@ -72,13 +72,16 @@ class MAM2(nn.Module):
             heads=regressor.heads,
             keys=regressor.keys,
             mlp_ratio=mlp_ratio,
+            layer_scale=cfg.model.layer_scale,
+            projection_norm=cfg.model.projection_norm,
         )
+        blocks = {"mlp_ratio": mlp_ratio, "layer_scale": cfg.model.layer_scale}
         shape = {"width": decoder.width, "depth": decoder.depth, "heads": decoder.heads}
         if appearance != "none":
             outputs = {"codes": math.prod(cfg.code_shape) * codes, "pixels": math.prod(cfg.patch_size) * CHANNELS}
-            self.appearance_decoder = Decoder(**shape, outputs=outputs[appearance], mlp_ratio=mlp_ratio)
+            self.appearance_decoder = Decoder(**shape, **blocks, outputs=outputs[appearance])
         if motion != "none":
-            self.motion_decoder = Decoder(**shape, outputs=motion_values(motion, cfg.patch_size), mlp_ratio=mlp_ratio)
+            self.motion_decoder = Decoder(**shape, **blocks, outputs=motion_values(motion, cfg.patch_size))
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:

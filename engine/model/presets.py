@@ -28,10 +28,12 @@ SIZES = {
 
 
 class Preset(NamedTuple):
-    """What comes after the encoder, at the base size."""
+    """What comes after the encoder, at the base size, and how blocks and projection are built: fields of `ModelConfig`."""
 
     regressor: RegressorConfig
     decoder: DecoderConfig
+    layer_scale: float = 0.0
+    projection_norm: bool = False
 
 
 PRESETS = {
@@ -42,10 +44,13 @@ PRESETS = {
     "cae": Preset(
         RegressorConfig(depth=4, width=768, heads=12, keys="all"),
         DecoderConfig(depth=4, width=768, heads=12),
+        layer_scale=0.1,
+        projection_norm=True,
     ),
 }
-"""`cae` is CAE's regressor and decoders, as wide as the encoder; `fast` halves the width and asks the visible tokens
-only."""
+"""`cae` is CAE's regressor and decoders, as wide as the encoder, with its LayerScale in all blocks, the encoder's too, and
+its LayerNorm after a projection to another width; that the MLP of CAE's regressor adds to the normalized state is left
+out. `fast` halves the width and asks the visible tokens only, without these."""
 
 Part = TypeVar("Part", RegressorConfig, DecoderConfig)
 
@@ -69,8 +74,9 @@ def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
     """The model with regressor and decoders of a preset of `PRESETS`, scaled to its encoder."""
     of = Size(model.width, model.depth, model.heads)
     scale = model.width / SIZES["base"].width
-    regressor, decoder = (_scaled(part, scale, of) for part in PRESETS[preset])
-    return dataclasses.replace(model, regressor=regressor, decoder=decoder)
+    chosen = PRESETS[preset]
+    regressor, decoder = _scaled(chosen.regressor, scale, of), _scaled(chosen.decoder, scale, of)
+    return dataclasses.replace(model, **chosen._replace(regressor=regressor, decoder=decoder)._asdict())
 
 
 def _scaled(part: Part, scale: float, encoder: Size) -> Part:

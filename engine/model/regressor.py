@@ -18,7 +18,9 @@ class Regressor(nn.Module):
 
     Args:
         input_width: D. Another width than `width` adds a linear projection.
-        width, depth, heads, mlp_ratio: of the blocks. Depth 0 completes nothing: it hands on what a decoder needs to.
+        projection_norm: a LayerNorm follows that projection, as in CAE.
+        width, depth, heads, mlp_ratio, layer_scale: of the blocks. Depth 0 completes nothing: it hands on what a
+            decoder needs to.
         keys: `all`: each block's keys and values are the visible latents and the current masked states, so masked
             tokens hear of each other; `visible`: the visible latents only, so each is completed by itself.
     """
@@ -32,14 +34,19 @@ class Regressor(nn.Module):
         heads: int,
         keys: Literal["all", "visible"],
         mlp_ratio: float = 4.0,
+        layer_scale: float = 0.0,
+        projection_norm: bool = False,
     ) -> None:
         super().__init__()
         if keys not in ("all", "visible"):
             raise ValueError(f"keys: expected 'all' or 'visible', found {keys!r}")
         self.keys = keys
-        self.project = nn.Identity() if input_width == width else nn.Linear(input_width, width)
+        self.project: nn.Module = nn.Identity()
+        if input_width != width:
+            linear = nn.Linear(input_width, width)
+            self.project = nn.Sequential(linear, layer_norm(width)) if projection_norm else linear
         self.mask_token = mask_token(width)
-        self.blocks = nn.ModuleList(RegressorBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(RegressorBlock(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         if depth:
             self.norm = layer_norm(width)
         initialize(self)

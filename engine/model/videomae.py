@@ -1,5 +1,7 @@
 """VideoMAE, the baseline: predict the pixels of the hidden tokens; and MAE-DFER's joint decoder on the same model.
 
+Its weights start as those of VideoMAE's code do (github.com/MCG-NJU/VideoMAE, modeling_pretrain.py).
+
 Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values a token, D the encoder's width, Dd the decoder's.
 """
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config import PretrainConfig
-from mam2.engine.model.blocks import initialize, mask_token, sincos_positions
+from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token, sincos_positions
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.kernels import TubeMask, masked_pixel_loss
@@ -22,7 +24,8 @@ class VideoMAE(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, cfg: PretrainConfig) -> None:
+    def __init__(self, cfg: PretrainConfig, *, decoder_mlp_ratio: float = 0.0) -> None:
+        """decoder_mlp_ratio: of another project's decoder, where it is not the encoder's; 0: `model.mlp_ratio`."""
         super().__init__()
         decoder = cfg.model.decoder
         self.patch_size = cfg.patch_size
@@ -36,10 +39,21 @@ class VideoMAE(nn.Module):
             depth=decoder.depth,
             heads=decoder.heads,
             outputs=math.prod(cfg.patch_size) * CHANNELS,
-            mlp_ratio=cfg.model.mlp_ratio,
+            mlp_ratio=decoder_mlp_ratio or cfg.model.mlp_ratio,
+            layer_scale=cfg.model.layer_scale,
         )
         self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), decoder.width), persistent=False)
-        initialize(self.encoder_to_decoder)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Where VideoMAE starts differently from the Xavier-uniform weights and zero biases of the other layers."""
+        # PyTorch's default, uniform in ±1/√inputs, weights and biases: of the convolution that embeds, and of a layer
+        # that VideoMAE does not initialize itself.
+        self.encoder.patch_embed.reset_parameters()
+        self.encoder_to_decoder.reset_parameters()
+        initialize(self.decoder.head)
+        # Cut at one standard deviation.
+        nn.init.trunc_normal_(self.mask_token, std=MASK_TOKEN_STD, a=-MASK_TOKEN_STD, b=MASK_TOKEN_STD)
 
     def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
         """Mean squared error of the hidden tokens' standardised pixels: video [B, 3, T, H, W] -> scalar."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from mam2.engine.config import UserError
 from mam2.engine.model.pickles import load_pickle
 from mam2.engine.model.vqgan import VQGAN, VQGANConfig
+from mam2.engine.model.weight_files import check_whole, kind_of
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
@@ -66,7 +67,11 @@ def read_vqgan(path: str | Path) -> tuple[VQGAN, list[str]]:
     path = Path(path)
     if not path.is_file():
         raise VQGANFileError(f"{path}: expected a VQGAN checkpoint (.ckpt or .safetensors), found no such file")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
+    try:
+        check_whole(path)
+        read = _read_safetensors if kind_of(path) == "safetensors" else _read_checkpoint
+    except UserError as error:
+        raise VQGANFileError(str(error)) from None
     state, config = read(path)
     left_out = [name for name in state if not name.startswith(PARTS)]
     state = {name: tensor for name, tensor in state.items() if name.startswith(PARTS)}

@@ -17,6 +17,7 @@ from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.train import checkpoint
+from mam2.engine.train.weights import find_weights
 
 CLASSES = "classes"
 """Key of a checkpoint's metadata: the class names as JSON, in the order of the logits."""
@@ -71,6 +72,7 @@ def build_encoder(config: FinetuneConfig) -> Encoder:
         depth=model.depth,
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
+        layer_scale=model.layer_scale,
     )
     set_clip_size(encoder, data.frames, data.size)
     return encoder
@@ -95,29 +97,12 @@ def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = N
 def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
     """The classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
 
-    path: a run folder, of which RUN/best is taken, or the newest checkpoint where nothing was validated yet; a
-    checkpoint's folder; or its model.safetensors. Raises UserError for anything else.
+    path: a run folder, a checkpoint folder or a weights file, see `find_weights`. Raises UserError for anything else.
     """
-    folder = resolve(Path(path))
-    if not is_classifier(folder):
+    weights = find_weights(path)
+    if weights is None or not is_classifier(weights):
         raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
-    config = checkpoint.read_config(folder, FinetuneConfig)
+    config = checkpoint.read_config(weights, FinetuneConfig)
     classifier = build_classifier(config)
-    checkpoint.load_weights(classifier, folder / checkpoint.WEIGHTS if folder.is_dir() else folder)
-    return classifier, config, tuple(json.loads(checkpoint.read_metadata(folder)[CLASSES]))
-
-
-def resolve(path: Path) -> Path:
-    """The checkpoint that a run folder stands for: the best, else the newest; other paths stand for themselves."""
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file or folder; expected a run, a checkpoint, a .pth file or a Hugging Face folder"
-        )
-    if (path / checkpoint.BEST).is_dir():
-        return path / checkpoint.BEST
-    if (path / checkpoint.FOLDER).is_dir():
-        newest = checkpoint.newest(path)
-        if newest is None:
-            raise UserError(f"{path}: a run without a checkpoint yet")
-        return newest
-    return path
+    checkpoint.load_weights(classifier, weights)
+    return classifier, config, tuple(json.loads(checkpoint.read_metadata(weights)[CLASSES]))

@@ -30,7 +30,7 @@ from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
 from mam2.engine.recipe import from_dict
 from mam2.engine.train import augment, checkpoint
-from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled, resolve
+from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
 from mam2.engine.train.distributed import World
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.metrics import read_log
@@ -39,6 +39,7 @@ from mam2.engine.train.optimizer import build_layered_optimizer
 from mam2.engine.train.runtime import autocast
 from mam2.engine.train.session import Session, started
 from mam2.engine.train.step import Step
+from mam2.engine.train.weights import find_weights
 
 ACCURACY = "accuracy/validation"
 SHOWN = {"loss/training": "loss {:.3f}"}
@@ -85,7 +86,7 @@ class _Finetuning:
         self.title, self.shown = "fine-tuning", SHOWN
         if encoder is not None and not session.saved:
             start = Path(encoder)
-            world.share(lambda: resolve(start))  # before the videos are opened, which can take hours
+            world.share(lambda: find_weights(start))  # before the videos are opened, which can take hours
         manifest = session.read_videos(data)
         world.share(lambda: check_labelled(manifest, data))
         classes, threads = manifest.classes, session.config.data.threads
@@ -239,6 +240,7 @@ def _described(encoder: Encoder) -> EncoderConfig:
         depth=len(encoder.blocks),
         heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / encoder.width,
+        layer_scale=0.0 if block.gamma_1 is None else 1.0,
         frames=encoder.grid[0] * tubelet,
         size=encoder.grid[1] * patch,
     )
@@ -250,7 +252,7 @@ def _flops(config: FinetuneConfig) -> float:
     tokens = slots * rows * columns
     pixels = model.tubelet * model.patch**2 * CHANNELS
     embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE)
+    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
     return embedding.flops + model.depth * block.flops
 
 

@@ -21,8 +21,11 @@ from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import TubeMask
 
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Values = dict[str, Tensor]
+
+INSPECTED_CLIPS = 8
+"""Of a pass, whose predictions the log's costlier figures are of: the codes' logits of a whole one are gigabytes."""
 
 
 class Objective(nn.Module):
@@ -67,6 +70,8 @@ class MAM2Objective(Objective):
         self._appearance = compiled(model.appearance_loss)
         self._pixels = compiled(model.pixel_loss)
         self._motion = compiled(model.motion_loss)
+        self._alignment = compiled(model.alignment_loss)
+        self._figures = compiled(self._inspect)
         balanced = config.loss.balance == "gradient"
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 
@@ -87,18 +92,22 @@ class MAM2Objective(Objective):
         if weights.motion_target != "none":
             losses["motion"] = self._motion(for_motion, mask, video)
         if weights.alignment:
-            losses["alignment"] = self.model.alignment_loss(for_alignment, mask, video)
+            losses["alignment"] = self._alignment(for_alignment, mask, video)
         total = functools.reduce(torch.add, [getattr(weights, name) * loss for name, loss in losses.items()])
         values = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-        return total, values, self._inspect(video, mask, codes) if inspect else {}
+        if not inspect:
+            return total, values, {}
+        some = slice(INSPECTED_CLIPS)
+        with torch.no_grad():
+            shown = TubeMask(mask.visible[some], mask.masked[some])
+            return total, values, self._figures(video[some], shown, None if codes is None else codes[some])
 
     def gradient_norms(self) -> Values:
         """Of the weighted losses at the decoders' common input."""
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
 
-    @torch.no_grad()
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
-        """Share of right codes, that of always answering the batch's commonest code, and the motion loss over that of
+        """Share of right codes, that of always answering these clips' commonest code, and the motion loss over that of
         predicting no motion (1: nothing learned); of each what the targets are."""
         latents = self.model.complete(video, mask)
         figures = {}
@@ -130,14 +139,17 @@ class Balance:
     def __init__(self, proportion: float | None) -> None:
         self.proportion = proportion
         self.norms: Values = {}
+        # a group of its own: in DDP's it would wait, amid the backward pass, for the gradients queued before
+        several = dist.is_available() and dist.is_initialized()
+        self._ranks: dist.ProcessGroup | None = dist.new_group() if several else None
 
     def factor(self, appearance: Tensor | None, motion: Tensor | None) -> Tensor | None:
         both = {"appearance": appearance, "motion": motion}
         gradients = {name: gradient for name, gradient in both.items() if gradient is not None}
         norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
-        if dist.is_available() and dist.is_initialized():
+        if self._ranks:
             squares = norms.square()
-            dist.all_reduce(squares)
+            dist.all_reduce(squares, group=self._ranks)
             norms = squares.sqrt() / dist.get_world_size()  # ranks average their gradients
         self.norms = dict(zip(gradients, norms.unbind(), strict=True))
         if self.proportion is None:

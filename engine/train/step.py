@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,7 @@ from mam2.engine.train import step_graph
 from mam2.engine.train.distributed import World
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.runtime import autocast, compiler
+from mam2.engine.train.runtime import autocast, compiler, matmul_dtype
 
 
 class Step(ABC):
@@ -36,11 +37,14 @@ class Step(ABC):
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, world: World) -> None:
         self.config, self.model, self.device, self.world = config, model.to(device), device, world
         self.passes = passes(config, world.size)
+        if config.run.compile:
+            torch.compiler.reset()  # torch.compile counts the compilations of a function over all models of a process
         compiled, self.compiled = compiler(config.run, device)
         blocks = [module for module in model.modules() if isinstance(module, Block | RegressorBlock)]
         if config.run.recompute:
             for block in blocks:
-                again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                # nothing is drawn in a block, and random states cannot be read while a CUDA graph is recorded
+                again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
                 block.forward = again  # type: ignore[method-assign]
         sharded = config.run.sharding == "fsdp" and world.size > 1
         if sharded:  # FSDP's hooks sit between the blocks and cannot be in a graph
@@ -50,9 +54,10 @@ class Step(ABC):
         self.objective = self.build_objective(compiled)
         self.forward: nn.Module = self.objective
         if sharded:
+            policy = _policy(matmul_dtype(config.run, device))
             for block in blocks:
-                fully_shard(block)
-            fully_shard(self.objective)
+                fully_shard(block, mp_policy=policy)
+            fully_shard(self.objective, mp_policy=policy)
         elif world.size > 1:
             # positions and masks are the same everywhere: there are no buffers to keep equal
             self.forward = DistributedDataParallel(
@@ -61,6 +66,7 @@ class Step(ABC):
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
         self._take: step_graph.Take = self._one_pass
+        self._lead = step_graph.Lead() if device.type == "cuda" else None
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
@@ -86,28 +92,49 @@ class Step(ABC):
         Returns 0-d tensors on the device; `bad` is 1 where loss or gradient was not finite on any rank: nothing was
         changed then. inspect: with the objective's costlier figures. Raises UserError when GPU memory runs out.
         """
+        if self._lead:
+            self._lead.wait()
         step_graph.set_rate(self.optimizer, rate)
         try:
-            if len(micro_batches) == 1:
-                return self._take(self._arguments(step, micro_batches, 0), inspect)
-            arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
-            return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
+            with _whole_sums():
+                values = self._step(step, micro_batches, inspect)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self.config, len(micro_batches[0][0]), error) from error
+        if self._lead:
+            self._lead.queued()
+        return values
+
+    def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], inspect: bool) -> dict[str, Tensor]:
+        if len(micro_batches) == 1:
+            return self._take(self._arguments(step, micro_batches, 0), inspect)
+        arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
+        return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
 
     def settle(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]]) -> str | None:
         """Before the first step, with what it will see: measures whether it is to be a CUDA graph.
 
         Returns what was found, for the log; None where there is no choice. Weights and moments stay as they are.
+        Raises UserError where `run.graph` is on and the step cannot be one.
         """
-        if self.device.type != "cuda" or self.config.run.graph == "off":
+        wanted = self.config.run.graph
+        if wanted == "off" or (self.device.type != "cuda" and wanted == "auto"):
             return None
-        if self.world.size > 1 or len(micro_batches) > 1 or self.config.run.deterministic:
-            return "launched kernel by kernel: a CUDA graph is for one process, one pass and free algorithms"
+        several = self.world.size > 1 or len(micro_batches) > 1
+        if self.device.type != "cuda" or several or self.config.run.deterministic:
+            needs = "a CUDA graph is for a GPU, one process, one pass and free algorithms"
+            if wanted == "on":
+                raise UserError(f"run.graph on: {needs}; set run.graph auto or off")
+            return f"launched kernel by kernel: {needs}"
         arguments = self._arguments(step, micro_batches, 0)
-        self._take, reason = step_graph.choose(
-            self._one_pass, arguments, self.model, self.optimizer, step_graph.CudaRecorder()
-        )
+        with _whole_sums():
+            self._take, reason = step_graph.choose(
+                self._one_pass,
+                arguments,
+                self.model,
+                self.optimizer,
+                step_graph.CudaRecorder(),
+                compare=wanted == "auto",
+            )
         return reason
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], index: int) -> tuple[Any, ...]:
@@ -172,6 +199,31 @@ class TrainStep(Step):
         return video, draw_mask(video, self.config, step=step, first_sample=first_sample), beside
 
 
+def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """What FSDP2 gathers and adds up: weights in 16 bits halve the traffic, gradients are summed in float32.
+
+    Inputs of a block are left as they are: the residual stream stays float32.
+    """
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """bfloat16 products sum in float32 throughout: cuBLAS may else add up parts of a long sum in bfloat16.
+
+    A weight's gradient is a sum over all tokens of a batch.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def _gradient_norm(module: nn.Module) -> Tensor:
     """Of all gradients of a module together, 0-d; on every rank the whole of it."""
     norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
@@ -187,5 +239,5 @@ def _out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryErro
         remedies.append("with several GPUs run.sharding fsdp")
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
-    first = str(error).splitlines()[0]
+    first = step_graph.first_line(error)
     return UserError(f"out of GPU memory with {clips} clips a pass: {first} Set {', or '.join(remedies)}")

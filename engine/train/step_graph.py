@@ -1,13 +1,17 @@
 """A whole step as a CUDA graph, taken where it is measured to be faster than launching its kernels one by one.
 
-Before the first step of a run both ways take the same steps on its first batch, from the same weights, and have to
-agree; then they are timed in turn. Weights and moments are put back afterwards: nothing of it is left but the choice.
+Before the first step of a run both ways take the same steps on its first batch, from the same weights, have to agree,
+and are timed: the launched one first, whose memory is released before the other is recorded, because a graph keeps the
+activations of a step to itself. Weights and moments are put back afterwards: nothing of it is left but the choice.
 """
 
 from __future__ import annotations
 
 import statistics
+import threading
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mam2.engine.config import UserError
 
 Values = dict[str, Tensor]
 Arguments = tuple[Any, ...]
@@ -28,6 +34,8 @@ TOLERANCE = 1e-2
 STEPS, ROUNDS = 5, 3
 MARGIN = 0.99
 """The graph keeps memory of its own: it is taken where it needs less than this share of the time."""
+AHEAD = 2
+"""Steps that the host may be ahead of the device: each holds its clips until it is done."""
 
 
 class Recorder(Protocol):
@@ -54,30 +62,71 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # the loader's thread decodes meanwhile: what it asks of the driver must break neither the capture nor itself
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             values = work()
         return graph.replay, values
 
     def warm_up(self, work: Callable[[], object]) -> None:
         side = torch.cuda.Stream()  # gradients are added up on the stream that first saw their weights
         side.wait_stream(torch.cuda.current_stream())
-        mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(side):
             for _ in range(3):
                 work()
-            try:
-                # asked before recording: a recording that fails leaves the device's random numbers unusable
-                torch.cuda.set_sync_debug_mode("error")
-                work()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
+            # asked before recording: a recording that fails leaves allocator and random numbers in a bad state
+            waits = waits_for_device(work)
         torch.cuda.current_stream().wait_stream(side)
+        if waits:
+            raise RuntimeError(waits)
 
     def wait(self) -> None:
         torch.cuda.synchronize()
 
     def release(self) -> None:
         torch.cuda.empty_cache()
+
+
+def waits_for_device(work: Callable[[], object]) -> str:
+    """Does `work`; what PyTorch says of the first place where this thread waits for the device, "" if there is none.
+
+    The debug mode is one for all threads: as an error it would reach the loader, which waits for copies of its own.
+    """
+    mine, found = threading.get_ident(), []
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        if threading.get_ident() == mine and "synchronizing" in str(message):
+            found.append(str(message))
+
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return found[0] if found else ""
+
+
+class Lead:
+    """Keeps the host at most `AHEAD` steps ahead of the device."""
+
+    def __init__(self, event: Callable[[], Any] | None = None) -> None:
+        """event: makes an event of the device, of which `record` and `synchronize` are used; a CUDA event."""
+        self._event = event or (lambda: torch.cuda.Event(blocking=True))
+        self._queued: deque[Any] = deque()
+
+    def wait(self) -> None:
+        """Before a step is queued: until fewer than `AHEAD` are."""
+        while len(self._queued) >= AHEAD:
+            self._queued.popleft().synchronize()
+
+    def queued(self) -> None:
+        """After a step was queued."""
+        event = self._event()
+        event.record()
+        self._queued.append(event)
 
 
 class StepGraph:
@@ -106,28 +155,48 @@ class Choice(NamedTuple):
 
 
 def choose(
-    take: Take, arguments: Arguments, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder
+    take: Take,
+    arguments: Arguments,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    *,
+    compare: bool = True,
 ) -> Choice:
     """Takes steps both ways on the same input and keeps the better one.
 
     Weights, moments and learning rates are afterwards what they were. Where the graph is kept, the learning rates of
     the optimiser's groups are tensors: fill them, as `set_rate` does.
+
+    Args:
+        compare: False records the graph and takes it, neither compared nor timed.
+
+    Raises:
+        UserError: without `compare`, where the step cannot be recorded.
     """
     with _unchanged(model, optimizer) as put_back:
         rates = [group["lr"] for group in optimizer.param_groups]
         _set_capturable(optimizer, True)
-        graph = None
+        graph, problem = None, None
         try:
-            graph, reason = _compare(take, arguments, optimizer, recorder, put_back)
+            graph, reason = (_compare if compare else _record)(take, arguments, optimizer, recorder, put_back)
         except RuntimeError as error:  # also of memory: a graph keeps its own
-            reason = f"launched kernel by kernel: it cannot be a CUDA graph ({str(error).splitlines()[0]})"
+            problem = first_line(error)
+            reason = f"launched kernel by kernel: it cannot be a CUDA graph ({problem})"
         if graph is None:
             _set_capturable(optimizer, False)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
     recorder.wait()
     recorder.release()
+    if problem is not None and not compare:
+        raise UserError(f"run.graph on: the step cannot be a CUDA graph ({problem}); set run.graph auto or off")
     return Choice(graph or take, reason)
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its kind where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -149,31 +218,55 @@ def _compare(
 ) -> tuple[StepGraph | None, str]:
     """The graph, or None and why not."""
     set_rate(optimizer, RATE)
-    for inspect in (True, False):
-        recorder.warm_up(lambda inspect=inspect: take(arguments, inspect))  # type: ignore[misc]
-    put_back()
-    graph = StepGraph(take, arguments, recorder)
-    put_back()
+    _warm_up(take, arguments, recorder, put_back)
     expected = _numbers(take, arguments)
+    launched = _time_ms(take, arguments, recorder)
+    put_back()
+    recorder.release()
+    graph = StepGraph(take, arguments, recorder)
     put_back()
     found = _numbers(graph, arguments)
     for name, value in expected.items():
         if not abs(found[name] - value) <= TOLERANCE * abs(value) + 1e-6:
             return None, f"launched kernel by kernel: as a CUDA graph {name} is {found[name]:.6g}, not {value:.6g}"
-    times: dict[Take, list[float]] = {take: [], graph: []}
-    for _ in range(ROUNDS):
-        for way, samples in times.items():
-            recorder.wait()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                way(arguments, False)
-            recorder.wait()
-            samples.append(1000 * (time.perf_counter() - start) / STEPS)
-    launched, replayed = (statistics.median(samples) for samples in times.values())
+    replayed = _time_ms(graph, arguments, recorder)
     measured = f"a step of {replayed:.4g} ms replayed, {launched:.4g} ms launched kernel by kernel"
     if replayed < MARGIN * launched:
         return graph, f"one CUDA graph: {measured}"
     return None, f"launched kernel by kernel: as a CUDA graph it gains nothing ({measured})"
+
+
+def _record(
+    take: Take,
+    arguments: Arguments,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    put_back: Callable[[], None],
+) -> tuple[StepGraph | None, str]:
+    """The graph as it is."""
+    set_rate(optimizer, RATE)
+    _warm_up(take, arguments, recorder, put_back)
+    return StepGraph(take, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
+
+
+def _warm_up(take: Take, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]) -> None:
+    for inspect in (True, False):
+        recorder.warm_up(lambda inspect=inspect: take(arguments, inspect))  # type: ignore[misc]
+    put_back()
+    recorder.release()
+
+
+def _time_ms(way: Take, arguments: Arguments, recorder: Recorder) -> float:
+    """Milliseconds of a step, the median of a few rounds."""
+    samples = []
+    for _ in range(ROUNDS):
+        recorder.wait()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            way(arguments, False)
+        recorder.wait()
+        samples.append(1000 * (time.perf_counter() - start) / STEPS)
+    return statistics.median(samples)
 
 
 def _numbers(way: Take, arguments: Arguments) -> dict[str, float]:

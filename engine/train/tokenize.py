@@ -68,6 +68,8 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
         skip(skipped)
     batch = config.optim.batch // passes(config, 1)
     with ClipLoader(manifest, config.data, batch=batch, device=device, seed=config.run.seed, on_skip=skip) as loader:
+        if config.run.compile:
+            torch.compiler.reset()  # as in `Step`
         vqgan = prepare_tokenizer(config, loader, out, device, tqdm.write, progress=progress)
         tokenizer = build_tokenizer(vqgan, config, device, compiler(config.run, device)[0])
         writer = CodeCacheWriter(

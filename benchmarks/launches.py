@@ -1,0 +1,71 @@
+"""Launches of Triton kernels: counted, so that a fallback to PyTorch shows, and compiled ahead in threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mam2.kernels import active_path, launch
+
+
+class Counter:
+    """Names of the kernels launched, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter]:
+    """Counts the launches within, also those of the thread in which autograd runs a backward pass."""
+    original, counter = launch.run, Counter()
+
+    def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
+        original(kernel, programs, *arguments, **meta)
+        counter.names.append(getattr(kernel, "__name__", str(kernel)).strip("_").removesuffix("_kernel"))
+
+    with mock.patch.object(launch, "run", run):
+        yield counter
+
+
+def fallback(device: torch.device, counter: Counter) -> str:
+    """Says that an operator of ours launched no Triton kernel where it should have; "" if all is well."""
+    if active_path(device) != "triton" or counter.names:
+        return ""
+    return "fell back to PyTorch: it launched no Triton kernel"
+
+
+def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None = None) -> int:
+    """Compiles what `calls` would launch, in threads, without launching anything; the number of distinct kernels.
+
+    The outputs of the calls are not computed. A kernel that does not compile raises when it is launched.
+    """
+    from triton import AsyncCompileMode
+    from triton.runtime import _async_compile
+
+    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
+        if programs:
+            recorded.append((kernel, arguments, meta))
+
+    with mock.patch.object(launch, "run", record):
+        for call in calls:
+            with contextlib.suppress(Exception):  # a call that fails says so when it is checked
+                call()
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        mode = AsyncCompileMode(pool)
+        try:
+            with mode:
+                for kernel, arguments, meta in recorded:
+                    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else contextlib.nullcontext():
+                        kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
+        except Exception:  # left to the launch, which names the kernel
+            _async_compile.active_mode.set(None)
+    return len(mode.raw_futures)

@@ -1,0 +1,109 @@
+"""Which decoder takes which video: NVDEC, DALI on the CPU, or PyAV, which takes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from mam2.engine.config import UserError
+
+FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
+AUTOMATIC = ("nvdec", "pyav")
+"""In order of preference. DALI's decoder on the CPU is no faster than PyAV, and no match for damaged files."""
+DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")
+NVDEC_SIZES = {
+    "h264": ((48, 16), (4096, 4096)),
+    "hevc": ((144, 144), (8192, 8192)),
+    "vp8": ((48, 16), (4096, 4096)),
+    "vp9": ((128, 128), (8192, 8192)),
+    "mjpeg": ((64, 64), (32768, 16384)),
+}
+"""Codecs that NVDEC decodes, each with the smallest and the largest width and height in pixels (NVIDIA's NVDEC
+application note, Ampere to Hopper). Left out of DALI's list: AV1, which Ampere's and Hopper's data-centre chips do not
+decode, and MPEG-4, whose packed AVIs (HMDB51) hold another number of frames than packets."""
+NVDEC_PIXELS = ("yuv420p", "yuvj420p", "nv12")
+NVDEC_TEN_BIT = ("hevc", "vp9")
+MOST_BYTES_READ = 64 * 2**20
+"""DALI gets the bytes of a whole file for each clip. PyAV seeks in a larger one."""
+
+
+def choose_front_end(
+    codec: str,
+    device: torch.device | str,
+    forced: str = "auto",
+    *,
+    pixel_format: str = "yuv420p",
+    rotation: int = 0,
+    size: tuple[int, int] | None = None,
+    interlaced: bool = False,
+    bytes: int = 0,
+    dali: bool = True,
+    broken: Collection[str] = (),
+) -> str:
+    """The decoder for a video: "nvdec" on a GPU where it can, else "pyav"; or the forced one.
+
+    Args:
+        codec: FFmpeg's name, as is pixel_format.
+        device: of the run.
+        forced: one of FRONT_ENDS, or "auto".
+        rotation: in degrees.
+        size: width and height of the stored frame in pixels; None where they are not known.
+        interlaced: frames consist of two fields.
+        bytes: of the file; 0 where it is not known.
+        dali: whether the nvidia.dali package is installed.
+        broken: codecs that NVDEC failed to decode on this machine.
+
+    Raises:
+        UserError: the forced decoder cannot decode the video.
+    """
+    problems = {
+        "nvdec": _nvdec_problem(codec, pixel_format, rotation, size, interlaced, torch.device(device), broken),
+        "dali-cpu": _dali_cpu_problem(codec, rotation),
+        "pyav": "",
+    }
+    if not dali:
+        problems |= {name: f"{name} needs NVIDIA DALI, which is not installed" for name in ("nvdec", "dali-cpu")}
+    if forced == "auto":
+        if bytes > MOST_BYTES_READ:
+            return "pyav"
+        return next(front_end for front_end in AUTOMATIC if not problems[front_end])
+    if forced not in problems:
+        raise UserError(f"data.front_end: expected auto, {', '.join(FRONT_ENDS)}; found {forced}")
+    if problems[forced]:
+        raise UserError(f"{problems[forced]}: use front_end=pyav, or auto")
+    return forced
+
+
+def _nvdec_problem(
+    codec: str,
+    pixel_format: str,
+    rotation: int,
+    size: tuple[int, int] | None,
+    interlaced: bool,
+    device: torch.device,
+    broken: Collection[str],
+) -> str:
+    if device.type != "cuda":
+        return f"nvdec needs an NVIDIA GPU, the device is {device.type}"
+    if codec not in NVDEC_SIZES:
+        return f"codec {codec} cannot be decoded by nvdec ({', '.join(NVDEC_SIZES)} only)"
+    if codec in broken:
+        return f"codec {codec} is not decoded by nvdec on this machine"
+    if pixel_format not in NVDEC_PIXELS and not (pixel_format == "yuv420p10le" and codec in NVDEC_TEN_BIT):
+        return f"pixel format {pixel_format} of codec {codec} cannot be decoded by nvdec"
+    if interlaced:
+        return "interlaced frames are decoded field by field by nvdec"
+    (least_width, least_height), (most_width, most_height) = NVDEC_SIZES[codec]
+    if size and not (least_width <= size[0] <= most_width and least_height <= size[1] <= most_height):
+        return (
+            f"frames of {size[0]}x{size[1]} pixels cannot be decoded by nvdec "
+            f"({codec}: {least_width}x{least_height} to {most_width}x{most_height})"
+        )
+    return f"a video rotated by {rotation} degrees is not turned upright by nvdec" if rotation else ""
+
+
+def _dali_cpu_problem(codec: str, rotation: int) -> str:
+    if codec not in DALI_CPU_CODECS:
+        return f"codec {codec} cannot be decoded by dali-cpu (VP8, VP9, MJPEG only)"
+    return f"a video rotated by {rotation} degrees is not turned upright by dali-cpu" if rotation else ""
