@@ -20,6 +20,7 @@ from torch import Tensor
 from mam2.engine.config import UserError
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.files import append_row
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.presets import parameters_by_part
 from mam2.engine.progress import BAR, Progress
@@ -329,8 +330,8 @@ class Loop:
         session.log.say(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
         if session.world.main:
             try:
-                with file.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-                    stream.writelines(f"{step}\t{path}\n" for step, path in sorted(rows))
+                for row in sorted(rows):
+                    append_row(file, row)
             except OSError as error:
                 session.log.say(f"log     {file} cannot be written: {error.strerror}. The run goes on")
 
