@@ -1,5 +1,6 @@
 """What ends a run loses nothing: sound weights are saved first, and nothing is "done" that is not on the disk."""
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -295,3 +296,28 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     assert process.returncode == 128 + number
     assert told.startswith(f"mam2: stopped by {signal.Signals(number).name}; what was saved is whole")
     assert told.count("\n") == 1
+
+
+def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypatch):
+    """Before its batch is asked for, which compiles the tokenizer; torch.compile is stubbed, whose work is not at stake."""
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
+    monkeypatch.setattr(runtime, "why_not_compile", lambda _: None)
+    monkeypatch.setattr(Prefetcher, "__next__", failing(Prefetcher.__next__, 1, ZeroDivisionError()))
+    values = dataclasses.replace(config, run=dataclasses.replace(config.run, compile=True))
+    with pytest.raises(ZeroDivisionError):
+        pretrain(values, clips, tmp_path, progress=False)
+    text = (tmp_path / "log.txt").read_text()
+    assert "step    the first one compiles the model" in text
+    assert "--run.no-compile" in text
+    pretrain(values, clips, tmp_path, progress=False)
+    assert (tmp_path / "log.txt").read_text().count("step    the first one is done, compiled in") == 1
+
+
+def test_fine_tuning_ends_with_its_best_accuracy(clips, tmp_path, small_finetuning):
+    from mam2.engine.train.finetune import ACCURACY, finetune
+
+    finetune(small_finetuning(), clips, tmp_path, val=clips, encoder=None, progress=False)
+    best = checkpoint.read_state(tmp_path / checkpoint.BEST)
+    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("best ")]
+    assert line.startswith(f"best    after step {best['step']}: {ACCURACY} {best[ACCURACY]:.4g}")
+    assert line.endswith(str(tmp_path / checkpoint.BEST))
