@@ -299,7 +299,7 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
 
 
 def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypatch):
-    """Before its batch is asked for, which compiles the tokenizer; torch.compile is stubbed, whose work is not at stake."""
+    """Before its batch is asked for, which compiles the tokenizer; torch.compile itself is stubbed."""
     monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     monkeypatch.setattr(runtime, "why_not_compile", lambda _: None)
     monkeypatch.setattr(Prefetcher, "__next__", failing(Prefetcher.__next__, 1, ZeroDivisionError()))

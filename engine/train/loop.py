@@ -349,7 +349,8 @@ class Loop:
                 raise UserError(f"step {step}: {folder} was written and is gone; look after the disk")
             return
         whole = checkpoint.newest(session.folder)
-        message = f"a checkpoint cannot be written: {problem}; the last whole one is {whole or 'none'}"
+        there = f"the last whole one is {whole}" if whole else "there is none yet"
+        message = f"a checkpoint cannot be written: {problem}; {there}"
         if last:
             raise UserError(f"step {step}: {message}")
         session.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
