@@ -52,7 +52,10 @@ setup(
         *(f"mam2.engine.{name}" for name in find_packages("engine")),
     ],
     package_dir={"mam2": "mam2", "mam2.engine": "engine", "mam2.kernels": "kernels"},
-    package_data={"mam2.engine": ["recipes/*.toml", "recipes/*/*.toml"], "mam2.kernels": ["launch_table.json"]},
+    package_data={
+        "mam2.engine": ["py.typed", "recipes/*.toml", "recipes/*/*.toml"],
+        "mam2.kernels": ["py.typed", "launch_table.json"],
+    },
     install_requires=["torch>=2.10,<3", "numpy>=1.26,<3", "einops>=0.8,<1"],
     extras_require={
         "engine": ENGINE,  # everything the verbs need; decodes with PyAV

@@ -75,7 +75,9 @@ def demo(
         run,
         title="MAM2 demo",
         rows=rows,
+        verdicts=result.verdicts(),
         strips=strips,
+        config=json.loads((run / "config.json").read_text(encoding="utf-8")),
         notes=f"Pre-trained for {trained.step} steps on {trained.used} synthetic clips whose class is the motion; "
         f"measured on {test_clips} clips it has not seen.",
     )

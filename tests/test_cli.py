@@ -37,7 +37,11 @@ def test_pretrain_help_documents_every_field(capsys):
     ("arguments", "told"),
     [
         (["pretrian"], "unknown verb 'pretrian'"),
-        (["pretrain"], "name a recipe first"),
+        (["pretrain"], "the recipe comes first: mam2 pretrain RECIPE"),
+        (["pretrain", "--data", "x", "demo", "--out", "{}"], "the recipe comes first, found '--data' in its place"),
+        (["finetune", "--data", "x", "ssv2/finetune"], "the recipe comes first, found '--data' in its place"),
+        (["pretrain", "ssv2/finetune", "--data", ".", "--out", "x"], "ssv2/finetune fine-tunes (mam2 finetune); name"),
+        (["finetune", "mam2-fast", "--data", ".", "--out", "x"], "mam2-fast pre-trains (mam2 pretrain); name one that"),
         (["pretrain", "nothing", "--data", ".", "--out", "x"], "recipe 'nothing': neither a file nor one of"),
         (["pretrain", "demo", "--data", "/nowhere/at all", "--out", "{}"], "/nowhere/at all"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--data.size", "33"], "data.size 33 is not a multiple"),
@@ -103,8 +107,19 @@ def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
     assert stop.value.code == 0
     model = seen[0].model
     assert (model.width, model.depth, model.heads) == (384, 6, 6)
-    assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (768, "all", 768)
+    assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (384, "all", 384)
     assert seen[0].optim.batch == 128
+
+
+def test_tokenize_takes_the_size_that_pretrain_takes(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        "mam2.engine.train.tokenize.tokenize", lambda config, *_, **__: seen.append(config) or sys.exit(0)
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["tokenize", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small"])
+    assert stop.value.code == 0
+    assert seen[0].model.width == 384
 
 
 def _result():

@@ -33,6 +33,8 @@ def test_it_measures_writes_and_draws(done, capsys):
     assert saved["verdicts"] == result.verdicts()
     page = (out / "run" / "report.html").read_text()
     assert f"{100 * result.probe_random:.1f} %" in page
+    assert page.count('class="yes"') + page.count('class="no"') == len(result.verdicts())
+    assert "&quot;motion_eps&quot;: " in page
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
     for name in ("strips.png", "curves.png"):

@@ -322,7 +322,7 @@ def test_real_clips_from_the_command_line_to_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["finetune"], "name a recipe first"),
+        (["finetune"], "the recipe comes first: mam2 finetune RECIPE"),
         (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
         (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "--checkpoint, or --scratch"),
         (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),

@@ -35,7 +35,8 @@ def test_the_wheel_holds_one_top_level_package_with_recipes_and_launch_table(ins
     modules = {
         str(path.relative_to(ROOT)) for folder in ("engine", "kernels") for path in (ROOT / folder).rglob("*.py")
     }
-    assert recipes | modules | {"__init__.py", "kernels/launch_table.json"} <= names
+    data = {"kernels/launch_table.json", "kernels/py.typed", "engine/py.typed"}
+    assert recipes | modules | data | {"__init__.py"} <= names
     assert len(recipes) > 20
 
 

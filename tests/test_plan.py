@@ -65,7 +65,7 @@ def test_this_machine_is_measured_and_flags_change_the_plan(capsys: pytest.Captu
         (["mam2-fast", "--gpu", "h100", "--gpus", "3"], "cannot be shared out to 3 processes"),
         (["mam2-fast", "--videos", "many"], "--videos many: expected a number"),
         (["mam2-fast", "--data.size", "225"], "data.size 225 is not a multiple"),
-        ([], "name a recipe first"),
+        ([], "the recipe comes first: mam2 plan RECIPE"),
     ],
 )
 def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:

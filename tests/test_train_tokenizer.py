@@ -12,10 +12,11 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from mam2.engine.cli import main
+from mam2.engine.commands.train_tokenizer import verdict
 from mam2.engine.config import PretrainConfig
 from mam2.engine.data import loader as loaders
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.reconstruction import measure_reconstruction
+from mam2.engine.evaluate.reconstruction import Reconstruction, measure_reconstruction
 from mam2.engine.model.tokenizer import scale_pixels
 from mam2.engine.model.vqgan import VQGAN, small
 from mam2.engine.train import tokenizer as training
@@ -73,6 +74,21 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     config = small(tokenizer={"path": str(tmp_path / "tokenizer" / "tokenizer.safetensors")}, optim={"epochs": 1.0})
     assert pretrain(config, clips, tmp_path / "run", progress=False).step > 0
     assert f"16 codes from {tmp_path}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("psnr", "told"), [(15.0, "not fit for pre-training"), (15.2, "use it with --tokenizer.path")])
+def test_one_worse_than_the_mean_color_is_not_recommended(psnr: float, told: str) -> None:
+    empty = torch.empty(0)
+    result = Reconstruction(
+        frames=4,
+        psnr_db=psnr,
+        mean_colour_psnr_db=15.1,
+        codes_used=3,
+        perplexity=2.0,
+        original=empty,
+        reconstructed=empty,
+    )
+    assert verdict(result, Path("tokenizer.safetensors")).startswith(told)
 
 
 def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,15 @@ from typing import Annotated
 
 import tyro
 
+from mam2.engine.commands.options import named_recipe
 from mam2.engine.config import UserError
 from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.recipe import load_recipe_of
 
 USAGE = "mam2 finetune RECIPE --data LIST --val LIST --checkpoint RUN --out RUN"
 
 
 def run(arguments: list[str]) -> int:
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-    if not name and not {"-h", "--help"} & set(arguments):
-        raise UserError(f"name a recipe first: {USAGE}")
-    values = load_recipe_of(FinetuneConfig, name or "kinetics400/finetune")
+    values = named_recipe(arguments, USAGE, FinetuneConfig)
 
     def finetune(
         recipe: tyro.conf.Positional[str],

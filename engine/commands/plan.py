@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.pretrain import named_recipe
+from mam2.engine.commands.options import named_pretraining
 from mam2.engine.config import PretrainConfig, UserError, check
 
 
 def run(arguments: list[str]) -> int:
-    values = named_recipe(arguments, "mam2 plan RECIPE")
+    values = named_pretraining(arguments, "mam2 plan RECIPE")
 
     def plan(
         recipe: tyro.conf.Positional[str],

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.pretrain import named_recipe
+from mam2.engine.commands.options import named_pretraining
 from mam2.engine.config import PretrainConfig
 
 
 def run(arguments: list[str]) -> int:
-    values = named_recipe(arguments, "mam2 tokenize RECIPE --data PATH --out CODES --data.recorded NUMBER")
+    values = named_pretraining(arguments, "mam2 tokenize RECIPE --data PATH --out CODES --data.recorded NUMBER")
 
     def tokenize(
         recipe: tyro.conf.Positional[str],
         data: Path,
         out: Path,
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
+        size: str | None = None,
+        preset: str | None = None,
     ) -> int:
         """Compute the codes of every recorded augmentation of every video; goes on where it was stopped.
 
@@ -29,6 +31,8 @@ def run(arguments: list[str]) -> int:
             data: folder of videos, with or without class folders, or an annotation list.
             out: folder for the codes.
             config: values of the recipe.
+            size: as in `mam2 pretrain`.
+            preset: as in `mam2 pretrain`.
         """
         from mam2.engine.model.tokenizer import usage_of
         from mam2.engine.train.tokenize import tokenize

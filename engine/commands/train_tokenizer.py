@@ -6,13 +6,16 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from tqdm import tqdm
 
 from mam2.engine.config import DataConfig, RunConfig, UserError
 from mam2.engine.limits import Limits, check_value
+
+if TYPE_CHECKING:
+    from mam2.engine.evaluate.reconstruction import Reconstruction
 
 MOST_HELD_OUT = 64
 FRAME_DISTANCE = 16
@@ -118,10 +121,20 @@ def run(arguments: list[str]) -> int:
             raise
         print(
             f"held out: {len(held_out)} videos, {result.frames} frames\n"
-            f"PSNR {result.psnr_db:.1f} dB (each frame's mean colour: {result.mean_colour_psnr_db:.1f} dB); "
+            f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_colour_psnr_db:.1f} dB); "
             f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
-            f"written: {out / FILE}, reconstructions.png, training.png; use it with --tokenizer.path {out / FILE}"
+            f"written: {out / FILE}, reconstructions.png, training.png\n{verdict(result, out / FILE)}"
         )
         return 0
 
     return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")
+
+
+def verdict(result: Reconstruction, file: Path) -> str:
+    """What to do with a tokenizer that gave these numbers."""
+    if result.psnr_db <= result.mean_colour_psnr_db:
+        return (
+            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "--steps, more --channels, or more videos"
+        )
+    return f"use it with --tokenizer.path {file}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -66,18 +68,40 @@ def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inch
     return png(figure)
 
 
-def write_report(run: Path, *, title: str, rows: list[tuple[str, str]], strips: bytes, notes: str) -> Path:
-    """Writes RUN/report.html, curves.png and strips.png; `rows` is the table of results. Returns the page."""
+def write_report(
+    run: Path,
+    *,
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    verdicts: Mapping[str, bool],
+    strips: bytes,
+    notes: str,
+    config: Mapping[str, Any],
+) -> Path:
+    """Writes RUN/report.html, curves.png and strips.png. Returns the page.
+
+    Args:
+        rows: names and values of the results.
+        verdicts: claims, and whether these results bear them out.
+        strips: PNG of the predictions.
+        config: of the run, as nested plain values; the page shows it folded.
+    """
     curves = draw_logs({run.name: read_log(run)})
     (run / "curves.png").write_bytes(curves)
     (run / "strips.png").write_bytes(strips)
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    claims = "".join(
+        f'<li class="{"yes" if holds else "no"}">{"yes" if holds else "NO"}: {html.escape(claim)}</li>'
+        for claim, holds in verdicts.items()
+    )
     page = run / "report.html"
     page.write_text(
         _PAGE.format(
             title=html.escape(title),
             notes=html.escape(notes),
             table=table,
+            claims=claims,
+            config=html.escape(json.dumps(config, indent=1)),
             strips=base64.b64encode(strips).decode(),
             curves=base64.b64encode(curves).decode(),
         ),
@@ -95,12 +119,15 @@ table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; font-weight: normal }}
 td {{ font-variant-numeric: tabular-nums }}
 img {{ max-width: 100%; height: auto }}
+ul {{ list-style: none; padding: 0 }} .yes {{ color: #176b2c }} .no {{ color: #b3261e; font-weight: bold }}
+pre {{ overflow-x: auto; font-size: .85rem }}
 figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 .wide {{ overflow-x: auto }} .wide img {{ min-width: 40rem }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{notes}</p>
 <table>{table}</table>
+<ul>{claims}</ul>
 <figure><div class="wide"><img alt="original, masked, predicted and true appearance and motion of test clips"
 src="data:image/png;base64,{strips}"></div>
 <figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey.
@@ -109,5 +136,6 @@ decoded, the best that could be predicted. Motion: difference to the next frame,
 moves.
 </figcaption></figure>
 <figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
+<details><summary>Config of the run (config.json)</summary><pre>{config}</pre></details>
 </body></html>
 """

@@ -1,0 +1,65 @@
+"""What the verbs' command lines have in common: the recipe, named first, with `--size` and `--preset`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TypeVar
+
+from mam2.engine.config import PretrainConfig, UserError
+from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.model.presets import PRESETS, SIZES, resized, with_preset
+from mam2.engine.recipe import load_recipe_of, recipe_names
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+DOES = {PretrainConfig: "pre-trains", FinetuneConfig: "fine-tunes"}
+USED = {PretrainConfig: "mam2 pretrain", FinetuneConfig: "mam2 finetune"}
+SHOWN = {PretrainConfig: "mam2-fast", FinetuneConfig: "kinetics400/finetune"}
+"""The recipe whose values the help shows where none is named."""
+
+
+def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config:
+    """The config of the recipe that the first argument names.
+
+    arguments: of the verb, without its name; where they ask for help, a recipe need not be named.
+    Raises UserError, with `usage`, where the first argument is none, and where the recipe is one of the other kind.
+    """
+    name = arguments[0] if arguments else ""
+    if not name or name.startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            found = f", found {name!r} in its place" if name else ""
+            raise UserError(f"the recipe comes first{found}: {usage}")
+        name = SHOWN[kind]
+    other = FinetuneConfig if kind is PretrainConfig else PretrainConfig
+    try:
+        return load_recipe_of(kind, name)
+    except UserError:
+        if not _is_recipe(other, name):
+            raise
+        names = ", ".join(recipe_names(kind))
+        raise UserError(
+            f"recipe {name} {DOES[other]} ({USED[other]}); name one that {DOES[kind]}: {names}, or a file"
+        ) from None
+
+
+def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
+    """`named_recipe` for a recipe that pre-trains, with the values of `--size` and `--preset`."""
+    recipe = named_recipe(arguments, usage, PretrainConfig)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--size", choices=SIZES)
+    flags.add_argument("--preset", choices=PRESETS)
+    known, _ = flags.parse_known_args([argument for argument in arguments if argument not in ("-h", "--help")])
+    if known.size:
+        recipe = dataclasses.replace(recipe, model=resized(recipe.model, known.size))
+    if known.preset:
+        recipe = dataclasses.replace(recipe, model=with_preset(recipe.model, known.preset))
+    return recipe
+
+
+def _is_recipe(kind: type, name: str) -> bool:
+    try:
+        load_recipe_of(kind, name)
+    except UserError:
+        return False
+    return True
