@@ -102,7 +102,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     except PeerFailed as error:
         if str(error):
-            print(f"mam2: {error}", file=sys.stderr)
+            print(f"mam2: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT

@@ -13,8 +13,8 @@ from tqdm import tqdm
 BAR = "{desc}: {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 """Of a bar with numbers behind it: without a width for the bar itself, tqdm shrinks it to nothing."""
 LINE = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
-SHARE = 0.05
-"""Of the whole between two plain lines."""
+PARTS = 20
+"""Of the whole: a plain line after each, every 5 percent."""
 LEAST_S, MOST_S = 10.0, 600.0
 """Seconds between two plain lines: none more often, and one at least so often."""
 
@@ -38,7 +38,7 @@ class Progress(tqdm):
         self._plain = shown and not terminal
         self._title, self._first, self._unit = desc, initial, unit
         self._began = self._told_at = time.monotonic()
-        self._told_share = initial / total if total else 0.0
+        self._told_parts = self._parts(initial, total)
         super().__init__(
             iterable,
             desc,
@@ -68,10 +68,10 @@ class Progress(tqdm):
             return super().update(n)
         self.n += n or 0
         now = time.monotonic()
-        share = self.n / self.total if self.total else 0.0
+        parts = self._parts(self.n, self.total)
         since = now - self._told_at
-        if since >= MOST_S or (share - self._told_share >= SHARE and since >= LEAST_S):
-            self._told_at, self._told_share = now, share
+        if since >= MOST_S or (parts > self._told_parts and since >= LEAST_S):
+            self._told_at, self._told_parts = now, parts
             line = self.format_meter(
                 self.n,
                 self.total,
@@ -85,6 +85,11 @@ class Progress(tqdm):
             with contextlib.suppress(OSError, ValueError):
                 print(line, file=sys.stderr, flush=True)
         return None
+
+    @staticmethod
+    def _parts(done: float, total: float | None) -> int:
+        """How many of the `PARTS` parts of the whole are done."""
+        return int(PARTS * done / total) if total else 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         with contextlib.suppress(OSError, ValueError):

@@ -251,13 +251,17 @@ def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value
 
 def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, small):
     spoil(monkeypatch, 3, float("nan"))
-    with pytest.raises(UserError, match="5 steps in a row had a loss or gradient that is not finite"):
+    with pytest.raises(UserError, match="5 steps in a row had a loss or gradient that is not finite") as stop:
         pretrain(
             small(optim={"batch": 16, "epochs": 8.0}, run={"max_nonfinite": 5, "log_every": 1, "compile": False}),
             clips,
             tmp_path,
             progress=False,
         )
+    saved = checkpoint.newest(tmp_path)
+    assert str(saved) in str(stop.value)  # no checkpoint was due before
+    assert checkpoint.why_damaged(saved) is None
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
 def test_a_disk_that_is_full_at_the_end_is_one_clear_line(clips, tmp_path, monkeypatch, small):
@@ -283,7 +287,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path
     result = pretrain(small(run=run), clips, tmp_path, progress=False)
     assert result.step == 8
     assert same(weights(finished[0]), weights(tmp_path))
-    assert "No space left on device; the last whole one is None. The run goes on" in (tmp_path / "log.txt").read_text()
+    assert "No space left on device; there is none yet. The run goes on" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monkeypatch, small):

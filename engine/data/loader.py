@@ -194,6 +194,11 @@ class ClipLoader:
         way = _Way(lambda index, video, number, _: draw(index, video, number), views, replace=False)
         return self._prefetch(self._produce(_in_batches(known, self._batch // views), way))
 
+    @property
+    def manifest(self) -> Manifest:
+        """Of the videos that the clips are taken from."""
+        return self._manifest
+
     def close(self) -> None:
         """End all threads; open streams stop."""
         for stream in list(self._streams):

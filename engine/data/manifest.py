@@ -24,6 +24,7 @@ from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.lists import list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
 from mam2.engine.files import one_line, whole_file
+from mam2.engine.progress import Progress
 
 INDEX_SUFFIX = ".index.jsonl"
 DERIVED = ("duration_s", "front_ends")
@@ -82,8 +83,7 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     before = {entry.path: entry for entry in earlier}
     found: dict[str, Video | Skipped] = {}
     pool = ThreadPoolExecutor(threads or 2 * available_cores())
-    # disable=None: no bar where the output is not a terminal.
-    with tqdm(desc="reading videos", total=len(paths), unit="file", disable=None if progress else True) as bar:
+    with Progress(desc="reading videos", total=len(paths), unit="file", shown=progress) as bar:
         try:
             for start in range(0, len(paths), AT_ONCE):
                 for result in pool.map(lambda path: _look(path, before), paths[start : start + AT_ONCE]):

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sampling import ClipRequest, View, frame_step
 from mam2.engine.data.video import Video
+from mam2.engine.progress import Progress
 from mam2.engine.train.distributed import World
 
 
@@ -89,7 +89,7 @@ def predict(
 
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
-    with tqdm(total=len(mine), desc="evaluation", unit="video", leave=False, disable=None if progress else True) as bar:
+    with Progress(total=len(mine), desc="evaluation", unit="video", leave=False, shown=progress) as bar:
         for batch in loader.chosen(clips(), draw, spatial):
             with precision():
                 logits = classify(batch.clip.permute(0, 4, 1, 2, 3))

@@ -162,7 +162,7 @@ class Loop:
     def _run(self) -> int:
         """The steps; the signal that ended them early, or 0."""
         session, task = self.session, self.task
-        config, stop = session.config, session.stop
+        config, stop, say = session.config, session.stop, session.log.say
         ended = 0
         window = _Window(task.loader)
         vote = Vote(session.world)
@@ -179,9 +179,13 @@ class Loop:
             bar_format=BAR,
         )
         profile_steps = config.run.profile if session.world.main else 0
-        profiling = profiled(profile_steps, session.folder / "profile", session.log.say)
+        profiling = profiled(profile_steps, session.folder / "profile", say)
         with bar, paused_gc(), profiling as profiler_step:
             ended = self._between(window) if self.step else 0
+            began = time.perf_counter()
+            compiles = self.take.compiled.startswith("compiled") and self.step < self.steps and not ended
+            if compiles:  # the tokenizer too, when it is asked for the first codes
+                say("step    the first one compiles the model, which can take minutes; --run.no-compile starts at once")
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
@@ -195,6 +199,9 @@ class Loop:
                     )
                     clips = [(batch.clip.permute(0, 4, 1, 2, 3), beside) for batch, beside in batches]
                     values = self._take(clips, rate, inspect=logged)
+                if compiles:
+                    say(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
+                    compiles = False
                 profiler_step()
                 bar.update()
                 flags.append(values.pop("bad"))
@@ -220,21 +227,14 @@ class Loop:
 
     def _take(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
         """One step; `self.step` and `self.sound` follow what the weights are."""
-        first, say = self.step == self.first, self.session.log.say
-        compiles = first and self.take.compiled.startswith("compiled")
-        start = time.perf_counter()
-        if compiles:
-            say("step    the first one compiles the model, which can take minutes; --run.no-compile starts at once")
-        if first and (found := self.take.settle(self.step, clips)):
-            say(f"step    {found}")
+        if self.step == self.first and (found := self.take.settle(self.step, clips)):
+            self.session.log.say(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a recorded step does not tell whether it came to its update
         values = self.take(self.step, clips, rate, inspect=inspect)
         self.recorded = self.updates == updates
         self.step += 1
         self.sound = True
-        if compiles:
-            say(f"step    compiled, and the first one done, in {time.perf_counter() - start:.0f} s")
         return values
 
     def _note_update(self, *_: object) -> None:
@@ -348,7 +348,8 @@ class Loop:
                 raise UserError(f"step {step}: {folder} was written and is gone; look after the disk")
             return
         whole = checkpoint.newest(session.folder)
-        message = f"a checkpoint cannot be written: {problem}; the last whole one is {whole or 'none'}"
+        there = f"the last whole one is {whole}" if whole else "there is none yet"
+        message = f"a checkpoint cannot be written: {problem}; {there}"
         if last:
             raise UserError(f"step {step}: {message}")
         session.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")

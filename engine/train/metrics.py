@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mam2.engine.config import UserError
+from mam2.engine.files import NAMES, one_line
 from mam2.engine.train.distributed import World
 
 MOST_PENDING = 2**20
@@ -84,7 +85,7 @@ class RunLog:
 
     def note(self, message: str) -> None:
         """One plain line in log.txt alone."""
-        self._attempt("log.txt", lambda: self._text.write(message.encode("utf-8", "surrogateescape") + b"\n"))
+        self._attempt("log.txt", lambda: self._text.write(one_line(message).encode("utf-8", NAMES) + b"\n"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Numbers of a step."""
@@ -194,7 +195,7 @@ def show(message: str) -> None:
     the stream is closed."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
-        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding))
+        tqdm.write(one_line(message).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _open_tracker(name: str, run: Path) -> Any:

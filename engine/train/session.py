@@ -21,13 +21,14 @@ from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.video import Skipped
-from mam2.engine.files import append_rows
+from mam2.engine.files import append_rows, write_whole
 from mam2.engine.recipe import to_dict
 from mam2.engine.signals import StopSignal
 from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import World, join
 from mam2.engine.train.lock import RunLock
 from mam2.engine.train.metrics import Log, RunLog, SilentLog
+from mam2.engine.train.moved import follow
 from mam2.engine.train.runtime import determinism, pick_device
 
 MANIFEST, SKIPPED = "manifest.jsonl", "skipped.tsv"
@@ -96,7 +97,8 @@ class Session(Generic[Config]):
             log.say(f"resume  {folder} holds no whole checkpoint: the run begins anew")
 
     def read_videos(self, data: Path) -> Manifest:
-        """Scans the data, or takes the scan of the run that is resumed: the order of clips depends on it."""
+        """Scans the data. A run that is resumed keeps its own list, whose order decides the clips, also where `data`
+        has the same videos at another place now."""
         self.manifest = self.world.share(lambda: self._manifest(data))
         if self.world.main:  # begun anew also when a run is resumed: what can be read again is no longer in it
             (self.folder / SKIPPED).unlink(missing_ok=True)
@@ -106,7 +108,15 @@ class Session(Generic[Config]):
     def _manifest(self, data: Path) -> Manifest:
         path = self.folder / MANIFEST
         if self.saved and path.is_file():
-            return read_saved_manifest(path)
+            config = self.config.data
+            saved = read_saved_manifest(path)
+            manifest, found = follow(
+                saved, data, threads=config.threads, progress=self.progress, max_missing=config.max_unusable
+            )
+            if found:
+                self.log.say(f"resume  {found}")
+                write_manifest(manifest, path)
+            return manifest
         manifest = read_manifest(data, threads=self.config.data.threads, progress=self.progress)
         write_manifest(manifest, path)
         return manifest
@@ -155,13 +165,15 @@ class Session(Generic[Config]):
             self.unusable[skipped.path] = skipped.reason
             self.log.say(f"unusable: {skipped.path}: {skipped.reason}")
             if self.world.main:
-                append_rows(self.folder / SKIPPED, [(skipped.path, skipped.reason)])
+                try:
+                    append_rows(self.folder / SKIPPED, [(skipped.path, skipped.reason)])
+                except OSError as error:
+                    self.log.say(f"log     {self.folder / SKIPPED} cannot be written: {error.strerror}")
 
     def write_config(self) -> None:
         """The config as it is now, into RUN/config.json."""
         if self.world.main:
-            text = json.dumps(to_dict(self.config), indent=1) + "\n"
-            (self.folder / "config.json").write_text(text, encoding="utf-8")
+            write_whole(self.folder / "config.json", json.dumps(to_dict(self.config), indent=1) + "\n")
 
     def _check_continues(self, saved: Path, decided: Collection[str]) -> None:
         """Raises UserError where a resumed run would not continue the saved one; says what may change its bits."""
