@@ -15,7 +15,7 @@ ENGINE = [
 ]
 DALI_CUDA13 = "nvidia-dali-cuda130>=2.1.1; sys_platform == 'linux'"
 DALI_CUDA12 = "nvidia-dali-cuda120>=2.1.1; sys_platform == 'linux'"
-XFORMERS = "xformers>=0.0.35; sys_platform == 'linux'"
+XFORMERS = "xformers>=0.0.35; sys_platform == 'linux'"  # its wheels are for CUDA 12 only
 
 ONNX = ["onnx>=1.17", "onnxscript>=0.3"]
 
@@ -38,7 +38,7 @@ setup(
     extras_require={
         "engine": ENGINE,
         "cpu": [*ENGINE, DALI_CUDA13],  # DALI's wheel runs on a CPU too; it needs no CUDA driver to import
-        "cuda13": [*ENGINE, XFORMERS, DALI_CUDA13],
+        "cuda13": [*ENGINE, DALI_CUDA13],
         "cuda12": [*ENGINE, XFORMERS, DALI_CUDA12],
         "flow": ["opencv-python-headless>=4.8"],  # loss.motion_target flow
         "onnx": ONNX,  # mam2 export --to onnx

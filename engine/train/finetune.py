@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine.config import UserError
+from mam2.engine.config import UserError, passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
@@ -25,6 +25,7 @@ from mam2.engine.evaluate.views import predict
 from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
 from mam2.engine.interop.load import load_encoder
 from mam2.engine.model import costs
+from mam2.engine.model.attention_choice import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
@@ -36,7 +37,7 @@ from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.metrics import read_log
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import build_layered_optimizer
-from mam2.engine.train.runtime import autocast
+from mam2.engine.train.runtime import autocast, matmul_dtype
 from mam2.engine.train.session import Session, started
 from mam2.engine.train.step import Step
 
@@ -96,6 +97,10 @@ class _Finetuning:
         self.loader = session.open_loader()
         config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder))
         session.config = config
+        clips = config.optim.batch // (world.size * passes(config, world.size))
+        dtype, shapes = matmul_dtype(config.run, session.device), classifier_shapes(config, clips)
+        for line in use_fastest(shapes, session.device, dtype, run=session.folder, share=world.share):
+            session.log.say(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, embeddings)
         if pretrained:
@@ -103,7 +108,6 @@ class _Finetuning:
             model.encoder.load_state_dict(weights)
         self.take = FinetuneStep(config, model, session.device, world)
         self.flops = _flops(config)
-        self.head_width = config.model.width // config.model.heads
 
         # validated apart: an averaged, compiled or sharded model needs no other way
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)

@@ -67,10 +67,6 @@ class Task(Protocol):
         """FLOPs of a clip in a step."""
 
     @property
-    def head_width(self) -> int:
-        """Values of an attention head of the model."""
-
-    @property
     def shown(self) -> Mapping[str, str]:
         """Numbers of a log line that the progress bar shows, and how: the format of each."""
 
@@ -111,7 +107,7 @@ class Loop:
         say(f"model   {task.title}: {parts} parameters")
         say(
             f"paths   kernels: {active_path(session.device)}; "
-            f"attention: {active_backend(session.device, dtype, task.head_width)}; "
+            f"attention: {active_backend(session.device, dtype)}{' where not measured' * bool(devices)}; "
             f"step: {take.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
         )
         shared = "" if take.passes == world.size == 1 else f" ({world.size} processes in {take.passes} passes)"
