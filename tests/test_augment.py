@@ -246,6 +246,8 @@ def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, 
 
     monkeypatch.setattr(augmenting, "send", sent)
     monkeypatch.setattr(operations, "constant", empty)
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, lambda *given, made=name, **_: between.append(made))
     labels = torch.arange(8) % 5
     video = torch.empty(8, 4, 24, 24, 3, dtype=torch.uint8, device="meta").permute(0, 4, 1, 2, 3)
     with Watch():

@@ -26,7 +26,7 @@ from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import Vote
 from mam2.engine.train.metrics import Readout
 from mam2.engine.train.optimizer import learning_rate
-from mam2.engine.train.peak import measured_peak_flops
+from mam2.engine.train.peak import measured_peak_flops, used_gib
 from mam2.engine.train.runtime import Interrupted, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step
@@ -205,7 +205,7 @@ class Loop:
             for flag in line.bad:
                 self.in_a_row = self.in_a_row + 1 if flag else 0
             if session.device.type == "cuda":
-                numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                numbers["memory_gib"] = used_gib(session.device)
             session.log.write(line.steps[-1], numbers)
             shown = {**self.task.shown, **SHOWN}
             self.last = " ".join(form.format(numbers[name]) for name, form in shown.items() if name in numbers)
