@@ -52,15 +52,19 @@ def test_products_are_summed_in_float32_within_a_step():
     assert matmul.allow_bf16_reduced_precision_reduction == before
 
 
-@pytest.mark.parametrize(("precision", "gathered"), [("bfloat16", torch.bfloat16), ("float32", None)])
-def test_sharded_weights_travel_in_the_precision_of_the_products(precision, gathered, monkeypatch):
-    policies = []
-    monkeypatch.setattr(steps, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
-    build(config(sharding="fsdp", precision=precision), World(size=2))
-    assert {policy.param_dtype for policy in policies} == {gathered}
-    if gathered:
-        assert {policy.reduce_dtype for policy in policies} == {torch.float32}
-        assert not any(policy.cast_forward_inputs for policy in policies), "the residual stream stays float32"
+def test_sharded_weights_travel_in_the_precision_of_the_products(monkeypatch):
+    gpu = torch.device("cuda")
+    policy = steps._policy(torch.bfloat16, gpu)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs, "the residual stream stays float32"
+    assert steps._policy(torch.float32, gpu).param_dtype is None
+    asked, used = [], []
+    monkeypatch.setattr(steps, "_policy", lambda *given: asked.append(given) or "policy")
+    monkeypatch.setattr(steps, "fully_shard", lambda module, mp_policy: used.append(mp_policy))
+    build(config(sharding="fsdp", precision="bfloat16"), World(size=2))
+    assert asked == [(torch.bfloat16, CPU)]
+    assert set(used) == {"policy"}
+    assert len(used) > 3, "every block and the whole"
 
 
 def test_the_balances_ranks_have_a_group_of_their_own(monkeypatch):
