@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from mam2.engine import doctor
 from mam2.engine.config import UserError
 from mam2.engine.finetune_config import FinetuneConfig
 from mam2.engine.model import attention as module
@@ -153,3 +154,17 @@ def test_the_gpu_measures_several_implementations():
         pytest.skip("needs a GPU")
     found = measure(Shape(8, 160, 160, 12, 64), torch.device("cuda"), torch.bfloat16)
     assert len(found) >= 3
+
+
+def test_doctor_says_what_packages_run_and_why_others_do_not(monkeypatch):
+    reasons = {"xformers": "", "flash4": "OSError: libcudart.so.12: cannot open shared object file"}
+    monkeypatch.setattr(doctor, "measure", lambda *_: {"cudnn": 1.5})
+    monkeypatch.setattr(doctor, "why_not", lambda package, *_: reasons[package])
+    monkeypatch.setattr(doctor, "operator_name", lambda *_: "fa2F@2.5.7-pt")
+    lines = doctor._attention(torch.device("cuda"), torch.bfloat16)
+    assert lines[:3] == [
+        "bfloat16; measured for a run and kept, else sdpa",
+        "xformers: fa2F@2.5.7-pt",
+        f"flash-attn-4: not used: {reasons['flash4']}",
+    ]
+    assert lines[3].endswith("cudnn 1.5 ms")
