@@ -76,7 +76,8 @@ def prepare(video: Tensor, labels: Tensor, config: FinetuneConfig, *, step: int,
         Drawn([labels.numpy()], lambda sent: sent[0]),
     ]
     augmented, mixed, paths, features, sent_labels = send(drawn, video.device)
-    return Prepared(*mixed(augmented(video), sent_labels()), paths(), features())
+    clips, targets = mixed(augmented(video), sent_labels())
+    return Prepared(clips, targets, paths(), features())
 
 
 def send(drawn: Sequence[Drawn], device: torch.device) -> list[Callable[..., Any]]:
