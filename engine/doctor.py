@@ -18,6 +18,7 @@ from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_trial
 from mam2.engine.model.attention import active_backend
 from mam2.engine.model.attention_choice import measure, shapes_of
+from mam2.engine.model.attention_packages import DISTRIBUTIONS, OPERATORS, operator_name, why_not
 from mam2.engine.recipe import load_recipe
 from mam2.engine.train.runtime import compiler, matmul_dtype
 from mam2.kernels import active_path
@@ -54,15 +55,8 @@ def report() -> str:
         advice.append("DALI: pip install '.[cpu]' (no GPU), '.[cuda13]' or '.[cuda12]' in the checkout")
     if tuple(map(int, av.__version__.split(".")[:2])) < SOUND_PYAV:
         advice.append("PyAV: pip install 'av>=17.1'; older ones end the process at some files")
-    if device.type == "cuda":
-        if active_backend(device, dtype, 64) != "xformers":
-            advice.append(
-                "xformers: pip install '.[cuda13]' or '.[cuda12]' in the checkout, of the build that matches torch"
-            )
-    else:
-        advice.append(
-            "a GPU: with a CUDA build of torch and pip install '.[cuda13]' it runs Triton kernels, NVDEC and xformers"
-        )
+    if device.type != "cuda":
+        advice.append("a GPU: with a CUDA build of torch and pip install '.[cuda13]' it runs Triton kernels and NVDEC")
     return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
 
 
@@ -94,8 +88,14 @@ def try_decoding(device: torch.device) -> list[str]:
 
 def _attention(device: torch.device, dtype: torch.dtype) -> list[str]:
     """What runs for the shapes of mam2-fast, and how long each implementation takes for them here."""
-    yes = "measured for a run and kept" if device.type == "cuda" else f"a run takes {active_backend(device, dtype, 64)}"
+    unmeasured = active_backend(device, dtype)
+    yes = f"measured for a run and kept, else {unmeasured}" if device.type == "cuda" else f"a run takes {unmeasured}"
     lines = [f"{str(dtype).removeprefix('torch.')}; {yes}"]
+    if device.type == "cuda":
+        for package in OPERATORS:
+            refused = why_not(package, device, dtype, 64)  # type: ignore[arg-type]
+            said = f"not used: {refused}" if refused else operator_name(package, device, dtype, 64)  # type: ignore[arg-type]
+            lines.append(f"{DISTRIBUTIONS[package]}: {said}")
     for part, shape in shapes_of(load_recipe("mam2-fast"), 16 if device.type == "cuda" else 1).items():
         times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in measure(shape, device, dtype).items())
         lines.append(f"{part} ({shape}): {times}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.model import attention as attention_module
+from mam2.engine.model import attention_packages as packages
 from mam2.engine.model.attention import active_backend, attention
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"))
@@ -59,13 +59,18 @@ def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package.ops = ops
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setattr(attention_module, "active_backend", on_any_device)
-    attention_module._try_xformers.cache_clear()
+    cute = types.ModuleType("flash_attn.cute.interface")
+    cute._flash_attn_fwd = lambda q, k, v, *, softmax_scale, return_lse: (*forward(q, k, v), None)
+    cute._flash_attn_bwd = lambda q, k, v, out, grad, lse, *, softmax_scale, deterministic: backward(
+        grad, out, lse, q, k, v
+    )
+    flash = types.ModuleType("flash_attn")
+    flash.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", cute)
+    monkeypatch.setattr(packages, "_try", packages.trial)  # on a CPU too
     return ops
-
-
-def on_any_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    return "xformers" if attention_module._xformers_runs(device, dtype, head_dim) else "sdpa"
 
 
 def check(backend: str, dtype: torch.dtype, device: str) -> None:
@@ -111,69 +116,88 @@ def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device:
         assert max(errors(torch.autograd.grad(plain, leaves, upstream))) > 0.2
 
 
+@pytest.mark.parametrize("package", ["xformers", "flash4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_xformers_operator_returns_and_differentiates_what_xformers_computes(
-    dtype: torch.dtype, fake_xformers: types.ModuleType
+def test_a_packages_operator_returns_and_differentiates_what_it_computes(
+    dtype: torch.dtype, package: str, fake_xformers: types.ModuleType
 ) -> None:
-    check("xformers", dtype, "cpu")
+    check(package, dtype, "cpu")
 
 
-def test_the_xformers_operator_is_well_formed(fake_xformers: types.ModuleType) -> None:
+@pytest.mark.parametrize("package", ["xformers", "flash4"])
+def test_a_packages_operator_is_well_formed(package: str, fake_xformers: types.ModuleType) -> None:
     q, k, v = (tensor.detach().requires_grad_() for tensor in inputs(torch.float32))
     torch.library.opcheck(
-        torch.ops.mam2_engine.memory_efficient_attention.default,
+        packages.OPERATORS[package][0],
         (q, k, v),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_xformers_agrees_on_a_gpu(device: str) -> None:
-    if active_backend(torch.device(device), torch.bfloat16, 16) != "xformers":
-        pytest.skip("needs a CUDA GPU with an xformers operator")
-    check("xformers", torch.bfloat16, device)
+@pytest.mark.parametrize("package", ["xformers", "flash4"])
+def test_a_package_agrees_on_a_gpu(package: str, device: str) -> None:
+    if reason := packages.why_not(package, torch.device(device), torch.bfloat16, 16):
+        pytest.skip(reason)
+    check(package, torch.bfloat16, device)
 
 
-def test_a_cpu_runs_pytorchs_and_refuses_xformers() -> None:
-    assert active_backend(torch.device("cpu"), torch.float32, 64) == "sdpa"
-    assert active_backend(torch.device("cpu"), torch.bfloat16, 64) == "products"
-    with pytest.raises(ValueError, match="no operator"):
-        attention(*inputs(torch.float32), backend="xformers")
+def test_shapes_that_were_not_measured_take_pytorchs_on_any_gpu(fake_xformers: types.ModuleType) -> None:
+    assert active_backend(torch.device("cpu"), torch.float32) == "sdpa"
+    assert active_backend(torch.device("cpu"), torch.bfloat16) == "products"
+    assert active_backend(torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert active_backend(torch.device("cuda"), torch.float32) == "sdpa"
 
 
-def test_missing_xformers_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(attention_module, "active_backend", on_any_device)
-    attention_module._try_xformers.cache_clear()
-    check("auto", torch.float32, "cpu")
+def test_a_package_that_is_missing_or_has_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages._try.cache_clear()
+    with pytest.raises(ValueError, match=r"flash4 does not run .*flash-attn-4 is not installed"):
+        attention(*inputs(torch.float32), backend="flash4")
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: name)
+    packages._try.cache_clear()
+    with pytest.raises(ValueError, match="it needs a GPU"):
+        attention(*inputs(torch.float32), backend="flash4")
+    packages._try.cache_clear()
 
 
-def test_xformers_without_an_operator_is_not_taken(fake_xformers: types.ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("libcudart.so.12: cannot open shared object file"), "OSError: libcudart.so.12: cannot open"),
+        (AttributeError("module 'cutlass' has no attribute 'cute'"), "AttributeError: module 'cutlass'"),
+        (TypeError(), "TypeError: "),
+        (
+            NotImplementedError(
+                "No operator found for `memory_efficient_attention_forward` with inputs:\n     p : 0.0\n"
+                "`fa2F@2.5.7-pt` is not supported because:\n    xFormers wasn't build with CUDA support\n"
+                "`cutlassF-pt` is not supported because:\n    requires device with capability"
+            ),
+            "fa2F@2.5.7-pt: xFormers wasn't build with CUDA support; cutlassF-pt: requires",
+        ),
+    ],
+)
+def test_why_a_package_does_not_run_is_told(error: Exception, told: str, fake_xformers: types.ModuleType) -> None:
+    """A wheel for another CUDA, or a broken package beside it, is a reason and no crash."""
+
     def refuse(*_: Tensor) -> None:
-        raise NotImplementedError("No operator found")
+        raise error
 
     fake_xformers.memory_efficient_attention_forward_requires_grad = refuse
+    assert packages.why_not("xformers", torch.device("cpu"), torch.float32, 16).startswith(told)
     check("auto", torch.float32, "cpu")
-    with pytest.raises(ValueError, match="no operator"):
+    with pytest.raises(ValueError, match="xformers does not run"):
         attention(*inputs(torch.float32), backend="xformers")
 
 
-@pytest.mark.parametrize("has_operator", [True, False])
-def test_the_choice_and_the_operator_compile_as_one_graph(fake_xformers: types.ModuleType, has_operator: bool) -> None:
+def test_a_packages_operator_compiles_as_one_graph(fake_xformers: types.ModuleType) -> None:
     calls = []
     forward = fake_xformers.memory_efficient_attention_forward_requires_grad
-
-    def counted(*args: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(args)
-        if not has_operator:
-            raise NotImplementedError("No operator found")
-        return forward(*args)
-
-    fake_xformers.memory_efficient_attention_forward_requires_grad = counted
+    fake_xformers.memory_efficient_attention_forward_requires_grad = lambda *args: calls.append(args) or forward(*args)
     q, k, v = inputs(torch.float32)
     torch._dynamo.reset()  # the choice is a constant of the compiled function
-    out = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v)
-    assert len(calls) == 1 + has_operator, "the trial, and the call itself where xformers runs"
+    compiled = torch.compile(lambda *given: attention(*given, backend="xformers"), fullgraph=True, backend="aot_eager")
+    out = compiled(q, k, v)
+    assert len(calls) == 2, "the trial, and the call itself"
     torch.testing.assert_close(out.double(), textbook(q, k, v), rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
     wanted = torch.autograd.grad(textbook(q, k, v).square().sum(), (q, k, v))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mam2.engine.finetune_config import AugmentConfig
+from mam2.engine.train import augment as augmenting
 from mam2.engine.train import operations
 from mam2.engine.train.augment import augment, feature_scales, mix, path_scales, smoothed
 from mam2.engine.train.operations import OPERATIONS
@@ -188,3 +190,67 @@ def test_features_are_dropped_by_share_and_keep_their_mean():
     assert set(scales.unique().tolist()) == {0.0, 2.0}
     assert float(scales.mean()) == pytest.approx(1, abs=0.05)
     assert torch.equal(scales[8:12], feature_scales(4, 256, 0.5, **KEY, first_sample=8, device=torch.device("cpu")))
+
+
+EVERYTHING = {
+    "data": {"views": 2, "size": 24, "frames": 4},
+    "model": {"classes": 5, "depth": 2, "width": 12},
+    "augment": {"operations": 3, "share": 1.0, "erase": 0.5},
+    "head": {"dropout": 0.3},
+    "optim": {"drop_path": 0.2, "batch": 8},
+}
+
+
+def test_all_draws_of_a_batch_are_sent_in_one_copy(small_finetuning, monkeypatch):
+    """The same as by the parts, each of which sends its own."""
+    config, video, labels = small_finetuning(**EVERYTHING), clips(8), torch.arange(8) % 5
+    key = {"seed": config.run.seed, "step": 7, "first_sample": 16}
+    on_cpu = {**key, "device": torch.device("cpu")}
+    mixed = mix(augment(video, config.augment, **key), labels, 5, config.augment, views=2, **key)
+    expected = (*mixed, path_scales(8, 2, 0.2, **on_cpu), feature_scales(8, 12, 0.3, **on_cpu))
+    copies, to = [], torch.Tensor.to
+
+    def counted(self, *given, **options):
+        if options.get("non_blocking"):
+            copies.append(self.dtype)
+        return to(self, *given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    found = augmenting.prepare(video, labels, config, step=7, first_sample=16)
+    assert copies == [torch.uint8]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert [part.dtype for part in found] == [torch.uint8, torch.float32, torch.float32, torch.float32]
+
+
+def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, monkeypatch):
+    """Traced on tensors without values: any other copy would wait for the step that is running."""
+    config = small_finetuning(**{**EVERYTHING, "augment": {"operations": 4, "share": 1.0, "erase": 0.0}})
+    between = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            tensors = [part for part in (*args, found) if isinstance(part, torch.Tensor)]
+            if len({part.device.type for part in tensors if part.ndim}) > 1 or "local_scalar" in str(function):
+                between.append(str(function))
+            return found
+
+    def sent(drawn, device):
+        copies = [
+            [torch.empty(a.shape, dtype=torch.from_numpy(a).dtype, device=device) for a in one.arrays] for one in drawn
+        ]
+        return [augmenting.functools.partial(one.apply, those) for one, those in zip(drawn, copies, strict=True)]
+
+    def empty(values, device):
+        return torch.empty(len(values), device=device)
+
+    monkeypatch.setattr(augmenting, "send", sent)
+    monkeypatch.setattr(operations, "constant", empty)
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, lambda *given, made=name, **_: between.append(made))
+    labels = torch.arange(8) % 5
+    video = torch.empty(8, 4, 24, 24, 3, dtype=torch.uint8, device="meta").permute(0, 4, 1, 2, 3)
+    with Watch():
+        found = augmenting.prepare(video, labels, config, step=7, first_sample=0)
+    assert all(part.device.type == "meta" for part in found)
+    assert between == []

@@ -16,7 +16,7 @@ from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.recipe import load_recipe
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.peak import measured_peak_flops
+from mam2.engine.train.peak import measured_peak_flops, used_gib
 from mam2.engine.train.plan import GPUS, UTILISATION, make_plan
 from mam2.engine.train.runtime import autocast
 from mam2.kernels import tube_mask
@@ -168,6 +168,24 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str) -> None:
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert estimated["weights"] == held
     assert estimated["AdamW's moments"] == 2 * held
+
+
+def test_a_gpu_holds_the_tokenizers_activations_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it has done its work before the step begins."""
+    config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
+    with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})
+    on_gpu, cached = (make_plan(one, gpu="h200").memory["activations"] for one in (config, with_cache))
+    on_cpu = make_plan(config).memory["activations"]
+    plan = make_plan(config, gpu="h200")
+    frames = min(64, config.optim.batch * config.tokenized_frames)
+    tokenizing = plan.parts["tokenizer"].held_bytes * frames / config.tokenized_frames
+    assert on_gpu == cached + tokenizing
+    assert on_cpu == max(cached, tokenizing)
+
+
+def test_memory_in_use_counts_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    assert used_gib(torch.device("cuda", 0)) == 20
 
 
 def test_the_peak_is_measured_once() -> None:

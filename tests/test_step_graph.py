@@ -1,12 +1,16 @@
 """The choice between launching a step's kernels one by one and replaying them; on a CPU with a recorder of our own."""
 
+import contextlib
 import dataclasses
 import math
+import threading
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mam2.engine.config import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.recipe import load_recipe
 from mam2.engine.train import step_graph
@@ -69,9 +73,11 @@ def batch(number, device="cpu"):
     return clips.to(device), torch.randint(CODES, (BATCH, 64), generator=generator).to(device)
 
 
-def choose(take, recorder):
+def choose(take, recorder, **options):
     arguments = take._arguments(0, [batch(0)], 0)
-    choice = step_graph.choose(recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder)
+    choice = step_graph.choose(
+        recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder, **options
+    )
     take._take = choice.take
     return choice
 
@@ -159,6 +165,128 @@ def test_what_cannot_be_recorded_is_launched(monkeypatch):
     )
     run_steps(take), run_steps(plain)
     assert equal(state(take), state(plain))
+
+
+def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch):
+    class Refuses(Replayer):
+        def record(self, work):
+            raise NotImplementedError
+
+    assert choose(build(), Refuses(monkeypatch)).reason.endswith("it cannot be a CUDA graph (NotImplementedError)")
+
+
+def test_memory_of_launched_steps_is_released_before_a_graph_takes_its_own(monkeypatch):
+    class Watched(Replayer):
+        def __init__(self, patch):
+            super().__init__(patch)
+            self.events, self.depth = [], 0
+
+        def note(self, name, work):
+            def noted(*arguments):
+                if not self.depth and (not self.events or self.events[-1] != name):
+                    self.events.append(name)
+                self.depth += 1
+                found = work(*arguments)
+                self.depth -= 1
+                return found
+
+            return noted
+
+        def timed(self, take):
+            return self.note("launch", super().timed(take))
+
+        def record(self, work):
+            replay, values = self.note("record", super().record)(work)
+            return self.note("replay", replay), values
+
+        def release(self):
+            self.events.append("release")
+
+    recorder = Watched(monkeypatch)
+    choose(build(), recorder)
+    assert recorder.events == ["launch", "release", "launch", "release", "record", "replay", "release"]
+
+
+def test_a_graph_that_is_asked_for_is_not_compared(monkeypatch):
+    plain, asked = build(), build()
+    choice = choose(asked, Replayer(monkeypatch, replayed=3.0), compare=False)
+    assert isinstance(choice.take, StepGraph)
+    assert choice.reason == "one CUDA graph: run.graph is on, nothing was compared"
+    run_steps(plain), run_steps(asked)
+    assert equal(state(asked), state(plain))
+
+
+def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(monkeypatch):
+    class Refuses(Replayer):
+        def record(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(UserError, match=r"run\.graph on: .*not permitted.*; set run\.graph auto or off"):
+        choose(build(), Refuses(monkeypatch), compare=False)
+    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph is for a GPU"):
+        build(graph="on").settle(0, [batch(0)])
+
+
+def test_another_thread_may_wait_for_the_device_meanwhile(monkeypatch):
+    """As the loader's does for its copies: the debug mode is one for all threads."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    def elsewhere():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+
+    assert step_graph.waits_for_device(elsewhere) == ""
+    assert step_graph.waits_for_device(wait) == "called a synchronizing CUDA operation"
+    assert modes == ["warn", 0] * 2
+
+
+def test_a_capture_minds_its_own_thread_only(monkeypatch):
+    options = []
+
+    @contextlib.contextmanager
+    def graph(recorded, **given):
+        options.append(given)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", torch.nn.Identity)
+    monkeypatch.setattr(torch.nn.Identity, "replay", None, raising=False)
+    assert step_graph.CudaRecorder().record(dict)[1] == {}
+    assert options == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+
+
+def test_the_host_is_at_most_two_steps_ahead():
+    done, queued = [], []
+
+    class Event:
+        def record(self):
+            queued.append(self)
+
+        def synchronize(self):
+            done.append(self)
+
+    take = build()
+    take._lead = step_graph.Lead(Event)
+    for step in range(5):
+        take(step, [batch(step)], 1e-3, inspect=False)
+        assert len(queued) == step + 1
+        assert done == queued[: max(step - 1, 0)]
+
+
+def test_recomputing_reads_no_random_state(monkeypatch):
+    """It cannot be read while a graph is recorded."""
+    plain, again = build(), build(recompute=True)
+    expected = run_steps(plain)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    for mine, theirs in zip(run_steps(again), expected, strict=True):
+        assert equal(list(mine.values()), list(theirs.values()))
 
 
 def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):

@@ -1,9 +1,9 @@
 """Scaled dot-product attention: one function, several implementations.
 
 Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
-Where attention_choice.py has measured a shape, its winner runs. Elsewhere `xformers.ops.memory_efficient_attention`
-does where it has an operator (CUDA, FlashAttention or CUTLASS); on a CPU in bfloat16 two matrix products around a
-softmax (`products`); PyTorch's `scaled_dot_product_attention` does the rest.
+Where attention_choice.py has measured a shape, its winner runs: one of PyTorch's kernels, or xformers or
+FlashAttention 4 where they are installed. Elsewhere PyTorch's `scaled_dot_product_attention` chooses its kernel (on
+Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
 
 In 16 bits the keys are centred first. While a model is young its tokens resemble each other, and the gradient of the
 scores is a small difference of large numbers, whose rounding errors (in flash attention those of the row sums of
@@ -14,8 +14,7 @@ too. `products` rounds the large numbers themselves, gradient times values, so i
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["auto", "xformers", "products", "sdpa", "flash", "efficient", "cudnn"]
+from mam2.engine.model.attention_packages import OPERATORS, why_not
+
+Backend = Literal["auto", "xformers", "flash4", "products", "sdpa", "flash", "efficient", "cudnn"]
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -31,8 +32,18 @@ KERNELS = {
 }
 """Kernels of PyTorch's function, forced one by one; `sdpa` leaves the choice to it."""
 
-CHOSEN: dict[tuple[str, torch.dtype, int, int, int], Backend] = {}
-"""Device type, dtype, queries, keys and values a head -> the implementation measured to be the fastest."""
+Key = tuple[str, torch.dtype, int, int, int, int]
+"""Device type, dtype, queries, keys, heads and values a head."""
+_chosen: dict[Key, Backend] = {}
+
+
+def set_choices(choices: Mapping[Key, Backend]) -> None:
+    """From now on `attention(backend="auto")` runs these for their shapes, and what was set before for none.
+
+    To be called before anything is compiled: a compiled function keeps the choice that it was traced with.
+    """
+    _chosen.clear()
+    _chosen.update(choices)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", center: bool = True) -> Tensor:
@@ -49,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
 
     Raises:
-        ValueError: an unknown backend, shapes that do not fit together, or xformers forced where it has no operator.
+        ValueError: an unknown backend, shapes that do not fit together, or a package forced where it does not run.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, found {backend!r}")
@@ -59,19 +70,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
             f"found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if backend == "auto":
-        backend = _chosen(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[-1])
+        backend = _choice(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[2], q.shape[3])
     if backend == "auto":
-        backend = active_backend(q.device, q.dtype, q.shape[-1])
-    elif backend == "xformers" and active_backend(q.device, q.dtype, q.shape[-1]) != "xformers":
+        backend = active_backend(q.device, q.dtype)
+    if backend in OPERATORS and (reason := why_not(backend, q.device, q.dtype, q.shape[-1])):  # type: ignore[arg-type]
         raise ValueError(
-            f"backend: xformers has no operator for {q.dtype} on {q.device} with {q.shape[-1]} values a head; "
-            "use 'auto' or 'sdpa', or install the xformers that fits this torch"
+            f"backend: {backend} does not run for {q.dtype} on {q.device} with {q.shape[-1]} values a head ({reason}); "
+            "use 'auto' or 'sdpa'"
         )
     center = center and q.dtype in (torch.bfloat16, torch.float16)
     if center:
         k = k - k.detach().mean(1, keepdim=True)  # detached: the function does not depend on it
     if backend == "xformers":
         return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
+    if backend == "flash4":
+        return torch.ops.mam2_engine.flash_attention_4(q, k, v)[0]
     if backend == "products":
         if center:
             common = v.detach().mean(1, keepdim=True)
@@ -93,78 +106,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _chosen(device: str, dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> Backend:
-    return CHOSEN.get((device, dtype, queries, keys, head_dim), "auto")
+def _choice(device: str, dtype: torch.dtype, queries: int, keys: int, heads: int, head_dim: int) -> Backend:
+    return _chosen.get((device, dtype, queries, keys, heads, head_dim), "auto")
 
 
-def active_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Literal["xformers", "products", "sdpa"]:
+def active_backend(device: torch.device, dtype: torch.dtype) -> Literal["products", "sdpa"]:
     """The implementation that `attention(backend="auto")` runs for shapes that were not measured."""
-    if device.type == "cpu":
-        # The fused kernel's bfloat16 backward pass is slower than its float32 one there.
-        return "products" if dtype == torch.bfloat16 else "sdpa"
-    return "xformers" if device.type == "cuda" and _xformers_runs(device, dtype, head_dim) else "sdpa"
-
-
-# Dynamo takes the answer as given: traced, the trial would meet fakes that never refuse. It looks through a cache
-# to the function below it, so the two decorators cannot share one.
-@torch.compiler.assume_constant_result
-def _xformers_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    return _try_xformers(device, dtype, head_dim)
-
-
-@functools.cache
-def _try_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether xformers is installed and runs forward and backward for such inputs, found out by trying once."""
-    if importlib.util.find_spec("xformers") is None:
-        return False
-    q, k, v, grad = (torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype) for _ in range(4))
-    try:
-        out, log_sum_exp = _memory_efficient_attention(q, k, v)
-        _memory_efficient_attention_backward(grad, out, log_sum_exp, q, k, v)
-    except (ImportError, ValueError, RuntimeError):  # no operator for these inputs, or a wheel for another torch
-        return False
-    return True
-
-
-# `memory_efficient_attention` is called as its two halves inside a custom operator, because Dynamo cannot trace its
-# dispatch; outputs are made contiguous so that they are what the fakes promise, whichever kernel ran.
-@torch.library.custom_op("mam2_engine::memory_efficient_attention", mutates_args=())
-def _memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B,N,H,K], k and v [B,M,H,K] -> output [B,N,H,K] and its log-sum-exp [B,H,N], float32."""
-    from xformers.ops import memory_efficient_attention_forward_requires_grad
-
-    out, log_sum_exp = memory_efficient_attention_forward_requires_grad(q, k, v)
-    return out.contiguous(), log_sum_exp[..., : q.shape[1]].contiguous()  # CUTLASS pads it to a multiple of 32
-
-
-@_memory_efficient_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
-
-
-@torch.library.custom_op("mam2_engine::memory_efficient_attention_backward", mutates_args=())
-def _memory_efficient_attention_backward(
-    grad: Tensor, out: Tensor, log_sum_exp: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from the gradient of the output, all [B,·,H,K]."""
-    from xformers.ops import memory_efficient_attention_backward
-
-    grads = memory_efficient_attention_backward(grad.contiguous(), out, log_sum_exp, q, k, v)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-
-
-@_memory_efficient_attention_backward.register_fake
-def _(grad: Tensor, out: Tensor, log_sum_exp: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_for_backward(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs)
-
-
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mam2_engine.memory_efficient_attention_backward(grad, *ctx.saved_tensors)
-
-
-_memory_efficient_attention.register_autograd(_backward, setup_context=_save_for_backward)
+    # The fused kernel's bfloat16 backward pass is slower than its float32 one on a CPU.
+    return "products" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"

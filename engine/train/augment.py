@@ -5,21 +5,26 @@ Everything drawn for a clip is keyed by (seed, step, the clip's place in the ste
 out to any number of processes, a step sees the same. All frames of a clip get the same; operations that look at the
 picture (equalize, autocontrast, contrast) look at the whole clip, so that none makes still things flicker.
 
+Everything is drawn on the host; `prepare` sends it to the device in one copy, which waits for nothing, and what is done
+with it is only queued.
+
 RandAugment "m7-n4-mstd0.5-inc1", VideoMAE's choice of timm's variants; it comes after the crop here, before it there.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mam2.engine.finetune_config import AugmentConfig
+from mam2.engine.finetune_config import AugmentConfig, FinetuneConfig
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
-from mam2.engine.train.operations import OPERATIONS, Operation
+from mam2.engine.train.operations import OPERATIONS, Operation, constant
 
 _RAND_AUGMENT, _ERASE, _MIX, _DROP = range(16, 20)  # beside those of mam2.engine.data.sampling
 ERASED_AREA = (0.02, 1 / 3)
@@ -27,6 +32,67 @@ ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = 10 / 3
 """Aspect ratios are drawn log-uniformly from its inverse to it."""
 ERASE_TRIES = 10
+ALIGNMENT = 16
+"""Bytes that an array starts at a multiple of in what is sent to the device."""
+
+
+class Drawn(NamedTuple):
+    """What was drawn on the host for a batch."""
+
+    arrays: list[Any]
+    """NumPy arrays that the device needs."""
+    apply: Callable[..., Any]
+    """Called with these arrays as tensors on the device, and with what the draws are applied to."""
+
+
+class Prepared(NamedTuple):
+    """What a fine-tuning objective takes, on the device."""
+
+    video: Tensor
+    """[B, C, T, H, W] uint8, augmented and mixed."""
+    targets: Tensor
+    """[B, V] float32, each summing to 1."""
+    path_scales: Tensor | None
+    feature_scales: Tensor | None
+
+
+def prepare(video: Tensor, labels: Tensor, config: FinetuneConfig, *, step: int, first_sample: int) -> Prepared:
+    """All that fine-tuning does to a batch.
+
+    Args:
+        video: [B, C, T, H, W] uint8, any strides; B as for `mix`.
+        labels: [B] int64 on the CPU, 0 to V - 1.
+        config: its augmentation, model, head and optimiser tables.
+        step: optimiser step.
+        first_sample: the first clip's place in the step's batch.
+    """
+    model, count, height, width = config.model, len(video), *video.shape[-2:]
+    key = (config.run.seed, step, first_sample)
+    drawn = [
+        _draw_augmentation(config.augment, (height, width), count, *key),
+        _draw_mixing(config.augment, (height, width), count, config.data.views, model.classes, *key),
+        _draw_paths(count, model.depth, config.optim.drop_path, *key),
+        _draw_features(count, model.width, config.head.dropout, *key),
+        Drawn([labels.numpy()], lambda sent: sent[0]),
+    ]
+    augmented, mixed, paths, features, sent_labels = send(drawn, video.device)
+    clips, targets = mixed(augmented(video), sent_labels())
+    return Prepared(clips, targets, paths(), features())
+
+
+def send(drawn: Sequence[Drawn], device: torch.device) -> list[Callable[..., Any]]:
+    """Copies all arrays to a device, packed into one that is pinned: `apply` of each, with its tensors at hand."""
+    arrays = [np.ascontiguousarray(array) for one in drawn for array in one.arrays]
+    starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]).tolist()
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, array in zip(starts, arrays, strict=False):
+        host.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    packed = host.to(device, non_blocking=True)
+    tensors = iter(
+        packed[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    )
+    return [functools.partial(one.apply, [next(tensors) for _ in one.arrays]) for one in drawn]
 
 
 def augment(video: Tensor, config: AugmentConfig, *, seed: int, step: int, first_sample: int) -> Tensor:
@@ -35,20 +101,38 @@ def augment(video: Tensor, config: AugmentConfig, *, seed: int, step: int, first
     video: [B, C, T, H, W] uint8, any strides; of it a new one is returned. first_sample: its first clip's place in the
     step's batch.
     """
-    video = video.clone(memory_format=torch.preserve_format)
-    samples = range(first_sample, first_sample + len(video))
+    size = (video.shape[-2], video.shape[-1])
+    (apply,) = send([_draw_augmentation(config, size, len(video), seed, step, first_sample)], video.device)
+    return apply(video)
+
+
+def _draw_augmentation(
+    config: AugmentConfig, size: tuple[int, int], count: int, seed: int, step: int, first_sample: int
+) -> Drawn:
+    samples = range(first_sample, first_sample + count)
     plans = [_plan(config, _generator(_RAND_AUGMENT, seed, step, sample)) for sample in samples]
+    operations: list[Operation] = []
+    arrays: list[Any] = []
     for number in range(config.operations):
         for operation in OPERATIONS:
             rows = [row for row, plan in enumerate(plans) if plan[number][0] is operation]
             if rows:
-                strengths = video.new_tensor([plans[row][number][1] for row in rows], dtype=torch.float32)
-                chosen = torch.tensor(rows, device=video.device)
-                changed = operation.apply(video[chosen].float(), strengths)
-                video[chosen] = changed.round_().clamp_(0, 255).to(torch.uint8)
-    for row, sample in enumerate(samples):
-        _erase(video[row], config.erase, _generator(_ERASE, seed, step, sample))
-    return video
+                operations.append(operation)
+                strengths = [plans[row][number][1] for row in rows]
+                arrays += [np.array(rows, np.int64), np.array(strengths, np.float32)]
+    boxes = [_draw_box(size, config.erase, _generator(_ERASE, seed, step, sample)) for sample in samples]
+
+    def apply(sent: Sequence[Tensor], video: Tensor) -> Tensor:
+        video = video.clone(memory_format=torch.preserve_format)
+        for operation, chosen, strengths in zip(operations, sent[::2], sent[1::2], strict=True):
+            changed = operation.apply(video[chosen].float(), strengths)
+            video[chosen] = changed.round_().clamp_(0, 255).to(torch.uint8)
+        for row, box in enumerate(boxes):
+            if box:
+                _erase(video[row, ..., box.rows, box.columns], box.seed)
+        return video
+
+    return Drawn(arrays, apply)
 
 
 def _plan(config: AugmentConfig, generator: np.random.Generator) -> list[tuple[Operation | None, float]]:
@@ -64,25 +148,36 @@ def _plan(config: AugmentConfig, generator: np.random.Generator) -> list[tuple[O
     return plan
 
 
-def _erase(clip: Tensor, chance: float, generator: np.random.Generator) -> None:
-    """Puts noise into a box of a clip [C, T, H, W], the same box in every frame: normal with ImageNet's statistics."""
+class _Box(NamedTuple):
+    rows: slice
+    columns: slice
+    seed: int
+    """Of the noise in it."""
+
+
+def _draw_box(size: tuple[int, int], chance: float, generator: np.random.Generator) -> _Box | None:
+    """A box of a frame to be erased, or none."""
+    height, width = size
     if generator.random() >= chance:
-        return
-    height, width = clip.shape[-2:]
+        return None
     for _ in range(ERASE_TRIES):
         area = generator.uniform(*ERASED_AREA) * height * width
         aspect = math.exp(generator.uniform(-math.log(ERASED_ASPECT), math.log(ERASED_ASPECT)))
         high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if high < height and wide < width:
-            top, left = generator.integers(height - high + 1), generator.integers(width - wide + 1)
-            box = clip[..., top : top + high, left : left + wide]
-            # a box of noise is too much to draw on the host
-            noise = torch.Generator(clip.device).manual_seed(int(generator.integers(2**63)))
-            drawn = torch.randn(box.shape, generator=noise, device=clip.device)
-            mean, std = (255 * clip.new_tensor(values, dtype=torch.float32) for values in (PIXEL_MEAN, PIXEL_STD))
-            pixels = drawn * std[:, None, None, None] + mean[:, None, None, None]
-            box.copy_(pixels.round_().clamp_(0, 255))
-            return
+            top, left = int(generator.integers(height - high + 1)), int(generator.integers(width - wide + 1))
+            return _Box(slice(top, top + high), slice(left, left + wide), int(generator.integers(2**63)))
+    return None
+
+
+def _erase(box: Tensor, seed: int) -> None:
+    """Puts noise into a box [C, T, h, w] of a clip, another in every frame: normal with ImageNet's statistics."""
+    # a box of noise is too much to draw on the host
+    noise = torch.Generator(box.device).manual_seed(seed)
+    drawn = torch.randn(box.shape, generator=noise, device=box.device)
+    mean, std = (255 * constant(values, box.device) for values in (PIXEL_MEAN, PIXEL_STD))
+    pixels = drawn * std[:, None, None, None] + mean[:, None, None, None]
+    box.copy_(pixels.round_().clamp_(0, 255))
 
 
 def mix(
@@ -110,26 +205,45 @@ def mix(
     Returns:
         Clips like `video` and targets [B, V] float32, each summing to 1.
     """
-    targets = smoothed(labels, classes, config.label_smoothing)
+    size = (video.shape[-2], video.shape[-1])
+    drawn = _draw_mixing(config, size, len(video), views, classes, seed, step, first_sample)
+    (apply,) = send([drawn], video.device)
+    return apply(video, labels)
+
+
+def _draw_mixing(
+    config: AugmentConfig,
+    size: tuple[int, int],
+    count: int,
+    views: int,
+    classes: int,
+    seed: int,
+    step: int,
+    first_sample: int,
+) -> Drawn:
     if not config.mixes:
-        return video, targets
-    partner = np.arange(len(video)).reshape(-1, 2, views)[:, ::-1].reshape(-1)
+        return Drawn([], lambda _, video, labels: (video, smoothed(labels, classes, config.label_smoothing)))
+    partner = np.arange(count).reshape(-1, 2, views)[:, ::-1].reshape(-1)
     draws = [
-        _mixture(config, video.shape[-2:], _generator(_MIX, seed, step, first_sample + min(row, int(other))))
+        _mixture(config, size, _generator(_MIX, seed, step, first_sample + min(row, int(other))))
         for row, other in enumerate(partner)
     ]
-    other = torch.from_numpy(partner.copy()).to(video.device)
-    weight = torch.tensor([draw[0] for draw in draws], dtype=torch.float32).to(video.device)
-    mixed = torch.empty_like(video)
-    for row, (share, box) in enumerate(draws):
-        mine, its = video[row], video[int(partner[row])]
-        if box is None:
-            mixed[row] = torch.lerp(its.float(), mine.float(), share).round_().to(torch.uint8)
-        else:
-            rows, columns = box
-            mixed[row] = mine
-            mixed[row, ..., rows, columns] = its[..., rows, columns]
-    return mixed, torch.lerp(targets[other], targets, weight[:, None])
+
+    def apply(sent: Sequence[Tensor], video: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        other, weight = sent
+        targets = smoothed(labels, classes, config.label_smoothing)
+        mixed = torch.empty_like(video)
+        for row, (share, box) in enumerate(draws):
+            mine, its = video[row], video[int(partner[row])]
+            if box is None:
+                mixed[row] = torch.lerp(its.float(), mine.float(), share).round_().to(torch.uint8)
+            else:
+                rows, columns = box
+                mixed[row] = mine
+                mixed[row, ..., rows, columns] = its[..., rows, columns]
+        return mixed, torch.lerp(targets[other], targets, weight[:, None])
+
+    return Drawn([partner.astype(np.int64), np.array([share for share, _ in draws], np.float32)], apply)
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -162,27 +276,37 @@ def path_scales(
 
     A branch of block k is left out with a chance of drop_path · k / (depth - 1), for each clip by itself.
     """
+    (apply,) = send([_draw_paths(clips, depth, drop_path, seed, step, first_sample)], device)
+    return apply()
+
+
+def _draw_paths(clips: int, depth: int, drop_path: float, seed: int, step: int, first_sample: int) -> Drawn:
     if not drop_path:
-        return None
+        return Drawn([], lambda _: None)
     stay = 1 - np.linspace(0, drop_path, depth)[:, None]
     drawn = [
         _generator(_DROP, seed, step, sample).random((depth, 2)) for sample in range(first_sample, first_sample + clips)
     ]
     scales = np.stack([(draw < stay) / stay for draw in drawn], axis=-1)
-    return torch.from_numpy(scales).float().to(device)
+    return Drawn([scales.astype(np.float32)], lambda sent: sent[0])
 
 
 def feature_scales(
     clips: int, width: int, dropout: float, *, seed: int, step: int, first_sample: int, device: torch.device
 ) -> Tensor | None:
     """For dropout of features, float32 [B, D]: 0, or 1 / (1 - dropout); None without it."""
+    (apply,) = send([_draw_features(clips, width, dropout, seed, step, first_sample)], device)
+    return apply()
+
+
+def _draw_features(clips: int, width: int, dropout: float, seed: int, step: int, first_sample: int) -> Drawn:
     if not dropout:
-        return None
+        return Drawn([], lambda _: None)
     drawn = [
         _generator(_DROP, seed, step, sample, part=1).random(width)
         for sample in range(first_sample, first_sample + clips)
     ]
-    return torch.from_numpy((np.stack(drawn) >= dropout) / (1 - dropout)).float().to(device)
+    return Drawn([((np.stack(drawn) >= dropout) / (1 - dropout)).astype(np.float32)], lambda sent: sent[0])
 
 
 def _generator(purpose: int, seed: int, step: int, sample: int, part: int = 0) -> np.random.Generator:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine.config import UserError
+from mam2.engine.config import UserError, passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.lists import check_source
 from mam2.engine.data.loader import ClipLoader
@@ -27,18 +27,20 @@ from mam2.engine.files import check_apart
 from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
 from mam2.engine.interop.load import load_encoder
 from mam2.engine.model import costs
+from mam2.engine.model.attention_choice import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
 from mam2.engine.recipe import from_dict
 from mam2.engine.train import augment, checkpoint
+from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
 from mam2.engine.train.distributed import World
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.metrics import read_log
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import build_layered_optimizer
-from mam2.engine.train.runtime import autocast
+from mam2.engine.train.runtime import autocast, matmul_dtype
 from mam2.engine.train.session import Session, started
 from mam2.engine.train.step import Step
 from mam2.engine.train.weights import find_weights
@@ -112,6 +114,10 @@ class _Finetuning:
         self.loader = session.open_loader()
         config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder, options))
         session.config = config
+        clips = config.optim.batch // (world.size * passes(config, world.size))
+        dtype, shapes = matmul_dtype(config.run, session.device), classifier_shapes(config, clips)
+        for line in use_fastest(shapes, session.device, dtype, run=session.folder, share=world.share):
+            session.log.say(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, embeddings)
         if pretrained:
@@ -119,7 +125,6 @@ class _Finetuning:
             model.encoder.load_state_dict(weights)
         self.take = FinetuneStep(config, model, session.device, world)
         self.flops = _flops(config)
-        self.head_width = config.model.width // config.model.heads
 
         # validated apart: an averaged, compiled or sharded model needs no other way
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
@@ -136,9 +141,12 @@ class _Finetuning:
         self._note_unusable()
         self._validated, self._best = world.share(self._begin)
 
-    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor]]:
-        for batch in self.loader.stream(first_step=first_pass):
-            yield batch, batch.label.to(self._session.device)
+    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Prepared]]:
+        prepared = (
+            (batch, self.take.prepare(number, batch.clip.permute(0, 4, 1, 2, 3), batch.label))
+            for number, batch in enumerate(self.loader.stream(first_step=first_pass), first_pass)
+        )
+        return _beside_the_step(prepared, self._session.device)
 
     def between(self, step: int, steps: int) -> None:
         """Validates each `test.every` epochs and at the end, but no step twice."""
@@ -264,6 +272,30 @@ def _described(encoder: Encoder) -> EncoderConfig:
     )
 
 
+def _beside_the_step(
+    prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
+) -> Iterator[tuple[Batch, Prepared]]:
+    """The same pairs. On a GPU they are made on a stream of their own, which does not wait for the step before: while
+    that one runs, the next batch is augmented."""
+    if device.type != "cuda":
+        yield from prepared
+        return
+    beside = torch.cuda.Stream(device)
+    while True:
+        step = torch.cuda.current_stream(device)
+        with torch.cuda.stream(beside):
+            # The loader notes the current stream as a user of the clip's memory.
+            taken = next(prepared, None)
+        if taken is None:
+            return
+        step.wait_stream(beside)
+        # Allocated on other streams, which must not reuse the memory before the step is done with it.
+        for tensor in (taken[0].clip, *taken[1]):
+            if tensor is not None:
+                tensor.record_stream(step)
+        yield taken
+
+
 def _flops(config: FinetuneConfig) -> float:
     """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
     model, (slots, rows, columns) = config.model, config.grid
@@ -302,7 +334,7 @@ class ClassifierObjective(Objective):
 
 
 class FinetuneStep(Step):
-    """A step of fine-tuning: what goes with a video are its labels, int64 [B] on the device."""
+    """A step of fine-tuning: what goes with a video is what `prepare` made of it and its labels."""
 
     config: FinetuneConfig
     model: Classifier
@@ -321,15 +353,14 @@ class FinetuneStep(Step):
     def build_optimizer(self) -> torch.optim.AdamW:
         return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim)
 
-    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Tensor) -> tuple[Any, ...]:
-        config, model = self.config, self.config.model
-        key = {"seed": config.run.seed, "step": step, "first_sample": first_sample}
-        video = augment.augment(video, config.augment, **key)
-        video, targets = augment.mix(video, beside, model.classes, config.augment, views=config.data.views, **key)
-        count, device = len(video), video.device
-        paths = augment.path_scales(count, model.depth, config.optim.drop_path, **key, device=device)
-        features = augment.feature_scales(count, model.width, config.head.dropout, **key, device=device)
-        return video, targets, paths, features
+    def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
+        """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
+        step, index = divmod(number, self.passes)
+        first_sample = (index * self.world.size + self.world.rank) * len(video)
+        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
+
+    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Prepared) -> tuple[Any, ...]:
+        return tuple(beside)
 
     def extra_state(self) -> Mapping[str, Tensor]:
         return self.average

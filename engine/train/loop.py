@@ -29,7 +29,7 @@ from mam2.engine.train import checkpoint
 from mam2.engine.train.distributed import Vote, first_line
 from mam2.engine.train.metrics import Line, Readout
 from mam2.engine.train.optimizer import learning_rate, long_warmup
-from mam2.engine.train.peak import measured_peak_flops
+from mam2.engine.train.peak import measured_peak_flops, used_gib
 from mam2.engine.train.runtime import compile_problem, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
@@ -69,10 +69,6 @@ class Task(Protocol):
     @property
     def flops(self) -> float:
         """FLOPs of a clip in a step."""
-
-    @property
-    def head_width(self) -> int:
-        """Values of an attention head of the model."""
 
     @property
     def shown(self) -> Mapping[str, str]:
@@ -125,7 +121,7 @@ class Loop:
         say(f"model   {task.title}: {parts} parameters")
         say(
             f"paths   kernels: {active_path(session.device)}; "
-            f"attention: {active_backend(session.device, dtype, task.head_width)}; "
+            f"attention: {active_backend(session.device, dtype)}{' where not measured' * bool(devices)}; "
             f"step: {take.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
         )
         shared = "" if take.passes == world.size == 1 else f" ({world.size} processes in {take.passes} passes)"
@@ -313,7 +309,7 @@ class Loop:
             for flag in line.bad:
                 self.in_a_row = self.in_a_row + 1 if flag else 0
             if session.device.type == "cuda":
-                numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                numbers["memory_gib"] = used_gib(session.device)
             session.log.write(line.steps[-1], numbers)
             shown = {**self.task.shown, **SHOWN}
             words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]

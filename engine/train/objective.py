@@ -71,7 +71,9 @@ class MAM2Objective(Objective):
         self._pixels = compiled(model.pixel_loss)
         self._motion = compiled(model.motion_loss)
         self._alignment = compiled(model.alignment_loss)
-        self._figures = compiled(self._inspect)
+        # on a CPU a few clips every few steps are not worth a compilation
+        on_gpu = next(model.parameters()).device.type != "cpu"
+        self._figures = compiled(self._inspect) if on_gpu else self._inspect
         balanced = config.loss.balance == "gradient"
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 

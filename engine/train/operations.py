@@ -7,6 +7,7 @@ ImageOps and ImageEnhance, with the clip in place of the picture.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +30,12 @@ class Operation(NamedTuple):
     """From a magnitude, 0 to 1."""
     signed: bool = False
     """Whether half of the clips get the strength with the opposite sign."""
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 on a device, copied there once: each such copy waits for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _grey(clips: Tensor) -> Tensor:
-    weights = clips.new_tensor(LUMA)[:, None, None, None]
+    weights = constant(LUMA, clips.device)[:, None, None, None]
     return (clips * weights).sum(1, keepdim=True).round().expand_as(clips)
 
 
@@ -150,7 +157,7 @@ def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tens
         row[0][:, None, None] * x + row[1][:, None, None] * y + row[2][:, None, None] for row in (x_row, y_row)
     )
     grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
-    fill = 255 * clips.new_tensor(PIXEL_MEAN)[:, None, None, None]
+    fill = 255 * constant(PIXEL_MEAN, clips.device)[:, None, None, None]
     # zeros are what grid_sample knows outside
     flat = (clips - fill).reshape(count, channels * frames, height, width)
     return F.grid_sample(flat, grid, align_corners=False).view_as(clips) + fill

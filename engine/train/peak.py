@@ -1,4 +1,4 @@
-"""The rate at which this machine multiplies large matrices: what utilisation is measured against."""
+"""What a device gives and what is taken of it: its rate of multiplying large matrices, and its memory in use."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         _finish(device)
         seconds.append(time.perf_counter() - start)
     return 2 * edge**3 / min(seconds)
+
+
+def used_gib(device: torch.device) -> float:
+    """GiB of a GPU that are in use: also those that DALI, NVDEC and cuDNN take beside PyTorch, and other processes.
+
+    PyTorch keeps what it has once taken, so that its own part is that of its peak.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 2**30
 
 
 def _finish(device: torch.device) -> None:

@@ -98,6 +98,8 @@ class Plan:
     gpus: int
     source: str
     """Where the tokenizer's size comes from."""
+    cuda: bool
+    """Whether the devices are GPUs."""
 
     @property
     def clips_a_pass(self) -> int:
@@ -111,7 +113,11 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes held at the peak of a step on one device; the tokenizer's activations come before the others."""
+        """Bytes held at the peak of a step on one device.
+
+        The tokenizer's activations are held beside the others on a GPU, where it works on the next batch during the
+        step, in memory of its own; before them on a CPU.
+        """
         clips, item = self.clips_a_pass, self.dtype.itemsize
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
@@ -120,12 +126,13 @@ class Plan:
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
+        tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
             "weights": state + tokenizer.parameters * costs.SINGLE,
             "gradients": state,
             "AdamW's moments": 2 * state,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
-            "activations": max(held, tokenizer.held_bytes * frames / self.config.tokenized_frames),
+            "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
 
@@ -197,7 +204,8 @@ class Plan:
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
         lines += [
-            "(the tokenizer is frozen: it is not among all parameters, and holds its activations before the others)",
+            "(the tokenizer is frozen: it is not among all parameters; its activations are held "
+            f"{'beside' if self.cuda else 'before'} the others)",
             f"AdamW    {_bytes(step)} of memory traffic per step, weights and gradients included",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
@@ -260,6 +268,7 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
         memory_gib=memory,
         utilisation=utilisation or UTILISATION[device.type],
         gpus=gpus,
+        cuda=device.type == "cuda",
         source=source
         + (", one of each frame" if config.tokenizer.frames == "all" else "")
         + (", read from tokenizer.cache" if config.tokenizer.cache else ""),

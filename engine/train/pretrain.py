@@ -17,7 +17,7 @@ from mam2.engine.config import PretrainConfig, check, passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.code_cache import check_cache
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_choice import choose
+from mam2.engine.model.attention_choice import shapes_of, use_fastest
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -94,18 +94,10 @@ class _Pretraining:
             )
         source = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
         self.flops = sum(step_flops(config, *source).values())
-        self.head_width = config.model.width // config.model.heads
-        if device.type == "cuda":
-            clips = config.optim.batch // (world.size * passes(config, world.size))
-            dtype = matmul_dtype(config.run, device)
-
-            def choose_and_say() -> None:
-                for line in choose(config, clips, device, dtype, session.folder):
-                    session.log.say(line)
-
-            world.share(choose_and_say)
-            if not world.main:  # which takes what rank 0 wrote
-                list(choose(config, clips, device, dtype, session.folder))
+        clips = config.optim.batch // (world.size * passes(config, world.size))
+        dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, clips)
+        for line in use_fastest(shapes, device, dtype, run=session.folder, share=world.share):
+            session.log.say(line)
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
         codes = self._codes.codebook_size if self._codes else 0

@@ -54,7 +54,7 @@ class Step(ABC):
         self.objective = self.build_objective(compiled)
         self.forward: nn.Module = self.objective
         if sharded:
-            policy = _policy(matmul_dtype(config.run, device))
+            policy = _policy(matmul_dtype(config.run, device), device)
             for block in blocks:
                 fully_shard(block, mp_policy=policy)
             fully_shard(self.objective, mp_policy=policy)
@@ -199,12 +199,13 @@ class TrainStep(Step):
         return video, draw_mask(video, self.config, step=step, first_sample=first_sample), beside
 
 
-def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:
     """What FSDP2 gathers and adds up: weights in 16 bits halve the traffic, gradients are summed in float32.
 
-    Inputs of a block are left as they are: the residual stream stays float32.
+    Inputs of a block are left as they are: the residual stream stays float32. On a CPU all is float32, because autocast
+    does not bring a LayerNorm's weights back to float32 there.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or device.type == "cpu":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
