@@ -198,10 +198,35 @@ class Unmeasured(Exception):
     """Verdict and reason of what gets no number."""
 
 
-def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
-    """Clips a second once the batches prepared ahead are used up."""
+def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
+    """The first batch of a loader, cropped and resized, uint8 on the CPU."""
     from mam2.engine.data.loader import ClipLoader
 
+    with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
+        clips = next(loader.stream()).clip.cpu()
+        if loader.skipped:
+            raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
+    return clips
+
+
+def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
+    """Raises Unmeasured where a decoder's clips are not PyAV's: another frame differs by far more than rounding."""
+    if data.front_end == "pyav":
+        return
+    found = first_clips(manifest, data, settings, device)
+    expected = first_clips(manifest, dataclasses.replace(data, front_end="pyav"), settings, device)
+    if found.shape != expected.shape:
+        raise Unmeasured("wrong", f"its clips are {list(found.shape)}, PyAV's {list(expected.shape)}")
+    difference = float((found.float() - expected.float()).abs().mean())
+    if not difference <= TOLERANCE:
+        raise Unmeasured("wrong", f"its clips differ from PyAV's by {difference:.1f} grey levels on average")
+
+
+def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
+    """Clips a second once the batches prepared ahead are used up; of clips that are PyAV's."""
+    from mam2.engine.data.loader import ClipLoader
+
+    check_frames(manifest, data, settings, device)
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
         stream = loader.stream()
         for _ in range(data.prefetch + 2):

@@ -4,9 +4,9 @@
 
 Every objective runs eager and compiled, each also as one captured CUDA graph; VideoMAE also beside Hugging Face's
 VideoMAEForPreTraining of the same sizes, with the same weights and mask: there the losses must agree before anything is
-timed. A way has its row as soon as it is timed alone; then the ways of one objective take turns, round by round. ViT-B on 16 frames of 224² on a GPU; on a CPU a
-smaller model, whose ratios alone mean something. MFU: FLOPs that `mam2.engine.model.costs` declares, over the rate of
-a large product measured in the same run.
+timed. A way has its row as soon as it is timed alone; then the ways of one objective take turns, round by round.
+ViT-B on 16 frames of 224² on a GPU; on a CPU a smaller model, whose ratios alone mean something. MFU: FLOPs that
+`mam2.engine.model.costs` declares, over the rate of a large product measured in the same run.
 """
 
 from __future__ import annotations
