@@ -86,6 +86,20 @@ SETTINGS = {
         views=(1, 2, 4),
     ),
 }
+DRY_RUN = dataclasses.replace(
+    SETTINGS["cpu"],
+    files=2,
+    frames=24,
+    height=48,
+    width=64,
+    data={"frames": 4, "size": 32, "stride": 2},
+    turns=1,
+    seconds=0.01,
+    steps=2,
+    loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
+    views=(1,),
+)
+"""Goes through all of it on a CPU in seconds."""
 ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264": ("mp4", "libx264", {"preset": "veryfast", "crf": "23"}),
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b:v": "0"}),
@@ -98,13 +112,13 @@ ENOUGH = 0.02
 """Share of a step spent waiting under which the loader is no limit."""
 
 
-def rows(device: torch.device, deadline: float) -> Iterator[Row]:
+def rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
     """A row for each decoder and each number of views; says so where a package is missing or something cannot run."""
     for package in ("av", "nvidia.dali", "tqdm"):
         if not _installed(package):
             yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return
-    settings = SETTINGS[device.type]
+    settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
         kinds = sorted({(codec, gop) for _, codec, gop, _ in settings.loaders})
         manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}

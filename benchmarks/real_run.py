@@ -1,4 +1,4 @@
-"""A real `mam2 pretrain` on encoded clips: killed with SIGKILL after its first checkpoint, resumed, and run to its end."""
+"""A real `mam2 pretrain` on encoded clips: killed with SIGKILL after its first checkpoint, then resumed to its end."""
 
 from __future__ import annotations
 
@@ -41,14 +41,22 @@ def command(plan: Plan, data: Path, run: Path) -> list[str]:
     """The command of the run; it resumes where there is a checkpoint."""
     batch = int(plan.flags[plan.flags.index("--optim.batch") + 1])
     epochs = plan.steps * batch / plan.clips
-    flags = [*plan.flags, "--optim.epochs", f"{epochs:g}", "--optim.warmup-epochs", f"{epochs / 4:g}"]
+    flags = [
+        *plan.flags,
+        "--data.views",
+        "1",
+        "--optim.epochs",
+        f"{epochs:g}",
+        "--optim.warmup-epochs",
+        f"{epochs / 4:g}",
+    ]
     flags += ["--run.save-every", str(plan.saved_every), "--run.log-every", "1"]
     program = [sys.executable, "-m", "mam2.engine", "pretrain", plan.recipe, "--data", str(data), "--out", str(run)]
     return [*program, "--resume", *flags]
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """One row: whether the run was killed, resumed from its checkpoint, and reached its last step with a finite loss."""
+    """One row: whether a killed run resumed from its checkpoint and reached its last step with a finite loss."""
     plan = PLANS[device.type]
     row: dict[str, Any] = {"run": plan.recipe, "steps": plan.steps}
     missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]

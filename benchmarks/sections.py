@@ -146,7 +146,7 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator
     elif name == "loader":
         from benchmarks import bench_loader, bench_tokenizer
 
-        yield from bench_loader.rows(device, deadline)
+        yield from bench_loader.rows(device, deadline, bench_loader.DRY_RUN if wanted.dry_run else None)
         yield from bench_tokenizer.rows(device, deadline)
     elif name == "pretrain":
         from benchmarks import real_run

@@ -217,7 +217,8 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     shape = Shape(batch=64) if cuda else SMALL
     kernels = (CHUNKS, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
     options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
-    yield from choices(shape, device, kernels=kernels, **options)
+    for row in choices(shape, device, kernels=kernels, **options):
+        yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
     from mam2.engine.model.attention_choice import measure, shapes_of
     from mam2.engine.recipe import load_recipe
 
@@ -230,8 +231,9 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
             yield row | {"verdict": "skipped", "reason": "out of time"}
             continue
         found = measure(at, device, dtype)
-        row |= {"best": next(iter(found), None), "verdict": "right" if found else "wrong"}
-        yield row | ({"best_ms": next(iter(found.values())), "candidates_ms": found} if cuda and found else {})
+        best, best_ms = next(iter(found.items()), (None, None))
+        row |= {"verdict": "right" if found else "wrong"}
+        yield row | ({"best": best, "best_ms": best_ms, "candidates_ms": found} if cuda else {})
 
 
 def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
