@@ -17,10 +17,8 @@ import importlib.util
 import itertools
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +30,6 @@ from benchmarks.report import table
 from benchmarks.step_parts import part_rows
 from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config import PretrainConfig
-from mam2.engine.model.attention_choice import choose
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -290,8 +287,9 @@ def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -
     """Takes the implementations of attention that a run on this device would choose; lines on the choice."""
     if device.type != "cuda":
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        return list(choose(config, batch, device, matmul_dtype(config.run, device), Path(folder)))
+    from mam2.engine.model.attention_choice import shapes_of, use_fastest
+
+    return use_fastest(shapes_of(config, batch), device, matmul_dtype(config.run, device))
 
 
 def rows(

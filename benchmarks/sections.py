@@ -21,7 +21,8 @@ Row = dict[str, Any]
 SHARE = 0.9
 """Of a section's time after which it starts nothing new."""
 TESTS = "tests/test_gpu.py"
-STEP_WAYS = ("eager", "graph", "compiled", "compiled graph")
+CASES = "test_every_case_is_right_on_the_gpu"
+"""The test of TESTS that repeats the section "correctness"."""
 
 
 class Limits(NamedTuple):
@@ -169,7 +170,7 @@ def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
         yield row | {"verdict": "skipped", "reason": f"{TESTS} is not in this checkout"}
         return
     command = [sys.executable, "-m", "pytest", TESTS, "--noconftest", "-p", "no:cacheprovider", "-o"]
-    command += ["addopts=--import-mode=importlib", "-v", "--tb=short"]
+    command += ["addopts=--import-mode=importlib", "-v", "--tb=short", "--deselect", f"{TESTS}::{CASES}"]
     with tempfile.TemporaryFile() as output:
         ended = processes.run(command, limit=lambda: deadline, cwd=ROOT, environment=os.environ, output=output)
         output.seek(0)

@@ -59,6 +59,19 @@ def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
     assert {row["step"] for row in rows} == {"eager"}
 
 
+def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mam2.engine.model.attention_choice"
+    asked = []
+    module = ModuleType(name)
+    module.shapes_of = lambda config, batch: {"encoder": batch}  # type: ignore[attr-defined]
+    module.use_fastest = lambda *given: asked.append(given) or ["encoder: sdpa"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    config = bench.sized("mam2-fast", bench.TINY, "bfloat16")
+    assert bench.choose_attention(config, 2, torch.device("cuda")) == ["encoder: sdpa"]
+    assert asked == [({"encoder": 2}, torch.device("cuda"), torch.bfloat16)]
+    assert bench.choose_attention(config, 2, CPU) == []
+
+
 def test_a_step_without_a_triton_launch_is_no_data_point(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "fallback", lambda device, counter: "fell back to PyTorch" * (not counter.names))
     rows = compare(bench, "mam2-fast")
