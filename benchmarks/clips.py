@@ -21,7 +21,7 @@ EPS = 1e-6
 class Shape:
     """A batch of clips in training and the heads on it; the clip is uint8 and channels-last, as the loader gives it.
 
-    A float clip is normalised by MEAN and STD, and planar [B,3,T,H,W] in memory, as other codebases hand it over.
+    A float clip is normalized by MEAN and STD, and planar [B,3,T,H,W] in memory, as other codebases hand it over.
     """
 
     batch: int
@@ -101,7 +101,7 @@ SHAPES = {
 
 
 def clip(shape: Shape, device: torch.device) -> Tensor:
-    """[B,3,T,H,W], channels-last in memory unless the shape is planar; a float clip is normalised."""
+    """[B,3,T,H,W], channels-last in memory unless the shape is planar; a float clip is normalized."""
     extent = (shape.batch, shape.frames, shape.size, shape.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
     if shape.planar:
@@ -126,7 +126,7 @@ def loss_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
 
 
 def pixels(video: Tensor, shape: Shape | None = None) -> Tensor:
-    """[0,1], in float32 from uint8; a float clip of a `shape` with normalised clips is restored, else there already."""
+    """[0,1], in float32 from uint8; a float clip of a `shape` with normalized clips is restored, else there already."""
     if video.dtype == torch.uint8:
         return video.float() / 255
     if shape is None or shape.clip_dtype == torch.uint8:
