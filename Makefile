@@ -34,13 +34,14 @@ type: $(VENV)/installed
 doctor: $(VENV)/installed
 	$(BIN)/mam2 doctor
 
-# A GPU machine without network has no .venv: its own Python serves, after pip install --no-deps --no-build-isolation -e .
+# A GPU machine without network has no .venv: its own Python serves. `gpu` needs no installation there, the others do:
+# pip install --no-deps --no-build-isolation -e .
 PY = $(if $(wildcard $(VENV)/installed),$(BIN)/python,python3)
 
 gpu:
 	$(PY) -m benchmarks.gpu $(ARGS)
 
-# Writes the GPU's rows of kernels/launch_table.json.
+# Writes the GPU's rows of kernels/launch_table.json, or with ARGS="--out FILE" a table elsewhere.
 tune:
 	$(PY) -m benchmarks.tune $(ARGS)
 

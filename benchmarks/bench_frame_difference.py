@@ -17,10 +17,10 @@ def inputs(shape: Shape, device: torch.device) -> Inputs:
 OPERATOR = Operator(
     name="frame_difference",
     inputs=inputs,
-    definition=lambda shape: lambda video, masked, **_: pick(differences(video, shape.patch), masked),
+    definition=lambda shape: lambda video, masked, **_: pick(differences(video, shape.patch, shape), masked),
     providers=lambda shape, device: {
         "ours": lambda video, masked, **_: frame_difference(video, patch_size=shape.patch, eps=EPS, mask=masked),
-        "eager": lambda video, booleans, **_: pick(differences(video, shape.patch), booleans),
+        "eager": lambda video, booleans, **_: pick(differences(video, shape.patch, shape), booleans),
     },
     cost=lambda shape: costs.frame_difference(shape.batch, shape.masked, shape.values),
     dtypes=(torch.float32,),

@@ -86,6 +86,20 @@ SETTINGS = {
         views=(1, 2, 4),
     ),
 }
+DRY_RUN = dataclasses.replace(
+    SETTINGS["cpu"],
+    files=2,
+    frames=24,
+    height=48,
+    width=64,
+    data={"frames": 4, "size": 32, "stride": 2},
+    turns=1,
+    seconds=0.01,
+    steps=2,
+    loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
+    views=(1,),
+)
+"""Goes through all of it on a CPU in seconds."""
 ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264": ("mp4", "libx264", {"preset": "veryfast", "crf": "23"}),
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b:v": "0"}),
@@ -93,18 +107,20 @@ ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
 ALONE = "PyAV alone"
 TOLERANCE = 4.0
 """Mean difference in grey levels to PyAV's frames; the next frame of these files differs by far more."""
+CLIP_TOLERANCE = 8.0
+"""The same of cropped and resized clips, whose colors decoders interpolate apart; the next frame's differ by 27."""
 CODES = 8192
 ENOUGH = 0.02
 """Share of a step spent waiting under which the loader is no limit."""
 
 
-def rows(device: torch.device, deadline: float) -> Iterator[Row]:
+def rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
     """A row for each decoder and each number of views; says so where a package is missing or something cannot run."""
     for package in ("av", "nvidia.dali", "tqdm"):
         if not _installed(package):
             yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return
-    settings = SETTINGS[device.type]
+    settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
         kinds = sorted({(codec, gop) for _, codec, gop, _ in settings.loaders})
         manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
@@ -198,10 +214,35 @@ class Unmeasured(Exception):
     """Verdict and reason of what gets no number."""
 
 
-def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
-    """Clips a second once the batches prepared ahead are used up."""
+def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
+    """The first batch of a loader, cropped and resized, uint8 on the CPU."""
     from mam2.engine.data.loader import ClipLoader
 
+    with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
+        clips = next(loader.stream()).clip.cpu()
+        if loader.skipped:
+            raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
+    return clips
+
+
+def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
+    """Raises Unmeasured where a decoder's clips are not PyAV's: another frame differs by far more than rounding."""
+    if data.front_end == "pyav":
+        return
+    found = first_clips(manifest, data, settings, device)
+    expected = first_clips(manifest, dataclasses.replace(data, front_end="pyav"), settings, device)
+    if found.shape != expected.shape:
+        raise Unmeasured("wrong", f"its clips are {list(found.shape)}, PyAV's {list(expected.shape)}")
+    difference = float((found.float() - expected.float()).abs().mean())
+    if not difference <= CLIP_TOLERANCE:
+        raise Unmeasured("wrong", f"its clips differ from PyAV's by {difference:.1f} grey levels on average")
+
+
+def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
+    """Clips a second once the batches prepared ahead are used up; of clips that are PyAV's."""
+    from mam2.engine.data.loader import ClipLoader
+
+    check_frames(manifest, data, settings, device)
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
         stream = loader.stream()
         for _ in range(data.prefetch + 2):

@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_step [--compile] [--objective NAME …] [--batch N …]
 
-Every objective runs eager, compiled and as one captured CUDA graph; VideoMAE also beside Hugging Face's
+Every objective runs eager and compiled, each also as one captured CUDA graph; VideoMAE also beside Hugging Face's
 VideoMAEForPreTraining of the same sizes, with the same weights and mask: there the losses must agree before anything is
-timed. The ways of one objective take turns, round by round. ViT-B on 16 frames of 224² on a GPU; on a CPU a
-smaller model, whose ratios alone mean something. MFU: FLOPs that `mam2.engine.model.costs` declares, over the rate of
-a large product measured in the same run.
+timed. A way has its row as soon as it is timed alone; then the ways of one objective take turns, round by round.
+ViT-B on 16 frames of 224² on a GPU; on a CPU a smaller model, whose ratios alone mean something. MFU: FLOPs that
+`mam2.engine.model.costs` declares, over the rate of a large product measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import hugging_face
+from benchmarks.launches import counted, fallback
 from benchmarks.report import table
 from benchmarks.step_parts import part_rows
-from benchmarks.timing import elapsed_ms, peak_mib, summary
+from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config import PretrainConfig
 from mam2.engine.model.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
@@ -39,15 +41,35 @@ from mam2.engine.train.runtime import autocast, matmul_dtype, why_not_compile
 from mam2.engine.train.step_graph import CudaRecorder
 from mam2.kernels import TubeMask, tube_mask
 
+if TYPE_CHECKING:
+    from benchmarks.sections import Wanted
+
 Row = dict[str, Any]
-OBJECTIVES = ("videomae", "mam2-fast", "mam2-cae")
+OBJECTIVES = ("mam2-fast", "videomae", "mam2-cae")
+WAYS = (
+    *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face")),
+    *(("compiled", "ours"), ("compiled graph", "ours"), ("compiled", "hugging_face")),
+)
+"""Steps and providers, what compiles last: a time limit cuts off the slowest to build."""
 BATCHES = {"cuda": (64, 16, 128), "cpu": (16,)}
 """The usual one first: what a time limit cuts off is at the end."""
 CODES = 8192
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative difference of the two losses up to which they count as one objective."""
 COLUMNS = (
-    *("objective", "batch", "precision", "provider", "step", "verdict", "loss", "median_ms", "p20_ms", "p80_ms"),
+    *(
+        "objective",
+        "batch",
+        "precision",
+        "provider",
+        "step",
+        "timed",
+        "verdict",
+        "loss",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+    ),
     *("clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "reason"),
 )
 REDUCED = (
@@ -117,7 +139,7 @@ def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple
 
 
 def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
-    compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if step != "eager" else (lambda f: f)
+    compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if "compiled" in step else (lambda f: f)
     model = build_model(config, device)
     objective = build_objective(model, config, compiled)
     inputs = inputs_of(config, batch, device)
@@ -126,7 +148,7 @@ def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) ->
 
 def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
     model = hugging_face.build(config, build_model(config, device)).to(device)  # type: ignore[arg-type]
-    forward = torch.compile(model, dynamic=False) if step != "eager" else model
+    forward = torch.compile(model, dynamic=False) if "compiled" in step else model
     video, mask, _ = inputs_of(config, batch, device)
     pixels, hidden = hugging_face.pixels(video), mask.as_bool()
     optimizer = optimizer_of(model, config)
@@ -156,45 +178,66 @@ def captured(candidate: Candidate) -> Callable[[], Tensor]:
 
 
 def compare(
-    name: str, config: PretrainConfig, batch: int, device: torch.device, *, compiled: bool, rounds: int
+    name: str,
+    config: PretrainConfig,
+    batch: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+    rounds: int,
+    deadline: float = math.inf,
+    takes: Callable[[str], bool] = lambda way: True,
 ) -> Iterator[Row]:
-    """A row for every way to take a step of one objective, at one batch; the ways take turns."""
+    """Rows for the ways to take a step of one objective at one batch: as soon as one is timed alone, then in turns.
+
+    A way that `deadline` (time.monotonic) leaves no time for is named. `takes`: which steps and providers are wanted.
+    """
     dtype = matmul_dtype(config.run, device)
     head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
     runs: dict[tuple[str, str], tuple[Callable[[], Tensor], Row]] = {}
     expected = None
-    for step in ("eager", "compiled", "graph"):
-        for provider in ("ours", "hugging_face") if name == "videomae" and step != "graph" else ("ours",):
-            row = head | {"provider": provider, "step": step}
-            reason = why_not(provider, step, device, compiled)
-            if reason:
-                yield row | {"verdict": "skipped", "reason": reason}
-                continue
-            try:
-                candidate = (ours if provider == "ours" else theirs)(config, batch, device, step)
+    peak = measured_peak_flops(device, dtype) if device.type == "cuda" else None
+    for step, provider in WAYS:
+        if (provider == "hugging_face" and name != "videomae") or not (takes(step) and takes(provider)):
+            continue
+        row = head | {"provider": provider, "step": step}
+        reason = why_not(provider, step, device, compiled) or ("out of time" if time.monotonic() > deadline else None)
+        if reason:
+            yield row | {"verdict": "skipped", "reason": reason}
+            continue
+        try:
+            candidate = (ours if provider == "ours" else theirs)(config, batch, device, step)
+            with counted() as counter:
                 loss = candidate().item()
-                expected = loss if expected is None else expected
-                row |= {"verdict": "right" if agrees(loss, expected, dtype) else "wrong", "loss": loss}
-                if row["verdict"] == "wrong":
-                    yield row | {"reason": f"loss {loss:.6g}, eager {expected:.6g}"}
+            expected = loss if expected is None else expected
+            row |= {"verdict": "right" if agrees(loss, expected, dtype) else "wrong", "loss": loss}
+            if row["verdict"] == "wrong":
+                yield row | {"reason": f"loss {loss:.6g}, the first way's {expected:.6g}"}
+                continue
+            if provider == "ours":
+                row["launches"] = len(counter.names)
+                if reason := fallback(device, counter):
+                    yield row | {"verdict": "failed", "reason": reason}
                     continue
-                run = captured(candidate) if step == "graph" else candidate
-                if step != "graph":
-                    run()
-                    row["peak_gib"] = candidate.state_bytes / 2**30 + peak_mib(run, device) / 2**10
-                runs[provider, step] = run, row
-            except Exception as problem:  # one that does not fit into memory leaves the others standing
-                yield row | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
-    yield from timed(runs, config, batch, device, rounds)
+            run = captured(candidate) if step.endswith("graph") else candidate
+            if not step.endswith("graph"):
+                run()
+                row["peak_gib"] = candidate.state_bytes / 2**30 + peak_mib(run, device) / 2**10
+            runs[provider, step] = run, row
+            alone = summary([_milliseconds(run, device) for _ in range(2)])
+            yield row | {"timed": "alone"} | rates(alone, config, batch, peak)
+        except Exception as problem:  # one that does not fit into memory leaves the others standing
+            yield row | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
+    yield from timed(runs, config, batch, device, rounds, peak)
 
 
 def why_not(provider: str, step: str, device: torch.device, compiled: bool) -> str | None:
     """What keeps a step from being taken in a way, or None."""
     if provider == "hugging_face" and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
-    if step == "graph" and device.type != "cuda":
+    if step.endswith("graph") and device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if step == "eager":
+    if "compiled" not in step:
         return None
     return why_not_compile(device) if compiled else "compilation not asked for"
 
@@ -209,48 +252,71 @@ def timed(
     batch: int,
     device: torch.device,
     rounds: int,
+    peak: float | None,
 ) -> Iterator[Row]:
     """The rows with their times, and how many times as fast as the peer in the same way and in its best one."""
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    group = 5 if device.type == "cuda" else 1  # steps in a row, as in training: the host runs ahead of the device
     for _ in range(rounds):
         for key, (run, _) in runs.items():
-            samples[key].append(elapsed_ms(lambda run=run: [run() for _ in range(group)], device) / group)
+            samples[key].append(_milliseconds(run, device))
     timings = {key: summary(times) for key, times in samples.items()}
     peers = {step: timing.median_ms for (provider, step), timing in timings.items() if provider == "hugging_face"}
-    flops = sum(step_flops(config, CODES).values())
-    peak = measured_peak_flops(device, matmul_dtype(config.run, device)) if device.type == "cuda" else None
     for (provider, step), timing in timings.items():
-        row = runs[provider, step][1]
-        row |= {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
-        row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops / 1e9}
-        if peak:
-            row["mfu_percent"] = 100 * flops * row["clips_per_s"] / peak
+        row = runs[provider, step][1] | {"timed": "in turns"} | rates(timing, config, batch, peak)
         if provider == "ours" and peers:
             row["ratio"] = peers[step] / timing.median_ms if step in peers else None
             row["ratio_to_best"] = min(peers.values()) / timing.median_ms
         yield row
 
 
-def rows(device: torch.device, deadline: float, *, compiled: bool) -> Iterator[Row]:
+def rates(timing: Timing, config: PretrainConfig, batch: int, peak: float | None) -> Row:
+    """What the time of a step says; peak: FLOP/s of a large product."""
+    flops = sum(step_flops(config, CODES).values())
+    row: Row = {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
+    row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops / 1e9}
+    return row | ({"mfu_percent": 100 * flops * row["clips_per_s"] / peak} if peak else {})
+
+
+def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    """Of a step; on a GPU of five in a row, as in training: the host runs ahead of the device."""
+    group = 5 if device.type == "cuda" else 1
+    return elapsed_ms(lambda: [run() for _ in range(group)], device) / group
+
+
+def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -> list[str]:
+    """Takes the implementations of attention that a run on this device would choose; lines on the choice."""
+    if device.type != "cuda":
+        return []
+    from mam2.engine.model.attention_choice import shapes_of, use_fastest
+
+    return use_fastest(shapes_of(config, batch), device, matmul_dtype(config.run, device))
+
+
+def rows(
+    device: torch.device, deadline: float, wanted: Wanted, *, objectives: Sequence[str] = OBJECTIVES
+) -> Iterator[Row]:
     """Every objective and batch until `deadline` (time.monotonic), then the parts of a step; tiny on a CPU."""
     cuda = device.type == "cuda"
     precision = "bfloat16" if cuda else "float32"
     if cuda:
         yield {"objective": "ceiling", "matmul_tflop_per_s": measured_peak_flops(device, torch.bfloat16) / 1e12}
-    for batch in BATCHES[device.type]:
-        for name in OBJECTIVES:
-            if time.monotonic() > deadline:
-                yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
-                continue
-            config = sized(name, None if cuda else TINY, precision)
-            yield from compare(name, config, batch, device, compiled=compiled, rounds=8 if cuda else 3)
-            if batch == BATCHES[device.type][0]:
-                model = build_model(config, device)
-                yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
-            torch.compiler.reset()
-            if cuda:
-                torch.cuda.empty_cache()
+    batches = BATCHES["cuda"] if cuda else (2,)
+    for batch, name in itertools.product(batches, objectives):
+        if time.monotonic() > deadline:
+            yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
+            continue
+        config = sized(name, None if cuda else TINY, precision)
+        lines = choose_attention(config, batch, device)
+        if lines:
+            yield {"objective": name, "batch": batch, "attention": "; ".join(lines)}
+        ways = {"compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
+        yield from compare(name, config, batch, device, takes=lambda way: wanted.takes("ways", way), **ways)
+        if batch == batches[0] and time.monotonic() < deadline:
+            model = build_model(config, device)
+            yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
+        torch.compiler.reset()
+        if cuda:
+            torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,7 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
     precisions = ("bfloat16",) if cuda else ("float32", "bfloat16")
     for name, batch, precision in itertools.product(options.objective, batches, precisions):
         config = sized(name, None if cuda else REDUCED, precision)
-        found += compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
+        ways = compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
+        found += [row for row in ways if row.get("timed") != "alone"]
         inputs = inputs_of(config, batch, device)
         found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
         torch.compiler.reset()

@@ -39,12 +39,20 @@ class Operator:
     providers: Callable[[Shape, torch.device], dict[str, Function]]
     """`ours`, `eager` and libraries."""
     cost: Callable[[Shape], Cost]
+    backward_cost: Callable[[Shape], Cost] | None = None
+    """What the backward pass alone moves, of an operator with leaves; `cost` is then the forward pass alone."""
+    variants: tuple[Shape, ...] = ()
+    """Shapes beside those that all operators are measured at."""
     leaves: tuple[str, ...] = ()
     """Inputs that get a gradient."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Types that its inputs or outputs can take; empty if it knows none."""
     check: Callable[[Shape, list[Tensor]], float] | None = None
     """For an operator with random output: the error of the outputs, in place of the distance to the definition."""
+
+    def leaves_in(self, inputs: Inputs) -> tuple[str, ...]:
+        """Those of the leaves that these inputs hold."""
+        return tuple(name for name in self.leaves if name in inputs)
 
     def budget(self, shape: Shape) -> float:
         """Largest error at which a provider counts as right."""
@@ -74,7 +82,7 @@ def outputs(operator: Operator, function: Function, inputs: Inputs, upstream: Te
     """What a provider gives: its outputs, then the gradients of the leaves for `upstream`."""
     result = function(**inputs)
     if operator.leaves:
-        return [result, *torch.autograd.grad(result, [inputs[name] for name in operator.leaves], upstream)]
+        return [result, *torch.autograd.grad(result, [inputs[name] for name in operator.leaves_in(inputs)], upstream)]
     return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -98,30 +106,37 @@ def exact_outputs(operator: Operator, shape: Shape, inputs: Inputs, upstream: Te
         name: tensor.detach().double().requires_grad_(name in operator.leaves) if tensor.is_floating_point() else tensor
         for name, tensor in inputs.items()
     }
-    if "video" in wide:
+    if "video" in wide and inputs["video"].dtype == torch.uint8:
         wide["video"] = inputs["video"].double() / 255
     function = operator.definition(shape)
     found = outputs(operator, function, wide, None if upstream is None else upstream.double())
     return [tensor.detach() for tensor in found]
 
 
-def gate(
+def errors_of(
     operator: Operator, shape: Shape, function: Function, inputs: Inputs, upstream: Tensor | None, exact: list[Tensor]
-) -> float:
-    """The largest relative error of a provider's outputs."""
+) -> dict[str, float]:
+    """The relative error of each output, by name: "loss" and the leaves, or numbers."""
     found = outputs(operator, function, inputs, upstream)
     if operator.check:
-        return operator.check(shape, found)
-    errors = [relative_error(mine, truth) for mine, truth in zip(found, exact, strict=True)]
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+        return {"mask": operator.check(shape, found)}
+    names = ("loss", *operator.leaves_in(inputs)) if operator.leaves else tuple(map(str, range(len(found))))
+    return {name: relative_error(mine, truth) for name, mine, truth in zip(names, found, exact, strict=True)}
+
+
+def worst(errors: dict[str, float]) -> float:
+    """The largest error; NaN counts as infinite."""
+    return max((float("inf") if error != error else error) for error in errors.values())
 
 
 def judge(operator: Operator, shape: Shape, provider: Function, *given: Any) -> dict[str, Any]:
-    """The verdict on a provider, and its error or the reason why there is none; `given` goes to `gate`."""
+    """The verdict on a provider, and its error or the reason why there is none; `given` goes to `errors_of`."""
     try:
-        error = gate(operator, shape, provider, *given)
+        errors = errors_of(operator, shape, provider, *given)
     except Absent as problem:
         return {"verdict": "absent", "reason": str(problem)}
     except Exception as problem:  # a provider that cannot run here costs its own row only
         return {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
-    return {"error": error, "verdict": "right" if error <= operator.budget(shape) else "wrong"}
+    error = worst(errors)
+    verdict = "right" if error <= operator.budget(shape) else "wrong"
+    return {"error": error, "errors": errors, "verdict": verdict}

@@ -6,6 +6,7 @@ B clips, T frames, N tokens, K chosen tokens, P values a token, C channels, D wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A batch of clips in training and the heads on it; the clip is uint8 and channels-last, as the loader gives it."""
+    """A batch of clips in training and the heads on it; the clip is uint8 and channels-last, as the loader gives it.
+
+    A float clip is normalized by MEAN and STD, and planar [B,3,T,H,W] in memory, as other codebases hand it over.
+    """
 
     batch: int
     frames: int = 16
@@ -28,6 +32,12 @@ class Shape:
     width: int = 384
     codes: int = 8192
     dtype: torch.dtype = torch.bfloat16
+    clip_dtype: torch.dtype = torch.uint8
+    planar: bool = False
+    bias: bool = False
+    """Of linear_cross_entropy."""
+    smoothing: float = 0.0
+    """Label smoothing of linear_cross_entropy."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -47,13 +57,42 @@ class Shape:
         return self.patch[0] * self.patch[1] * self.patch[2] * 3
 
     def __str__(self) -> str:
-        return f"B{self.batch} {self.frames}x{self.size}² D{self.width} V{self.codes} {str(self.dtype)[6:]}"
+        text = f"B{self.batch} {self.frames}x{self.size}² D{self.width} V{self.codes} {str(self.dtype)[6:]}"
+        text += "" if self.patch[1] in (16, 8) else f" patch {self.patch[1]}"
+        text += " planar" if self.planar else ""
+        text += "" if self.clip_dtype == torch.uint8 else f" {str(self.clip_dtype)[6:]} clip"
+        return text + " bias" * self.bias + (f" smoothing {self.smoothing}" if self.smoothing else "")
+
+    @property
+    def statistics(self) -> dict[str, tuple[float, ...]]:
+        """What undoes the normalising of a float clip."""
+        return {} if self.clip_dtype == torch.uint8 else {"mean": MEAN, "std": STD}
 
 
 def _small(batch: int) -> Shape:
     return Shape(batch=batch, frames=8, size=64, patch=(2, 8, 8), width=96, codes=512, dtype=torch.float32)
 
 
+def _other(**changes: Any) -> Shape:
+    return Shape(**{"batch": 64, **changes})
+
+
+CLIP_VARIANTS = (
+    _other(clip_dtype=torch.float32, planar=True),
+    _other(clip_dtype=torch.float32),
+    _other(dtype=torch.float16),
+    _other(batch=1),
+    _other(batch=32, frames=32),
+    _other(patch=(2, 14, 14)),
+)
+"""The first is what the lines of kernels/README.md hand over in other codebases."""
+HEAD_VARIANTS = (
+    _other(bias=True),
+    _other(codes=1024, bias=True, smoothing=0.1),
+    _other(batch=4, width=768, codes=32768),
+    _other(batch=2, width=2048, codes=131072),
+)
+"""With the bias that the engine's head has; the recipe's own codebook; the vocabularies of language models."""
 SHAPES = {
     "cuda": tuple(Shape(batch=batch) for batch in (64, 8, 16, 32, 128)),
     "cpu": tuple(_small(batch) for batch in (4, 1, 2)),
@@ -62,9 +101,15 @@ SHAPES = {
 
 
 def clip(shape: Shape, device: torch.device) -> Tensor:
-    """uint8 [B,3,T,H,W] by strides."""
+    """[B,3,T,H,W], channels-last in memory unless the shape is planar; a float clip is normalized."""
     extent = (shape.batch, shape.frames, shape.size, shape.size, 3)
-    return torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    if shape.planar:
+        video = video.contiguous()
+    if shape.clip_dtype == torch.uint8:
+        return video
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (MEAN, STD))
+    return torch.empty_like(video, dtype=shape.clip_dtype).copy_((video / 255 - mean) / std)
 
 
 def tubes(shape: Shape, device: torch.device) -> TubeMask:
@@ -80,9 +125,16 @@ def loss_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     return {**inputs, "pred": pred.requires_grad_()}
 
 
-def pixels(video: Tensor) -> Tensor:
-    """[0,1], in float32 from uint8; a float clip is there already."""
-    return video.float() / 255 if video.dtype == torch.uint8 else video
+def pixels(video: Tensor, shape: Shape | None = None) -> Tensor:
+    """[0,1], in float32 from uint8; a float clip of a `shape` with normalized clips is restored, else there already."""
+    if video.dtype == torch.uint8:
+        return video.float() / 255
+    if shape is None or shape.clip_dtype == torch.uint8:
+        return video
+    mean, std = (
+        torch.tensor(values, dtype=video.dtype, device=video.device).view(3, 1, 1, 1) for values in (MEAN, STD)
+    )
+    return video * std + mean
 
 
 def cubes(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -105,8 +157,8 @@ def deviation(tokens: Tensor) -> Tensor:
     return tokens.var(2, unbiased=True, keepdim=True).sqrt() + EPS
 
 
-def differences(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
+def differences(video: Tensor, patch: tuple[int, int, int], shape: Shape | None = None) -> Tensor:
     """The next frame minus this one, 0 for the last, over the deviation of its cube -> [B,N,τ·p·p,C]."""
-    frames = pixels(video)
+    frames = pixels(video, shape)
     following = torch.cat([frames[:, :, 1:], frames[:, :, -1:]], 2)
     return cubes(following - frames, patch) / deviation(cubes(frames, patch))

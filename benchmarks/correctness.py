@@ -6,7 +6,7 @@ A case is right if, for each of its outputs,
 
 where `exact` is the PyTorch path in float64 and `plain` is PyTorch in the case's own type, both on the CPU. Integers
 must be equal, and every further run must give the same bits. A structural zero (a gradient of an ignored row, of a
-weight of 0, of a frame without a target) must be exactly 0: it is 0 for other values of the floats as well. A difference
+weight of 0, of a frame without a target) must be exactly 0: it is 0 for other values of the floats too. A difference
 that happens to be 0, such as 102/255 − 0.4, need not be: the GPU rounds a product and a sum once. Memory that an
 operator allocates holds NaN beforehand, so that a value that nobody writes shows. Where Triton should run, a case that
 launches no Triton kernel is wrong.

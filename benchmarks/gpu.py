@@ -1,13 +1,21 @@
-"""Everything that needs a GPU, in one command of at most eight minutes: `make gpu`, or `python -m benchmarks.gpu`.
+"""Everything that needs a GPU, in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
+    smoke         tests/test_gpu.py: compile, capture, autocast, streams
     correctness   every kernel on the device against float64
-    operators     times, bandwidth and memory beside the original codebases' forms, compiled ones and libraries
-    step          clips/s and MFU of whole training steps
+    operators     forward and backward at 64 clips beside the original codebases' forms and libraries
+    sweeps        rows a chunk, warps, implementations of attention: what the launch table should say
+    counters      hardware counters of the main kernels, where ncu is there
+    step          a step of mam2-fast: eager, captured, compiled
+    variants      operators compiled, at other batches, types and layouts
+    videomae      a step of VideoMAE beside Hugging Face's
     loader        clips/s from encoded files; codes from a tokenizer and from a cache
+    pretrain      a real run, killed and resumed
+    mam2-cae      a step of mam2-cae
 
-Each section runs in a process of its own with a time limit, so that one that hangs or spoils the device leaves the
-others standing, and what it has measured is kept. The numbers go to benchmarks/results/<GPU>/<date>.json after each
-section, plots beside them. Exit status 1: a kernel was wrong or a section broke. `--dry-run` goes through all of it on
+Each section runs in a process of its own with a time limit and is killed with this one. Every row is written at once to
+OUT/running.jsonl; after each section all rows go into one file, OUT/<GPU>/<date>.json, with a page and plots beside it.
+`--seconds` is for all together: a section that does not fit is named as not started. Wheels in .whl/ are put on the
+path. Exit status 1: a kernel was wrong, fell back to PyTorch, or a section broke. `--dry-run` goes through all of it on
 the CPU.
 """
 
@@ -15,63 +23,57 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import math
-import os
-import platform
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine, processes
+from benchmarks.machine import ROOT, commit
 from benchmarks.report import draw, table
+from benchmarks.sections import COLUMNS, SECTIONS, Wanted, failures, run_section
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = {"correctness": 110, "operators": 160, "step": 140, "loader": 65}
-"""Time limit of each section."""
+SECONDS = 720
+STARTUP_S = 120
+"""Until a section has imported torch and reached the device."""
 MARK = "NOT a GPU result"
-PACKAGES = ("mam2", "torch", "triton", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "numpy")
-COLUMNS = {
-    "correctness": ("check", "error", "verdict", "reason"),
-    "operators": (
-        *("operator", "shape", "provider", "verdict", "error", "median_ms", "p20_ms", "p80_ms", "replayed", "gb_per_s"),
-        *("percent_of_copy", "percent_of_matmul", "ratio_to_eager", "peak_mib", "dispatch_us", "copy_gb_per_s"),
-        *("matmul_tflop_per_s", "reason"),
-    ),
-    "step": (
-        *("objective", "batch", "precision", "provider", "step", "verdict", "loss", "median_ms", "p20_ms", "p80_ms"),
-        *("clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "part", "forward_ms", "backward_ms"),
-        *("percent", "percent_of_flops", "reason"),
-    ),
-    "loader": (
-        *("front_end", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
-        *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
-    ),
-}
+LOG_CHARACTERS = 4000
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; the numbers mean nothing")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all sections; default: {SECONDS}")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
-    parser.add_argument("--sections", nargs="+", choices=list(SECONDS), default=list(SECONDS))
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--operators", nargs="+", default=[], help="only these operators, such as masked_pixel_loss")
+    parser.add_argument("--shapes", nargs="+", default=[], help="only shapes with this in their name: B64, planar, …")
+    parser.add_argument("--ways", nargs="+", default=[], help="only these providers or steps: ours, eager, compiled, …")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile would give")
-    parser.add_argument("--child", nargs=2, metavar=("SECTION", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("SECTION", "FILE", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        return run_section(options.child[0], Path(options.child[1]), options.dry_run, not options.no_compile)
+        compiled = not (options.no_compile or options.dry_run)
+        lists = (tuple(given) for given in (options.operators, options.shapes, options.ways))
+        section, file, until = options.child
+        return run_section(section, Path(file), float(until), Wanted(options.dry_run, compiled, *lists))
     out = options.out or (Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) if options.dry_run else RESULTS)
     if options.dry_run and out.resolve().is_relative_to(RESULTS):
         parser.error(f"--out {out}: a dry run leaves no file in benchmarks/results")
+    out.mkdir(parents=True, exist_ok=True)
     given = sys.argv[1:] if arguments is None else arguments
+    return measure(options, given, out)
+
+
+def measure(options: argparse.Namespace, given: list[str], out: Path) -> int:
+    """Runs the sections, most important first, and packs their rows; 1 if something is wrong."""
+    until = time.monotonic() + options.seconds
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *given]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -81,44 +83,59 @@ def main(arguments: list[str] | None = None) -> int:
         "sections": {},
     }
     file: Path | None = None
-    for name in options.sections:
-        section, machine = collect(name, options)
-        report["sections"][name] = section
-        report["machine"] = report["machine"] or machine
-        if not report["machine"]:
-            print(f"{name}: {section['status']}; is the project installed (pip install --no-deps -e .)?")
-            return 1
-        file = file or new_file(out, options.dry_run, report["machine"]["device"])
-        save(report, file)
-        print(section_text(name, section, marked=options.dry_run), flush=True)
-        if name == "operators" and not options.dry_run:
-            print(draw(section["rows"], file.with_suffix(""), machine=report["machine"]["device"]))
-    problems = [f"{name}: {line}" for name in options.sections for line in failures(name, report["sections"][name])]
+    with tempfile.TemporaryDirectory() as folder:
+        environment, report["packages"] = machine.environment(Path(folder))
+        print("\n".join(report["packages"]), flush=True)
+        for name in (name for name in SECTIONS if name in options.sections):
+            section, found = collect(name, options, given, out, until, environment)
+            report["sections"][name] = section
+            report["machine"] = report["machine"] or found
+            if not report["machine"]:
+                print(f"{name}: {section['status']}\n{section.get('log', '')}")
+                return 1
+            file = file or new_file(out, options.dry_run, report["machine"]["device"])
+            pack(report, file, marked=options.dry_run)
+            print(section_text(name, section, marked=options.dry_run), flush=True)
+    problems = [f"{name}: {line}" for name, part in report["sections"].items() for line in failures(name, part)]
     print("\n".join([*(f"FAILED {line}" for line in problems), f"{MARK + ', ' if options.dry_run else ''}in {file}"]))
     return 1 if problems else 0
 
 
-def collect(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs a section in a process of its own: its status and rows, also those before a break, and the machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        flags = [*(["--dry-run"] if options.dry_run else []), *(["--no-compile"] if options.no_compile else [])]
-        command = [sys.executable, "-m", "benchmarks.gpu", "--child", name, str(file), *flags]
-        start = time.monotonic()
-        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        try:
-            code = child.wait(SECONDS[name])
-            status = "done" if code == 0 else f"failed with exit status {code}"
-        except subprocess.TimeoutExpired:
-            status = f"cut off after {SECONDS[name]} s"
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # with the compiler's workers
-                child.wait()
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = list(whole(lines))
-    machine = rows.pop(0)["machine"] if rows else {}
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "rows": rows}, machine
+def collect(
+    name: str, options: argparse.Namespace, given: list[str], out: Path, until: float, environment: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs a section in a process of its own: its status, rows, also those before a break, and the machine."""
+    left, limits = until - time.monotonic(), SECTIONS[name]
+    if left < limits.least and not options.dry_run:
+        status = f"not started: {max(left, 0):.0f} s left, it needs {limits.least}"
+        return {"status": status, "seconds": 0.0, "rows": []}, {}
+    rows_file, log = out / "running.jsonl", out / "running.log"
+    command = [sys.executable, "-m", "benchmarks.gpu", *given, "--child", name, str(rows_file.resolve()), f"{until}"]
+    rows_file.unlink(missing_ok=True)
+    started = time.monotonic()
+    ready: list[float] = []
+
+    def limit() -> float:
+        if not ready and rows_file.exists() and b"\n" in rows_file.read_bytes():
+            ready.append(time.monotonic())
+        return min(until, ready[0] + limits.most if ready else started + STARTUP_S)
+
+    clocks = machine.Clocks(not options.dry_run)
+    with log.open("w+b") as output:
+        ended = processes.run(command, limit=limit, cwd=ROOT, environment=environment, output=output)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    measured = clocks.stop()
+    late = f"cut off after {ended.seconds:.0f} s" + ("" if ready else ", before torch had reached the device")
+    status = late if ended.code is None else "done" if ended.code == 0 else f"failed with exit status {ended.code}"
+    rows = list(whole(rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []))
+    found = rows.pop(0)["machine"] if rows else {}
+    section = {"status": status, "seconds": round(ended.seconds, 1), "clocks": measured, "rows": rows}
+    if status != "done" or failures(name, section):
+        section["log"] = text[-LOG_CHARACTERS:]
+    rows_file.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    return section, found
 
 
 def whole(lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -128,94 +145,6 @@ def whole(lines: list[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
-
-
-def run_section(name: str, file: Path, dry_run: bool, compiled: bool) -> int:
-    """In the process of a section: writes the machine and then every row to `file` as soon as it is there."""
-    deadline = time.monotonic() + 0.85 * SECONDS[name]
-    import torch
-
-    from mam2.kernels import active_path
-
-    device = torch.device("cpu" if dry_run else "cuda")
-    with file.open("w", encoding="utf-8") as stream:
-
-        def write(row: dict[str, Any]) -> None:
-            stream.write(json.dumps(tidy(row)) + "\n")
-            stream.flush()
-
-        if not dry_run and not torch.cuda.is_available():
-            print("torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
-            return 2
-        write({"machine": describe(device)})
-        if not dry_run and active_path(device) != "triton":
-            print(f"the kernels would run through {active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
-            return 2
-        for row in rows_of(name, compiled)(device, deadline):
-            write(row)
-    return 0
-
-
-def rows_of(name: str, compiled: bool) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The function that yields a section's rows."""
-    if name == "correctness":
-        from benchmarks.correctness import rows
-    elif name == "loader":
-        from benchmarks import bench_loader, bench_tokenizer
-
-        def rows(device: Any, deadline: float) -> Iterator[dict[str, Any]]:
-            yield from bench_loader.rows(device, deadline)
-            yield from bench_tokenizer.rows(device, deadline)
-
-    else:
-        from benchmarks import bench_step, operators
-
-        module = operators if name == "operators" else bench_step
-        return lambda device, deadline: module.rows(device, deadline, compiled=compiled)
-    return rows
-
-
-def describe(device: Any) -> dict[str, Any]:
-    """The machine and the versions that a number depends on."""
-    import torch
-
-    from mam2.kernels.launch import table_for
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    machine: dict[str, Any] = {
-        "device": "CPU",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    machine["launch_table"] = table_for(device)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "device": properties.name,
-            "capability": f"sm_{properties.major}{properties.minor}",
-            "memory_gib": properties.total_memory / 2**30,
-            "l2_mib": properties.L2_cache_size / 2**20,
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        }
-    return machine
-
-
-def commit() -> str | None:
-    """The commit of the checkout, with a plus where files differ from it; None outside of one."""
-    try:
-        options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-        return head + ("+" if subprocess.run(["git", "status", "--porcelain"], **options).stdout else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def new_file(out: Path, dry_run: bool, device: str) -> Path:
@@ -233,50 +162,56 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def save(report: dict[str, Any], file: Path) -> None:
+def pack(report: dict[str, Any], file: Path, *, marked: bool) -> None:
+    """Writes all rows so far into one file, a page beside it, and the plots of the operators."""
+    save(json.dumps(report, indent=1) + "\n", file)
+    lines = [
+        f"# {report['machine']['device']}",
+        "",
+        f"`{report['command']}`, {report['date']}, commit {report['commit']}",
+    ]
+    lines += [f"{MARK}: a dry run on a CPU" if marked else json.dumps(report["machine"]), *report["packages"]]
+    for name, section in report["sections"].items():
+        clocks = "; ".join(f"{key} {'/'.join(f'{v:g}' for v in of)}" for key, of in section.get("clocks", {}).items())
+        lines += ["", f"## {name}: {section['status']}, {section['seconds']} s", "", *([clocks, ""] if clocks else [])]
+        lines += [table(latest(section["rows"]), COLUMNS[name])]
+    if not marked and "operators" in report["sections"]:
+        both = (report["sections"].get(name, {}).get("rows", ()) for name in ("operators", "variants"))
+        rows = [row for part in both for row in part if not row.get("variant")]
+        last = {(row["operator"], row.get("provider"), row.get("batch")): row for row in rows}
+        plots = draw(list(last.values()), file.with_suffix(""), machine=report["machine"]["device"])
+        lines += ["", plots.replace(str(file.parent) + "/", "")]
+    save("\n".join(lines) + "\n", file.with_suffix(".md"))
+
+
+def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a step that was timed alone and then in turns the last row only; all others."""
+    keys = ("objective", "batch", "precision", "provider", "step", "part")
+    found: dict[Any, dict[str, Any]] = {}
+    for place, row in enumerate(rows):
+        found[tuple(row.get(key) for key in keys) if "timed" in row else place] = row
+    return list(found.values())
+
+
+def save(text: str, file: Path) -> None:
     """Replaces the file at once, so that a run cut off here keeps the one before."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
-
-
-def tidy(value: Any) -> Any:
-    """Floats to six digits; those that JSON does not know as words."""
-    if isinstance(value, dict):
-        return {key: tidy(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return value
-
-
-def failures(name: str, section: dict[str, Any]) -> list[str]:
-    """What makes a run fail: a broken section, a wrong or unchecked kernel, a part of ours that does not run."""
-    rows, status = section["rows"], section["status"]
-    bad = [] if status == "done" or (status.startswith("cut off") and name != "correctness") else [status]
-    for row in rows:
-        verdict = row.get("verdict", "right")
-        ours = name == "correctness" or row.get("provider", "ours") == "ours"
-        late = verdict == "skipped" and name != "correctness"
-        too_large = row.get("reason", "").startswith("OutOfMemoryError")
-        if ours and verdict != "right" and not late and not too_large:
-            label = next(
-                str(row[key]) for key in ("check", "operator", "objective", "front_end", "tokenizer") if key in row
-            )
-            bad.append(f"{label}: {verdict} {row.get('reason', row.get('error', ''))}")
-    return bad
 
 
 def section_text(name: str, section: dict[str, Any], *, marked: bool) -> str:
     """A title and the section's rows; of the checks, those that are not right."""
-    rows = section["rows"]
+    rows = latest(section["rows"])
     title = f"{name}: {section['status']}, {section['seconds']} s"
     if name == "correctness":
         right = sum(row["verdict"] == "right" for row in rows)
         title += f"; {right} of {len(rows)} right, path {', '.join(sorted({row['path'] for row in rows}))}"
         rows = [row for row in rows if row["verdict"] != "right"]
     if marked:
-        title = f"{MARK} | {title}" + (" | ratios to eager only" if name == "operators" else "")
-    return f"\n{title}\n{table(rows, COLUMNS[name])}".rstrip()
+        title = f"{MARK} | {title}"
+    log = f"\n{section['log']}" if "log" in section else ""
+    return f"\n{title}\n{table(rows, COLUMNS[name])}{log}".rstrip()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The registry of measured operators, one bench file each, and what compares the providers of one of them.
 
-A provider that is not right by `check.py`'s gate gets no number.
+A provider that is not right by `check.py`'s gate gets no number, nor does ours where it launched no Triton kernel and
+should have. `median_ms` is forward and backward together, `forward_ms` the forward pass alone with its gradient asked
+for, `backward_ms` their difference. Shares of a copy are against a copy of as many bytes, timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,9 +26,22 @@ from benchmarks import (
 )
 from benchmarks.check import Function, Inputs, Operator, absent, exact_outputs, judge, outputs, upstream_of
 from benchmarks.clips import SHAPES, Shape
-from benchmarks.timing import Timing, ceilings, dispatch_us, interleaved, peak_mib, ratios
+from benchmarks.launches import counted, fallback
+from benchmarks.timing import (
+    Timing,
+    ceilings,
+    copies,
+    dispatch_us,
+    interleaved,
+    kernels_of,
+    launched_ms,
+    peak_mib,
+    ratios,
+)
 from mam2.engine.train.runtime import why_not_compile
-from mam2.kernels import active_path
+
+if TYPE_CHECKING:
+    from benchmarks.sections import Wanted
 
 OPERATORS = (
     bench_tube_mask.OPERATOR,
@@ -60,21 +76,40 @@ def input_sets(operator: Operator, shape: Shape, device: torch.device) -> list[I
     return [operator.inputs(shape, device) for _ in range(count)]
 
 
+def whole_bytes(operator: Operator, shape: Shape) -> int:
+    """Declared bytes of forward and backward together."""
+    backward = operator.backward_cost(shape).bytes_moved if operator.backward_cost else 0
+    return operator.cost(shape).bytes_moved + backward
+
+
 def figures(
     operator: Operator, shape: Shape, timing: Timing, device: torch.device, peaks: dict[str, float] | None
 ) -> dict[str, Any]:
     """What a time says: on a GPU in its units, on either as a share of the device's measured ceilings."""
-    cost = operator.cost(shape)
-    rates = {
-        "gb_per_s": cost.bytes_moved / timing.median_ms / 1e6,
-        "tflop_per_s": cost.flops / timing.median_ms / 1e9,
-    }
-    found: dict[str, Any] = {"flops_per_byte": cost.flops / cost.bytes_moved}
+    moved, flops = whole_bytes(operator, shape), operator.cost(shape).flops
+    rates = {"gb_per_s": moved / timing.median_ms / 1e6, "tflop_per_s": flops / timing.median_ms / 1e9}
+    found: dict[str, Any] = {"flops_per_byte": flops / moved}
     if device.type == "cuda":
         found |= timing._asdict() | rates
     if peaks:
         found["percent_of_copy"] = 100 * rates["gb_per_s"] / peaks["copy_gb_per_s"]
         found["percent_of_matmul"] = 100 * rates["tflop_per_s"] / peaks["matmul_tflop_per_s"]
+    return found
+
+
+def passes(timings: dict[str, Timing], name: str) -> dict[str, Any]:
+    """Forward and backward of a provider apart, each beside a copy of the bytes that it declares."""
+    whole = timings[name].median_ms
+    if f"{name} forward" not in timings:
+        return {"forward_ms": whole, "forward_percent_of_copy": 100 * timings["copy forward"].median_ms / whole}
+    forward = timings[f"{name} forward"].median_ms
+    found = {"forward_ms": forward, "forward_percent_of_copy": 100 * timings["copy forward"].median_ms / forward}
+    backward = whole - forward
+    found["backward_ms"] = backward
+    if backward > 0:
+        found["backward_percent_of_copy"] = 100 * timings["copy backward"].median_ms / backward
+    if unit := timings.get(f"{name} unit upstream"):
+        found["unit_upstream_ms"] = unit.median_ms
     return found
 
 
@@ -98,50 +133,104 @@ def compare(
     head = {"operator": operator.name, "shape": str(shape), "batch": shape.batch}
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, list[Callable[[], Any]]] = {}
+    cuda = device.type == "cuda"
     for name, provider in providers.items():
-        rows[name] = {**head, "provider": name, **judge(operator, shape, provider, sets[0], upstream, exact)}
+        start = time.perf_counter()
+        with counted() as counter:
+            rows[name] = {**head, "provider": name, **judge(operator, shape, provider, sets[0], upstream, exact)}
+        if cuda:
+            rows[name]["first_call_s"] = time.perf_counter() - start
+        if name == "ours":
+            rows[name]["path"] = "triton" if counter.names else "pytorch"
+            if rows[name]["verdict"] == "right" and (reason := fallback(device, counter)):
+                rows[name] |= {"verdict": "failed", "reason": reason}
         if rows[name]["verdict"] == "right":
             calls[name] = [functools.partial(outputs, operator, provider, inputs, upstream) for inputs in sets]
     del exact
-    cuda = device.type == "cuda"
-    for name, mine in calls.items():
-        if cuda:
-            rows[name]["peak_mib"] = peak_mib(mine[0], device)
-        if cuda and shape.batch == DISPATCH_BATCH:
+    for name, mine in calls.items() if cuda else ():
+        rows[name] |= {"peak_mib": peak_mib(mine[0], device), "kernels": kernels_of(mine[0])}
+        rows[name]["launched_ms"] = launched_ms(mine, device)
+        if shape.batch == DISPATCH_BATCH:
             rows[name]["dispatch_us"] = dispatch_us(mine)
-    timings = interleaved(calls, device, rounds=rounds)
-    faster = ratios(timings, "eager")
-    for name, timing in timings.items():
+    more = _more_calls(operator, shape, device, {name: providers[name] for name in calls}, sets, upstream)
+    timings = interleaved({**calls, **more}, device, rounds=rounds)
+    faster = ratios({name: timings[name] for name in calls}, "eager")
+    for name in calls:
         rows[name] |= {"ratio_to_eager": faster[name]}
         if cuda:
-            rows[name] |= figures(operator, shape, timing, device, peaks)
-    if "ours" in rows:
-        rows["ours"]["path"] = active_path(device)
+            rows[name] |= figures(operator, shape, timings[name], device, peaks) | passes(timings, name)
+            if "ours" in calls:
+                rows[name]["times_of_ours"] = timings[name].median_ms / timings["ours"].median_ms
     return list(rows.values())
 
 
-def rows(device: torch.device, deadline: float, *, compiled: bool) -> Iterator[dict[str, Any]]:
-    """The measured ceilings of a GPU, then every operator at every shape, until `deadline` (time.monotonic).
+def _more_calls(
+    operator: Operator,
+    shape: Shape,
+    device: torch.device,
+    providers: dict[str, Function],
+    sets: list[Inputs],
+    upstream: torch.Tensor | None,
+) -> dict[str, list[Callable[[], Any]]]:
+    """What is timed beside the whole: forward alone, ours under an upstream of 1, copies of the declared bytes."""
+    if not providers:
+        return {}
+    found = {"copy forward": copies(operator.cost(shape).bytes_moved, device)}
+    if operator.leaves:
+        for name, provider in providers.items():
+            found[f"{name} forward"] = [functools.partial(provider, **inputs) for inputs in sets]
+        if operator.backward_cost:
+            found["copy backward"] = copies(operator.backward_cost(shape).bytes_moved, device)
+        if "ours" in providers and upstream is not None:
+            one = torch.ones_like(upstream)
+            found["ours unit upstream"] = [
+                functools.partial(outputs, operator, providers["ours"], inputs, one) for inputs in sets
+            ]
+    return found
 
-    The shapes for the plots alone go without `compiled`: compiling takes longer than all the rest.
+
+def rows(device: torch.device, deadline: float, wanted: Wanted, *, variants: bool = False) -> Iterator[dict[str, Any]]:
+    """The measured ceilings of a GPU, then a row for each operator, shape and provider.
+
+    Without `variants` at the first of the shapes, uncompiled; with them compiled there, in other layouts and types, and
+    at the other batches for the plots. What `deadline` (time.monotonic) leaves no time for is named.
     """
     torch.manual_seed(0)
     cuda = device.type == "cuda"
     peaks = ceilings(device) if cuda else None
     if peaks:
         yield {"operator": "ceilings", **peaks}
-    for place, shape in enumerate(SHAPES[device.type] if cuda else SHAPES[device.type][:1]):
+    for operator, shape, compiled in plan(device, variants):
+        head = {"operator": operator.name, "shape": str(shape), "batch": shape.batch}
+        if not (wanted.takes("operators", operator.name) and wanted.takes("shapes", str(shape))):
+            continue
+        if time.monotonic() > deadline:
+            yield head | {"verdict": "skipped", "reason": "out of time"}
+            continue
+        try:
+            known = all_providers(operator, shape, device, compiled=compiled and wanted.compiled)
+            chosen = {name: provider for name, provider in known.items() if wanted.takes("ways", name)}
+            rounds = 30 if cuda else 5
+            found = compare(operator, shape, device, rounds=rounds, peaks=peaks, providers=chosen)
+            yield from (row | {"variant": shape in operator.variants} for row in found)
+        except Exception as problem:  # one that does not fit into memory leaves the others standing
+            yield head | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
+        torch.compiler.reset()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def plan(device: torch.device, variants: bool) -> Iterator[tuple[Operator, Shape, bool]]:
+    """Operators, shapes and whether they are compiled too, the most telling first."""
+    first, *others = SHAPES[device.type]
+    if not variants:
+        yield from ((operator, first, False) for operator in OPERATORS)
+        return
+    cuda = device.type == "cuda"
+    for operator in OPERATORS:
+        for shape in operator.variants if cuda else operator.variants[:2]:
+            small = {"batch": 1, "size": 2 * shape.patch[1], "frames": 4, "width": 16, "codes": 64}
+            yield operator, shape if cuda else replace(shape, **small), False
+    for shape in (first, *others) if cuda else ():
         for operator in OPERATORS:
-            head = {"operator": operator.name, "shape": str(shape), "batch": shape.batch}
-            if time.monotonic() > deadline:
-                yield head | {"verdict": "skipped", "reason": "out of time"}
-                continue
-            try:
-                with_compiled = compiled and place < 2
-                rounds = 30 if cuda else 10
-                yield from compare(operator, shape, device, compiled=with_compiled, rounds=rounds, peaks=peaks)
-            except Exception as problem:  # one that does not fit into memory leaves the others standing
-                yield head | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
-            torch.compiler.reset()
-            if cuda:
-                torch.cuda.empty_cache()
+            yield operator, shape, shape in SHAPES[device.type][:2]

@@ -138,6 +138,40 @@ def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
     return first.elapsed_time(last)
 
 
+def copies(moved: int, device: torch.device) -> list[Callable[[], Any]]:
+    """Copies that read and write `moved` bytes together, of as many tensors as do not stay in a GPU's cache."""
+    size = max(moved // 2, 1)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    count = min(2 * cache // max(moved, 1) + 2, 64)
+
+    def one() -> Callable[[], Any]:
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return [one() for _ in range(count)]
+
+
+def launched_ms(calls: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 5) -> float:
+    """Milliseconds of one call launched kernel by kernel, as a peer that cannot be captured is timed: the median."""
+
+    def run() -> None:
+        for call in itertools.islice(itertools.cycle(calls), CALLS):
+            call()
+
+    run()
+    return percentile([elapsed_ms(run, device) / CALLS for _ in range(rounds)], 50)
+
+
+def kernels_of(call: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that one call has a GPU do."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
+
+
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     """MiB of tensors that `run` holds at most above what is held before it; on a CPU counted by PyTorch's profiler."""
     if device.type == "cuda":

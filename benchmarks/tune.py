@@ -3,7 +3,8 @@
 For every kernel and row of the table, the operators that launch it are timed with each number of warps, and
 linear_cross_entropy with each size of its chunks, in interleaved rounds. A candidate whose results are not right by
 check.py's gate is not timed; one takes the place of the present value if it is faster by more than 2 %. `--dry-run`
-goes through all of it on the CPU, where launches have no warps, and leaves the table as it is.
+goes through all of it on the CPU, where launches have no warps, and leaves the table as it is. `--out` writes the table
+elsewhere. A row of the table is of an architecture: one GPU's choice serves all GPUs of it (an H100's an H200).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +45,11 @@ from mam2.kernels.scale_gradient import scale_gradient
 MARK = "NOT a GPU result"
 TABLE = Path(launch.__file__).with_name("launch_table.json")
 WARPS = (1, 2, 4, 8, 16)
-CHUNK_MIB = (8, 16, 32, 64, 128)
+CHUNK_MIB = (8, 16, 32, 64, 88, 128, 176, 352)
+"""88 and 176: rows of 8192 codes in bfloat16 whose products fill 132 multiprocessors once and twice."""
+CHUNKS = "chunk_bytes"
+SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
+"""Of a dry run."""
 LEAST_GAIN = 0.02
 EVERY_BLOCK = 1536
 """Values of a token of 2 frames of 16², from which longer ones are made of more frames."""
@@ -137,35 +144,96 @@ def better(found: dict[int, float], present: int) -> int:
     return fastest if present not in found or found[fastest] < (1 - LEAST_GAIN) * found[present] else present
 
 
-def choice(what: str, block: int | None, present: int, found: dict[int, float]) -> Row:
-    best = better(found, present)
-    row: Row = {"tuned": what, "block": block, "present": present, "best": best, "right": f"{len(found)} candidates"}
-    return row | {"present_ms": found.get(present), "best_ms": found.get(best)}
+def choices(
+    shape: Shape,
+    device: torch.device,
+    *,
+    rounds: int,
+    kernels: Sequence[str] = (),
+    first_blocks: bool = False,
+    deadline: float = math.inf,
+) -> Iterator[Row]:
+    """A row for each choice, as soon as it is made: chunks of logits, then warps of each kernel and block.
 
-
-def tune(shape: Shape, device: torch.device, *, rounds: int) -> tuple[dict[str, list[list[int]]], int, list[Row]]:
-    """A launch table, the bytes of a chunk of logits, and a row for each choice made."""
+    Args:
+        shape: of the operators that launch the kernels.
+        device: where they run.
+        rounds: of each candidate.
+        kernels: names; default: all, and `chunk_bytes`.
+        first_blocks: only the first block of each kernel, for softmax_gradient its last: those of mam2-fast.
+        deadline: time.monotonic() after which nothing is tuned; such a row is marked "skipped".
+    """
     name = launch.architecture(device)
-    rows: list[Row] = []
-    warps: dict[str, list[list[int]]] = {}
+    if not kernels or CHUNKS in kernels:
+        row: Row = {"tuned": CHUNKS, "block": None}
+        present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
+        sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
+        yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), shape, device, present, sizes, rounds, deadline)
     for kernel, present_rows in launch.WARPS["default"].items():
-        if kernel not in TUNED:
-            rows.append({"tuned": kernel, "right": "has no operator here: its row stays"})
+        if kernels and kernel not in kernels:
             continue
-        warps[kernel] = []
-        for block, _ in present_rows:
+        if kernel not in TUNED:
+            reason = "has no operator here: its row stays"
+            yield {"tuned": kernel, "block": None, "verdict": "skipped", "reason": reason}
+            continue
+        blocks = [block for block, _ in present_rows]
+        if first_blocks:
+            blocks = blocks[-1:] if kernel == "softmax_gradient" else blocks[:1]
+        for block in blocks:
             counts = {count: launched_with(name, {kernel: count}) for count in WARPS}
             at = TUNED[kernel].shape(shape, block)
-            found = times(TUNED[kernel].operators, at, device, counts, rounds=rounds)
-            rows.append(choice(kernel, block, launch.warps(kernel, block, device), found))
-            warps[kernel].append([block, rows[-1]["best"]])
+            row = {"tuned": kernel, "block": block}
+            present = launch.warps(kernel, block, device)
+            yield _chosen(row, TUNED[kernel].operators, at, device, present, counts, rounds, deadline)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
-    sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
-    found = times((bench_linear_cross_entropy.OPERATOR,), shape, device, sizes, rounds=rounds)
-    rows.append(choice("chunk_bytes", None, present, found))
-    return warps, rows[-1]["best"], rows
+
+
+def _chosen(
+    row: Row,
+    operators: Sequence[Operator],
+    shape: Shape,
+    device: torch.device,
+    present: int,
+    candidates: dict[int, Any],
+    rounds: int,
+    deadline: float,
+) -> Row:
+    if time.monotonic() > deadline:
+        return row | {"present": present, "best": present, "verdict": "skipped", "reason": "out of time"}
+    found = times(operators, shape, device, candidates, rounds=rounds)
+    row |= {"present": present, "best": better(found, present), "verdict": "right" if found else "wrong"}
+    if not found:
+        row["reason"] = "no candidate gives right results"
+    if device.type != "cuda":
+        return row  # a launch on a CPU has no warps: its times mean nothing
+    row |= {"present_ms": found.get(present), "best_ms": found.get(row["best"])}
+    return row | {"candidates_ms": {str(value): ms for value, ms in found.items()}}
+
+
+def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
+    """What decides the speed of mam2-fast: chunks of logits, warps at its blocks, attention at its shapes."""
+    cuda = device.type == "cuda"
+    shape = Shape(batch=64) if cuda else SMALL
+    kernels = (CHUNKS, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
+    options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
+    for row in choices(shape, device, kernels=kernels, **options):
+        yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
+    from mam2.engine.model.attention_choice import measure, shapes_of
+    from mam2.engine.recipe import load_recipe
+
+    batch, dtype = (64, torch.bfloat16) if cuda else (1, torch.float32)
+    parts = {f"mam2-fast {part}": at for part, at in shapes_of(load_recipe("mam2-fast"), batch).items()}
+    parts["videomae decoder"] = shapes_of(load_recipe("videomae"), batch)["decoder"]
+    for part, at in parts.items() if cuda else list(parts.items())[:1]:
+        row: Row = {"tuned": "attention", "block": f"{part}, {at}"}
+        if time.monotonic() > deadline:
+            yield row | {"verdict": "skipped", "reason": "out of time"}
+            continue
+        found = measure(at, device, dtype)
+        best, best_ms = next(iter(found.items()), (None, None))
+        row |= {"verdict": "right" if found else "wrong"}
+        yield row | ({"best": best, "best_ms": best_ms, "candidates_ms": found} if cuda else {})
 
 
 def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
@@ -188,6 +256,9 @@ def write(text: str, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; the table stays as it is")
+    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS], default=[], help="default: all")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="what is not tuned by then stays as it is")
+    parser.add_argument("--out", type=Path, help="file of the table; default: kernels/launch_table.json")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("tune: torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
@@ -196,17 +267,37 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and launch.active_path(device) != "triton":
         print(f"tune: the kernels would run through {launch.active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
         return 2
-    shape = Shape(batch=1, size=32, width=16, dtype=torch.float32) if options.dry_run else Shape(batch=64)
-    warps, chunk_bytes, rows = tune(shape, device, rounds=1 if options.dry_run else 20)
-    name = launch.architecture(device)
-    text = text_of({**launch.WARPS, name: warps}, {**launch.CHUNK_BYTES, name: chunk_bytes})
-    path = Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) / TABLE.name if options.dry_run else TABLE
-    write(text, path)
-    columns = ["tuned", "block", *([] if options.dry_run else ["present", "best", "present_ms", "best_ms"]), "right"]
+    name, shape = launch.architecture(device), SMALL if options.dry_run else Shape(batch=64)
+    elsewhere = Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) / TABLE.name if options.dry_run else TABLE
+    path = options.out or elsewhere
     mark = f"{MARK} | " if options.dry_run else ""
-    print(f"{mark}launch table for {name}\n{table(rows, columns)}\n{mark}written to {path}")
-    wrong = [row for row in rows if row["right"].startswith("0 ")]
-    return 1 if wrong else 0
+    card = "the CPU" if options.dry_run else torch.cuda.get_device_name(device)
+    print(f"{mark}launch table for {name}, measured on {card}", flush=True)
+    rows: list[Row] = []
+    deadline, rounds = time.monotonic() + options.seconds, 1 if options.dry_run else 20
+    for row in choices(shape, device, rounds=rounds, kernels=options.kernels, deadline=deadline):
+        rows.append(row)
+        write(text_of(*with_choices(name, rows)), path)  # each choice at once: a call that is cut off keeps them
+    columns = ["tuned", "block", *([] if options.dry_run else ["present", "best", "present_ms", "best_ms"]), "verdict"]
+    print(f"{table(rows, [*columns, 'reason'])}\n{mark}written to {path}")
+    return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
+
+
+def with_choices(name: str, rows: Sequence[Row]) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int]]:
+    """The launch tables with these rows in that of the architecture `name`; what was not tuned stays."""
+    warps = {kernel: [list(pair) for pair in pairs] for kernel, pairs in launch.WARPS.get(name, {}).items()}
+    chunk_bytes = dict(launch.CHUNK_BYTES)
+    for row in rows:
+        if row["verdict"] != "right":
+            continue
+        if row["tuned"] == CHUNKS:
+            chunk_bytes[name] = row["best"]
+            continue
+        held = warps.setdefault(row["tuned"], [list(pair) for pair in launch.WARPS["default"][row["tuned"]]])
+        for pair in held:
+            if pair[0] == row["block"]:
+                pair[1] = row["best"]
+    return {**launch.WARPS, **({name: warps} if warps else {})}, chunk_bytes
 
 
 if __name__ == "__main__":

@@ -89,6 +89,28 @@ def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monk
     assert (late["verdict"], late["reason"]) == ("skipped", "out of time")
 
 
+def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monkeypatch):
+    """As a decoder that is one frame off would give them."""
+    from mam2.engine.recipe import load_recipe
+
+    settings = bench.SETTINGS["cpu"]
+    manifest = bench.write_files(tmp_path, "vp9", 30, settings)
+    data = dataclasses.replace(load_recipe("mam2-fast").data, front_end="dali-cpu", **settings.data)
+    bench.check_frames(manifest, data, settings, CPU)
+    first_clips = bench.first_clips
+
+    def off_by_one(manifest, data, settings, device):
+        clips = first_clips(manifest, data, settings, device)
+        return clips.roll(1, 1) if data.front_end == "dali-cpu" else clips
+
+    monkeypatch.setattr(bench, "first_clips", off_by_one)
+    settings = dataclasses.replace(settings, loaders=(("dali-cpu", "vp9", 30, 1),), turns=1)
+    rows = bench.decoding_rows({("vp9", 30): manifest}, settings, CPU, time.monotonic() + 100)
+    row = next(row for row in rows if row["front_end"] == "dali-cpu")
+    assert row["verdict"] == "wrong"
+    assert "differ from PyAV's by" in row["reason"]
+
+
 def test_moving_noise_moves(bench):
     frames = bench.moving_noise(3, 32, 48, np.random.default_rng(0))
     assert frames.shape == (3, 32, 48, 3)

@@ -23,7 +23,61 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def compare(bench: ModuleType, name: str, precision: str = "float32") -> list[dict[str, Any]]:
     config = bench.sized(name, bench.TINY, precision)
-    return list(bench.compare(name, config, 2, CPU, compiled=False, rounds=2))
+    rows = bench.compare(name, config, 2, CPU, compiled=False, rounds=2)
+    return [row for row in rows if row.get("timed") != "alone"]
+
+
+def everything(bench: ModuleType) -> Any:
+    """What `make gpu ARGS=--dry-run` asks for."""
+    return importlib.import_module("benchmarks.sections").Wanted(dry_run=True, compiled=False)
+
+
+def test_a_way_has_its_row_before_the_next_is_built(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a time limit keeps what was measured."""
+    pytest.importorskip("transformers")
+    config = bench.sized("videomae", bench.TINY, "float32")
+    built = []
+    theirs = bench.theirs
+    monkeypatch.setattr(bench, "theirs", lambda *given: built.append(given) or theirs(*given))
+    rows = bench.compare("videomae", config, 2, CPU, compiled=False, rounds=1)
+    first = next(rows)
+    assert (first["provider"], first["step"], first["timed"]) == ("ours", "eager", "alone")
+    assert first["clips_per_s"] > 0
+    assert not built
+    later = list(rows)
+    assert built
+    assert [row["timed"] for row in later if "timed" in row] == ["alone", "in turns", "in turns"]
+
+
+def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
+    config = bench.sized("mam2-fast", bench.TINY, "float32")
+    options = {"compiled": False, "rounds": 1}
+    late = list(bench.compare("mam2-fast", config, 2, CPU, deadline=0.0, **options))
+    assert late[0]["reason"] == "out of time"
+    assert not any("median_ms" in row for row in late)
+    rows = list(bench.compare("mam2-fast", config, 2, CPU, takes=lambda way: way in ("ours", "eager"), **options))
+    assert {row["step"] for row in rows} == {"eager"}
+
+
+def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mam2.engine.model.attention_choice"
+    asked = []
+    module = ModuleType(name)
+    module.shapes_of = lambda config, batch: {"encoder": batch}  # type: ignore[attr-defined]
+    module.use_fastest = lambda *given: asked.append(given) or ["encoder: sdpa"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    config = bench.sized("mam2-fast", bench.TINY, "bfloat16")
+    assert bench.choose_attention(config, 2, torch.device("cuda")) == ["encoder: sdpa"]
+    assert asked == [({"encoder": 2}, torch.device("cuda"), torch.bfloat16)]
+    assert bench.choose_attention(config, 2, CPU) == []
+
+
+def test_a_step_without_a_triton_launch_is_no_data_point(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "fallback", lambda device, counter: "fell back to PyTorch" * (not counter.names))
+    rows = compare(bench, "mam2-fast")
+    eager = next(row for row in rows if row["step"] == "eager")
+    assert (eager["verdict"], eager["reason"]) == ("failed", "fell back to PyTorch")
+    assert "median_ms" not in eager
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -81,7 +135,7 @@ def test_one_that_breaks_leaves_the_others(bench: ModuleType, monkeypatch: pytes
 
 
 def test_rows_hold_every_objective_and_part(bench: ModuleType) -> None:
-    rows = list(bench.rows(CPU, float("inf"), compiled=False))
+    rows = list(bench.rows(CPU, float("inf"), everything(bench)))
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "part" in row:
@@ -97,5 +151,5 @@ def test_rows_hold_every_objective_and_part(bench: ModuleType) -> None:
 
 
 def test_what_there_is_no_time_for_is_named(bench: ModuleType) -> None:
-    rows = list(bench.rows(CPU, 0.0, compiled=False))
+    rows = list(bench.rows(CPU, 0.0, everything(bench)))
     assert [(row["objective"], row["reason"]) for row in rows] == [(name, "out of time") for name in bench.OBJECTIVES]

@@ -84,9 +84,19 @@ def test_a_wrong_provider_gets_no_number() -> None:
     assert rows["eager"]["ratio_to_eager"] == 1
     assert rows["ours"]["ratio_to_eager"] > 0
     for name in [*wrong, *missing]:
-        assert set(rows[name]) <= {"operator", "provider", "shape", "batch", "verdict", "error", "reason"}
+        assert set(rows[name]) <= {"operator", "provider", "shape", "batch", "verdict", "error", "errors", "reason"}
     assert called == 1
     assert not any("ms" in key or "per_s" in key for row in rows.values() for key in row)  # a CPU's ratios only
+
+
+def test_ours_without_a_triton_launch_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, operator = module("operators"), operator_of("masked_pixel_loss")
+    monkeypatch.setattr(operators, "fallback", lambda device, counter: "fell back to PyTorch" * (not counter.names))
+    shape = operators.SHAPES["cpu"][0]
+    ours, eager = operators.compare(operator, shape, CPU, compiled=False, rounds=2)
+    assert (ours["verdict"], ours["reason"], ours["path"]) == ("failed", "fell back to PyTorch", "pytorch")
+    assert (eager["verdict"], eager["ratio_to_eager"]) == ("right", 1)
+    assert "ratio_to_eager" not in ours
 
 
 def test_a_mask_with_a_token_twice_is_wrong() -> None:
@@ -138,27 +148,34 @@ def test_a_kernel_that_errs_fails_the_check() -> None:
     assert verdict(right.double())["verdict"] == "wrong"
 
 
-def test_dry_run_is_marked(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--no-compile", "--sections", "operators"]
+@pytest.mark.slow
+def test_dry_run_goes_through_every_section_and_is_marked(tmp_path: Path) -> None:
+    gpu = module("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", tmp_path]
     before = set((ROOT / "benchmarks").rglob("*.json"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     shown = [line for line in done.stdout.splitlines() if line.startswith("NOT a GPU result")]
-    assert len(shown) == 2  # the table's title and the last line
+    assert len(shown) == len(gpu.SECTIONS) + 1  # the tables' titles and the last line
     assert set((ROOT / "benchmarks").rglob("*.json")) == before
     (file,) = tmp_path.rglob("*.json")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {file.name, f"{file.stem}.md"}
     assert file.parent.name == "not-a-gpu-result"
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["note"].startswith("NOT a GPU result")
     assert report["machine"]["device"] == "CPU"
-    rows = report["sections"]["operators"]["rows"]
+    sections = report["sections"]
+    assert list(sections) == list(gpu.SECTIONS)
+    assert {section["status"] for section in sections.values()} == {"done"}
+    assert not any("log" in section for section in sections.values())
+    rows = sections["operators"]["rows"]
     assert {row["operator"] for row in rows} == {entry.name for entry in module("operators").OPERATORS}
     assert not any("median_ms" in row for row in rows)
     for row in rows:
         assert row["verdict"] == "right" or (row["verdict"] == "absent" and row["reason"]), row
+    assert sections["pretrain"]["rows"][0]["verdict"] == "right"
+    assert "NOT a GPU result" in file.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_a_bare_machine_imports_every_section_and_says_what_is_missing() -> None:
@@ -168,19 +185,21 @@ def test_a_bare_machine_imports_every_section_and_says_what_is_missing() -> None
 import json, sys, time
 sys.modules |= dict.fromkeys({missing})
 import torch
-from benchmarks import gpu
-rows = {{section: gpu.rows_of(section, False) for section in gpu.SECONDS}}
-for row in rows["loader"](torch.device("cpu"), time.monotonic() + 60):
-    print(json.dumps(row))
+from benchmarks import bench_step, correctness, counters, gpu, operators, sections, tune
+wanted = sections.Wanted(dry_run=True, compiled=False)
+for name in ("loader", "pretrain"):
+    for row in sections.rows_of(name, torch.device("cpu"), time.monotonic() + 60, wanted):
+        print(json.dumps(row))
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    files, online, cached = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    files, online, cached, run = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert (files["verdict"], files["reason"]) == ("skipped", "av is not installed")
     assert online["median_ms_per_clip"] > 0
     assert (cached["verdict"], cached["reason"]) == ("skipped", "not installed: av, tqdm")
+    assert (run["verdict"], run["reason"].split(",")[0]) == ("skipped", "not installed: av")
 
 
 def test_dry_run_stays_out_of_the_results() -> None:
@@ -190,22 +209,56 @@ def test_dry_run_stays_out_of_the_results() -> None:
     assert stopped.value.code == 2
 
 
-def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> ModuleType:
+    """benchmarks.gpu with a shell script as the program of its sections; `$FILE` is where their rows go."""
     gpu = module("gpu")
     program = tmp_path / "python"
-    program.write_text(
-        '#!/bin/sh\n{ echo \'{"machine": {"device": "X"}}\'; echo \'{"check": "a", "path": "triton", '
-        '"verdict": "right"}\'; printf \'{"che\'; } > "$5"\nexec sleep 60\n'
-    )
+    program.write_text(f'#!/bin/sh\nwhile [ "$1" != --child ]; do shift; done\nSECTION=$2 FILE=$3\n{script}\n')
     program.chmod(0o755)
     monkeypatch.setattr(gpu.sys, "executable", str(program))
-    monkeypatch.setitem(gpu.SECONDS, "correctness", 1)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    return gpu
+
+
+MACHINE = """echo '{"machine": {"device": "X"}}' > "$FILE"\n"""
+RIGHT = """echo '{"check": "a", "path": "triton", "verdict": "right"}' >> "$FILE"\n"""
+
+
+def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = MACHINE + RIGHT + """printf '{"che' >> "$FILE"\nexec sleep 60"""
+    gpu = stand_in(tmp_path, monkeypatch, hangs)
+    monkeypatch.setitem(gpu.SECTIONS, "correctness", gpu.SECTIONS["correctness"]._replace(most=1))
     assert gpu.main(["--sections", "correctness"]) == 1  # unchecked kernels are no success
     (file,) = (tmp_path / "results" / "x").glob("*.json")
     section = json.loads(file.read_text(encoding="utf-8"))["sections"]["correctness"]
-    assert section["status"] == "cut off after 1 s"
+    assert section["status"].startswith("cut off after")
     assert [row["check"] for row in section["rows"]] == ["a"]
+    assert not (tmp_path / "results" / "running.jsonl").exists()
+
+
+def test_a_section_that_breaks_leaves_the_others_and_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = MACHINE + '[ "$SECTION" = counters ] && { echo it broke; exit 7; }\n' + RIGHT + "true"
+    gpu = stand_in(tmp_path, monkeypatch, breaks)
+    assert gpu.main(["--sections", "smoke", "counters", "sweeps"]) == 1
+    (file,) = (tmp_path / "results" / "x").glob("*.json")
+    sections = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    assert {name: part["status"] for name, part in sections.items()} == {
+        "smoke": "done", "sweeps": "done", "counters": "failed with exit status 7",
+    }  # fmt: skip
+    assert "it broke" in sections["counters"]["log"]
+
+
+def test_sections_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = stand_in(tmp_path, monkeypatch, MACHINE + RIGHT)
+    for name in ("operators", "step"):
+        monkeypatch.setitem(gpu.SECTIONS, name, gpu.SECTIONS[name]._replace(least=10_000))
+    assert gpu.main(["--sections", "smoke", "step", "operators", "--seconds", "60"]) == 0
+    (file,) = (tmp_path / "results" / "x").glob("*.json")
+    sections = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    assert list(sections) == ["smoke", "operators", "step"]
+    assert sections["step"]["status"].startswith("not started: ")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +268,9 @@ def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monk
         ("correctness", {"check": "c", "verdict": "skipped", "reason": "out of time"}, 1),
         ("operators", {"operator": "o", "provider": "ours", "verdict": "wrong", "error": 0.5}, 1),
         ("operators", {"operator": "o", "provider": "compiled", "verdict": "failed", "reason": "?"}, 0),
+        ("operators", {"operator": "o", "provider": "ours", "verdict": "failed", "reason": "fell back to PyTorch"}, 1),
+        ("smoke", {"check": "tests/test_gpu.py", "verdict": "wrong", "reason": "2 failed"}, 1),
+        ("counters", {"kernel": "all", "verdict": "skipped", "reason": "ncu is not installed"}, 0),
         ("step", {"objective": "s", "verdict": "failed", "reason": "RuntimeError: ?"}, 1),
         ("step", {"objective": "s", "verdict": "failed", "reason": "OutOfMemoryError: ?"}, 0),
         ("loader", {"front_end": "all", "verdict": "skipped", "reason": "av is not installed"}, 0),
@@ -316,7 +372,9 @@ def test_sanitizer_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "compute-sanitizer is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("code", "status", "said"), [(0, 0, "clean"), (99, 1, "FOUND"), (1, 1, "FAILED")])
+@pytest.mark.parametrize(
+    ("code", "status", "said"), [(0, 0, "clean"), (99, 1, "FOUND"), (3, 1, "NOT ALL"), (1, 1, "FAILED")]
+)
 def test_sanitizer_passes_on_the_verdict(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -332,4 +390,6 @@ def test_sanitizer_passes_on_the_verdict(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sanitize.main([]) == status
+    assert capsys.readouterr().out.count(said) == 1
+    assert sanitize.main(["--tools", *sanitize.TOOLS]) == status
     assert capsys.readouterr().out.count(said) == 2

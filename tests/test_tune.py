@@ -27,6 +27,41 @@ def test_every_kernel_is_tuned(tune: ModuleType) -> None:
     assert set(tune.TUNED) == set(launch.WARPS["default"])
 
 
+TINY = {"rounds": 1, "kernels": ("scale_gradient",)}
+
+
+def test_only_the_kernels_asked_for_are_tuned_and_late_ones_named(tune: ModuleType) -> None:
+    rows = list(tune.choices(tune.SMALL, CPU, **TINY))
+    assert [(row["tuned"], row["block"]) for row in rows] == [
+        ("scale_gradient", block) for block, _ in launch.WARPS["default"]["scale_gradient"]
+    ]
+    assert {row["verdict"] for row in rows} == {"right"}
+    late = list(tune.choices(tune.SMALL, CPU, deadline=0.0, **TINY))
+    assert {row["reason"] for row in late} == {"out of time"}
+    assert [row["best"] for row in late] == [row["present"] for row in late]
+
+
+def test_what_was_not_tuned_stays(tune: ModuleType) -> None:
+    rows = [
+        {"tuned": "scale_gradient", "block": 512, "best": 16, "verdict": "right"},
+        {"tuned": "scale_gradient", "block": 1024, "best": 8, "verdict": "skipped"},
+        {"tuned": tune.CHUNKS, "block": None, "best": 2**27, "verdict": "right"},
+    ]
+    before = [list(pair) for pair in launch.WARPS["default"]["scale_gradient"]]
+    warps, chunk_bytes = tune.with_choices("sm_90", rows)
+    assert warps["sm_90"] == {"scale_gradient": [[512, 16], *before[1:]]}
+    assert warps["default"] == launch.WARPS["default"]
+    assert chunk_bytes == {**launch.CHUNK_BYTES, "sm_90": 2**27}
+    assert launch.WARPS["default"]["scale_gradient"] == before
+
+
+def test_the_table_goes_where_it_is_told(tune: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "table.json"
+    assert tune.main(["--dry-run", "--kernels", "scale_gradient", "--out", str(file)]) == 0
+    assert set(json.loads(file.read_text(encoding="utf-8"))["warps"]["cpu"]) == {"scale_gradient"}
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(file))
+
+
 def test_shapes_give_the_blocks(tune: ModuleType) -> None:
     shape = tune.Shape(batch=1)
     for kernel, rows in launch.WARPS["default"].items():

@@ -1,0 +1,146 @@
+"""The machine that a number belongs to: what it is, what is installed, and what was carried there as wheels."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import processes
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ROOT / ".whl"
+"""Wheels for a machine without network; git ignores the folder."""
+PACKAGES = (
+    *("mam2", "torch", "triton", "transformers", "xformers", "liger-kernel", "cut-cross-entropy"),
+    *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "tyro", "matplotlib", "pytest", "numpy"),
+)
+COMMIT = "MAM2_COMMIT"
+"""Environment variable that names the commit where the checkout has no history."""
+QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
+
+
+def environment(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The environment of the sections, and lines on what was found; `folder` holds what is unpacked or linked.
+
+    Wheels in .whl/ are installed into `folder`; where mam2 is not installed, links to the checkout stand in for it.
+    """
+    paths, lines = [str(ROOT)], []
+    wheels = sorted(WHEELS.glob("*.whl"))
+    if wheels:
+        target = folder / "site"
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        done = subprocess.run(
+            [*pip, "--target", str(target), *map(str, wheels)], capture_output=True, text=True, check=False
+        )
+        names = ", ".join(wheel.name.split("-")[0] for wheel in wheels)
+        if done.returncode:
+            lines.append(f".whl/: pip could not install {names}: {done.stderr.strip()[-300:]}")
+        else:
+            paths.append(str(target))
+            lines.append(f".whl/: {names}")
+    else:
+        lines.append(".whl/: no wheels there")
+    if importlib.util.find_spec("mam2") is None or importlib.util.find_spec("mam2.kernels") is None:
+        package = folder / "links" / "mam2"
+        package.mkdir(parents=True)
+        for name in ("engine", "kernels"):
+            (package / name).symlink_to(ROOT / name)
+        paths.append(str(package.parent))
+        lines.append("mam2: not installed, taken from the checkout")
+    given = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}, lines
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """The machine and the versions that a number depends on."""
+    import torch
+
+    from mam2.kernels.launch import table_for
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine: dict[str, Any] = {
+        "device": "CPU",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+        "launch_table": table_for(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "device": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory_gib": properties.total_memory / 2**30,
+            "l2_mib": properties.L2_cache_size / 2**20,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return machine
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with a plus where files differ from it; without history what MAM2_COMMIT says."""
+    try:
+        options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        return head + ("+" if subprocess.run(["git", "status", "--porcelain"], **options).stdout else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get(COMMIT)
+
+
+class Clocks:
+    """Clocks, power and temperature of the GPU while a section runs, as nvidia-smi samples them twice a second."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._file = tempfile.TemporaryFile() if wanted else None  # noqa: SIM115 (closed with this object)
+        self._child = None
+        if self._file:
+            command = [
+                "nvidia-smi",
+                f"--query-gpu={','.join(QUERY)}",
+                "--format=csv,noheader,nounits",
+                "-i",
+                "0",
+                "-lms",
+                "500",
+            ]
+            try:
+                self._child = processes.start(command, stdout=self._file, stderr=subprocess.DEVNULL)
+            except OSError:  # no nvidia-smi: nothing is sampled, and the report says so
+                self._child = None
+
+    def stop(self) -> dict[str, Any]:
+        """{"sm_mhz": [least, median, most], …} of GPU 0; {} where nothing was sampled."""
+        if self._child is None or self._file is None:
+            return {}
+        processes.kill_group(self._child)
+        self._file.seek(0)
+        return summarize(self._file.read().decode(errors="replace"))
+
+
+def summarize(text: str) -> dict[str, Any]:
+    """Least, median and most of each column that nvidia-smi printed as numbers."""
+    samples: dict[str, list[float]] = {name: [] for name in CLOCKS}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(CLOCKS):
+            for name, cell in zip(CLOCKS, cells, strict=True):
+                if cell.replace(".", "", 1).isdigit():
+                    samples[name].append(float(cell))
+    return {name: [min(v), statistics.median(v), max(v)] for name, v in samples.items() if v}

@@ -1,0 +1,224 @@
+"""The sections of `make gpu`: what each measures, how long it may take, and the rows that it yields."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import processes
+from benchmarks.machine import ROOT, describe
+
+Row = dict[str, Any]
+SHARE = 0.9
+"""Of a section's time after which it starts nothing new."""
+TESTS = "tests/test_gpu.py"
+CASES = "test_every_case_is_right_on_the_gpu"
+"""The test of TESTS that repeats the section "correctness"."""
+
+
+class Limits(NamedTuple):
+    """Seconds of a section, counted from when torch is imported and the device has answered."""
+
+    most: int
+    least: int
+    """With less left it is not started."""
+
+
+SECTIONS = {
+    "smoke": Limits(75, 20),
+    "correctness": Limits(110, 30),
+    "operators": Limits(110, 30),
+    "sweeps": Limits(75, 25),
+    "counters": Limits(60, 20),
+    "step": Limits(110, 40),
+    "variants": Limits(90, 25),
+    "videomae": Limits(110, 40),
+    "loader": Limits(50, 20),
+    "pretrain": Limits(110, 45),
+    "mam2-cae": Limits(60, 40),
+}
+"""The most important first: what the time does not allow is at the end."""
+COLUMNS = {
+    "smoke": ("check", "passed", "failed", "skipped", "verdict", "reason"),
+    "correctness": ("check", "error", "verdict", "reason"),
+    "operators": (
+        *("operator", "shape", "provider", "verdict", "error", "median_ms", "forward_ms", "backward_ms", "launched_ms"),
+        *("unit_upstream_ms", "replayed", "percent_of_copy", "forward_percent_of_copy", "backward_percent_of_copy"),
+        *("gb_per_s", "percent_of_matmul", "ratio_to_eager", "times_of_ours", "peak_mib", "kernels", "dispatch_us"),
+        *("first_call_s", "copy_gb_per_s", "matmul_tflop_per_s", "reason"),
+    ),
+    "sweeps": ("tuned", "block", "present", "best", "present_ms", "best_ms", "candidates_ms", "verdict", "reason"),
+    "counters": (
+        *("kernel", "us", "registers", "read_mb", "written_mb", "percent_of_dram", "percent_of_issue"),
+        *("percent_of_warps", "sectors_per_load", "verdict", "reason"),
+    ),
+    "step": (
+        *("objective", "batch", "precision", "provider", "step", "timed", "verdict", "loss", "median_ms", "p20_ms"),
+        *("p80_ms", "clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "part", "forward_ms"),
+        *("backward_ms", "percent", "percent_of_flops", "launches", "attention", "reason"),
+    ),
+    "loader": (
+        *("front_end", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
+        *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
+    ),
+    "pretrain": ("run", "steps", "killed_after", "resumed_from", "clips_per_s", "loss", "verdict", "reason"),
+}
+COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2-cae": COLUMNS["step"]}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for on the command line."""
+
+    dry_run: bool
+    compiled: bool
+    operators: tuple[str, ...] = ()
+    """Names; empty: all. So are the others."""
+    shapes: tuple[str, ...] = ()
+    """Parts of a shape's text, such as "B64" or "planar"."""
+    ways: tuple[str, ...] = ()
+    """Providers of operators and ways to take a step."""
+
+    def takes(self, choice: str, text: str) -> bool:
+        """Whether a name or text of a `choice` ("operators", "shapes", "ways") is asked for."""
+        given = getattr(self, choice)
+        return not given or any(word in text if choice == "shapes" else word == text for word in given)
+
+
+def run_section(name: str, file: Path, until: float, wanted: Wanted) -> int:
+    """In the process of a section: writes the machine and then every row to `file` as soon as it is there.
+
+    until: time.monotonic() at which the whole call ends. Returns the exit status.
+    """
+    import torch
+
+    from mam2.kernels import active_path
+
+    if not wanted.dry_run and not torch.cuda.is_available():
+        print("torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if wanted.dry_run else "cuda")
+    torch.ones(1, device=device).sum().item()  # the device is up before the clock starts
+    with file.open("a", encoding="utf-8") as stream:
+
+        def write(row: Row) -> None:
+            stream.write(json.dumps(tidy(row)) + "\n")
+            stream.flush()
+
+        write({"machine": describe(device)})
+        if not wanted.dry_run and active_path(device) != "triton":
+            print(f"the kernels would run through {active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
+            return 2
+        deadline = min(time.monotonic() + SHARE * SECTIONS[name].most, until - 3)
+        for row in rows_of(name, device, deadline, wanted):
+            write(row)
+    return 0
+
+
+def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator[Row]:
+    """The rows of a section until `deadline` (time.monotonic)."""
+    if name == "smoke":
+        yield from smoke_rows(device, deadline)
+    elif name == "correctness":
+        from benchmarks import correctness
+
+        yield from correctness.rows(device, deadline)
+    elif name in ("operators", "variants"):
+        from benchmarks import operators
+
+        yield from operators.rows(device, deadline, wanted, variants=name == "variants")
+    elif name == "sweeps":
+        from benchmarks import tune
+
+        yield from tune.sweep_rows(device, deadline)
+    elif name == "counters":
+        from benchmarks import counters
+
+        yield from counters.rows(device, deadline)
+    elif name == "loader":
+        from benchmarks import bench_loader, bench_tokenizer
+
+        yield from bench_loader.rows(device, deadline, bench_loader.DRY_RUN if wanted.dry_run else None)
+        yield from bench_tokenizer.rows(device, deadline)
+    elif name == "pretrain":
+        from benchmarks import real_run
+
+        yield from real_run.rows(device, deadline)
+    else:
+        from benchmarks import bench_step
+
+        objective = "mam2-fast" if name == "step" else name
+        yield from bench_step.rows(device, deadline, wanted, objectives=(objective,))
+
+
+def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
+    """One row of counts for tests/test_gpu.py, and one for each test that failed.
+
+    Without tests/conftest.py, which imports packages that a GPU machine need not have.
+    """
+    row: Row = {"check": TESTS}
+    if not (ROOT / TESTS).is_file():
+        yield row | {"verdict": "skipped", "reason": f"{TESTS} is not in this checkout"}
+        return
+    command = [sys.executable, "-m", "pytest", TESTS, "--noconftest", "-p", "no:cacheprovider", "-o"]
+    command += ["addopts=--import-mode=importlib", "-v", "--tb=short", "--deselect", f"{TESTS}::{CASES}"]
+    with tempfile.TemporaryFile() as output:
+        ended = processes.run(command, limit=lambda: deadline, cwd=ROOT, environment=os.environ, output=output)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    print(text[-4000:], flush=True)
+    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", text, re.MULTILINE)
+    counts = {word: sum(verdict == word for _, verdict in found) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    bad = counts["FAILED"] + counts["ERROR"]
+    row |= {"passed": counts["PASSED"], "failed": bad, "skipped": counts["SKIPPED"]}
+    checked = counts["PASSED"] or device.type != "cuda"
+    reason = ""
+    if ended.code is None:
+        reason = f"cut off after {ended.seconds:.0f} s"
+    elif bad:
+        reason = f"{bad} failed"
+    elif ended.code not in (0, 5):  # 5: no test was collected
+        reason = f"pytest ended with exit status {ended.code}"
+    elif not checked:
+        reason = "no test ran on the GPU"
+    yield row | ({"verdict": "wrong", "reason": reason} if reason else {"verdict": "right"})
+    for test, verdict in found:
+        if verdict in ("FAILED", "ERROR"):
+            yield {"check": test, "verdict": "wrong", "reason": verdict.lower()}
+
+
+def tidy(value: Any) -> Any:
+    """Floats to six digits; those that JSON does not know as words."""
+    if isinstance(value, dict):
+        return {key: tidy(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def failures(name: str, section: dict[str, Any]) -> list[str]:
+    """What makes a run fail: a broken section, a wrong or unchecked kernel, a fallback, a part of ours that breaks."""
+    rows: Sequence[Row] = section["rows"]
+    status = section["status"]
+    gate = name == "correctness"
+    late_is_fine = status.startswith(("cut off", "not started")) and not gate
+    bad = [] if status == "done" or late_is_fine else [status]
+    for row in rows:
+        verdict = row.get("verdict", "right")
+        ours = gate or row.get("provider", "ours") == "ours"
+        late = verdict == "skipped" and not gate
+        too_large = row.get("reason", "").startswith("OutOfMemoryError")
+        if ours and verdict not in ("right", "absent") and not late and not too_large:
+            keys = ("check", "operator", "objective", "front_end", "tokenizer", "tuned", "kernel", "run")
+            label = next(str(row[key]) for key in keys if key in row)
+            bad.append(f"{label}: {verdict} {row.get('reason', row.get('error', ''))}")
+    return bad
