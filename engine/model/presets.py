@@ -48,9 +48,9 @@ PRESETS = {
         projection_norm=True,
     ),
 }
-"""`cae` is CAE's regressor and decoders, as wide as the encoder, with its LayerScale in all blocks, the encoder's too, and
-its LayerNorm after a projection to another width; that the MLP of CAE's regressor adds to the normalized state is left
-out. `fast` halves the width and asks the visible tokens only, without these."""
+"""`cae` is CAE's regressor and decoders, as wide as the encoder, with its LayerScale in all blocks, the encoder's too,
+and its LayerNorm after a projection to another width; that the MLP of CAE's regressor adds to the normalized state is
+left out. `fast` halves the width and asks the visible tokens only, without these."""
 
 Part = TypeVar("Part", RegressorConfig, DecoderConfig)
 
