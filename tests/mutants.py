@@ -196,7 +196,7 @@ _MISTAKES = {
             "PyTorch path: the sum of bytes after a division",
             "reference.py",
             "    pixels = raw.to(dtype, copy=True)\n",
-            "    pixels = raw.to(dtype, copy=True).div_(3.0).mul_(3.0)\n",
+            "    pixels = raw.to(dtype, copy=True).div_(255)\n",
         ),
     ],
     (INTERPRETER, "shared_case and gather_tubes and normalized and not 16x16"): [
