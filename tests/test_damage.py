@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
+from mam2.engine.errors import UserError
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from mam2.engine.checkpoints.frozen import load_frozen
 from mam2.engine.cli import main
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.features import layer_tokens
-from mam2.engine.evaluate.frozen import load_frozen
 from mam2.engine.train.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")

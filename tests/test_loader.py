@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import loader
 from mam2.engine.data.manifest import Skipped, read_manifest
 from mam2.engine.data.sampling import draw_clip, sample_at

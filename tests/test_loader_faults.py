@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import UserError
 from mam2.engine.data import decoding, loader, manifest, renderer
-from mam2.engine.data.graph import ClipGraph
+from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.manifest import Skipped
 from mam2.engine.data.sampling import draw_clip, replacement
+from mam2.engine.errors import UserError
 from tests.loader_tools import CONFIG, assert_same, damaged, open_loader, take
 
 
@@ -169,7 +169,7 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
     manifest.write_manifest(videos, tmp_path / "manifest")
     program = (
         "import sys\n"
-        "from mam2.engine.config import DataConfig\n"
+        "from mam2.engine.config.pretrain import DataConfig\n"
         "from mam2.engine.data.loader import ClipLoader\n"
         "from mam2.engine.data.manifest import read_saved_manifest\n"
         "config = DataConfig(frames=4, stride=2, size=32)\n"

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.dali import dali_version
 from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
-from mam2.engine.data.graph import dali_version
 from mam2.engine.data.manifest import Manifest, Skipped
 from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
 from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
 from mam2.engine.data.video import Video
+from mam2.engine.errors import UserError
 
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.checkpoints.frozen import FrozenEncoder
+from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.features import layer_tokens
-from mam2.engine.evaluate.frozen import FrozenEncoder
-from mam2.engine.train.runtime import autocast, matmul_dtype
+from mam2.engine.runtime.device import autocast, matmul_dtype
 
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sampling import ClipRequest, View, frame_step
 from mam2.engine.data.video import Video
-from mam2.engine.progress import Progress
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,20 +17,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.sizes import parameters_by_part
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows
 from mam2.engine.model.attention import active_backend
-from mam2.engine.model.presets import parameters_by_part
-from mam2.engine.progress import BAR, Progress
-from mam2.engine.signals import Interrupted, end_soon
-from mam2.engine.train import checkpoint
-from mam2.engine.train.distributed import Vote, first_line
-from mam2.engine.train.metrics import Line, Readout
+from mam2.engine.runtime.device import compile_problem, matmul_dtype, paused_gc, profiled
+from mam2.engine.runtime.distributed import Vote, first_line
+from mam2.engine.runtime.log import Line, Readout
+from mam2.engine.runtime.peak import measured_peak_flops, used_gib
+from mam2.engine.runtime.progress import BAR, Progress
+from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.optimizer import learning_rate, long_warmup
-from mam2.engine.train.peak import measured_peak_flops, used_gib
-from mam2.engine.train.runtime import compile_problem, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step
