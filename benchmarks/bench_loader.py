@@ -376,7 +376,7 @@ def training_step(config: Any, batch: int, device: torch.device) -> Callable[[An
     def step(clips: Any) -> None:
         mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, step=clips.step, device=device)
         with autocast(config.run, device):
-            loss = objective(clips.clip.permute(0, 4, 1, 2, 3), mask, codes)[0]
+            loss = objective(clips.video, mask, codes)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

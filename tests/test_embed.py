@@ -64,8 +64,8 @@ def test_rows_are_the_videos_features(videos, run, tmp_path, capsys, layer):
     with ClipLoader(manifest, frozen.data, batch=8, device="cpu", seed=0, train=False) as loader:
         batch = next(iter(loader.evaluate()))
     with torch.no_grad():
-        tokens = layer_tokens(frozen.encoder, batch.clip.permute(0, 4, 1, 2, 3), [1, 2])
-    for place, feature in zip(batch.video.tolist(), tokens[layer or 2].mean(1).numpy(), strict=True):
+        tokens = layer_tokens(frozen.encoder, batch.video, [1, 2])
+    for place, feature in zip(batch.index.tolist(), tokens[layer or 2].mean(1).numpy(), strict=True):
         row = index["paths"].index(manifest.videos[place].path)
         np.testing.assert_allclose(features[row], feature, rtol=1e-4, atol=1e-5)
 

@@ -122,7 +122,7 @@ def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig)
         wanted = list(itertools.product(range(data.recorded), range(len(manifest.videos))))
         batches = loader.recorded(wanted) if train else loader.evaluate()
         for batch in tqdm(batches, desc=f"decoding {name}", total=-(-math.prod(shape[:3]) // BATCH), unit="batch"):
-            clips[batch.video, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
+            clips[batch.index, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
         if loader.skipped:
             path, reason = loader.skipped[0]
             raise UserError(f"{path}: cannot be decoded: {reason}; take it out of the data")

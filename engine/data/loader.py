@@ -376,19 +376,19 @@ class ClipLoader:
         self.decoded_frames += len(samples) * self._config.frames
         requests = [sample.job.request for sample in samples]
         period, views = way.period, clip.shape[1]
-        video = _each([request.video for request in requests], views)
+        index = _each([request.video for request in requests], views)
         augmentation = _each([sample.epoch % period if period else sample.epoch for sample in samples], views)
         view = torch.arange(views).repeat(len(samples))
         yield Batch(
             clip=clip.flatten(0, 1),
-            video=video,
+            index=index,
             label=_each([self._manifest.videos[request.video].label for request in requests], views),
             augmentation=augmentation,
             view=view,
             box=torch.tensor([view[:4] for request in requests for view in request.views], dtype=torch.float32),
             flip=torch.tensor([view.flip for request in requests for view in request.views]),
             step=chunk.step,
-            codes=self._renderer.upload(self._codes(video, augmentation, view)) if self._codes and period else None,
+            codes=self._renderer.upload(self._codes(index, augmentation, view)) if self._codes and period else None,
         )
 
     def _skip(self, video: int, reason: str) -> None:

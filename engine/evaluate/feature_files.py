@@ -95,12 +95,12 @@ def write_features(
         ):
             bar = tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True)
             for clips in bar:
-                video = clips.clip.to(device).permute(0, 4, 1, 2, 3)
+                video = clips.video.to(device)
                 for frozen in encoders:
                     own = [want for want in group if want.frozen is frozen]
                     tokens = layer_tokens(frozen.encoder, video, [want.layer for want in own])
                     for want in own:
-                        rows[want][clips.video.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
+                        rows[want][clips.index.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
             skipped |= {video.path: video.reason for video in loader.skipped}
         for want, written in rows.items():
             written.flush()

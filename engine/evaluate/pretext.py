@@ -56,7 +56,7 @@ def measure_pretext(
     histogram = torch.zeros(tokenizer.codebook_size)
     first = 0
     for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
-        video, mask = batch.clip.permute(0, 4, 1, 2, 3), evaluation_mask(batch.clip, config, first)
+        video, mask = batch.video, evaluation_mask(batch.clip, config, first)
         first += len(video)
         latents = model.complete(video, mask)
         codes = masked_codes(tokenizer.codes(video), mask)

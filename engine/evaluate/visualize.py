@@ -148,7 +148,7 @@ def _look(
             marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
             if attention is not None:
                 panels[READS] = _reading(panels["original"], mask, attention, marked, config)
-            found[int(batch.video[0])] = Seen(
+            found[int(batch.index[0])] = Seen(
                 checkpoint=str(path),
                 panels=panels,
                 grid=config.grid,

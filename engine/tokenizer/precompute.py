@@ -105,7 +105,7 @@ def _fill(writer: CodeCacheWriter, loader: ClipLoader, source: CodeSource, devic
     with tqdm(desc="tokenizing", total=writer.total, initial=done, unit="clip", disable=hidden) as bar:
         for batch, codes in with_codes(loader.recorded(writer.missing()), source, device):
             assert codes is not None
-            writer.add(batch.video, batch.augmentation, batch.view, codes.cpu())
+            writer.add(batch.index, batch.augmentation, batch.view, codes.cpu())
             new = int((batch.view == 0).sum())
             clips += new
             bar.update(new)

@@ -98,7 +98,7 @@ def online(tokenizer: Tokenizer, say: Say) -> CodeSource:
 
     def codes(batch: Batch) -> Tensor:
         nonlocal measured
-        video = batch.clip.permute(0, 4, 1, 2, 3)
+        video = batch.video
         if not measured:
             measured = True
             some = video[:MEASURED_CLIPS]

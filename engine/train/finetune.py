@@ -145,7 +145,7 @@ class _Finetuning:
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Prepared]]:
         prepared = (
-            (batch, self.take.prepare(number, batch.clip.permute(0, 4, 1, 2, 3), batch.label))
+            (batch, self.take.prepare(number, batch.video, batch.label))
             for number, batch in enumerate(self.loader.stream(first_step=first_pass), first_pass)
         )
         return _beside_the_step(prepared, self._session.device)

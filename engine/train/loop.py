@@ -193,7 +193,7 @@ class Loop:
                     rate = learning_rate(
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
-                    clips = [(batch.clip.permute(0, 4, 1, 2, 3), beside) for batch, beside in batches]
+                    clips = [(batch.video, beside) for batch, beside in batches]
                     values = self._take(clips, rate, inspect=logged)
                 if compiles:
                     say(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
@@ -202,7 +202,7 @@ class Loop:
                 bar.update()
                 flags.append(values.pop("bad"))
                 self.spikes.see(values)
-                videos.append(torch.stack([batch.video for batch, _ in batches]))
+                videos.append(torch.stack([batch.index for batch, _ in batches]))
                 self._write(bar)
                 if logged:
                     session.exchange_skips(task.loader)
