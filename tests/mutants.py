@@ -278,8 +278,8 @@ _MISTAKES = {
         (
             "PyTorch path: eps inside the root",
             "reference.py",
-            "variance.sqrt_().add_(eps) if normalize",
-            "variance.add_(eps).sqrt_() if normalize",
+            "return variance.sqrt_().add_(eps * unit)",
+            "return variance.add_(eps * unit).sqrt_()",
         ),
         (
             "PyTorch path: biased variance",
