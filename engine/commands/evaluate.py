@@ -45,7 +45,17 @@ def run(arguments: list[str]) -> int:
         """
         from mam2.engine.config import RunConfig, UserError
         from mam2.engine.evaluate.classification import evaluate
+        from mam2.engine.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 
+        check_flags(
+            temporal=(temporal, COUNT_OR_NONE),
+            spatial=(spatial, COUNT_OR_NONE),
+            batch=(batch, BATCH_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            threads=(threads, COUNT_OR_NONE),
+        )
         names: tuple[str, ...] = ()
         if classes:
             try:

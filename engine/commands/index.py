@@ -8,6 +8,7 @@ import tyro
 
 from mam2.engine.config import UserError
 from mam2.engine.files import check_apart, check_folder, writing
+from mam2.engine.limits import COUNT_OR_NONE, check_flags
 
 
 def run(arguments: list[str]) -> int:
@@ -36,6 +37,7 @@ def run(arguments: list[str]) -> int:
             write_manifest,
         )
 
+        check_flags(threads=(threads, COUNT_OR_NONE))
         check_source(data)
         out = out or index_path(data)
         check_apart(data, out)

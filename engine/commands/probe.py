@@ -12,6 +12,7 @@ import tyro
 
 from mam2.engine.config import RunConfig, UserError
 from mam2.engine.files import check_folder, write_whole, writing
+from mam2.engine.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
 
 if TYPE_CHECKING:
     from mam2.engine.evaluate.probing import Probed, Score
@@ -57,6 +58,15 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.evaluate.probing import probe_encoders
         from mam2.engine.train.runtime import pick_device
 
+        check_flags(
+            stride=(stride, COUNT_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            batch=(batch, BATCH),
+        )
+        for layer in layers:
+            check_value("--layers", layer, COUNT)
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
         with writing(out):
