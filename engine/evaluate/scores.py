@@ -41,7 +41,7 @@ class Scores:
     @property
     def commonest_code(self) -> float | None:
         """Share of the hidden codes that are the commonest one: the accuracy of always answering it."""
-        return None if self.histogram is None else float(self.histogram.max() / self.histogram.sum())
+        return None if self.histogram is None else int(self.histogram.max()) / int(self.histogram.sum())
 
     @property
     def relative_motion(self) -> float | None:
