@@ -369,6 +369,8 @@ def check(config: PretrainConfig) -> None:
             "loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0 and a motion "
             "target; else set loss.balance 'fixed'"
         )
+    if config.tokenizer.channels % 8:
+        raise UserError(f"tokenizer.channels {config.tokenizer.channels}: expected a multiple of 8")
     if config.tokenizer.cache and not data.recorded:
         raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
 

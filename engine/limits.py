@@ -70,7 +70,10 @@ def check_limits(config: Any, prefix: str = "") -> None:
 def check_value(name: str, value: float, limits: Limits) -> None:
     """Raises UserError where `value` lies outside `limits`; `name` is the key or flag that the user wrote."""
     if value not in limits:
-        raise UserError(f"{name} {value}: expected {limits}")
+        bounds = str(limits)
+        if not math.isfinite(value) and limits != Limits():
+            bounds = f"a finite number, {bounds}"
+        raise UserError(f"{name} {value}: expected {bounds}")
 
 
 def check_flags(**flags: tuple[float | None, Limits]) -> None:

@@ -92,6 +92,31 @@ def test_an_empty_folder_is_one_line(capsys, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_too_little_memory_is_one_line(capsys, monkeypatch, tmp_path):
+    """Of the machine, with the allocator's own words; of a GPU, with those of torch.OutOfMemoryError."""
+    import torch
+
+    def no_gpu_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for verb in (lambda *_, **__: torch.empty(2**60, dtype=torch.uint8), no_gpu_memory):
+        monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", verb)
+        status, _, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run"))
+        assert status == 2
+        assert err.startswith("mam2: error: out of memory (")
+        assert "optim.micro_batch" in err
+        assert err.count("\n") == 1
+
+
+def test_another_error_of_the_program_stays_what_it_is(capsys, monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli.main(["pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run")])
+
+
 def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):
     status, out, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8")
     assert status == 2

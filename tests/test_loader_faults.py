@@ -201,7 +201,7 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
         ({"prefetch": 0}, 4, "data.prefetch 0: expected at least 1"),
         ({"threads": -1}, 4, "data.threads -1: expected at least 0"),
         ({"nvdec_threads": 0}, 4, "data.nvdec_threads 0: expected at least 1"),
-        ({"timeout_s": float("nan")}, 4, "data.timeout_s nan: expected above 0"),
+        ({"timeout_s": float("nan")}, 4, "data.timeout_s nan: expected a finite number, above 0"),
         ({"max_unusable": 2.0}, 4, "data.max_unusable 2.0: expected at least 0 and at most 1"),
     ],
 )
