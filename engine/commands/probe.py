@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from mam2.engine.config import RunConfig, UserError
-from mam2.engine.files import check_folder, write_whole, writing
+from mam2.engine.files import check_apart, check_folder, write_whole, writing
 from mam2.engine.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def run(arguments: list[str]) -> int:
             check_value("--layers", layer, COUNT)
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
+        for source in (data, val or data):
+            check_apart(source, out)
         with writing(out):
             check_folder(out.absolute().parent)
         for source in (data, val or data):
