@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import platform
+import re
 import signal
 import sys
 
@@ -45,6 +46,8 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript"),
 }
 """Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+"""What PyTorch says where the memory of a GPU or of the machine does not suffice."""
 DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 """Verbs that several processes can work on together, started by torchrun."""
 
@@ -104,6 +107,16 @@ def _run(arguments: list[str]) -> int:
         if str(error):
             print(f"mam2: {one_line(error)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        told = one_line(str(error).partition("\n")[0])
+        print(
+            f"mam2: error: out of memory{f' ({told})' if told else ''}: fewer clips at once (--batch, "
+            "optim.micro_batch), smaller or shorter clips, or a smaller model need less",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, signals.Stopped) else signal.SIGINT
         signals.tell_stopped(number)

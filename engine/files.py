@@ -151,7 +151,10 @@ def check_folder(folder: Path) -> None:
 
 def check_apart(data: str | Path, out: str | Path, *, inside: bool = True) -> None:
     """Raises UserError where the place to write is the data itself. inside=False: or lies in the data folder."""
-    source, target = Path(os.path.realpath(data)), Path(os.path.realpath(out))
+    listing = os.fspath(data)
+    if not os.path.exists(listing) and ":" in listing:  # LIST:SPLIT
+        listing = listing.rpartition(":")[0]
+    source, target = Path(os.path.realpath(listing)), Path(os.path.realpath(out))
     if source == target:
         raise UserError(f"--out {out}: is the data itself; name a place outside of it")
     if not inside and source.is_dir() and target.is_relative_to(source):

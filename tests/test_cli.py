@@ -48,6 +48,26 @@ def test_pretrain_help_documents_every_field(capsys):
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--mask.ratio", "1"], "mask.ratio 1.0 hides 64 of 64"),
         (["pretrain", "demo", "--data", ".", "--out", "{}", "--run.device", "cuda"], "torch sees no GPU"),
         (["pretrain", "demo", "--data", ".", "--out", "/dev/null/run"], "--out /dev/null/run: cannot be written"),
+        (["evaluate", "x", "--data", ".", "--out", "{}", "--batch", "-1"], "--batch -1: expected at least 0"),
+        (["evaluate", "x", "--data", ".", "--out", "{}", "--threads", "-1"], "--threads -1: expected at least 0"),
+        (["evaluate", "x", "--data", ".", "--out", "{}", "--spatial", "-3"], "--spatial -3: expected at least 0"),
+        (["embed", "x", "--data", ".", "--out", "{}.npy", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["embed", "x", "--data", ".", "--out", "{}.npy", "--stride", "-2"], "--stride -2: expected at least 0"),
+        (["embed", "x", "--data", ".", "--out", "{}.npy", "--layer", "-1"], "--layer -1: expected at least 0"),
+        (["probe", "x", "--data", ".", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["probe", "x", "--data", ".", "--batch", "999999"], "--batch 999999: expected at least 1 and at most 131072"),
+        (["probe", "x", "--data", ".", "--layers", "3", "0"], "--layers 0: expected at least 1"),
+        (["visualize", "x", "--data", ".", "--out", "{}", "--stride", "-1"], "--stride -1: expected at least 0"),
+        (["visualize", "x", "--data", ".", "--out", "{}", "--clips", "0"], "--clips 0: expected at least 1"),
+        (["visualize", "x", "--data", ".", "--out", "{}", "--decoder-heads", "0"], "--decoder-heads 0: expected"),
+        (["export", "x", "--to", "torch", "--out", "{}", "--heads", "0"], "--heads 0: expected at least 1"),
+        (
+            ["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}", "--scratch", "--size", "0"],
+            "--size 0: expected at least 1",
+        ),
+        (["plan", "mam2-fast", "--gpus", "0"], "--gpus 0: expected at least 1"),
+        (["index", ".", "--threads", "-1"], "--threads -1: expected at least 0"),
+        (["transcode", ".", "--out", "{}", "--jobs", "-1"], "--jobs -1: expected"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, told):
@@ -70,6 +90,31 @@ def test_an_empty_folder_is_one_line(capsys, tmp_path):
     assert status == 2
     assert data in err
     assert err.count("\n") == 1
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch, tmp_path):
+    """Of the machine, with the allocator's own words; of a GPU, with those of torch.OutOfMemoryError."""
+    import torch
+
+    def no_gpu_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for verb in (lambda *_, **__: torch.empty(2**60, dtype=torch.uint8), no_gpu_memory):
+        monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", verb)
+        status, _, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run"))
+        assert status == 2
+        assert err.startswith("mam2: error: out of memory (")
+        assert "optim.micro_batch" in err
+        assert err.count("\n") == 1
+
+
+def test_another_error_of_the_program_stays_what_it_is(capsys, monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cli.main(["pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run")])
 
 
 def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):

@@ -20,6 +20,7 @@ from mam2.engine.checkpoints.classifiers import load_classifier
 from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
+from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluate.classification import evaluate
@@ -116,9 +117,10 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     assert load_recipe_of(FinetuneConfig, str(run / "config.json")) == config
 
 
-def test_best_is_the_average_of_the_weights_at_that_step(finished):
-    """With a moving average on, RUN/best is not what the step itself left."""
-    run, _ = finished
+def test_best_is_the_average_of_the_weights_at_that_step(clips, few, tmp_path, small_finetuning):
+    """With a moving average on, RUN/best is not what the step itself left. The only validation is the last step's."""
+    run, values = tmp_path, EVERYTHING | {"test": {"every": 100.0}}
+    finetune(small_finetuning(**values), few, run, val=clips / "test", encoder=None, progress=False)
     extra = {
         name.removeprefix(checkpoint.EXTRA): tensor
         for name, tensor in tensors(run, checkpoint.OPTIMIZER).items()
@@ -127,9 +129,8 @@ def test_best_is_the_average_of_the_weights_at_that_step(finished):
     weights = tensors(run)
     assert extra.keys() == weights.keys()
     assert any(not torch.equal(extra[name], weights[name]) for name in extra)
-    step = json.loads((run / "best" / "state.json").read_text())["step"]
-    if step == 8:
-        assert same(extra, load_file(run / "best" / checkpoint.WEIGHTS))
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == 8
+    assert same(extra, load_file(run / "best" / checkpoint.WEIGHTS))
 
 
 def stop_in(monkeypatch, call):
@@ -160,6 +161,42 @@ def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypat
     assert without_times(tmp_path) == without_times(finished[0])
     best = [load_file(run / "best" / checkpoint.WEIGHTS) for run in (finished[0], tmp_path)]
     assert same(*best)
+
+
+def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
+    clips, few, tmp_path, monkeypatch, small_finetuning
+):
+    """A list whose rows come in another order numbers its classes anew; other classes are refused."""
+    config, val, run = small_finetuning(optim={"batch": 16, "epochs": 4.0}), clips / "test", tmp_path / "run"
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(few.rglob("*.mp4"))]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))
+    stop_in(monkeypatch, 2)
+    finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, progress=False)
+    (run / "manifest.jsonl").rename(tmp_path / "before.jsonl")
+    before = read_saved_manifest(tmp_path / "before.jsonl")
+
+    (tmp_path / "other.csv").write_text("path,label\n" + "".join(rows).replace(",left", ",jump"))
+    with pytest.raises(UserError, match=r"other\.csv lacks the class 'left': expected the 2 classes of"):
+        finetune(config, tmp_path / "other.csv", run, val=val, encoder=None, resume=True, progress=False)
+    (run / "manifest.jsonl").unlink()
+
+    read = read_manifest
+
+    def swapped(source, **options):
+        found = read(source, **options)
+        videos = tuple(dataclasses.replace(video, label=1 - video.label) for video in found.videos)
+        return dataclasses.replace(found, videos=videos, classes=found.classes[::-1])
+
+    monkeypatch.setattr("mam2.engine.train.session.read_manifest", swapped)
+    result = finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, resume=True, progress=False)
+    assert result.step == 4
+    assert load_classifier(run)[2] == before.classes
+    after = read_saved_manifest(run / "manifest.jsonl")
+    assert (after.classes, [video.label for video in after.videos]) == (
+        before.classes,
+        [video.label for video in before.videos],
+    )
+    assert "manifest.jsonl is gone: the videos are those of" in (run / "log.txt").read_text()
 
 
 def test_a_validation_that_was_interrupted_is_made_up_for(

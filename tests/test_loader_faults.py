@@ -193,11 +193,16 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
     ("changes", "batch", "told"),
     [
         ({"views": 3}, 4, "data.views that divides the batch of 4; found 3"),
-        ({"frames": 0}, 4, r"data.frames and data.size of at least 1; found \(0, 32\)"),
-        ({"fps": 8.0}, 4, r"data.stride or data.fps, not both; found 2 and 8"),
-        ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area <= data.max_area"),
-        ({"max_aspect": 0.5}, 4, "data.max_aspect of at least 1; found 0.5"),
-        ({"prefetch": 0}, 4, "data.prefetch of at least 1"),
+        ({}, 0, "divides the batch of 0"),
+        ({"frames": 0}, 4, "data.frames 0: expected at least 1"),
+        ({"fps": 8.0}, 4, "data.stride 2, data.fps 8: dense sampling takes exactly one"),
+        ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area 0.8 is above data.max_area 0.5"),
+        ({"max_aspect": 0.5}, 4, "data.max_aspect 0.5: expected at least 1"),
+        ({"prefetch": 0}, 4, "data.prefetch 0: expected at least 1"),
+        ({"threads": -1}, 4, "data.threads -1: expected at least 0"),
+        ({"nvdec_threads": 0}, 4, "data.nvdec_threads 0: expected at least 1"),
+        ({"timeout_s": float("nan")}, 4, "data.timeout_s nan: expected a finite number, above 0"),
+        ({"max_unusable": 2.0}, 4, "data.max_unusable 2.0: expected at least 0 and at most 1"),
     ],
 )
 def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, told):

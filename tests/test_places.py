@@ -161,3 +161,18 @@ def test_a_resumed_run_keeps_the_order_of_its_classes(clips, tmp_path, small):
         checkpoint.write(run, 1, tensors, tensors, config, {})
     with started(config, run, resume=True, progress=False) as session:
         assert session.read_videos(data).classes == ("0", "10", "2")
+
+
+def test_a_result_never_replaces_what_it_is_made_from(tmp_path, capsys):
+    listing, log, weights = tmp_path / "list.csv", tmp_path / "log.jsonl", tmp_path / "weights.safetensors"
+    for file in (listing, log, weights):
+        file.write_text("kept")
+    for arguments, expected in (
+        (("probe", "x", "--data", listing, "--out", listing), "is the data itself"),
+        (("probe", "x", "--data", f"{listing}:train", "--out", listing), "is the data itself"),
+        (("probe", "x", "--data", tmp_path, "--val", listing, "--out", listing), "is the data itself"),
+        (("plot", tmp_path, "--out", log), "expected a name that ends in .png"),
+        (("convert-tokenizer", weights, "--out", weights), "is the checkpoint itself"),
+    ):
+        assert expected in told(capsys, *arguments)
+    assert [file.read_text() for file in (listing, log, weights)] == ["kept"] * 3

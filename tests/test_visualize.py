@@ -1,6 +1,7 @@
 """What models predict, to look at: the pictures show what they say, the page is whole."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -13,14 +14,20 @@ import torch
 from PIL import Image
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.load import load_model
 from mam2.engine.cli import main
 from mam2.engine.config.pretrain import DecoderConfig, RegressorConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import evaluation_mask
 from mam2.engine.evaluate.regressor_attention import regressor_attention
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.engine.train.pretrain import pretrain
 from mam2.kernels import reference, tube_mask
 
@@ -60,6 +67,11 @@ def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
     assert "http" not in page.replace("http-equiv", "")
     # MAM2: original, masked, appearance, codes, two of motion, attention; VideoMAE: no codes, no attention
     assert page.count('class="tile"') == 3 * (7 + 5)
+    for run in runs:
+        assert f"<tr><th>{run}</th>" in page
+        assert f"<summary>Config of {run}</summary>" in page
+    assert page.count("&quot;objective&quot;: &quot;videomae&quot;") == 1
+    assert page.count("&quot;objective&quot;: &quot;mam2&quot;") == 1
     maps = json.loads(re.search(r"const maps = (\[.*?\])\.map", page)[1])
     assert len(maps) == 3
     for one in maps:
@@ -77,6 +89,41 @@ def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert len(frames) == 3 * 4
             assert frames[0].std() > 10
+
+
+def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_path):
+    """The numbers of the demo's measurement over the same clips and masks; a dash where nothing is predicted."""
+    assert visualize(*runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0
+    page = (tmp_path / "index.html").read_text()
+    rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", page)[1:]
+    told = {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
+    everything = read_manifest(videos, progress=False)
+    manifest = Manifest(tuple(everything.videos[place] for place in (0, 8, 15)))
+    config = checkpoint.read_config(checkpoint.newest(runs[0]) / checkpoint.WEIGHTS)
+    model = load_model(runs[0]).eval()
+    tokenizer = build_tokenizer(load_vqgan(runs[0] / "tokenizer.safetensors"), config, torch.device("cpu"))
+    one_view = dataclasses.replace(config.data, views=1)
+    with ClipLoader(manifest, one_view, batch=1, device="cpu", seed=0, train=False) as loader:
+        clips = [batch.clip for batch in loader.evaluate()]
+    right, codes, moved, still = [], [], 0.0, 0.0
+    for clip in clips:
+        video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
+        with torch.no_grad():
+            latents = model.complete(video, mask)
+            answers = tokenizer.codes(video).gather(1, mask.masked)
+            right.append((model.predict_codes(latents, mask) == answers).double().mean())
+            codes += answers.flatten().tolist()
+            moved += model.motion_loss(latents, mask, video).item()
+            nothing = torch.zeros_like(model.predict_motion(latents, mask))
+            still += motion_loss(nothing, video, mask, config.loss, config.patch_size).item()
+    accuracy, commonest = float(sum(right)) / 3, max(map(codes.count, codes)) / len(codes)
+    expected = [100 * accuracy, 100 * commonest, 100 * moved / still]
+    assert [float(cell.removesuffix(" %")) for cell in told[str(runs[0])][:3]] == pytest.approx(expected, abs=0.15)
+    assert told[str(runs[0])][3] == "–"
+    assert ('codes <span class="yes"' in told[str(runs[0])][4]) == (accuracy > commonest + 1e-9)
+    assert ('motion <span class="yes"' in told[str(runs[0])][4]) == (moved < still)
+    assert told[str(runs[1])][:3] == ["–", "–", "–"]
+    assert 20 < float(told[str(runs[1])][3].removesuffix(" %")) < 500
 
 
 def test_a_checkpoint_away_from_its_run_asks_for_the_tokenizer(videos, runs, tmp_path, capsys):

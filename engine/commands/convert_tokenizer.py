@@ -22,6 +22,8 @@ def run(arguments: list[str]) -> int:
 
         if out.suffix != ".safetensors":
             raise UserError(f"--out {out}: expected a name that ends in .safetensors")
+        if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+            raise UserError(f"--out {out}: is the checkpoint itself; name another file")
         vqgan, left_out = read_vqgan(checkpoint)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, one_line, whole_file, write_whole, writing
@@ -47,6 +48,14 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
+        check_flags(
+            layer=(layer, COUNT_OR_NONE),
+            stride=(stride, COUNT_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            batch=(batch, BATCH),
+        )
         if out.suffix not in (".npy", ".parquet"):
             raise UserError(f"--out {out}: expected a name that ends in .npy or .parquet")
         if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder
 
@@ -38,6 +39,9 @@ def run(arguments: list[str]) -> int:
             heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             decoder_heads: the same of its decoder.
         """
+        check_flags(
+            frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT), decoder_heads=(decoder_heads, COUNT)
+        )
         if out.exists():
             raise UserError(f"--out {out}: is there already; name another one")
         # Before the model is read and traced, which takes minutes.

@@ -9,6 +9,7 @@ import tyro
 
 from mam2.engine.commands.options import named_recipe
 from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.errors import UserError
 
 USAGE = "mam2 finetune RECIPE --data LIST --val LIST --checkpoint RUN --out RUN"
@@ -45,6 +46,7 @@ def run(arguments: list[str]) -> int:
             scratch: draw the encoder's weights at random instead.
             resume: go on from the newest checkpoint in the run folder.
         """
+        check_flags(frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT))
         if not resume and (checkpoint is None) != scratch:
             raise UserError("name the encoder with --checkpoint, or --scratch for weights drawn at random, not both")
         from mam2.engine.train.finetune import finetune

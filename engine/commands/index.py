@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from mam2.engine.config.limits import COUNT_OR_NONE, check_flags
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, writing
 
@@ -36,6 +37,7 @@ def run(arguments: list[str]) -> int:
         )
         from mam2.engine.data.sources import check_source
 
+        check_flags(threads=(threads, COUNT_OR_NONE))
         check_source(data)
         out = out or index_path(data)
         check_apart(data, out)

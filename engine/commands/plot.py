@@ -29,6 +29,8 @@ def run(arguments: list[str]) -> int:
 
         if not runs:
             raise UserError("plot: name at least one run folder: mam2 plot RUN [RUN …] --out FILE")
+        if out and out.suffix.lower() != ".png":
+            raise UserError(f"--out {out}: expected a name that ends in .png")
         logs = {}
         for folder in runs:
             if not (folder / "log.jsonl").is_file():

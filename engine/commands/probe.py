@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.errors import UserError
-from mam2.engine.files import check_folder, write_whole, writing
+from mam2.engine.files import check_apart, check_folder, write_whole, writing
 
 if TYPE_CHECKING:
     from mam2.engine.evaluate.probe_run import Probed, Score
@@ -58,8 +59,19 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.evaluate.probe_run import probe_encoders
         from mam2.engine.runtime.device import pick_device
 
+        check_flags(
+            stride=(stride, COUNT_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            batch=(batch, BATCH),
+        )
+        for layer in layers:
+            check_value("--layers", layer, COUNT)
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
+        for source in (data, val or data):
+            check_apart(source, out)
         with writing(out):
             check_folder(out.absolute().parent)
         for source in (data, val or data):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.errors import UserError
 
@@ -43,8 +44,18 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.evaluate.visualize import visualize
         from mam2.engine.runtime.device import pick_device
 
-        if not checkpoints or clips < 1:
-            raise UserError("visualize: name at least one checkpoint, and --clips of at least 1")
+        check_flags(
+            clips=(clips, COUNT),
+            stride=(stride, COUNT_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            decoder_heads=(decoder_heads, COUNT),
+        )
+        if not checkpoints:
+            raise UserError(
+                "visualize: name at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER"
+            )
         where = pick_device(RunConfig(device=device))
         page = visualize(
             checkpoints,

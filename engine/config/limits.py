@@ -46,6 +46,8 @@ SEED = Limits(at_least=0, below=2**62)
 BATCH = Limits(at_least=1, at_most=2**17)
 """Clips of a step; more is a slip of the keyboard, and ends in an allocation that fails."""
 
+BATCH_OR_NONE = Limits(at_least=0, at_most=2**17)
+
 
 def limited(default: Any, limits: Limits) -> Any:
     """A dataclass field with a default and the interval that its values must lie in."""
@@ -68,7 +70,17 @@ def check_limits(config: Any, prefix: str = "") -> None:
 def check_value(name: str, value: float, limits: Limits) -> None:
     """Raises UserError where `value` lies outside `limits`; `name` is the key or flag that the user wrote."""
     if value not in limits:
-        raise UserError(f"{name} {value}: expected {limits}")
+        bounds = str(limits)
+        if not math.isfinite(value) and limits != Limits():
+            bounds = f"a finite number, {bounds}"
+        raise UserError(f"{name} {value}: expected {bounds}")
+
+
+def check_flags(**flags: tuple[float | None, Limits]) -> None:
+    """`check_value` for the flags of a verb, by their Python names; a value of None was not given."""
+    for name, (value, limits) in flags.items():
+        if value is not None:
+            check_value(f"--{name.replace('_', '-')}", value, limits)
 
 
 def _declared(kind: type, name: str) -> Limits:

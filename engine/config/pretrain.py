@@ -367,6 +367,8 @@ def check(config: PretrainConfig) -> None:
             "loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0 and a motion "
             "target; else set loss.balance 'fixed'"
         )
+    if config.tokenizer.channels % 8:
+        raise UserError(f"tokenizer.channels {config.tokenizer.channels}: expected a multiple of 8")
     if config.tokenizer.cache and not data.recorded:
         raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
 
@@ -380,10 +382,16 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
         raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; {below} would be")
     if data.frames % tubelet:
         raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
+    check_data(data)
+    passes(config, 1)
+
+
+def check_data(data: DataConfig) -> None:
+    """The part of `check` that concerns [data] alone."""
+    check_limits(data, "data.")
     if data.min_area > data.max_area:
         raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
     if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):
         raise UserError(
             f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one, the other is 0"
         )
-    passes(config, 1)

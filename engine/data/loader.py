@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.pretrain import DataConfig, check_data
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.dali import dali_version
 from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
@@ -429,20 +429,7 @@ def _each(values: list[int], views: int) -> torch.Tensor:
 
 
 def _check(config: DataConfig, batch: int, views: int) -> None:
-    """UserError for values that do not fit together."""
-    sizes = config.frames, config.size
-    areas = config.min_area, config.max_area
-    ahead = config.prefetch, config.threads
-    expectations = {
-        f"data.frames and data.size of at least 1; found {sizes}": min(sizes) >= 1,
-        f"for dense clips data.stride or data.fps, not both; found {config.stride} and {config.fps:g}": (
-            config.sampling != "dense" or (config.stride > 0) != (config.fps > 0)
-        ),
-        f"0 < data.min_area <= data.max_area <= 1; found {areas}": 0 < areas[0] <= areas[1] <= 1,
-        f"data.max_aspect of at least 1; found {config.max_aspect}": config.max_aspect >= 1,
-        f"data.prefetch of at least 1, data.threads of at least 0; found {ahead}": ahead[0] >= 1 and ahead[1] >= 0,
-        f"data.views that divides the batch of {batch}; found {views}": min(batch, views) >= 1 and batch % views == 0,
-    }
-    for expectation, met in expectations.items():
-        if not met:
-            raise UserError(f"expected {expectation}")
+    """Raises UserError for values out of range, or that do not fit together."""
+    check_data(config)
+    if batch < 1 or batch % views:
+        raise UserError(f"expected data.views that divides the batch of {batch}; found {views}")

@@ -14,9 +14,9 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.evaluate.linear_probe import bootstrap
 from mam2.engine.evaluate.motion_pictures import motion_pictures
 from mam2.engine.evaluate.pixel_pictures import completed_cubes, laid_out, token_cubes
-from mam2.engine.model.mam2 import MAM2, masked_codes
+from mam2.engine.evaluate.scores import joined, score
+from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
-from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
 
@@ -50,27 +50,22 @@ def measure_pretext(
             "measure a run that has both"
         )
     model.eval()
-    right: list[Tensor] = []
-    moved: list[Tensor] = []
-    still: list[Tensor] = []
-    histogram = torch.zeros(tokenizer.codebook_size)
+    parts = []
     first = 0
     for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
-        video, mask = batch.video, evaluation_mask(batch.clip, config, first)
-        first += len(video)
-        latents = model.complete(video, mask)
-        codes = masked_codes(tokenizer.codes(video), mask)
-        right.append((model.predict_codes(latents, mask) == codes).double().flatten(1).mean(1).cpu())
-        histogram += codes.flatten().bincount(minlength=len(histogram)).cpu()
-        motion = model.predict_motion(latents, mask)
-        for losses, pred in ((moved, motion), (still, torch.zeros_like(motion))):
-            loss = motion_loss(pred, video, mask, config.loss, config.patch_size, reduction="none")
-            losses.append(loss.double().sum(1).cpu())
-    accuracy, model_loss, still_loss = torch.cat(right), torch.cat(moved), torch.cat(still)
+        mask = evaluation_mask(batch.clip, config, first)
+        first += len(batch.clip)
+        parts.append(score(model, tokenizer, batch.clip, mask, config))
+    scores = joined(parts)
+    assert scores.right is not None
+    assert scores.code_accuracy is not None
+    assert scores.commonest_code is not None
+    assert scores.motion is not None
+    model_loss, still_loss = scores.motion.unbind(1)
     return PretextResult(
-        code_accuracy=float(accuracy.mean()),
-        code_interval=bootstrap(accuracy),
-        commonest_code=float(histogram.max() / histogram.sum()),
+        code_accuracy=scores.code_accuracy,
+        code_interval=bootstrap(scores.right),
+        commonest_code=scores.commonest_code,
         relative_motion=float(model_loss.sum() / still_loss.sum()),
         motion_interval=bootstrap(model_loss, still_loss),
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
@@ -31,6 +32,7 @@ from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import Strips, evaluation_mask, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
 from mam2.engine.evaluate.report import draw_rows, shown
+from mam2.engine.evaluate.scores import score
 from mam2.engine.evaluate.visualize_page import LABELS, READS, Seen, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
@@ -81,9 +83,12 @@ def visualize(
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
     manifest = Manifest(tuple(everything.videos[place] for place in places))
     by_clip: dict[int, list[Seen]] = {}
+    configs: dict[str, dict[str, Any]] = {}
     said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
     for path in dict.fromkeys(checkpoints):
-        for place, one in _look(path, manifest, device, tokenizer, said).items():
+        config, found = _look(path, manifest, device, tokenizer, said)
+        configs[str(path)] = to_dict(config)
+        for place, one in found.items():
             by_clip.setdefault(place, []).append(one)
     if not by_clip:
         raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
@@ -108,19 +113,20 @@ def visualize(
             )
             write_clip(out / f"{name}.mp4", np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
             named[name] = seen
-        return write_page(out / "index.html", named)
+        return write_page(out / "index.html", named, configs)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 def _look(
     path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
-) -> dict[int, Seen]:
-    """What a checkpoint makes of each clip, by its place in the manifest."""
+) -> tuple[PretrainConfig, dict[int, Seen]]:
+    """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
     model, config = load_pretrained(path, device, **said)
+    model.eval()
     predict: Callable[[Tensor], Strips]
+    codes = None
     if isinstance(model, MAM2):
-        codes = None
         if config.needs_codes:
             codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
             if codes.codebook_size != (answers := model.codebook_size):
@@ -151,13 +157,14 @@ def _look(
             found[int(batch.index[0])] = Seen(
                 checkpoint=str(path),
                 panels=panels,
+                scores=score(model, codes, clip, mask, config),
                 grid=config.grid,
                 visible=mask.visible[0].cpu(),
                 masked=mask.masked[0].cpu(),
                 attention=attention,
                 marked=marked,
             )
-    return found
+    return config, found
 
 
 def _tokenizer_of(path: Path) -> Path:

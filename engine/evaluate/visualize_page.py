@@ -18,9 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from mam2.engine.evaluate.report import ROWS
+from mam2.engine.evaluate.scores import Scores, joined
 
 READS = "reads"
 LABELS = {name: label.replace("\n", " ") for name, label in ROWS.items()} | {READS: "read by the marked patch"}
+TIE = 1e-9
+"""Shares that differ by less are equal up to rounding."""
 EXACT_UP_TO = 96
 """Pictures of at most so many pixels' height are kept as PNG, larger ones as JPEG."""
 
@@ -30,6 +33,7 @@ class Seen:
     """One clip through one checkpoint; nothing is batched."""
 
     checkpoint: str
+    scores: Scores
     panels: dict[str, Tensor]
     """By the names of `LABELS`, [T', H, W, C] float in 0 to 1, on the CPU."""
     grid: tuple[int, int, int]
@@ -43,8 +47,11 @@ class Seen:
     """Place in `masked` of the hidden token that moves most."""
 
 
-def write_page(path: Path, clips: Mapping[str, Sequence[Seen]]) -> Path:
-    """Writes the page of named clips, each seen by one checkpoint or more. Returns its path."""
+def write_page(path: Path, clips: Mapping[str, Sequence[Seen]], configs: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Writes the page of named clips, each seen by one checkpoint or more. Returns its path.
+
+    configs: of each checkpoint, as nested plain values; the page shows them folded.
+    """
     maps: list[dict[str, Any]] = []
     sections = []
     for name, seen in clips.items():
@@ -66,10 +73,51 @@ def write_page(path: Path, clips: Mapping[str, Sequence[Seen]]) -> Path:
             f'aria-label="slot of {html.escape(name)}"><output>1 / {slots}</output></div>'
             f'<div class="kinds">{blocks}</div></section>'
         )
-    names = dict.fromkeys(one.checkpoint for seen in clips.values() for one in seen)
-    page = _PAGE.replace("%NAMES%", "<br>".join(map(html.escape, names))).replace("%MAPS%", json.dumps(maps))
+    by_checkpoint: dict[str, list[Scores]] = {}
+    for seen in clips.values():
+        for one in seen:
+            by_checkpoint.setdefault(one.checkpoint, []).append(one.scores)
+    scores = {name: joined(parts) for name, parts in by_checkpoint.items()}
+    folded = "".join(
+        f"<details><summary>Config of {html.escape(name)}</summary><pre>"
+        f"{html.escape(json.dumps(config, indent=1))}</pre></details>"
+        for name, config in configs.items()
+    )
+    page = _PAGE.replace("%MAPS%", json.dumps(maps)).replace("%CONFIGS%", folded)
+    page = page.replace("%SCORES%", _table(scores)).replace("%CLIPS%", str(len(clips)))
     path.write_text(page.replace("%SECTIONS%", "\n".join(sections)), encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _table(scores: Mapping[str, Scores]) -> str:
+    """A row for each checkpoint: how well it predicts what is shown, beside a prediction that knows nothing."""
+    columns = (
+        ("hidden codes right", [one.code_accuracy for one in scores.values()]),
+        ("always the commonest", [one.commonest_code for one in scores.values()]),
+        ("motion error / predicting none", [one.relative_motion for one in scores.values()]),
+        ("pixel error / predicting 0", [one.relative_pixels for one in scores.values()]),
+    )
+    kept = [(title, values) for title, values in columns if any(value is not None for value in values)]
+    head = "".join(f"<th>{title}</th>" for title, _ in kept)
+    rows = ""
+    for number, (name, one) in enumerate(scores.items()):
+        cells = (values[number] for _, values in kept)
+        told = "".join(f"<td>{'–' if cell is None else f'{100 * cell:.1f} %'}</td>" for cell in cells)
+        rows += f"<tr><th>{html.escape(name)}</th>{told}<td>{_verdict(one)}</td></tr>"
+    return f"<table><tr><th>checkpoint</th>{head}<th>better than knowing nothing</th></tr>{rows}</table>"
+
+
+def _verdict(scores: Scores) -> str:
+    """Whether each prediction beats the one that knows nothing."""
+    accuracy, commonest = scores.code_accuracy, scores.commonest_code
+    beats = {"codes": None if accuracy is None or commonest is None else accuracy > commonest + TIE}
+    for name, relative in (("motion", scores.relative_motion), ("pixels", scores.relative_pixels)):
+        beats[name] = None if relative is None else relative < 1
+    return ", ".join(
+        f'{name} <span class="{"yes" if holds else "no"}">{"yes" if holds else "NO"}</span>'
+        for name, holds in beats.items()
+        if holds is not None
+    )
 
 
 def _tile(one: Seen, kind: str, number: int, named: bool) -> str:
@@ -117,7 +165,10 @@ _PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere }
 h3 { font-size: .85rem; font-weight: 600; margin: 0 0 .25rem }
-p { margin: .5rem 0; max-width: 46rem } .names { color: #555; overflow-wrap: anywhere }
+p { margin: .5rem 0; max-width: 46rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd; font-weight: normal }
+.yes { color: #176b2c } .no { color: #b3261e; font-weight: bold } pre { overflow-x: auto; font-size: .85rem }
 section { margin: 2rem 0; border-top: 1px solid #ddd; padding-top: 1rem }
 .bar { position: sticky; top: 0; z-index: 1; background: #fff; display: flex; gap: .75rem; align-items: center;
   padding: .5rem 0 }
@@ -133,12 +184,15 @@ figure { margin: 0; min-width: 0 } figcaption { font-size: .75rem; color: #555; 
 .tile[data-map] { cursor: pointer } canvas { width: 100%; height: 100%; display: block }
 </style></head><body>
 <h1>What the model predicts</h1>
-<p class="names">%NAMES%</p>
+<div class="wide">%SCORES%</div>
+<p>Measured on the hidden patches of the %CLIPS% clips shown, too few to compare models by. Predicting 0 means the mean
+color of each patch where pixels are standardized.</p>
 <p>Each picture is one slot of the clip, by its first frame. Hidden patches are grey; of predicted motion, visible ones
 too. Motion is the difference to the next frame, contrast doubled. Where a regressor completes the hidden patches, touch
 one of them in the masked picture: the last picture shows which visible patches it reads, the brighter the more, in all
 slots.</p>
 %SECTIONS%
+%CONFIGS%
 <script>
 const maps = %MAPS%.map(map => ({...map, weights: Uint8Array.from(atob(map.weights), c => c.charCodeAt(0)),
   place: new Map(map.masked.map((token, row) => [token, row]))}));

@@ -26,7 +26,7 @@ from mam2.engine.config.pretrain import passes
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import read_manifest
+from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluate.accuracy import top_k
@@ -44,7 +44,7 @@ from mam2.engine.train.augment import Prepared
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import build_layered_optimizer
-from mam2.engine.train.session import Session, started
+from mam2.engine.train.session import MANIFEST, Session, started
 from mam2.engine.train.step import Step
 
 ACCURACY = "accuracy/validation"
@@ -108,6 +108,8 @@ class _Finetuning:
             world.share(lambda: find_weights(start))  # before the videos are opened, which can take hours
         manifest = session.read_videos(data)
         world.share(lambda: check_labelled(manifest, data))
+        if session.saved:
+            manifest = session.manifest = world.share(lambda: _numbered_as_before(session, data))
         classes, threads = manifest.classes, session.config.data.threads
         self._val = world.share(
             lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
@@ -221,6 +223,28 @@ class _Finetuning:
             if skipped.path not in self._told:
                 self._told.add(skipped.path)
                 self._session.log.say(f"unusable for validation: {skipped.path}: {skipped.reason}")
+
+
+def _numbered_as_before(session: Session[FinetuneConfig], data: Path) -> Manifest:
+    """The videos with labels in the order of the checkpoint's logits, also where RUN/manifest.jsonl was made anew.
+
+    Raises UserError where the classes are others than the checkpoint's.
+    """
+    assert session.saved
+    before = tuple(json.loads(checkpoint.read_metadata(session.saved)[CLASSES]))
+    now = session.manifest.classes
+    if now == before:
+        return session.manifest
+    others = [name for name in (*before, *now) if name not in before or name not in now]
+    if others:
+        lacking = "lacks the class" if others[0] in before else "has the class"
+        raise UserError(
+            f"--data {data} {lacking} {others[0]!r}: expected the {len(before)} classes of {session.saved}; "
+            "name the data that the run was started with, or start a new run"
+        )
+    manifest = relabelled(session.manifest, data, before)
+    write_manifest(manifest, session.folder / MANIFEST)
+    return manifest
 
 
 def _resolved(

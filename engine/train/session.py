@@ -93,7 +93,7 @@ class Session(Generic[Config]):
         ranks = f", {world.size} processes" if world.size > 1 else ""
         log.say(f"run     {folder} on {_machine(device)}{ranks}")
         if self.saved:
-            log.say(f"resume  from {self.saved}, with its own list of videos ({folder / MANIFEST})")
+            log.say(f"resume  from {self.saved}")
         elif resume:
             log.say(f"resume  {folder} holds no whole checkpoint: the run begins anew")
 
@@ -114,10 +114,15 @@ class Session(Generic[Config]):
             manifest, found = follow(
                 saved, data, threads=config.threads, progress=self.progress, max_missing=config.max_unusable
             )
+            self.log.say(f"resume  with the run's own list of videos ({path})")
             if found:
                 self.log.say(f"resume  {found}")
                 write_manifest(manifest, path)
             return manifest
+        if self.saved:
+            self.log.say(
+                f"resume  {path} is gone: the videos are those of {data} now, and the clips of a step may be others"
+            )
         manifest = read_manifest(data, threads=self.config.data.threads, progress=self.progress)
         write_manifest(manifest, path)
         return manifest

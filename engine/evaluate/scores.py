@@ -1,0 +1,119 @@
+"""How well a model predicts the hidden tokens of clips, beside a prediction that knows nothing.
+
+Shapes: B clips, T frames, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.mam2 import MAM2, masked_codes
+from mam2.engine.model.motion_targets import motion_loss
+from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.kernels import TubeMask, masked_pixel_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of B clips, on the CPU; None for what a model does not predict."""
+
+    right: Tensor | None = None
+    """float64 [B]: share of a clip's hidden codes that are the likeliest ones."""
+    histogram: Tensor | None = None
+    """int64 [V]: how often each code is a hidden one."""
+    motion: Tensor | None = None
+    """float64 [B, 2]: the motion loss summed over hidden tokens, and that of predicting no motion."""
+    pixels: Tensor | None = None
+    """float64 [B, 2]: the pixel loss likewise, and that of predicting 0, which is the mean color of standardized
+    patches."""
+
+    @property
+    def code_accuracy(self) -> float | None:
+        """Share of the hidden codes predicted right, 0 to 1."""
+        return None if self.right is None else float(self.right.mean())
+
+    @property
+    def commonest_code(self) -> float | None:
+        """Share of the hidden codes that are the commonest one: the accuracy of always answering it."""
+        return None if self.histogram is None else int(self.histogram.max()) / int(self.histogram.sum())
+
+    @property
+    def relative_motion(self) -> float | None:
+        """Motion loss over that of predicting no motion; None also where nothing moves."""
+        return _relative(self.motion)
+
+    @property
+    def relative_pixels(self) -> float | None:
+        """Pixel loss over that of predicting 0."""
+        return _relative(self.pixels)
+
+
+@torch.no_grad()
+def score(
+    model: MAM2 | VideoMAE, tokenizer: Tokenizer | None, clip: Tensor, mask: TubeMask, config: PretrainConfig
+) -> Scores:
+    """Scores of a model in evaluation: clip uint8 [B, T, H, W, C]; tokenizer: only read where codes are predicted."""
+    video = clip.permute(0, 4, 1, 2, 3)
+    if isinstance(model, VideoMAE):
+        return Scores(pixels=_pixels(model.predict_pixels(video, mask), video, mask, config))
+    latents = model.complete(video, mask)
+    right = histogram = motion = pixels = None
+    if config.needs_codes:
+        assert tokenizer is not None
+        codes = masked_codes(tokenizer.codes(video), mask)
+        right = (model.predict_codes(latents, mask) == codes).double().flatten(1).mean(1).cpu()
+        histogram = codes.flatten().bincount(minlength=tokenizer.codebook_size).cpu()
+    elif config.loss.appearance_target == "pixels":
+        pixels = _pixels(model.predict_pixels(latents, mask), video, mask, config)
+    if config.loss.motion_target != "none":
+        pred = model.predict_motion(latents, mask)
+        losses = (
+            motion_loss(one, video, mask, config.loss, config.patch_size, reduction="none")
+            for one in (pred, torch.zeros_like(pred))
+        )
+        motion = _summed(*losses)
+    return Scores(right=right, histogram=histogram, motion=motion, pixels=pixels)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of all clips of at least one part; all parts are of one model."""
+    by_clip = {
+        name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+        for name in ("right", "motion", "pixels")
+    }
+    histograms = [part.histogram for part in parts if part.histogram is not None]
+    return Scores(**by_clip, histogram=torch.stack(histograms).sum(0) if histograms else None)
+
+
+def _pixels(pred: Tensor, video: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
+    losses = (
+        masked_pixel_loss(
+            one,
+            video,
+            mask,
+            patch_size=config.patch_size,
+            target="joint" if config.model.objective == "joint" else "pixel",
+            normalize=None if config.loss.pixel_normalize == "none" else config.loss.pixel_normalize,
+            reduction="none",
+        )
+        for one in (pred, torch.zeros_like(pred))
+    )
+    return _summed(*losses)
+
+
+def _summed(model: Tensor, nothing: Tensor) -> Tensor:
+    """Losses of hidden tokens, two of [B, Nm] -> float64 [B, 2]."""
+    return torch.stack([model.double().sum(1), nothing.double().sum(1)], 1).cpu()
+
+
+def _relative(losses: Tensor | None) -> float | None:
+    if losses is None:
+        return None
+    model, nothing = losses.sum(0).tolist()
+    return model / nothing if nothing > 0 else None
