@@ -222,10 +222,14 @@ def _replayed_ms(call: Callable[[], object], device: torch.device) -> float:
         for _ in range(3):
             call()
     torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
-            call()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(CALLS):
+                call()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
+        raise
     times = []
     for _ in range(ROUNDS):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -61,10 +61,14 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # the loader's thread decodes meanwhile: what it asks of the driver must break neither the capture nor itself
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            values = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                values = work()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
+            raise
         return graph.replay, values
 
     def warm_up(self, work: Callable[[], object]) -> None:
