@@ -231,7 +231,13 @@ def test_another_thread_may_wait_for_the_device_meanwhile(monkeypatch):
     """As the loader's does for its copies: the debug mode is one for all threads."""
     modes = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn(notice, stacklevel=1)  # as PyTorch does at the first call
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
     def wait():
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)

@@ -168,15 +168,15 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         lines = [f"attention measured anew, {file} does not fit: {why}; the bits may differ from here"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
     times = {name: by_shape[shape] for name, shape in shapes.items()}
-    found: dict[str, Backend] = {name: next(iter(row), active_backend(device, dtype)) for name, row in times.items()}
+    chosen: dict[str, Backend] = {name: next(iter(row), active_backend(device, dtype)) for name, row in times.items()}
     if file:
-        parts = {name: {"backend": found[name], "milliseconds": times[name]} for name in shapes}
+        parts = {name: {"backend": chosen[name], "milliseconds": times[name]} for name in shapes}
         text = json.dumps({"device": machine, "parts": parts}, indent=1) + "\n"
         file.write_text(text, encoding="utf-8")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI takes its memory beside PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
-    return Choice(found, [*lines, *(_line(name, shape, found[name], how[name]) for name, shape in shapes.items())])
+    return Choice(chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())])
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:

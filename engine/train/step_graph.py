@@ -98,7 +98,8 @@ def waits_for_device(work: Callable[[], object]) -> str:
     mine, found = threading.get_ident(), []
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
-        if threading.get_ident() == mine and "synchronizing" in str(message):
+        # not the notice that the mode is a prototype, which the first call of a process gives
+        if threading.get_ident() == mine and "called a synchronizing" in str(message):
             found.append(str(message))
 
     mode = torch.cuda.get_sync_debug_mode()
