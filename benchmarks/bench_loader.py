@@ -115,8 +115,11 @@ ENOUGH = 0.02
 
 
 def rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
-    """A row for each decoder and each number of views; says so where a package is missing or something cannot run."""
-    for package in ("av", "nvidia.dali", "tqdm"):
+    """A row for each decoder and each number of views; says so where a package is missing or something cannot run.
+
+    Without DALI its decoders are skipped, and PyAV's frames are cropped by PyTorch.
+    """
+    for package in ("av", "tqdm"):
         if not _installed(package):
             yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return

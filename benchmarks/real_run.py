@@ -30,7 +30,11 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "cuda": Plan("mam2-fast", 128, 150, 50, ("--optim.batch", "64", "--data.stride", "1", "--tokenizer.steps", "50")),
+    # not compiled: that takes minutes, and the section "step" does it
+    "cuda": Plan(
+        *("mam2-fast", 128, 150, 50),
+        ("--optim.batch", "64", "--data.stride", "1", "--run.no-compile", "--tokenizer.steps", "50"),
+    ),
     "cpu": Plan(
         "demo", 16, 16, 4, ("--optim.batch", "8", "--run.no-compile", "--tokenizer.steps", "2", "--run.device", "cpu")
     ),

@@ -87,11 +87,12 @@ def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[C
     torch.cuda.synchronize()
     if not alone:
         return launch, repeats * len(calls), False
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             launch()
     except RuntimeError:  # PyTorch does not know of every wait
+        torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
         torch.cuda.synchronize()
         return launch, repeats * len(calls), False
     graph.replay()

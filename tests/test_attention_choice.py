@@ -1,5 +1,6 @@
 """The choice of an attention implementation: only right ones are timed, the choice is remembered and used."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -168,3 +169,30 @@ def test_doctor_says_what_packages_run_and_why_others_do_not(monkeypatch):
         f"flash-attn-4: not used: {reasons['flash4']}",
     ]
     assert lines[3].endswith("cudnn 1.5 ms")
+
+
+def test_a_kernel_that_waits_for_the_device_is_not_recorded(monkeypatch):
+    """A capture that fails leaves PyTorch's random numbers on the GPU unusable, which the run draws from next."""
+    recorded = []
+
+    class Recorder:
+        def warm_up(self, work):
+            work()
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+        def record(self, work):
+            recorded.append(work)
+
+    monkeypatch.setattr(attention_choice, "CudaRecorder", Recorder)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    calls = []
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        attention_choice._replayed_ms(lambda: calls.append(None), torch.device("cuda"))
+    assert (len(calls), recorded) == (1, [])
+
+
+def test_where_nothing_can_be_measured_the_run_takes_pytorchs_choice(monkeypatch):
+    monkeypatch.setattr(attention_choice, "measure", lambda *_: {})
+    choice = choose({"encoder": TINY}, CPU, torch.float32)
+    assert choice.backends == {"encoder": "sdpa"}
+    assert choice.lines[0].endswith("sdpa, because none could be measured")

@@ -58,6 +58,18 @@ def test_every_row_has_a_ratio_or_a_reason_and_none_a_rate_of_a_cpu(bench):
     assert first["limit"] == ("step" if first["data_wait_percent"] < 100 * bench.ENOUGH else "loader")
 
 
+@pytest.mark.slow
+def test_without_dali_pyav_and_the_step_are_still_measured(bench, monkeypatch):
+    for place in ("loader", "renderer"):
+        monkeypatch.setattr(importlib.import_module(f"mam2.engine.data.{place}"), "dali_version", lambda: "")
+    monkeypatch.setattr(bench, "_installed", lambda name: name != "nvidia.dali")
+    rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))
+    assert rows["pyav", "h264", 6, None]["ratio_to_pyav_alone"] > 0
+    assert rows["auto, in a step of mam2-fast", "h264", 30, 1]["data_wait_percent"] >= 0
+    refused = rows["dali-cpu", "vp9", 30, None]
+    assert (refused["verdict"], "NVIDIA DALI, which is not installed" in refused["reason"]) == ("skipped", True)
+
+
 def test_files_have_their_key_frames_where_they_are_told(bench, tmp_path):
     for codec, gop in (("h264", 6), ("h264", 250), ("vp9", 6)):
         manifest = bench.write_files(tmp_path, codec, gop, bench.SETTINGS["cpu"])

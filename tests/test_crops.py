@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.data import crops
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.sampling import View
@@ -19,6 +20,26 @@ VIEWS = [
     View(0.113, 0.241, 0.771, 0.913, True),
     View(0.5, 0.5, 0.6, 0.63, False),
 ]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_all_rows_at_once_are_those_of_blocks(view, monkeypatch):
+    """As a device takes them that is not a CPU, of which "meta" computes nothing."""
+    frames = torch.randint(0, 256, (2, 96, 131, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    products: list[int] = []
+    taps = crops._taps
+
+    def counted(*given):
+        found = taps(*given)
+        products.append(len(found))
+        return found
+
+    monkeypatch.setattr(crops, "_taps", counted)
+    blocks = crops.crop(frames, view, 112)
+    assert crops.crop(frames.to("meta"), view, 112).shape == blocks.shape
+    assert products == [4, 4, 1, 1]
+    monkeypatch.setattr(crops, "ROWS", 112)
+    assert (crops.crop(frames, view, 112).int() - blocks.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (96, 131), (300, 170), (7, 5), (1, 1)])

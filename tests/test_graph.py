@@ -31,6 +31,15 @@ def test_crops_and_flips_are_numpys():
     assert (mirrored.int() - expected.flip(2).int()).abs().max() <= 1
 
 
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """DALI takes no number for a graph without a GPU, and NVDEC then seems to be missing."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    given = {"views": 1, "samples": 1, "threads": 1}
+    for device, number in (("cuda", 3), ("cuda:1", 1), ("cpu", None)):
+        graph = ClipGraph("nvdec", DataConfig(frames=2, stride=1, size=8), device=torch.device(device), **given)
+        assert graph._options["device_id"] == number
+
+
 def test_a_whole_frame_of_the_right_size_stays_bit_for_bit():
     frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     assert np.array_equal(resize(frames, 32, View(0, 0, 1, 1, False))[0], frames)

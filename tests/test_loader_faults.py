@@ -222,6 +222,18 @@ def test_without_dali_pytorch_crops_the_same(videos, monkeypatch):
         open_loader(videos, dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0))
 
 
+def test_a_gpu_whose_memory_is_full_is_no_bad_file(videos, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(renderer, "dali_version", lambda: "")
+    monkeypatch.setattr(renderer.TorchCrops, "run", full)
+    with open_loader(videos) as clips:
+        with pytest.raises(UserError, match=r"no memory left for the clips: .*2\.00 GiB\.; use a smaller"):
+            next(clips.stream())
+        assert clips.skipped == []
+
+
 def test_a_mistake_of_a_program_is_no_bad_file(videos, monkeypatch):
     def removed(*_, **__):
         raise TypeError("open() got an unexpected keyword argument")

@@ -22,6 +22,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
+from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
@@ -298,6 +299,15 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monk
     with pytest.raises(
         UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
     ):
+        pretrain(small(), clips, tmp_path, progress=False)
+
+
+def test_a_tokenizer_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monkeypatch, small):
+    def full(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(Tokenizer, "codes", full)
+    with pytest.raises(UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16"):
         pretrain(small(), clips, tmp_path, progress=False)
 
 

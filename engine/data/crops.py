@@ -18,7 +18,8 @@ from torch import Tensor
 from mam2.engine.data.sampling import View
 
 ROWS = 32
-"""Output rows and columns computed at a time: a product with only the part of the input that their filters touch."""
+"""Output rows and columns computed at a time on a CPU: a product with only the inputs that their filters touch. A GPU
+takes all at once: there launches and copies of filters cost more than products with zeros."""
 
 
 class TorchCrops:
@@ -45,8 +46,9 @@ class TorchCrops:
 def crop(video: Tensor, view: View, size: int) -> Tensor:
     """A view of uint8 frames [T, h, w, C], resized to uint8 [T, size, size, C] on their device."""
     height, width = video.shape[1:3]
-    rows = _taps(view.y0 * height, view.y1 * height, height, size, video.device)
-    columns = _taps(view.x0 * width, view.x1 * width, width, size, video.device)
+    together = ROWS if video.device.type == "cpu" else size
+    rows = _taps(view.y0 * height, view.y1 * height, height, size, video.device, together)
+    columns = _taps(view.x0 * width, view.x1 * width, width, size, video.device, together)
     top, bottom, left, right = rows[0][1], rows[-1][2], columns[0][1], columns[-1][2]
     planes = video[:, top:bottom, left:right].permute(0, 3, 1, 2).float()  # [T, C, h', w']
     shrunk = torch.cat([taps @ planes[:, :, low - top : high - top] for taps, low, high in rows], 2)
@@ -55,11 +57,13 @@ def crop(video: Tensor, view: View, size: int) -> Tensor:
     return (clip.flip(2) if view.flip else clip).contiguous()
 
 
-def _taps(begin: float, end: float, length: int, size: int, device: torch.device) -> list[tuple[Tensor, int, int]]:
+def _taps(
+    begin: float, end: float, length: int, size: int, device: torch.device, together: int = ROWS
+) -> list[tuple[Tensor, int, int]]:
     """Filters of output pixels between two edges of an input of `length` pixels.
 
-    For every ROWS of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 to which
-    they belong.
+    For every `together` of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 to
+    which they belong.
     """
     scale = (end - begin) / size
     radius = max(scale, 1.0)
@@ -71,8 +75,8 @@ def _taps(begin: float, end: float, length: int, size: int, device: torch.device
     weights /= weights.sum(1, keepdims=True)
     places = places.clip(0, length - 1)
     blocks = []
-    for start in range(0, size, ROWS):
-        some, parts = places[start : start + ROWS], weights[start : start + ROWS]
+    for start in range(0, size, together):
+        some, parts = places[start : start + together], weights[start : start + together]
         low, high = int(some.min()), int(some.max()) + 1
         dense = np.zeros((len(some), high - low))
         np.add.at(dense, (np.arange(len(some))[:, None], some - low), parts)

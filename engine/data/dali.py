@@ -42,6 +42,13 @@ def dali_version() -> str:
         return ""
 
 
+def with_number(device: torch.device) -> torch.device:
+    """The device; "cuda" alone becomes the current GPU by its number, which DALI and threads of their own need."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class ClipGraph:
     """A DALI pipeline for one front end ("nvdec", "dali-cpu", "pyav"), built at first use and again after an error.
 
@@ -55,11 +62,11 @@ class ClipGraph:
         self._front_end = front_end
         self._config = config
         self._views = views
-        self._device = device
+        self._device = with_number(device)
         self._options: dict[str, Any] = {
             "batch_size": samples,
             "num_threads": threads,
-            "device_id": device.index if device.type == "cuda" else None,
+            "device_id": self._device.index if device.type == "cuda" else None,
             "prefetch_queue_depth": 1,  # the loader runs ahead itself; a second batch here would only cost memory
         }
         self._dali = import_dali()

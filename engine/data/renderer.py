@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.crops import TorchCrops
-from mam2.engine.data.dali import ClipGraph, dali_version
+from mam2.engine.data.dali import ClipGraph, dali_version, with_number
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
 from mam2.engine.data.nvdec import NvdecHangs, error_of, fault
 from mam2.engine.data.outage import Patience
@@ -50,9 +50,7 @@ class Renderer:
         paths: Sequence[str] = (),
     ):
         """samples: the most in one batch. say: gets lines for the log. paths: of the data; see `Patience`."""
-        if device.type == "cuda" and device.index is None:
-            # A thread of its own would take the first GPU for the current one.
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = with_number(device)
         self._config = config
         self._samples = samples
         self._device = device
@@ -194,8 +192,14 @@ class Renderer:
                 self._graphs[key] = TorchCrops(self._config.size, views=views, device=self._device)
         return self._graphs[key]
 
-    def _copying(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._copies) if self._copies else nullcontext()
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Work on the device, on a GPU on the copying stream. Raises GpuError where the GPU's memory is full."""
+        try:
+            with torch.cuda.stream(self._copies) if self._copies else nullcontext():
+                yield
+        except torch.OutOfMemoryError as error:
+            raise error_of(str(error), str(error).splitlines()[0]) from error
 
     def _wait(self) -> None:
         if self._copies:

@@ -21,8 +21,9 @@ from torch import Tensor
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
-from mam2.engine.model.attention import Backend, attention, set_choices
+from mam2.engine.model.attention import Backend, active_backend, attention, set_choices
 from mam2.engine.model.attention_packages import OPERATORS, why_not
+from mam2.engine.train.cuda_graph import CudaRecorder
 
 FILE = "attention.json"
 ROUNDS = 9
@@ -168,14 +169,15 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         lines = [f"attention measured anew, {file} does not fit: {why}; the bits may differ from here"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
     times = {name: by_shape[shape] for name, shape in shapes.items()}
-    found = {name: next(iter(row)) for name, row in times.items()}
+    chosen: dict[str, Backend] = {name: next(iter(row), active_backend(device, dtype)) for name, row in times.items()}
     if file:
-        parts = {name: {"backend": found[name], "milliseconds": times[name]} for name in shapes}
+        parts = {name: {"backend": chosen[name], "milliseconds": times[name]} for name in shapes}
         text = json.dumps({"device": machine, "parts": parts}, indent=1) + "\n"
         file.write_text(text, encoding="utf-8")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI takes its memory beside PyTorch's
-    return Choice(found, [*lines, *(_line(name, shape, found[name], "measured") for name, shape in shapes.items())])
+    how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
+    return Choice(chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())])
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:
@@ -217,21 +219,21 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
 
 def _replayed_ms(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds on the device, of `CALLS` calls replayed as one CUDA graph."""
-    side = torch.cuda.Stream(device)  # a capture needs a warm-up on a stream of its own
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def calls() -> dict[str, Tensor]:
         for _ in range(CALLS):
             call()
+        return {}
+
+    with torch.cuda.device(device):
+        recorder = CudaRecorder()
+        recorder.warm_up(call)
+        replay, _ = recorder.record(calls)
     times = []
     for _ in range(ROUNDS):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        graph.replay()
+        replay()
         last.record()
         last.synchronize()
         times.append(first.elapsed_time(last) / CALLS)

@@ -61,10 +61,14 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # the loader's thread decodes meanwhile: what it asks of the driver must break neither the capture nor itself
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            values = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                values = work()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
+            raise
         return graph.replay, values
 
     def warm_up(self, work: Callable[[], object]) -> None:
@@ -94,7 +98,8 @@ def waits_for_device(work: Callable[[], object]) -> str:
     mine, found = threading.get_ident(), []
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
-        if threading.get_ident() == mine and "synchronizing" in str(message):
+        # not the notice that the mode is a prototype, which the first call of a process gives
+        if threading.get_ident() == mine and "called a synchronizing" in str(message):
             found.append(str(message))
 
     mode = torch.cuda.get_sync_debug_mode()

@@ -33,7 +33,7 @@ from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.optimizer import learning_rate, long_warmup
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
-from mam2.engine.train.step import Step
+from mam2.engine.train.step import Step, out_of_memory
 from mam2.kernels import active_path
 
 
@@ -189,6 +189,9 @@ class Loop:
                             batches = [next(stream) for _ in range(self.take.passes)]
                     except Interrupted:  # a loader that hangs must not keep what is done from being saved
                         return int(stop.received or 0)
+                    except torch.OutOfMemoryError as error:  # of the tokenizer or the augmentation, beside the step
+                        clips_a_pass = config.optim.batch // (session.world.size * self.take.passes)
+                        raise out_of_memory(config, clips_a_pass, error) from error
                     logged = (self.step + 1) % config.run.log_every == 0 or self.step + 1 == self.steps
                     rate = learning_rate(
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch

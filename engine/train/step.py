@@ -100,7 +100,7 @@ class Step(ABC):
             with _whole_sums():
                 values = self._step(step, micro_batches, inspect)
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(self.config, len(micro_batches[0][0]), error) from error
+            raise out_of_memory(self.config, len(micro_batches[0][0]), error) from error
         if self._lead:
             self._lead.queued()
         return values
@@ -232,8 +232,9 @@ def _gradient_norm(module: nn.Module) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
-    """What to change when a step does not fit into the GPU's memory."""
+def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
+    """What to change when a pass of so many clips, or what is made of them beside the step, does not fit into the GPU's
+    memory."""
     remedies = [f"optim.micro_batch below {clips} (the result stays that of optim.batch {config.optim.batch})"]
     if not config.run.recompute:
         remedies.append("run.recompute true")
