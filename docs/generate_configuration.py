@@ -26,17 +26,17 @@ HEAD = """# Configuration
 
 <!-- Written by docs/generate_configuration.py: do not edit. -->
 
-A *recipe* is a TOML file with one table per section below. The values of a run come from four places; a later one overrides an
-earlier one:
+A *recipe* is a TOML file with one table per section below. The values of a run come from four places; a later one
+overrides an earlier one:
 
 1. the defaults on this page;
 2. the recipes that a recipe extends, in their order: `extends = ["mam2-fast", "my-data.toml"]`;
 3. the recipe itself: the first argument of `mam2 pretrain`, `mam2 tokenize`, `mam2 plan` or `mam2 finetune`;
 4. flags on the command line: `--optim.batch 128`, `--loss.motion-eps 0.1`, `--data.no-flip`.
 
-In flags, `_` may be written as `-`. A switch is set with `--data.flip` and cleared with `--data.no-flip`. An unknown key, a value of
-another type, a number outside its limits, and values that do not fit together end the command with one line that names the key.
-Every run writes its values to `RUN/config.json`, which is a recipe too.
+In flags, `_` may be written as `-`. A switch is set with `--data.flip` and cleared with `--data.no-flip`. An unknown
+key, a value of another type, a number outside its limits, and values that do not fit together end the command with one
+line that names the key. Every run writes its values to `RUN/config.json`, which is a recipe too.
 
 ## Recipes that come with MAM2
 
@@ -44,8 +44,8 @@ Pre-training: {pretrain}.
 
 Fine-tuning: {finetune}.
 
-The comment at the head of each file in `engine/recipes/` names the hardware, the expected time and score, and says whether anybody
-has measured them yet. A name without a data set is the method alone.
+The comment at the head of each file in `engine/recipes/` names the hardware, the expected time and score, and says
+whether anybody has measured them yet. A name without a data set is the method alone.
 
 `--size` and `--preset` set several keys of `[model]` at once:
 
@@ -59,8 +59,8 @@ The regressor and the decoders scale with the encoder. No learning rate changes 
 |---|---|---|
 {presets}
 
-Preset widths are those for an encoder of width 768; they scale with the encoder. `cae` also sets `model.layer_scale` to 0.1 and
-`model.projection_norm` to true.
+Preset widths are those for an encoder of width 768; they scale with the encoder. `cae` also sets `model.layer_scale` to
+0.1 and `model.projection_norm` to true.
 """
 
 
@@ -68,9 +68,9 @@ def page() -> str:
     """The whole page as Markdown."""
     sizes = "\n".join(f"| `{name}` | {size.width} | {size.depth} | {size.heads} |" for name, size in SIZES.items())
     presets = "\n".join(
-        f"| `{name}` | {preset.regressor.depth} blocks of width {preset.regressor.width}, keys `{preset.regressor.keys}` "
-        f"| {preset.decoder.depth} blocks of width {preset.decoder.width} |"
-        for name, preset in PRESETS.items()
+        f"| `{name}` | {after.depth} blocks of width {after.width}, keys `{after.keys}` "
+        f"| {decoder.depth} blocks of width {decoder.width} |"
+        for name, (after, decoder, *_) in PRESETS.items()
     )
     head = HEAD.format(
         pretrain=_names(recipe_names()), finetune=_names(recipe_names(FinetuneConfig)), sizes=sizes, presets=presets
