@@ -11,7 +11,7 @@ assert VERSION
 
 # The upper bounds exclude major versions that nobody has tried; tests/fresh_venv.py tries the newest that they admit.
 ENGINE = [
-    "av>=16,<20",  # decoding on the CPU; the wheel carries FFmpeg
+    "av>=17.1,<20",  # decoding on the CPU; the wheel carries FFmpeg; 16.0 to 17.0 end the process at some real files
     "tyro>=0.9,<2",
     "safetensors>=0.4,<1",
     "tensorboard>=2.15,<3",

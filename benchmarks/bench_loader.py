@@ -170,7 +170,7 @@ def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
 
 
 def decoding_rows(manifests: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
-    from mam2.engine.recipe import load_recipe
+    from mam2.engine.config.recipe import load_recipe
 
     data = dataclasses.replace(load_recipe("mam2-fast").data, **settings.data)
     labels: list[Row] = []
@@ -348,7 +348,7 @@ def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline:
 
 
 def tailored(settings: Settings, views: int) -> Any:
-    from mam2.engine.recipe import load_recipe
+    from mam2.engine.config.recipe import load_recipe
 
     config = load_recipe("mam2-fast")
     part = {key: value for key, value in settings.model.items() if key != "patch"}
@@ -364,9 +364,9 @@ def tailored(settings: Settings, views: int) -> Any:
 def training_step(config: Any, batch: int, device: torch.device) -> Callable[[Any], None]:
     """Forward, backward and AdamW on a batch; waits for the device, or the host would run ahead and wait for clips."""
     from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.runtime.device import autocast
     from mam2.engine.train.objective import build_objective
     from mam2.engine.train.optimizer import build_optimizer
-    from mam2.engine.train.runtime import autocast
 
     model = MAM2(config, CODES).to(device)
     objective, optimizer = build_objective(model, config, lambda part: part), build_optimizer(model, config.optim)
@@ -376,7 +376,7 @@ def training_step(config: Any, batch: int, device: torch.device) -> Callable[[An
     def step(clips: Any) -> None:
         mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, step=clips.step, device=device)
         with autocast(config.run, device):
-            loss = objective(clips.clip.permute(0, 4, 1, 2, 3), mask, codes)[0]
+            loss = objective(clips.video, mask, codes)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ Every objective runs eager and compiled, each also as one captured CUDA graph; V
 VideoMAEForPreTraining of the same sizes, with the same weights and mask: there the losses must agree before anything is
 timed. A way has its row as soon as it is timed alone; then the ways of one objective take turns, round by round.
 ViT-B on 16 frames of 224² on a GPU; on a CPU a smaller model, whose ratios alone mean something. MFU: FLOPs that
-`mam2.engine.model.costs` declares, over the rate of a large product measured in the same run.
+`mam2.engine.costs` declares, over the rate of a large product measured in the same run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from benchmarks.launches import counted, fallback
 from benchmarks.report import table
 from benchmarks.step_parts import part_rows
 from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
-from mam2.engine.config import PretrainConfig
-from mam2.engine.model.costs import step_flops
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.recipe import load_recipe
+from mam2.engine.runtime.device import autocast, matmul_dtype, why_not_compile
+from mam2.engine.runtime.peak import measured_peak_flops
+from mam2.engine.train.cuda_graph import CudaRecorder
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.peak import measured_peak_flops
-from mam2.engine.train.runtime import autocast, matmul_dtype, why_not_compile
-from mam2.engine.train.step_graph import CudaRecorder
 from mam2.kernels import TubeMask, tube_mask
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -
     """Takes the implementations of attention that a run on this device would choose; lines on the choice."""
     if device.type != "cuda":
         return []
-    from mam2.engine.model.attention_choice import shapes_of, use_fastest
+    from mam2.engine.model.attention_tuning import shapes_of, use_fastest
 
     return use_fastest(shapes_of(config, batch), device, matmul_dtype(config.run, device))
 

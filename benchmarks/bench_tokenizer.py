@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import elapsed_ms, summary
-from mam2.engine.config import PretrainConfig
-from mam2.engine.model.tokenizer import Tokenizer
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.runtime import compiler
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.runtime.device import compiler
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
 MODELS = {"cuda": ("gumbel-f8-8192", "f16-1024"), "cpu": ("small",)}
 """The method's default first: what a time limit cuts off is at the end."""
@@ -62,8 +62,8 @@ def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -
 
 def measure_cached(codes: int, config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """Milliseconds a clip from a cache in the page cache, random clips, onto the device."""
-    from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
     from mam2.engine.data.manifest import Manifest, Video
+    from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
 
     videos = VIDEOS[device.type]
     manifest = Manifest(tuple(Video(f"{n}.mp4", -1, 300, 340, 256, "h264", 30.0, 0) for n in range(videos)))

@@ -42,9 +42,10 @@ from benchmarks.trials.clips import write_hard_dataset
 from benchmarks.trials.report import around, write_page
 from benchmarks.trials.selection import JUDGED, grouped, values
 from benchmarks.trials.settings import ABLATIONS, SETTINGS, Setting, finetuning, pretraining
-from mam2.engine.config import PretrainConfig, UserError, check
-from mam2.engine.model.costs import step_flops
-from mam2.engine.recipe import to_dict
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.recipe import to_dict
+from mam2.engine.costs import step_flops
+from mam2.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "convergence.md"

@@ -21,10 +21,11 @@ import torch
 
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.settings import Changes, changed
-from mam2.engine.config import PretrainConfig, UserError, check
-from mam2.engine.evaluate.probe import linear_probe
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.errors import UserError
+from mam2.engine.evaluate.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.recipe import load_recipe
 
 BASE: Changes = {
     "data.sampling": "uniform",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.videomae import VideoMAE

@@ -29,9 +29,9 @@ CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
 
 
 def environment(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment of the sections, and lines on what was found; `folder` holds what is unpacked or linked.
+    """The environment of the sections, and lines on what was found.
 
-    Wheels in .whl/ are installed into `folder`; where mam2 is not installed, links to the checkout stand in for it.
+    Wheels in .whl/ are installed into `folder`. mam2 is the checkout's, installed or not.
     """
     paths, lines = [str(ROOT)], []
     wheels = sorted(WHEELS.glob("*.whl"))
@@ -49,13 +49,6 @@ def environment(folder: Path) -> tuple[dict[str, str], list[str]]:
             lines.append(f".whl/: {names}")
     else:
         lines.append(".whl/: no wheels there")
-    if importlib.util.find_spec("mam2") is None or importlib.util.find_spec("mam2.kernels") is None:
-        package = folder / "links" / "mam2"
-        package.mkdir(parents=True)
-        for name in ("engine", "kernels"):
-            (package / name).symlink_to(ROOT / name)
-        paths.append(str(package.parent))
-        lines.append("mam2: not installed, taken from the checkout")
     given = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}, lines
 

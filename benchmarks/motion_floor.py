@@ -25,16 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.trials.settings import changed
-from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.sizes import resized
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.pretext import evaluation_mask
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.presets import resized
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.device import pick_device
+from mam2.engine.runtime.distributed import World
 from mam2.engine.train.optimizer import learning_rate
-from mam2.engine.train.runtime import pick_device
 from mam2.engine.train.step import TrainStep
 from mam2.kernels import TubeMask, frame_difference, gather_tubes
 

@@ -38,7 +38,7 @@ from benchmarks.timing import (
     peak_mib,
     ratios,
 )
-from mam2.engine.train.runtime import why_not_compile
+from mam2.engine.runtime.device import why_not_compile
 
 if TYPE_CHECKING:
     from benchmarks.sections import Wanted

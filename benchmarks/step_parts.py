@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import elapsed_ms, percentile
-from mam2.engine.config import PretrainConfig
-from mam2.engine.model.costs import step_flops
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.tokenizer import Tokenizer
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
+from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.runtime import autocast, matmul_dtype
 from mam2.kernels import TubeMask
 
 ROUNDS = 5
@@ -28,7 +28,7 @@ DECLARED = {
     "decoder and loss": ("decoder", "head and pixel loss"),
     "tokenizer": ("tokenizer",),
 }
-"""The parts that are timed and what `mam2.engine.model.costs` calls them."""
+"""The parts that are timed and what `mam2.engine.costs` calls them."""
 
 
 def part_rows(

@@ -219,8 +219,8 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
     for row in choices(shape, device, kernels=kernels, **options):
         yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
-    from mam2.engine.model.attention_choice import measure, shapes_of
-    from mam2.engine.recipe import load_recipe
+    from mam2.engine.config.recipe import load_recipe
+    from mam2.engine.model.attention_tuning import measure, shapes_of
 
     batch, dtype = (64, torch.bfloat16) if cuda else (1, torch.float32)
     parts = {f"mam2-fast {part}": at for part, at in shapes_of(load_recipe("mam2-fast"), batch).items()}

@@ -14,11 +14,11 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from mam2.engine.config import PretrainConfig
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.limits import Limits, declared
-from mam2.engine.model.presets import PRESETS, SIZES
-from mam2.engine.recipe import recipe_names
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.limits import Limits, declared
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import recipe_names
+from mam2.engine.config.sizes import PRESETS, SIZES
 
 PAGE = Path(__file__).with_name("configuration.md")
 

@@ -15,12 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mam2.engine.interop.load import load_encoder, load_model
+    from mam2.engine.checkpoints.load import load_encoder, load_model
+    from mam2.engine.config.recipe import load_recipe
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.model.videomae import VideoMAE
-    from mam2.engine.recipe import load_recipe
     from mam2.engine.train.pretrain import pretrain
 
 __all__ = ["MAM2", "Classifier", "Encoder", "VideoMAE", "load_encoder", "load_model", "load_recipe", "pretrain"]
@@ -30,9 +30,9 @@ _HOMES = {
     "Encoder": "model.encoder",
     "MAM2": "model.mam2",
     "VideoMAE": "model.videomae",
-    "load_encoder": "interop.load",
-    "load_model": "interop.load",
-    "load_recipe": "recipe",
+    "load_encoder": "checkpoints.load",
+    "load_model": "checkpoints.load",
+    "load_recipe": "config.recipe",
     "pretrain": "train.pretrain",
 }
 

@@ -14,11 +14,11 @@ import signal
 import sys
 
 import mam2
-from mam2.engine import signals
-from mam2.engine.config import PeerFailed, RankError, UserError
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.recipe import recipe_names
+from mam2.engine.errors import PeerFailed, RankError, UserError
 from mam2.engine.files import FULL_OR_FORBIDDEN, accept_names, one_line
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.recipe import recipe_names
+from mam2.engine.runtime import signals
 
 VERBS = {
     "demo": "make clips, pre-train on them, measure, draw a report",

@@ -11,24 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.features import extract_features
+from mam2.engine.evaluate.linear_probe import bootstrap, linear_probe
 from mam2.engine.evaluate.pretext import PretextResult, measure_pretext, reconstruct
-from mam2.engine.evaluate.probe import bootstrap, linear_probe
 from mam2.engine.evaluate.report import draw_strips, write_report
 from mam2.engine.files import make_folder, write_whole, writing
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.vqgan_files import load_vqgan
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train import checkpoint
+from mam2.engine.runtime.device import pick_device
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.runtime import pick_device
-from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
-from mam2.engine.train.tokenizer import build_tokenizer
 
 TRAIN_CLIPS, TEST_CLIPS = 2400, 800
 SHOWN = ("clockwise", "down", "grow", "left")

@@ -10,17 +10,17 @@ from pathlib import Path
 import av
 import torch
 
-from mam2.engine.config import DataConfig, RunConfig
+from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.data.dali import dali_version
 from mam2.engine.data.decoding import available_cores
-from mam2.engine.data.graph import dali_version
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_trial
 from mam2.engine.model.attention import active_backend
-from mam2.engine.model.attention_choice import measure, shapes_of
 from mam2.engine.model.attention_packages import DISTRIBUTIONS, OPERATORS, operator_name, why_not
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.runtime import compiler, matmul_dtype
+from mam2.engine.model.attention_tuning import measure, shapes_of
+from mam2.engine.runtime.device import compiler, matmul_dtype
 from mam2.kernels import active_path
 from mam2.kernels.launch import table_for
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TextIO
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 
 NAMES = "mam2.names"
 """Error handler of an encoder: surrogates become the bytes they stand for, what the encoding lacks an escape."""

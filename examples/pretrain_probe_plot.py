@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from mam2.engine import load_encoder, load_recipe, pretrain
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.features import extract_features
+from mam2.engine.evaluate.linear_probe import linear_probe
 from mam2.engine.evaluate.plots import draw_logs
-from mam2.engine.evaluate.probe import linear_probe
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.log import read_log
 
 
 def main(

@@ -15,10 +15,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe, load_recipe_of
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.recipe import load_recipe, load_recipe_of
 
 
 def _write_video(

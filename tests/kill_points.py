@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from mam2.engine.config import PretrainConfig
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.metrics import read_log
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 
 

@@ -196,7 +196,7 @@ _MISTAKES = {
             "PyTorch path: the sum of bytes after a division",
             "reference.py",
             "    pixels = raw.to(dtype, copy=True)\n",
-            "    pixels = raw.to(dtype, copy=True).div_(3.0).mul_(3.0)\n",
+            "    pixels = raw.to(dtype, copy=True).div_(255)\n",
         ),
     ],
     (INTERPRETER, "shared_case and gather_tubes and normalized and not 16x16"): [
@@ -278,8 +278,8 @@ _MISTAKES = {
         (
             "PyTorch path: eps inside the root",
             "reference.py",
-            "variance.sqrt_().add_(eps) if normalize",
-            "variance.add_(eps).sqrt_() if normalize",
+            "return variance.sqrt_().add_(eps * unit)",
+            "return variance.add_(eps * unit).sqrt_()",
         ),
         (
             "PyTorch path: biased variance",

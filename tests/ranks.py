@@ -9,9 +9,9 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.distributed import join
+from mam2.engine.runtime.distributed import join
 from mam2.engine.train.step import TrainStep
 
 BATCH, STEPS = 8, 3

@@ -12,7 +12,7 @@ import pytest
 from matplotlib import image
 
 import mam2.engine
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "pretrain_probe_plot.py"
 

@@ -7,23 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mam2.engine.config import UserError, check
+from mam2.engine.checkpoints.load import load_model
+from mam2.engine.config.pretrain import check
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.pretext import measure_pretext, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
 from mam2.engine.evaluate.visualize import visualize
-from mam2.engine.interop.load import load_model
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import draw_mask
-from mam2.engine.model.tokenizer import Tokenizer
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train.distributed import World
-from mam2.engine.train.metrics import read_log
+from mam2.engine.plan import make_plan
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.log import read_log
+from mam2.engine.tokenizer.precompute import tokenize
+from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
-from mam2.engine.train.plan import make_plan
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
-from mam2.engine.train.tokenize import tokenize
 from mam2.kernels import reference
 
 CODES = 16

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from mam2.engine import doctor
-from mam2.engine.config import UserError
-from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.recipe import load_recipe, load_recipe_of
+from mam2.engine.errors import UserError
 from mam2.engine.model import attention as module
-from mam2.engine.model import attention_choice
+from mam2.engine.model import attention_tuning as attention_choice
 from mam2.engine.model.attention import attention
-from mam2.engine.model.attention_choice import (
+from mam2.engine.model.attention_tuning import (
     FILE,
     Choice,
     Shape,
@@ -23,7 +24,6 @@ from mam2.engine.model.attention_choice import (
     use,
     use_fastest,
 )
-from mam2.engine.recipe import load_recipe, load_recipe_of
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 6, 9, 2, 16)
@@ -61,7 +61,7 @@ def test_what_is_wrong_or_does_not_run_is_not_timed(monkeypatch):
     def wrong(q, k, v, *, backend):
         return attention(q, k, v, backend=backend) * (1.1 if backend == "products" else 1)
 
-    monkeypatch.setattr("mam2.engine.model.attention_choice.attention", wrong)
+    monkeypatch.setattr("mam2.engine.model.attention_tuning.attention", wrong)
     assert "products" not in measure(TINY, CPU, torch.float32)
 
 

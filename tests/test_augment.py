@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mam2.engine.finetune_config import AugmentConfig
+from mam2.engine.config.finetune import AugmentConfig
 from mam2.engine.train import augment as augmenting
-from mam2.engine.train import operations
+from mam2.engine.train import randaugment as operations
 from mam2.engine.train.augment import augment, feature_scales, mix, path_scales, smoothed
-from mam2.engine.train.operations import OPERATIONS
+from mam2.engine.train.randaugment import OPERATIONS
 
 KEY = {"seed": 3, "step": 7}
 NOTHING = AugmentConfig(operations=0, erase=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)

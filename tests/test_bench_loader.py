@@ -91,7 +91,7 @@ def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monk
 
 def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monkeypatch):
     """As a decoder that is one frame off would give them."""
-    from mam2.engine.recipe import load_recipe
+    from mam2.engine.config.recipe import load_recipe
 
     settings = bench.SETTINGS["cpu"]
     manifest = bench.write_files(tmp_path, "vp9", 30, settings)

@@ -60,7 +60,7 @@ def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
 
 
 def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "mam2.engine.model.attention_choice"
+    name = "mam2.engine.model.attention_tuning"
     asked = []
     module = ModuleType(name)
     module.shapes_of = lambda config, batch: {"encoder": batch}  # type: ignore[attr-defined]

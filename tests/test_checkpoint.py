@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import UserError
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train import checkpoint
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.errors import UserError
 from mam2.engine.train.optimizer import build_optimizer
 
 CONFIG = load_recipe("demo")

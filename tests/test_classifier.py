@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from mam2.engine.config import UserError
-from mam2.engine.finetune_config import FinetuneOptimConfig
+from mam2.engine.config.finetune import FinetuneOptimConfig
+from mam2.engine.errors import UserError
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
+from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.train.finetune import ClassifierObjective
 from mam2.engine.train.optimizer import build_layered_optimizer
 

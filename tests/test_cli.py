@@ -114,7 +114,7 @@ def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
 def test_tokenize_takes_the_size_that_pretrain_takes(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        "mam2.engine.train.tokenize.tokenize", lambda config, *_, **__: seen.append(config) or sys.exit(0)
+        "mam2.engine.tokenizer.precompute.tokenize", lambda config, *_, **__: seen.append(config) or sys.exit(0)
     )
     with pytest.raises(SystemExit) as stop:
         cli.main(["tokenize", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small"])

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig, UserError
-from mam2.engine.data import code_cache
-from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter, cache_key
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, Video, write_manifest
+from mam2.engine.errors import UserError
+from mam2.engine.tokenizer import cache as code_cache
+from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter, cache_key
 
 CODES = 100
 TOKENIZER = "0123456789abcdef" * 4

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from mam2.engine.config import PretrainConfig, UserError, check
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.limits import KEY, check_limits
-from mam2.engine.recipe import RECIPES, from_dict, load_recipe, to_dict
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.limits import KEY, check_limits
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.recipe import RECIPES, from_dict, load_recipe, to_dict
+from mam2.engine.errors import UserError
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))

@@ -16,8 +16,9 @@ from benchmarks.convergence import Job, Run, beyond, final_jobs, main_jobs, rank
 from benchmarks.trials import prepared, trial
 from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
-from mam2.engine.config import UserError, check
+from mam2.engine.config.pretrain import check
 from mam2.engine.data.synthetic import MOTIONS, SIZE
+from mam2.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mam2.engine.cli import main
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, VQGANConfig
-from mam2.engine.model.vqgan_files import fingerprint, load_vqgan
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig
 
 SMALL = VQGANConfig(
     codes=24, embed_dim=8, z_channels=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(1,)

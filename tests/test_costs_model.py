@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.engine.config import PretrainConfig
-from mam2.engine.model import costs
+from mam2.engine import costs
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, VQGANConfig, small
-from mam2.engine.recipe import load_recipe, recipe_names
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 from mam2.engine.train.objective import build_objective
 from mam2.kernels import tube_mask
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.crops import TorchCrops
-from mam2.engine.data.graph import ClipGraph
+from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.sampling import View
 
 CPU = torch.device("cpu")

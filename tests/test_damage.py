@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
+from mam2.engine.errors import UserError
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
@@ -207,10 +208,10 @@ def test_what_breaks_after_the_scan_is_replaced_and_named_once(sound, tmp_path, 
     assert [entry.path for entry in told] == [str(path)]
     replaced = 0
     for batch, whole in zip(got, expected, strict=True):
-        kept = whole.video != 2
-        assert torch.equal(batch.video[kept], whole.video[kept])
+        kept = whole.index != 2
+        assert torch.equal(batch.index[kept], whole.index[kept])
         assert torch.equal(batch.clip[kept], whole.clip[kept])
-        assert 2 not in batch.video
+        assert 2 not in batch.index
         replaced += int((~kept).sum())
     assert replaced == 4  # four passes over six videos
 
@@ -251,7 +252,7 @@ def test_a_file_that_takes_too_long_counts_as_unusable(sound, monkeypatch):
     told: list[Skipped] = []
     batches = take(sound, 4, told.append, timeout_s=0.2, frames=8)
     assert told == [Skipped(slow, "not decoded within 0.2 s")]
-    assert all(4 not in batch.video for batch in batches)
+    assert all(4 not in batch.index for batch in batches)
     with pytest.raises(DecodeError, match="not read within 1e-09 s"):
         decode_frames(slow, [0], timeout_s=1e-9)
 

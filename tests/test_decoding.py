@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding
+from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames, decode_packet, open_video
 from mam2.engine.data.front_ends import DALI_CPU_CODECS, choose_front_end
-from mam2.engine.data.graph import ClipGraph
 from mam2.engine.data.manifest import probe, read_manifest
 from mam2.engine.data.sampling import View
+from mam2.engine.errors import UserError
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.config import UserError, passes
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.pretrain import passes
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint
-from mam2.engine.train.metrics import read_log
+from mam2.engine.errors import UserError
+from mam2.engine.runtime.log import read_log
 
 RANKS = Path(__file__).with_name("ranks.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}

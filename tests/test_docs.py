@@ -154,8 +154,8 @@ def test_commands_exist_with_their_flags(page):
 
 
 def test_recipes_named_in_commands_exist():
-    from mam2.engine.finetune_config import FinetuneConfig
-    from mam2.engine.recipe import recipe_names
+    from mam2.engine.config.finetune import FinetuneConfig
+    from mam2.engine.config.recipe import recipe_names
 
     known = {*recipe_names(), *recipe_names(FinetuneConfig)}
     for page in PAGES:

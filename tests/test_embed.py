@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from mam2.engine.checkpoints.frozen import load_frozen
 from mam2.engine.cli import main
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.features import layer_tokens
-from mam2.engine.evaluate.frozen import load_frozen
 from mam2.engine.train.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
@@ -64,8 +64,8 @@ def test_rows_are_the_videos_features(videos, run, tmp_path, capsys, layer):
     with ClipLoader(manifest, frozen.data, batch=8, device="cpu", seed=0, train=False) as loader:
         batch = next(iter(loader.evaluate()))
     with torch.no_grad():
-        tokens = layer_tokens(frozen.encoder, batch.clip.permute(0, 4, 1, 2, 3), [1, 2])
-    for place, feature in zip(batch.video.tolist(), tokens[layer or 2].mean(1).numpy(), strict=True):
+        tokens = layer_tokens(frozen.encoder, batch.video, [1, 2])
+    for place, feature in zip(batch.index.tolist(), tokens[layer or 2].mean(1).numpy(), strict=True):
         row = index["paths"].index(manifest.videos[place].path)
         np.testing.assert_allclose(features[row], feature, rtol=1e-4, atol=1e-5)
 

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, ModelConfig, PretrainConfig, check
+from mam2.engine.config.pretrain import DataConfig, ModelConfig, PretrainConfig, check
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.sizes import PRESETS, SIZES, parameters_by_part, resized, with_preset
+from mam2.engine.costs import part_costs
 from mam2.engine.model.blocks import Attention, mlp_width, sincos_positions
-from mam2.engine.model.costs import part_costs
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.presets import PRESETS, SIZES, parameters_by_part, resized, with_preset
-from mam2.engine.recipe import load_recipe
 
 GRID, PATCH = (2, 3, 3), (2, 8, 8)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.log import read_log
 
 KILLS = 12
 TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", "mfu", "memory_gib"}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.export import write_hugging_face
+from mam2.engine.checkpoints.load import load_encoder, load_model
+from mam2.engine.checkpoints.traced import write_onnx, write_torch
 from mam2.engine.cli import main
-from mam2.engine.config import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
-from mam2.engine.interop import load_encoder, load_model
-from mam2.engine.interop.graph import write_onnx, write_torch
-from mam2.engine.interop.write import write_hugging_face
+from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import set_clip_size
-from mam2.engine.train import checkpoint
 from tests.small_models import encoder, shaken
 
 CONFIG = PretrainConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mam2.engine import cli
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 from mam2.engine.files import (
     NAMES,
     append_rows,

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine import cli
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import load_classifier
+from mam2.engine.checkpoints.export import write_videomae
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
 from mam2.engine.data.synthetic import render_clip, write_clip
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.classification import evaluate
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.interop.write import write_videomae
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.recipe import RECIPES, load_recipe_of, recipe_names
-from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import load_classifier
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune
-from mam2.engine.train.metrics import read_log
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}

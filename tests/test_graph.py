@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig
-from mam2.engine.data import decoding, graph
-from mam2.engine.data.graph import ClipGraph
+from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.data import dali as graph
+from mam2.engine.data import decoding
+from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.sampling import View
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import av
 import pytest
 
 from mam2.engine import cli
-from mam2.engine.data import index
+from mam2.engine.data import inspect as index
 from mam2.engine.data.manifest import Manifest, Skipped, Video, read_manifest, read_saved_manifest
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"

@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import RegressorConfig, UserError
-from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
-from mam2.engine.interop.load import class_names, load_encoder, load_model
-from mam2.engine.interop.names import from_hugging_face, from_videomae, to_hugging_face, to_videomae
-from mam2.engine.interop.write import write_hugging_face, write_videomae
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
+from mam2.engine.checkpoints.load import class_names, load_encoder, load_model
+from mam2.engine.checkpoints.names import from_hugging_face, from_videomae, to_hugging_face, to_videomae
+from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
+from mam2.engine.config.pretrain import RegressorConfig
+from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.classifier import Classifier, TextHead
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train import checkpoint
 from tests.small_models import CLASSES, CONFIG, PATCH, classifier, clip, encoder, shaken
 
 

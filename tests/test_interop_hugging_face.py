@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mam2.engine.config import UserError
-from mam2.engine.interop.load import class_names, load_encoder, load_model
-from mam2.engine.interop.write import write_hugging_face
+from mam2.engine.checkpoints.export import write_hugging_face
+from mam2.engine.checkpoints.load import class_names, load_encoder, load_model
+from mam2.engine.errors import UserError
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import tube_mask

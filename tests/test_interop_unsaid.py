@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import nn
 
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
+from mam2.engine.checkpoints.load import class_names, load_encoder, load_model
+from mam2.engine.checkpoints.pickles import load_pickle
+from mam2.engine.checkpoints.traced import write_onnx, write_torch
 from mam2.engine.cli import main
-from mam2.engine.config import LossConfig, UserError
-from mam2.engine.interop.graph import write_onnx, write_torch
-from mam2.engine.interop.load import class_names, load_encoder, load_model
-from mam2.engine.interop.write import write_hugging_face, write_videomae
+from mam2.engine.config.pretrain import LossConfig
+from mam2.engine.errors import UserError
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.pickles import load_pickle
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.model.vqgan_files import VQGANFileError, load_vqgan
-from mam2.engine.train import checkpoint
+from mam2.engine.tokenizer.files import VQGANFileError, load_vqgan
 from mam2.kernels import tube_mask
 from tests.small_models import CLASSES, CONFIG, classifier, clip, close, encoder, normalized, shaken
 
@@ -227,7 +228,7 @@ def test_layer_scale_goes_into_the_layers_before_it(tmp_path: Path) -> None:
 
 
 def named(run: Path) -> Classifier:
-    from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
+    from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 
     model = shaken(classifier())
     sizes = EncoderConfig(patch=8, width=48, depth=2, heads=4, mlp_ratio=2, classes=len(CLASSES))

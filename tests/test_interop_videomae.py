@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mam2.engine.config import UserError
-from mam2.engine.interop.load import load_encoder, load_model
-from mam2.engine.interop.write import write_videomae
+from mam2.engine.checkpoints.export import write_videomae
+from mam2.engine.checkpoints.load import load_encoder, load_model
+from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import set_clip_size

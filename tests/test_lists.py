@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mam2.engine.config import UserError
-from mam2.engine.data.lists import read_source
+from mam2.engine.data.sources import read_source
+from mam2.engine.errors import UserError
 
 
 def touch(*paths: Path) -> None:

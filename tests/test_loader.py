@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import loader
 from mam2.engine.data.manifest import Skipped, read_manifest
 from mam2.engine.data.sampling import draw_clip, sample_at
@@ -25,10 +25,10 @@ def test_a_batch_is_what_it_says(videos, frame_numbers):
     for batch in batches:
         assert (batch.clip.shape, batch.clip.dtype) == ((4, 4, 32, 32, 3), torch.uint8)
         assert batch.clip.is_contiguous()
-        assert batch.label.tolist() == [videos.videos[video].label for video in batch.video]
+        assert batch.label.tolist() == [videos.videos[video].label for video in batch.index]
     place = 0
     for batch in batches:
-        for video, clip in zip(batch.video.tolist(), batch.clip, strict=True):
+        for video, clip in zip(batch.index.tolist(), batch.clip, strict=True):
             epoch, drawn = sample_at(place, 10, 5)
             assert video == drawn
             frames = draw_clip(video, videos.videos[video], epoch, CONFIG, 5).frames
@@ -38,7 +38,7 @@ def test_a_batch_is_what_it_says(videos, frame_numbers):
 
 
 def test_two_passes_show_every_video_twice(videos):
-    seen = torch.cat([batch.video for batch in take(videos, 5)])
+    seen = torch.cat([batch.index for batch in take(videos, 5)])
     assert sorted(seen.tolist()) == sorted([*range(10), *range(10)])
     with open_loader(videos, batch=4, world=2) as clips:
         assert clips.steps_per_epoch == 10 / 8
@@ -46,7 +46,7 @@ def test_two_passes_show_every_video_twice(videos):
 
 def test_a_batch_may_be_larger_than_the_data_set(videos):
     (batch,) = take(videos, 1, batch=24)
-    assert sorted(batch.video.tolist()[:20]) == sorted([*range(10), *range(10)])
+    assert sorted(batch.index.tolist()[:20]) == sorted([*range(10), *range(10)])
 
 
 def test_any_number_of_threads_gives_the_same_bits(videos, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_batch_tells_which_crops_it_shows(videos, tmp_path):
     seen: dict[tuple[int, int, int], torch.Tensor] = {}
     for batch in batches:
         assert batch.view.tolist() == [0, 1] * 4
-        rows = zip(batch.video.tolist(), batch.augmentation.tolist(), batch.view.tolist(), strict=True)
+        rows = zip(batch.index.tolist(), batch.augmentation.tolist(), batch.view.tolist(), strict=True)
         for row, (video, augmentation, view) in enumerate(rows):
             drawn = draw_clip(video, videos.videos[video], augmentation, config, 5).views[view]
             assert torch.equal(batch.box[row], torch.tensor(drawn[:4]))
@@ -119,7 +119,7 @@ def test_frames_a_second_and_uniform_frames_take_the_place_of_a_stride(videos, f
     for one, other in zip(take(videos, 2), by_rate, strict=True):
         assert torch.equal(one.clip, other.clip)
     (batch,) = take(videos, 1, dataclasses.replace(CONFIG, stride=0, sampling="uniform"))
-    for clip, place in zip(batch.clip, batch.video.tolist(), strict=True):
+    for clip, place in zip(batch.clip, batch.index.tolist(), strict=True):
         numbers = frame_numbers(clip.numpy())
         assert numbers == sorted(numbers)
         assert numbers[-1] >= videos.videos[place].frames * 3 // 4
@@ -129,7 +129,7 @@ def test_views_are_crops_of_one_clip(videos):
     config = dataclasses.replace(CONFIG, views=3, flip=False)
     (batch,) = take(videos, 1, config, batch=6)
     single = take(videos, 1, dataclasses.replace(config, views=1), batch=2)[0]
-    assert batch.video.tolist() == [video for video in single.video.tolist() for _ in range(3)]
+    assert batch.index.tolist() == [video for video in single.index.tolist() for _ in range(3)]
     assert torch.equal(batch.clip[::3], single.clip)  # further views do not change the first
     with open_loader(videos, config, batch=6) as clips:
         assert clips.steps_per_epoch == 5
@@ -140,7 +140,7 @@ def test_evaluation_shows_every_video_once_in_order(videos, frame_numbers):
         batches = list(clips.evaluate())
         again = list(clips.evaluate())
     assert [len(batch.clip) for batch in batches] == [4, 4, 2]
-    assert torch.cat([batch.video for batch in batches]).tolist() == list(range(10))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(10))
     for batch, other in zip(batches, again, strict=True):
         assert_same(batch, other)
     for video, clip in zip(videos.videos, torch.cat([batch.clip for batch in batches]), strict=True):
@@ -182,7 +182,7 @@ def test_every_real_clip_gives_a_clip_and_every_broken_file_is_named():
         assert all(batch.clip.shape == (16, 4, 48, 48, 3) for batch in stream)
         assert clips.front_ends == {"pyav": len(small)}
     assert told == []
-    assert torch.cat([batch.video for batch in batches]).tolist() == list(range(len(small)))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(small)))
     assert len(found.skipped) == 7
     moving = torch.cat([batch.clip for batch in batches]).float()
     assert (moving.std((1, 2, 3, 4)) > 1).float().mean() > 0.95  # pictures, not blanks
@@ -200,6 +200,6 @@ def test_a_loader_thread_fetches_the_codes_of_recorded_clips(videos):
         assert next(clips.stream()).codes is None
         clips.fetch_codes(codes)
         for batch in itertools.islice(clips.stream(), 4):
-            assert torch.equal(batch.codes, torch.stack([batch.video, batch.augmentation, batch.view], 1))
+            assert torch.equal(batch.codes, torch.stack([batch.index, batch.augmentation, batch.view], 1))
         assert next(clips.evaluate()).codes is None  # middle clips are not recorded
     assert fetched_by == {"prefetch"}

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mam2.engine.config import UserError
-from mam2.engine.train import lock
-from mam2.engine.train.lock import RunLock
+from mam2.engine.checkpoints import lock
+from mam2.engine.checkpoints.lock import RunLock
+from mam2.engine.errors import UserError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mam2.engine.train.lock import RunLock
+from mam2.engine.checkpoints.lock import RunLock
 RunLock(Path(sys.argv[1])).take(print)
 print("held", flush=True)
 time.sleep(60)

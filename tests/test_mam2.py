@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mam2.engine.config import (
+from mam2.engine.config.pretrain import (
     DataConfig,
     DecoderConfig,
     LossConfig,

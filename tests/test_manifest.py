@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 
-from mam2.engine.config import UserError
 from mam2.engine.data import manifest as module
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import (
@@ -24,6 +23,7 @@ from mam2.engine.data.manifest import (
     scan,
     write_manifest,
 )
+from mam2.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mam2.engine import progress
-from mam2.engine.train import metrics
-from mam2.engine.train.metrics import LineFile, RunLog, read_log
+from mam2.engine.runtime import log as metrics
+from mam2.engine.runtime import progress
+from mam2.engine.runtime.log import LineFile, RunLog, read_log
 
 
 @pytest.fixture

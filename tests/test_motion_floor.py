@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.config import LossConfig, PretrainConfig
+from mam2.engine.config.pretrain import LossConfig, PretrainConfig
+from mam2.engine.config.recipe import from_dict, load_recipe, recipe_names
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.model.motion_targets import motion_loss
-from mam2.engine.recipe import from_dict, load_recipe, recipe_names
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.spikes import FACTOR, PEAK, Spikes
 from mam2.kernels import MaskedFrameDifferenceLoss, frame_difference, masked_frame_difference_loss, tube_mask

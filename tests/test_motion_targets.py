@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import UserError, check
+from mam2.engine.config.pretrain import check
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.motion_pictures import motion_pictures
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.motion_targets import hog_of_difference, motion_loss, motion_target, motion_values, optical_flow
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
 from mam2.kernels import motion_tube_mask, random_mask, reference, tube_mask

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding, outage, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
 from mam2.engine.data.sampling import View, least_size
 from mam2.engine.data.video import Video, probe
+from mam2.engine.errors import UserError
 from tests.loader_tools import CONFIG, assert_same, open_loader, take
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mam2.engine import cli
-from mam2.engine.config import UserError
-from mam2.engine.data.code_cache import CodeCache
-from mam2.engine.data.lists import read_source
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.manifest import Manifest, Skipped, write_manifest
+from mam2.engine.data.sources import read_source
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint
+from mam2.engine.errors import UserError
+from mam2.engine.tokenizer.cache import CodeCache
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.session import SKIPPED, started
@@ -84,7 +84,7 @@ def test_a_place_that_is_no_folder_is_one_line_before_any_work(verb, clips, run,
     if verb == "parquet":
         pytest.importorskip("pyarrow")
     monkeypatch.setattr("mam2.engine.data.manifest.scan", lambda *_, **__: pytest.fail("videos were opened"))
-    monkeypatch.setattr("mam2.engine.interop.load.load_model", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.setattr("mam2.engine.checkpoints.load.load_model", lambda *_, **__: pytest.fail("the model was read"))
     (tmp_path / "file").write_text("mine")
     assert "cannot be written: " in told(capsys, *verbs(clips, run, tmp_path / "file")[verb])
     assert (tmp_path / "file").read_text() == "mine"

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from mam2.engine import cli
-from mam2.engine.config import PretrainConfig, UserError
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.recipe import load_recipe
+from mam2.engine.plan import GPUS, UTILISATION, make_plan
+from mam2.engine.runtime.device import autocast
+from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.peak import measured_peak_flops, used_gib
-from mam2.engine.train.plan import GPUS, UTILISATION, make_plan
-from mam2.engine.train.runtime import autocast
 from mam2.kernels import tube_mask
 
 

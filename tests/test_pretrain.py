@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train import checkpoint
-from mam2.engine.train.distributed import World
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine import signals
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint, distributed, runtime
-from mam2.engine.train import tokenizer as tokenizers
-from mam2.engine.train.distributed import World
-from mam2.engine.train.lock import RunLock
+from mam2.engine.errors import UserError
+from mam2.engine.runtime import device as runtime
+from mam2.engine.runtime import distributed, signals
+from mam2.engine.runtime.distributed import World
+from mam2.engine.tokenizer import prepare as tokenizers
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
 
@@ -262,7 +263,8 @@ def test_losing_the_others_and_never_reaching_them_are_told_apart(monkeypatch, c
 
 SETTING_UP = """
 import sys, threading, time
-from mam2.engine import cli, signals
+from mam2.engine import cli
+from mam2.engine.runtime import signals
 signals.GRACE_S = 0.3
 class Verb:
     @staticmethod

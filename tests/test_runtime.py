@@ -7,8 +7,8 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from mam2.engine.config import RunConfig
-from mam2.engine.train.runtime import matmul_dtype
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.runtime.device import matmul_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

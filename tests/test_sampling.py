@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.manifest import Video
 from mam2.engine.data.sampling import CROP_PLACES, CROP_SCALES, draw_clip, replacement, sample_at
+from mam2.engine.errors import UserError
 
 VIDEO = Video("a.mp4", 0, 100, 320, 240, "h264", 25.0, 0)
 CONFIG = DataConfig(frames=4, stride=3, size=32, min_area=0.3, max_area=0.9, max_aspect=1.5, views=2)

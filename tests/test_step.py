@@ -5,11 +5,11 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.recipe import load_recipe
+from mam2.engine.runtime.distributed import World
 from mam2.engine.train import objective as objectives
 from mam2.engine.train import step as steps
-from mam2.engine.train.distributed import World
 from mam2.engine.train.objective import Balance, build_objective
 from mam2.engine.train.step import TrainStep
 from mam2.kernels import TubeMask, tube_mask

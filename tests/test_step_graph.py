@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.config import UserError
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.recipe import load_recipe
-from mam2.engine.train import step_graph
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.distributed import World
+from mam2.engine.train import cuda_graph as step_graph
+from mam2.engine.train.cuda_graph import StepGraph
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
-from mam2.engine.train.step_graph import StepGraph
 
 CODES, BATCH = 16, 4
 

@@ -13,19 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.cli import main
-from mam2.engine.config import PretrainConfig, UserError
-from mam2.engine.data import code_cache
-from mam2.engine.data.code_cache import CodeCache, CodeCacheWriter
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.manifest import read_manifest, write_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.model.tokenizer import Tokenizer
-from mam2.engine.model.vqgan_files import fingerprint, load_vqgan, save_vqgan
-from mam2.engine.recipe import to_dict
-from mam2.engine.train import checkpoint
-from mam2.engine.train.metrics import read_log
+from mam2.engine.errors import UserError
+from mam2.engine.runtime.log import read_log
+from mam2.engine.tokenizer import cache as code_cache
+from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan, save_vqgan
+from mam2.engine.tokenizer.precompute import tokenize
+from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.tokenize import tokenize
 
 
 @pytest.fixture(scope="module")

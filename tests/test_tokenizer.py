@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.model.tokenizer import Tokenizer, codebook_usage, scale_pixels
-from mam2.engine.model.tokenizer_training import MovingCodebook, train_vqgan
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, small
+from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
+from mam2.engine.tokenizer.training import MovingCodebook, train_vqgan
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
 
 def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: object) -> Tokenizer:

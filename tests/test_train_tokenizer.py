@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mam2.engine.cli import main
 from mam2.engine.commands.train_tokenizer import verdict
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data import loader as loaders
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.reconstruction import Reconstruction, measure_reconstruction
-from mam2.engine.model.tokenizer import scale_pixels
-from mam2.engine.model.vqgan import VQGAN, small
-from mam2.engine.train import tokenizer as training
+from mam2.engine.tokenizer import prepare as training
+from mam2.engine.tokenizer.quality import Reconstruction, measure_reconstruction
+from mam2.engine.tokenizer.tokenizer import scale_pixels
+from mam2.engine.tokenizer.vqgan import VQGAN, small
 from mam2.engine.train.pretrain import pretrain
 
 OPTIONS = ("--codes", "16", "--channels", "8", "--factor", "4", "--size", "32", "--steps", "40", "--batch", "8")
@@ -95,7 +95,7 @@ def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    from mam2.engine.evaluate import reconstruction
+    from mam2.engine.tokenizer import quality as reconstruction
 
     for module, name in ((training, "train_tokenizer"), (reconstruction, "draw_training")):
         with monkeypatch.context() as patch:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mam2.engine import cli
-from mam2.engine.config import UserError
 from mam2.engine.data import transcode as module
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.transcode import FAILURES, Settings, transcode
 from mam2.engine.data.video import Video, probe
+from mam2.engine.errors import UserError
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config import DecoderConfig, LossConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.pretrain import DecoderConfig, LossConfig, ModelConfig, PretrainConfig
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.videomae import VideoMAE
 from mam2.kernels import tube_mask

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabelled
+from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
+from mam2.engine.checkpoints.load import load_encoder
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.data.video import Video
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate import accuracy
 from mam2.engine.evaluate.classification import evaluate
 from mam2.engine.evaluate.views import view_clip
-from mam2.engine.interop.load import load_encoder
-from mam2.engine.interop.write import write_hugging_face, write_videomae
-from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import CLASSES, build_classifier, load_classifier, relabelled
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.cli import main
-from mam2.engine.config import DecoderConfig, RegressorConfig
+from mam2.engine.config.pretrain import DecoderConfig, RegressorConfig
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import evaluation_mask
 from mam2.engine.evaluate.regressor_attention import regressor_attention
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train import checkpoint
 from mam2.engine.train.pretrain import pretrain
 from mam2.kernels import reference, tube_mask
 

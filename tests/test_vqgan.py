@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mam2.engine.config import UserError
-from mam2.engine.model.vqgan import CONFIGS, VQGAN, VQGANConfig, small
-from mam2.engine.model.vqgan_files import load_vqgan, save_vqgan
+from mam2.engine.errors import UserError
+from mam2.engine.tokenizer.files import load_vqgan, save_vqgan
+from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 
 TINY = VQGANConfig(
     codes=40,

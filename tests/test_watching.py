@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine import signals
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import lock
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.train import checkpoint, lock
-from mam2.engine.train.metrics import read_log
+from mam2.engine.errors import UserError
+from mam2.engine.runtime import signals
+from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
 
@@ -185,7 +186,7 @@ def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypa
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(clips, tmp_path, monkeypatch, small):
-    from mam2.engine.train import tokenizer
+    from mam2.engine.tokenizer import prepare as tokenizer
 
     original = tokenizer.train_vqgan
 
@@ -206,7 +207,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(small):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU; on a CPU test_pretrain traces a step without values")
     from mam2.engine.model.mam2 import MAM2
-    from mam2.engine.train.distributed import World
+    from mam2.engine.runtime.distributed import World
 
     config = small(loss={"balance": "gradient"}, optim={"batch": 4, "clip_norm": 1.0})
     device = torch.device("cuda")

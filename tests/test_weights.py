@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import load_classifier
+from mam2.engine.checkpoints.frozen import load_frozen
+from mam2.engine.checkpoints.load import load_encoder, load_model
+from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.cli import main
-from mam2.engine.config import UserError
+from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.feature_files import FeatureCache, Wanted
-from mam2.engine.evaluate.frozen import load_frozen
-from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
-from mam2.engine.interop.load import load_encoder, load_model
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.positions import set_clip_size
-from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import load_classifier
-from mam2.engine.train.weights import find_weights
 from tests.small_models import CLASSES, CONFIG, classifier, clip, shaken
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
 
 
 def test_the_hash_tells_apart_what_computes_other_features(run: Path) -> None:
-    from mam2.engine.evaluate.frozen import digest
+    from mam2.engine.checkpoints.frozen import digest
 
     encoders = [load_encoder(run) for _ in range(4)]
     set_clip_size(encoders[1], 8, 24)

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import PretrainConfig, UserError
+from mam2.engine import costs
+from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.model import costs
-from mam2.engine.model.tokenizer_training import CROP_CODES
-from mam2.engine.model.vqgan import small
-from mam2.engine.model.vqgan_files import save_vqgan
-from mam2.engine.train.classifiers import relabelled
-from mam2.engine.train.runtime import pick_device
-from mam2.engine.train.tokenizer import FILE, build_tokenizer, clip_frames, code_factor, train_tokenizer
+from mam2.engine.errors import UserError
+from mam2.engine.runtime.device import pick_device
+from mam2.engine.tokenizer.files import save_vqgan
+from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, code_factor, train_tokenizer
+from mam2.engine.tokenizer.training import CROP_CODES
+from mam2.engine.tokenizer.vqgan import small
 
 PREPARED = "prepared.json"
 BATCH = 64
@@ -121,7 +122,7 @@ def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig)
         wanted = list(itertools.product(range(data.recorded), range(len(manifest.videos))))
         batches = loader.recorded(wanted) if train else loader.evaluate()
         for batch in tqdm(batches, desc=f"decoding {name}", total=-(-math.prod(shape[:3]) // BATCH), unit="batch"):
-            clips[batch.video, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
+            clips[batch.index, batch.augmentation, batch.view] = batch.clip.cpu().numpy()
         if loader.skipped:
             path, reason = loader.skipped[0]
             raise UserError(f"{path}: cannot be decoded: {reason}; take it out of the data")

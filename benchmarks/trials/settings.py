@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mam2.engine.config import PretrainConfig
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.recipe import load_recipe, load_recipe_of
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe, load_recipe_of
 
 Changes = Mapping[str, Any]
 """Values of a config by their dotted names, as of the command line."""

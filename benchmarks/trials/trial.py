@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.trials.prepared import Prepared, Split, as_video
-from mam2.engine.config import PretrainConfig
+from mam2.engine.checkpoints.classifiers import build_classifier
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
-from mam2.engine.evaluate.probe import linear_probe
-from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.evaluate.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train.classifiers import build_classifier
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.device import autocast, pick_device
+from mam2.engine.runtime.distributed import World
 from mam2.engine.train.finetune import FinetuneStep
 from mam2.engine.train.optimizer import learning_rate
-from mam2.engine.train.runtime import autocast, pick_device
 from mam2.engine.train.step import TrainStep
 
 EVALUATED = 200

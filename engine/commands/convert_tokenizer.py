@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -17,8 +17,8 @@ def run(arguments: list[str]) -> int:
             checkpoint: taming-transformers' last.ckpt, or safetensors with its parameter names.
             out: the file to write, ending in .safetensors; `--tokenizer.path` takes it.
         """
-        from mam2.engine.model.vqgan import CONFIGS
-        from mam2.engine.model.vqgan_files import fingerprint, read_vqgan, save_vqgan
+        from mam2.engine.tokenizer.files import fingerprint, read_vqgan, save_vqgan
+        from mam2.engine.tokenizer.vqgan import CONFIGS
 
         if out.suffix != ".safetensors":
             raise UserError(f"--out {out}: expected a name that ends in .safetensors")

@@ -11,7 +11,8 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, one_line, whole_file, write_whole, writing
 
 
@@ -56,10 +57,10 @@ def run(arguments: list[str]) -> int:
 
         import numpy as np
 
+        from mam2.engine.checkpoints.frozen import load_frozen
         from mam2.engine.data.manifest import read_manifest
         from mam2.engine.evaluate.feature_files import Wanted, write_features
-        from mam2.engine.evaluate.frozen import load_frozen
-        from mam2.engine.train.runtime import matmul_dtype, pick_device
+        from mam2.engine.runtime.device import matmul_dtype, pick_device
 
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)

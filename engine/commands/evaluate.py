@@ -43,7 +43,8 @@ def run(arguments: list[str]) -> int:
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.config import RunConfig, UserError
+        from mam2.engine.config.pretrain import RunConfig
+        from mam2.engine.errors import UserError
         from mam2.engine.evaluate.classification import evaluate
 
         names: tuple[str, ...] = ()

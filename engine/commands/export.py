@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder
 
 SHOWN = 10
@@ -44,9 +44,9 @@ def run(arguments: list[str]) -> int:
         make_folder(out.absolute().parent)
         from safetensors import SafetensorError
 
-        from mam2.engine.interop.graph import write_onnx, write_torch
-        from mam2.engine.interop.load import class_names, encoder_of, load_model
-        from mam2.engine.interop.write import decoder_is_videomaes, write_hugging_face, write_videomae
+        from mam2.engine.checkpoints.export import decoder_is_videomaes, write_hugging_face, write_videomae
+        from mam2.engine.checkpoints.load import class_names, encoder_of, load_model
+        from mam2.engine.checkpoints.traced import write_onnx, write_torch
         from mam2.engine.model.classifier import Classifier
         from mam2.engine.model.videomae import VideoMAE
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_recipe
-from mam2.engine.config import UserError
-from mam2.engine.finetune_config import FinetuneConfig
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.errors import UserError
 
 USAGE = "mam2 finetune RECIPE --data LIST --val LIST --checkpoint RUN --out RUN"
 

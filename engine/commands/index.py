@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, writing
 
 
@@ -25,8 +25,7 @@ def run(arguments: list[str]) -> int:
             threads: files opened at once; 0 for twice the cores.
             plot: draw histograms of lengths, sizes and key-frame distances into this file (.png, .svg, .pdf).
         """
-        from mam2.engine.data.index import PICTURE_SUFFIXES, draw, measure_clips_per_s, summary
-        from mam2.engine.data.lists import check_source
+        from mam2.engine.data.inspect import PICTURE_SUFFIXES, draw, measure_clips_per_s, summary
         from mam2.engine.data.manifest import (
             INDEX_SUFFIX,
             Manifest,
@@ -35,6 +34,7 @@ def run(arguments: list[str]) -> int:
             scan,
             write_manifest,
         )
+        from mam2.engine.data.sources import check_source
 
         check_source(data)
         out = out or index_path(data)

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 from typing import TypeVar
 
-from mam2.engine.config import PretrainConfig, UserError
-from mam2.engine.finetune_config import FinetuneConfig
-from mam2.engine.model.presets import PRESETS, SIZES, resized, with_preset
-from mam2.engine.recipe import load_recipe_of, recipe_names
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import load_recipe_of, recipe_names
+from mam2.engine.config.sizes import PRESETS, SIZES, resized, with_preset
+from mam2.engine.errors import UserError
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 

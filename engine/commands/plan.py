@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_pretraining
-from mam2.engine.config import PretrainConfig, UserError, check
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)
-        from mam2.engine.train.plan import make_plan
+        from mam2.engine.plan import make_plan
 
         count = _count(videos)
         print(f"plan     {recipe}: {config.model.objective}")

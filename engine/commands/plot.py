@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
             against: what the curves are drawn over; hours leave out the time between a stop and a resume.
         """
         from mam2.engine.evaluate.plots import draw_logs
-        from mam2.engine.train.metrics import read_log
+        from mam2.engine.runtime.log import read_log
 
         if not runs:
             raise UserError("plot: name at least one run folder: mam2 plot RUN [RUN …] --out FILE")

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_pretraining
-from mam2.engine.config import PretrainConfig, check
+from mam2.engine.config.pretrain import PretrainConfig, check
 
 
 def run(arguments: list[str]) -> int:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.errors import UserError
 from mam2.engine.files import check_folder, write_whole, writing
 
 if TYPE_CHECKING:
-    from mam2.engine.evaluate.probing import Probed, Score
+    from mam2.engine.evaluate.probe_run import Probed, Score
 
 
 def run(arguments: list[str]) -> int:
@@ -52,10 +53,10 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.data.lists import check_source
-        from mam2.engine.evaluate.frozen import load_frozen
-        from mam2.engine.evaluate.probing import probe_encoders
-        from mam2.engine.train.runtime import pick_device
+        from mam2.engine.checkpoints.frozen import load_frozen
+        from mam2.engine.data.sources import check_source
+        from mam2.engine.evaluate.probe_run import probe_encoders
+        from mam2.engine.runtime.device import pick_device
 
         if not checkpoints or not probes:
             raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")

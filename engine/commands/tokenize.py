@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_pretraining
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 
 
 def run(arguments: list[str]) -> int:
@@ -34,8 +34,8 @@ def run(arguments: list[str]) -> int:
             size: as in `mam2 pretrain`.
             preset: as in `mam2 pretrain`.
         """
-        from mam2.engine.model.tokenizer import usage_of
-        from mam2.engine.train.tokenize import tokenize
+        from mam2.engine.tokenizer.precompute import tokenize
+        from mam2.engine.tokenizer.tokenizer import usage_of
 
         result = tokenize(config, data, out)
         cache = result.cache

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from tqdm import tqdm
 
-from mam2.engine.config import DataConfig, RunConfig, UserError
+from mam2.engine.config.limits import Limits, check_value
+from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder, one_line, unwritable, write_whole
-from mam2.engine.limits import Limits, check_value
 
 if TYPE_CHECKING:
-    from mam2.engine.evaluate.reconstruction import Reconstruction
+    from mam2.engine.tokenizer.quality import Reconstruction
 
 MOST_HELD_OUT = 64
 FRAME_DISTANCE = 16
@@ -55,15 +56,15 @@ def run(arguments: list[str]) -> int:
             threads: decoding threads; 0 means as many as this process may use cores.
             device: `auto` takes a GPU if there is one.
         """
-        from mam2.engine.data.lists import check_source
         from mam2.engine.data.loader import ClipLoader
         from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
-        from mam2.engine.evaluate.reconstruction import draw_reconstructions, draw_training, measure_reconstruction
-        from mam2.engine.model.vqgan import small
-        from mam2.engine.model.vqgan_files import save_vqgan
-        from mam2.engine.train.runtime import pick_device
-        from mam2.engine.train.tokenizer import FILE, clip_frames
-        from mam2.engine.train.tokenizer import train_tokenizer as train
+        from mam2.engine.data.sources import check_source
+        from mam2.engine.runtime.device import pick_device
+        from mam2.engine.tokenizer.files import save_vqgan
+        from mam2.engine.tokenizer.prepare import FILE, clip_frames
+        from mam2.engine.tokenizer.prepare import train_tokenizer as train
+        from mam2.engine.tokenizer.quality import draw_reconstructions, draw_training, measure_reconstruction
+        from mam2.engine.tokenizer.vqgan import small
 
         least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
         given = {"codes": codes, "channels": channels, "factor": factor, "size": size}

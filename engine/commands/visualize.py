@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
         """
         from mam2.engine.evaluate.visualize import visualize
-        from mam2.engine.train.runtime import pick_device
+        from mam2.engine.runtime.device import pick_device
 
         if not checkpoints or clips < 1:
             raise UserError("visualize: name at least one checkpoint, and --clips of at least 1")

@@ -1,19 +1,20 @@
-"""What a loader hands over."""
+"""One batch of clips, as a loader returns it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Batch:
     """B clips; the views of one decoded clip lie next to each other."""
 
     clip: torch.Tensor
     """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
-    video: torch.Tensor
-    """int64 [B] on the CPU, places in `manifest.videos`."""
+    index: torch.Tensor
+    """int64 [B] on the CPU, indices into `manifest.videos`."""
     label: torch.Tensor
     """int64 [B] on the CPU, -1 where a video has none."""
     augmentation: torch.Tensor
@@ -28,3 +29,8 @@ class Batch(NamedTuple):
     """Number of the batch, from 0."""
     codes: torch.Tensor | None = None
     """int64 [B, N] or [B, N, tubelet] on the loader's device, of a cache; None where codes come from elsewhere."""
+
+    @property
+    def video(self) -> torch.Tensor:
+        """The clips as models and kernels take them: uint8 [B, C, T, H, W], a view of `clip`."""
+        return self.clip.permute(0, 4, 1, 2, 3)

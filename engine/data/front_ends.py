@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mam2.engine.config import UserError
+from mam2.engine.errors import UserError
 
 FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
 AUTOMATIC = ("nvdec", "pyav")

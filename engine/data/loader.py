@@ -18,16 +18,17 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.dali import dali_version
 from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
-from mam2.engine.data.graph import dali_version
 from mam2.engine.data.manifest import Manifest, Skipped
 from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
 from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
 from mam2.engine.data.video import Video
+from mam2.engine.errors import UserError
 
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""
@@ -375,19 +376,19 @@ class ClipLoader:
         self.decoded_frames += len(samples) * self._config.frames
         requests = [sample.job.request for sample in samples]
         period, views = way.period, clip.shape[1]
-        video = _each([request.video for request in requests], views)
+        index = _each([request.video for request in requests], views)
         augmentation = _each([sample.epoch % period if period else sample.epoch for sample in samples], views)
         view = torch.arange(views).repeat(len(samples))
         yield Batch(
             clip=clip.flatten(0, 1),
-            video=video,
+            index=index,
             label=_each([self._manifest.videos[request.video].label for request in requests], views),
             augmentation=augmentation,
             view=view,
             box=torch.tensor([view[:4] for request in requests for view in request.views], dtype=torch.float32),
             flip=torch.tensor([view.flip for request in requests for view in request.views]),
             step=chunk.step,
-            codes=self._renderer.upload(self._codes(video, augmentation, view)) if self._codes and period else None,
+            codes=self._renderer.upload(self._codes(index, augmentation, view)) if self._codes and period else None,
         )
 
     def _skip(self, video: int, reason: str) -> None:

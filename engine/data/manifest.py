@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from mam2.engine.config import UserError
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.frame_folders import folder_status
-from mam2.engine.data.lists import list_and_split, read_source
+from mam2.engine.data.sources import list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.errors import UserError
 from mam2.engine.files import one_line, whole_file
-from mam2.engine.progress import Progress
+from mam2.engine.runtime.progress import Progress
 
 INDEX_SUFFIX = ".index.jsonl"
 DERIVED = ("duration_s", "front_ends")
@@ -53,7 +53,7 @@ class Changes(NamedTuple):
 def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True) -> Manifest:
     """The usable videos of a folder, an annotation list or a single file, in a fixed order.
 
-    source: see `mam2.engine.data.lists`; where an index lies beside it, only what changed since is opened. For
+    source: see `mam2.engine.data.sources`; where an index lies beside it, only what changed since is opened. For
     LIST:SPLIT the index of LIST serves too. Or the index itself (.jsonl), which is taken as it stands: no file is
     looked at.
     threads: files opened at once, 0 for twice the cores. progress: draw a bar when the output is a terminal.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, decode_frames
 from mam2.engine.data.synthetic import write_trial
 from mam2.engine.errors import UserError
@@ -135,7 +135,7 @@ def broken_codecs(codecs: Collection[str], device: torch.device, config: DataCon
 
 @functools.lru_cache
 def _tried(codec: str, device: torch.device, timeout_s: float) -> str:
-    from mam2.engine.data.graph import ClipGraph
+    from mam2.engine.data.dali import ClipGraph
     from mam2.engine.data.sampling import View
 
     config = DataConfig(frames=TRIAL_FRAMES, stride=1, size=TRIAL_SIDE, timeout_s=timeout_s)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.crops import TorchCrops
+from mam2.engine.data.dali import ClipGraph, dali_version
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
-from mam2.engine.data.graph import ClipGraph, dali_version
 from mam2.engine.data.nvdec import NvdecHangs, error_of, fault
 from mam2.engine.data.outage import Patience
 from mam2.engine.data.sampling import ClipRequest, least_size

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mam2.engine.config import DataConfig, UserError
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.manifest import Video
+from mam2.engine.errors import UserError
 
 CROP_TRIES = 10
 CROP_MARGIN = 1.4

@@ -28,7 +28,6 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, VideoReformatter
 from tqdm import tqdm
 
-from mam2.engine.config import UserError
 from mam2.engine.data.decoding import (
     FILE_ERRORS,
     FRAMES,
@@ -40,8 +39,9 @@ from mam2.engine.data.decoding import (
     open_video,
 )
 from mam2.engine.data.frame_folders import folder_status
-from mam2.engine.data.lists import Listing, list_and_split, read_source
+from mam2.engine.data.sources import Listing, list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.errors import UserError
 from mam2.engine.files import (
     FULL_OR_FORBIDDEN,
     check_apart,

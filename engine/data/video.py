@@ -13,7 +13,6 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from mam2.engine.config import UserError
 from mam2.engine.data.decoding import (
     FILE_ERRORS,
     FRAMES,
@@ -29,6 +28,7 @@ from mam2.engine.data.decoding import (
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.front_ends import FRONT_ENDS, choose_front_end
 from mam2.engine.data.outage import ALONE_S, Patience
+from mam2.engine.errors import UserError
 
 HASH_BLOCK = 2**16
 HDR = {16: "pq", 18: "hlg"}

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.checkpoints.load import load_any_classifier
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate import accuracy
 from mam2.engine.evaluate.views import predict
 from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
-from mam2.engine.interop.load import load_any_classifier
 from mam2.engine.model.classifier import logits_of
-from mam2.engine.train.classifiers import relabelled
-from mam2.engine.train.distributed import join
-from mam2.engine.train.runtime import autocast, pick_device
-from mam2.engine.train.weights import find_weights
+from mam2.engine.runtime.device import autocast, pick_device
+from mam2.engine.runtime.distributed import join
 
 BATCH = 32
 """Clips in a forward pass where nothing else is asked for."""

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import RunConfig, UserError
+from mam2.engine.checkpoints.frozen import FrozenEncoder
+from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.features import layer_tokens
-from mam2.engine.evaluate.frozen import FrozenEncoder
-from mam2.engine.train.runtime import autocast, matmul_dtype
+from mam2.engine.runtime.device import autocast, matmul_dtype
 
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
@@ -94,12 +95,12 @@ def write_features(
         ):
             bar = tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True)
             for clips in bar:
-                video = clips.clip.to(device).permute(0, 4, 1, 2, 3)
+                video = clips.video.to(device)
                 for frozen in encoders:
                     own = [want for want in group if want.frozen is frozen]
                     tokens = layer_tokens(frozen.encoder, video, [want.layer for want in own])
                     for want in own:
-                        rows[want][clips.video.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
+                        rows[want][clips.index.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
             skipped |= {video.path: video.reason for video in loader.skipped}
         for want, written in rows.items():
             written.flush()

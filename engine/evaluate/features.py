@@ -29,7 +29,7 @@ def extract_features(
     for model in models:
         model.eval()
     for batch in tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True):
-        video = batch.clip.to(device).permute(0, 4, 1, 2, 3)
+        video = batch.video.to(device)
         for model, found in zip(models, features, strict=True):
             found.append(model.encode(video).float().mean(dim=1).cpu())
         labels.append(batch.label)

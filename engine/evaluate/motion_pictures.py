@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.model.motion_targets import FLOW_CELLS, HOG_CELLS, ORIENTATIONS, RGB_DIFFERENCES, motion_target
 from mam2.kernels import TubeMask, frame_difference

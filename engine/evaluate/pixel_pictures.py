@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask
 
 EPS = 1e-6

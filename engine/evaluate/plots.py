@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Lines = Sequence[Mapping[str, Any]]
-"""Of a log, as `mam2.engine.train.metrics.read_log` gives them."""
+"""Of a log, as `mam2.engine.runtime.log.read_log` gives them."""
 
 
 class Panel(NamedTuple):

@@ -9,15 +9,15 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.evaluate.linear_probe import bootstrap
 from mam2.engine.evaluate.motion_pictures import motion_pictures
 from mam2.engine.evaluate.pixel_pictures import completed_cubes, laid_out, token_cubes
-from mam2.engine.evaluate.probe import bootstrap
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.motion_targets import motion_loss
-from mam2.engine.model.tokenizer import Tokenizer
+from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
 
 
@@ -56,7 +56,7 @@ def measure_pretext(
     histogram = torch.zeros(tokenizer.codebook_size)
     first = 0
     for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
-        video, mask = batch.clip.permute(0, 4, 1, 2, 3), evaluation_mask(batch.clip, config, first)
+        video, mask = batch.video, evaluation_mask(batch.clip, config, first)
         first += len(video)
         latents = model.complete(video, mask)
         codes = masked_codes(tokenizer.codes(video), mask)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mam2.engine.evaluate.plots import draw_logs, png
 from mam2.engine.evaluate.pretext import Strips
-from mam2.engine.train.metrics import read_log
+from mam2.engine.runtime.log import read_log
 
 ROWS = {
     "original": "original",

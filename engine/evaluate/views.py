@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mam2.engine.config import DataConfig
+from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sampling import ClipRequest, View, frame_step
 from mam2.engine.data.video import Video
-from mam2.engine.progress import Progress
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,9 @@ def predict(
     with Progress(total=len(mine), desc="evaluation", unit="video", leave=False, shown=progress) as bar:
         for batch in loader.chosen(clips(), draw, spatial):
             with precision():
-                logits = classify(batch.clip.permute(0, 4, 1, 2, 3))
+                logits = classify(batch.video)
             shares = logits.double().softmax(-1).unflatten(0, (-1, spatial)).sum(1).cpu()
-            for place, share in zip(batch.video[::spatial].tolist(), shares, strict=True):
+            for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
                 # in the order of the views, whatever the batch
                 sums[place] = sums[place] + share if place in sums else share
                 counts[place] = counts.get(place, 0) + spatial

@@ -20,11 +20,13 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig, UserError
+from mam2.engine.checkpoints.frozen import load_pretrained
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
-from mam2.engine.evaluate.frozen import load_pretrained
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluate.pretext import Strips, evaluation_mask, reconstruct
 from mam2.engine.evaluate.regressor_attention import regressor_attention
@@ -32,10 +34,9 @@ from mam2.engine.evaluate.report import draw_rows, shown
 from mam2.engine.evaluate.visualize_page import LABELS, READS, Seen, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.vqgan_files import load_vqgan
-from mam2.engine.train.tokenizer import FILE as TOKENIZER_FILE
-from mam2.engine.train.tokenizer import build_tokenizer
-from mam2.engine.train.weights import find_weights
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.kernels import TubeMask
 
 TILE = 160
@@ -147,7 +148,7 @@ def _look(
             marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
             if attention is not None:
                 panels[READS] = _reading(panels["original"], mask, attention, marked, config)
-            found[int(batch.video[0])] = Seen(
+            found[int(batch.index[0])] = Seen(
                 checkpoint=str(path),
                 panels=panels,
                 grid=config.grid,

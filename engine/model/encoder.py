@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import Block, initialize, layer_norm, sincos_positions
 from mam2.kernels import gather_tubes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask, motion_tube_mask, random_mask, tube_mask
 
 

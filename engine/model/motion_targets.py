@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mam2.engine.config import LossConfig, UserError
+from mam2.engine.config.pretrain import LossConfig
+from mam2.engine.errors import UserError
 from mam2.engine.model.encoder import CHANNELS
 from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_loss
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.config import PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token, sincos_positions
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder

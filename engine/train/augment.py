@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mam2.engine.finetune_config import AugmentConfig, FinetuneConfig
+from mam2.engine.config.finetune import AugmentConfig, FinetuneConfig
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
-from mam2.engine.train.operations import OPERATIONS, Operation, constant
+from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 
 _RAND_AUGMENT, _ERASE, _MIX, _DROP = range(16, 20)  # beside those of mam2.engine.data.sampling
 ERASED_AREA = (0.02, 1 / 3)

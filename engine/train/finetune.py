@@ -16,34 +16,36 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine.config import UserError, passes
+from mam2.engine import costs
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, relabelled
+from mam2.engine.checkpoints.load import load_encoder
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
+from mam2.engine.config.pretrain import passes
+from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.lists import check_source
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
+from mam2.engine.data.sources import check_source
+from mam2.engine.errors import UserError
 from mam2.engine.evaluate.accuracy import top_k
 from mam2.engine.evaluate.views import predict
 from mam2.engine.files import check_apart
-from mam2.engine.finetune_config import EncoderConfig, FinetuneConfig
-from mam2.engine.interop.load import load_encoder
-from mam2.engine.model import costs
-from mam2.engine.model.attention_choice import classifier_shapes, use_fastest
+from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import CHANNELS, Encoder
-from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
-from mam2.engine.recipe import from_dict
-from mam2.engine.train import augment, checkpoint
+from mam2.engine.model.text_head import embed_classes, read_text_embeddings
+from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.log import read_log
+from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
-from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
-from mam2.engine.train.distributed import World
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.metrics import read_log
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import build_layered_optimizer
-from mam2.engine.train.runtime import autocast, matmul_dtype
 from mam2.engine.train.session import Session, started
 from mam2.engine.train.step import Step
-from mam2.engine.train.weights import find_weights
 
 ACCURACY = "accuracy/validation"
 SHOWN = {"loss/training": "loss {:.3f}"}
@@ -63,7 +65,7 @@ def finetune(
     """Fine-tunes an encoder to tell classes of videos apart; leaves checkpoints, RUN/best and logs in `out`.
 
     Args:
-        config: a recipe's values; see `mam2.engine.finetune_config`.
+        config: a recipe's values; see `mam2.engine.config.finetune`.
         data: labelled training videos: a folder with a folder a class, or an annotation list.
         out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`.
         val: labelled videos to validate on, of the same classes by name.
@@ -143,7 +145,7 @@ class _Finetuning:
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Prepared]]:
         prepared = (
-            (batch, self.take.prepare(number, batch.clip.permute(0, 4, 1, 2, 3), batch.label))
+            (batch, self.take.prepare(number, batch.video, batch.label))
             for number, batch in enumerate(self.loader.stream(first_step=first_pass), first_pass)
         )
         return _beside_the_step(prepared, self._session.device)

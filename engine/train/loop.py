@@ -17,20 +17,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mam2.engine.config import UserError
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.sizes import parameters_by_part
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows
 from mam2.engine.model.attention import active_backend
-from mam2.engine.model.presets import parameters_by_part
-from mam2.engine.progress import BAR, Progress
-from mam2.engine.signals import Interrupted, end_soon
-from mam2.engine.train import checkpoint
-from mam2.engine.train.distributed import Vote, first_line
-from mam2.engine.train.metrics import Line, Readout
+from mam2.engine.runtime.device import compile_problem, matmul_dtype, paused_gc, profiled
+from mam2.engine.runtime.distributed import Vote, first_line
+from mam2.engine.runtime.log import Line, Readout
+from mam2.engine.runtime.peak import measured_peak_flops, used_gib
+from mam2.engine.runtime.progress import BAR, Progress
+from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.optimizer import learning_rate, long_warmup
-from mam2.engine.train.peak import measured_peak_flops, used_gib
-from mam2.engine.train.runtime import compile_problem, matmul_dtype, paused_gc, profiled
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step
@@ -193,7 +193,7 @@ class Loop:
                     rate = learning_rate(
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
-                    clips = [(batch.clip.permute(0, 4, 1, 2, 3), beside) for batch, beside in batches]
+                    clips = [(batch.video, beside) for batch, beside in batches]
                     values = self._take(clips, rate, inspect=logged)
                 if compiles:
                     say(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
@@ -202,7 +202,7 @@ class Loop:
                 bar.update()
                 flags.append(values.pop("bad"))
                 self.spikes.see(values)
-                videos.append(torch.stack([batch.video for batch, _ in batches]))
+                videos.append(torch.stack([batch.index for batch, _ in batches]))
                 self._write(bar)
                 if logged:
                     session.exchange_skips(task.loader)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from mam2.engine.config import OptimConfig
-from mam2.engine.finetune_config import FinetuneOptimConfig
+from mam2.engine.config.finetune import FinetuneOptimConfig
+from mam2.engine.config.pretrain import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

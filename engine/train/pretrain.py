@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.config import PretrainConfig, check, passes
+from mam2.engine.config.pretrain import PretrainConfig, check, passes
+from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.code_cache import check_cache
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_choice import shapes_of, use_fastest
-from mam2.engine.model.costs import step_flops
+from mam2.engine.model.attention_tuning import shapes_of, use_fastest
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.model.vqgan import VQGAN
-from mam2.engine.model.vqgan_files import load_vqgan
-from mam2.engine.train.codes import open_cache, prepare_codes, with_codes
+from mam2.engine.runtime.device import matmul_dtype
+from mam2.engine.tokenizer.cache import check_cache
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
+from mam2.engine.tokenizer.vqgan import VQGAN
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.runtime import matmul_dtype
 from mam2.engine.train.session import Session, started
 from mam2.engine.train.step import TrainStep
 
@@ -44,7 +44,7 @@ def pretrain(
     """Pre-trains an encoder on the videos of a folder or list and leaves checkpoints and logs in `out`.
 
     Args:
-        config: a recipe's values; see `mam2.engine.config`.
+        config: a recipe's values; see `mam2.engine.config.pretrain`.
         data: a folder (with or without class folders) or an annotation list.
         out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`. Several
             machines must share it.

@@ -16,20 +16,21 @@ from typing import Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config import TrainConfig, UserError, passes
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.lock import RunLock
+from mam2.engine.config.pretrain import TrainConfig, passes
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.moved import follow
 from mam2.engine.data.video import Skipped
+from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows, write_whole
-from mam2.engine.recipe import to_dict
-from mam2.engine.signals import StopSignal
-from mam2.engine.train import checkpoint
-from mam2.engine.train.distributed import World, join
-from mam2.engine.train.lock import RunLock
-from mam2.engine.train.metrics import Log, RunLog, SilentLog
-from mam2.engine.train.moved import follow
-from mam2.engine.train.runtime import determinism, pick_device
+from mam2.engine.runtime.device import determinism, pick_device
+from mam2.engine.runtime.distributed import World, join
+from mam2.engine.runtime.log import Log, RunLog, SilentLog
+from mam2.engine.runtime.signals import StopSignal
 
 MANIFEST, SKIPPED = "manifest.jsonl", "skipped.tsv"
 FREE = {

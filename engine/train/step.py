@@ -15,16 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mam2.engine.config import PretrainConfig, TrainConfig, UserError, passes
+from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, passes
+from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.train import step_graph
-from mam2.engine.train.distributed import World
+from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
+from mam2.engine.runtime.distributed import World
+from mam2.engine.train import cuda_graph as step_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer
-from mam2.engine.train.runtime import autocast, compiler, matmul_dtype
 
 
 class Step(ABC):

@@ -1,0 +1,108 @@
+"""Classifiers from and to files: what a fine-tuning run's config describes, and a checkpoint's names of the classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
+from mam2.engine.model.classifier import Classifier, TextHead, linear_head
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.positions import set_clip_size
+
+CLASSES = "classes"
+"""Key of a checkpoint's metadata: the class names as JSON, in the order of the logits."""
+
+
+def check_labelled(manifest: Manifest, source: str | Path) -> None:
+    """Raises UserError for a video without a label."""
+    unlabelled = next((video.path for video in manifest.videos if video.label < 0), None)
+    if unlabelled is not None:
+        raise UserError(
+            f"{source}: no label for {unlabelled}; expected a folder a class, or a list of `path label` lines"
+        )
+
+
+def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -> Manifest:
+    """The manifest with its labels numbered as in `classes`.
+
+    Lists and folders number their classes by the names they hold, so that a list that lacks one counts on differently.
+    Raises UserError for a video without a label, or with one that is not in `classes`.
+    """
+    check_labelled(manifest, source)
+    numbers = {name: number for number, name in enumerate(classes)}
+    used = sorted({manifest.classes[video.label] for video in manifest.videos})
+    unknown = [name for name in used if name not in numbers]
+    if unknown:
+        raise UserError(
+            f"{source}: the class {unknown[0]!r} is not one of the {len(classes)} that the classifier knows "
+            f"({', '.join(classes[:3])}, …); lists for training and test must name the classes alike"
+        )
+    videos = tuple(
+        dataclasses.replace(video, label=numbers[manifest.classes[video.label]]) for video in manifest.videos
+    )
+    return dataclasses.replace(manifest, videos=videos, classes=tuple(classes))
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a checkpoint of MAM2's is one of `mam2 finetune`."""
+    return CLASSES in checkpoint.read_metadata(path)
+
+
+def build_encoder(config: FinetuneConfig) -> Encoder:
+    """An encoder for the clips of `config.data`, drawn at random, on the CPU.
+
+    Its positions are those of the size it was pre-trained at, resampled.
+    """
+    model, data = config.model, config.data
+    frames, size = model.frames or data.frames, model.size or data.size
+    encoder = Encoder(
+        (frames // model.tubelet, size // model.patch, size // model.patch),
+        config.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        layer_scale=model.layer_scale,
+    )
+    set_clip_size(encoder, data.frames, data.size)
+    return encoder
+
+
+def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = None) -> Classifier:
+    """The classifier that a config describes, drawn at random, on the CPU.
+
+    embeddings: [V, E] float, of the classes, where `config.model.text_width` is E; None leaves zeros in their place.
+    """
+    model = config.model
+    head: nn.Module
+    if model.text_width:
+        if embeddings is None:
+            embeddings = torch.zeros(model.classes, model.text_width)
+        head = TextHead(model.width, embeddings, temperature=config.head.temperature, frozen=config.head.frozen)
+    else:
+        head = linear_head(model.width, model.classes)
+    return Classifier(build_encoder(config), head)
+
+
+def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
+    """The classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
+
+    path: a run folder, a checkpoint folder or a weights file, see `find_weights`. Raises UserError for anything else.
+    """
+    weights = find_weights(path)
+    if weights is None or not is_classifier(weights):
+        raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+    config = checkpoint.read_config(weights, FinetuneConfig)
+    classifier = build_classifier(config)
+    checkpoint.load_weights(classifier, weights)
+    return classifier, config, tuple(json.loads(checkpoint.read_metadata(weights)[CLASSES]))

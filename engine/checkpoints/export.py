@@ -1,0 +1,172 @@
+"""Models for elsewhere: a Hugging Face folder, and a checkpoint for VideoMAE's code.
+
+Both recompute the positions from the size of the clip, so what they get has to have the table of its own size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from mam2.engine.checkpoints.load import Model, encoder_of
+from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae
+from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
+from mam2.engine.model.blocks import Block, sincos_positions
+from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.model.videomae import VideoMAE
+
+BILINEAR = 2
+"""PIL's number for it."""
+
+
+def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()) -> str:
+    """Writes config.json, model.safetensors and preprocessor_config.json for `from_pretrained`.
+
+    A classifier becomes a VideoMAEForVideoClassification, VideoMAE a VideoMAEForPreTraining if that class computes its
+    loss (see `decoder_is_videomaes`), and of anything else the encoder a VideoMAEModel. Their encoders give what ours
+    give. The LayerNorm before a head has an epsilon of 1e-5 in Hugging Face's code and of 1e-6 in ours: logits and
+    predicted pixels differ by as much. To fine-tune one there:
+    `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=…)`.
+
+    Args:
+        model: any of ours.
+        folder: is there already, and empty.
+        classes: names of a classifier's classes.
+
+    Returns:
+        The name of the class in transformers.
+    """
+    if isinstance(model, VideoMAE) and not decoder_is_videomaes(model):
+        model = model.encoder
+    encoder, tensors = encoder_of(model), _tensors(model)
+    tubelet, patch, _ = encoder.patch_size
+    block = _first(encoder.blocks)
+    size = encoder.grid[1] * patch
+    config: dict[str, Any] = {
+        "model_type": "videomae",
+        "architectures": ["VideoMAEModel"],
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": 3,
+        "num_frames": encoder.grid[0] * tubelet,
+        "tubelet_size": tubelet,
+        "hidden_size": encoder.width,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": block.attn.heads,
+        "intermediate_size": len(tensors["encoder.blocks.0.mlp.fc1.weight"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": block.norm1.eps,
+        "use_mean_pooling": isinstance(encoder.norm, nn.Identity),
+    }
+    if isinstance(model, Classifier):
+        names = classes or tuple(f"LABEL_{number}" for number in range(len(tensors["head.weight"])))
+        config |= {
+            "architectures": ["VideoMAEForVideoClassification"],
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+        }
+    elif isinstance(model, VideoMAE):
+        config |= {
+            "architectures": ["VideoMAEForPreTraining"],
+            "decoder_hidden_size": model.mask_token.shape[-1],
+            "decoder_num_hidden_layers": len(model.decoder.blocks),
+            "decoder_num_attention_heads": _first(model.decoder.blocks).attn.heads,
+            "decoder_intermediate_size": len(tensors["decoder.blocks.0.mlp.fc1.weight"]),
+            "norm_pix_loss": model.normalize is not None,
+        }
+    processor = {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": BILINEAR,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+    }
+    # not save_file, which lets nobody else read what it writes
+    weights = save(to_hugging_face(tensors, encoder.patch_size), {"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)
+    for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return config["architectures"][0]
+
+
+def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> str:
+    """Writes a .pth that VideoMAE's and VideoMAE v2's `--finetune` takes: weights under `model`, as they name them.
+
+    Beside the weights, under `args`, what `load_model` cannot read from their shapes, and under `classes` the names of
+    a classifier's classes. A decoder is left out where VideoMAE's loss is another one, see `decoder_is_videomaes`.
+
+    Returns:
+        The name of our class that the weights belong to.
+    """
+    if isinstance(model, VideoMAE) and not (
+        decoder_is_videomaes(model) and isinstance(model.encoder.norm, nn.LayerNorm)
+    ):
+        model = model.encoder
+    encoder = encoder_of(model)
+    tubelet, patch, _ = encoder.patch_size
+    args: dict[str, Any] = {"num_frames": encoder.grid[0] * tubelet, "input_size": encoder.grid[1] * patch}
+    if isinstance(model, VideoMAE):
+        args["normlize_target"] = model.normalize is not None  # the spelling is VideoMAE's
+    written: dict[str, Any] = {"model": to_videomae(_tensors(model), encoder.patch_size), "args": args}
+    # torch.save into a file turns a full disk into a RuntimeError without the reason
+    buffer = io.BytesIO()
+    torch.save(written | ({"classes": list(classes)} if classes else {}), buffer)
+    write_whole(path, buffer.getbuffer())
+    return type(model).__name__
+
+
+def decoder_is_videomaes(model: VideoMAE) -> bool:
+    """Whether VideoMAE's loss on the decoder is the model's: of pixels, standardized per channel or not at all.
+
+    The objective `joint` and `loss.pixel_normalize = "patch"` have other targets, which neither VideoMAE's code nor
+    Hugging Face's can be told.
+    """
+    return model.target == "pixel" and model.normalize in ("channel", None)
+
+
+def _tensors(model: Model) -> Tensors:
+    """What others have a place for, under our names. Raises UserError where that is not what the model computes."""
+    encoder = encoder_of(model)
+    if not torch.equal(encoder.positions, sincos_positions(len(encoder.positions), encoder.width)):
+        tubelet, patch, _ = encoder.patch_size
+        raise UserError(
+            f"the model takes {encoder.grid[0] * tubelet} frames of {encoder.grid[1] * patch}², another clip size than "
+            "it was pre-trained at, with position embeddings interpolated from that size; VideoMAE's code and Hugging "
+            "Face compute the position embeddings from the clip size, so their outputs would be wrong. "
+            "Use --to torch or --to onnx, which keep them"
+        )
+    if isinstance(model, Classifier) and not isinstance(model.head, nn.Linear):
+        raise UserError("the head compares with text embeddings, others have a linear one; use --to torch or --to onnx")
+    if isinstance(model, VideoMAE | Classifier):
+        return _without_layer_scale(dict(model.state_dict()))
+    return _without_layer_scale({f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
+
+
+def _without_layer_scale(tensors: Tensors) -> Tensors:
+    """The same function without LayerScale: γ·(Wx + b) = (γW)x + γb, in the layers that end each branch."""
+    for name in [name for name in tensors if name.endswith((".gamma_1", ".gamma_2"))]:
+        gamma, block = tensors.pop(name), name.removesuffix(".gamma_1").removesuffix(".gamma_2")
+        last = f"{block}.attn.proj" if name.endswith(".gamma_1") else f"{block}.mlp.fc2"
+        tensors[f"{last}.weight"] = gamma[:, None] * tensors[f"{last}.weight"]
+        tensors[f"{last}.bias"] = gamma * tensors[f"{last}.bias"]
+    return tensors
+
+
+def _first(blocks: nn.ModuleList) -> Block:
+    block = blocks[0]
+    assert isinstance(block, Block)
+    return block

@@ -1,0 +1,229 @@
+"""Weights that others have written: VideoMAE's and VideoMAE v2's checkpoints, and folders of Hugging Face.
+
+A checkpoint of VideoMAE's code says little about the model: sizes are read from the shapes, the heads from the width,
+and the clip from the arguments that are pickled beside the weights, where there are any. P values per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mam2.engine.checkpoints.names import Tensors, from_hugging_face, from_videomae
+from mam2.engine.checkpoints.pickles import load_pickle
+from mam2.engine.checkpoints.weight_files import kind_of, open_safetensors
+from mam2.engine.errors import UserError
+from mam2.engine.model.blocks import LAYER_NORM_EPS
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+"""Of VideoMAE's encoders by width."""
+DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
+"""Of VideoMAE's decoders by width."""
+WHOLE_NUMBERS = (
+    "num_frames",
+    "tubelet_size",
+    "num_attention_heads",
+    "decoder_num_attention_heads",
+)
+"""What a Hugging Face config has to give as positive whole numbers, beside the sides of clip and patch."""
+ARGUMENTS = ("num_frames", "num_segments", "input_size", "sampling_rate")
+"""Settings of VideoMAE's code that say what its clips are."""
+EMBEDDING = "patch_embed.proj.weight"
+"""How the name of a VideoMAE's first layer ends."""
+STATES = ("model", "module", "state_dict")
+"""Where the weights are in a checkpoint: of VideoMAE, of DeepSpeed, of others."""
+HEAD_NORM_EPS = 1e-5
+"""PyTorch's default, which Hugging Face leaves in the LayerNorm before a head; VideoMAE has 1e-6 everywhere."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model of others under our names (see `mam2.engine.checkpoints.names`)."""
+
+    path: Path
+    tensors: Tensors
+    """float32, on the CPU."""
+    frames: int | None
+    size: int | None
+    """Of the clips it takes; None where nothing says it."""
+    patch_size: tuple[int, int, int]
+    """Frames, height and width of a token."""
+    heads: int | None
+    decoder_heads: int | None
+    """None where nothing says it."""
+    eps: float = LAYER_NORM_EPS
+    head_eps: float = LAYER_NORM_EPS
+    """Of the LayerNorms, and of the one after encoder or decoder blocks where Hugging Face has another."""
+    normalized_pixels: bool = True
+    """Whether the decoder predicts standardized pixels."""
+    mean_pooling: bool = False
+    """Whether the encoder ends without a LayerNorm, before a mean over tokens."""
+    stride: int = 0
+    """Distance of two sampled frames; 0 where nothing says it."""
+    classes: tuple[str, ...] = ()
+    """Names of a classifier's classes, in the order of its logits; empty where nothing says them."""
+    uniform: bool = False
+    """Whether its clips are spread over the whole video (TSN), as VideoMAE's on Something-Something V2."""
+
+
+def read_hugging_face(folder: Path) -> Weights:
+    """A folder that `save_pretrained` of a VideoMAE of Hugging Face has written, or a copy of one from its hub."""
+    config = _config(folder)
+    if config.get("model_type") != "videomae":
+        raise UserError(
+            f"{folder}: expected config.json to say model_type 'videomae', found {config.get('model_type')!r}; "
+            "where the weights are those of VideoMAE's own code, name their file"
+        )
+    for key, (default, expected) in {"hidden_act": ("gelu", "gelu"), "num_channels": (3, 3)}.items():
+        if config.get(key, default) != expected:
+            raise UserError(f"{folder}: config.json: expected {key} {expected!r}, found {config[key]!r}")
+    tensors = from_hugging_face(_folder_tensors(folder))
+    if not config.get("qv_bias", config.get("qkv_bias", True)):
+        tensors |= _zero_biases(tensors)
+    config = {key: _whole(folder, key, value) if key in WHOLE_NUMBERS else value for key, value in config.items()}
+    patch = _side(folder, config, "patch_size", 16)
+    return Weights(
+        path=folder,
+        tensors=tensors,
+        frames=config.get("num_frames", 16),
+        size=_side(folder, config, "image_size", 224),
+        patch_size=(config.get("tubelet_size", 2), patch, patch),
+        heads=config.get("num_attention_heads", 12),
+        decoder_heads=config.get("decoder_num_attention_heads", 6),
+        eps=config.get("layer_norm_eps", 1e-12),
+        head_eps=HEAD_NORM_EPS,
+        normalized_pixels=config.get("norm_pix_loss", True),
+        mean_pooling=config.get("use_mean_pooling", True),
+        classes=hugging_face_classes(folder),
+    )
+
+
+def read_videomae(path: Path) -> Weights:
+    """A checkpoint of VideoMAE's or VideoMAE v2's code (.pth, or safetensors with its names); nothing in it runs."""
+    arguments: Any = None
+    classes: Any = None
+    if path.suffix == ".safetensors" or kind_of(path) == "safetensors":
+        state: Any = _safetensors(path)
+    else:
+        state = load_pickle(path)
+        if isinstance(state, dict):
+            arguments, classes = state.get("args"), state.get("classes")
+            state = _state_in(path, state)
+    found = (
+        {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        if hasattr(state, "items")
+        else {}
+    )
+    tensors = from_videomae({name: tensor.float() for name, tensor in found.items()})
+    convolution = next((tensor for name, tensor in found.items() if name.endswith("patch_embed.proj.weight")), None)
+    if convolution is None or convolution.ndim != 5 or "encoder.patch_embed.weight" not in tensors:
+        hint = "; of Hugging Face's, name the folder" if any("embeddings.patch_embeddings." in n for n in found) else ""
+        raise UserError(
+            f"{path}: expected the weights of a VideoMAE (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "
+            f"found {', '.join(sorted(found)[:3]) or 'no tensors'}{hint}"
+        )
+    said = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    said = said if isinstance(said, dict) else {}
+    numbers = {key: _whole(path, f"args.{key}", said[key]) for key in ARGUMENTS if said.get(key) is not None}
+    frames = numbers.get("num_frames")
+    decoder = tensors.get("mask_token")
+    tubelet, height, width = convolution.shape[2:]
+    return Weights(
+        path=path,
+        tensors=tensors,
+        frames=None if frames is None else frames * numbers.get("num_segments", 1),
+        size=numbers.get("input_size"),
+        patch_size=(tubelet, height, width),
+        heads=HEADS.get(len(convolution)),
+        decoder_heads=None if decoder is None else DECODER_HEADS.get(decoder.shape[-1]),
+        normalized_pixels=said.get("normlize_target", True),
+        stride=numbers.get("sampling_rate", 0),
+        uniform=said.get("data_set") == "SSV2",
+        classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
+    )
+
+
+def hugging_face_classes(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's classes in the order of the logits; none where nobody has named them."""
+    labels = _config(folder).get("id2label", {})
+    try:
+        names = tuple(str(labels[number]) for number in sorted(labels, key=int))
+    except (TypeError, ValueError):
+        raise UserError(f"{folder}: config.json: expected id2label to map numbers to names, found {labels}") from None
+    # transformers' own stand-ins where nobody named the classes
+    return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+
+
+def _state_in(path: Path, checkpoint: dict[str, Any]) -> Any:
+    """The weights in a checkpoint, under whichever key they are. Raises UserError where two keys hold some."""
+    for key in STATES:
+        if isinstance(checkpoint.get(key), dict):
+            return checkpoint[key]
+    tables = [key for key, value in checkpoint.items() if isinstance(value, dict)]
+    holding = [key for key in tables if any(str(name).endswith(EMBEDDING) for name in checkpoint[key])]
+    if len(holding) > 1:
+        raise UserError(
+            f"{path}: holds the weights of several models ({', '.join(map(repr, holding))}); save one of them as "
+            "{'model': checkpoint['" + str(holding[-1]) + "']}"
+        )
+    if not holding and tables and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise UserError(
+            f"{path}: expected the weights of a VideoMAE under one of {', '.join(map(repr, STATES))}, found the keys "
+            f"{', '.join(map(repr, list(checkpoint)[:8]))}, none of which holds a {EMBEDDING}"
+        )
+    return checkpoint[holding[0]] if holding else checkpoint
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: expected a folder of Hugging Face, config.json cannot be read: {error}") from None
+
+
+def _folder_tensors(folder: Path) -> Tensors:
+    for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", load_pickle)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [name]
+        elif index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            continue
+        return {key: tensor.float() for file in files for key, tensor in read(folder / file).items()}
+    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
+
+
+def _safetensors(path: Path) -> Tensors:
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _whole(path: Path, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: expected {key} to be a whole number of at least 1, found {value!r}")
+    return value
+
+
+def _side(folder: Path, config: dict[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    sides = list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    if len(sides) != 1:
+        raise UserError(f"{folder}: config.json: expected {key} to be a square, found {value}")
+    return _whole(folder, f"{key} in config.json", sides.pop())
+
+
+def _zero_biases(tensors: Tensors) -> Tensors:
+    layers = {
+        name.removesuffix("qkv.weight"): len(t) // 3 for name, t in tensors.items() if name.endswith("qkv.weight")
+    }
+    return {
+        f"{layer}{bias}": tensors[f"{layer}qkv.weight"].new_zeros(width)
+        for layer, width in layers.items()
+        for bias in ("q_bias", "v_bias")
+    }

@@ -1,0 +1,391 @@
+"""Models from files: MAM2's own runs and checkpoints, VideoMAE's, VideoMAE v2's and Hugging Face's.
+
+A classifier's encoder ends without a LayerNorm (`encoder.norm` is the identity), as in VideoMAE's fine-tuning and where
+Hugging Face says `use_mean_pooling`: its norm comes after the mean over tokens. Hugging Face's LayerNorms have another
+epsilon (1e-12, and 1e-5 before a head) than VideoMAE's (1e-6); a model read from its folder keeps what the folder says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from collections.abc import Set
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
+from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.checkpoints.names import Tensors
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig
+from mam2.engine.errors import UserError
+from mam2.engine.model.classifier import Classifier, linear_head
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.positions import Positions, set_clip_size
+from mam2.engine.model.videomae import VideoMAE
+
+Model = MAM2 | VideoMAE | Classifier | Encoder
+ModelKind = TypeVar("ModelKind", MAM2, VideoMAE, Classifier, Encoder, Model)
+FRAMES, SIZE = 16, 224
+"""Of the clips of a file that says nothing of them: those of nearly all that VideoMAE published."""
+MOST_TOKENS = 2**20
+"""Of a clip; a million positions of a ViT-B take 3 GB."""
+BESIDE_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
+"""How the parameters of a decoder and of a classifier's head begin."""
+MOST_NAMED = 12
+"""Tensors that an error names."""
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    positions: Positions = "resample",
+) -> Encoder:
+    """A pre-trained or fine-tuned encoder, on the CPU, in evaluation.
+
+        encoder = load_encoder("runs/first")
+        features = encoder.encode(video).mean(1)   # video [B, 3, T, H, W] uint8 -> [B, D]
+
+    Args:
+        path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
+            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification.
+        frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
+            resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
+            Without them such a file counts as one of 16 frames of 224², and a warning is logged.
+        heads: attention heads, where path is a checkpoint of VideoMAE's code of a width that it never published.
+        positions: what becomes of the positions at another size, see `mam2.engine.model.positions`.
+
+    Returns:
+        The encoder; `encode` gives [B, N, D]. Where path is a classifier, these are its blocks' outputs, as of Hugging
+        Face's VideoMAEModel with `use_mean_pooling`, else they have passed the encoder's LayerNorm.
+
+    Raises:
+        UserError: for what cannot be read, and tensors that are missing, unknown or of another shape, by name.
+    """
+    own = find_weights(path)
+    if own is not None:
+        encoder = _own(own).encoder
+    else:
+        weights = _read(Path(path), frames, size)
+        encoder = _filled_encoder(weights, heads)
+    return _resized(path, encoder, frames, size, positions).eval()
+
+
+def load_model(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Model:
+    """Everything a file holds, on the CPU, in evaluation.
+
+        probabilities = load_model("videomae-base-finetuned-kinetics")(video).softmax(-1)
+
+    Args:
+        path: as in `load_encoder`.
+        frames, size: as in `load_encoder`; a model with a decoder takes no other clips than it was trained on.
+        heads, decoder_heads: as in `load_encoder`, of the encoder and of VideoMAE's decoder.
+
+    Returns:
+        A `Classifier` where there is a head, `VideoMAE` where there is its decoder, `MAM2` of a run of MAM2, else an
+        `Encoder`.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    own = find_weights(path)
+    model: Model = (
+        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+    )
+    _resized(path, model, frames, size)
+    return model.eval()
+
+
+def load_any_classifier(
+    path: str | Path, *, frames: int | None = None, size: int | None = None, heads: int | None = None
+) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
+    """A classifier of any kind that `load_model` reads, on the CPU, in evaluation.
+
+    Args:
+        path, frames, size, heads: as in `load_encoder`.
+
+    Returns:
+        The classifier; a config whose `data` and `test` say its clips and views (of another project's: those its file
+        says, and VideoMAE's); and the names of its classes in the order of the logits, none where nothing says them.
+
+    Raises:
+        UserError: as `load_encoder`, and for a file without a classifier.
+    """
+    own = find_weights(path)
+    if own is not None:
+        if not is_classifier(own):
+            raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+        model, config, classes = load_classifier(own)
+    else:
+        weights = _read(Path(path), frames, size)
+        found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
+        if not isinstance(found, Classifier):
+            raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
+        model, classes = found, weights.classes
+        if classes and len(classes) != len(weights.tensors["head.weight"]):
+            raise UserError(f"{path}: names {len(classes)} classes for a head of {len(weights.tensors['head.weight'])}")
+        data = DataConfig(
+            stride=weights.stride or DataConfig().stride, sampling="uniform" if weights.uniform else "dense"
+        )
+        config = FinetuneConfig(data=data)
+    _resized(path, model, frames, size)
+    (slots, rows, _), (tubelet, patch, _) = model.encoder.grid, model.encoder.patch_size
+    data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch)
+    return model.eval(), dataclasses.replace(config, data=data), classes
+
+
+def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | None) -> Classifier | VideoMAE | Encoder:
+    """Everything in another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
+    model: Classifier | VideoMAE | Encoder
+    if "head.weight" in weights.tensors:
+        if "norm.weight" not in weights.tensors:
+            raise UserError(
+                f"{weights.path}: its head reads the first token, not the mean over tokens (no fc_norm); "
+                "such a classifier is not supported, load_encoder takes the encoder"
+            )
+        encoder = _encoder(weights, heads)
+        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])))
+        model.norm.eps = weights.head_eps
+    elif "mask_token" in weights.tensors:
+        hidden = weights.tensors.get("decoder.blocks.0.mlp.fc1.weight")
+        ratio = 0.0 if hidden is None else len(hidden) / hidden.shape[1]
+        model = VideoMAE(_pretraining_config(weights, heads, decoder_heads), decoder_mlp_ratio=ratio)
+        if _ends_without_norm(weights):
+            model.encoder.norm = nn.Identity()  # type: ignore[assignment]
+        _set_eps(model, weights.eps)
+        model.decoder.norm.eps = weights.head_eps
+    else:
+        return _filled_encoder(weights, heads)
+    _fill(model, weights)
+    return model
+
+
+def encoder_of(model: Model) -> Encoder:
+    """The encoder of any model."""
+    return model if isinstance(model, Encoder) else model.encoder
+
+
+def class_names(path: str | Path) -> tuple[str, ...]:
+    """The names of a classifier's classes, in order; none where the file has none."""
+    path = Path(path)
+    own = find_weights(path)
+    if own is not None:
+        return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
+    return hugging_face_classes(path) if path.is_dir() else read_videomae(path).classes
+
+
+def _read(path: Path, frames: int | None, size: int | None) -> Weights:
+    """Another project's weights, with a clip size: the file's, else the caller's, else VideoMAE's usual one."""
+    weights = read_hugging_face(path) if path.is_dir() else read_videomae(path)
+    unknown = [
+        name
+        for name, said, given in (("frames", weights.frames, frames), ("size", weights.size, size))
+        if said is None and given is None
+    ]
+    if unknown:
+        logging.getLogger("mam2").warning(
+            "%s: does not say the %s of its clips; %d frames of %d² are assumed: pass what it was trained on (%s)",
+            path,
+            " and the ".join(unknown),
+            FRAMES if "frames" in unknown else weights.frames or frames,
+            SIZE if "size" in unknown else weights.size or size,
+            ", ".join(f"--{name} or {name}=" for name in unknown),
+        )
+    weights = dataclasses.replace(
+        weights,
+        frames=next(value for value in (weights.frames, frames, FRAMES) if value is not None),
+        size=next(value for value in (weights.size, size, SIZE) if value is not None),
+    )
+    if min(_frames(weights), _size(weights)) < 1:
+        raise UserError(f"{path}: expected at least 1 frame of 1 pixel, found frames {frames}, size {size}")
+    tokens = _frames(weights) * _size(weights) ** 2 // math.prod(weights.patch_size)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"{path}: {weights.frames} frames of {weights.size}² with a patch of {weights.patch_size} would be "
+            f"{tokens} tokens per clip; expected at most {MOST_TOKENS}. Correct the file's num_frames and image size"
+        )
+    return weights
+
+
+def _frames(weights: Weights) -> int:
+    assert weights.frames is not None  # `_read` fills it in
+    return weights.frames
+
+
+def _size(weights: Weights) -> int:
+    assert weights.size is not None
+    return weights.size
+
+
+def _resized(
+    path: str | Path, model: ModelKind, frames: int | None, size: int | None, positions: Positions = "resample"
+) -> ModelKind:
+    """The model for clips of another size, changed in place; None keeps its own frames or size."""
+    encoder = encoder_of(model)
+    own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
+    frames, size = own_frames if frames is None else frames, own_size if size is None else size
+    if isinstance(model, MAM2 | VideoMAE) and (frames, size) != (own_frames, own_size):
+        raise UserError(
+            f"{path}: its decoder predicts clips of {own_frames} frames of {own_size}², not {frames} of {size}²; "
+            "leave frames and size out"
+        )
+    try:
+        set_clip_size(encoder, frames, size, positions)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return model
+
+
+def _ends_without_norm(weights: Weights) -> bool:
+    """Whether the encoder has no LayerNorm at its end: what comes after it is a mean over tokens."""
+    return "encoder.norm.weight" not in weights.tensors and (
+        weights.mean_pooling or "mask_token" not in weights.tensors
+    )
+
+
+def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
+    if is_classifier(file):
+        return load_classifier(file)[0]
+    config = checkpoint.read_config(file)
+    if config.model.objective == "mam2":
+        codes = 0
+        if config.needs_codes:
+            with safe_open(file, framework="pt") as tensors:
+                rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
+            codes = rows // math.prod(config.code_shape)
+        model: MAM2 | VideoMAE = MAM2(config, codes)
+    else:
+        model = VideoMAE(config)
+    checkpoint.load_weights(model, file)
+    return model
+
+
+def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
+    """The encoder of another project's file, without the head or the decoder that may be there."""
+    encoder = _encoder(weights, heads)
+    others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
+    _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
+    return encoder
+
+
+def _encoder(weights: Weights, heads: int | None) -> Encoder:
+    """An encoder of the weights' sizes, not filled yet."""
+    config = _model_config(weights, heads)
+    tubelet, height, width = weights.patch_size
+    frames, size = _frames(weights), _size(weights)
+    if frames % tubelet or size % height or size % width:
+        raise UserError(f"{weights.path}: {frames} frames of {size}² make no whole tokens of {weights.patch_size}")
+    encoder = Encoder(
+        (frames // tubelet, size // height, size // width),
+        weights.patch_size,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        layer_scale=config.layer_scale,
+    )
+    if _ends_without_norm(weights):
+        encoder.norm = nn.Identity()  # type: ignore[assignment]
+    _set_eps(encoder, weights.eps)
+    return encoder
+
+
+def _pretraining_config(weights: Weights, heads: int | None, decoder_heads: int | None) -> PretrainConfig:
+    model, width = _model_config(weights, heads), weights.tensors["mask_token"].shape[-1]
+    decoder = DecoderConfig(
+        depth=_depth(weights.tensors, "decoder.blocks."),
+        width=width,
+        heads=_heads(weights, "decoder_heads", decoder_heads or weights.decoder_heads, width),
+    )
+    return PretrainConfig(
+        data=DataConfig(frames=_frames(weights), size=_size(weights)),
+        model=dataclasses.replace(model, objective="videomae", decoder=decoder),
+        loss=LossConfig(pixel_normalize="channel" if weights.normalized_pixels else "none"),
+    )
+
+
+def _model_config(weights: Weights, heads: int | None) -> ModelConfig:
+    for name in ("encoder.patch_embed.weight", "encoder.blocks.0.mlp.fc1.weight"):
+        if name not in weights.tensors:
+            raise UserError(f"{weights.path}: lacks {name}")
+    width, hidden = (
+        len(weights.tensors["encoder.patch_embed.weight"]),
+        weights.tensors["encoder.blocks.0.mlp.fc1.weight"],
+    )
+    return ModelConfig(
+        patch=weights.patch_size[1],
+        tubelet=weights.patch_size[0],
+        width=width,
+        depth=_depth(weights.tensors, "encoder.blocks."),
+        heads=_heads(weights, "heads", heads or weights.heads, width),
+        mlp_ratio=len(hidden) / width,
+        layer_scale=1.0 if any(name.endswith(".gamma_1") for name in weights.tensors) else 0.0,
+    )
+
+
+def _heads(weights: Weights, name: str, heads: int | None, width: int) -> int:
+    if heads is None:
+        option = f"--{name.replace('_', '-')}"
+        raise UserError(
+            f"{weights.path}: nothing says how many attention heads a width of {width} has; pass {option} or {name}="
+        )
+    if heads < 1 or width % heads:
+        raise UserError(f"{weights.path}: {name}: {heads} heads do not divide a width of {width}")
+    return heads
+
+
+def _depth(tensors: Tensors, beginning: str) -> int:
+    numbers = (re.match(rf"{re.escape(beginning)}(\d+)\.", name) for name in tensors)
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+
+
+def _set_eps(model: nn.Module, eps: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def _fill(model: nn.Module, weights: Weights, left_out: Set[str] = frozenset()) -> None:
+    """Puts all weights but those left out into a model that must have just these."""
+    expected = model.state_dict()
+    found: dict[str, Tensor] = {name: t for name, t in weights.tensors.items() if name not in left_out}
+    problems = {
+        "lacks": [name for name in expected if name not in found],
+        "holds, and the model has no place for,": [name for name in found if name not in expected],
+        "holds in another shape": [
+            f"{name} {list(found[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    told = [
+        f"{what} {', '.join(names[:MOST_NAMED])}"
+        + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise UserError(f"{weights.path}: {'; '.join(told)}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(found[name])

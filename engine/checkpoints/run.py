@@ -1,0 +1,387 @@
+"""Checkpoints: a folder of safetensors and JSON that is either whole or not there.
+
+    RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
+                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`;
+                                                          `rng.<device>`; `extra.<name>`
+                                  state.json              step, config, versions, SHA-256 of the other two files
+                    latest                                name of the newest folder
+        best/                                             model.safetensors and state.json of the best validated step
+
+The step says where schedule, clips and masks go on: they are functions of it. A checkpoint is written aside, synced to
+disk and renamed; only then `latest` is replaced and old ones are removed. Reading one executes nothing: no pickle.
+Tensors that FSDP2 has spread over processes are gathered, so that any number of processes can read them.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mam2.engine.checkpoints.weight_files import sort_metadata
+from mam2.engine.config.pretrain import PretrainConfig, TrainConfig
+from mam2.engine.config.recipe import from_dict, to_dict
+from mam2.engine.errors import UserError
+
+FOLDER = "checkpoints"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+LATEST = "latest"
+RNG = "rng."
+EXTRA = "extra."
+BEST = "best"
+
+Config = TypeVar("Config")
+
+
+class Saver:
+    """Writes checkpoints beside the run: `save` copies the tensors and returns, a thread does the rest."""
+
+    def __init__(
+        self, run: Path, config: TrainConfig, *, main: bool = True, notes: Mapping[str, str] | None = None
+    ) -> None:
+        """main: False on the ranks that only help to gather tensors. notes: further metadata of the weights."""
+        self._run, self._config, self._main, self._notes = run, config, main, dict(notes or {})
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        if main:
+            code_version()  # which fails now or never
+            for left in (run / FOLDER).glob(".part-*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
+    ) -> OSError | None:
+        """Takes the state after `step` steps, once the checkpoint before is written. Returns what `wait` does.
+
+        extra: tensors beside the model's and the optimiser's without which the run could not go on.
+        """
+        problem = self.wait()
+        weights = copies(model.state_dict(), keep=self._main)
+        moments = _moments(model, optimizer, extra or {}, keep=self._main)
+        if self._main:
+            arguments = (self._run, step, weights, moments, self._config, self._notes)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._thread.start()
+        return problem
+
+    def wait(self) -> OSError | None:
+        """Until the last one is on the disk. Returns what kept it from there (disk full, no permission), or None.
+
+        Raises what else went wrong in the thread: then it is not on the disk either.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is None or isinstance(problem, OSError):
+            return problem
+        raise problem
+
+    def _write(self, *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except BaseException as error:  # the run must hear of everything, or it would say "done"
+            self._problem = error
+
+
+def write(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    config: TrainConfig,
+    notes: dict[str, str],
+) -> Path:
+    """Puts a checkpoint's tensors on the disk; removes the old ones that `run.keep` and `run.keep_every` do not hold.
+
+    Raises OSError (disk full, no permission); the older checkpoints are then still there.
+    """
+    final = folder_of(run, step)
+    if final.is_dir():  # steps are deterministic: the same step was saved before
+        return final
+    state = {"step": step, "config": to_dict(config), "torch": torch.__version__, "code": code_version()}
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    with _written_aside(final, state, weights, moments) as aside:
+        save_file(weights, aside / WEIGHTS, metadata=metadata)
+        sort_metadata(aside / WEIGHTS)
+        save_file(moments, aside / OPTIMIZER)
+    latest = final.with_name(f".{LATEST}")
+    latest.write_text(final.name + "\n", encoding="utf-8")
+    latest.replace(final.with_name(LATEST))
+    every = config.run.keep_every
+    for old in _all(run)[: -config.run.keep]:
+        if not every or int(old.name.removeprefix("step-")) % every:
+            shutil.rmtree(old)
+    return final
+
+
+def write_best(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    config: TrainConfig,
+    notes: dict[str, str],
+    found: dict[str, float],
+) -> Path:
+    """Replaces RUN/best by the weights after `step` steps; `found` is what was measured of them. Raises OSError."""
+    final = run / BEST
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    with _written_aside(final, {"step": step, **found}, weights) as aside:
+        save_file(weights, aside / WEIGHTS, metadata=metadata)
+        sort_metadata(aside / WEIGHTS)
+    return final
+
+
+def remove_best(run: Path) -> None:
+    """Removes RUN/best, of a run that starts anew."""
+    shutil.rmtree(run / BEST, ignore_errors=True)
+
+
+@contextmanager
+def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tensor]) -> Iterator[Path]:
+    """A folder beside `final` to put files with these tensors in; then `state` with the files' hashes, all of it synced
+    to the disk, and the folder takes its place. Nothing is left of it where that fails."""
+    aside = final.with_name(f".part-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        needed = sum(tensor.nbytes for part in tensors for tensor in part.values())
+        if shutil.disk_usage(aside).free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(final.parent)
+            )
+        yield aside
+        hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
+        (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
+        for file in aside.iterdir():
+            file.chmod((aside / STATE).stat().st_mode)  # safetensors lets nobody else read what it writes
+            _sync(file)
+        _sync(aside)
+        replaced = final.with_name(f".old-{final.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.is_dir():
+            final.rename(replaced)
+        aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync(final.parent)
+    except SafetensorError as error:  # the library's word for what the operating system refused
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(errno.EIO, str(error), str(aside)) from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of the package and a digest of its sources: which code wrote a checkpoint."""
+    digest = hashlib.sha256()
+    for package in ("engine", "kernels"):
+        root = Path(__file__).resolve().parents[2] / package
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    try:
+        version = importlib.metadata.version("mam2")
+    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, but not installed
+        version = "uninstalled"
+    return f"{version} {digest.hexdigest()[:12]}"
+
+
+def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written, or None. Damaged ones are named and set aside."""
+    for folder in reversed(_all(run)):
+        damage = why_damaged(folder)
+        if not damage:
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        say(f"resume  checkpoint {folder} is damaged ({damage}): now {aside.name}; going back to the one before")
+    return None
+
+
+def why_damaged(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        hashes = read_state(folder).get("sha256", {})
+    except UserError as error:
+        return str(error)
+    for name in (WEIGHTS, OPTIMIZER):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if name in hashes and _hash(folder / name) != hashes[name]:
+            return f"{name} has another SHA-256 than when it was written"
+    return None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, or would be."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def newest(run: Path) -> Path | None:
+    """The folder of the newest checkpoint of a run, or None."""
+    found = _all(run)
+    return found[-1] if found else None
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*"))
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
+) -> int:
+    """Loads a checkpoint into model, optimiser, random generators and what was saved as `extra`. Returns its step.
+
+    Raises UserError where it does not fit.
+    """
+    state = read_state(folder)
+    load_weights(model, folder / WEIGHTS)
+    parameters = dict(model.named_parameters())
+    for key, tensor in _load(folder / OPTIMIZER).items():
+        if key.startswith(RNG):
+            _set_rng(key.removeprefix(RNG), tensor)
+            continue
+        if key.startswith(EXTRA):
+            own = (extra or {})[key.removeprefix(EXTRA)]
+            own.copy_(_placed_like(own, tensor))
+            continue
+        name, _, entry = key.rpartition(".")
+        parameter = parameters[name]
+        placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
+        optimizer.state[parameter][entry] = placed
+    return int(state["step"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint folder."""
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to go back"
+        ) from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit."""
+    weights, own = _load(path), model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights:
+            raise UserError(f"checkpoint {path}: lacks {name}; was it written with another model config?")
+        if name not in own:
+            raise UserError(
+                f"checkpoint {path}: holds {name}, which this model lacks; use the config it was written with"
+            )
+        if own[name].shape != weights[name].shape:
+            raise UserError(
+                f"checkpoint {path}: {name} has shape {list(weights[name].shape)}, this model {list(own[name].shape)}; "
+                "use the config it was written with"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(_placed_like(tensor, weights[name]))
+
+
+@overload
+def read_config(path: Path) -> PretrainConfig: ...
+@overload
+def read_config(path: Path, kind: type[Config]) -> Config: ...
+def read_config(path: Path, kind: type = PretrainConfig) -> Any:
+    """The config a checkpoint (its folder or its weights file) was written with: pre-training's, or of another kind."""
+    return from_dict(kind, json.loads(read_metadata(path)["config"]), where=f"checkpoint {path}")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a checkpoint (its folder or its weights file) says beside its weights: `config`, `step` and notes."""
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
+    if "config" not in metadata:
+        raise UserError(f"checkpoint {path}: carries no config; was it written by mam2 pretrain or mam2 finetune?")
+    return metadata
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
+
+
+def _moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor], *, keep: bool
+) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    tensors |= {f"{EXTRA}{name}": tensor for name, tensor in extra.items()}
+    tensors[f"{RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
+    return copies(tensors, keep=keep)
+
+
+def copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU, whole and contiguous. Every rank has to call it; only those that keep them hold them."""
+    copied = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if keep:
+            copied[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copied
+
+
+def _placed_like(own: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor on the device of `own`; its part of it where `own` is spread over processes."""
+    if isinstance(own, DTensor):
+        return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+    return whole.to(own.device)
+
+
+def _set_rng(device: str, state: Tensor) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    elif torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""Which weights a path stands for: one answer for loading, hashing and everything that reads a checkpoint.
+
+RUN/best/model.safetensors                  of a run that validates: what the run stands for
+    checkpoints/step-…/model.safetensors    else the newest of these
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.weight_files import open_safetensors
+from mam2.engine.errors import UserError
+
+
+def find_weights(path: str | Path) -> Path | None:
+    """The safetensors file of MAM2's that `path` stands for, or None where `path` is another project's file or folder.
+
+    Args:
+        path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, or a weights file.
+
+    Raises:
+        UserError: there is nothing at `path`, a run without a checkpoint, or a file that cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder; expected a run, a checkpoint, a .pth file or a Hugging Face folder"
+        )
+    if (path / checkpoint.BEST).is_dir():
+        path = path / checkpoint.BEST
+    elif (path / checkpoint.FOLDER).is_dir():
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise UserError(f"{path}: a run without a checkpoint yet")
+        path = newest
+    if path.is_dir():
+        if not (path / checkpoint.STATE).is_file():
+            return None
+        path = path / checkpoint.WEIGHTS
+        if not path.is_file():
+            raise UserError(f"checkpoint {path.parent}: {checkpoint.WEIGHTS} is missing; name another checkpoint")
+    if path.suffix != ".safetensors":
+        return None
+    with open_safetensors(path) as file:
+        return path if "config" in (file.metadata() or {}) else None

@@ -1,0 +1,311 @@
+"""What each part of a training step costs a clip, from the config alone: parameters, FLOPs, bytes, held activations.
+
+FLOPs are two a multiply-add of the matrix products and convolutions; what a step computes twice to save memory counts
+once. Bytes are those of activations through memory, each operator reading its inputs and writing its outputs once, as
+in a compiled step; weights are apart (`step_bytes`). Attention never writes its scores. The residual stream and what a
+LayerNorm reads are float32, the rest has the item size of the precision: 4, or 2 under autocast.
+
+T'×H'×W' the token grid, Nv/Nm visible/masked tokens, P values a token, D width, V codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.blocks import mlp_width
+from mam2.engine.model.encoder import CHANNELS
+from mam2.engine.model.motion_targets import motion_values
+from mam2.engine.tokenizer.vqgan import VQGANConfig
+from mam2.kernels import costs as operators
+
+SINGLE = 4
+"""Bytes of a float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one clip; parameters are the part's own."""
+
+    parameters: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+    bytes_moved: int = 0
+    """Of activations, forward and backward."""
+    held_bytes: int = 0
+    """Of activations, from the forward to the backward pass."""
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+    def __add__(self, other: Cost) -> Cost:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Cost(**dict(zip(_FIELDS, (a + b for a, b in zip(mine, others, strict=True)), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(**{name: times * getattr(self, name) for name in _FIELDS})
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Cost))
+
+
+def part_costs(
+    config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None, *, item_bytes: int = 2
+) -> dict[str, Cost]:
+    """Every part of a step by name, in order.
+
+    Args:
+        config: a run's config.
+        codes: codebook size V; only where codes are predicted.
+        tokenizer: what computes the codes within the step; None where they are read from a cache.
+        item_bytes: of what the matrix products read and write.
+    """
+    masked = config.masked_tokens
+    visible = math.prod(config.grid) - masked
+    model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
+    values = math.prod(config.patch_size) * CHANNELS
+    read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
+    parts = {
+        "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
+        + Cost(bytes_moved=read)
+        + encoder_blocks(config, visible, item_bytes)
+    }
+
+    def decoder(tokens: int) -> Cost:
+        one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
+        return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
+
+    def pixel_head(outputs: int) -> Cost:
+        loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
+        gradient = Cost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
+        return linear(masked, width, outputs, item_bytes) + gradient
+
+    tokens = visible + masked
+    if model.objective != "mam2":
+        project = linear(visible, model.width, width, item_bytes, bias=False) + Cost(parameters=width)
+        return parts | {"decoder": project + decoder(tokens), "head and pixel loss": pixel_head(values)}
+    decoded = masked
+    if model.regressor.depth:
+        parts["regressor"] = regressor(config, visible, masked, item_bytes)
+    else:
+        parts["projection"] = projection(config, visible, item_bytes)
+        decoded = tokens
+    if config.loss.appearance_target == "codes":
+        heads = code_head(masked, width, codes, item_bytes) * math.prod(config.code_shape)
+        parts |= {"appearance decoder": decoder(decoded), "code head and loss": heads}
+    elif config.loss.appearance_target == "pixels":
+        parts |= {"appearance decoder": decoder(decoded), "pixel head and loss": pixel_head(values)}
+    if motion := motion_values(config.loss.motion_target, config.patch_size):
+        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
+    if config.loss.alignment:
+        target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
+        target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)
+        parts["alignment"] = Cost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
+    if tokenizer:
+        parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.tokenized_frames
+        parts["tokenizer"] = dataclasses.replace(
+            parts["tokenizer"], parameters=tokenizer_image(tokenizer, config.grid[1:], item_bytes).parameters
+        )
+    return parts
+
+
+def step_flops(config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None) -> dict[str, int]:
+    """FLOPs a clip of each part, forward and backward; arguments as of `part_costs`."""
+    return {name: cost.flops for name, cost in part_costs(config, codes, tokenizer).items()}
+
+
+def step_bytes(parameters: int, item_bytes: int) -> int:
+    """Bytes of a step that do not depend on its clips: weights read by both passes (and cast), gradients, AdamW."""
+    cast = SINGLE + item_bytes if item_bytes != SINGLE else 0
+    return parameters * (cast + 2 * item_bytes + SINGLE + 7 * SINGLE)
+
+
+def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost:
+    """The encoder without its patch embedding, on so many tokens."""
+    model = config.model
+    one = block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
+    return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
+
+
+def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
+    """Blocks in a row, each with so many input values: they hold all, or if recomputed the inputs and one block's."""
+    total = one * depth
+    if config.run.recompute:
+        inputs_and_one = depth * inputs * SINGLE + one.held_bytes
+        return dataclasses.replace(total, held_bytes=min(inputs_and_one, total.held_bytes))
+    return total
+
+
+def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
+    """From the encoder's width to the regressor's, where they differ, and the mask token."""
+    model, width = config.model, config.model.regressor.width
+    cost = Cost(parameters=width)
+    if model.width != width:
+        cost += linear(visible, model.width, width, item_bytes)
+        if model.projection_norm:
+            cost += norm(visible, width, item_bytes)
+    return cost
+
+
+def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> Cost:
+    sizes = config.model.regressor
+    width, everything = sizes.width, sizes.keys == "all"
+    keys = visible + masked if everything else visible
+    one = (
+        norm(masked, width, item_bytes)
+        + norm(keys, width, item_bytes) * 2
+        + linear(masked, width, width, item_bytes)
+        + linear(keys, width, width, item_bytes, bias=False)
+        + linear(keys, width, width, item_bytes)
+        + attention(masked, keys, width, item_bytes)
+        + linear(masked, width, width, item_bytes)
+        + mlp(masked, width, config.model.mlp_ratio, item_bytes)
+        + scaling(masked, width, item_bytes, config.model.layer_scale)
+    )
+    inputs = (masked + (keys if everything else 0)) * width
+    total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
+    if not everything and not config.run.recompute:  # every block's values start from the same visible latents
+        total += Cost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
+    return total + projection(config, visible, item_bytes)
+
+
+def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
+    """Head and cross-entropy, which hold their gradients instead of the logits."""
+    product = 2 * rows * width * codes
+    return Cost(
+        parameters=(width + 1) * codes,
+        forward_flops=product,
+        backward_flops=2 * product,
+        bytes_moved=3 * rows * width * item_bytes,
+        held_bytes=2 * rows * width * item_bytes,
+    )
+
+
+def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> Cost:
+    """A self-attention block."""
+    return (
+        norm(tokens, width, item_bytes)
+        + linear(tokens, width, 3 * width, item_bytes, bias=False)
+        + Cost(parameters=2 * width)  # the biases of queries and values
+        + Cost(held_bytes=_centred(tokens, width, item_bytes))  # beside the projection they were a part of
+        + attention(tokens, tokens, width, item_bytes)
+        + linear(tokens, width, width, item_bytes)
+        + mlp(tokens, width, ratio, item_bytes)
+        + scaling(tokens, width, item_bytes, layer_scale)
+    )
+
+
+def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Cost:
+    """LayerScale on a block's two branches: holds both, reads them once more and writes the gradients before it."""
+    if not layer_scale:
+        return Cost()
+    branches = 2 * tokens * width * item_bytes
+    return Cost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
+
+
+def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
+    """LayerNorm, linear, GELU, linear."""
+    inner = mlp_width(width, ratio)
+    gelu = Cost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
+    layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
+    return norm(tokens, width, item_bytes) + layers
+
+
+def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
+    """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows.
+
+    In 16 bits the keys are read twice and written once to centre them.
+    """
+    products = 4 * queries * keys * width
+    return Cost(
+        forward_flops=products,
+        backward_flops=2 * products,
+        bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centred(keys, width, item_bytes),
+        held_bytes=(queries + 2 * keys) * width * item_bytes,
+    )
+
+
+def _centred(keys: int, width: int, item_bytes: int) -> int:
+    """Bytes of a block's centred keys; there are none in float32."""
+    return keys * width * item_bytes if item_bytes == 2 else 0
+
+
+def linear(
+    rows: int, inputs: int, outputs: int, item_bytes: int, *, bias: bool = True, input_gradient: bool = True
+) -> Cost:
+    """Holds its input. Backward: the weight's gradient, and the input's where it is asked for."""
+    product = 2 * rows * inputs * outputs
+    backward = 2 if input_gradient else 1
+    return Cost(
+        parameters=(inputs + bias) * outputs,
+        forward_flops=product,
+        backward_flops=backward * product,
+        bytes_moved=(1 + backward) * rows * (inputs + outputs) * item_bytes,
+        held_bytes=rows * inputs * item_bytes,
+    )
+
+
+def norm(rows: int, width: int, item_bytes: int) -> Cost:
+    """LayerNorm with the addition before it: reads both summands, writes the sum and the normalised; holds the sum."""
+    forward = 2 * SINGLE + 2 * item_bytes
+    backward = 3 * SINGLE + item_bytes
+    return Cost(parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE)
+
+
+def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> Cost:
+    """Codes of one image whose code map is h×w: encoder and quantizer, forward only. Holds what is largest at once."""
+    pixels = math.prod(code_map) * config.factor**2
+    total = Cost()
+    largest = 0
+
+    def conv(width_in: int, width_out: int, kernel: int, *, normed: bool = True) -> None:
+        nonlocal total, largest
+        weights = width_in * width_out * kernel**2
+        # a normalisation before it reads and writes the input once more
+        moved = pixels * (width_in * (3 if normed else 1) + width_out) * item_bytes
+        total += Cost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
+        largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)
+
+    def normalisation(width: int) -> None:
+        nonlocal total
+        total += Cost(parameters=2 * width)
+
+    def residual(width_in: int, width_out: int) -> None:
+        for width in (width_in, width_out):
+            normalisation(width)
+            conv(width, width_out, 3)
+        if width_in != width_out:
+            conv(width_in, width_out, 1, normed=False)
+
+    def attend(width: int) -> None:
+        nonlocal total
+        normalisation(width)
+        for _ in range(4):
+            conv(width, width, 1, normed=False)
+        total += Cost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
+
+    width = config.channels
+    conv(CHANNELS, width, 3, normed=False)
+    last = len(config.channel_multipliers) - 1
+    for level, multiplier in enumerate(config.channel_multipliers):
+        for _ in range(config.res_blocks):
+            residual(width, config.channels * multiplier)
+            width = config.channels * multiplier
+            if level in config.attention_levels:
+                attend(width)
+        if level < last:
+            pixels //= 4
+            conv(width, width, 3, normed=False)
+    residual(width, width)
+    attend(width)
+    residual(width, width)
+    normalisation(width)
+    conv(width, config.z_channels, 3)
+    conv(config.z_channels, config.embed_dim, 1, normed=False)
+    codebook = config.embed_dim * config.codes
+    total += Cost(parameters=codebook, forward_flops=2 * codebook * pixels)
+    if config.quantizer == "gumbel":  # logits of a convolution, beside the codebook
+        total += Cost(parameters=codebook + config.codes)
+    return dataclasses.replace(total, held_bytes=largest)

@@ -1,0 +1,60 @@
+"""The videos of a run that is resumed, where they are now: the same content at another place is the same data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from mam2.engine.data.manifest import Manifest, read_manifest, scan
+from mam2.engine.data.sources import read_source
+from mam2.engine.data.video import Video
+from mam2.engine.errors import UserError
+
+
+def follow(
+    saved: Manifest, data: Path, *, threads: int = 0, progress: bool = True, max_missing: float = 0.0
+) -> tuple[Manifest, str]:
+    """The saved videos in their order, with the paths that `data` has for them; and a line for the log, or "".
+
+    Nothing is opened where `data` still lists the same paths. Else videos are found by the hash of their content.
+    max_missing: share of the videos that `data` may lack; those keep their old paths.
+    Raises UserError where it lacks more, or cannot be read.
+    """
+    scanned = read_manifest(data) if data.suffix == ".jsonl" and data.is_file() else None
+    entries = scanned.videos if scanned else read_source(data).entries
+    listed = {entry.path for entry in entries}
+    absent = [video for video in saved.videos if video.path not in listed]
+    if not absent:
+        return saved, ""
+    if scanned is None:
+        moved_all = len(absent) == len(saved.videos)
+        scanned = (
+            read_manifest(data, threads=threads, progress=progress)
+            if moved_all  # an index beside the new place saves opening them
+            else scan(data, saved, threads=threads, progress=progress)[0]
+        )
+    places: dict[str, list[Video]] = defaultdict(list)
+    for video in scanned.videos:
+        places[video.content].append(video)
+    missing: list[Video] = []
+    now: dict[str, Video] = {}
+    for video in absent:
+        copies = places[video.content] if video.content else []
+        if not copies:
+            missing.append(video)
+            continue
+        name = os.path.basename(video.path)
+        copy = next((copy for copy in copies if os.path.basename(copy.path) == name), copies[0])
+        now[video.path] = dataclasses.replace(video, path=copy.path, mtime_ns=copy.mtime_ns)
+    if len(missing) > max_missing * len(saved.videos):
+        raise UserError(
+            f"--data {data} lacks {len(missing)} of the {len(saved.videos)} videos that the run has been trained on, "
+            f"the first is {missing[0].path}: name the place where they are now, or start a new run with another --out"
+        )
+    videos = tuple(now.get(video.path, video) for video in saved.videos)
+    lacking = f"; {len(missing)} are missing" if missing else ""
+    return dataclasses.replace(saved, videos=videos), (
+        f"{len(now)} of {len(videos)} videos were found at other places by their content{lacking}"
+    )

@@ -1,0 +1,332 @@
+"""From what a user has, a folder, an annotation list or a single video, to paths and labels; no video is opened.
+
+Folders:
+- a folder with one folder per class: the labels are the class folders in the order of their names, or of their numbers
+  where all names are numbers;
+- any other folder: every video in it, at any depth, without labels.
+A folder with nothing below it that holds numbered images (img_00001.jpg …) and no videos is one video of these frames.
+A folder that links lead to twice is read once.
+
+Lists, one line per video; relative paths start at the list's folder:
+- `path label`, VideoMAE's, parted by the last space, tab or comma, so paths may hold spaces; a label may be missing;
+- `folder frames label`, VideoMAE's for folders of images, and `path 0 -1` of its second version: a whole number between
+  path and label is left out, images are counted;
+- `"path" label`, quoted as CSV files are;
+- `path::label`, V-JEPA's;
+- a header, columns parted by tabs or commas: the path under "path", "file", "filename", "video", …, the label, if any,
+  under "label", "class", "category", …; with a column "split" or "subset", LIST:train takes the rows of one split;
+- Kinetics' own (label, youtube_id, time_start, time_end, split): the videos are looked for below the list's folder by
+  their usual names, youtube_id_000010_000020 or youtube_id.
+A label is a number from 0 or a name; -1 and nothing stand for none. Names count in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mam2.engine.data.frame_folders import holds_frames
+from mam2.engine.errors import UserError
+
+VIDEO_SUFFIXES = (
+    *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
+    *(".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+)
+PATH_COLUMNS = (
+    *("path", "file", "filename", "video", "video_path", "file_path", "filepath", "file_name", "video_file"),
+    *("video_name", "clip", "clip_path"),
+)
+LABEL_COLUMNS = ("label", "class", "target", "category", "label_name", "class_name", "action", "label_id", "class_id")
+SPLIT_COLUMNS = ("split", "subset")
+KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
+MOST_CLASSES = 1_000_000
+
+_QUOTED = re.compile(r'"(?:[^"]|"")+"(?:([ \t,])|$)')
+_NUMBERED = re.compile(r"(.*[^ ,])?(?: *, *| +)(-?\d+)")
+_NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
+
+
+class Entry(NamedTuple):
+    path: str
+    """Absolute."""
+    label: int
+    """Class, 0 and up; -1 where there is none."""
+    split: str = ""
+    """As a list's column says; empty where there is none."""
+
+
+class Listing(NamedTuple):
+    entries: list[Entry]
+    """In a fixed order; a list may name a video more than once."""
+    classes: tuple[str, ...]
+    """Name of each label; empty where there are no labels."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the source was read, a line each."""
+
+
+class _Row(NamedTuple):
+    number: int
+    """Of the line, from 1."""
+    path: str
+    label: str
+    """Empty where there is none."""
+    split: str = ""
+
+
+def list_and_split(source: str | Path) -> tuple[Path, str]:
+    """LIST:SPLIT as the list and the split; any other source as it is, and no split."""
+    path = Path(source)
+    before, _, split = str(source).rpartition(":")
+    return (Path(before), split) if split and not path.exists() and Path(before).is_file() else (path, "")
+
+
+def check_source(source: str | Path) -> None:
+    """Raises UserError where a source does not exist; to be asked before work that would be for nothing."""
+    if not list_and_split(source)[0].exists():
+        raise UserError(f"{source}: no such file or folder; expected a folder of videos or an annotation list")
+
+
+def read_source(source: str | Path) -> Listing:
+    """The videos of a folder, an annotation list or a single file. Raises UserError, for a list with the line.
+
+    source: LIST:SPLIT stands for the rows of a list whose split column says SPLIT.
+    """
+    check_source(source)
+    source, split = list_and_split(source)
+    if source.is_dir():
+        listing = _read_folder(source)
+    elif source.suffix.lower() in VIDEO_SUFFIXES and source.is_file():
+        listing = Listing([Entry(str(source), -1)], ())
+    else:
+        listing = _read_list(source, split)
+    # Absolute, so that a saved manifest holds in any working directory, and no name is taken for a URL by FFmpeg.
+    return listing._replace(entries=[entry._replace(path=os.path.abspath(entry.path)) for entry in listing.entries])
+
+
+def _read_folder(folder: Path) -> Listing:
+    twins: list[tuple[Path, Path]] = []
+    # The order of the videos, by which code caches and runs number them, is that of their paths.
+    paths = sorted(_find_videos(folder, twins))
+    if not paths:
+        raise UserError(
+            f"{folder}: no videos in this folder (looked for {', '.join(VIDEO_SUFFIXES)} "
+            "and folders of numbered images)"
+        )
+    parts = [path.relative_to(folder).parts for path in paths]
+    if any(len(part) != 2 for part in parts):
+        return Listing([Entry(str(path), -1) for path in paths], ())
+    for other, first in twins:
+        if other.parent == first.parent == folder:
+            raise UserError(f"{folder}: the class folders {first.name} and {other.name} are one folder; remove one")
+    classes = sorted({part[0] for part in parts})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=lambda name: (int(name), name))
+    labels = {name: label for label, name in enumerate(classes)}
+    entries = [Entry(str(path), labels[part[0]]) for path, part in zip(paths, parts, strict=True)]
+    return Listing(entries, tuple(classes))
+
+
+def _find_videos(folder: Path, twins: list[tuple[Path, Path]]) -> Iterator[Path]:
+    """Videos at any depth. Folders that are the same as an earlier one are added to `twins`, with that one."""
+    seen: dict[str, str] = {}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # two links to one folder, or a link back to a folder above
+            twins.append((Path(parent), Path(seen[real])))
+            folders.clear()
+            continue
+        seen[real] = parent
+        # A link comes after the folders, so that it is never the one that is kept.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [name for name in files if not name.startswith(".")]
+        videos = [name for name in files if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
+        yield from (Path(parent, name) for name in videos)
+        # Images above other folders are no frames.
+        if not videos and not folders and holds_frames(files):
+            yield Path(parent)
+
+
+def _read_list(source: Path, split: str) -> Listing:
+    # File names need not be UTF-8; surrogates carry their bytes back to the file system.
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        text = file.read()
+    if "\0" in text:
+        raise UserError(f"{source}: not a text file; expected a folder of videos or an annotation list")
+    lines = [(number, line.strip()) for number, line in enumerate(re.split(r"\r\n?|\n", text), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{source}: the list is empty; expected lines of `path label`")
+    notes: list[str] = []
+    rows = _read_table(source, text, notes)
+    if rows is None:
+        parts = _split_colons if all("::" in line for _, line in lines) else _split_line
+        rows = [_Row(number, *parts(line, source.parent)) for number, line in lines]
+    rows = _of_split(source, rows, split, notes)
+    for row in rows:
+        if not row.path:
+            raise UserError(f"{source}: line {row.number} names no video; expected `path label`")
+    labels, classes = _number_labels(source, rows, notes)
+    entries = [
+        Entry(os.path.join(source.parent, row.path), label, row.split) for row, label in zip(rows, labels, strict=True)
+    ]
+    return Listing(entries, classes, tuple(notes))
+
+
+def _of_split(source: Path, rows: list[_Row], split: str, notes: list[str]) -> list[_Row]:
+    """The rows of a split, or all where none is named; then a note says which there are."""
+    counts = Counter(row.split for row in rows if row.split)
+    there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    if split and not counts:
+        raise UserError(f"{source}:{split}: the list has no column named {' or '.join(SPLIT_COLUMNS)}")
+    if split and split not in counts:
+        raise UserError(f"{source}:{split}: no row of this split; the list has {there}")
+    if split:
+        return [row for row in rows if row.split == split]
+    if len(counts) > 1:
+        notes.append(f"{source}: rows of all splits are used: {there}; {source}:{min(counts)} takes those of one")
+    return rows
+
+
+def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
+    """The rows of a list with a header, None for one without."""
+    first = text.lstrip().split("\n")[0]
+    delimiter = "\t" if "\t" in first else ","
+    spaced = delimiter == ","  # "a.mp4", "run": the space is no part of the cell
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
+    try:
+        table = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error as error:
+        raise UserError(f"{source}: line {reader.line_num}: {error}") from error
+    header = [name.strip().lower() for name in table[0][1]]
+    path_column, label_column, split_column = (
+        next((header.index(name) for name in names if name in header), None)
+        for names in (PATH_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
+    )
+    kinetics = path_column is None and all(name in header for name in KINETICS_COLUMNS)
+    if path_column is None and not kinetics:
+        if _is_header(source.parent, header):
+            raise UserError(
+                f"{source}: the header ({', '.join(header)}) has no column for the videos; "
+                f"expected one named {', '.join(PATH_COLUMNS)}"
+            )
+        return None
+    for number, cells in table:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{source}: line {number} has {len(cells)} columns, the header has {len(header)}; "
+                "a cell that holds the separator needs quotes"
+            )
+    if len(table) == 1:
+        raise UserError(f"{source}: a header but no videos")
+    numbers, cells_of = [number for number, _ in table[1:]], [cells for _, cells in table[1:]]
+    if path_column is None:
+        paths = _kinetics_paths(source, header, cells_of)
+    else:
+        paths = [cells[path_column].strip() if spaced else cells[path_column] for cells in cells_of]
+    used = {path_column, label_column, split_column}
+    others = [name for place, name in enumerate(header) if place not in used]
+    if label_column is None and others and not kinetics:
+        notes.append(f"{source}: no column for labels; the columns {', '.join(others)} are not used")
+    labels, splits = (
+        [cells[column].strip() for cells in cells_of] if column is not None else [""] * len(cells_of)
+        for column in (label_column, split_column)
+    )
+    return [_Row(*row) for row in zip(numbers, paths, labels, splits, strict=True)]
+
+
+def _is_header(folder: Path, cells: Sequence[str]) -> bool:
+    """Whether a first line without a path column is still a header: it names another column, and no file."""
+    named = set(cells) & {*LABEL_COLUMNS, *SPLIT_COLUMNS, *KINETICS_COLUMNS}
+    plain = not any(mark in cell for cell in cells for mark in "./")
+    return len(cells) > 1 and bool(named) and plain and not os.path.exists(os.path.join(folder, cells[0]))
+
+
+def _kinetics_paths(source: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Paths of the rows of Kinetics' own list: videos below its folder, by their usual names.
+
+    Many of its clips are no longer published: one that is not there keeps its usual name. UserError where none is.
+    """
+    there = {path.stem: path for path in sorted(_find_videos(source.parent, []))}
+    there |= {path.name: path for path in there.values() if path.is_dir()}
+    paths, found = [], 0
+    for number, row in enumerate(rows, 2):
+        video, *times = (row[header.index(name)].strip() for name in KINETICS_COLUMNS)
+        try:
+            start, end = (int(float(time)) for time in times)
+        except ValueError:
+            raise UserError(f"{source}: row {number}: the times {', '.join(times)} are no numbers") from None
+        usual = f"{video}_{start:06d}_{end:06d}"
+        path = there.get(usual) or there.get(f"{video}_{start}_{end}") or there.get(video)
+        found += path is not None
+        paths.append(str(path) if path else f"{usual}.mp4")
+    if not found:
+        raise UserError(
+            f"{source}: Kinetics' own list, which names no files, and none of its {len(rows)} videos ({paths[0]}, …) "
+            f"lies below {source.parent}; put the list there, or write lines of `path label`"
+        )
+    return paths
+
+
+def _unquoted(cell: str) -> str:
+    """A cell without the quotes of CSV files."""
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
+def _split_colons(line: str, folder: Path) -> tuple[str, str]:
+    path, _, label = line.rpartition("::")
+    return _unquoted(path.strip()), _unquoted(label.strip())
+
+
+def _split_line(line: str, folder: Path) -> tuple[str, str]:
+    """Path and label of a line without a header; the label is empty where there is none."""
+    if quoted := _QUOTED.match(line):
+        path, *rest = next(csv.reader([line], delimiter=quoted[1] or ",", skipinitialspace=True))
+        return path, rest[-1].strip() if rest else ""
+    if "\t" in line:
+        path, *rest = line.split("\t")
+        return path.strip(), _unquoted(rest[-1].strip())
+    if numbered := _NUMBERED.fullmatch(line):
+        path, label = numbered[1] or "", numbered[2]
+        between = _NUMBERED.fullmatch(path)
+        if between and not os.path.exists(os.path.join(folder, path)):
+            path = between[1] or ""
+        return path, label
+    if named := _NAMED.fullmatch(line):
+        return named[1], _unquoted(named[2])
+    return line, ""
+
+
+def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tuple[list[int], tuple[str, ...]]:
+    """Labels as numbers and the name of each: numbers stay what they are, names count in alphabetical order."""
+    labelled = [row for row in rows if row.label]
+    numbers = [row for row in labelled if re.fullmatch(r"-?\d+", row.label)]
+    names = [row for row in labelled if not re.fullmatch(r"-?\d+", row.label)]
+    if numbers and names:
+        raise UserError(
+            f"{source}: line {numbers[0].number} has the label {numbers[0].label}, line {names[0].number} the label "
+            f"{names[0].label!r}; expected numbers or names throughout"
+        )
+    if names:
+        classes = tuple(sorted({row.label for row in names}))
+        places = {name: place for place, name in enumerate(classes)}
+        return [places.get(row.label, -1) for row in rows], classes
+    for row in numbers:
+        if not -1 <= int(row.label) < MOST_CLASSES:
+            raise UserError(
+                f"{source}: line {row.number}: label {row.label} is not a class; labels are numbers from 0, "
+                "without gaps"
+            )
+    values = [int(row.label or -1) for row in rows]
+    present, highest = len(set(values) - {-1}), max(values)
+    if highest + 1 > 2 * present > 0:
+        notes.append(
+            f"{source}: the labels go up to {highest}, of which {present} occur: {highest + 1} classes; "
+            "number them from 0 without gaps if that is not meant"
+        )
+    return values, tuple(str(number) for number in range(max(values) + 1))

@@ -1,0 +1,238 @@
+"""Which implementation of attention is the fastest for the shapes of a run: measured, and remembered.
+
+Every candidate has to give PyTorch's own result first. The winner depends on timing, and another implementation gives
+other bits: so a run keeps its choice in RUN/attention.json, and a resumed one on such a GPU reads it. On a CPU nothing
+is measured for a run: there the rule in attention.py holds, and a run repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.errors import UserError
+from mam2.engine.model.attention import Backend, attention, set_choices
+from mam2.engine.model.attention_packages import OPERATORS, why_not
+
+FILE = "attention.json"
+ROUNDS = 9
+CALLS = 10
+"""Of a round on a GPU, replayed as one CUDA graph: the host's time, which a step does not see, is left out."""
+MOST_SCORES = 10**9
+"""Bytes of the scores up to which `products`, which writes them, is tried."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+"""Largest distance of output and gradients from PyTorch's own, relative to their norm."""
+
+
+class Shape(NamedTuple):
+    """Of one attention: B clips, N queries, M keys, H heads of K values."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
+
+
+class Choice(NamedTuple):
+    backends: dict[str, Backend]
+    """By the part of the model."""
+    lines: list[str]
+    """For the log."""
+
+
+def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
+    """The attentions of a forward pass on `batch` clips, by the part of the model they are in."""
+    model, (slots, rows, columns) = config.model, config.grid
+    masked = config.masked_tokens
+    visible = slots * rows * columns - masked
+    parts = {"encoder": Shape(batch, visible, visible, model.heads, model.width // model.heads)}
+    if config.loss.alignment:
+        parts["alignment"] = parts["encoder"]._replace(queries=masked, keys=masked)
+    decoder = model.decoder
+    if model.objective != "mam2":
+        return parts | {
+            "decoder": Shape(batch, visible + masked, visible + masked, decoder.heads, decoder.width // decoder.heads)
+        }
+    regressor = model.regressor
+    if not regressor.depth:
+        return parts | {
+            "decoders": Shape(batch, visible + masked, visible + masked, decoder.heads, decoder.width // decoder.heads)
+        }
+    keys = visible + (masked if regressor.keys == "all" else 0)
+    return parts | {
+        "regressor": Shape(batch, masked, keys, regressor.heads, regressor.width // regressor.heads),
+        "decoders": Shape(batch, masked, masked, decoder.heads, decoder.width // decoder.heads),
+    }
+
+
+def classifier_shapes(config: FinetuneConfig, batch: int) -> dict[str, Shape]:
+    """The attention of a classifier on `batch` clips, which sees all tokens."""
+    tokens, model = math.prod(config.grid), config.model
+    return {"encoder": Shape(batch, tokens, tokens, model.heads, model.width // model.heads)}
+
+
+def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[Backend, float]:
+    """Milliseconds of a forward and a backward pass, the fastest first; only of what runs and is right here."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(length: int) -> Tensor:
+        drawn = torch.randn(shape.batch, length, shape.heads, shape.head_dim, generator=generator, device=device)
+        return drawn.to(dtype).requires_grad_()
+
+    q, k, v = draw(shape.queries), draw(shape.keys), draw(shape.keys)
+    upstream = draw(shape.queries).detach()
+
+    def outputs(backend: Backend) -> list[Tensor]:
+        out = attention(q, k, v, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]
+
+    exact = outputs("sdpa")
+    found: dict[Backend, float] = {}
+    scores = shape.batch * shape.heads * shape.queries * shape.keys * dtype.itemsize
+    for backend in cast(tuple[Backend, ...], get_args(Backend)[1:]):
+        if backend == "products" and scores > MOST_SCORES:
+            continue
+        try:
+            mine = outputs(backend)
+            distances = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(mine, exact, strict=True)]
+            if max(distances) <= TOLERANCE.get(dtype, 1e-3):
+                found[backend] = _median_ms(lambda backend=backend: outputs(backend), device)  # type: ignore[misc]
+        except (RuntimeError, ValueError):  # it has no kernel for these inputs, or none that a graph can hold
+            continue
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def use_fastest(
+    shapes: Mapping[str, Shape],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    run: Path | None = None,
+    share: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
+) -> list[str]:
+    """Chooses for these shapes and lets `attention` run the winners from now on, and nothing chosen before.
+
+    Args:
+        shapes: from `shapes_of` or `classifier_shapes`.
+        device: a CPU measures nothing.
+        dtype: of the matrix products.
+        run: the run's folder, which keeps the choice; None measures and keeps nothing.
+        share: gives all processes of a run what the first one found, see `World.share`.
+
+    Returns:
+        Lines for the log.
+    """
+    if device.type != "cuda":
+        set_choices({})
+        return []
+    choice = share(lambda: choose(shapes, device, dtype, run))
+    use(choice, shapes, device, dtype)
+    return choice.lines
+
+
+def use(choice: Choice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
+    """Lets `attention` run a choice for its shapes."""
+    set_choices({(device.type, dtype, *shape[1:]): choice.backends[name] for name, shape in shapes.items()})
+
+
+def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None) -> Choice:
+    """Measures shapes, or takes what RUN/attention.json says of them; changes nothing but this file.
+
+    What was measured on another device, or needs a package that does not run here, is measured anew. Raises UserError
+    for a file that is not one of ours.
+    """
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    file = run / FILE if run else None
+    lines = []
+    if file and file.is_file():
+        saved, found = _read(file, shapes)
+        missing = _missing(found, shapes, device, dtype)
+        if saved == machine and not missing:
+            told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
+            return Choice(found, told)
+        why = missing or f"it was measured on {saved}, this is {machine}"
+        lines = [f"attention measured anew, {file} does not fit: {why}; the bits may differ from here"]
+    by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
+    times = {name: by_shape[shape] for name, shape in shapes.items()}
+    found = {name: next(iter(row)) for name, row in times.items()}
+    if file:
+        parts = {name: {"backend": found[name], "milliseconds": times[name]} for name in shapes}
+        text = json.dumps({"device": machine, "parts": parts}, indent=1) + "\n"
+        file.write_text(text, encoding="utf-8")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # DALI takes its memory beside PyTorch's
+    return Choice(found, [*lines, *(_line(name, shape, found[name], "measured") for name, shape in shapes.items())])
+
+
+def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:
+    return f"attention of the {name} ({shape}): {backend}, {how}"
+
+
+def _read(file: Path, shapes: Mapping[str, Shape]) -> tuple[str, dict[str, Backend]]:
+    """The device that a file was measured on, and its choice."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = {name: content["parts"][name]["backend"] for name in shapes}
+        if unknown := set(found.values()) - set(get_args(Backend)):
+            raise ValueError(f"unknown implementation {unknown.pop()!r}")
+        return content["device"], found
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not the measurement of this run ({error!r}); remove it to measure anew") from None
+
+
+def _missing(
+    found: Mapping[str, Backend], shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
+) -> str:
+    """Which package of a choice does not run here, and why; "" if all do."""
+    for name, backend in found.items():
+        if backend in OPERATORS and (reason := why_not(backend, device, dtype, shapes[name].head_dim)):  # type: ignore[arg-type]
+            return f"{backend} does not run here ({reason})"
+    return ""
+
+
+def _median_ms(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        return _replayed_ms(call, device)
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def _replayed_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds on the device, of `CALLS` calls replayed as one CUDA graph."""
+    side = torch.cuda.Stream(device)  # a capture needs a warm-up on a stream of its own
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            call()
+    times = []
+    for _ in range(ROUNDS):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / CALLS)
+    return statistics.median(times[2:])

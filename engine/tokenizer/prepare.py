@@ -1,0 +1,179 @@
+"""The tokenizer of a run: a VQGAN read from a file, or a small one trained on the run's own clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
+from mam2.engine.runtime.device import matmul_dtype
+from mam2.engine.runtime.progress import Progress
+from mam2.engine.tokenizer.cache import SHARDS
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan, save_vqgan
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.training import train_vqgan
+from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig, small
+
+FILE = "tokenizer.safetensors"
+TRAINING = "tokenizer.json"
+"""Says of the one trained here which settings and videos made it."""
+
+Say = Callable[[str], None]
+"""Takes a line for the log."""
+
+
+def prepare_tokenizer(
+    config: PretrainConfig,
+    loader: ClipLoader,
+    run: Path,
+    device: torch.device,
+    say: Say,
+    *,
+    named: VQGAN | None = None,
+    progress: bool = True,
+) -> VQGAN:
+    """The VQGAN that `config.tokenizer` asks for, on the CPU.
+
+    It is kept in RUN/tokenizer.safetensors and belongs to the run's checkpoints. One that an attempt without a
+    checkpoint left there is taken only where RUN/tokenizer.json says that the same training on the same videos made it.
+    named: the one of `config.tokenizer.path`, where it is loaded already.
+    """
+    options = config.tokenizer
+    own = run / FILE
+    training = _training(config, loader.manifest)
+    if options.path:
+        vqgan, source = load_for_run(Path(options.path), run, named), options.path
+    elif own.is_file() and (_begun(run) or _read_training(run) == training):
+        vqgan, source = load_vqgan(own), str(own)
+    else:
+        if own.is_file():
+            say(f"codes   {own} is left from other data or settings: it is trained anew")
+        say(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
+        architecture = small(options.channels, options.codes, code_factor(config))
+        frames = clip_frames(loader, options.batch)
+        vqgan, reports = train_tokenizer(
+            frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
+        )
+        say(
+            f"codes   trained: loss {reports[-1]['loss']:.3f}, {reports[-1]['codes_used']:.0f} of {options.codes} "
+            f"codes in use, perplexity {reports[-1]['perplexity']:.0f}"
+        )
+        (run / TRAINING).unlink(missing_ok=True)
+        save_vqgan(vqgan, own)
+        write_whole(run / TRAINING, json.dumps(training, indent=1) + "\n")
+        source = str(own)
+    say(f"codes   {vqgan.config.codes} codes from {source}")
+    return vqgan
+
+
+def load_for_run(path: Path, run: Path, loaded: VQGAN | None = None) -> VQGAN:
+    """A VQGAN from a file, copied to RUN/tokenizer.safetensors. UserError where the run's checkpoints need another."""
+    vqgan, own = loaded or load_vqgan(path), run / FILE
+    if not own.is_file() or (not _begun(run) and path.resolve() != own.resolve()):
+        (run / TRAINING).unlink(missing_ok=True)
+        save_vqgan(vqgan, own)
+    elif path.resolve() != own.resolve() and fingerprint(load_vqgan(own)) != fingerprint(vqgan):
+        raise UserError(
+            f"{own}: the run's tokenizer is another one than {path}; start a new run, or name the first one"
+        )
+    return vqgan
+
+
+def _begun(run: Path) -> bool:
+    """Whether a folder holds checkpoints, or codes, that belong to the tokenizer in it."""
+    return checkpoint.newest(run) is not None or (run / SHARDS).is_file()
+
+
+def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """What decides the tokenizer that is trained on the data: plain values, as JSON gives them back."""
+    data = dataclasses.asdict(config.data)
+    for name in ("threads", "prefetch", "timeout_s", "max_unusable"):
+        data.pop(name)
+    videos = hashlib.sha256()
+    for video in manifest.videos:
+        videos.update(f"{video.content} {video.frames}\n".encode())
+    options = config.tokenizer
+    return {
+        "videos": videos.hexdigest(),
+        "data": data,
+        "seed": config.run.seed,
+        "tokenizer": {name: getattr(options, name) for name in ("codes", "channels", "steps", "batch")},
+        "pixels per code": code_factor(config),
+    }
+
+
+def _read_training(run: Path) -> Any:
+    try:
+        return json.loads((run / TRAINING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def build_tokenizer(
+    vqgan: VQGAN,
+    config: PretrainConfig,
+    device: torch.device,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Tokenizer:
+    """A VQGAN laid over a run's token grid, in the precision of the run."""
+    rounded = matmul_dtype(config.run, device) == torch.bfloat16
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
+    return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
+
+
+def train_tokenizer(
+    frames: Iterable[Tensor],
+    architecture: VQGANConfig,
+    steps: int,
+    device: torch.device,
+    *,
+    seed: int,
+    progress: bool = True,
+) -> tuple[VQGAN, list[dict[str, float]]]:
+    """`train_vqgan` under a progress bar: the VQGAN, on the CPU, and what was reported on the way with its step."""
+    reports: list[dict[str, float]] = []
+    with Progress(total=steps, desc="tokenizer", unit="step", shown=progress) as bar:
+
+        def report(step: int, numbers: dict[str, float]) -> None:
+            reports.append({"step": step, **numbers})
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['codes_used']:.0f} codes in use")
+
+        vqgan = train_vqgan(frames, architecture, steps, device, report, seed=seed)
+    return vqgan.cpu(), reports
+
+
+def clip_frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
+    """Endless batches uint8 [batch, H, W, C] of frames: two of every clip, so that few clips need decoding."""
+    held: list[Tensor] = []
+    for clips in loader.stream():
+        frames = clips.clip[:, :: max(clips.clip.shape[1] // 2, 1)].flatten(0, 1)
+        held.append(frames)
+        while sum(map(len, held)) >= batch:
+            joined = torch.cat(held)
+            yield joined[:batch]
+            held = [joined[batch:]]
+
+
+def code_factor(config: PretrainConfig) -> int:
+    """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
+    powers = (2**exponent for exponent in range(1, 11))
+    factors = [power for power in powers if power <= config.model.patch and config.data.size % power == 0]
+    if not factors:
+        raise UserError(
+            f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs "
+            "a patch of at least 2 and an even size; change them, or give tokenizer.path"
+        )
+    return factors[-1]

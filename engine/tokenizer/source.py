@@ -1,0 +1,138 @@
+"""Where a step's codes come from: a tokenizer that works beside the step, or a cache. The loop cannot tell which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.batch import Batch
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
+from mam2.engine.runtime.device import compiler
+from mam2.engine.runtime.distributed import World
+from mam2.engine.tokenizer.cache import CodeCache
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan
+from mam2.engine.tokenizer.prepare import FILE, Say, build_tokenizer, load_for_run, prepare_tokenizer
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
+
+MEASURED_CLIPS = 8
+"""Of the first batch, compared with float32."""
+
+
+@dataclass(frozen=True)
+class CodeSource:
+    codebook_size: int
+    """V: codes are 0 to V - 1."""
+    codes: Callable[[Batch], Tensor]
+    """Codes of a batch, on its device: int64 [B, N] or [B, N, F], see `Tokenizer`."""
+    tokenizer: VQGANConfig | None = None
+    """Of the network that a step runs for them; None where none does."""
+
+
+def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, progress: bool = True) -> CodeCache | None:
+    """The cache that `config.tokenizer.cache` names, None where there is none or the run predicts no codes.
+
+    Raises UserError where it is not one for this run.
+    """
+    options = config.tokenizer
+    if not options.cache or not config.needs_codes:
+        return None
+
+    def check() -> None:
+        cache = CodeCache(options.cache, progress=progress)
+        cache.check(manifest, config, fingerprint(load_vqgan(options.path)) if options.path else cache.tokenizer)
+
+    world.share(check)  # one rank reads all of it
+    return CodeCache(options.cache, verify=False)
+
+
+def prepare_codes(
+    config: PretrainConfig,
+    loader: ClipLoader,
+    cache: CodeCache | None,
+    run: Path,
+    device: torch.device,
+    world: World,
+    say: Say,
+    *,
+    named: VQGAN | None = None,
+    progress: bool = True,
+) -> CodeSource:
+    """The codes of a run; its tokenizer is kept in RUN/tokenizer.safetensors, also where a cache makes it idle.
+
+    cache: from `open_cache`; the loader then has to have its `has` as `available`, and fetches its codes.
+    named: see `prepare_tokenizer`.
+    """
+    if cache is None:
+        vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, named=named, progress=progress))
+        return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), say)
+    world.share(lambda: _keep_tokenizer(cache, run))
+    say(
+        f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
+        f"each video, {cache.bytes / 1e6:.3g} MB, chosen in {cache.precision}; {cache.count_absent()} clips absent"
+    )
+    loader.fetch_codes(cache.codes)
+    return CodeSource(cache.codebook_size, _fetched)
+
+
+def _fetched(batch: Batch) -> Tensor:
+    assert batch.codes is not None
+    return batch.codes
+
+
+def _keep_tokenizer(cache: CodeCache, run: Path) -> None:
+    if fingerprint(load_for_run(cache.folder / FILE, run)) != cache.tokenizer:
+        raise UserError(f"{cache.folder / FILE}: not the tokenizer that the codes beside it come from; tokenize anew")
+
+
+def online(tokenizer: Tokenizer, say: Say) -> CodeSource:
+    """Codes from a tokenizer. The share of them that bfloat16 changes is measured on the first batch, and said."""
+    measured = tokenizer.precision == "float32"
+
+    def codes(batch: Batch) -> Tensor:
+        nonlocal measured
+        video = batch.video
+        if not measured:
+            measured = True
+            some = video[:MEASURED_CLIPS]
+            share = tokenizer.changed_share(some)
+            say(f"codes   {tokenizer.precision} changes {share:.2%} of them against float32 ({len(some)} clips)")
+        return tokenizer.codes(video)
+
+    return CodeSource(tokenizer.codebook_size, codes, tokenizer.vqgan.config)
+
+
+def with_codes(
+    batches: Iterator[Batch], source: CodeSource | None, device: torch.device
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Batches with their codes, or with None where there is no source.
+
+    On a GPU they are computed on a stream of their own. It does not wait for the step before, which the host has only
+    queued when the next batch is asked for: so the two run side by side.
+    """
+    if source is None or device.type != "cuda":
+        for batch in batches:
+            yield batch, source.codes(batch) if source else None
+        return
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
+    while True:
+        step = torch.cuda.current_stream(device)
+        with torch.cuda.stream(beside):
+            # The loader notes the current stream as a user of the clip's memory.
+            taken = next(batches, None)
+            if taken is None:
+                return
+            codes = source.codes(taken)
+        step.wait_stream(beside)
+        # Both were allocated on other streams, which must not reuse their memory before the step is done with them.
+        taken.clip.record_stream(step)
+        codes.record_stream(step)
+        yield taken, codes

@@ -1,0 +1,320 @@
+"""A whole step as a CUDA graph, taken where it is measured to be faster than launching its kernels one by one.
+
+Before the first step of a run both ways take the same steps on its first batch, from the same weights, have to agree,
+and are timed: the launched one first, whose memory is released before the other is recorded, because a graph keeps the
+activations of a step to itself. Weights and moments are put back afterwards: nothing of it is left but the choice.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mam2.engine.errors import UserError
+
+Values = dict[str, Tensor]
+Arguments = tuple[Any, ...]
+Take = Callable[[Arguments, bool], Values]
+"""A step of one pass: what its objective takes, and whether it is inspected."""
+
+RATE = 1e-3
+"""Learning rate of the steps that are compared: large enough to be seen in the next loss."""
+TOLERANCE = 1e-2
+"""Largest relative difference of a loss or a gradient norm between the two ways, two steps deep."""
+STEPS, ROUNDS = 5, 3
+MARGIN = 0.99
+"""The graph keeps memory of its own: it is taken where it needs less than this share of the time."""
+AHEAD = 2
+"""Steps that the host may be ahead of the device: each holds its clips until it is done."""
+
+
+class Recorder(Protocol):
+    """What records work on a device. `CudaRecorder` is the real one."""
+
+    def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
+        """Records `work` without doing it: what does it from then on, and where its results are after each time."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Does work as a recording needs it to have been done before; RuntimeError where it cannot be recorded."""
+
+    def wait(self) -> None:
+        """Until the device has done all that was asked of it."""
+
+    def release(self) -> None:
+        """Gives memory back that nothing uses any more."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
+        graph = torch.cuda.CUDAGraph()
+        # the loader's thread decodes meanwhile: what it asks of the driver must break neither the capture nor itself
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            values = work()
+        return graph.replay, values
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        side = torch.cuda.Stream()  # gradients are added up on the stream that first saw their weights
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                work()
+            # asked before recording: a recording that fails leaves allocator and random numbers in a bad state
+            waits = waits_for_device(work)
+        torch.cuda.current_stream().wait_stream(side)
+        if waits:
+            raise RuntimeError(waits)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def waits_for_device(work: Callable[[], object]) -> str:
+    """Does `work`; what PyTorch says of the first place where this thread waits for the device, "" if there is none.
+
+    The debug mode is one for all threads: as an error it would reach the loader, which waits for copies of its own.
+    """
+    mine, found = threading.get_ident(), []
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        if threading.get_ident() == mine and "synchronizing" in str(message):
+            found.append(str(message))
+
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return found[0] if found else ""
+
+
+class Lead:
+    """Keeps the host at most `AHEAD` steps ahead of the device."""
+
+    def __init__(self, event: Callable[[], Any] | None = None) -> None:
+        """event: makes an event of the device, of which `record` and `synchronize` are used; a CUDA event."""
+        self._event = event or (lambda: torch.cuda.Event(blocking=True))
+        self._queued: deque[Any] = deque()
+
+    def wait(self) -> None:
+        """Before a step is queued: until fewer than `AHEAD` are."""
+        while len(self._queued) >= AHEAD:
+            self._queued.popleft().synchronize()
+
+    def queued(self) -> None:
+        """After a step was queued."""
+        event = self._event()
+        event.record()
+        self._queued.append(event)
+
+
+class StepGraph:
+    """A recorded step. Its inputs are copied to where the recording reads them."""
+
+    def __init__(self, take: Take, arguments: Arguments, recorder: Recorder) -> None:
+        self._arguments = tree_map_only(Tensor, torch.clone, arguments)
+        self._recorded = {
+            inspect: recorder.record(lambda inspect=inspect: take(self._arguments, inspect))  # type: ignore[misc]
+            for inspect in (False, True)
+        }
+
+    def __call__(self, arguments: Arguments, inspect: bool) -> Values:
+        for held, new in zip(_tensors(self._arguments), _tensors(arguments), strict=True):
+            held.copy_(new)
+        replay, values = self._recorded[inspect]
+        replay()
+        return {name: value.clone() for name, value in values.items()}
+
+
+class Choice(NamedTuple):
+    take: Take
+    """The faster way that is right."""
+    reason: str
+    """For the log."""
+
+
+def choose(
+    take: Take,
+    arguments: Arguments,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    *,
+    compare: bool = True,
+) -> Choice:
+    """Takes steps both ways on the same input and keeps the better one.
+
+    Weights, moments and learning rates are afterwards what they were. Where the graph is kept, the learning rates of
+    the optimiser's groups are tensors: fill them, as `set_rate` does.
+
+    Args:
+        compare: False records the graph and takes it, neither compared nor timed.
+
+    Raises:
+        UserError: without `compare`, where the step cannot be recorded.
+    """
+    with _unchanged(model, optimizer) as put_back:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        _set_capturable(optimizer, True)
+        graph, problem = None, None
+        try:
+            graph, reason = (_compare if compare else _record)(take, arguments, optimizer, recorder, put_back)
+        except RuntimeError as error:  # also of memory: a graph keeps its own
+            problem = first_line(error)
+            reason = f"launched kernel by kernel: it cannot be a CUDA graph ({problem})"
+        if graph is None:
+            _set_capturable(optimizer, False)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+    recorder.wait()
+    recorder.release()
+    if problem is not None and not compare:
+        raise UserError(f"run.graph on: the step cannot be a CUDA graph ({problem}); set run.graph auto or off")
+    return Choice(graph or take, reason)
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its kind where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of a step, times each group's `scale`."""
+    for group in optimizer.param_groups:
+        value = rate * group.get("scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _compare(
+    take: Take,
+    arguments: Arguments,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    put_back: Callable[[], None],
+) -> tuple[StepGraph | None, str]:
+    """The graph, or None and why not."""
+    set_rate(optimizer, RATE)
+    _warm_up(take, arguments, recorder, put_back)
+    expected = _numbers(take, arguments)
+    launched = _time_ms(take, arguments, recorder)
+    put_back()
+    recorder.release()
+    graph = StepGraph(take, arguments, recorder)
+    put_back()
+    found = _numbers(graph, arguments)
+    for name, value in expected.items():
+        if not abs(found[name] - value) <= TOLERANCE * abs(value) + 1e-6:
+            return None, f"launched kernel by kernel: as a CUDA graph {name} is {found[name]:.6g}, not {value:.6g}"
+    replayed = _time_ms(graph, arguments, recorder)
+    measured = f"a step of {replayed:.4g} ms replayed, {launched:.4g} ms launched kernel by kernel"
+    if replayed < MARGIN * launched:
+        return graph, f"one CUDA graph: {measured}"
+    return None, f"launched kernel by kernel: as a CUDA graph it gains nothing ({measured})"
+
+
+def _record(
+    take: Take,
+    arguments: Arguments,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    put_back: Callable[[], None],
+) -> tuple[StepGraph | None, str]:
+    """The graph as it is."""
+    set_rate(optimizer, RATE)
+    _warm_up(take, arguments, recorder, put_back)
+    return StepGraph(take, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
+
+
+def _warm_up(take: Take, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]) -> None:
+    for inspect in (True, False):
+        recorder.warm_up(lambda inspect=inspect: take(arguments, inspect))  # type: ignore[misc]
+    put_back()
+    recorder.release()
+
+
+def _time_ms(way: Take, arguments: Arguments, recorder: Recorder) -> float:
+    """Milliseconds of a step, the median of a few rounds."""
+    samples = []
+    for _ in range(ROUNDS):
+        recorder.wait()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            way(arguments, False)
+        recorder.wait()
+        samples.append(1000 * (time.perf_counter() - start) / STEPS)
+    return statistics.median(samples)
+
+
+def _numbers(way: Take, arguments: Arguments) -> dict[str, float]:
+    """Losses and gradient norm of two steps; the second sees what the first has learned."""
+    found: dict[str, float] = {}
+    for step in (1, 2):
+        values = way(arguments, False)
+        found |= {
+            f"{name} of step {step}": float(value)
+            for name, value in values.items()
+            if name.startswith("loss/") or name == "gradient/norm"
+        }
+    return found
+
+
+@contextmanager
+def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+    """Puts weights and moments back at its end, and whenever the function it gives is called."""
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    moments = {
+        parameter: {name: value.clone() for name, value in entries.items()}
+        for parameter, entries in optimizer.state.items()
+    }
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+        for owner, entries in optimizer.state.items():
+            before = moments.get(owner)
+            for name, value in entries.items():
+                # a recording keeps their places: what was not there yet begins at zero
+                value.copy_(before[name]) if before else value.zero_()
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+        optimizer.zero_grad()
+
+
+def _set_capturable(optimizer: torch.optim.Optimizer, capturable: bool) -> None:
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+        if capturable:
+            device = group["params"][0].device
+            group["lr"] = torch.zeros((), device=device)
+
+
+def _tensors(arguments: Arguments) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]

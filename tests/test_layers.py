@@ -1,0 +1,77 @@
+"""Imports run one way: packages of the engine import only what stands below them; the kernels nothing of the engine."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = (
+    ("errors",),
+    ("files",),
+    ("config",),
+    ("runtime", "data"),
+    ("model",),
+    ("checkpoints",),
+    ("tokenizer",),
+    ("costs",),
+    ("plan",),
+    ("evaluate",),
+    ("train",),
+    ("demo", "doctor"),
+    ("commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""From the lowest to the highest; those of one line do not import each other, except that data may import runtime."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ALLOWED = {("data", "runtime")}
+
+
+def imported_names(path):
+    """(line, dotted name) of everything that a module imports, inside of functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def arrows_back(root):
+    """Imports of the engine that run to a package at the importer's level or above, as lines to read."""
+    wrong = []
+    for path in sorted((root / "engine").rglob("*.py")):
+        package = path.relative_to(root / "engine").with_suffix("").parts[0]
+        for line, name in imported_names(path):
+            other = name.removeprefix("mam2.engine.").split(".")[0]
+            if not name.startswith("mam2.engine.") or other == package or (package, other) in ALLOWED:
+                continue
+            if other not in LEVEL:  # `from mam2.engine import load_encoder`: the public names stand above everything
+                other = "__init__"
+            if LEVEL[other] >= LEVEL[package]:
+                wrong.append(f"{path.relative_to(root)}:{line} imports {name}")
+    return wrong
+
+
+def test_every_package_has_a_layer():
+    entries = list((ROOT / "engine").iterdir())
+    top = {path.stem for path in entries if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert top == set(LEVEL)
+
+
+def test_packages_import_only_what_stands_below_them():
+    assert arrows_back(ROOT) == []
+
+
+def test_the_kernels_import_nothing_of_the_engine():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not [name for _, name in imported_names(path) if name.startswith("mam2.engine")], path
+
+
+def test_an_arrow_back_is_found(tmp_path):
+    (tmp_path / "engine" / "data").mkdir(parents=True)
+    (tmp_path / "engine" / "data" / "wrong.py").write_text("def f():\n    from mam2.engine.train import loop\n")
+    assert arrows_back(tmp_path) == ["engine/data/wrong.py:2 imports mam2.engine.train.loop"]
+
+
+def test_every_package_says_what_it_holds():
+    for path in (ROOT / "engine").rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
