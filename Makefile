@@ -16,7 +16,7 @@ else
   PINS :=
 endif
 
-.PHONY: demo test lint type doctor gpu tune sanitize bench convergence static clean
+.PHONY: demo test check lint type docs doctor gpu tune sanitize bench convergence static clean
 
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
@@ -24,12 +24,22 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# The fast tier, before each commit: under 3 minutes on 2 idle cores.
+check: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) lint type
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 type: $(VENV)/installed
 	$(BIN)/mypy -p mam2
+
+# The site, into build/site; the page of the config keys is written anew first.
+docs: $(VENV)/docs
+	$(BIN)/python docs/generate_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 doctor: $(VENV)/installed
 	$(BIN)/mam2 doctor
@@ -70,4 +80,8 @@ $(VENV)/installed: setup.py constraints.txt mam2/__init__.py
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@

@@ -64,6 +64,7 @@ setup(
         "cuda12": [*ENGINE, XFORMERS, DALI_CUDA12],
         "flow": FLOW,  # loss.motion_target flow
         "onnx": ONNX,  # mam2 export --to onnx
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `make docs`
         "dev": [
             *ONNX,
             *FLOW,

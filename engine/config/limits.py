@@ -64,7 +64,7 @@ def check_limits(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_limits(value, f"{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_value(name, value, _declared(type(config), item.name))
+            check_value(name, value, declared(type(config), item.name))
 
 
 def check_value(name: str, value: float, limits: Limits) -> None:
@@ -83,7 +83,7 @@ def check_flags(**flags: tuple[float | None, Limits]) -> None:
             check_value(f"--{name.replace('_', '-')}", value, limits)
 
 
-def _declared(kind: type, name: str) -> Limits:
+def declared(kind: type, name: str) -> Limits:
     """Limits of a field; those of a base class where a subclass declares the field again with another default."""
     for cls in kind.__mro__:
         fields = cls.__dict__.get("__dataclass_fields__", {})
