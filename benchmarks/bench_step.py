@@ -34,9 +34,9 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.runtime.cuda import CudaRecorder
 from mam2.engine.runtime.device import autocast, matmul_dtype, why_not_compile
 from mam2.engine.runtime.peak import measured_peak_flops
-from mam2.engine.train.cuda_graph import CudaRecorder
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.optimizer import build_optimizer
 from mam2.kernels import TubeMask, tube_mask

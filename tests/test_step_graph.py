@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime import cuda
 from mam2.engine.runtime.distributed import World
-from mam2.engine.train import cuda_graph as step_graph
+from mam2.engine.train import cuda_graph
 from mam2.engine.train.cuda_graph import StepGraph
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
@@ -27,7 +28,7 @@ class Replayer:
 
     def __init__(self, monkeypatch, *, launched=2.0, replayed=1.0):
         self.now, self.launched, self.replayed = 0.0, launched, replayed
-        monkeypatch.setattr(step_graph.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cuda_graph.time, "perf_counter", lambda: self.now)
 
     def record(self, work):
         values = {}
@@ -75,7 +76,7 @@ def batch(number, device="cpu"):
 
 def choose(take, recorder, **options):
     arguments = take._arguments(0, [batch(0)], 0)
-    choice = step_graph.choose(
+    choice = cuda_graph.choose(
         recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder, **options
     )
     take._take = choice.take
@@ -247,8 +248,8 @@ def test_another_thread_may_wait_for_the_device_meanwhile(monkeypatch):
         thread.start()
         thread.join()
 
-    assert step_graph.waits_for_device(elsewhere) == ""
-    assert step_graph.waits_for_device(wait) == "called a synchronizing CUDA operation"
+    assert cuda.waits_for_device(elsewhere) == ""
+    assert cuda.waits_for_device(wait) == "called a synchronizing CUDA operation"
     assert modes == ["warn", 0] * 2
 
 
@@ -274,7 +275,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_stream_as_it_was(monkeypatch)
 
     current = stand_in_for_graphs(monkeypatch, graph)
     with pytest.raises(RuntimeError, match="during capture"):
-        step_graph.CudaRecorder().record(dict)
+        cuda.CudaRecorder().record(dict)
     assert current == ["the step's stream"]
 
 
@@ -287,7 +288,7 @@ def test_a_capture_minds_its_own_thread_only(monkeypatch):
         yield
 
     stand_in_for_graphs(monkeypatch, graph)
-    assert step_graph.CudaRecorder().record(dict)[1] == {}
+    assert cuda.CudaRecorder().record(dict)[1] == {}
     assert options == [{"pool": "pool", "capture_error_mode": "thread_local"}]
 
 
@@ -302,7 +303,7 @@ def test_the_host_is_at_most_two_steps_ahead():
             done.append(self)
 
     take = build()
-    take._lead = step_graph.Lead(Event)
+    take._lead = cuda.Lead(Event)
     for step in range(5):
         take(step, [batch(step)], 1e-3, inspect=False)
         assert len(queued) == step + 1
@@ -347,7 +348,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
 
     def settle(self, step, micro_batches):
         arguments = self._arguments(step, micro_batches, 0)
-        self._take, reason = step_graph.choose(
+        self._take, reason = cuda_graph.choose(
             self._one_pass, arguments, self.model, self.optimizer, Replayer(monkeypatch, launched=0.0, replayed=-1.0)
         )
         return reason
@@ -367,12 +368,10 @@ def test_a_cpu_has_nothing_to_choose():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled):
-    monkeypatch.setattr(step_graph, "MARGIN", math.inf)  # taken if it is right, however long it needs
+    monkeypatch.setattr(cuda_graph, "MARGIN", math.inf)  # taken if it is right, however long it needs
     plain, replayed = (build("cuda:0", compile=compiled, precision="float32") for _ in range(2))
     arguments = replayed._arguments(0, [batch(0, "cuda:0")], 0)
-    choice = step_graph.choose(
-        replayed._one_pass, arguments, replayed.model, replayed.optimizer, step_graph.CudaRecorder()
-    )
+    choice = cuda_graph.choose(replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder())
     assert isinstance(choice.take, StepGraph), choice.reason
     replayed._take = choice.take
     expected, found = (

@@ -23,7 +23,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.attention import Backend, active_backend, attention, set_choices
 from mam2.engine.model.attention_packages import OPERATORS, why_not
-from mam2.engine.train.cuda_graph import CudaRecorder
+from mam2.engine.runtime.cuda import CudaRecorder
 
 FILE = "attention.json"
 ROUNDS = 9

@@ -21,9 +21,10 @@ from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.distributed import World
-from mam2.engine.train import cuda_graph as step_graph
+from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import build_optimizer
 
@@ -66,8 +67,8 @@ class Step(ABC):
             )
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
-        self._take: step_graph.Take = self._one_pass
-        self._lead = step_graph.Lead() if device.type == "cuda" else None
+        self._take: cuda_graph.Take = self._one_pass
+        self._lead = cuda.Lead() if device.type == "cuda" else None
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
@@ -95,7 +96,7 @@ class Step(ABC):
         """
         if self._lead:
             self._lead.wait()
-        step_graph.set_rate(self.optimizer, rate)
+        cuda_graph.set_rate(self.optimizer, rate)
         try:
             with _whole_sums():
                 values = self._step(step, micro_batches, inspect)
@@ -128,12 +129,12 @@ class Step(ABC):
             return f"launched kernel by kernel: {needs}"
         arguments = self._arguments(step, micro_batches, 0)
         with _whole_sums():
-            self._take, reason = step_graph.choose(
+            self._take, reason = cuda_graph.choose(
                 self._one_pass,
                 arguments,
                 self.model,
                 self.optimizer,
-                step_graph.CudaRecorder(),
+                cuda.CudaRecorder(),
                 compare=wanted == "auto",
             )
         return reason
@@ -242,5 +243,5 @@ def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError
         remedies.append("with several GPUs run.sharding fsdp")
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
-    first = step_graph.first_line(error)
+    first = cuda_graph.first_line(error)
     return UserError(f"out of GPU memory with {clips} clips a pass: {first} Set {', or '.join(remedies)}")
