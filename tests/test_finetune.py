@@ -24,7 +24,7 @@ from mam2.engine.interop.write import write_videomae
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.recipe import RECIPES, load_recipe_of, recipe_names
 from mam2.engine.train import checkpoint
-from mam2.engine.train.classifiers import load_classifier
+from mam2.engine.train.classifiers import describe_classes, load_classifier
 from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune
 from mam2.engine.train.metrics import read_log
 
@@ -424,3 +424,11 @@ def test_recipes_hold_the_methods_values():
         videos = config.optim.batch / config.data.views
         rate = config.optim.base_lr * config.optim.batch / videos  # VideoMAE's, for 256 videos
         assert rate == (1e-3 if name.startswith("kinetics") else 5e-4)
+
+
+def test_classes_without_a_video_are_told(few):
+    manifest = read_manifest(few, progress=False)
+    assert describe_classes(manifest) == "classes 2"
+    spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
+    told = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
+    assert told.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")

@@ -34,7 +34,7 @@ from mam2.engine.model.text_classes import embed_classes, read_text_embeddings
 from mam2.engine.recipe import from_dict
 from mam2.engine.train import augment, checkpoint
 from mam2.engine.train.augment import Prepared
-from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, relabelled
+from mam2.engine.train.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
 from mam2.engine.train.distributed import World
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.metrics import read_log
@@ -108,6 +108,7 @@ class _Finetuning:
         world.share(lambda: check_labelled(manifest, data))
         if session.saved:
             manifest = session.manifest = world.share(lambda: _numbered_as_before(session, data))
+        session.log.say(describe_classes(manifest))
         classes, threads = manifest.classes, session.config.data.threads
         self._val = world.share(
             lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
