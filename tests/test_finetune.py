@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mam2.engine import cli
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.checkpoints.classifiers import load_classifier
+from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
 from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
@@ -424,3 +424,11 @@ def test_recipes_hold_the_methods_values():
         videos = config.optim.batch / config.data.views
         rate = config.optim.base_lr * config.optim.batch / videos  # VideoMAE's, for 256 videos
         assert rate == (1e-3 if name.startswith("kinetics") else 5e-4)
+
+
+def test_classes_without_a_video_are_told(few):
+    manifest = read_manifest(few, progress=False)
+    assert describe_classes(manifest) == "classes 2"
+    spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
+    told = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
+    assert told.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")

@@ -32,6 +32,18 @@ def check_labelled(manifest: Manifest, source: str | Path) -> None:
         )
 
 
+def describe_classes(manifest: Manifest) -> str:
+    """A line for the log: how many classes there are, and a warning where some have no video."""
+    told, used = len(manifest.classes), {video.label for video in manifest.videos}
+    if len(used) == told:
+        return f"classes {told}"
+    first = next(name for number, name in enumerate(manifest.classes) if number not in used)
+    return (
+        f"warning: {told} classes, of which {told - len(used)} have no training video (the first is {first}): are the "
+        "labels numbers without gaps?"
+    )
+
+
 def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -> Manifest:
     """The manifest with its labels numbered as in `classes`.
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine import costs
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, relabelled
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
@@ -110,6 +110,7 @@ class _Finetuning:
         world.share(lambda: check_labelled(manifest, data))
         if session.saved:
             manifest = session.manifest = world.share(lambda: _numbered_as_before(session, data))
+        session.log.say(describe_classes(manifest))
         classes, threads = manifest.classes, session.config.data.threads
         self._val = world.share(
             lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
