@@ -32,6 +32,7 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
         from mam2.engine import load_encodre  # noqa: F401
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_used() -> None:
     code = (
         "import sys, mam2.engine; assert 'torch' not in sys.modules; "

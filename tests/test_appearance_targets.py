@@ -63,6 +63,7 @@ def gradients(loss, model):
     return {name.split(".")[0] for (name, _), gradient in named if gradient is not None and gradient.any()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["channel", "patch", "none"])
 def test_the_pixel_loss_is_the_error_of_the_standardised_pixels(small, normalize):
     config = small(loss={"appearance_target": "pixels", "pixel_normalize": normalize})
@@ -97,6 +98,7 @@ def test_the_loss_of_all_frames_is_the_mean_of_each_ones_cross_entropy(small, sm
     assert torch.equal(model.predict_codes(latents, mask), logits.argmax(-1))
 
 
+@pytest.mark.slow
 def test_without_a_regressor_the_decoders_complete_all_tokens(small):
     config = without_regressor(small(model={"width": 48, "heads": 3}))
     model, video, mask = build(config), clips(), draw_mask(clips(), config, step=0)
@@ -123,6 +125,7 @@ def test_without_a_regressor_the_decoders_complete_all_tokens(small):
         regressor_attention(model, video, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regressed", [True, False])
 @pytest.mark.parametrize("option", [*OPTIONS, "codes"])
 def test_a_step_learns_logs_and_balances_what_there_is(small, option, regressed):
@@ -167,6 +170,7 @@ def test_the_gradient_is_balanced(small, option):
     torch.testing.assert_close(norms["gradient/motion"], second.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["pixels", "all frames", "no regressor"])
 def test_every_option_compiles_as_one_graph(small, option):
     config = small(**OPTIONS.get(option, {}))
@@ -241,6 +245,7 @@ def test_a_plan_counts_the_frames_that_are_tokenized():
     assert "projection" in make_plan(without_regressor(config), gpu="h200").report()
 
 
+@pytest.mark.slow
 def test_runs_of_each_option(tmp_path, small, monkeypatch):
     """Through pre-training on files, loading, and pictures."""
     write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
@@ -269,6 +274,7 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch):
         assert page.read_text().count('class="tile"') == shown
 
 
+@pytest.mark.slow
 def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small):
     write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
     videos, sizes = tmp_path / "clips" / "train", {"data": {"recorded": 2}, "optim": {"epochs": 2.0}}

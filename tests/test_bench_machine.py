@@ -76,6 +76,7 @@ def test_the_exit_status_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.code == 3
 
 
+@pytest.mark.slow
 def test_carried_wheels_come_on_the_path_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = module("machine", monkeypatch)
     wheels = tmp_path / ".whl"
@@ -151,6 +152,7 @@ def test_counters_of_ncu_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["reason"] == "counters need a GPU"
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = module("sections", monkeypatch)
     monkeypatch.setattr(sections, "ROOT", tmp_path)

@@ -32,6 +32,7 @@ def everything(bench: ModuleType) -> Any:
     return importlib.import_module("benchmarks.sections").Wanted(dry_run=True, compiled=False)
 
 
+@pytest.mark.slow
 def test_a_way_has_its_row_before_the_next_is_built(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a time limit keeps what was measured."""
     pytest.importorskip("transformers")
@@ -80,6 +81,7 @@ def test_a_step_without_a_triton_launch_is_no_data_point(bench: ModuleType, monk
     assert "median_ms" not in eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_sides_are_one_objective(bench: ModuleType, precision: str) -> None:
     pytest.importorskip("transformers")
@@ -134,6 +136,7 @@ def test_one_that_breaks_leaves_the_others(bench: ModuleType, monkeypatch: pytes
     assert rows["ours", "eager"]["median_ms"] > 0
 
 
+@pytest.mark.slow
 def test_rows_hold_every_objective_and_part(bench: ModuleType) -> None:
     rows = list(bench.rows(CPU, float("inf"), everything(bench)))
     parts: dict[str, list[dict[str, Any]]] = {}

@@ -178,6 +178,7 @@ def test_dry_run_goes_through_every_section_and_is_marked(tmp_path: Path) -> Non
     assert "NOT a GPU result" in file.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_bare_machine_imports_every_section_and_says_what_is_missing() -> None:
     """A GPU machine without network has what its image has: torch, triton and little else."""
     missing = ["av", "matplotlib", "nvidia.dali", "safetensors", "tensorboard", "tqdm", "transformers", "tyro"]
@@ -299,6 +300,7 @@ def bench(folder: Path, *options: str, **variables: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_bench_prints_ratios_and_draws(tmp_path: Path) -> None:
     done = bench(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -312,6 +314,7 @@ def test_bench_prints_ratios_and_draws(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"time-against-batch.png", "roofline.png"}
 
 
+@pytest.mark.slow
 def test_bench_prints_no_number_behind_a_red_gate(tmp_path: Path) -> None:
     plugin = "import benchmarks.check\nbenchmarks.check.BUDGET = dict.fromkeys(benchmarks.check.BUDGET, -1.0)\n"
     (tmp_path / "no_budget.py").write_text(plugin)
@@ -354,6 +357,7 @@ def test_table_leaves_out_empty_columns() -> None:
     assert module("report").table([], ("a",)) == ""
 
 
+@pytest.mark.slow
 def test_accuracy_of_every_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert module("accuracy").main(["--tiny"]) == 0
     shown = capsys.readouterr().out

@@ -173,6 +173,7 @@ def _result():
     return TrainResult(step=1, steps=1, checkpoint=None, used=1, skipped=0, signal=0)
 
 
+@pytest.mark.slow
 def test_doctor_says_which_path_each_part_takes(capsys):
     status, out, _ = run(capsys, "doctor")
     assert status == 0

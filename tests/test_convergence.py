@@ -43,6 +43,7 @@ def _hue(clip):
     return np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)
 
 
+@pytest.mark.slow
 def test_the_tint_gives_the_class_away_in_training_clips_alone():
     def agreement(split):
         """How near the hues of a class's clips lie to each other: 1 for all alike, about 0.1 for no agreement."""

@@ -72,6 +72,7 @@ def convert(*arguments: object) -> int:
     return end.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_published_models_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lightning(tmp_path / "last.ckpt", published_state(name))

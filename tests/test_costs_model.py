@@ -166,6 +166,7 @@ def forward(config: PretrainConfig, batch: int) -> tuple[torch.Tensor, VideoMAE 
     return objective(video, mask, codes)[0], model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_flops_are_as_counted(name: str) -> None:
     config = case(name)

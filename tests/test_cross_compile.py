@@ -89,6 +89,7 @@ print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_seeds_samples_and_counts() -> None:
     """Triton compiles again for integers of 1, multiples of 16 and 64 bits, unless it is told not to."""
     pytest.importorskip("triton")

@@ -92,6 +92,7 @@ def test_a_forced_front_end_that_cannot_says_so(codec, forced, rotation, told):
         choose_front_end(codec, "cpu", forced, rotation=rotation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "encoder", "options"), ENCODERS)
 def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, suffix, encoder, options):
     # Smooth noise that drifts: no two frames are alike, and B-frames and late references pay.
@@ -223,6 +224,7 @@ def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkey
         decode_frames(str(path), [0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "encoder"), [("webm", "libvpx-vp9"), ("webm", "libvpx"), ("avi", "mjpeg"), ("mp4", "libvpx-vp9")]
 )
@@ -252,6 +254,7 @@ def assert_same_frames(path: Path, starts, strides) -> None:
         assert (difference > 8).float().mean() < 0.02, (path.name, stride)
 
 
+@pytest.mark.slow
 @needs_clips
 def test_dali_and_pyav_give_the_same_frames_of_real_clips():
     compared = 0

@@ -22,6 +22,7 @@ def done(tmp_path_factory, small):
     return out, *demo(out, train_clips=48, test_clips=24, config=small())
 
 
+@pytest.mark.slow
 def test_it_measures_writes_and_draws(done, capsys):
     out, trained, result = done
     assert trained.used == 48
@@ -44,6 +45,7 @@ def test_it_measures_writes_and_draws(done, capsys):
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_from_what_is_there(done, small):
     out, trained, result = done
     again, same = demo(out, train_clips=48, test_clips=24, config=small())

@@ -95,6 +95,7 @@ def test_from_hugging_face_to_videomae(run: Path, tmp_path: Path, capsys: pytest
     assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in load_encoder(run).parameters())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_to_torch_without_this_project(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(run, "--to", "torch", "--out", tmp_path / "encoder.pt2") == 0
@@ -113,6 +114,7 @@ def test_to_torch_without_this_project(run: Path, tmp_path: Path, capsys: pytest
     torch.testing.assert_close(one, expected[:1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_to_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
@@ -127,6 +129,7 @@ def test_to_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         torch.testing.assert_close(torch.from_numpy(found), expected[:batch], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 @torch.no_grad()
 def test_a_classifier_as_a_graph_gives_logits(tmp_path: Path, text: bool) -> None:

@@ -99,6 +99,7 @@ def test_it_learns_what_only_motion_tells(clips, tmp_path, small_finetuning):
     assert result.top1 >= 0.85
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     run, result = finished
     assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 16, 0, 0)
@@ -117,6 +118,7 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     assert load_recipe_of(FinetuneConfig, str(run / "config.json")) == config
 
 
+@pytest.mark.slow
 def test_best_is_the_average_of_the_weights_at_that_step(clips, few, tmp_path, small_finetuning):
     """With a moving average on, RUN/best is not what the step itself left. The only validation is the last step's."""
     run, values = tmp_path, EVERYTHING | {"test": {"every": 100.0}}
@@ -145,6 +147,7 @@ def stop_in(monkeypatch, call):
     monkeypatch.setattr(FinetuneStep, "__call__", step)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypatch, small_finetuning):
     """With everything on that a step can draw: weights, moments, averages, generators, log and best are those of the
     run that did not stop, and neither the encoder nor anything of it is asked for again."""
@@ -199,6 +202,7 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
     assert "manifest.jsonl is gone: the videos are those of" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_validation_that_was_interrupted_is_made_up_for(
     finished, clips, few, tmp_path, monkeypatch, small_finetuning
 ):
@@ -228,6 +232,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(
     assert without_times(tmp_path) == without_times(finished[0])
 
 
+@pytest.mark.slow
 def test_passes_add_up_to_the_whole_batch(clips, few, tmp_path, small_finetuning):
     """Two passes see the clips, the draws and the partners of one: the same weights, up to the order of additions."""
     runs = []
@@ -264,6 +269,7 @@ def test_it_starts_from_the_encoder_it_is_given(pretrained, clips, few, tmp_path
     assert all(torch.equal(own[name], given[name]) for name in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unsaid", "layer scale"])
 def test_it_starts_from_encoders_of_every_kind(kind, clips, few, tmp_path, small, small_finetuning):
     """A .pth that does not say its clips, and an encoder with LayerScale; a rate of zero leaves both as they came."""
@@ -304,6 +310,7 @@ def test_another_clip_size_resamples_the_positions_and_is_found_again(
     torch.testing.assert_close(classifier.encoder.positions, expected)
 
 
+@pytest.mark.slow
 def test_a_frozen_text_head_keeps_its_embeddings(clips, few, tmp_path, small_finetuning):
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32))
     (tmp_path / "text.txt").write_text("right\nleft\n")

@@ -308,6 +308,7 @@ def test_numbers_out_of_range_give_nan() -> None:
 CALLS = runpy.run_path(str(TESTS / "test_kernels_compile.py"))["operator_calls"]()
 
 
+@pytest.mark.slow
 @DEVICES
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=[str(call[0]) for call in CALLS])
 def test_operators_pass_opcheck(number: int, device: str) -> None:

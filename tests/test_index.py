@@ -206,6 +206,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_index_as_it_was(
     assert sorted(os.listdir(tmp_path)) == ["data", "data.index.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_are_not_utf_8_reach_a_strict_output(tmp_path, encoding, write_video, numbered_frames):
     data = tmp_path / os.fsdecode(b"d\xe9")

@@ -251,6 +251,7 @@ def test_exports_carry_the_order_of_the_classes(tmp_path: Path, capsys: pytest.C
     assert class_names(tmp_path / "model.pth") == class_names(tmp_path / "hf") == CLASSES
 
 
+@pytest.mark.slow
 def test_onnx_carries_the_order_of_the_classes(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")

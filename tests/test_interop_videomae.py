@@ -87,6 +87,7 @@ ARGUMENTS = argparse.Namespace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["", "module.", "backbone.", "_orig_mod.", "_orig_mod.module.", "model."])
 @pytest.mark.parametrize("key", ["model", "module", None])
 @torch.no_grad()

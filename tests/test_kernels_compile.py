@@ -66,6 +66,7 @@ def operator_calls() -> list[tuple[Any, tuple]]:
 CALLS = operator_calls()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=[str(call[0]) for call in CALLS])
 def test_operators_pass_opcheck(number: int) -> None:
     operator, arguments = CALLS[number]
@@ -158,12 +159,14 @@ def test_the_path_can_be_forced_and_errors_say_how(monkeypatch: pytest.MonkeyPat
         active_path("cuda")
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import mam2.kernels; print(mam2.kernels.active_path('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "pytorch", done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_folder_by_its_own_name_registers_nothing() -> None:
     """transformers imports `kernels` where it finds one, as it does in this repository's root."""
     code = "import mam2.kernels, kernels, torch; print(dir(kernels).count('gather_tubes'), len(kernels.__path__))"

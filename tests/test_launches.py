@@ -57,6 +57,7 @@ def test_a_case_without_a_launch_fell_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert row["verdict"] == "right"
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_ahead_in_threads() -> None:
     """With a driver that only names its GPU, in a process of its own; each kernel once, a failed call harms none."""
     pytest.importorskip("triton")

@@ -73,6 +73,7 @@ def test_ranks_share_the_batches_of_one_process(videos, views):
         assert torch.equal(batch.clip, torch.cat([part.clip for part in parts]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"views": 2, "recorded": 2}], ids=["one view", "recorded views"])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_position_of_any_rank_comes_again_though_files_are_replaced(videos, tmp_path, world, changes):
@@ -170,6 +171,7 @@ def test_the_log_can_tell_which_decoder_and_how_much(videos):
         assert clips.decoded_frames % 16 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
 def test_every_real_clip_gives_a_clip_and_every_broken_file_is_named():
     found = read_manifest(CLIPS, progress=False)

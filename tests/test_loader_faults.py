@@ -165,6 +165,7 @@ def test_close_and_neglect_end_all_threads(videos):
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
     manifest.write_manifest(videos, tmp_path / "manifest")
     program = (

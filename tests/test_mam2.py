@@ -242,6 +242,7 @@ def test_only_learned_values_are_saved() -> None:
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_it_learns_one_batch() -> None:
     model, mask = build(), drawn_mask()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -101,6 +101,7 @@ def test_a_run_logs_the_peak_of_its_motion_loss(
         assert line[PEAK] >= line["loss/motion"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="needs the real clips of ../shared/clips")
 def test_the_motion_loss_of_real_clips_stays_small(tmp_path: Path, small: Callable[..., PretrainConfig]) -> None:
     names = ["moviepy/transparent.webm", "moviepy/big_buck_bunny_432_433.webm", "torchvision/R6llTwEh07w.mp4"]

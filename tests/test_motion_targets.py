@@ -113,6 +113,7 @@ def test_the_loss_is_the_error_of_the_hidden_tokens(small, target):
     torch.testing.assert_close(motion_loss(pred, video, mask, config.loss, PATCH), torch.tensor(1.0), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [*TARGETS, "none"])
 def test_a_model_learns_each_target(small, target):
     config = small(loss={"motion_target": target, "balance": "fixed" if target == "none" else "gradient"})

@@ -62,6 +62,7 @@ def verbs(clips: Path, run: Path, out: Path) -> dict[str, tuple[object, ...]]:
 VERBS = ("train-tokenizer", "tokenize", "embed", "parquet", "videomae", "torch", "huggingface", "demo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_full_disk_is_one_line(verb, clips, run, tmp_path, capsys, full_disk):
     if verb == "parquet":

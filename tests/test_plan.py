@@ -136,6 +136,7 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     assert "DOES NOT FIT" not in make_plan(small, gpu="a10").report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["mam2", "videomae"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_memory_is_what_a_step_holds(objective: str, precision: str) -> None:

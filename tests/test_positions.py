@@ -60,6 +60,7 @@ def far(features: Tensor, others: Tensor) -> float:
     return float((features - others).norm(dim=1).mean() / F.pdist(features).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frames", "size"), [(2 * FRAMES, SIZE), (FRAMES, 2 * SIZE)])
 @torch.no_grad()
 def test_features_of_an_unchanged_clip_stay_close(trained: Encoder, frames: int, size: int) -> None:
@@ -78,6 +79,7 @@ def test_features_of_an_unchanged_clip_stay_close(trained: Encoder, frames: int,
     assert moved["resample"] < 0.5 * moved["recompute"], moved
 
 
+@pytest.mark.slow
 def test_the_same_size_changes_nothing(trained: Encoder) -> None:
     assert torch.equal(at(trained, FRAMES, SIZE, "resample").positions, trained.positions)
 
@@ -90,10 +92,12 @@ def test_resampling_meets_the_places_that_both_grids_have() -> None:
     torch.testing.assert_close(line, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))
 
 
+@pytest.mark.slow
 def test_recomputing_is_the_table_of_the_new_grid(trained: Encoder) -> None:
     torch.testing.assert_close(at(trained, 4, 48, "recompute").positions, sincos_positions(2 * 6 * 6, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frames", "size", "message"), [(7, 32, "frames: .* tubelet, 2, found 7"), (8, 30, "patch, 8, found 30")]
 )

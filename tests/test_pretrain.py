@@ -52,6 +52,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(finished, small):
     run, result = finished
     assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 32, 0, 0)
@@ -73,11 +74,13 @@ def test_a_run_leaves_what_it_promises(finished, small):
     assert "pyav" in text
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
     pretrain(small(data={"views": 2, "threads": 2}), clips, tmp_path, progress=False)
     assert same(weights(finished[0]), weights(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
     """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
     original, calls = TrainStep.__call__, []
@@ -101,6 +104,7 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
     assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_resuming_with_other_values_is_refused(finished, clips, small):
     with pytest.raises(UserError, match=r"mask\.ratio = 0\.5, this call says 0\.75"):
         pretrain(small(mask={"ratio": 0.75}), clips, finished[0], resume=True, progress=False)
@@ -117,12 +121,14 @@ def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
     assert "holds no whole checkpoint: the run begins anew" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
     before = weights(finished[0])
     assert pretrain(small(), clips, finished[0], resume=True, progress=False).step == 8
     assert same(before, weights(finished[0]))
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
     """Same clips, same masks, same weights after two steps, up to the order of additions."""
     runs = []
@@ -216,6 +222,7 @@ def fake_copy(model, fake):
     return model
 
 
+@pytest.mark.slow
 def test_videomae_trains_in_the_same_engine(clips, tmp_path, small):
     config = small(model={"objective": "videomae", "width": 24, "depth": 1, "heads": 2})
     assert pretrain(config, clips, tmp_path, progress=False).step == 8
@@ -237,6 +244,7 @@ def spoil(monkeypatch, step, value):
     monkeypatch.setattr(MAM2Objective, "forward", forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value, clips, tmp_path, monkeypatch, small):
     spoil(monkeypatch, -3, value)
@@ -250,6 +258,7 @@ def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value
     assert all(Path(path).is_file() for _, path in named)
 
 
+@pytest.mark.slow
 def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, small):
     spoil(monkeypatch, 3, float("nan"))
     with pytest.raises(UserError, match="5 steps in a row had a loss or gradient that is not finite") as stop:
@@ -265,6 +274,7 @@ def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, sm
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_one_clear_line(clips, tmp_path, monkeypatch, small):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -274,6 +284,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_clear_line(clips, tmp_path, monke
         pretrain(small(), clips, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path, monkeypatch, small):
     original, calls = checkpoint.save_file, []
 
@@ -291,6 +302,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path
     assert "No space left on device; there is none yet. The run goes on" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monkeypatch, small):
     def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
@@ -311,11 +323,13 @@ def test_a_tokenizer_that_runs_out_of_memory_says_what_to_change(clips, tmp_path
         pretrain(small(), clips, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_bit(finished, clips, tmp_path, small):
     pretrain(small(run={"recompute": True, "compile": False, "log_every": 2}), clips, tmp_path, progress=False)
     assert same(weights(finished[0]), weights(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, clips, tmp_path, small):
     run = {"save_every": 3, "log_every": 2, "compile": False}
     pretrain(small(run=run), clips, tmp_path, progress=False)

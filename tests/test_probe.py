@@ -76,6 +76,7 @@ def test_neighbours_vote_after_the_common_part_is_taken_away():
     assert torch.equal(knn(train[:8], labels[:8], test), test_labels)  # fewer than the neighbours asked for
 
 
+@pytest.mark.slow
 def test_attention_finds_what_the_mean_hides():
     """One of 16 cells carries the class, the others far louder noise that differs from video to video."""
     generator = torch.Generator().manual_seed(0)
@@ -146,6 +147,7 @@ def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_pat
     assert [file.stat().st_mtime_ns for file in sorted((tmp_path / "cache").iterdir())] == stamps
 
 
+@pytest.mark.slow
 def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
     manifest = read_manifest(clips / "test", progress=False)
@@ -159,6 +161,7 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found[cells].mean(1, dtype="f4")), expected[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_features_are_kept_apart_by_precision(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
     manifest, want = read_manifest(clips / "test", progress=False), Wanted(frozen, 2, "mean")
@@ -171,6 +174,7 @@ def test_features_are_kept_apart_by_precision(clips, encoders, tmp_path):
     assert 1e-5 < difference < 0.02
 
 
+@pytest.mark.slow
 def test_layers_are_the_blocks_outputs(encoders):
     encoder = load_frozen(encoders[0], torch.device("cpu")).encoder
     video = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8)
@@ -179,6 +183,7 @@ def test_layers_are_the_blocks_outputs(encoders):
     assert not encoder.blocks[0]._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -199,6 +204,7 @@ def test_what_cannot_be_probed_is_said_in_a_line(clips, encoders, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")
 def test_real_clips(encoders, tmp_path, capsys):
     lists = ["--data", str(CLIPS / "mini5_train.csv"), "--val", str(CLIPS / "mini5_test.csv")]

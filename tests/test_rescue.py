@@ -62,6 +62,7 @@ def failing(original, number, error):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name", "error", "said"),
     [
@@ -89,6 +90,7 @@ def test_an_error_saves_the_last_whole_step_first(
     assert same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_half_a_step_is_not_saved(config, clips, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "zero_grad", failing(torch.optim.AdamW.zero_grad, 3, RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
@@ -100,6 +102,7 @@ def test_half_a_step_is_not_saved(config, clips, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_path, monkeypatch):
     """A CUDA graph does not call the optimizer's hooks: nobody knows whether its update was done."""
     original, calls = TrainStep._update, []
@@ -120,6 +123,7 @@ def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_pa
     assert checkpoint.newest(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_folder_writes_nothing_more(config, clips, tmp_path, monkeypatch):
     original, calls = TrainStep._gradients, []
     locks = []
@@ -139,6 +143,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(config, clips, tmp_path,
     assert checkpoint.newest(tmp_path) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("of safetensors"), MemoryError("no room")])
 def test_whatever_fails_in_the_checkpoint_thread_is_an_error(error, config, clips, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, 1, error))
@@ -157,6 +162,7 @@ def test_a_package_that_is_not_installed_writes_checkpoints_too(monkeypatch):
         checkpoint.code_version.cache_clear()
 
 
+@pytest.mark.slow
 def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, monkeypatch, small):
     run, there, moved = tmp_path / "run", tmp_path / "there", tmp_path / "elsewhere" / "new"
     shutil.copytree(clips, there)
@@ -181,6 +187,7 @@ def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, m
     assert same_weights(finished, run)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_a_killed_run_is_taken_for_the_same_settings_only(clips, tmp_path, monkeypatch, small):
     trained = []
     original = tokenizers.train_vqgan
@@ -284,6 +291,7 @@ cli.main(["doctor", *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", signals.ENDING)
 @pytest.mark.parametrize("way", ["", "swallows", "threads"])
 def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_do(number, way):
@@ -300,6 +308,7 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     assert told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypatch):
     """Before its batch is asked for, which compiles the tokenizer; torch.compile itself is stubbed."""
     monkeypatch.setattr(torch, "compile", lambda part, **_: part)

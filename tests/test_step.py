@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -76,6 +77,7 @@ def test_the_balances_ranks_have_a_group_of_their_own(monkeypatch):
     assert groups == ["own"]
 
 
+@pytest.mark.slow
 def test_one_process_may_train_one_model_after_the_other(monkeypatch):
     """torch.compile counts a function's compilations over all models, and refuses more than a few."""
 
@@ -104,6 +106,7 @@ def test_figures_of_the_log_are_those_of_a_few_clips(monkeypatch):
     assert not any(figure.requires_grad for figure in found.values())
 
 
+@pytest.mark.slow
 def test_alignment_and_figures_are_compiled_as_whole_graphs():
     given = config(loss={"alignment": 1.0})
     compiled = []

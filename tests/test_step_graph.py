@@ -109,6 +109,7 @@ def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
     assert equal(state(replayed), state(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replayed", [1.0, 3.0])
 def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed):
     plain, chosen = build(), build()
@@ -154,6 +155,7 @@ def test_a_graph_that_does_something_else_is_not_taken(monkeypatch):
     assert equal(state(take), state(plain))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_is_launched(monkeypatch):
     class Refuses(Replayer):
         def record(self, work):
@@ -168,6 +170,7 @@ def test_what_cannot_be_recorded_is_launched(monkeypatch):
     assert equal(state(take), state(plain))
 
 
+@pytest.mark.slow
 def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch):
     class Refuses(Replayer):
         def record(self, work):
@@ -176,6 +179,7 @@ def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch):
     assert choose(build(), Refuses(monkeypatch)).reason.endswith("it cannot be a CUDA graph (NotImplementedError)")
 
 
+@pytest.mark.slow
 def test_memory_of_launched_steps_is_released_before_a_graph_takes_its_own(monkeypatch):
     class Watched(Replayer):
         def __init__(self, patch):
@@ -208,6 +212,7 @@ def test_memory_of_launched_steps_is_released_before_a_graph_takes_its_own(monke
     assert recorder.events == ["launch", "release", "launch", "release", "record", "replay", "release"]
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_asked_for_is_not_compared(monkeypatch):
     plain, asked = build(), build()
     choice = choose(asked, Replayer(monkeypatch, replayed=3.0), compare=False)
@@ -292,6 +297,7 @@ def test_a_capture_minds_its_own_thread_only(monkeypatch):
     assert options == [{"pool": "pool", "capture_error_mode": "thread_local"}]
 
 
+@pytest.mark.slow
 def test_the_host_is_at_most_two_steps_ahead():
     done, queued = [], []
 
@@ -310,6 +316,7 @@ def test_the_host_is_at_most_two_steps_ahead():
         assert done == queued[: max(step - 1, 0)]
 
 
+@pytest.mark.slow
 def test_recomputing_reads_no_random_state(monkeypatch):
     """It cannot be read while a graph is recorded."""
     plain, again = build(), build(recompute=True)
@@ -319,6 +326,7 @@ def test_recomputing_reads_no_random_state(monkeypatch):
         assert equal(list(mine.values()), list(theirs.values()))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):
     take = build()
     choose(take, Replayer(monkeypatch))
@@ -332,6 +340,7 @@ def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):
     assert equal(state(take), before)
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
     from mam2.engine.data.synthetic import write_dataset
 

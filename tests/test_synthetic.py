@@ -39,6 +39,7 @@ def test_an_unknown_motion_is_refused():
         render_clip("sideways", np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_files_are_real_labelled_and_kept_on_a_second_call(tmp_path):
     write_dataset(tmp_path, train=16, test=8, progress=False)
     files = sorted((tmp_path / "train").glob("*/*"))
@@ -59,6 +60,7 @@ def test_files_are_real_labelled_and_kept_on_a_second_call(tmp_path):
     assert all(train != path.read_bytes() for path in (tmp_path / "test").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_the_same_set_is_written_bit_for_bit(tmp_path):
     for name in ("one", "other"):
         write_dataset(tmp_path / name, train=64, test=0, progress=False)

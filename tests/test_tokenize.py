@@ -76,6 +76,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert "loss/appearance" in lines[0][0]
 
 
+@pytest.mark.slow
 def test_cached_and_online_codes_train_to_the_same_bits(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_cached_and_online_codes_train_to_the_same_bits(
     assert fingerprint(kept[0]) == fingerprint(kept[1]), "evaluation needs the tokenizer also where the run did not"
 
 
+@pytest.mark.slow
 def test_files_that_were_lost_meanwhile_are_replaced_as_without_a_cache(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_files_that_were_lost_meanwhile_are_replaced_as_without_a_cache(
     assert "no codes in the cache" in (tmp_path / "back" / "skipped.tsv").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_tokenizing_goes_on_to_the_same_bytes(
     clips: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +152,7 @@ def test_a_stopped_tokenizing_goes_on_to_the_same_bytes(
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_cache_that_does_not_fit_is_an_error_before_anything_is_trained(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -171,6 +175,7 @@ def test_a_cache_that_does_not_fit_is_an_error_before_anything_is_trained(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_whose_tokenizer_was_exchanged_is_an_error(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -182,6 +187,7 @@ def test_a_cache_whose_tokenizer_was_exchanged_is_an_error(
         pretrain(with_tokenizer(config, cache=str(tmp_path / "codes")), clips, tmp_path / "run", progress=False)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_take_a_cache_and_not_another_tokenizer(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -196,6 +202,7 @@ def test_a_resumed_run_may_take_a_cache_and_not_another_tokenizer(
         pretrain(cached, clips, tmp_path, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_codes_that_bfloat16_changes_are_counted_in_the_log(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -223,6 +230,7 @@ def test_what_cannot_be_tokenized_is_named(
         tokenize(config, clips, tmp_path / "file", progress=False)
 
 
+@pytest.mark.slow
 def test_the_verb_says_what_it_did(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_compiled_network_is_the_one_that_gives_the_codes() -> None:
     assert calls == [3, 3]
 
 
+@pytest.mark.slow
 def test_any_number_of_images_costs_few_compilations() -> None:
     """As `mam2 tokenize` meets it, which leaves undecodable clips out: torch.compile refuses the ninth."""
     torch._dynamo.reset()
@@ -167,6 +168,7 @@ def test_cudnn_stays_on_and_float32_is_not_tf32(precision: str, monkeypatch: pyt
     assert cudnn.allow_tf32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_is_one_graph(precision: str) -> None:
     """Traced and differentiated as for any back end, then run by PyTorch: generating code would take a minute."""
@@ -244,6 +246,7 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean colour is"
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     one, two = (train_vqgan([toy_frames(4)], small(8, 8, 4), 6, seed=3) for _ in range(2))

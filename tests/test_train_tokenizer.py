@@ -39,6 +39,7 @@ def train(data: Path, out: Path, *options: str) -> int:
     return end.value.code
 
 
+@pytest.mark.slow
 def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     clips: Path,
     tmp_path: Path,
@@ -91,6 +92,7 @@ def test_one_worse_than_the_mean_color_is_not_recommended(psnr: float, told: str
     assert verdict(result, Path("tokenizer.safetensors")).startswith(told)
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

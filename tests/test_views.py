@@ -198,6 +198,7 @@ def exported(saved, folder, names):
     return folder / "hf", folder / "bare.pth"
 
 
+@pytest.mark.slow
 def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
     """By the names of their classes, by numbers, and by a list of names; the rest of the recipe as given."""
     views = {"temporal": 3, "spatial": 3, "progress": False}
@@ -264,6 +265,7 @@ def test_accuracies_of_a_table_counted_by_hand():
     assert accuracy.class_accuracies(chances, labels) == ([1, 2, 1, 0], [1.0, 0.5, 0.0, None])
 
 
+@pytest.mark.slow
 def test_the_confusion_of_very_many_classes_takes_little_memory():
     chances = torch.zeros(3, 60_001)
     chances[[0, 1, 2], [0, 60_000, 59_999]] = 1

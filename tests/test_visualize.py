@@ -56,6 +56,7 @@ def visualize(*arguments):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
     out = tmp_path / "seen"
     assert visualize(*runs, "--data", videos, "--out", out, "--clips", 3) == 0
@@ -126,6 +127,7 @@ def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_
     assert 20 < float(told[str(runs[1])][3].removesuffix(" %")) < 500
 
 
+@pytest.mark.slow
 def test_a_checkpoint_away_from_its_run_asks_for_the_tokenizer(videos, runs, tmp_path, capsys):
     file = tmp_path / "a" / "b" / "c" / "weights.safetensors"
     file.parent.mkdir(parents=True)
@@ -138,6 +140,7 @@ def test_a_checkpoint_away_from_its_run_asks_for_the_tokenizer(videos, runs, tmp
     assert len(list((tmp_path / "seen").glob("*.mp4"))) == 1
 
 
+@pytest.mark.slow
 def test_names_in_any_script_are_kept(videos, runs, tmp_path):
     (tmp_path / "clips").mkdir()
     video = next(path for path in videos.rglob("*.mp4"))
@@ -148,6 +151,7 @@ def test_names_in_any_script_are_kept(videos, runs, tmp_path):
     assert "01-прыжок-跳ぶ-é" in (tmp_path / "seen" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")
 def test_real_clips(runs, tmp_path):
     assert visualize(runs[1], "--data", CLIPS / "mini5_train.csv", "--out", tmp_path, "--clips", 2) == 0

@@ -44,6 +44,7 @@ def same_weights(first, second):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_gradient_norms_of_the_parts_make_up_the_whole(finished):
     line = read_log(finished)[-1]
     parts = ("encoder", "regressor", "appearance_decoder", "motion_decoder")
@@ -51,6 +52,7 @@ def test_gradient_norms_of_the_parts_make_up_the_whole(finished):
     assert line["gradient/norm"] == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_profiled_steps_leave_a_trace_and_a_table_and_change_no_bit(finished, clips, tmp_path, small):
     pretrain(small(run=RUN | {"profile": 2}), clips, tmp_path, progress=False)
     trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
@@ -59,6 +61,7 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_change_no_bit(finished, cl
     assert same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_the_numbers_of_the_log(clips, tmp_path, monkeypatch, small):
     told = []
     package = types.ModuleType("trackio")
@@ -79,12 +82,14 @@ def test_a_tracker_that_is_not_installed_is_one_clear_line(clips, tmp_path, monk
         pretrain(small(run=RUN | {"tracker": "wandb"}), clips, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_run_and_are_switched_off_again(finished, clips, tmp_path, small):
     pretrain(small(run=RUN | {"deterministic": True}), clips, tmp_path, progress=False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp_path, monkeypatch, small):
     original, calls = Prefetcher.__next__, []
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
@@ -105,6 +110,7 @@ def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp
     assert same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monkeypatch, small):
     """Which compiles for minutes, and nothing would be lost: there is no step to save yet."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
@@ -115,6 +121,7 @@ def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monk
     assert not (tmp_path / lock.FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", signals.ENDING)
 def test_every_signal_that_ends_saves_first(number, finished, clips, tmp_path, monkeypatch, small):
     """Sent twice, as torchrun does: the terminal's signal, and its own."""
@@ -150,6 +157,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_hangup_that_nohup_ignores_ends_nothi
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path, monkeypatch, small):
     config = small(run=RUN | {"save_every": 2}, tokenizer={"path": str(finished / "tokenizer.safetensors")})
     original, calls = checkpoint.write, []
@@ -171,6 +179,7 @@ def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path,
     assert same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypatch, small):
     """Else the lines of a run that is killed in between would be lost: the resumed one begins after them."""
     original, logged = checkpoint.Saver.save, []
