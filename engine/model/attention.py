@@ -1,7 +1,7 @@
 """Scaled dot-product attention: one function, several implementations.
 
 Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
-Where attention_choice.py has measured a shape, its winner runs: one of PyTorch's kernels, or xformers or
+Where attention_tuning.py has measured a shape, its winner runs: one of PyTorch's kernels, or xformers or
 FlashAttention 4 where they are installed. Elsewhere PyTorch's `scaled_dot_product_attention` chooses its kernel (on
 Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
 
