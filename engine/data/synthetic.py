@@ -159,11 +159,12 @@ TRIALS = {
 
 
 def write_trial(folder: Path, codec: str, *, frames: int, side: int) -> Path | None:
-    """A clip to try a decoder with: frame t is grey, 10·t + 5 bright. None where PyAV has no encoder for the codec."""
+    """A clip to try a decoder with: frame t is gray, 10·t + 5 bright. None where PyAV has no encoder for the codec."""
     suffix, encoder, pixels = TRIALS[codec]
     if encoder not in av.codecs_available:
         return None
     path = folder / f"{codec}{suffix}"
+    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 reads there that only errors are to be printed
     options = {"libx265": {"x265-params": "log-level=none"}}.get(encoder, {})
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25, options=options)
