@@ -18,7 +18,7 @@ from mam2.engine.train.spikes import FACTOR, PEAK, Spikes
 from mam2.kernels import MaskedFrameDifferenceLoss, frame_difference, masked_frame_difference_loss, tube_mask
 
 GRID, PATCH = (4, 2, 2), (2, 8, 8)
-LARGEST = (1 / 255 / 0.05) ** 2
+LARGEST = (1 / 255 / 0.05) ** 2 * (1 + 1e-6)
 """Squared target of a patch of one color that changes by one gray level."""
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 
