@@ -14,6 +14,7 @@ def _repository_root_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
 
 
+@pytest.mark.slow
 def test_every_case_is_right_on_the_pytorch_path() -> None:
     rows = list(importlib.import_module("benchmarks.correctness").rows(CPU, float("inf")))
     assert len(rows) > 80

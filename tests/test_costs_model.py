@@ -177,6 +177,7 @@ def test_flops_are_as_counted(name: str) -> None:
     assert counter.get_total_flops() == sum(declared.values()) - unseen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_are_those_of_every_case(name: str) -> None:
     _, model = forward(case(name), 1)
@@ -197,6 +198,7 @@ HELD = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HELD)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) -> None:

@@ -42,6 +42,7 @@ def test_all_rows_at_once_are_those_of_blocks(view, monkeypatch):
     assert (crops.crop(frames, view, 112).int() - blocks.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (96, 131), (300, 170), (7, 5), (1, 1)])
 @pytest.mark.parametrize("size", [16, 40, 112])
 def test_crops_are_dalis(height, width, size):

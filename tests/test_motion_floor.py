@@ -91,6 +91,7 @@ def test_a_loss_below_the_factor_is_no_jump_and_other_runs_have_no_peak() -> Non
     assert spikes.warning(range(1, 2), {"loss/pixels": 1.0}) is None
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_peak_of_its_motion_loss(
     videos: Manifest, tmp_path: Path, small: Callable[..., PretrainConfig]
 ) -> None:

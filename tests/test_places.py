@@ -80,6 +80,7 @@ def test_a_full_disk_is_one_line(verb, clips, run, tmp_path, capsys, full_disk):
         assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_place_that_is_no_folder_is_one_line_before_any_work(verb, clips, run, tmp_path, capsys, monkeypatch):
     if verb == "parquet":

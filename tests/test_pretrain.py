@@ -314,6 +314,7 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monk
         pretrain(small(), clips, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monkeypatch, small):
     def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")

@@ -324,6 +324,7 @@ def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypat
     assert (tmp_path / "log.txt").read_text().count("step    the first one is done, compiled in") == 1
 
 
+@pytest.mark.slow
 def test_fine_tuning_ends_with_its_best_accuracy(clips, tmp_path, small_finetuning):
     from mam2.engine.train.finetune import ACCURACY, finetune
 

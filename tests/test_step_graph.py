@@ -97,6 +97,7 @@ def equal(left, right):
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow
 def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
     plain, replayed = build(), build()
     choice = choose(replayed, Replayer(monkeypatch))
@@ -131,6 +132,7 @@ def test_a_graph_that_gains_nothing_is_not_taken(monkeypatch):
     assert [(group["lr"], group["capturable"]) for group in take.optimizer.param_groups] == [(0.0, False)] * 2
 
 
+@pytest.mark.slow
 def test_a_graph_that_does_something_else_is_not_taken(monkeypatch):
     class Forgets(Replayer):
         """Replays without learning anything."""

@@ -50,6 +50,7 @@ def test_a_token_has_the_code_of_its_first_frame() -> None:
         assert torch.equal(codes.view(3, 2, 16)[:, slot], tokenizer.vqgan.codes(frame).flatten(1))
 
 
+@pytest.mark.slow
 def test_with_all_frames_a_token_has_a_code_of_each() -> None:
     tokenizer, video = build(frames="all", images_per_pass=5), clip()
     codes = tokenizer.codes(video)

@@ -92,6 +92,7 @@ def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
             assert frames[0].std() > 10
 
 
+@pytest.mark.slow
 def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_path):
     """The numbers of the demo's measurement over the same clips and masks; a dash where nothing is predicted."""
     assert visualize(*runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0

@@ -194,6 +194,7 @@ def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypa
     assert logged == [(2, 2), (4, 4), (6, 6), (8, 8)]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once_and_harms_nothing(clips, tmp_path, monkeypatch, small):
     from mam2.engine.tokenizer import prepare as tokenizer
 
