@@ -28,7 +28,8 @@ import torch
 
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.dali import ClipGraph
-from mam2.engine.data.decoding import DALI_CPU_CODECS, DecodeError, decode_frames
+from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Video, probe
 from mam2.engine.data.sampling import View
