@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mam2.engine.config.limits import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, Limits, limited
-from mam2.engine.config.pretrain import DataConfig, OptimConfig, RunConfig, check_training
+from mam2.engine.config.pretrain import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
 
 
@@ -117,7 +117,7 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(TokenGrid):
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -125,17 +125,6 @@ class FinetuneConfig:
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens along time, height and width."""
-        side = self.data.size // self.model.patch
-        return self.data.frames // self.model.tubelet, side, side
-
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of a token."""
-        return self.model.tubelet, self.model.patch, self.model.patch
 
     @property
     def together(self) -> int:

@@ -236,15 +236,11 @@ class RunConfig:
     """A service that gets the numbers of the log as well; its package has to be installed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+class TokenGrid:
+    """Sizes of the token grid of a config that has the tables `data` and `model`."""
+
+    data: Any
+    model: Any
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -256,6 +252,17 @@ class PretrainConfig:
     def patch_size(self) -> tuple[int, int, int]:
         """Frames, height and width of a token."""
         return self.model.tubelet, self.model.patch, self.model.patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TokenGrid):
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     @property
     def masked_tokens(self) -> int:
