@@ -118,7 +118,8 @@ def test_vmap_maps_masks_over_steps(draw: Callable) -> None:
 @losses
 def test_an_eager_call_takes_the_short_way(loss: Loss) -> None:
     """An autograd.Function in place of the operator's own gradient, which costs the host twice as much."""
-    pending, names = [loss(*(tensor.requires_grad_() for tensor in leaves())).grad_fn], set()
+    value = loss(*(tensor.requires_grad_() for tensor in leaves()))  # keeps its graph alive
+    pending, names = [value.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is not None:
