@@ -247,17 +247,21 @@ def test_variants_of_a_seed_see_the_same_clips(finished):
 
 @pytest.mark.slow
 def test_the_trainings_learn(finished):
-    """Twenty passes over 64 clips: the losses fall, and fine-tuning fits what it was shown."""
-    clips = prepared.load(finished / "synthetic")
+    """Twenty passes over 64 clips: the losses fall, and fine-tuning fits what it was shown.
+
+    It starts from MAM2 after one pass: at this size encoders of a few more passes fine-tune worse.
+    """
+    clips, encoders = prepared.load(finished / "synthetic"), []
     for changes in QUICK.methods.values():
         short, long = (
             trial.pretrain(pretraining(QUICK, changes, epochs=epochs, base_lr=1.6e-2), clips) for epochs in (1.0, 20.0)
         )
         name = "loss/pixels" if changes else "loss/appearance"
         assert long.losses[name] < short.losses[name]
+        encoders.append(short.encoder)
     config = changed(finetuning(QUICK, pretraining(QUICK, {})), {"optim.epochs": 60.0})
     shown = dataclasses.replace(clips, splits={**clips.splits, "test": _first_clips(clips.splits["train"])})
-    assert trial.finetune(long.encoder, shown, config, labelled=64) > 0.3  # chance: 0.125
+    assert trial.finetune(encoders[0], shown, config, labelled=64) > 0.3  # chance: 0.125
 
 
 def test_the_labelled_videos_are_of_every_class_and_kind_of_file():
