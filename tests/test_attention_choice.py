@@ -139,7 +139,7 @@ def test_other_processes_are_told_the_winners(tmp_path, monkeypatch):
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(attention_choice, "choose", None)
     winners = Choice({"encoder": "cudnn"}, ["a line"])
-    assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, share=lambda _: winners) == ["a line"]
+    assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, broadcast=lambda _: winners) == ["a line"]
     assert module._chosen == {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}
     assert not list(tmp_path.iterdir())
 
