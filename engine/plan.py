@@ -109,7 +109,7 @@ class Plan:
     @property
     def clips_a_pass(self) -> int:
         """Clips that one device takes at once."""
-        return self.config.optim.batch // (self.gpus * passes(self.config, self.gpus))
+        return self.config.optim.batch // (self.gpus * micro_batches_per_step(self.config, self.gpus))
 
     @property
     def parameters(self) -> int:

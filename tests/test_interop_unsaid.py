@@ -233,7 +233,9 @@ def named(run: Path) -> Classifier:
     model = shaken(classifier())
     sizes = EncoderConfig(patch=8, width=48, depth=2, heads=4, mlp_ratio=2, classes=len(CLASSES))
     notes = {"classes": json.dumps(CLASSES)}
-    checkpoint.write(run, 1, dict(model.state_dict()), {}, FinetuneConfig(data=CONFIG.data, model=sizes), metadata=notes)
+    checkpoint.write(
+        run, 1, dict(model.state_dict()), {}, FinetuneConfig(data=CONFIG.data, model=sizes), metadata=notes
+    )
     assert isinstance(model, nn.Module)
     return model  # type: ignore[return-value]
 

@@ -62,8 +62,8 @@ def _taps(
 ) -> list[tuple[Tensor, int, int]]:
     """Filters of output pixels between two edges of an input of `length` pixels.
 
-    For every `per_block` of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1 to
-    which they belong.
+    For every `per_block` of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1
+    to which they belong.
     """
     scale = (end - begin) / size
     radius = max(scale, 1.0)

@@ -71,7 +71,9 @@ def prepare_codes(
     named: see `prepare_tokenizer`.
     """
     if cache is None:
-        vqgan = world.broadcast(lambda: prepare_tokenizer(config, loader, run, device, info, named=named, progress=progress))
+        vqgan = world.broadcast(
+            lambda: prepare_tokenizer(config, loader, run, device, info, named=named, progress=progress)
+        )
         return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), info)
     world.broadcast(lambda: _keep_tokenizer(cache, run))
     info(
@@ -121,17 +123,17 @@ def with_codes(
         for batch in batches:
             yield batch, source.codes(batch) if source else None
         return
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
+    side_stream = torch.cuda.Stream(device)
+    side_stream.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
     while True:
         step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(side_stream):
             # The loader notes the current stream as a user of the clip's memory.
             taken = next(batches, None)
             if taken is None:
                 return
             codes = source.codes(taken)
-        step.wait_stream(beside)
+        step.wait_stream(side_stream)
         # Both were allocated on other streams, which must not reuse their memory before the step is done with them.
         taken.clip.record_stream(step)
         codes.record_stream(step)

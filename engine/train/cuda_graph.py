@@ -153,7 +153,9 @@ def _record(
     return StepGraph(step_function, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
 
 
-def _warm_up(step_function: StepFunction, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]) -> None:
+def _warm_up(
+    step_function: StepFunction, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]
+) -> None:
     for inspect in (True, False):
         recorder.warm_up(lambda inspect=inspect: step_function(arguments, inspect))  # type: ignore[misc]
     put_back()

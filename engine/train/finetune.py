@@ -220,7 +220,10 @@ class _Finetuning:
     def _note_unusable(self) -> None:
         """Names validation videos that cannot be used, once, in the log."""
         loader = self.val_loader
-        for skipped in [*self._val.skipped, *(s for part in self._session.world.all_gather(loader.skipped) for s in part)]:
+        for skipped in [
+            *self._val.skipped,
+            *(s for part in self._session.world.all_gather(loader.skipped) for s in part),
+        ]:
             if skipped.path not in self._told:
                 self._told.add(skipped.path)
                 self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
@@ -302,20 +305,20 @@ def _described(encoder: Encoder) -> EncoderConfig:
 def _on_side_stream(
     prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
 ) -> Iterator[tuple[Batch, Prepared]]:
-    """The same pairs. On a GPU they are made on a stream of their own, which does not wait for the step before: while
+    """The same pairs. On a GPU they are made on a side stream, which does not wait for the step before: while
     that one runs, the next batch is augmented."""
     if device.type != "cuda":
         yield from prepared
         return
-    extras = torch.cuda.Stream(device)
+    side_stream = torch.cuda.Stream(device)
     while True:
         step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(extras):
+        with torch.cuda.stream(side_stream):
             # The loader notes the current stream as a user of the clip's memory.
             taken = next(prepared, None)
         if taken is None:
             return
-        step.wait_stream(extras)
+        step.wait_stream(side_stream)
         # Allocated on other streams, which must not reuse the memory before the step is done with it.
         for tensor in (taken[0].clip, *taken[1]):
             if tensor is not None:

@@ -97,7 +97,9 @@ class Loop:
         config, world, train_step = session.config, session.world, task.train_step
         self.first = 0
         if session.saved:
-            self.first = checkpoint.restore(session.saved, train_step.model, train_step.optimizer, train_step.extra_state())
+            self.first = checkpoint.restore(
+                session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
+            )
         self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=task.metadata)
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after as many."""
@@ -125,7 +127,9 @@ class Loop:
             f"step: {train_step.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
         )
         shared = (
-            "" if train_step.micro_batches == world.size == 1 else f" ({world.size} processes in {train_step.micro_batches} passes)"
+            ""
+            if train_step.micro_batches == world.size == 1
+            else f" ({world.size} processes in {train_step.micro_batches} passes)"
         )
         info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
@@ -183,7 +187,9 @@ class Loop:
             began = time.perf_counter()
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer too, when it is asked for the first codes
-                info("step    the first one compiles the model, which can take minutes; --run.no-compile starts at once")
+                info(
+                    "step    the first one compiles the model, which can take minutes; --run.no-compile starts at once"
+                )
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:

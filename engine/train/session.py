@@ -75,8 +75,7 @@ class Session(Generic[Config]):
         progress: bool,
         derived_tables: Collection[str],
     ) -> None:
-        """lock: of the process that writes. derived_tables: tables of the config whose values come from data and checkpoints;
-        see `open_session` for the rest."""
+        """lock: of the process that writes. See `open_session` for the rest."""
         self.lock = lock
         self.config, self.folder, self.device, self.world = config, folder, device, world
         self.log, self.stop, self.progress = log, stop, progress
@@ -206,8 +205,8 @@ def open_session(
 ) -> Iterator[Session[Config]]:
     """Begins a run in the folder `out` on every process that torchrun started; it ends with the block.
 
-    resume: go on from the newest whole checkpoint in `out`, if there is one. derived_tables: tables of the config whose values
-    come from data and checkpoints, so that a resumed run need not name them.
+    resume: go on from the newest whole checkpoint in `out`, if there is one. derived_tables: tables of the config
+    whose values come from data and checkpoints, so that a resumed run need not name them.
     Raises UserError where the folder holds a run and resume is not asked for, cannot be written, or belongs to a run
     with other values.
     """
