@@ -12,12 +12,12 @@ from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.pretext import measure_pretext, reconstruct
-from mam2.engine.evaluate.regressor_attention import regressor_attention
-from mam2.engine.evaluate.visualize import visualize
+from mam2.engine.evaluation.pretext import measure_pretext, reconstruct
+from mam2.engine.evaluation.regressor_attention import regressor_attention
+from mam2.engine.evaluation.visualize import visualize
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import draw_mask
-from mam2.engine.plan import make_plan
+from mam2.engine.planning import make_plan
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer.precompute import tokenize

@@ -11,7 +11,7 @@ from matplotlib import image
 
 from mam2.engine import demo as demos
 from mam2.engine.demo import DemoResult, demo
-from mam2.engine.evaluate.pretext import PretextResult, evaluation_mask, reconstruct
+from mam2.engine.evaluation.pretext import PretextResult, evaluation_mask, reconstruct
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.motion_targets import motion_target
 

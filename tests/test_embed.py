@@ -14,7 +14,7 @@ from mam2.engine.cli import main
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.features import layer_tokens
+from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.train.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")

@@ -23,7 +23,7 @@ from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.classification import evaluate
+from mam2.engine.evaluation.classification import evaluate
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune

@@ -11,7 +11,7 @@ import torch
 from mam2.engine.config.pretrain import check
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.motion_pictures import motion_pictures
+from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.model.motion_targets import hog_of_difference, motion_loss, motion_target, motion_values, optical_flow

@@ -15,7 +15,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.plan import GPUS, UTILISATION, make_plan
+from mam2.engine.planning import GPUS, UTILISATION, make_plan
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective

@@ -14,7 +14,7 @@ from matplotlib import image
 from matplotlib import pyplot as plt
 
 from mam2.engine import cli
-from mam2.engine.evaluate import plots, report
+from mam2.engine.evaluation import plots, report
 from mam2.engine.runtime.log import read_log
 
 MAM2 = {"loss/appearance": 6.0, "loss/motion_relative": 0.9, "accuracy/codes": 0.1, "accuracy/commonest_code": 0.03}

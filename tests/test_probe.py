@@ -14,11 +14,11 @@ from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.attentive import RATES, attentive_probe
-from mam2.engine.evaluate.feature_files import FeatureCache, FeatureSpec
-from mam2.engine.evaluate.features import extract_features, layer_tokens
-from mam2.engine.evaluate.knn import knn
-from mam2.engine.evaluate.linear_probe import bootstrap, held_out, linear_probe
+from mam2.engine.evaluation.attentive import RATES, attentive_probe
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
+from mam2.engine.evaluation.features import extract_features, layer_tokens
+from mam2.engine.evaluation.knn import knn
+from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.train.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")

@@ -10,7 +10,7 @@ import pytest
 from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.errors import UserError
-from mam2.engine.plan import make_plan
+from mam2.engine.planning import make_plan
 
 SETS = ("demo", "kinetics400", "ssv2", "ucf101", "hmdb51")
 METHODS = ("mam2-fast", "mam2-cae", "videomae")

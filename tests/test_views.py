@@ -22,9 +22,9 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate import accuracy
-from mam2.engine.evaluate.classification import evaluate
-from mam2.engine.evaluate.views import view_clip
+from mam2.engine.evaluation import accuracy
+from mam2.engine.evaluation.classification import evaluate
+from mam2.engine.evaluation.views import view_clip
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}

@@ -20,9 +20,9 @@ from mam2.engine.config.pretrain import DecoderConfig, RegressorConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
-from mam2.engine.evaluate.pretext import evaluation_mask
-from mam2.engine.evaluate.regressor_attention import regressor_attention
+from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
+from mam2.engine.evaluation.pretext import evaluation_mask
+from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE

@@ -19,7 +19,7 @@ from mam2.engine.cli import main
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.feature_files import FeatureCache, FeatureSpec
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.positions import set_clip_size
 from tests.small_models import CLASSES, CONFIG, classifier, clip, shaken

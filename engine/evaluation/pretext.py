@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.evaluate.linear_probe import bootstrap
-from mam2.engine.evaluate.motion_pictures import motion_pictures
-from mam2.engine.evaluate.pixel_pictures import completed_cubes, laid_out, token_cubes
-from mam2.engine.evaluate.scores import joined, score
+from mam2.engine.evaluation.linear_probe import bootstrap
+from mam2.engine.evaluation.motion_pictures import motion_pictures
+from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
+from mam2.engine.evaluation.scores import joined, score
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import draw_mask
 from mam2.engine.tokenizer.tokenizer import Tokenizer

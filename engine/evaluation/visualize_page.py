@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mam2.engine.evaluate.report import ROWS
-from mam2.engine.evaluate.scores import Scores, joined
+from mam2.engine.evaluation.report import ROWS
+from mam2.engine.evaluation.scores import Scores, joined
 
 READS = "reads"
 LABELS = {name: label.replace("\n", " ") for name, label in ROWS.items()} | {READS: "read by the marked patch"}

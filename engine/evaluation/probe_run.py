@@ -19,10 +19,10 @@ from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.attentive import attentive_probe
-from mam2.engine.evaluate.feature_files import FeatureCache, FeatureSpec
-from mam2.engine.evaluate.knn import knn
-from mam2.engine.evaluate.linear_probe import bootstrap, held_out, linear_probe
+from mam2.engine.evaluation.attentive import attentive_probe
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
+from mam2.engine.evaluation.knn import knn
+from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 
 Probe = Literal["linear", "attentive", "knn"]
 FEWEST_VIDEOS = 5

@@ -47,7 +47,7 @@ def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
     """PNG of what `confusion` counted, each row as shares of its videos."""
     # Imported here: fine-tuning, which only counts, needs no pictures.
-    from mam2.engine.evaluate.plots import plt, png
+    from mam2.engine.evaluation.plots import plt, png
 
     names = [printable(name).replace("$", r"\$") for name in classes]
     shares = matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)

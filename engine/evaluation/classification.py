@@ -20,8 +20,8 @@ from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate import accuracy
-from mam2.engine.evaluate.views import predict
+from mam2.engine.evaluation import accuracy
+from mam2.engine.evaluation.views import predict
 from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
 from mam2.engine.model.classifier import logits_of
 from mam2.engine.runtime.device import autocast, pick_device

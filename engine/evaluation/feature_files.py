@@ -26,7 +26,7 @@ from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.features import layer_tokens
+from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.runtime.device import autocast, matmul_dtype
 
 CELLS = 4

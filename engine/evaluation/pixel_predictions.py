@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.evaluate.motion_pictures import motion_picture
-from mam2.engine.evaluate.pixel_pictures import completed_cubes, laid_out, token_cubes
-from mam2.engine.evaluate.pretext import Reconstruction, evaluation_mask, hide
+from mam2.engine.evaluation.motion_pictures import motion_picture
+from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
+from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, hide
 from mam2.engine.model.videomae import VideoMAE
 
 

@@ -28,12 +28,12 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.pixel_predictions import reconstruct_pixels
-from mam2.engine.evaluate.pretext import Reconstruction, evaluation_mask, reconstruct
-from mam2.engine.evaluate.regressor_attention import regressor_attention
-from mam2.engine.evaluate.report import draw_rows, shown
-from mam2.engine.evaluate.scores import score
-from mam2.engine.evaluate.visualize_page import LABELS, READS, ClipView, write_page
+from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
+from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, reconstruct
+from mam2.engine.evaluation.regressor_attention import regressor_attention
+from mam2.engine.evaluation.report import draw_rows, shown
+from mam2.engine.evaluation.scores import score
+from mam2.engine.evaluation.visualize_page import LABELS, READS, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.tokenizer.files import load_vqgan

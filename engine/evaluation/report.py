@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from mam2.engine.evaluate.plots import draw_logs, png
-from mam2.engine.evaluate.pretext import Reconstruction
+from mam2.engine.evaluation.plots import draw_logs, png
+from mam2.engine.evaluation.pretext import Reconstruction
 from mam2.engine.runtime.log import read_log
 
 ROWS = {
