@@ -113,11 +113,11 @@ def evaluate(
     videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
     where = pick_device(run)
     with join(where) as world:
-        world.share(lambda: make_folder(out))
-        manifest = world.share(lambda: read_manifest(data, threads=threads, progress=progress))
+        world.broadcast(lambda: make_folder(out))
+        manifest = world.broadcast(lambda: read_manifest(data, threads=threads, progress=progress))
         if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
             classes = numbers  # a list that numbers the classes, as VideoMAE's do
-        manifest = world.share(lambda: relabelled(manifest, data, classes))
+        manifest = world.broadcast(lambda: relabelled(manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:
             predictions = predict(
@@ -131,7 +131,7 @@ def evaluate(
                 precision=lambda: autocast(run, where),
                 progress=progress and world.main,
             )
-            skipped = {entry.path: entry.reason for part in world.gather(loader.skipped) for entry in part}
+            skipped = {entry.path: entry.reason for part in world.all_gather(loader.skipped) for entry in part}
         if not len(predictions.videos):
             raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
         places = predictions.videos.tolist()
@@ -165,7 +165,7 @@ def evaluate(
             write_table(folder / "unusable.tsv", reasons.items())
 
         try:
-            world.share(write)
+            world.broadcast(write)
         except OSError as error:
             raise unwritable(out, error) from None
     return result

@@ -20,7 +20,7 @@ from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, Wanted
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 
@@ -50,7 +50,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probed:
+class ProbeReport:
     train: int
     """Training videos that have a label and could be decoded."""
     test: int
@@ -84,7 +84,7 @@ def probe_encoders(
     batch: int = 32,
     run: RunConfig | None = None,
     progress: bool = True,
-) -> Probed:
+) -> ProbeReport:
     """Probes every encoder at every layer on labelled videos.
 
     Args:
@@ -105,7 +105,7 @@ def probe_encoders(
     train, test = _splits(data, val, progress)
     kinds: tuple[Literal["mean", "cells"], ...] = ("mean", "cells") if "attentive" in probes else ("mean",)
     wanted = [
-        Wanted(frozen, layer, kind)
+        FeatureSpec(frozen, layer, kind)
         for frozen in encoders
         for layer in dict.fromkeys(layers or [frozen.depth])
         for kind in kinds
@@ -145,7 +145,7 @@ def probe_encoders(
     names = [frozen.name for frozen in encoders]
     trained_on = {train.manifest.videos[row].content or train.manifest.videos[row].path for row in train.rows}
     tested_on = [test.manifest.videos[row].content or test.manifest.videos[row].path for row in test.rows]
-    return Probed(
+    return ProbeReport(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),

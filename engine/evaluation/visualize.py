@@ -30,11 +30,11 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
-from mam2.engine.evaluation.pretext import Strips, evaluation_mask, reconstruct
+from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, reconstruct
 from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
-from mam2.engine.evaluation.visualize_page import LABELS, READS, Seen, write_page
+from mam2.engine.evaluation.visualize_page import LABELS, READS, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
@@ -97,7 +97,7 @@ def visualize(
     everything = read_manifest(data, progress=progress)
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
     manifest = Manifest(tuple(everything.videos[place] for place in places))
-    by_clip: dict[int, list[Seen]] = {}
+    by_clip: dict[int, list[ClipView]] = {}
     configs: dict[str, dict[str, Any]] = {}
     said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
     for path in dict.fromkeys(map(Path, checkpoints)):
@@ -109,7 +109,7 @@ def visualize(
         raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        named: dict[str, list[Seen]] = {}
+        named: dict[str, list[ClipView]] = {}
         for number, (place, seen) in enumerate(sorted(by_clip.items()), 1):
             stem = re.sub(r"[^\w.-]+", "-", Path(manifest.videos[place].path).stem)[:60]
             name = f"{number:02d}-{stem}"
@@ -135,11 +135,11 @@ def visualize(
 
 def _look(
     path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
-) -> tuple[PretrainConfig, dict[int, Seen]]:
+) -> tuple[PretrainConfig, dict[int, ClipView]]:
     """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
     model, config = load_pretrained(path, device, **said)
     model.eval()
-    predict: Callable[[Tensor], Strips]
+    predict: Callable[[Tensor], Reconstruction]
     codes = None
     if isinstance(model, MAM2):
         if config.needs_codes:
@@ -149,11 +149,11 @@ def _look(
                     f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
                 )
 
-        def predict(clip: Tensor) -> Strips:
+        def predict(clip: Tensor) -> Reconstruction:
             return reconstruct(model, codes, clip, config)
     else:
 
-        def predict(clip: Tensor) -> Strips:
+        def predict(clip: Tensor) -> Reconstruction:
             return reconstruct_pixels(model, clip, config)
 
     found = {}
@@ -169,7 +169,7 @@ def _look(
             marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
             if attention is not None:
                 panels[READS] = _reading(panels["original"], mask, attention, marked, config)
-            found[int(batch.index[0])] = Seen(
+            found[int(batch.index[0])] = ClipView(
                 checkpoint=str(path),
                 panels=panels,
                 scores=score(model, codes, clip, mask, config),
@@ -219,7 +219,7 @@ def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, c
     return picture
 
 
-def _side_by_side(seen: Sequence[Seen], *, named: bool) -> np.ndarray:
+def _side_by_side(seen: Sequence[ClipView], *, named: bool) -> np.ndarray:
     """A column for each kind of picture, a row for each checkpoint, with names: uint8 [T', H, W, 3], even sides."""
     kinds = [name for name in LABELS if any(name in one.panels for one in seen)]
     slots = max(one.grid[0] for one in seen)
