@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mam2.engine import costs
-from mam2.engine.config.pretrain import PretrainConfig, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device
@@ -226,7 +226,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
+def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
     """The plan of a run.
 
     Args:
@@ -239,6 +239,7 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
     Raises:
         UserError: for values that cannot be used, and a batch that cannot be shared out.
     """
+    check(config)
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
     if gpus < 1:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
+from mam2.engine.config.pretrain import PretrainConfig, RunConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
@@ -36,6 +37,7 @@ from mam2.engine.evaluation.scores import score
 from mam2.engine.evaluation.visualize_page import LABELS, READS, ClipView, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
 from mam2.engine.tokenizer.prepare import build_tokenizer
@@ -51,18 +53,18 @@ STRIP_INCHES = 1.0
 
 
 def visualize(
-    checkpoints: Sequence[Path],
-    data: Path,
-    out: Path,
-    device: torch.device,
+    checkpoints: Sequence[str | Path],
+    data: str | Path,
+    out: str | Path,
     *,
     clips: int = 4,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     stride: int = 0,
     frames: int | None = None,
     size: int | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
     progress: bool = True,
 ) -> Path:
     """Draws what checkpoints predict in clips of `data`, side by side; returns the page.
@@ -74,10 +76,23 @@ def visualize(
         tokenizer: VQGAN for checkpoints whose run folder no longer holds theirs.
         stride: distance of two sampled frames instead of the checkpoints'.
         frames, size, heads, decoder_heads: of checkpoints that do not say them, see `load_model`.
+        device: where the models run; auto takes a GPU if there is one.
+        progress: draw a progress bar (only on a terminal).
 
     Raises:
         UserError: for what cannot be read or written.
     """
+    check_flags(
+        clips=(clips, COUNT),
+        stride=(stride, COUNT_OR_NONE),
+        frames=(frames, COUNT),
+        size=(size, COUNT),
+        heads=(heads, COUNT),
+        decoder_heads=(decoder_heads, COUNT),
+    )
+    if not checkpoints:
+        raise UserError("visualize: name at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER")
+    out, where = Path(out), pick_device(RunConfig(device=device))
     check_apart(data, out, inside=False)
     everything = read_manifest(data, progress=progress)
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
@@ -85,8 +100,8 @@ def visualize(
     by_clip: dict[int, list[ClipView]] = {}
     configs: dict[str, dict[str, Any]] = {}
     said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
-    for path in dict.fromkeys(checkpoints):
-        config, found = _look(path, manifest, device, tokenizer, said)
+    for path in dict.fromkeys(map(Path, checkpoints)):
+        config, found = _look(path, manifest, where, Path(tokenizer) if tokenizer else None, said)
         configs[str(path)] = to_dict(config)
         for place, one in found.items():
             by_clip.setdefault(place, []).append(one)
