@@ -16,7 +16,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, write_whole, writing
 
 if TYPE_CHECKING:
-    from mam2.engine.evaluation.probe_run import Probed, Score
+    from mam2.engine.evaluation.probe_run import ProbeReport, Score
 
 
 def run(arguments: list[str]) -> int:
@@ -112,7 +112,7 @@ def run(arguments: list[str]) -> int:
     return tyro.cli(probe, args=arguments, prog="mam2 probe")
 
 
-def table(result: Probed) -> str:
+def table(result: ProbeReport) -> str:
     """The accuracies of checkpoints, layers and pools below each other, a column per probe."""
     probes = list(dict.fromkeys(score.probe for score in result.scores))
     lines = [("checkpoint", "layer", "pool", *probes)]

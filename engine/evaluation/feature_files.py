@@ -38,7 +38,7 @@ CELLS = 4
 Kind = Pool | Literal["cells"]
 
 
-class Wanted(NamedTuple):
+class FeatureSpec(NamedTuple):
     """Features of one layer of one encoder: pooled tokens, float32 [n, R·D], or cells, float16 [n, K, D]."""
 
     frozen: FrozenEncoder
@@ -57,8 +57,8 @@ class FeatureCache:
         self._folder, self._run = folder, run or RunConfig()
 
     def get(
-        self, manifest: Manifest, wanted: Iterable[Wanted], *, batch: int, progress: bool = True
-    ) -> dict[Wanted, NDArray[np.floating]]:
+        self, manifest: Manifest, wanted: Iterable[FeatureSpec], *, batch: int, progress: bool = True
+    ) -> dict[FeatureSpec, NDArray[np.floating]]:
         """Features of all videos of a manifest, rows in its order, memory-mapped; what is missing is computed first.
 
         A video that cannot be decoded has a row of NaN. batch: clips that go through an encoder at once.
@@ -77,7 +77,7 @@ class FeatureCache:
 
 @torch.no_grad()
 def write_features(
-    manifest: Manifest, wanted: Mapping[Wanted, Path], *, batch: int, run: RunConfig, progress: bool = True
+    manifest: Manifest, wanted: Mapping[FeatureSpec, Path], *, batch: int, run: RunConfig, progress: bool = True
 ) -> dict[str, str]:
     """Writes features of the middle clip of every video to .npy files; see `FeatureCache.get` for what they hold.
 
@@ -85,7 +85,7 @@ def write_features(
     whole. `run` tells the precision. Returns the paths of the videos that could not be decoded, with the reason.
     """
     skipped: dict[str, str] = {}
-    by_clips: dict[str, list[Wanted]] = {}
+    by_clips: dict[str, list[FeatureSpec]] = {}
     for want in wanted:
         by_clips.setdefault(json.dumps(_clips(want)), []).append(want)
     for group in by_clips.values():
@@ -111,7 +111,7 @@ def write_features(
     return skipped
 
 
-def _pooled(tokens: Tensor, want: Wanted) -> Tensor:
+def _pooled(tokens: Tensor, want: FeatureSpec) -> Tensor:
     slots, height, width = want.frozen.encoder.grid
     if want.kind != "cells":
         return pool_tokens(tokens, (slots, height, width), want.kind).flatten(1)
@@ -126,7 +126,7 @@ def cell_grid(frozen: FrozenEncoder) -> tuple[int, int, int]:
     return slots, min(CELLS, height), min(CELLS, width)
 
 
-def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
+def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
     """An .npy file aside, full of NaN. Raises OSError where the disk has no room for all of it."""
     width = want.frozen.encoder.width
     if want.kind == "cells":
@@ -145,7 +145,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".part-{os.getpid()}-{path.name}")  # other processes may write the same features
 
 
-def _clips(want: Wanted) -> dict[str, object]:
+def _clips(want: FeatureSpec) -> dict[str, object]:
     """What of the config decides which pixels an encoder sees."""
     fields = dataclasses.asdict(want.frozen.data)
     return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
@@ -155,7 +155,7 @@ def _device(frozen: FrozenEncoder) -> torch.device:
     return next(frozen.encoder.parameters()).device
 
 
-def _key(manifest: Manifest, want: Wanted, run: RunConfig) -> str:
+def _key(manifest: Manifest, want: FeatureSpec, run: RunConfig) -> str:
     dtype = str(matmul_dtype(run, _device(want.frozen)))
     videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
     groups = CELLS if want.kind == "cells" else token_groups(want.frozen.encoder.grid, want.kind).int().tolist()

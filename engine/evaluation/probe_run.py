@@ -22,7 +22,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, Kind, Wanted, cell_grid
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec, Kind, cell_grid
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool, token_groups
@@ -56,7 +56,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probed:
+class ProbeReport:
     train: int
     """Training videos that have a label and could be decoded."""
     test: int
@@ -96,7 +96,7 @@ def probe_encoders(
     batch: int = 32,
     run: RunConfig | None = None,
     progress: bool = True,
-) -> Probed:
+) -> ProbeReport:
     """Probes every encoder at every layer on labelled videos.
 
     Args:
@@ -123,7 +123,7 @@ def probe_encoders(
     if "attentive" in probes:
         kinds.append("cells")
     wanted = [
-        Wanted(frozen, layer, kind)
+        FeatureSpec(frozen, layer, kind)
         for frozen in encoders
         for layer in dict.fromkeys(layers or [frozen.depth])
         for kind in kinds
@@ -166,7 +166,7 @@ def probe_encoders(
     names = [frozen.name for frozen in encoders]
     trained_on = {train.manifest.videos[row].content or train.manifest.videos[row].path for row in train.rows}
     tested_on = [test.manifest.videos[row].content or test.manifest.videos[row].path for row in test.rows]
-    return Probed(
+    return ProbeReport(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),
@@ -183,7 +183,7 @@ def probe_encoders(
     )
 
 
-def _asked_of(want: Wanted, pools: Sequence[Pool], probes: Sequence[Probe]) -> list[tuple[Pool, Probe]]:
+def _asked_of(want: FeatureSpec, pools: Sequence[Pool], probes: Sequence[Probe]) -> list[tuple[Pool, Probe]]:
     """The pools and probes that read these features: attentive ones pool the cells themselves."""
     if want.kind == "cells":
         return [(pool, "attentive") for pool in pools]
@@ -193,7 +193,7 @@ def _asked_of(want: Wanted, pools: Sequence[Pool], probes: Sequence[Probe]) -> l
 def _right(
     probe: Probe,
     pool: Pool,
-    want: Wanted,
+    want: FeatureSpec,
     train_features: NDArray[np.floating],
     train: _Split,
     test_features: NDArray[np.floating],

@@ -15,7 +15,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation.attentive import RATES, attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, Wanted
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.features import extract_features, layer_tokens
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
@@ -156,7 +156,7 @@ def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_pat
 def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
     manifest = read_manifest(clips / "test", progress=False)
-    mean, cells = Wanted(frozen, 2, "mean"), Wanted(frozen, 2, "cells")
+    mean, cells = FeatureSpec(frozen, 2, "mean"), FeatureSpec(frozen, 2, "cells")
     found = FeatureCache(tmp_path).get(manifest, [mean, cells], batch=5, progress=False)
     model, _ = load_pretrained(encoders[0], torch.device("cpu"))
     with ClipLoader(manifest, frozen.data, batch=16, device="cpu", seed=0, train=False) as loader:
@@ -169,7 +169,7 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
 @pytest.mark.slow
 def test_features_are_kept_apart_by_precision(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
-    manifest, want = read_manifest(clips / "test", progress=False), Wanted(frozen, 2, "mean")
+    manifest, want = read_manifest(clips / "test", progress=False), FeatureSpec(frozen, 2, "mean")
     precise, rounded = (
         FeatureCache(tmp_path, RunConfig(precision=precision)).get(manifest, [want], batch=16, progress=False)[want]
         for precision in ("float32", "bfloat16")
