@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.small_models import encoder
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder, digest
 from mam2.engine.checkpoints.untrained import _like, is_random, load_all_frozen
@@ -14,13 +13,17 @@ from mam2.engine.cli import main
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
+from mam2.engine.model.blocks import initialize
 from mam2.engine.model.positions import set_clip_size
+from tests.helpers.small_models import encoder
 
 CPU = torch.device("cpu")
 
 
 def frozen(**values):
     made = encoder(**values)
+    torch.manual_seed(5)
+    initialize(made)
     return FrozenEncoder(name="made", encoder=made, data=DataConfig(), weights=Path("made"), digest=digest(made))
 
 
