@@ -20,7 +20,7 @@ from benchmarks.machine import ROOT, describe
 Row = dict[str, Any]
 SHARE = 0.9
 """Of a section's time after which it starts nothing new."""
-TESTS = "tests/test_gpu.py"
+TESTS = "tests/kernels/test_gpu.py"
 CASES = "test_every_case_is_right_on_the_gpu"
 """The test of TESTS that repeats the section "correctness"."""
 
@@ -76,7 +76,7 @@ COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """What was asked for on the command line."""
 
     dry_run: bool
@@ -94,7 +94,7 @@ class Wanted:
         return not given or any(word in text if choice == "shapes" else word == text for word in given)
 
 
-def run_section(name: str, file: Path, until: float, wanted: Wanted) -> int:
+def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
     """In the process of a section: writes the machine and then every row to `file` as soon as it is there.
 
     until: time.monotonic() at which the whole call ends. Returns the exit status.
@@ -124,7 +124,7 @@ def run_section(name: str, file: Path, until: float, wanted: Wanted) -> int:
     return 0
 
 
-def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator[Row]:
+def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Iterator[Row]:
     """The rows of a section until `deadline` (time.monotonic)."""
     if name == "smoke":
         yield from smoke_rows(device, deadline)
@@ -161,7 +161,7 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator
 
 
 def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
-    """One row of counts for tests/test_gpu.py, and one for each test that failed.
+    """One row of counts for tests/kernels/test_gpu.py, and one for each test that failed.
 
     Without tests/conftest.py, which imports packages that a GPU machine need not have.
     """

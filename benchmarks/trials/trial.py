@@ -20,7 +20,7 @@ from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
-from mam2.engine.evaluate.linear_probe import linear_probe
+from mam2.engine.evaluation.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -132,7 +132,7 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
         epoch, video = drawn[:, 0], chosen[drawn[:, 1]]
         clips = as_video(train.clips[video, epoch % recorded, epoch // recorded % crops]).to(device)
         rate = learning_rate(step, steps, count / batch, config.optim, global_batch=batch)
-        prepared_batch = take.prepare(step * take.passes, clips, train.labels[torch.from_numpy(video)])
+        prepared_batch = take.prepare(step * take.micro_batches, clips, train.labels[torch.from_numpy(video)])
         take(step, [(clips, prepared_batch)], rate, inspect=False)
     model.eval()
     test = prepared.splits["test"]

@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
 
         from mam2.engine.checkpoints.frozen import load_frozen
         from mam2.engine.data.manifest import read_manifest
-        from mam2.engine.evaluate.feature_files import Wanted, write_features
+        from mam2.engine.evaluation.feature_files import FeatureSpec, write_features
         from mam2.engine.runtime.device import matmul_dtype, pick_device
 
         settings = RunConfig(device=device, precision=precision)
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         manifest = read_manifest(data)
         with writing(out), tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
             rows = Path(folder) / "rows.npy"
-            wanted = {Wanted(frozen, layer or frozen.depth, "mean"): rows}
+            wanted = {FeatureSpec(frozen, layer or frozen.depth, "mean"): rows}
             skipped = write_features(manifest, wanted, batch=batch, run=settings)
             features = np.load(rows)
         there = ~np.isnan(features[:, 0])

@@ -43,20 +43,9 @@ def run(arguments: list[str]) -> int:
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-        from mam2.engine.config.pretrain import RunConfig
         from mam2.engine.errors import UserError
-        from mam2.engine.evaluate.classification import evaluate
+        from mam2.engine.evaluation.classification import evaluate
 
-        check_flags(
-            temporal=(temporal, COUNT_OR_NONE),
-            spatial=(spatial, COUNT_OR_NONE),
-            batch=(batch, BATCH_OR_NONE),
-            frames=(frames, COUNT),
-            size=(size, COUNT),
-            heads=(heads, COUNT),
-            threads=(threads, COUNT_OR_NONE),
-        )
         names: tuple[str, ...] = ()
         if classes:
             try:
@@ -70,7 +59,8 @@ def run(arguments: list[str]) -> int:
             temporal=temporal,
             spatial=spatial,
             batch=batch,
-            run=RunConfig(device=device, precision=precision),
+            device=device,
+            precision=precision,
             threads=threads,
             frames=frames,
             size=size,

@@ -294,7 +294,7 @@ class PretrainConfig(TokenGrid):
         return self.grid[0] * math.prod(self.code_shape)
 
     @property
-    def together(self) -> int:
+    def clips_per_group(self) -> int:
         """Clips that must be in one pass: the views of a video."""
         return self.data.views
 
@@ -312,22 +312,22 @@ class TrainConfig(Protocol):
     def run(self) -> RunConfig: ...
 
     @property
-    def together(self) -> int: ...
+    def clips_per_group(self) -> int: ...
 
 
-def passes(config: TrainConfig, processes: int) -> int:
+def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
     """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
 
     Raises UserError where the batch cannot be shared out evenly.
     """
-    batch, most, together = config.optim.batch, config.optim.micro_batch, config.together
-    for count in range(1, batch // (processes * together) + 1):
-        if batch % (processes * count * together) == 0 and (not most or batch // (processes * count) <= most):
+    batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
+    for count in range(1, batch // (processes * group) + 1):
+        if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
     raise UserError(
         f"optim.batch {batch} cannot be shared out to {processes} processes in equal passes of whole views "
         f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
-        f"clips; a multiple of {processes * together} can"
+        f"clips; a multiple of {processes * group} can"
     )
 
 
@@ -396,7 +396,7 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
     if data.frames % tubelet:
         raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
     check_data(data)
-    passes(config, 1)
+    micro_batches_per_step(config, 1)
 
 
 def check_data(data: DataConfig) -> None:

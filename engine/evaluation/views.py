@@ -1,0 +1,108 @@
+"""Many views of every video: which clips and crops they are, and the mean of what a classifier says of them.
+
+VideoMAE's test: dense clips evenly from the start of a video to its end, or uniform ones interleaved (of two, one sees
+the first frames of the parts, one those in the middle); each in square crops at full short side, evenly along the
+longer side; the softmax of each view, averaged. One clip or one crop is the middle one.
+
+Shapes: B clips, V classes, n videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sampling import ClipRequest, View, frame_step
+from mam2.engine.data.video import Video
+from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Of the videos with at least one view that could be decoded."""
+
+    videos: Tensor
+    """int64 [n], places in the manifest, ascending."""
+    probabilities: Tensor
+    """float64 [n, V], the mean over a video's views."""
+    views: Tensor
+    """int64 [n], how many they were."""
+
+
+def view_clip(place: int, video: Video, number: int, data: DataConfig, *, temporal: int, spatial: int) -> ClipRequest:
+    """Clip `number` of `temporal` of a video, which is at `place` in its manifest, in `spatial` crops."""
+    width, height = video.shown_size
+    wide, high = min(1.0, height / width), min(1.0, width / height)
+    views = []
+    for crop in range(spatial):
+        share = crop / (spatial - 1) if spatial > 1 else 0.5
+        x, y = share * (1 - wide), share * (1 - high)
+        views.append(View(x, y, x + wide, y + high, False))
+    return ClipRequest(place, _frames(video, number, data, temporal), tuple(views))
+
+
+def _frames(video: Video, number: int, data: DataConfig, temporal: int) -> tuple[int, ...]:
+    if data.sampling == "uniform":
+        part = video.frames / data.frames
+        shift = part * number / temporal if temporal > 1 else part / 2
+        return tuple(int(shift + part * k) for k in range(data.frames))
+    step = frame_step(video, data)
+    offsets = [round(k * step) for k in range(data.frames)]
+    spare = max(video.frames - 1 - offsets[-1], 0)
+    start = spare * number // (temporal - 1) if temporal > 1 else spare // 2
+    return tuple(start + offset for offset in offsets)
+
+
+@torch.no_grad()
+def predict(
+    classify: Callable[[Tensor], Tensor],
+    loader: ClipLoader,
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    temporal: int,
+    spatial: int,
+    world: World,
+    precision: Callable[[], AbstractContextManager[object]],
+    progress: bool = True,
+) -> Predictions:
+    """What a classifier says of all videos of a manifest; each rank looks at every so-many-th, all get the whole.
+
+    classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: of this manifest, its batch at least `spatial`.
+    precision: makes the autocast context to classify in.
+    """
+    mine = range(world.rank, len(manifest.videos), world.size)
+
+    def clips() -> Iterator[tuple[int, int]]:
+        return ((place, number) for place in mine for number in range(temporal))
+
+    def draw(place: int, video: Video, number: int) -> ClipRequest:
+        return view_clip(place, video, number, data, temporal=temporal, spatial=spatial)
+
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
+    with Progress(total=len(mine), desc="evaluation", unit="video", leave=False, shown=progress) as bar:
+        for batch in loader.chosen(clips(), draw, spatial):
+            with precision():
+                logits = classify(batch.video)
+            shares = logits.double().softmax(-1).unflatten(0, (-1, spatial)).sum(1).cpu()
+            for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
+                # in the order of the views, whatever the batch
+                sums[place] = sums[place] + share if place in sums else share
+                counts[place] = counts.get(place, 0) + spatial
+            bar.update(len(sums) - bar.n)
+    found: dict[int, tuple[Tensor, int]] = {}
+    for part in world.all_gather({place: (sums[place].numpy(), counts[place]) for place in sums}):
+        found |= {place: (torch.from_numpy(total), count) for place, (total, count) in part.items()}
+    places = sorted(found)
+    views = torch.tensor([found[place][1] for place in places])
+    totals = torch.stack([found[place][0] for place in places]) if places else torch.empty(0, 0)
+    return Predictions(videos=torch.tensor(places), probabilities=totals / views[:, None], views=views)

@@ -1,0 +1,343 @@
+"""What a run takes, before it runs: parameters, FLOPs, bytes and memory from the config; speed and hours estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import NamedTuple
+
+import torch
+
+from mam2.engine import costs
+from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.errors import UserError
+from mam2.engine.model.encoder import CHANNELS
+from mam2.engine.runtime.device import matmul_dtype, pick_device
+from mam2.engine.runtime.peak import measured_peak_flops
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import code_factor
+from mam2.engine.tokenizer.vqgan import VQGANConfig, small
+
+
+class GPU(NamedTuple):
+    """Of one GPU, by its maker's data sheet."""
+
+    name: str
+    bf16_tflop_per_s: float
+    """Dense bfloat16 products, without sparsity."""
+    gb_per_s: float
+    memory_gb: float
+
+
+GPUS = {
+    "b200": GPU("NVIDIA B200", 2250, 8000, 180),
+    "h200": GPU("NVIDIA H200 SXM", 989, 4800, 141),
+    "h100": GPU("NVIDIA H100 SXM", 989, 3350, 80),
+    "h100pcie": GPU("NVIDIA H100 PCIe", 756, 2000, 80),
+    "a100": GPU("NVIDIA A100 SXM 80 GB", 312, 2039, 80),
+    "a10040gb": GPU("NVIDIA A100 PCIe 40 GB", 312, 1555, 40),
+    "l40s": GPU("NVIDIA L40S", 362, 864, 48),
+    "l4": GPU("NVIDIA L4", 121, 300, 24),
+    "a40": GPU("NVIDIA A40", 149.7, 696, 48),
+    "a30": GPU("NVIDIA A30", 165, 933, 24),
+    "a10": GPU("NVIDIA A10", 125, 600, 24),
+    "rtx6000ada": GPU("NVIDIA RTX 6000 Ada", 364, 960, 48),
+    "rtxa6000": GPU("NVIDIA RTX A6000", 154.8, 768, 48),
+    "rtx5090": GPU("NVIDIA GeForce RTX 5090", 209.5, 1792, 32),
+    "rtx5080": GPU("NVIDIA GeForce RTX 5080", 112.6, 960, 16),
+    "rtx5070ti": GPU("NVIDIA GeForce RTX 5070 Ti", 87.9, 896, 16),
+    "rtx5070": GPU("NVIDIA GeForce RTX 5070", 61.7, 672, 12),
+    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 165, 1008, 24),
+    "rtx4080": GPU("NVIDIA GeForce RTX 4080", 97.5, 717, 16),
+    "rtx4070ti": GPU("NVIDIA GeForce RTX 4070 Ti", 80.2, 504, 12),
+    "rtx4070": GPU("NVIDIA GeForce RTX 4070", 58.3, 504, 12),
+    "rtx4060": GPU("NVIDIA GeForce RTX 4060", 30.2, 272, 8),
+    "rtx3090": GPU("NVIDIA GeForce RTX 3090", 71, 936, 24),
+    "rtx3080": GPU("NVIDIA GeForce RTX 3080", 59.5, 760, 10),
+    "rtx3070": GPU("NVIDIA GeForce RTX 3070", 40.6, 448, 8),
+    "rtx3060": GPU("NVIDIA GeForce RTX 3060", 25.5, 360, 12),
+    "mi300x": GPU("AMD Instinct MI300X", 1307, 5300, 192),
+}
+"""NVIDIA's and AMD's data sheets; a GeForce card's rate is twice that of its float32 units, as in NVIDIA's white papers
+for bfloat16 with float32 accumulation."""
+WITHOUT_BFLOAT16 = {
+    "v100",
+    "t4",
+    "p100",
+    "titanv",
+    "rtx2080ti",
+    "rtx2080",
+    "rtx2070",
+    "rtx2060",
+    "gtx1080ti",
+    "gtx1080",
+}
+"""NVIDIA's cards from before Ampere: a training there has to be float32, for which there is no estimate."""
+MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
+UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
+"""Share of the peak that a step is assumed to reach where nothing else is said; not measured.
+
+On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, add up to 37 to 41 % of
+what a large product reaches there; that product itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
+"""
+IMAGES_PER_PASS = 64
+"""Frames that the tokenizer takes at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    config: PretrainConfig
+    parts: dict[str, costs.Cost]
+    dtype: torch.dtype
+    machine: str
+    """Its name and where its rates come from."""
+    peak_flops: float
+    """FLOP/s of products in `dtype`."""
+    bytes_per_s: float
+    """Of memory; infinite where it is not known."""
+    memory_gib: float
+    """Of one device; infinite where it is not known."""
+    utilisation: float
+    gpus: int
+    source: str
+    """Where the tokenizer's size comes from."""
+    cuda: bool
+    """Whether the devices are GPUs."""
+
+    @property
+    def clips_a_pass(self) -> int:
+        """Clips that one device takes at once."""
+        return self.config.optim.batch // (self.gpus * micro_batches_per_step(self.config, self.gpus))
+
+    @property
+    def parameters(self) -> int:
+        """That are trained."""
+        return sum(cost.parameters for name, cost in self.parts.items() if name != "tokenizer")
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes held at the peak of a step on one device.
+
+        The tokenizer's activations are held beside the others on a GPU, where it works on the next batch during the
+        step, in memory of its own; before them on a CPU.
+        """
+        clips, item = self.clips_a_pass, self.dtype.itemsize
+        data = self.config.data
+        held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
+        frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
+        tokenizer = self.parts.get("tokenizer", costs.Cost())
+        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
+        shards = self.gpus if self.config.run.sharding == "fsdp" else 1
+        state = self.parameters * costs.SINGLE / shards
+        tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
+        return {
+            "weights": state + tokenizer.parameters * costs.SINGLE,
+            "gradients": state,
+            "AdamW's moments": 2 * state,
+            **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
+            "activations": held + tokenizing if self.cuda else max(held, tokenizing),
+            "clips": float(batches),
+        }
+
+    @property
+    def fits(self) -> bool:
+        """Whether nine tenths of a device's memory hold a step."""
+        return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
+
+    def remedy(self) -> str:
+        """What makes a plan fit that does not: the largest `optim.micro_batch`, if there is one, or other settings."""
+        config = self.config
+        for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
+            optim = dataclasses.replace(config.optim, micro_batch=clips)
+            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
+            if smaller.clips_a_pass == clips and smaller.fits:
+                return f"--optim.micro-batch {clips} fits"
+        ways = [] if config.run.recompute else ["--run.recompute"]
+        ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
+        return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
+
+    @property
+    def clips_per_s(self) -> float:
+        """Of all devices: bound by arithmetic at the assumed utilisation, or by memory."""
+        return self.gpus / max(self._seconds_of_arithmetic, self._seconds_of_memory)
+
+    @property
+    def _seconds_of_arithmetic(self) -> float:
+        return sum(cost.flops for cost in self.parts.values()) / (self.utilisation * self.peak_flops)
+
+    @property
+    def _seconds_of_memory(self) -> float:
+        step = costs.step_bytes(self.parameters, self.dtype.itemsize) * self.gpus / self.config.optim.batch
+        return (sum(cost.bytes_moved for cost in self.parts.values()) + step) / self.bytes_per_s
+
+    def hours(self, videos: int) -> float:
+        """Of training on so many videos."""
+        clips = videos * self.config.optim.epochs * self.config.data.views
+        return clips / self.clips_per_s / 3600
+
+    def report(self, videos: int = 0) -> str:
+        """The lines that `mam2 plan` prints."""
+        config = self.config
+        data, grid = config.data, config.grid
+        tokens = math.prod(grid)
+        masked = config.masked_tokens
+        dtype = str(self.dtype).removeprefix("torch.")
+        count = micro_batches_per_step(config, self.gpus)
+        lines = [
+            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",
+            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
+            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
+        ]
+        if config.needs_codes:
+            lines.append(f"codes    {self.source}")
+        lines += [
+            "",
+            "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
+        ]
+        lines += [_row(name, cost) for name, cost in self.parts.items()]
+        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.Cost())
+        held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
+        lines.append(_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
+        step = costs.step_bytes(self.parameters, self.dtype.itemsize)
+        memory = self.memory
+        total = sum(memory.values())
+        parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
+        limit = f" of {self.memory_gib:.0f} GiB" if math.isfinite(self.memory_gib) else ""
+        fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
+        bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
+        bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
+        lines += [
+            "(the tokenizer is frozen: it is not among all parameters; its activations are held "
+            f"{'beside' if self.cuda else 'before'} the others)",
+            f"AdamW    {_bytes(step)} of memory traffic per step, weights and gradients included",
+            "",
+            f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
+            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
+            f"assumed, not measured; bound by {bound}; loading not counted)",
+        ]
+        if videos:
+            lines.append(
+                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+            )
+        return "\n".join(lines)
+
+
+def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: a run's config.
+        gpu: a name of `GPUS` in any spelling ("RTX 4090", "H100-PCIe"), or empty for this machine, whose products are
+            then measured.
+        gpus: devices of one run.
+        utilisation: share of the peak that the step reaches, 0 to 1; 0 assumes `UTILISATION`.
+
+    Raises:
+        UserError: for values that cannot be used, and a batch that cannot be shared out.
+    """
+    check(config)
+    if not 0 <= utilisation <= 1:
+        raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus}: expected at least 1")
+    known = _known(gpu) if gpu else ""
+    micro_batches_per_step(config, gpus)
+    device = torch.device("cuda") if gpu else pick_device(config.run)
+    dtype = matmul_dtype(config.run, device)
+    if gpu:
+        name, tflop_per_s, gb_per_s, memory_gb = GPUS[known]
+        if dtype == torch.float32:
+            raise UserError("--gpu: its rate is known for bfloat16 only; leave run.precision at auto")
+        peak, rate, memory = tflop_per_s * 1e12, gb_per_s * 1e9, memory_gb * 1e9 / 2**30
+        machine = f"{name} (data sheet)"
+    else:
+        peak, rate, memory = measured_peak_flops(device, dtype), math.inf, math.inf
+        machine = "this machine's CPU (measured product)"
+        if device.type == "cuda":
+            machine = f"{torch.cuda.get_device_name(device)} (measured product)"
+            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    tokenizer, source = None, ""
+    if config.needs_codes:
+        tokenizer, source = _tokenizer(config)
+    in_step = None if config.tokenizer.cache else tokenizer
+    return Plan(
+        config=config,
+        parts=costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=dtype.itemsize),
+        dtype=dtype,
+        machine=machine,
+        peak_flops=peak,
+        bytes_per_s=rate,
+        memory_gib=memory,
+        utilisation=utilisation or UTILISATION["data sheet" if gpu else device.type],
+        gpus=gpus,
+        cuda=device.type == "cuda",
+        source=source
+        + (", one of each frame" if config.tokenizer.frames == "all" else "")
+        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+    )
+
+
+def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
+    options = config.tokenizer
+    if options.path:
+        found = load_vqgan(options.path).config
+        return found, f"{found.codes} codes of {options.path}"
+    own = small(options.channels, options.codes, code_factor(config))
+    return own, f"{own.codes} codes of a small VQ model that is trained on the data first (its training not counted)"
+
+
+def _known(gpu: str) -> str:
+    """The key of `GPUS` that a user means; UserError with the nearest ones where there is none."""
+    name = re.sub(r"[^a-z0-9]", "", gpu.lower())
+    for maker in MAKERS:
+        name = name.replace(maker, "")
+    name = name if name in GPUS or f"rtx{name}" not in GPUS else f"rtx{name}"
+    if name in WITHOUT_BFLOAT16:
+        raise UserError(
+            f"--gpu {gpu}: it has no bfloat16 products, and only those are estimated; cards from Ampere (2020) on have "
+            "them. A run there takes --run.precision float32"
+        )
+    if name not in GPUS:
+        near = difflib.get_close_matches(name, GPUS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}, or nothing for this machine{hint}")
+    return name
+
+
+def _row(name: str, cost: costs.Cost) -> str:
+    flops = f"{_count(cost.forward_flops):>12}  {_count(cost.backward_flops) if cost.backward_flops else '-':>13}"
+    moved, held = _bytes(cost.bytes_moved), _bytes(cost.held_bytes)
+    return f"  {name:<21} {_count(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"
+
+
+def _plain(value: float) -> str:
+    """Three digits, without an exponent: 0.0123, 1.23, 1,230."""
+    if value < 1:
+        return f"{value:.3g}"
+    rounded = round(value, 2 - math.floor(math.log10(value)))
+    return f"{rounded:,.{max(2 - math.floor(math.log10(rounded)), 0)}f}"
+
+
+def _count(value: float) -> str:
+    """With a prefix: 86.2 M, 117 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{_plain(value / factor)} {prefix}"
+    return f"{_plain(value)} "
+
+
+def _bytes(value: float) -> str:
+    """In MiB or GiB."""
+    return f"{_plain(value / 2**30)} GiB" if value >= 2**30 else f"{_plain(value / 2**20)} MiB"
+
+
+def _duration(hours: float) -> str:
+    """In seconds, minutes, hours or days, whichever is read at a glance."""
+    for least, unit, name in ((100, 24, "days"), (1, 1, "hours"), (1 / 30, 1 / 60, "minutes")):
+        if hours >= least:
+            return f"{_plain(hours / unit)} {name}"
+    return f"{_plain(3600 * hours)} seconds"

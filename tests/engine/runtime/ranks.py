@@ -1,0 +1,65 @@
+"""The gradients of a step on several processes: started by test_distributed.py through torchrun.
+
+`ranks.py OUT SHARDING BALANCE MICRO_BATCH`: rank 0 writes losses, gradients and, after three steps, weights to OUT.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime.distributed import join
+from mam2.engine.train.step import TrainStep
+
+BATCH, STEPS = 8, 3
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
+    recipe = load_recipe("demo")
+    config = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, views=1),
+        model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
+        loss=dataclasses.replace(recipe.loss, balance=balance, appearance=0.3, alignment=0.5),
+        optim=dataclasses.replace(recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5),
+        run=dataclasses.replace(recipe.run, precision="float32", compile=False, sharding=sharding),
+    )
+    with join(torch.device("cpu")) as world:
+        torch.manual_seed(0)
+        model = MAM2(config, 16)
+        step = TrainStep(config, model, torch.device("cpu"), world)
+        clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
+        codes = torch.randint(0, 16, (STEPS, BATCH, 64))
+        clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still
+        part = BATCH // (world.size * step.micro_batches)
+        results: dict[str, torch.Tensor] = {}
+        for number in range(STEPS):
+            rows = [
+                slice(first, first + part)
+                for first in ((index * world.size + world.rank) * part for index in range(step.micro_batches))
+            ]
+            batches = [(clips[number, row], codes[number, row]) for row in rows]
+            if number == 0:
+                arguments = [step._arguments(0, batches, index) for index in range(step.micro_batches)]
+                values = step._gradients(arguments, step.micro_batches, inspect=True)
+                names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative"))]
+                means = world.mean_(torch.stack([values[name].float() for name in names]))
+                results |= dict(zip(names, means, strict=True))
+                results |= {f"grad {name}": whole(p.grad) for name, p in model.named_parameters()}
+                step._update()
+            else:
+                step(number, batches, 1e-3, inspect=False)
+        results |= {f"weight {name}": whole(p) for name, p in model.named_parameters()}
+        if world.main:
+            torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,133 @@
+"""A step's arithmetic and set-up: sums, sharding, process groups, compilations, what is inspected."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime.distributed import World
+from mam2.engine.train import objective as objectives
+from mam2.engine.train import step as steps
+from mam2.engine.train.objective import Balance, build_objective
+from mam2.engine.train.step import TrainStep
+from mam2.kernels import TubeMask, tube_mask
+
+CODES, CPU = 16, torch.device("cpu")
+
+
+def config(width=24, loss=None, **run):
+    recipe = load_recipe("demo")
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, width=width, depth=1, heads=2),
+        loss=dataclasses.replace(recipe.loss, **(loss or {})),
+        optim=dataclasses.replace(recipe.optim, batch=4),
+        run=dataclasses.replace(recipe.run, **{"compile": False, "precision": "float32", **run}),
+    )
+
+
+def build(given=None, world=None):
+    given = given or config()
+    torch.manual_seed(0)
+    return TrainStep(given, MAM2(given, CODES), CPU, world or World())
+
+
+def batch(clips=4):
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (clips, 3, 8, 32, 32), dtype=torch.uint8, generator=generator)
+    return video, torch.randint(CODES, (clips, 64), generator=generator)
+
+
+def test_products_are_summed_in_float32_within_a_step():
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.allow_bf16_reduced_precision_reduction
+    step = build()
+    take = step._run
+    step._run = lambda *given: seen.append(matmul.allow_bf16_reduced_precision_reduction) or take(*given)
+    step(0, [batch()], 1e-3, inspect=False)
+    assert seen == [False]
+    assert matmul.allow_bf16_reduced_precision_reduction == before
+
+
+def test_sharded_weights_travel_in_the_precision_of_the_products(monkeypatch):
+    gpu = torch.device("cuda")
+    policy = steps._policy(torch.bfloat16, gpu)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs, "the residual stream stays float32"
+    assert steps._policy(torch.float32, gpu).param_dtype is None
+    asked, used = [], []
+    monkeypatch.setattr(steps, "_policy", lambda *given: asked.append(given) or "policy")
+    monkeypatch.setattr(steps, "fully_shard", lambda module, mp_policy: used.append(mp_policy))
+    build(config(sharding="fsdp", precision="bfloat16"), World(size=2))
+    assert asked == [(torch.bfloat16, CPU)]
+    assert set(used) == {"policy"}
+    assert len(used) > 3, "every block and the whole"
+
+
+def test_the_balances_ranks_have_a_group_of_their_own(monkeypatch):
+    groups = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda: "own")
+    monkeypatch.setattr(dist, "all_reduce", lambda values, group=None: groups.append(group))
+    Balance(1.0).factor(torch.ones(2), torch.ones(2))
+    assert groups == ["own"]
+
+
+@pytest.mark.slow
+def test_one_process_may_train_one_model_after_the_other(monkeypatch):
+    """torch.compile counts a function's compilations over all models, and refuses more than a few."""
+
+    def compiler(run, device):
+        return (lambda part: torch.compile(part, fullgraph=True, dynamic=False, backend="eager")), "traced"
+
+    monkeypatch.setattr(steps, "compiler", compiler)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for width in (16, 20, 24, 28, 32):
+            build(config(width, compile=True))(0, [batch()], 1e-3, inspect=False)
+
+
+def test_figures_of_the_log_are_those_of_a_few_clips(monkeypatch):
+    monkeypatch.setattr(objectives, "INSPECTED_CLIPS", 3)
+    given = config()
+    torch.manual_seed(0)
+    objective = build_objective(MAM2(given, CODES), given, lambda part: part)
+    video, codes = batch(5)
+    mask = tube_mask(5, given.grid, given.mask.ratio, seed=0, device="cpu")
+    _, _, found = objective(video, mask, codes, inspect=True)
+    _, _, few = objective(video[:3], TubeMask(mask.visible[:3], mask.masked[:3]), codes[:3], inspect=True)
+    _, _, others = objective(video[2:], TubeMask(mask.visible[2:], mask.masked[2:]), codes[2:], inspect=True)
+    assert found.keys() == {"accuracy/codes", "accuracy/commonest_code", "loss/motion_relative"}
+    assert found == few
+    assert found != others
+    assert not any(figure.requires_grad for figure in found.values())
+
+
+@pytest.mark.slow
+def test_alignment_and_figures_are_compiled_as_whole_graphs():
+    given = config(loss={"alignment": 1.0})
+    compiled = []
+
+    def traced(part):
+        compiled.append(part.__name__)
+        return torch.compile(part, fullgraph=True, dynamic=False, backend="eager")
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MAM2(given, CODES)
+    video, codes = batch()
+    mask = tube_mask(4, given.grid, given.mask.ratio, seed=0, device="cpu")
+    objective = build_objective(model, given, traced)
+    assert "alignment_loss" in compiled
+    assert "_inspect" not in compiled, "on a CPU not worth it"
+    build_objective(MAM2(given, CODES).to("meta"), given, traced)
+    assert "_inspect" in compiled, "on a GPU"
+    objective._figures = traced(objective._inspect)
+    total, losses, figures = objective(video, mask, codes, inspect=True)
+    total.backward()
+    expected = build_objective(model, given, lambda part: part)(video, mask, codes, inspect=True)
+    torch.testing.assert_close(losses, expected[1])
+    torch.testing.assert_close(figures, expected[2])
