@@ -43,7 +43,7 @@ from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.objective import Compile, Objective, Values
-from mam2.engine.train.optimizer import build_layered_optimizer
+from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
 from mam2.engine.train.session import MANIFEST, Session, open_session
 from mam2.engine.train.step import Step
 
@@ -380,8 +380,9 @@ class FinetuneStep(Step):
     def build_objective(self, compiled: Compile) -> Objective:
         return ClassifierObjective(self.model, compiled)
 
-    def build_optimizer(self) -> torch.optim.AdamW:
-        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim)
+    def build_optimizer(self) -> Optimizer:
+        dtype = matmul_dtype(self.config.run, self.device)
+        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
 
     def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
         """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""

@@ -30,7 +30,7 @@ from mam2.engine.runtime.log import Line, Readout
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
-from mam2.engine.train.optimizer import learning_rate, long_warmup
+from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step, out_of_memory
@@ -133,7 +133,7 @@ class Loop:
         )
         info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
-            f"{config.optim.batch} clips a step{shared}"
+            f"{config.optim.batch} clips a step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
             info(f"warning: {problem}")

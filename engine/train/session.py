@@ -186,8 +186,9 @@ class Session(Generic[Config]):
         foreign = [table for table in state["config"] if table not in now]
         if foreign:
             raise self.world.error(f"{self.folder} holds a run of another kind: its config has [{foreign[0]}]")
+        defaults = to_dict(type(self.config)())  # a key that came later had its default
         for table, values in state["config"].items():
-            for key, old in values.items():
+            for key, old in (defaults[table] | values).items():
                 compared = table not in derived_tables and key not in FREE.get(table, ()) and key in now[table]
                 if compared and old != now[table][key]:
                     raise self.world.error(
