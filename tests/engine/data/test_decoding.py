@@ -78,7 +78,7 @@ def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, ro
             "h264",
             "dali-cpu",
             0,
-            r"h264 cannot be decoded by dali-cpu \(VP8, VP9, MJPEG only\): use front_end=pyav",
+            r"h264 cannot be decoded by dali-cpu \(only VP8, VP9, MJPEG\): use data.front_end=pyav",
         ),
         ("vp9", "dali-cpu", 90, "rotated by 90 degrees"),
         ("h264", "nvdec", 0, "nvdec needs an NVIDIA GPU"),

@@ -171,7 +171,7 @@ def test_two_series_of_images_are_not_shuffled_into_one_video(tmp_path, write_fr
         image.with_name(f"flow_x_{number}.jpg").write_bytes(image.read_bytes())
         image.rename(image.with_name(f"flow_y_{number}.jpg"))
     (entry,) = read_manifest(tmp_path).skipped
-    assert entry.reason == "images flow_x_#.jpg and flow_y_#.jpg, 2 each: one of them in a folder is a video"
+    assert entry.reason == "images flow_x_#.jpg and flow_y_#.jpg, 2 each: a folder must hold only one series"
 
 
 def test_labels_come_from_the_source_not_from_the_index(tmp_path, clip_bytes):

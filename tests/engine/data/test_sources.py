@@ -218,9 +218,9 @@ def test_kinetics_own_list_finds_videos_by_their_usual_names(tmp_path):
 
 
 def test_kinetics_own_list_without_its_videos_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"Kinetics' own list.*none of its 3 videos \(-aB_0_000001_000011\.mp4"):
+    with pytest.raises(UserError, match=r"official Kinetics list.*none of its 3 videos \(-aB_0_000001_000011\.mp4"):
         read(tmp_path, KINETICS)
-    with pytest.raises(UserError, match="row 2: the times soon, 11 are no numbers"):
+    with pytest.raises(UserError, match="row 2: expected numbers as times, found soon, 11"):
         read(tmp_path, KINETICS.replace(",1,11", ",soon,11"))
 
 
