@@ -295,7 +295,7 @@ def test_dali_sees_no_file_that_leads_it_astray(tmp_path, numbered_frames):
     webm = encode(tmp_path / "a.webm", numbered_frames(12), "libvpx").read_bytes()
     place = webm.index(bytes.fromhex("b08140"))  # PixelWidth, one byte: 64
     narrow = webm[: place + 2] + b"\x3f" + webm[place + 3 :]
-    with pytest.raises(DecodeError, match=r"a frame of 64x48 where the header says \(63, 48\)"):
+    with pytest.raises(DecodeError, match=r"a frame of 64x48, but the header says \(63, 48\)"):
         vetting.vet(np.frombuffer(narrow, np.uint8))
     vetted: set[tuple[str, int, int]] = set()
     assert vetting.read_vetted(str(sound), vetted).tobytes() == content

@@ -220,7 +220,7 @@ def test_a_file_without_frames_is_a_decode_error(tmp_path, write_video, numbered
 def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkeypatch):
     path = write_video(tmp_path / "a.mp4", numbered_frames(2))
     monkeypatch.setattr(decoding, "MAX_SIDE", 60)
-    with pytest.raises(DecodeError, match="frames of 64x48 pixels, more than 60 a side"):
+    with pytest.raises(DecodeError, match="frames of 64x48 pixels; the limit is 60 per side"):
         decode_frames(str(path), [0])
 
 

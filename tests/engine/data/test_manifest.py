@@ -222,7 +222,7 @@ def test_a_split_of_a_list_uses_the_index_of_the_list(tmp_path, clip_bytes, open
     listed.write_text("path,split\na.mp4,train\nb.mp4,val\n")
     write_manifest(read_manifest(listed), index_path(listed))
     assert (
-        f"rows of all splits are used: train (1), val (1); {listed}:train takes those of one" in capsys.readouterr().err
+        f"rows of all splits are used: train (1), val (1); {listed}:train selects one split" in capsys.readouterr().err
     )
     opened.clear()
     assert names(read_manifest(f"{listed}:val")) == ["b.mp4"]

@@ -186,7 +186,7 @@ def test_a_split_column_chooses_rows_and_without_a_choice_a_line_says_so(tmp_pat
     assert read(tmp_path, SPLITS)[0] == [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 0)]
     listed = tmp_path / "list.csv"
     (note,) = read_source(listed).notes
-    assert note == (f"{listed}: rows of all splits are used: train (2), val (1); {listed}:train takes those of one")
+    assert note == (f"{listed}: rows of all splits are used: train (2), val (1); {listed}:train selects one split")
     entries, classes, notes = read_source(f"{listed}:train")
     assert [(os.path.basename(entry.path), entry.label) for entry in entries] == [("a.mp4", 1), ("c.mp4", 0)]
     assert (classes, notes) == (("archery", "wave"), ())
