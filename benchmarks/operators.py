@@ -42,7 +42,7 @@ from benchmarks.timing import (
 from mam2.engine.runtime.device import why_not_compile
 
 if TYPE_CHECKING:
-    from benchmarks.sections import Wanted
+    from benchmarks.sections import Selection
 
 OPERATORS = (
     bench_tube_mask.OPERATOR,
@@ -193,7 +193,9 @@ def _more_calls(
     return found
 
 
-def rows(device: torch.device, deadline: float, wanted: Wanted, *, variants: bool = False) -> Iterator[dict[str, Any]]:
+def rows(
+    device: torch.device, deadline: float, wanted: Selection, *, variants: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yields the measured ceilings of a GPU, then a row per operator, shape and provider.
 
     Without `variants` only the first shape is measured, uncompiled. With `variants` the first shape is measured

@@ -125,6 +125,8 @@ def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame
         return stream.codec_context.decode(packet)
     except av.error.FFmpegError:
         return []
+    except ValueError as error:  # PyAV 19's, from the second packet on, where the decoder refused the stream's header
+        raise DecodeError("damaged: its decoder does not start") from error
 
 
 def frame_files(folder: str) -> list[str]:

@@ -295,3 +295,13 @@ def test_rotated_clips_stand_upright():
         # Counter-clockwise: the stored right edge is the upper one after a quarter turn.
         corners = {90: stored[:, -1], 180: stored[-1, ::-1], 270: stored[::-1, 0]}
         assert np.array_equal(clip[0, 0], corners[video.rotation])
+
+
+def test_a_header_that_its_decoder_refuses_is_damage(tmp_path, write_video, numbered_frames):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(8), "libx265")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"hvcC") + 4
+    content[place + 22 : place + 60] = b"\xff" * 38  # its parameter sets
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match="damaged|no decodable frame"):
+        decode_frames(str(path), [0, 4])
