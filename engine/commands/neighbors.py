@@ -47,7 +47,8 @@ def run(arguments: list[str]) -> int:
             pool: what is averaged into the feature of a clip, see mam2 probe.
             masks: clips with known masks, made on the spot, whose first mask is carried to the other frames; 0 for
                 none.
-            mask_size: height and width of these clips in pixels; 0 takes the encoder's. More is finer.
+            mask_size: height and width of these clips in pixels; 0 takes the encoder's, or 14 patches where
+                that is more.
             top_k: tokens that a token takes its mask from.
             radius: rows and columns that they may be away.
             context: frames before the present one that they are in, besides the first frame.
@@ -105,15 +106,15 @@ def tables(report: NeighborsReport) -> str:
             f"{found.gallery}, in % (95 % bootstrap interval over the queries)."
         )
     if report.propagation:
-        lines = [("masks", "clips", "pixels", "J", "F", "J&F")]
+        lines = [("masks", "frame as", "pixels", "J", "F", "J&F")]
         for one in report.propagation:
             mean = (one.region + one.boundary) / 2
             numbers = (f"{100 * one.region:.1f}", f"{100 * one.boundary:.1f}", _share(mean, one.interval))
             lines.append((one.checkpoint or "the first mask, kept", one.context, str(one.size), *numbers))
         parts.append(
-            f"{_aligned(lines)}\nMasks of {report.mask_clips} clips carried on from their first frames, in % "
-            "(95 % bootstrap interval over the clips).\nstill: a frame is repeated as a clip; window: it is shown among "
-            "the frames around it."
+            f"{_aligned(lines)}\nMasks of {report.mask_clips} clips carried on from their first frames, in % (95 % "
+            "bootstrap interval over the clips).\n"
+            "still: a frame is repeated as a clip; window: it is shown among the frames around it."
         )
     return "\n\n".join(parts)
 

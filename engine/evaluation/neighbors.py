@@ -28,6 +28,9 @@ from mam2.engine.evaluation.retrieval import Retrieval, retrieve
 from mam2.engine.files import check_apart, make_folder, write_whole, writing
 from mam2.engine.runtime.device import pick_device
 
+FEWEST_ROWS = 14
+"""Tokens along a side of the mask clips, a ViT's at 224²: fewer show no masks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborsReport:
@@ -76,7 +79,8 @@ def neighbors(
         layer: block of the encoder whose tokens are compared, from 1; 0 is the last.
         pool: over what of a clip its feature is taken, see pools.py.
         masks: clips, made on the spot, whose masks are propagated; 0 leaves that out.
-        mask_size: their height and width in pixels, a multiple of the patch; 0: the encoder's own.
+        mask_size: their height and width in pixels, a multiple of the patch; 0: the encoder's own, or 14
+            patches where that is more.
         top_k, radius, context: see `propagate_masks`.
         cache: folder that keeps the features of videos, see `FeatureCache`.
         stride, frames, size, heads: see `load_frozen`.
@@ -127,10 +131,8 @@ def neighbors(
     retrieval = None
     if data is not None:
         specs = [FeatureSpec(frozen, number, pool) for frozen, (number, _) in asked.items()]
-        files = FeatureCache(Path(cache), run)
-        retrieval, picture = retrieve(
-            specs, Path(data), Path(val) if val else None, files, batch=batch, progress=progress
-        )
+        queries, files = Path(val) if val else None, FeatureCache(Path(cache), run)
+        retrieval, picture = retrieve(specs, Path(data), queries, files, batch=batch, progress=progress)
         with writing(folder):
             write_whole(folder / "retrieval.png", picture)
     propagation: list[PropagationScore] = []
@@ -152,4 +154,4 @@ def _mask_size(frozen: FrozenEncoder, asked: int) -> int:
     (_, rows, _), (_, patch, _) = frozen.encoder.grid, frozen.encoder.patch_size
     if asked % patch:
         raise UserError(f"--mask-size {asked}: expected a multiple of {patch}, the patch of {frozen.name}")
-    return asked or rows * patch
+    return asked or max(rows, FEWEST_ROWS) * patch

@@ -188,9 +188,8 @@ def _draw(gallery: _Videos, queries: _Videos, found: Mapping[FeatureSpec, Tensor
     near = {spec: places[drawn, :DRAWN_NEIGHBORS] for spec, places in found.items()}
     data = next(iter(found)).frozen.data
     asked = _middle_frames(queries, drawn, data)
-    pictures = _middle_frames(
-        gallery, sorted({int(place) for part in near.values() for place in part.flatten()} - {-1}), data
-    )
+    places = {int(place) for part in near.values() for place in part.flatten()} - {-1}
+    pictures = _middle_frames(gallery, sorted(places), data)
     names, classes = queries.names, gallery.names
     rows = []
     for row, query in enumerate(drawn):
