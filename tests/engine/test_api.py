@@ -76,7 +76,7 @@ def test_the_example_pre_trains_probes_and_plots(
 
 VERBS = (
     *("embed", "evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "probe", "tokenize"),
-    "visualize",
+    *("visualize", "neighbors"),
 )
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {
