@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
         checkpoints: tyro.conf.Positional[tuple[Path, ...]],
         data: Path,
         val: Path | None = None,
+        recipe: str = "",
         probes: tuple[Literal["linear", "attentive", "knn"], ...] = ("linear", "attentive", "knn"),
         pools: tuple[Literal["mean", "time", "time-center", "time-space"], ...] = ("mean", "time"),
         layers: tuple[int, ...] = (),
@@ -42,8 +43,10 @@ def run(arguments: list[str]) -> int:
 
         Args:
             checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; compared with the first one.
+                `random` is an encoder with random weights, like the first of the others, or of --recipe.
             data: labelled folder or list to train the probes on.
             val: labelled folder or list to test on; without it a fifth of each class of data.
+            recipe: of pre-training: model and clips of the checkpoint `random`.
             probes: logistic regression and nearest neighbors of pooled tokens, and attentive: learned queries over the
                 tokens in place of the means.
             pools: what is averaged. mean: all tokens of a clip, as the field does, which loses the order of time.
@@ -63,7 +66,7 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.checkpoints.frozen import load_frozen
+        from mam2.engine.checkpoints.untrained import load_all_frozen
         from mam2.engine.data.sources import check_source
         from mam2.engine.evaluation.probe_run import probe_encoders
         from mam2.engine.runtime.device import pick_device
@@ -87,10 +90,15 @@ def run(arguments: list[str]) -> int:
             check_source(source)
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        encoders = [
-            load_frozen(path, where, stride=stride, frames=frames, size=size, heads=heads)
-            for path in dict.fromkeys(checkpoints)
-        ]
+        encoders = load_all_frozen(
+            list(dict.fromkeys(checkpoints)),
+            where,
+            recipe=recipe,
+            stride=stride,
+            frames=frames,
+            size=size,
+            heads=heads,
+        )
         result = probe_encoders(
             encoders,
             data,
