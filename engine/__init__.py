@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.neighbors import neighbors
     from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
     from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
@@ -54,6 +55,7 @@ __all__ = [
     "load_encoder",
     "load_model",
     "load_recipe",
+    "neighbors",
     "plan",
     "predict",
     "pretrain",
@@ -79,6 +81,7 @@ _HOMES = {
     "load_encoder": "checkpoints.load",
     "load_model": "checkpoints.load",
     "load_recipe": "config.recipe",
+    "neighbors": "evaluation.neighbors",
     "plan": "planning",
     "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
