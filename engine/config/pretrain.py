@@ -180,6 +180,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
     micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
@@ -194,9 +196,13 @@ class OptimConfig:
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
     """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
-    """AdamW's; none on 1-D parameters and mask tokens."""
+    """Of both optimizers, times the learning rate; none on 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)
     """AdamW's second beta; the first is 0.9."""
+    momentum: float = limited(0.95, BELOW_ONE)
+    """Muon's."""
+    muon_rate: float = limited(1.0, POSITIVE)
+    """Muon's learning rate over AdamW's."""
     clip_norm: float = limited(0.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 turns clipping off."""
 

@@ -29,7 +29,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import top_k
-from mam2.engine.evaluation.views import predict
+from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier
@@ -43,7 +43,7 @@ from mam2.engine.train.augment import Prepared
 from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.objective import Compile, Objective, Values
-from mam2.engine.train.optimizer import build_layered_optimizer
+from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
 from mam2.engine.train.session import MANIFEST, RunContext, Session, Setup, open_session
 from mam2.engine.train.step import Step
 
@@ -206,7 +206,7 @@ class _Finetuning:
             self._judge.load_state_dict(whole)
         # a signal need not wait for the whole of it, where no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
-            predictions = predict(
+            predictions = classify_videos(
                 self._judge,
                 self._val_loader,
                 self._val,
@@ -399,8 +399,9 @@ class FinetuneStep(Step[Prepared]):
     def build_objective(self, compiled: Compile) -> Objective:
         return ClassifierObjective(self.model, compiled)
 
-    def build_optimizer(self) -> torch.optim.AdamW:
-        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim)
+    def build_optimizer(self) -> Optimizer:
+        dtype = matmul_dtype(self.config.run, self.device)
+        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
 
     def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
         """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""

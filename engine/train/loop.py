@@ -26,7 +26,7 @@ from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.description import Description
-from mam2.engine.train.optimizer import learning_rate, long_warmup
+from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
@@ -99,7 +99,7 @@ class Loop:
         )
         session.log.info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
-            f"{config.optim.batch} clips a step{shared}"
+            f"{config.optim.batch} clips a step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
             session.log.info(f"warning: {problem}")

@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward passes, clipping, AdamW. Nothing in it waits for the device."""
+"""One optimiser step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
-from mam2.engine.train.optimizer import build_optimizer
+from mam2.engine.train.optimizer import Optimizer, build_optimizer
 
 Extras = TypeVar("Extras")
 """What goes with a video into its step: codes, or targets and drop masks."""
@@ -78,8 +78,8 @@ class Step(ABC, Generic[Extras]):
         """The model with its loss, its parts passed through `compiled`."""
 
     @abstractmethod
-    def build_optimizer(self) -> torch.optim.AdamW:
-        """AdamW on the model's parameters; a group's `scale` multiplies the step's learning rate."""
+    def build_optimizer(self) -> Optimizer:
+        """Of the model's parameters; a group's `scale` multiplies the step's learning rate."""
 
     @abstractmethod
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
@@ -181,8 +181,8 @@ class Step(ABC, Generic[Extras]):
         if self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm, foreach=True)
         bad = (~norm.isfinite()).float()
-        # AdamW's fused kernel reads this flag on the device and leaves weights and moments as they are.
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        # The optimizer reads this flag on the device and leaves weights and moments as they are.
+        self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {**norms, "gradient/norm": norm, "bad": bad}
@@ -197,8 +197,8 @@ class PretrainStep(Step[Tensor | None]):
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)
 
-    def build_optimizer(self) -> torch.optim.AdamW:
-        return build_optimizer(self.model, self.config.optim)
+    def build_optimizer(self) -> Optimizer:
+        return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
         return video, draw_mask(video, self.config, step=step, first_sample=first_sample), extras

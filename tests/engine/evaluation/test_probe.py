@@ -128,18 +128,23 @@ def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_pat
     assert (found["train"], found["test"], found["both"], found["classes"]) == (32, 16, 0, 8)
     assert found["commonest"] == 1 / 8
     assert [(s["checkpoint"], s["layer"], s["probe"]) for s in found["scores"]] == [
-        (str(run), layer, probe) for run in encoders for layer in (1, 2) for probe in ("linear", "attentive", "knn")
+        (str(run), layer, probe)
+        for run in encoders
+        for layer in (1, 2)
+        for _ in ("mean", "time")
+        for probe in ("linear", "attentive", "knn")
     ]
+    assert [s["pool"] for s in found["scores"]] == 4 * (3 * ["mean"] + 3 * ["time"])
     for score in found["scores"]:
         assert score["interval"][0] <= score["accuracy"] <= score["interval"][1]
         assert f"{100 * score['accuracy']:.1f} % (" in printed
-    reference = found["scores"][3:6]
-    assert [score["gain"] for score in reference] == [0, 0, 0]
-    for score, first in zip(found["scores"][6:9], reference, strict=True):
+    reference = found["scores"][6:12]
+    assert [score["gain"] for score in reference] == 6 * [0]
+    for score, first in zip(found["scores"][12:18], reference, strict=True):
         assert score["gain"] == pytest.approx(score["accuracy"] - first["accuracy"])
 
     files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 2 * 2 * 2 * 2  # checkpoints, layers, kinds, lists
+    assert len(files) == 2 * 2 * 3 * 2  # checkpoints, layers, kinds (two pools, and the cells), lists
     stamps = [file.stat().st_mtime_ns for file in files]
     with pytest.raises(SystemExit):
         main(arguments)
