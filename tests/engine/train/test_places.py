@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from mam2.engine import cli
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, write_manifest
 from mam2.engine.data.sources import read_source
 from mam2.engine.data.synthetic import write_dataset
@@ -176,3 +178,36 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, capsys):
     ):
         assert expected in told(capsys, *arguments)
     assert [file.read_text() for file in (listing, log, weights)] == ["kept"] * 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_session_closes_every_loader_it_owns(clips, tmp_path, small, fails):
+    closed = []
+
+    class Loader(contextlib.AbstractContextManager):
+        def __exit__(self, *_):
+            closed.append(self)
+
+    loader = Loader()
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        open_session(small(), clips, tmp_path / "run", resume=False, progress=False) as session,
+    ):
+        session.own(loader)
+        stream = session.loader.stream()
+        next(stream)
+        if fails:
+            raise ZeroDivisionError
+    assert closed == [loader]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_failing_setup_leaves_no_open_loader(clips, tmp_path, small, monkeypatch):
+    """What fails after the training loader is open, closes it: no thread of it is left."""
+    closed, close = [], ClipLoader.close
+    monkeypatch.setattr(ClipLoader, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(ClipLoader, "cropper", property(lambda self: 1 / 0))
+    with pytest.raises(ZeroDivisionError), open_session(small(), clips, tmp_path / "run", resume=False, progress=False):
+        pass
+    assert len(closed) == 1
