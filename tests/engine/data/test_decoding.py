@@ -40,7 +40,7 @@ def decode_all(path: Path) -> np.ndarray:
             for packet in container.demux(stream)
             for frame in decode_packet(stream, packet if packet.size else None)
         ]
-        convert = decoding._Converter(frames[0])
+        convert = decoding.FrameConverter(frames[0])
         return np.stack([convert(frame) for frame in frames])
 
 
@@ -303,5 +303,5 @@ def test_a_header_that_its_decoder_refuses_is_damage(tmp_path, write_video, numb
     place = content.index(b"hvcC") + 4
     content[place + 22 : place + 60] = b"\xff" * 38  # its parameter sets
     path.write_bytes(content)
-    with pytest.raises(DecodeError, match="damaged|no decodable frame"):
+    with pytest.raises(DecodeError, match=r"damaged|no decodable frame"):
         decode_frames(str(path), [0, 4])
