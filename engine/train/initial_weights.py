@@ -190,13 +190,6 @@ def _why_new(
     source, own = other.state_dict(), model.state_dict()
     if not any(name in source for name in names):
         return "the checkpoint has none"
-    theirs = {name for name in source if name.startswith(PARTS[type(model)][part])}
-    if (
-        theirs != names
-        or any(source[name].shape != own[name].shape for name in names)
-        or _heads(other, names) != _heads(model, names)
-    ):
-        return "of another size"
     if part == "appearance head":
         assert start.config is not None
         before, now = start.config.loss, config.loss
@@ -215,6 +208,13 @@ def _why_new(
         assert isinstance(model, VideoMAE)
         if (other.target, other.normalize) != (model.target, model.normalize):
             return "another target"
+    theirs = {name for name in source if name.startswith(PARTS[type(model)][part])}
+    if (
+        theirs != names
+        or any(source[name].shape != own[name].shape for name in names)
+        or _heads(other, names) != _heads(model, names)
+    ):
+        return "of another size"
     return ""
 
 
