@@ -14,7 +14,10 @@ SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DAT
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        (PretrainConfig, {"tokenizer.cache"}),
+        (
+            PretrainConfig,
+            {"tokenizer.cache", "model.frames", "model.size"},
+        ),  # the last two are read from the checkpoint
         (
             FinetuneConfig,
             {
