@@ -157,13 +157,13 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     (tmp_path / "fails.py").write_text(
         "import os, sys, torch\n"
         "from mam2.engine import cli\n"
-        "from mam2.engine.train.step import TrainStep\n"
-        "original = TrainStep.arguments\n"
+        "from mam2.engine.train.step import PretrainStep\n"
+        "original = PretrainStep.arguments\n"
         "def arguments(self, step, *rest):\n"
         "    if step == 3 and os.environ['RANK'] == '1':\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
         "    return original(self, step, *rest)\n"
-        "TrainStep.arguments = arguments\n"
+        "PretrainStep.arguments = arguments\n"
         "cli.main(sys.argv[1:])\n"
     )
     arguments = ["pretrain", tmp_path / "recipe.json", "--data", clips, "--out", tmp_path / "run"]
