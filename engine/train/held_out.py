@@ -78,11 +78,13 @@ class HeldOut:
             batch = session.clips_per_micro_batch
             self._loader = session.own(ClipLoader(own, data, batch=batch, device=device, seed=0, train=False))
         self._named: set[str] = set()
+        """Paths of videos that cannot be used."""
+        self._name([(skipped.path, skipped.reason) for skipped in manifest.skipped])
         self._measured = world.broadcast(self._measured_before)
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of {len(manifest.videos)} videos of {videos}, each {config.validation.every:g} epochs"
+            f"val     {len(used)} of {len(manifest.videos)} videos of {videos}, every {config.validation.every:g} epochs"
         )
         if both:
             session.log.info(f"warning: {both} of the videos of --val are trained on as well: their loss is too low")
@@ -128,10 +130,7 @@ class HeldOut:
                     bar.update(len(batch.clip))
         everything = session.world.all_gather((dict(sums), parts, clips, self._skipped()))
         for _, _, _, skipped in everything:
-            for path, reason in skipped:
-                if path not in self._named:
-                    self._named.add(path)
-                    session.log.info(f"unusable for validation: {path}: {reason}")
+            self._name(skipped)
         clips = sum(count for _, _, count, _ in everything)
         if not clips:
             raise session.world.error("none of the videos of --val can be decoded; name others")
@@ -152,6 +151,13 @@ class HeldOut:
             total, losses, _ = self._objective(video, mask, codes)
             scores = score(self._model, self._tokenizer, batch.clip, mask, config)
         return {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}, scores
+
+    def _name(self, skipped: list[tuple[str, str]]) -> None:
+        """Names videos that cannot be used, once, in the log."""
+        for path, reason in skipped:
+            if path not in self._named:
+                self._named.add(path)
+                self._session.log.info(f"unusable for validation: {path}: {reason}")
 
     def _skipped(self) -> list[tuple[str, str]]:
         return [(skipped.path, skipped.reason) for skipped in self._loader.skipped] if self._loader else []
