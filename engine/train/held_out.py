@@ -84,7 +84,8 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of {len(manifest.videos)} videos of {videos}, every {config.validation.every:g} epochs"
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"every {config.validation.every:g} epochs"
         )
         if both:
             session.log.info(f"warning: {both} of the videos of --val are trained on as well: their loss is too low")

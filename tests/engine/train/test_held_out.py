@@ -154,7 +154,7 @@ def test_what_is_wrong_with_the_videos_is_said(clips, tmp_path, small, capsys):
     videos.write_text("".join(f"{path}\n" for path in [broken, *paths]))
     pretrain(config, clips / "train", tmp_path / "run", val=videos, progress=False)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "val     5 of 8 videos" in log
+    assert "val     5 of the 8 videos" in log
     assert f"unusable for validation: {broken}: " in log
     assert "warning: 3 of the videos of --val are trained on as well" in log
 
