@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.embedding import embed
     from mam2.engine.evaluation.neighbors import neighbors
     from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
+    from mam2.engine.evaluation.probing import probe
     from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
@@ -48,6 +50,7 @@ __all__ = [
     "Skipped",
     "UserError",
     "VideoMAE",
+    "embed",
     "evaluate",
     "export",
     "finetune",
@@ -59,6 +62,7 @@ __all__ = [
     "plan",
     "predict",
     "pretrain",
+    "probe",
     "tokenize",
     "visualize",
 ]
@@ -74,6 +78,7 @@ _HOMES = {
     "Skipped": "data.video",
     "UserError": "errors",
     "VideoMAE": "model.videomae",
+    "embed": "evaluation.embedding",
     "evaluate": "evaluation.classification",
     "export": "checkpoints.exporting",
     "finetune": "train.finetune",
@@ -85,6 +90,7 @@ _HOMES = {
     "plan": "planning",
     "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
+    "probe": "evaluation.probing",
     "tokenize": "tokenizer.precompute",
     "visualize": "evaluation.visualize",
 }

@@ -130,7 +130,7 @@ class ViewsConfig:
 class FinetuneConfig(TokenGrid):
     data: DataConfig = field(default_factory=DataConfig)
     model: EncoderConfig = field(default_factory=EncoderConfig, metadata={RESUMABLE: True})
-    """A resumed run takes it from its checkpoint."""
+    """A resumed run reads this table from its checkpoint."""
     head: HeadConfig = field(default_factory=HeadConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
