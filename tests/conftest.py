@@ -23,6 +23,8 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.clip_sets import ClipSet
+from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
 
 def _write_video(
@@ -125,6 +127,12 @@ def videos(
         frames = numbered_frames(6 + 2 * number, 48 + 16 * (number % 2), 64)
         write_video(folder / f"class {number % 4}" / f"{number}.{suffix}", frames, encoder)
     return read_manifest(folder, progress=False)
+
+
+@pytest.fixture(scope="session", params=[CLIPS, pytest.param(REAL_CLIPS, marks=needs_real_clips)], ids=["made", "real"])
+def clip_set(request: pytest.FixtureRequest) -> ClipSet:
+    """Clips in many formats, once those of the repository and once real ones. Do not change; copy."""
+    return ClipSet(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 from mam2.engine.data import inspect as index
 from mam2.engine.data.manifest import Manifest, Skipped, Video, read_manifest, read_saved_manifest
 from tests.helpers.commands import MAM2_COMMAND, outcome
-from tests.helpers.paths import CLIPS
 
 GOOD = Video("a.mp4", -1, 100, 320, 240, "h264", 30.0, 0, keyframe_median=30, keyframe_max=30, content="a")
 
@@ -214,11 +214,13 @@ def test_names_that_are_not_utf_8_reach_a_strict_output(tmp_path, encoding, writ
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips(tmp_path, capsys):
-    status, out, _ = outcome(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")
+def test_every_format_is_counted(tmp_path, capsys, clip_set):
+    arguments = ("index", clip_set.folder, "--out", tmp_path / "clips.jsonl")
+    status, out, _ = outcome(capsys, *arguments)
     assert status == 0
-    assert "84 usable, 7 skipped" in out
-    for word in ("h264 42", "mpeg4 15", "vp9 14", "no video stream", "12336x12336", "--gop 30"):
-        assert word in out
-    assert "0 changed, 0 gone, 91 unchanged" in outcome(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")[1]
+    usable = clip_set.listed.keys() - clip_set.broken
+    assert f"{len(usable)} usable, {len(clip_set.broken)} skipped" in out
+    for codec, count in collections.Counter(clip_set.listed[name]["codec"] for name in usable).items():
+        assert f"{codec} {count}" in out
+    assert "no video stream" in out
+    assert f"0 changed, 0 gone, {len(clip_set.listed)} unchanged" in outcome(capsys, *arguments)[1]

@@ -16,7 +16,6 @@ from mam2.engine.data.transcode import FAILURES, Settings, transcode
 from mam2.engine.data.video import Video, probe
 from mam2.engine.errors import UserError
 from tests.helpers.commands import exit_status
-from tests.helpers.paths import CLIPS
 
 
 @pytest.fixture(scope="module")
@@ -311,19 +310,19 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips_look_and_count_the_same(tmp_path):
+def test_every_format_looks_and_counts_the_same(tmp_path, clip_set):
     """Formats, rotations, ranges, depths and rates as they come; damage is either taken over in part or named."""
-    outcome = transcode(CLIPS, tmp_path / "out", Settings(short_side=64))
-    assert len(outcome.written) == 84
-    assert len(outcome.failed) == 7
+    folder = clip_set.folder
+    outcome = transcode(folder, tmp_path / "out", Settings(short_side=64))
+    assert len(outcome.written) == len(clip_set.found.videos)
+    assert {clip_set.name(entry.path) for entry in outcome.failed} == clip_set.broken
     targets = {
-        job.source: job.target for job in module._plan(CLIPS, module.read_source(CLIPS), tmp_path / "out", Settings())
+        job.source: job.target for job in module._plan(folder, module.read_source(folder), tmp_path / "out", Settings())
     }
-    for video in read_manifest(CLIPS, progress=False).videos:
+    for video in clip_set.found.videos:
         after = good(targets[video.path])
         assert after.keyframe_max <= 30, video.path
-        assert after.fps == pytest.approx(video.fps, rel=1e-3), video.path
+        assert after.fps == pytest.approx(video.fps or module.UNSTATED_RATE, rel=1e-3), video.path
         assert not after.rotation, video.path
         assert not after.variable_rate, video.path
         assert video.frames * 0.9 - 1 <= after.frames <= video.frames, video.path

@@ -199,11 +199,10 @@ def test_what_cannot_be_probed_is_said_in_a_line(clips, encoders, tmp_path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")
-def test_real_clips(encoders, tmp_path, capsys):
-    lists = ["--data", str(CLIPS / "mini5_train.csv"), "--val", str(CLIPS / "mini5_test.csv")]
+def test_clips_of_many_formats(encoders, tmp_path, capsys):
+    lists = ["--data", str(CLIPS / "train.csv"), "--val", str(CLIPS / "test.csv")]
     places = ["--out", str(tmp_path / "p.json"), "--cache", str(tmp_path)]
     assert exit_status("probe", encoders[0], *lists, *places, "--probes", "linear", "knn") == 0
     assert capsys.readouterr().out.startswith("checkpoint")
     found = json.loads((tmp_path / "p.json").read_text())
-    assert (found["train"], found["test"], found["classes"]) == (7, 5, 5)
+    assert (found["train"], found["test"], found["classes"]) == (20, 5, 5)

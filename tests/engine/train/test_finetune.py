@@ -360,10 +360,9 @@ def test_two_processes_train_like_one(sharding, finished, clips, few, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
-def test_real_clips_from_the_command_line_to_a_table(tmp_path, capsys):
-    """Five classes of real videos in three codecs: a few steps, then three by three views, each video counted."""
-    train, test = CLIPS / "mini5_train.csv", CLIPS / "mini5_test.csv"
+def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys):
+    """Five classes of videos in many codecs: a few steps, then three by three views, each video counted."""
+    train, test = CLIPS / "train.csv", CLIPS / "test.csv"
     values = ["--data.size", "32", "--data.threads", "2", "--optim.batch", "4", "--optim.epochs", "3"]
     values += ["--run.no-compile", "--run.log-every", "1", "--model.width", "24", "--model.heads", "2"]
     for arguments in (

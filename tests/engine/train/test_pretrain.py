@@ -24,7 +24,6 @@ from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import TrainStep
 from mam2.kernels import tube_mask
 from tests.helpers.commands import MAM2_COMMAND, wait_for_first_step
-from tests.helpers.paths import CLIPS
 from tests.helpers.runs import newest_weights, same_tensors, same_weights
 
 
@@ -342,22 +341,17 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
-def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path, small):
+def test_a_folder_of_every_format_is_taken_as_it_is(tmp_path, small, clip_set):
     """Many codecs, odd sizes, variable rates, short and broken files: it finishes and names each unusable file once."""
     config = small(optim={"batch": 16, "epochs": 2.0}, data={"views": 1, "threads": 2})
-    result = pretrain(config, CLIPS, tmp_path, progress=False)
+    result = pretrain(config, clip_set.folder, tmp_path, progress=False)
     lines = [line.split("\t") for line in (tmp_path / "skipped.tsv").read_text().splitlines()]
-    named = {Path(path).name: reason for path, reason in lines}
+    named = {clip_set.name(path): reason for path, reason in lines}
     assert len(lines) == len(named) == result.skipped
-    broken = {
-        "audio_only.mp4", "corrupt_empty.mp4", "corrupt_garbage.mp4", "corrupt_h264_no_moov.mp4",
-        "corrupt_text_renamed.mp4", "chunk_out_of_range.mp4", "invalid_vp9_bitstream-bug_1416.webm",
-    }  # fmt: skip
+    broken = clip_set.broken
     assert set(named) == broken
     assert all(reason.strip() for reason in named.values())
-    files = [path for path in CLIPS.rglob("*") if path.suffix not in ("", ".csv", ".md")]
-    assert result.used == len(files) - len(broken)
+    assert result.used == len(clip_set.listed) - len(broken)
     text = (tmp_path / "log.txt").read_text()
-    assert all(text.count(f"{name}:") == 1 for name in broken)
+    assert all(text.count(f"{clip_set.folder / name}:") == 1 for name in broken)
     assert f"{result.used} videos used, {len(broken)} unusable" in text
