@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TypeVar
 
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe_of, recipe_names
+from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.config.sizes import PRESETS, SIZES, resized, with_preset
 from mam2.engine.errors import UserError
 
@@ -34,7 +35,7 @@ def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config
         name = SHOWN[kind]
     other = FinetuneConfig if kind is PretrainConfig else PretrainConfig
     try:
-        return load_recipe_of(kind, name)
+        return load_recipe(name, kind)
     except UserError:
         if not _is_recipe(other, name):
             raise
@@ -58,9 +59,17 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
     return recipe
 
 
+def read_class_names(file: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that names classes; none without a file. Raises UserError where it cannot be read."""
+    try:
+        return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line) if file else ()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--classes {file}: cannot be read: {error}") from None
+
+
 def _is_recipe(kind: type, name: str) -> bool:
     try:
-        load_recipe_of(kind, name)
+        load_recipe(name, kind)
     except UserError:
         return False
     return True
