@@ -77,7 +77,7 @@ def test_parquet_holds_the_same(videos, run, tmp_path):
 def test_a_pool_that_keeps_time(videos, run, tmp_path):
     """The means of the slots, one after the other: their mean is the mean of all tokens."""
     for pool in ("mean", "time"):
-        assert embed(run, "--data", videos, "--out", tmp_path / f"{pool}.npy", "--pool", pool) == 0
+        assert exit_status("embed", run, "--data", videos, "--out", tmp_path / f"{pool}.npy", "--pool", pool) == 0
     mean, time = (np.load(tmp_path / f"{pool}.npy") for pool in ("mean", "time"))
     index = json.loads((tmp_path / "time.json").read_text())
     slots, width = index["shape"]
