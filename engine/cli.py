@@ -34,6 +34,7 @@ VERBS = {
     "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
     "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, a page",
     "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
+    "neighbors": "CHECKPOINT [CHECKPOINT …] --data LIST --out FOLDER   retrieval and mask propagation, no training",
     "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
     "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
     "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with many views of every video",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -25,6 +26,11 @@ from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.clip_sets import ClipSet
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup. A handler ignores it as well here, but unlike SIG_IGN the processes that the tests start do not
+    # inherit it: the tests send them this signal.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def _write_video(
