@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    resumable,
 )
 from mam2.engine.errors import UserError
 
@@ -53,18 +54,18 @@ class DataConfig:
     front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
-    threads: int = limited(0, COUNT_OR_NONE)
+    threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0 means as many as this process may use cores, shared with the other processes of a node."""
-    nvdec_threads: int = limited(32, COUNT)
+    nvdec_threads: int = limited(32, COUNT, resumable=True)
     """Threads that feed NVDEC; they wait more than they compute, so they may be more than the cores."""
-    prefetch: int = limited(2, COUNT)
+    prefetch: int = limited(2, COUNT, resumable=True)
     """Batches prepared ahead of the step."""
-    timeout_s: float = limited(60.0, POSITIVE)
+    timeout_s: float = limited(60.0, POSITIVE, resumable=True)
     """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
-    wait_s: float = limited(300.0, NOT_NEGATIVE)
+    wait_s: float = limited(300.0, NOT_NEGATIVE, resumable=True)
     """Seconds to wait for data that is away (a folder that is missing, an I/O error) before the run ends. Below the 10
     minutes after which the other processes of a run give up."""
-    max_unusable: float = limited(0.5, SHARE)
+    max_unusable: float = limited(0.5, SHARE, resumable=True)
     """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
 
 
@@ -134,7 +135,7 @@ class ModelConfig:
 class TokenizerConfig:
     path: str = ""
     """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
-    cache: str = ""
+    cache: str = resumable("")
     """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
     frames: Literal["first", "all"] = "first"
     """Of each token the code of its first frame, or one of each of its frames, all to be predicted."""
@@ -183,7 +184,7 @@ class OptimConfig:
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE)
+    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
     0: its whole share of the batch."""
     epochs: float = limited(400, POSITIVE)
@@ -210,35 +211,35 @@ class OptimConfig:
 class RunConfig:
     seed: int = limited(0, SEED)
     """Of weights, order, clips and masks."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = resumable("auto")
     """`auto` takes a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs that multiply it
     (AVX512-BF16, AMX), else float32."""
-    compile: bool = True
+    compile: bool = resumable(True)
     """Compile the step with torch.compile; said in the log when it cannot be."""
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Literal["auto", "on", "off"] = resumable("auto")
     """On a GPU take the whole step as one CUDA graph: where that is measured to be faster (one process, one pass a
     step), always (not compared; an error where it cannot be), or never."""
     deterministic: bool = False
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
-    recompute: bool = False
+    recompute: bool = resumable(False)
     """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
-    log_every: int = limited(20, COUNT)
+    log_every: int = limited(20, COUNT, resumable=True)
     """Steps between two lines of the log."""
-    save_every: int = limited(1000, COUNT)
+    save_every: int = limited(1000, COUNT, resumable=True)
     """Steps between two checkpoints; one is always written at the end."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Literal["ddp", "fsdp"] = resumable("ddp")
     """Of several processes: `ddp` gives each a whole model, `fsdp` spreads weights, gradients and moments over them."""
-    keep: int = limited(3, COUNT)
+    keep: int = limited(3, COUNT, resumable=True)
     """Newest checkpoints kept."""
-    keep_every: int = limited(0, COUNT_OR_NONE)
+    keep_every: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
-    max_nonfinite: int = limited(20, COUNT)
+    max_nonfinite: int = limited(20, COUNT, resumable=True)
     """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
-    profile: int = limited(0, COUNT_OR_NONE)
+    profile: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Steps to profile, from the sixth of this call on: a trace and a table of operators in RUN/profile/."""
-    tracker: Literal["none", "wandb", "trackio"] = "none"
+    tracker: Literal["none", "wandb", "trackio"] = resumable("none")
     """A service that gets the numbers of the log as well; its package has to be installed."""
 
 
