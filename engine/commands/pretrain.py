@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> int:
         checkpoint_size: int | None = None,
         checkpoint_heads: int | None = None,
         checkpoint_decoder_heads: int | None = None,
+        val: Path | None = None,
         resume: bool = False,
         size: str | None = None,
         preset: str | None = None,
@@ -42,6 +43,7 @@ def run(arguments: list[str]) -> int:
             checkpoint_size: height and width of these clips, pixels.
             checkpoint_heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             checkpoint_decoder_heads: the same of its decoder.
+            val: folder or list of videos that are not trained on: their losses are logged, see [validation].
             resume: go on from the newest checkpoint in the run folder.
             size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
@@ -57,7 +59,7 @@ def run(arguments: list[str]) -> int:
         }
         for name, value in said.items():
             check_flags(**{f"checkpoint_{name}": (value, COUNT)})
-        result = pretrain(config, data, out, checkpoint=checkpoint, checkpoint_options=said, resume=resume)
+        result = pretrain(config, data, out, checkpoint=checkpoint, checkpoint_options=said, val=val, resume=resume)
         return 128 + result.signal if result.signal else 0
 
     return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")

@@ -19,6 +19,7 @@ from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, use_fastest
 from mam2.engine.model.mam2 import MAM2
@@ -30,6 +31,7 @@ from mam2.engine.tokenizer.prepare import FILE
 from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
 from mam2.engine.train.description import Description, describe_task
+from mam2.engine.train.held_out import HeldOut
 from mam2.engine.train.initial_weights import (
     InitialWeights,
     complete_config,
@@ -58,6 +60,7 @@ def pretrain(
     *,
     checkpoint: str | Path | None = None,
     checkpoint_options: Mapping[str, int | None] | None = None,
+    val: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -73,6 +76,7 @@ def pretrain(
             are taken where they fit; positions are resampled; optimizer and schedule begin anew. The log says what was
             taken. A resumed run does not read it.
         checkpoint_options: frames, size, heads and decoder_heads for `load_model`, of a file that does not say them.
+        val: videos, as `data`, that are not trained on: their losses are logged as `config.validation` says.
         resume: go on from the newest whole checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
@@ -82,9 +86,12 @@ def pretrain(
     """
     check(config)
     check_apart(data, out)
+    if val is not None:
+        check_source(val)
+        check_apart(val, out)
     setup = _PretrainSetup(checkpoint, checkpoint_options or {})
     with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
-        return Loop(session, _Pretraining(session, setup)).train()
+        return Loop(session, _Pretraining(session, setup, None if val is None else Path(val))).train()
 
 
 class _PretrainSetup(Setup[PretrainConfig]):
@@ -135,7 +142,7 @@ class _PretrainSetup(Setup[PretrainConfig]):
 class _Pretraining:
     """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""
 
-    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup) -> None:
+    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup, val: Path | None) -> None:
         config, world, device = session.config, session.world, session.device
         self._session = session
         self._codes = None
@@ -166,13 +173,15 @@ class _Pretraining:
             session.log.info(describe_schedule(config))
         self._metadata = metadata_of(start, session.saved)
         self.train_step = PretrainStep(config, model, device, world)
+        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
         return with_codes(session.loader.stream(first_step=first_micro_batch), self._codes, session.device)
 
     def after_step(self, step: int, steps: int) -> None:
-        pass
+        if self._held_out:
+            self._held_out.measure_if_due(self.train_step.model, step, steps)
 
     def describe(self) -> Description:
         config = self._session.config

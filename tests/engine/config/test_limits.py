@@ -16,8 +16,11 @@ SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DAT
     [
         (
             PretrainConfig,
-            {"tokenizer.cache", "model.frames", "model.size"},
-        ),  # the last two are read from the checkpoint
+            {
+                *("tokenizer.cache", "validation.every", "validation.videos"),
+                *("model.frames", "model.size"),  # of the checkpoint
+            },
+        ),
         (
             FinetuneConfig,
             {
