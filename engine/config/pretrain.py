@@ -244,6 +244,16 @@ class RunConfig:
     """A service that gets the numbers of the log as well; its package has to be installed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+
+    every: float = limited(1.0, POSITIVE, resumable=True)
+    """Epochs between two measurements of the held-out losses; there is always one at the end."""
+    videos: int = limited(512, COUNT_OR_NONE, resumable=True)
+    """At most so many of the videos, evenly spread over the list; 0: all."""
+
+
 class TokenGrid:
     """Sizes of the token grid of a config that has the tables `data` and `model`."""
 
@@ -271,6 +281,7 @@ class PretrainConfig(TokenGrid):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def masked_tokens(self) -> int:

@@ -41,7 +41,7 @@ def test_a_recipe_file_and_a_saved_config_are_read(tmp_path):
         ("[modle]\nwidth = 8", "unknown key 'modle'; did you mean 'model'?"),
         ("[data]\nframes = 8.5", "'frames' expects int, found 8.5"),
         ("[data]\nflip = 1", "'flip' expects bool, found 1"),
-        ("[data]\nfront_end = 'ffmpeg'", "'decoder' expects 'auto' or 'nvdec'"),
+        ("[data]\ndecoder = 'ffmpeg'", "'decoder' expects 'auto' or 'nvdec'"),
         ("[optim]\nbase_lr = true", "'base_lr' expects float, found True"),
         ("data = 3", "'data' is a table of keys, found 3"),
         ("[data", "not a TOML file"),
