@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    renamed,
     resumable,
 )
 from mam2.engine.errors import UserError
@@ -51,7 +52,7 @@ class DataConfig:
     recorded: int = limited(0, COUNT_OR_NONE)
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
-    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
