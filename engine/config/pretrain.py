@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    renamed,
     resumable,
 )
 from mam2.engine.errors import UserError
@@ -51,7 +52,7 @@ class DataConfig:
     recorded: int = limited(0, COUNT_OR_NONE)
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
-    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
@@ -129,6 +130,11 @@ class ModelConfig:
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Each of MAM2's two decoders, or the one of the other objectives."""
+    frames: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Frames of the clips that the weights of `--checkpoint` were trained on, which sets it: positions are resampled
+    from theirs. 0: as `data.frames`."""
+    size: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Height and width of those clips in pixels; 0: as `data.size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +272,12 @@ class TokenGrid:
         return self.data.frames // self.model.tubelet, side, side
 
     @property
+    def trained_grid(self) -> tuple[int, int, int]:
+        """The token grid of the clips that the weights were trained on, whose positions are resampled to `grid`."""
+        side = (self.model.size or self.data.size) // self.model.patch
+        return (self.model.frames or self.data.frames) // self.model.tubelet, side, side
+
+    @property
     def patch_size(self) -> tuple[int, int, int]:
         """Frames, height and width of a token."""
         return self.model.tubelet, self.model.patch, self.model.patch
@@ -347,6 +359,11 @@ def check(config: PretrainConfig) -> None:
     """Raises UserError for values that are out of range or cannot work together, naming key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
+    if model.frames % model.tubelet or model.size % model.patch:
+        raise UserError(
+            f"model.frames {model.frames}, model.size {model.size}: expected multiples of model.tubelet "
+            f"{model.tubelet} and model.patch {model.patch}; leave both out, --checkpoint sets them"
+        )
     tokens = math.prod(config.grid)
     if not 0 < config.masked_tokens < tokens:
         raise UserError(
