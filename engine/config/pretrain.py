@@ -81,7 +81,7 @@ class MaskConfig:
     """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
     decoded: float = limited(1.0, Limits(above=0, at_most=1))
     """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
-    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking); the encoder sees the same tokens."""
+    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
     decoded_kind: Literal["cell", "random"] = "cell"
     """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
     space and time evenly; `random` draws it anew for each clip without regard to the place."""
