@@ -216,8 +216,10 @@ def test_codes_stay_those_of_the_checkpoints_tokenizer(config, clips, tmp_path, 
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(still)))
     with pytest.raises(SystemExit) as end:
         cli.main(
-            ["pretrain", str(tmp_path / "recipe.json"), "--data", str(clips), "--out", str(tmp_path / "second")]
-            + ["--checkpoint", str(tmp_path / "first")]
+            [
+                *("pretrain", str(tmp_path / "recipe.json"), "--data", str(clips)),
+                *("--out", str(tmp_path / "second"), "--checkpoint", str(tmp_path / "first")),
+            ]
         )
     assert end.value.code == 0
     told = capsys.readouterr()
