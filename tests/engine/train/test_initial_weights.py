@@ -217,8 +217,8 @@ def test_codes_stay_those_of_the_checkpoints_tokenizer(config, clips, tmp_path, 
     with pytest.raises(SystemExit) as end:
         cli.main(
             [
-                *("pretrain", str(tmp_path / "recipe.json"), "--data", str(clips), "--out", str(tmp_path / "second")),
-                *("--checkpoint", str(tmp_path / "first")),
+                *("pretrain", str(tmp_path / "recipe.json"), "--data", str(clips)),
+                *("--out", str(tmp_path / "second"), "--checkpoint", str(tmp_path / "first")),
             ]
         )
     assert end.value.code == 0
