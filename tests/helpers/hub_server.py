@@ -1,5 +1,4 @@
-"""A stand-in for a hub of models, on this machine: what `huggingface_hub` asks for to upload and download small files.
-"""
+"""A stand-in for a hub of models, on this machine: what `huggingface_hub` asks for to move small files."""
 
 from __future__ import annotations
 
