@@ -216,7 +216,7 @@ def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
 def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
     """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows.
 
-    In 16 bits the keys are read twice and written once to centre them.
+    In 16 bits the keys are read twice and written once to center them.
     """
     products = 4 * queries * keys * width
     return Cost(
@@ -228,7 +228,7 @@ def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
 
 
 def _centred(keys: int, width: int, item_bytes: int) -> int:
-    """Bytes of a block's centred keys; there are none in float32."""
+    """Bytes of a block's centered keys; there are none in float32."""
     return keys * width * item_bytes if item_bytes == 2 else 0
 
 
@@ -248,7 +248,7 @@ def linear(
 
 
 def norm(rows: int, width: int, item_bytes: int) -> Cost:
-    """LayerNorm with the addition before it: reads both summands, writes the sum and the normalised; holds the sum."""
+    """LayerNorm with the addition before it: reads both summands, writes the sum and the normalized; holds the sum."""
     forward = 2 * SINGLE + 2 * item_bytes
     backward = 3 * SINGLE + item_bytes
     return Cost(parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE)
@@ -263,7 +263,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     def conv(width_in: int, width_out: int, kernel: int, *, normed: bool = True) -> None:
         nonlocal total, largest
         weights = width_in * width_out * kernel**2
-        # a normalisation before it reads and writes the input once more
+        # a normalization before it reads and writes the input once more
         moved = pixels * (width_in * (3 if normed else 1) + width_out) * item_bytes
         total += Cost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
         largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)

@@ -160,7 +160,7 @@ class Plan:
 
     @property
     def clips_per_s(self) -> float:
-        """Of all devices: bound by arithmetic at the assumed utilisation, or by memory."""
+        """Of all devices: bound by arithmetic at the assumed utilization, or by memory."""
         return self.gpus / max(self._seconds_of_arithmetic, self._seconds_of_memory)
 
     @property

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
             checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
                 or a Hugging Face folder of a VideoMAE that classifies. `random` is a classifier with random weights,
                 the model of --recipe.
-            data: labelled videos: a folder with a folder a class, or an annotation list.
+            data: labeled videos: a folder with a folder a class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
             recipe: of fine-tuning: model and clips of the checkpoint `random`.
             temporal: clips of a video; 0 takes the recipe's.

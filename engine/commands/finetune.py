@@ -1,4 +1,4 @@
-"""`mam2 finetune`: a recipe, labelled videos, a pre-trained encoder, and a run folder."""
+"""`mam2 finetune`: a recipe, labeled videos, a pre-trained encoder, and a run folder."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run(arguments: list[str]) -> int:
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
-            data: labelled training videos: a folder with a folder a class, or an annotation list.
-            val: labelled validation videos of the same classes.
+            data: labeled training videos: a folder with a folder a class, or an annotation list.
+            val: labeled validation videos of the same classes.
             out: run folder for checkpoints and logs.
             checkpoint: the encoder: a run or checkpoint of mam2, of VideoMAE, or a folder of Hugging Face's.
             config: values of the recipe.

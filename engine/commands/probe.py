@@ -1,4 +1,4 @@
-"""`mam2 probe`: what frozen encoders know of a labelled set."""
+"""`mam2 probe`: what frozen encoders know of a labeled set."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; compared with the first one.
                 `random` is an encoder with random weights, like the first of the others, or of --recipe.
-            data: labelled folder or list to train the probes on.
-            val: labelled folder or list to test on; without it a fifth of each class of data.
+            data: labeled folder or list to train the probes on.
+            val: labeled folder or list to test on; without it a fifth of each class of data.
             recipe: of pre-training: model and clips of the checkpoint `random`.
             probes: logistic regression and nearest neighbors of pooled tokens, and attentive: learned queries over the
                 tokens in place of the means.

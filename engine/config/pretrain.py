@@ -35,7 +35,7 @@ class DataConfig:
     size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
     crop: Literal["random-resized", "multi-scale"] = "random-resized"
-    """`multi-scale` is VideoMAE's: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or centre;
+    """`multi-scale` is VideoMAE's: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or center;
     `min_area`, `max_area` and `max_aspect` do not apply to it."""
     min_area: float = limited(0.5, Limits(above=0, at_most=1))
     """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
@@ -173,7 +173,7 @@ class LossConfig:
     where 0.0025 is the same; with `hog` to the norm of a histogram. 1e-6 is VideoMAE's formula, with which a patch of
     one color that changes by one gray level decides the loss."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
-    """Pixels as a target, VideoMAE's or of appearance: standardised per cube and channel (VideoMAE), per patch (MAE,
+    """Pixels as a target, VideoMAE's or of appearance: standardized per cube and channel (VideoMAE), per patch (MAE,
     mae_st), or not."""
 
 
@@ -182,7 +182,7 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
-    """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
+    """Clips in an optimizer step, over all processes: the learning rate belongs to it, on any number of GPUs."""
     micro_batch: int = limited(0, COUNT_OR_NONE)
     """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
     0: its whole share of the batch."""
@@ -316,7 +316,7 @@ class TrainConfig(Protocol):
 
 
 def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
-    """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
+    """Forward passes of each of so many processes in an optimizer step: the fewest that `optim.micro_batch` allows.
 
     Raises UserError where the batch cannot be shared out evenly.
     """

@@ -124,7 +124,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """Builds a config dataclass from nested dicts; raises UserError naming an unknown key's nearest neighbour."""
+    """Builds a config dataclass from nested dicts; raises UserError naming an unknown key's nearest neighbor."""
     fields = [f.name for f in dataclasses.fields(cls)]
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}

@@ -5,11 +5,11 @@ Where attention_tuning.py has measured a shape, its winner runs: one of PyTorch'
 FlashAttention 4 where they are installed. Elsewhere PyTorch's `scaled_dot_product_attention` chooses its kernel (on
 Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
 
-In 16 bits the keys are centred first. While a model is young its tokens resemble each other, and the gradient of the
+In 16 bits the keys are centered first. While a model is young its tokens resemble each other, and the gradient of the
 scores is a small difference of large numbers, whose rounding errors (in flash attention those of the row sums of
 gradient times output) hit all keys alike: the query's gradient can come out wrong by more than its own size (see arXiv
 2510.04212). What all keys share cancels in the softmax; without it the function is the same, and common errors cancel
-too. `products` rounds the large numbers themselves, gradient times values, so it centres the values as well.
+too. `products` rounds the large numbers themselves, gradient times values, so it centers the values as well.
 """
 
 from __future__ import annotations

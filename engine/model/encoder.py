@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, tokens: Tensor, index: Tensor | None = None, path_scales: Tensor | None = None) -> Tensor:
-        """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].
+        """Normalized tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].
 
         path_scales: [depth, 2, B], see `Block`; None keeps every branch as it is. For clips see `encode`.
         """
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         return self.norm(tokens)
 
     def tokens(self, video: Tensor, index: Tensor) -> Tensor:
-        """The normalised pixels of the tokens at `index` [B, N]: [B, N, P] in the dtype the first layer computes in.
+        """The normalized pixels of the tokens at `index` [B, N]: [B, N, P] in the dtype the first layer computes in.
 
         video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
         """

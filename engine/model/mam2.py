@@ -146,7 +146,7 @@ class MAM2(nn.Module):
         return logits.unflatten(-1, (*self.code_shape, self.codebook_size)).argmax(-1)
 
     def predict_pixels(self, latents: Tensor, mask: TubeMask) -> Tensor:
-        """The pixels of every hidden token, standardised as the config says: latents [B, Nl, Dr] -> [B, Nm, P]."""
+        """The pixels of every hidden token, standardized as the config says: latents [B, Nl, Dr] -> [B, Nm, P]."""
         return self._predict(self.appearance_decoder, latents, mask)
 
     def predict_motion(self, latents: Tensor, mask: TubeMask) -> Tensor:

@@ -135,7 +135,7 @@ def _(video: Tensor, patch_size: Sequence[int]) -> Tensor:
 def optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
     """Dense flow from each tubelet's first frame to the next: video [B, 3, T, H, W] -> float32 [B, N, 32].
 
-    OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on grey frames, in pixels of the clip to the right
+    OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on gray frames, in pixels of the clip to the right
     and down, the mean of each of `FLOW_CELLS`² cells a patch. Value order (cell row, cell column, direction). Runs on
     the CPU and waits for the device.
 

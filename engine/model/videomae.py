@@ -56,7 +56,7 @@ class VideoMAE(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=MASK_TOKEN_STD, a=-MASK_TOKEN_STD, b=MASK_TOKEN_STD)
 
     def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """Mean squared error of the hidden tokens' standardised pixels: video [B, 3, T, H, W] -> scalar."""
+        """Mean squared error of the hidden tokens' standardized pixels: video [B, 3, T, H, W] -> scalar."""
         return self.loss_of(self._visible(video, mask), video, mask)
 
     def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
@@ -71,7 +71,7 @@ class VideoMAE(nn.Module):
         )
 
     def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P].
+        """The pixels of every hidden token, standardized as the config says: video [B, 3, T, H, W] -> [B, Nm, P].
 
         With the objective `joint` of a tubelet's first frame; of the later ones their difference to it.
         """
