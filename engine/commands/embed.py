@@ -1,4 +1,4 @@
-"""`mam2 embed`: a feature for each video of a folder, for search or clustering."""
+"""`mam2 embed`: computes one feature vector per video, for search or clustering."""
 
 from __future__ import annotations
 
@@ -33,26 +33,25 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Write a feature of the middle clip of every video: its mean token, or a mean for each slot of time.
+        """Write a feature vector of the middle clip of every video: the mean token, or a mean per time slot.
 
         Args:
-            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is an encoder with
-                random weights, the model of --recipe.
+            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is the
+                encoder of --recipe with random weights.
             data: folder of videos, an annotation list, or a video.
-            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video, which file
-                of weights was read and the SHA-256 of the encoder in it) or features.parquet (a row per video; needs
-                pyarrow).
-            layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
-            recipe: of pre-training: model and clips of the checkpoint `random`.
-            pool: mean: over all tokens, D values. time: over the tokens of each time slot, slots × D values one after
-                the other. time-center, time-space: see mam2 probe.
-            stride: distance of two sampled frames instead of the checkpoint's.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            batch: clips that go through the encoder at once.
-            device: `auto` takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            out: features.npy (float32 [videos, D]; features.json next to it lists the video of each row, the weights
+                file and the SHA-256 of its encoder) or features.parquet (one row per video; needs pyarrow).
+            layer: encoder block whose tokens are averaged, from 1; 0 is the last.
+            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+            pool: mean: average over all tokens, D values. time: average per time slot, slots × D concatenated values.
+                time-center, time-space: see mam2 probe.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels; the same holds.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            batch: clips per forward pass.
+            device: `auto` uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         check_flags(
             layer=(layer, COUNT_OR_NONE),
@@ -83,7 +82,7 @@ def run(arguments: list[str]) -> int:
             [checkpoint], where, recipe=recipe, stride=stride, frames=frames, size=size, heads=heads
         )
         if not 0 <= layer <= frozen.depth:
-            raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
+            raise UserError(f"--layer {layer}: {checkpoint} has layers 1 to {frozen.depth}; 0 is the last")
         manifest = read_manifest(data)
         with writing(out), tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
             rows = Path(folder) / "rows.npy"
@@ -111,7 +110,7 @@ def run(arguments: list[str]) -> int:
             with writing(out):
                 with whole_file(out) as file:
                     np.save(file, features)
-                # ASCII escapes carry every path, also one that is not UTF-8
+                # ASCII escapes represent every path, also one that is not UTF-8
                 write_whole(out.with_suffix(".json"), json.dumps(index, indent=1) + "\n")
         else:
             import pyarrow

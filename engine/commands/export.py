@@ -1,4 +1,4 @@
-"""`mam2 export`: weights for Hugging Face, for VideoMAE's code, and graphs for any program."""
+"""`mam2 export`: writes weights for Hugging Face and VideoMAE's code, and graphs for other programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 SHOWN = 10
-"""Classes that are printed; the file has all of them."""
+"""Number of printed classes; the file contains all."""
 
 
 def run(arguments: list[str]) -> int:
@@ -21,18 +21,18 @@ def run(arguments: list[str]) -> int:
         heads: int | None = None,
         decoder_heads: int | None = None,
     ) -> int:
-        """Write a model for elsewhere: a classifier, VideoMAE with its decoder where that has a place, or an encoder.
+        """Export a model: a classifier, VideoMAE with its decoder if the format supports it, or an encoder.
 
         Args:
-            checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
+            checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a Hugging Face folder.
             to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
-                `videomae`: a .pth for the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`:
-                a graph that takes uint8 clips [B, 3, T, H, W] and gives tokens [B, N, D], or a classifier's logits.
-            out: the folder or file to write.
-            frames: frames of the clips that it takes, where the checkpoint does not say them.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            decoder_heads: the same of its decoder.
+                `videomae`: a .pth for --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`: a
+                graph that maps uint8 clips [B, 3, T, H, W] to tokens [B, N, D], or to a classifier's logits.
+            out: output folder or file.
+            frames: frames per clip, if the checkpoint does not state them.
+            size: height and width of the clips in pixels; the same holds.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            decoder_heads: the same for its decoder.
         """
         from mam2.engine.checkpoints.exporting import export
 

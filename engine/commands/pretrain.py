@@ -1,4 +1,4 @@
-"""`mam2 pretrain`: a recipe, videos, and a run folder."""
+"""`mam2 pretrain`: pre-trains from a recipe and videos into a run folder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def run(arguments: list[str]) -> int:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             data: folder of videos, with or without class folders, or an annotation list.
             out: run folder for checkpoints and logs.
-            config: values of the recipe.
-            resume: go on from the newest checkpoint in the run folder.
-            size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
+            config: values that override the recipe.
+            resume: continue from the newest checkpoint in the run folder.
+            size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)

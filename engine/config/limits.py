@@ -1,4 +1,4 @@
-"""Allowed values of config fields: declared on the field itself, checked for a whole config at once."""
+"""Allowed values of config fields: declared on the field, checked for a whole config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = "limits"
 
 
 class Limits(NamedTuple):
-    """An interval of numbers; None leaves a side open. Every value must be finite."""
+    """An interval of numbers; None means no bound. Every value must be finite."""
 
     at_least: float | None = None
     above: float | None = None
@@ -42,20 +42,20 @@ NOT_NEGATIVE = Limits(at_least=0)
 SHARE = Limits(at_least=0, at_most=1)
 BELOW_ONE = Limits(at_least=0, below=1)
 SEED = Limits(at_least=0, below=2**62)
-"""Seeds are added to and multiplied by small numbers, and stay below 2^63."""
+"""Seeds are added to and multiplied by small numbers, and the results must stay below 2^63."""
 BATCH = Limits(at_least=1, at_most=2**17)
-"""Clips of a step; more is a slip of the keyboard, and ends in an allocation that fails."""
+"""Clips per step; a larger number is a typing error, whose allocation would fail."""
 
 BATCH_OR_NONE = Limits(at_least=0, at_most=2**17)
 
 
 def limited(default: Any, limits: Limits) -> Any:
-    """A dataclass field with a default and the interval that its values must lie in."""
+    """Returns a dataclass field with a default and the interval of its values."""
     return dataclasses.field(default=default, metadata={KEY: limits})
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
-    """Raises UserError for the first number of a config outside its field's limits, naming key and expectation.
+    """Raises UserError for the first number of a config outside its field's limits; it names key and expectation.
 
     Numbers of fields without declared limits must be finite. Nested dataclasses are checked under their own names.
     """
@@ -68,7 +68,7 @@ def check_limits(config: Any, prefix: str = "") -> None:
 
 
 def check_value(name: str, value: float, limits: Limits) -> None:
-    """Raises UserError where `value` lies outside `limits`; `name` is the key or flag that the user wrote."""
+    """Raises UserError if `value` is outside `limits`; `name` is the user's key or flag."""
     if value not in limits:
         bounds = str(limits)
         if not math.isfinite(value) and limits != Limits():
@@ -77,14 +77,14 @@ def check_value(name: str, value: float, limits: Limits) -> None:
 
 
 def check_flags(**flags: tuple[float | None, Limits]) -> None:
-    """`check_value` for the flags of a verb, by their Python names; a value of None was not given."""
+    """Runs `check_value` for the flags of a verb, given by their Python names; None means not given."""
     for name, (value, limits) in flags.items():
         if value is not None:
             check_value(f"--{name.replace('_', '-')}", value, limits)
 
 
 def declared(kind: type, name: str) -> Limits:
-    """Limits of a field; those of a base class where a subclass declares the field again with another default."""
+    """Returns the limits of a field; if a subclass only changes the default, those of the base class."""
     for cls in kind.__mro__:
         fields = cls.__dict__.get("__dataclass_fields__", {})
         if name in fields and KEY in fields[name].metadata:

@@ -79,7 +79,7 @@ def test_the_data_is_no_place_to_write_to(tmp_path):
         with pytest.raises(UserError, match="is the data itself"):
             check_apart(tmp_path, out)
     check_apart(tmp_path, tmp_path / "x")
-    with pytest.raises(UserError, match="lies in the data folder"):
+    with pytest.raises(UserError, match="is in the data folder"):
         check_apart(tmp_path, tmp_path / "link" / "x", inside=False)
 
 
@@ -97,7 +97,7 @@ def test_a_place_that_nobody_looked_after_is_one_line_too(monkeypatch, capsys, n
         cli.main(["doctor"])
     assert stop.value.code == status
     told = capsys.readouterr().err
-    assert told == f"mam2: error: some\\nwhere: {os.strerror(number)}; make room or name another place\n"
+    assert told == f"mam2: error: some\\nwhere: {os.strerror(number)}; free space or choose another path\n"
 
 
 def test_every_table_is_written_in_one_way():

@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_scan(tmp_path, capsys
     assert status == 2
     assert err == (
         f"mam2: error: --out {tmp_path / 'no' / 'folder.jsonl'}: cannot be written: No such file or directory "
-        f"({tmp_path / 'no' / f'.part-{os.getpid()}'}); make room or name another place\n"
+        f"({tmp_path / 'no' / f'.part-{os.getpid()}'}); free space or choose another path\n"
     )
 
 
@@ -178,7 +178,7 @@ def test_a_broken_index_is_written_anew_and_a_foreign_file_is_left_alone(
         file.write_text("{}\n")
     status, out, _ = run(capsys, "index", tmp_path / "data")
     assert status == 0
-    assert f"{broken}: not a saved manifest (KeyError: 'classes'): it is written anew" in out
+    assert f"{broken}: not a saved manifest (KeyError: 'classes'): it is written again" in out
     assert len(read_saved_manifest(broken).videos) == 1
     status, _, err = run(capsys, "index", tmp_path / "data", "--out", foreign)
     assert status == 2

@@ -301,7 +301,7 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
     ):
         with pytest.raises(UserError, match=told):
             transcode(tmp_path / "in", tmp_path / "out", settings)
-    with pytest.raises(UserError, match="lies in the data folder"):
+    with pytest.raises(UserError, match="is in the data folder"):
         transcode(tmp_path / "in", tmp_path / "in" / "small", Settings())
     with pytest.raises(UserError, match="is one of the videos to be read"):
         transcode(tmp_path / "in" / "list.csv", tmp_path / "in", Settings())
