@@ -40,7 +40,10 @@ def test_pretrain_help_documents_every_field(capsys):
         (["pretrain"], "expected a recipe as first argument: mam2 pretrain RECIPE"),
         (["pretrain", "--data", "x", "demo", "--out", "{}"], "expected a recipe as first argument, found '--data'"),
         (["finetune", "--data", "x", "ssv2/finetune"], "expected a recipe as first argument, found '--data'"),
-        (["pretrain", "ssv2/finetune", "--data", ".", "--out", "x"], "ssv2/finetune fine-tunes (mam2 finetune); name"),
+        (
+            ["pretrain", "ssv2/finetune", "--data", ".", "--out", "x"],
+            "ssv2/finetune fine-tunes (mam2 finetune); choose",
+        ),
         (
             ["finetune", "mam2-fast", "--data", ".", "--out", "x"],
             "mam2-fast pre-trains (mam2 pretrain); choose one that",

@@ -62,7 +62,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, full_disk):
 
 
 def test_an_error_of_the_place_is_one_line_and_others_stay_what_they_are(tmp_path):
-    told = r"--to .*/x: cannot be written: No space left on device; make room"
+    told = r"--to .*/x: cannot be written: No space left on device; free space"
     with pytest.raises(UserError, match=told), writing(tmp_path / "x", "--to"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), writing(tmp_path / "x"):

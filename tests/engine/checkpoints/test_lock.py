@@ -34,7 +34,7 @@ def of_another_machine(run, age):
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path):
     first, told = RunLock(tmp_path), []
     first.acquire(told.append)
-    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*name another folder"):
+    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*choose another folder"):
         RunLock(tmp_path).acquire(told.append)
     first.release()
     assert list(tmp_path.iterdir()) == []

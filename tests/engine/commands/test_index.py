@@ -149,14 +149,14 @@ def test_the_verb_writes_beside_the_data_and_looks_again_only_at_changes(
     assert status == 0
     assert "2 usable, 1 skipped" in out
     assert "1 × empty file" in out
-    assert f"{written}: 3 files new, 0 changed, 0 gone, 0 unchanged" in out
+    assert f"{written}: 3 files new, 0 changed, 0 removed, 0 unchanged" in out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["a.mp4", "b.mp4"]
 
     (tmp_path / "data" / "x" / "a.mp4").unlink()
     os.utime(tmp_path / "data" / "y" / "b.mp4", ns=(1, 1))
     out = run(capsys, "index", tmp_path / "data")[1]
-    assert f"{written}: 0 files new, 1 changed, 1 gone, 1 unchanged and not opened" in out
+    assert f"{written}: 0 files new, 1 changed, 1 removed, 1 unchanged and not opened" in out
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["b.mp4"]
 
 
@@ -229,4 +229,4 @@ def test_real_clips(tmp_path, capsys):
     assert "84 usable, 7 skipped" in out
     for word in ("h264 42", "mpeg4 15", "vp9 14", "no video stream", "12336x12336", "--gop 30"):
         assert word in out
-    assert "0 changed, 0 gone, 91 unchanged" in run(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")[1]
+    assert "0 changed, 0 removed, 91 unchanged" in run(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")[1]

@@ -260,7 +260,7 @@ def test_what_fails_is_named_and_the_status_is_1(tmp_path, clip_bytes, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0
-    assert "0 written (0.0 MB became 0.0 MB), 1 were there, 0 failed" in capsys.readouterr().out
+    assert "0 written (0.0 MB became 0.0 MB), 1 existed already, 0 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("damaged", "taken"), [(1, True), (3, True), (6, False)])
