@@ -90,7 +90,7 @@ class Candidate:
     provider: str
     step: str
     loss: Callable[[], Tensor]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     config: PretrainConfig
     device: torch.device
 
@@ -157,7 +157,7 @@ def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) 
     )
 
 
-def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     optimizer = build_optimizer(model, config.optim)
     for group in optimizer.param_groups:
         group |= {"lr": 1e-5, "capturable": next(model.parameters()).is_cuda}
@@ -342,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     note = "" if cuda else " (a CPU: only ratios are meaningful)"
     print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")
     parts = ("objective", "batch", "precision", "part", "forward_ms", "backward_ms", "percent", "percent_of_flops")
+    parts += ("median_ms",)
     print("\nparts", table([row for row in found if "part" in row], parts), sep="\n")
     return int(any(row.get("verdict") in ("wrong", "failed") for row in found))
 

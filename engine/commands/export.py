@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
                 graph that maps uint8 clips [B, 3, T, H, W] to tokens [B, N, D], or to a classifier's logits.
             out: output folder or file.
             frames: frames per clip, if the checkpoint does not state them.
-            size: height and width of the clips in pixels; the same holds.
+            size: height and width of the clips in pixels, likewise.
             heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
             decoder_heads: the same for its decoder.
         """

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
             checkpoint: the encoder: a run or checkpoint of mam2, a checkpoint of VideoMAE, or a Hugging Face folder.
             config: values that override the recipe.
             frames: frames per clip of the checkpoint's training, if the checkpoint does not state them.
-            size: height and width of the clips in pixels; the same holds.
+            size: height and width of the clips in pixels, likewise.
             heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
             scratch: start from random weights instead of a checkpoint.
             resume: continue from the newest checkpoint in the run folder.

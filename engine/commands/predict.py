@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
             spatial: crops per clip; 0: as in the recipe.
             batch: maximum clips per forward pass; 0: as in the recipe, or 32.
             frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels; the same holds.
+            size: height and width of the clips in pixels, likewise.
             heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
             classes: text file with one class name per line in the order of the logits, for a checkpoint without names.
             threads: decoding threads; 0: one per core that this process may use.

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
             tokenizer: VQGAN for checkpoints that are no longer in their run folder.
             stride: distance of two sampled frames; default: the checkpoint's.
             frames: frames per clip, if the checkpoint does not state them.
-            size: height and width of the clips in pixels; the same holds.
+            size: height and width of the clips in pixels, likewise.
             heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
             decoder_heads: the same for its decoder.
             device: `auto` uses a GPU if there is one.

@@ -158,6 +158,11 @@ def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, c
     return View(x, y, x + wide, y + high, False)
 
 
+def middle_square(video: Video) -> View:
+    """The largest square in the middle of a video's frames."""
+    return _centre_crop(*video.shown_size, 1.0)
+
+
 def _centre_crop(width: int, height: int, max_aspect: float) -> View:
     """Returns the largest center crop with an aspect ratio from 1/max_aspect to max_aspect."""
     wide, high = min(1.0, height * max_aspect / width), min(1.0, width * max_aspect / height)

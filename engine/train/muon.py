@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from mam2.engine.costs import MUON_ITERATIONS
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial, as in Jordan's code: steep at 0; leaves singular values between about 0.7 and 1.2."""
-ITERATIONS = 5
 EPS = 1e-7
 """Smallest norm that a matrix is divided by."""
 RMS = 0.2
@@ -100,7 +101,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    for _ in range(ITERATIONS):
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -74,7 +74,10 @@ def test_the_example_pre_trains_probes_and_plots(
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
-VERBS = ("evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "tokenize", "visualize")
+VERBS = (
+    *("embed", "evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "probe", "tokenize"),
+    *("visualize", "neighbors"),
+)
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {
     # load_recipe

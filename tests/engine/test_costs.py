@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 from mam2.engine.train.objective import build_objective
+from mam2.engine.train.optimizer import build_optimizer, hidden_matrices
 from mam2.kernels import tube_mask
 
 CODES = 24
@@ -223,3 +225,28 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
         assert sum(held.values()) / batch < declared
     else:
         assert declared == pytest.approx(sum(held.values()) / batch, rel=0.15)
+
+
+@pytest.mark.parametrize("recipe", ["mam2-fast", "videomae", "laptop"])
+def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> None:
+    """Shapes and values of the model of that recipe; FLOPs as PyTorch counts them of an update, small enough to run."""
+    config = changed(load_recipe(recipe), optim={"name": "muon"})
+    with torch.device("meta"):
+        model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
+    found: Counter[tuple[int, ...]] = Counter()
+    for matrix, parts in hidden_matrices(model).items():
+        found[len(matrix) // parts, matrix.shape[1]] += parts
+    assert costs.hidden_matrices(config) == found
+    assert costs.muon(config, 2).parameters == sum(matrix.numel() for matrix in hidden_matrices(model))
+    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.Cost()
+
+
+def test_muons_flops_are_those_counted() -> None:
+    config = changed(load_recipe("demo"), optim={"name": "muon"}, model={"mlp_ratio": 2.5})
+    model = MAM2(config, CODES)
+    optimizer = build_optimizer(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == costs.muon(config, 2).flops > 0

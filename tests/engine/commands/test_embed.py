@@ -99,7 +99,7 @@ def test_what_cannot_be_written_is_said_first(videos, run, tmp_path, capsys, mon
         importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find(name, *rest)
     )
     for out, message in {
-        "f.csv": ".npy or .parquet",
+        "f.csv": ".npy, .npz, .safetensors, .parquet",
         "f.parquet": "pip install pyarrow",
         "no/f.npy": "cannot be written: No such file or directory",
     }.items():

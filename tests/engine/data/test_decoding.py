@@ -40,7 +40,7 @@ def decode_all(path: Path) -> np.ndarray:
             for packet in container.demux(stream)
             for frame in decode_packet(stream, packet if packet.size else None)
         ]
-        convert = decoding._Converter(frames[0])
+        convert = decoding.FrameConverter(frames[0])
         return np.stack([convert(frame) for frame in frames])
 
 

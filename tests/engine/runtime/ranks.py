@@ -1,6 +1,7 @@
 """The gradients of a step on several processes: started by test_distributed.py through torchrun.
 
-`ranks.py OUT SHARDING BALANCE MICRO_BATCH`: rank 0 writes losses, gradients and, after three steps, weights to OUT.
+`ranks.py OUT SHARDING BALANCE MICRO_BATCH [OPTIMIZER]`: rank 0 writes losses, gradients and, after three
+steps, weights to OUT. The encoder's width is odd, so that FSDP2's shards of a matrix differ in size.
 """
 
 import dataclasses
@@ -21,14 +22,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
+def main(out: str, sharding: str, balance: str, micro_batch: str, optimizer: str = "adamw") -> None:
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, views=1),
-        model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
+        model=dataclasses.replace(recipe.model, width=27, depth=2, heads=3),
         loss=dataclasses.replace(recipe.loss, balance=balance, appearance=0.3, alignment=0.5),
-        optim=dataclasses.replace(recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5),
+        optim=dataclasses.replace(
+            recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5, name=optimizer
+        ),
         run=dataclasses.replace(recipe.run, precision="float32", compile=False, sharding=sharding),
     )
     with join(torch.device("cpu")) as world:

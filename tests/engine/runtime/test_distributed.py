@@ -39,25 +39,32 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Results of one process, by balance."""
+    """Results of one process, by balance and optimizer."""
     found = {}
-    for balance in ("fixed", "gradient"):
+    for balance, optimizer in (("fixed", "adamw"), ("gradient", "adamw"), ("gradient", "muon")):
         out = tmp_path_factory.mktemp("alone") / balance
-        done = subprocess.run([sys.executable, RANKS, out, "ddp", balance, "0"], env=ENVIRONMENT, check=False)
-        assert done.returncode == 0
-        found[balance] = torch.load(out)
+        command = [sys.executable, RANKS, out, "ddp", balance, "0", optimizer]
+        assert subprocess.run(command, env=ENVIRONMENT, check=False).returncode == 0
+        found[balance, optimizer] = torch.load(out)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "balance", "micro_batch"), [("ddp", "gradient", 0), ("ddp", "fixed", 2), ("fsdp", "gradient", 0)]
+    ("sharding", "balance", "micro_batch", "optimizer"),
+    [
+        ("ddp", "gradient", 0, "adamw"),
+        ("ddp", "fixed", 2, "adamw"),
+        ("fsdp", "gradient", 0, "adamw"),
+        ("ddp", "gradient", 2, "muon"),
+        ("fsdp", "gradient", 0, "muon"),
+    ],
 )
-def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, alone, tmp_path):
+def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, optimizer, alone, tmp_path):
     """Losses, gradient norms, every gradient, and the weights after three clipped steps."""
-    done = torchrun(2, RANKS, tmp_path / "out", sharding, balance, micro_batch)
+    done = torchrun(2, RANKS, tmp_path / "out", sharding, balance, micro_batch, optimizer)
     assert done.returncode == 0, done.stderr[-3000:]
-    together, single = torch.load(tmp_path / "out"), alone[balance]
+    together, single = torch.load(tmp_path / "out"), alone[balance, optimizer]
     assert together.keys() == single.keys()
     for name, value in single.items():
         if micro_batch and name.startswith("gradient/"):

@@ -1,0 +1,129 @@
+"""`mam2 neighbors`: compares the features of frozen encoders by nearest neighbors, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from mam2.engine.evaluation.neighbors import NeighborsReport
+
+
+def run(arguments: list[str]) -> int:
+    def neighbors(
+        checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+        out: Path,
+        data: Path | None = None,
+        val: Path | None = None,
+        recipe: str = "",
+        layer: int = 0,
+        pool: Literal["mean", "time", "time-center", "time-space"] = "mean",
+        masks: int = 12,
+        mask_size: int = 0,
+        top_k: int = 5,
+        radius: int = 12,
+        context: int = 7,
+        cache: Path = Path("features"),
+        stride: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
+        batch: int = 32,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    ) -> int:
+        """Compare frozen encoders without training, by retrieval of videos and propagation of masks through clips.
+
+        Args:
+            checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; `random` is an encoder with
+                random weights and the model of the first other checkpoint, or of --recipe.
+            out: folder for neighbors.json, retrieval.png and masks.png.
+            data: labeled folder or list to search in; without it there is no retrieval.
+            val: labeled folder or list of queries; default: each video of data is a query.
+            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+            layer: encoder block whose tokens are compared, from 1; 0 is the last.
+            pool: how tokens are averaged to the feature of a clip, see mam2 probe.
+            masks: number of synthetic clips with known masks, whose first mask is propagated to the other frames; 0:
+                none.
+            mask_size: height and width of these clips in pixels; 0: the encoder's, or 14 patches if that is larger.
+            top_k: number of tokens from which a token takes its mask.
+            radius: maximum distance of these tokens in rows and columns.
+            context: number of previous frames with these tokens, in addition to the first frame.
+            cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            batch: clips per forward pass.
+            device: auto uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+        """
+        from mam2.engine.evaluation.neighbors import neighbors
+
+        report = neighbors(
+            checkpoints,
+            out,
+            data=data,
+            val=val,
+            recipe=recipe,
+            layer=layer,
+            pool=pool,
+            masks=masks,
+            mask_size=mask_size,
+            top_k=top_k,
+            radius=radius,
+            context=context,
+            cache=cache,
+            stride=stride,
+            frames=frames,
+            size=size,
+            heads=heads,
+            batch=batch,
+            device=device,
+            precision=precision,
+        )
+        print(tables(report))
+        print(f"written to {out}")
+        return 0
+
+    return tyro.cli(neighbors, args=arguments, prog="mam2 neighbors")
+
+
+def tables(report: NeighborsReport) -> str:
+    """The scores below each other, in per cent."""
+    parts = []
+    if found := report.retrieval:
+        lines = [("retrieval", *(f"recall@{rank}" for rank in found.chance))]
+        for score in found.scores:
+            cells = (_share(score.recall[rank], score.interval[rank]) for rank in found.chance)
+            lines.append((score.checkpoint, *cells))
+        lines.append(("at random", *(f"{100 * value:.1f}" for value in found.chance.values())))
+        parts.append(
+            f"{_aligned(lines)}\nShare of {found.queries} queries with a video of their class among the nearest of "
+            f"{found.gallery}, in % (95 % bootstrap interval over the queries)."
+        )
+    if report.propagation:
+        lines = [("masks", "frame as", "pixels", "J", "F", "J&F")]
+        for one in report.propagation:
+            mean = (one.region + one.boundary) / 2
+            numbers = (f"{100 * one.region:.1f}", f"{100 * one.boundary:.1f}", _share(mean, one.interval))
+            lines.append((one.checkpoint or "the first mask, kept", one.context, str(one.size), *numbers))
+        parts.append(
+            f"{_aligned(lines)}\nMasks of {report.mask_clips} clips carried on from their first frames, in % (95 % "
+            "bootstrap interval over the clips).\n"
+            "still: a frame is repeated as a clip; window: it is shown among the frames around it."
+        )
+    return "\n\n".join(parts)
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
