@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Write a feature vector of the middle clip of every video, or with --window or --hop of all its parts in order.
+        """Write a feature vector of the middle clip of every video, or with --window or --hop of all its parts.
 
         Args:
             checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is the
