@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     deeper = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     with pytest.raises(UserError, match=r"lacks 2\.bias"):
         checkpoint.load_weights(deeper, folder / checkpoint.WEIGHTS)
-    with pytest.raises(UserError, match=r"holds 1\.bias, which this model lacks"):
+    with pytest.raises(UserError, match=r"contains 1\.bias, which this model lacks"):
         checkpoint.load_weights(nn.Sequential(nn.Linear(3, 4)), folder / checkpoint.WEIGHTS)
 
 
