@@ -21,7 +21,6 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.manifest import Manifest, read_manifest
 
-
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # Under nohup. A handler ignores it as well here, but unlike SIG_IGN the processes that the tests start do not
     # inherit it: the tests send them this signal.

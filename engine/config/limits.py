@@ -1,4 +1,4 @@
-"""Allowed values of config fields: declared on the field, checked for a whole config."""
+"""Properties of config fields: their limits, and whether a resumed run may have another value."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mam2.engine.errors import UserError
 
 KEY = "limits"
+RESUMABLE = "resumable"
 
 
 class Limits(NamedTuple):
@@ -49,9 +50,37 @@ BATCH = Limits(at_least=1, at_most=2**17)
 BATCH_OR_NONE = Limits(at_least=0, at_most=2**17)
 
 
-def limited(default: Any, limits: Limits) -> Any:
-    """Returns a dataclass field with a default and the interval of its values."""
-    return dataclasses.field(default=default, metadata={KEY: limits})
+def limited(default: Any, limits: Limits, *, resumable: bool = False) -> Any:
+    """Returns a dataclass field with a default and the interval of its values.
+
+    resumable: a resumed run may have another value, because the field does not affect the training's result.
+    """
+    return dataclasses.field(default=default, metadata={KEY: limits, RESUMABLE: resumable})
+
+
+def resumable(default: Any) -> Any:
+    """Returns a dataclass field without limits, for which a resumed run may have another value."""
+    return dataclasses.field(default=default, metadata={RESUMABLE: True})
+
+
+def resumable_keys(kind: type) -> set[str]:
+    """Returns the keys of a config class, such as "run.device", for which a resumed run may have other values.
+
+    A nested table is one key, for example "model.decoder". A field that a subclass declares again keeps the flag of its
+    base class.
+    """
+    keys = set()
+    for table in dataclasses.fields(kind):
+        part = type(getattr(kind(), table.name))
+        whole = bool(table.metadata.get(RESUMABLE))
+        names = {item.name for item in dataclasses.fields(part)} if whole else resumable_fields(part)
+        keys |= {f"{table.name}.{name}" for name in names}
+    return keys
+
+
+def resumable_fields(table: type) -> set[str]:
+    """Returns the same for one table of a config, without the table's name."""
+    return {item.name for item in dataclasses.fields(table) if _metadata(table, item.name, RESUMABLE)}
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
@@ -85,8 +114,13 @@ def check_flags(**flags: tuple[float | None, Limits]) -> None:
 
 def declared(kind: type, name: str) -> Limits:
     """Returns the limits of a field; if a subclass only changes the default, those of the base class."""
+    return _metadata(kind, name, KEY) or Limits()
+
+
+def _metadata(kind: type, name: str, key: str) -> Any:
+    """Returns a field's metadata for `key`, from the class or the nearest base class that has it; None if none has."""
     for cls in kind.__mro__:
         fields = cls.__dict__.get("__dataclass_fields__", {})
-        if name in fields and KEY in fields[name].metadata:
-            return fields[name].metadata[KEY]
-    return Limits()
+        if name in fields and key in fields[name].metadata:
+            return fields[name].metadata[key]
+    return None

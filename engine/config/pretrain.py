@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    resumable,
 )
 from mam2.engine.errors import UserError
 
@@ -54,18 +55,18 @@ class DataConfig:
     """Decoder: `auto` uses NVDEC on a GPU for the codecs that it supports, and PyAV for all others. Use `dali-cpu`
     (VP8, VP9, MJPEG) only for undamaged files: damage that the check of packets and key frames misses may end the
     process."""
-    threads: int = limited(0, COUNT_OR_NONE)
+    threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
-    nvdec_threads: int = limited(32, COUNT)
+    nvdec_threads: int = limited(32, COUNT, resumable=True)
     """Threads that feed NVDEC; they mostly wait, so that there may be more threads than cores."""
-    prefetch: int = limited(2, COUNT)
+    prefetch: int = limited(2, COUNT, resumable=True)
     """Batches prepared ahead of the step."""
-    timeout_s: float = limited(60.0, POSITIVE)
+    timeout_s: float = limited(60.0, POSITIVE, resumable=True)
     """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
-    wait_s: float = limited(300.0, NOT_NEGATIVE)
+    wait_s: float = limited(300.0, NOT_NEGATIVE, resumable=True)
     """Seconds to wait for unavailable data (a missing folder, an I/O error) before the run ends. Keep it below the 10
     minutes after which the other processes of a run end."""
-    max_unusable: float = limited(0.5, SHARE)
+    max_unusable: float = limited(0.5, SHARE, resumable=True)
     """The run stops if more than this share of the videos cannot be decoded, 0 to 1."""
 
 
@@ -135,7 +136,7 @@ class ModelConfig:
 class TokenizerConfig:
     path: str = ""
     """File of a VQGAN: taming-transformers' `last.ckpt`, or safetensors. Empty: first train a small one on the data."""
-    cache: str = ""
+    cache: str = resumable("")
     """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: the step computes them."""
     frames: Literal["first", "all"] = "first"
     """Codes per token: only that of its `first` frame, or those of `all` its frames; all of them are predicted."""
@@ -187,7 +188,7 @@ class OptimConfig:
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips per optimizer step, over all processes. The learning rate is set for it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE)
+    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Maximum clips of one process per forward pass; gradients are accumulated over the passes of a step. 0: the
     process's whole share of the batch."""
     epochs: float = limited(400, POSITIVE)
@@ -214,36 +215,36 @@ class OptimConfig:
 class RunConfig:
     seed: int = limited(0, SEED)
     """Seed of weights, order, clips and masks."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = resumable("auto")
     """`auto` uses a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs with AVX512-BF16 or AMX, else
     float32."""
-    compile: bool = True
+    compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Literal["auto", "on", "off"] = resumable("auto")
     """Run the whole step as one CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one process, one
     pass per step), `on` without a measurement (raises if not possible), or `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
-    recompute: bool = False
+    recompute: bool = resumable(False)
     """Recompute the blocks' activations in the backward pass: less memory, about a third more work."""
-    log_every: int = limited(20, COUNT)
+    log_every: int = limited(20, COUNT, resumable=True)
     """Steps between two lines of the log."""
-    save_every: int = limited(1000, COUNT)
+    save_every: int = limited(1000, COUNT, resumable=True)
     """Steps between two checkpoints; one is always written at the end."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Literal["ddp", "fsdp"] = resumable("ddp")
     """For several processes: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer moments."""
-    keep: int = limited(3, COUNT)
+    keep: int = limited(3, COUNT, resumable=True)
     """Number of newest checkpoints to keep."""
-    keep_every: int = limited(0, COUNT_OR_NONE)
+    keep_every: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Also keep checkpoints of steps that are multiples of this number; 0: none."""
-    max_nonfinite: int = limited(20, COUNT)
+    max_nonfinite: int = limited(20, COUNT, resumable=True)
     """The run skips steps whose loss or gradient is not finite, and stops after this many in a row."""
-    profile: int = limited(0, COUNT_OR_NONE)
+    profile: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Number of steps to profile, from the sixth of this call on; writes a trace and a table of operators to
     RUN/profile/."""
-    tracker: Literal["none", "wandb", "trackio"] = "none"
+    tracker: Literal["none", "wandb", "trackio"] = resumable("none")
     """Service that also receives the numbers of the log; its package must be installed."""
 
 

@@ -22,12 +22,13 @@ from mam2.engine.config.pretrain import DataConfig, check_data
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.dali import dali_version
 from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
-from mam2.engine.data.manifest import Manifest, Skipped
+from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
 from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
-from mam2.engine.data.video import Video
+from mam2.engine.data.unusable import UnusableVideos
+from mam2.engine.data.video import Skipped, Video
 from mam2.engine.errors import UserError
 
 CHUNK_BYTES = 2**29
@@ -110,9 +111,6 @@ class ClipLoader:
         """
         self._views = config.views if train else 1
         _check(config, batch, self._views)
-        self.skipped: list[Skipped] = []
-        """Videos found to be unusable after the manifest was written."""
-        self._told: set[str] = set()
         self.wait_s = 0.0
         """Seconds that the consumer waited for batches."""
         self.decoded_frames = 0
@@ -120,7 +118,8 @@ class ClipLoader:
         self._manifest, self._config = manifest, config
         self._batch, self._train = batch, train
         self._seed, self._rank, self._world = seed, rank, world
-        self._on_skip, self._available, self._info = on_skip, available, info
+        self._unusable = UnusableVideos(manifest, config.max_unusable, on_skip)
+        self._available, self._info = available, info
         self._codes: CodesOf | None = None
         self._record = Record()
         self._decoded_any = False
@@ -134,6 +133,11 @@ class ClipLoader:
     def front_ends(self) -> dict[str, int]:
         """Returns the number of videos that each front end decodes."""
         return dict(Counter(self._front_end_of.values()))
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Videos that turned out to be unusable after the manifest was made."""
+        return self._unusable.found
 
     @property
     def cropper(self) -> str:
@@ -393,12 +397,7 @@ class ClipLoader:
         )
 
     def _skip(self, video: int, reason: str) -> None:
-        path = self._manifest.videos[video].path
-        if path not in self._told:
-            self._told.add(path)
-            self.skipped.append(Skipped(path, reason))
-            if self._on_skip:
-                self._on_skip(self.skipped[-1])
+        self._unusable.add(Skipped(self._manifest.videos[video].path, reason))
 
     def _check_first(self) -> None:
         """Raises UserError if the first files all fail for the same reason: then the cause is not a single file."""
@@ -411,13 +410,8 @@ class ClipLoader:
         )
 
     def _check_share(self) -> None:
-        unusable = [*self._manifest.skipped, *self.skipped]
-        total = len(self._manifest.videos) + len(self._manifest.skipped)
-        if len(unusable) > self._config.max_unusable * total:
-            raise UserError(
-                f"{len(unusable)} of {total} videos cannot be used, more than data.max_unusable="
-                f"{self._config.max_unusable:g} allows; the last is {unusable[-1].path}: {unusable[-1].reason}"
-            )
+        if problem := self._unusable.too_many():
+            raise UserError(problem)
 
 
 def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[Plan]:

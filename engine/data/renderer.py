@@ -49,7 +49,7 @@ class Renderer:
         info: Callable[[str], None],
         paths: Sequence[str] = (),
     ):
-        """samples: maximum per batch. info: receives log lines. paths: the paths of the data; see `Patience`."""
+        """samples: maximum per batch. info: receives lines for the log. paths: of the data; see `Patience`."""
         device = with_number(device)
         self._config = config
         self._samples = samples

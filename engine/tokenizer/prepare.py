@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
@@ -98,9 +99,8 @@ def _begun(run: Path) -> bool:
 
 def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What decides the tokenizer that is trained on the data: plain values, as JSON gives them back."""
-    data = dataclasses.asdict(config.data)
-    for name in ("threads", "prefetch", "timeout_s", "max_unusable"):
-        data.pop(name)
+    ignored = resumable_fields(type(config.data))
+    data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in ignored}
     videos = hashlib.sha256()
     for video in manifest.videos:
         videos.update(f"{video.content} {video.frames}\n".encode())

@@ -2,7 +2,7 @@
 
 The update is that of `torch.optim.Muon` (Jordan et al., https://kellerjordan.github.io/posts/muon/) with
 `adjust_lr_fn="match_rms_adamw"` ("Muon is Scalable for LLM Training", arXiv 2502.16982). PyTorch's goes matrix by
-matrix, which takes several times as long where they are small, and reads the learning rate on the host. Here matrices
+matrix, which is slower where they are small, and reads the learning rate on the host. Here matrices
 of one shape go through together, and nothing waits for the device: so it can leave out a step, and be a CUDA graph.
 """
 
@@ -83,9 +83,9 @@ class MuonAdamW(torch.optim.Optimizer):
             gradient = torch.where(self.found_inf.bool(), average, gradient)  # an average of equals stays what it is
             rate = rate * (1 - self.found_inf)
         average.lerp_(gradient, 1 - momentum)
-        update = _whole(gradient.lerp_(average, momentum), parameters[0])
+        update = _whole(gradient.lerp_(average, momentum).to(self.dtype), parameters[0])
         parts = update.view(-1, rows // group["parts"], columns)
-        direction = orthogonal(parts.to(self.dtype)).reshape(update.shape)
+        direction = orthogonal(parts).reshape(update.shape)
         adjusted = rate * (RMS * math.sqrt(max(parts.shape[1:])))
         torch._foreach_copy_(buffers, average.unbind())
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])

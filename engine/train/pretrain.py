@@ -13,23 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.manifest import Manifest
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, use_fastest
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import matmul_dtype
-from mam2.engine.tokenizer.cache import check_cache
+from mam2.engine.tokenizer.cache import CodeCache, check_cache
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
+from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.session import Session, open_session
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.session import Available, RunContext, Session, Setup, open_session
+from mam2.engine.train.step import PretrainStep
 
-SHOWN = {
+PROGRESS_FORMAT = {
     "loss/appearance": "codes {:.2f}",
     "loss/motion": "motion {:.4g}",
     "loss/motion_relative": "({:.0%} of no motion)",
@@ -57,55 +59,79 @@ def pretrain(
     """
     check(config)
     check_apart(data, out)
-    with open_session(config, out, resume=resume, progress=progress) as session:
-        return Loop(session, _Pretraining(session, Path(data))).train()
+    setup = _PretrainSetup()
+    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
+        return Loop(session, _Pretraining(session, setup)).train()
+
+
+class _PretrainSetup(Setup[PretrainConfig]):
+    """Opens the tokenizer and the cache of codes."""
+
+    vqgan: VQGAN | None = None
+    """On rank 0: the tokenizer that the config names, where codes are predicted."""
+    cache: CodeCache | None = None
+
+    def check(self, run: RunContext[PretrainConfig]) -> None:
+        options = run.config.tokenizer
+        if run.config.needs_codes and options.path:
+            run.world.broadcast(lambda: self._load(options.path))
+        if run.config.needs_codes and options.cache:
+            run.world.broadcast(lambda: check_cache(options.cache))
+
+    def _load(self, path: str) -> None:
+        self.vqgan = load_vqgan(path)
+
+    def available(self, run: RunContext[PretrainConfig], manifest: Manifest) -> Available | None:
+        self.cache = open_cache(run.config, manifest, run.world, progress=run.progress)
+        return self.cache.has if self.cache else None
 
 
 class _Pretraining:
-    """The task of a loop that pre-trains."""
+    """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""
 
-    def __init__(self, session: Session[PretrainConfig], data: Path) -> None:
+    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup) -> None:
         config, world, device = session.config, session.world, session.device
-        self.title, self.shown = "pre-training", SHOWN
-        if config.loss.appearance_target == "pixels":
-            self.shown = SHOWN | {"loss/appearance": SHOWN["loss/pixels"]}
-        self.metadata: dict[str, str] = {}
-        named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
-        if config.tokenizer.path and config.needs_codes:
-            world.broadcast(lambda: named.append(load_vqgan(config.tokenizer.path)))
-        if config.tokenizer.cache and config.needs_codes:
-            world.broadcast(lambda: check_cache(config.tokenizer.cache))
-        manifest = session.read_videos(data)
-        cache = open_cache(config, manifest, world, progress=session.progress)
-        self.loader = session.open_loader(cache.has if cache else None)
-        self._device = device
+        self._session = session
         self._codes = None
         if config.needs_codes:
             self._codes = prepare_codes(
                 config,
-                self.loader,
-                cache,
+                session.loader,
+                setup.cache,
                 session.folder,
                 device,
                 world,
                 session.log.info,
-                named=named[0] if named else None,
+                named=setup.vqgan,
                 progress=session.progress,
             )
-        source = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
-        self.flops = sum(step_flops(config, *source).values())
-        clips = config.optim.batch // (world.size * micro_batches_per_step(config, world.size))
-        dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, clips)
+        dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
         for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
             session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
-        codes = self._codes.codebook_size if self._codes else 0
-        model = MAM2(config, codes) if config.model.objective == "mam2" else VideoMAE(config)
-        self.train_step = TrainStep(config, model, device, world)
+        codebook_size = self._codes.codebook_size if self._codes else 0
+        model = MAM2(config, codebook_size) if config.model.objective == "mam2" else VideoMAE(config)
+        self.train_step = PretrainStep(config, model, device, world)
 
-    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor | None]]:
-        return with_codes(self.loader.stream(first_step=first_pass), self._codes, self._device)
+    def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
+        session = self._session
+        return with_codes(session.loader.stream(first_step=first_micro_batch), self._codes, session.device)
 
     def after_step(self, step: int, steps: int) -> None:
         pass
+
+    def describe(self) -> Description:
+        config = self._session.config
+        tokenizer = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
+        formats = PROGRESS_FORMAT
+        if config.loss.appearance_target == "pixels":
+            formats = formats | {"loss/appearance": formats["loss/pixels"]}
+        return describe_task(
+            "pre-training",
+            self._session,
+            self.train_step,
+            flops_per_clip=sum(step_flops(config, *tokenizer).values()),
+            progress_format=formats,
+            metadata={},
+        )

@@ -303,5 +303,5 @@ def test_a_header_that_its_decoder_refuses_is_damage(tmp_path, write_video, numb
     place = content.index(b"hvcC") + 4
     content[place + 22 : place + 60] = b"\xff" * 38  # its parameter sets
     path.write_bytes(content)
-    with pytest.raises(DecodeError, match="damaged|no decodable frame"):
+    with pytest.raises(DecodeError, match=r"damaged|no decodable frame"):
         decode_frames(str(path), [0, 4])

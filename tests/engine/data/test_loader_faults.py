@@ -117,7 +117,7 @@ def test_a_forced_front_end_decodes_what_it_can(videos):
     with pytest.raises(UserError, match="7 of 10 videos cannot be used"):
         open_loader(videos, dataclasses.replace(config, max_unusable=0.5))
     avc = dataclasses.replace(videos, videos=tuple(video for video in videos.videos if video.codec == "h264"))
-    with pytest.raises(UserError, match="use data\\.front_end=pyav"):
+    with pytest.raises(UserError, match=r"use data\.front_end=pyav"):
         open_loader(avc, config)
 
 
@@ -219,7 +219,7 @@ def test_without_dali_pytorch_crops_the_same(videos, monkeypatch):
         assert clips.cropper == "PyTorch (DALI is not installed)"
         for one, other in zip(expected, itertools.islice(clips.stream(), 2), strict=True):
             assert (one.clip.int() - other.clip.int()).abs().max() <= 1
-    with pytest.raises(UserError, match="needs NVIDIA DALI, which is not installed: use data\\.front_end=pyav"):
+    with pytest.raises(UserError, match=r"needs NVIDIA DALI, which is not installed: use data\.front_end=pyav"):
         open_loader(videos, dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0))
 
 

@@ -24,7 +24,7 @@ from mam2.engine.tokenizer.precompute import tokenize
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import reference
 
 CODES = 16
@@ -132,7 +132,7 @@ def test_a_step_learns_logs_and_balances_what_there_is(small, option, regressed)
     config = small(**OPTIONS.get(option, {}))
     config = config if regressed else without_regressor(config)
     check(config)
-    step = TrainStep(config, build(config), torch.device("cpu"), World())
+    step = PretrainStep(config, build(config), torch.device("cpu"), World())
     logged = [step(0, [(clips(4), codes_for(config, 4))], 3e-3, inspect=True) for _ in range(20)]
     appearance = {"loss/appearance", "gradient/appearance", "gradient/appearance_decoder"}
     assert {"loss/motion", "gradient/motion", "loss/motion_relative"} <= logged[0].keys()

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.distributed import join
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 
 BATCH, STEPS = 8, 3
 
@@ -37,7 +37,7 @@ def main(out: str, sharding: str, balance: str, micro_batch: str, optimizer: str
     with join(torch.device("cpu")) as world:
         torch.manual_seed(0)
         model = MAM2(config, 16)
-        step = TrainStep(config, model, torch.device("cpu"), world)
+        step = PretrainStep(config, model, torch.device("cpu"), world)
         clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
         codes = torch.randint(0, 16, (STEPS, BATCH, 64))
         clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still

@@ -75,11 +75,11 @@ def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, opt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_a_run_of_two_goes_on_alone(sharding, clips, tmp_path, small):
+@pytest.mark.parametrize(("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
+def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, tmp_path, small):
     """Two processes train, stop at a checkpoint, and one goes on: the log is that of one process from the start."""
     config = small(
-        optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5},
+        optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5, "name": optimizer},
         run={"precision": "float32", "compile": False, "log_every": 1, "save_every": 4, "sharding": sharding},
         loss={"balance": "gradient"},
     )
@@ -157,13 +157,13 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     (tmp_path / "fails.py").write_text(
         "import os, sys, torch\n"
         "from mam2.engine import cli\n"
-        "from mam2.engine.train.step import TrainStep\n"
-        "original = TrainStep.arguments\n"
+        "from mam2.engine.train.step import PretrainStep\n"
+        "original = PretrainStep.arguments\n"
         "def arguments(self, step, *rest):\n"
         "    if step == 3 and os.environ['RANK'] == '1':\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
         "    return original(self, step, *rest)\n"
-        "TrainStep.arguments = arguments\n"
+        "PretrainStep.arguments = arguments\n"
         "cli.main(sys.argv[1:])\n"
     )
     arguments = ["pretrain", tmp_path / "recipe.json", "--data", clips, "--out", tmp_path / "run"]

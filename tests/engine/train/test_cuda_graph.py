@@ -18,7 +18,7 @@ from mam2.engine.runtime.distributed import World
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.cuda_graph import StepGraph
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 
 CODES, BATCH = 16, 4
 
@@ -65,7 +65,7 @@ def build(device="cpu", optimizer="adamw", **run):
         run=dataclasses.replace(recipe.run, **{"compile": False, **run}),
     )
     torch.manual_seed(0)
-    return TrainStep(config, MAM2(config, CODES), torch.device(device), World())
+    return PretrainStep(config, MAM2(config, CODES), torch.device(device), World())
 
 
 def batch(number, device="cpu"):
@@ -365,7 +365,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
         )
         return reason
 
-    monkeypatch.setattr(TrainStep, "maybe_capture_cuda_graph", maybe_capture_cuda_graph)
+    monkeypatch.setattr(PretrainStep, "maybe_capture_cuda_graph", maybe_capture_cuda_graph)
     replayed = pretrain(config, tmp_path / "clips" / "train", tmp_path / "replayed", progress=False)
     weights = [load_file(result.checkpoint / "model.safetensors") for result in (plain, replayed)]
     for name, expected in weights[0].items():

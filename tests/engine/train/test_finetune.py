@@ -33,10 +33,10 @@ EVERYTHING = {
     "data": {"views": 2, "threads": 1},
     "augment": {"operations": 2, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0},
     "head": {"dropout": 0.3},
-    "optim": {"batch": 16, "epochs": 4.0, "warmup_epochs": 0.5, "drop_path": 0.2, "ema": 0.8},
+    "optim": {"batch": 16, "epochs": 4.0, "warmup_epochs": 0.5, "drop_path": 0.2, "ema": 0.8, "name": "muon"},
     "test": {"every": 1.5},
 }
-"""All that a step can draw."""
+"""All that a step can draw, and both optimizers."""
 TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", "mfu", "memory_gib"}
 
 

@@ -25,7 +25,7 @@ from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import tube_mask
 from tests.helpers.paths import CLIPS
 
@@ -82,7 +82,7 @@ def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
 @pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
     """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
-    original, calls = TrainStep.__call__, []
+    original, calls = PretrainStep.__call__, []
 
     def step(self, *args, **options):
         calls.append(None)
@@ -90,7 +90,7 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **options)
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(PretrainStep, "__call__", step)
     result = pretrain(small(), clips, tmp_path, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
     assert result.checkpoint.name == "step-00000003"
@@ -200,7 +200,7 @@ def test_a_step_reads_nothing_back_from_the_device(objective, optimizer, small):
     model = MAM2(config, 16) if objective == "mam2" else VideoMAE(config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        step = TrainStep(config, fake_copy(model, fake), torch.device("cpu"), World())
+        step = PretrainStep(config, fake_copy(model, fake), torch.device("cpu"), World())
         clips = [
             (torch.empty(4, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(4, 64, dtype=torch.int64)) for _ in range(2)
         ]
@@ -308,7 +308,7 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monk
     def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(TrainStep, "_gradients", full)
+    monkeypatch.setattr(PretrainStep, "_gradients", full)
     with pytest.raises(
         UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
     ):
