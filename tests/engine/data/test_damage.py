@@ -26,9 +26,8 @@ from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
 from mam2.engine.errors import UserError
-from tests.helpers.paths import CLIPS
+from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
-needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
 CONFIG = DataConfig(frames=4, stride=2, size=32, threads=2)
 
 
@@ -267,17 +266,17 @@ def test_too_many_unusable_files_stop_with_a_summary(sound, tmp_path):
         take(Manifest((*videos[:4], *sound.videos[4:])), 6)
 
 
-@needs_clips
-def test_every_broken_real_file_is_named_with_a_reason():
-    broken = {path.name for path in CLIPS.rglob("*") if "corrupt_" in path.name or path.name == "audio_only.mp4"}
-    found = read_manifest(CLIPS, progress=False)
-    skipped = {Path(entry.path).name: entry.reason for entry in found.skipped}
-    usable = {Path(video.path).name: video for video in found.videos}
-    assert broken <= skipped.keys() | usable.keys()
+def test_every_broken_file_is_named_with_a_reason(clip_set):
+    damaged = {name for name in clip_set.listed if "corrupt_" in name}
+    skipped = {clip_set.name(entry.path): entry.reason for entry in clip_set.found.skipped}
+    usable = {clip_set.name(video.path): video for video in clip_set.found.videos}
+    assert skipped.keys() == clip_set.broken
+    assert len(damaged & skipped.keys()) > 3
+    assert len(damaged & usable.keys()) > 1
     for name, reason in skipped.items():
         assert reason
         assert "Error" not in reason, name  # a reason of ours, not of a surprise
-    for name in broken & usable.keys():
+    for name in damaged & usable.keys():
         video = usable[name]
         clip = decode_frames(video.path, range(0, video.frames, max(video.frames // 4, 1)))
         assert clip.shape[1:] == (*video.shown_size[::-1], 3)
@@ -307,11 +306,11 @@ def test_dali_sees_no_file_that_leads_it_astray(tmp_path, numbered_frames):
         vetting.read_vetted(str(tmp_path), vetted)
 
 
-@needs_clips
-def test_dali_may_see_every_sound_real_file():
-    for video in read_manifest(CLIPS, progress=False).videos:
-        if video.codec in DALI_CPU_CODECS and "corrupt" not in video.path:
-            vetting.vet(np.fromfile(video.path, np.uint8))
+def test_dali_may_see_every_sound_file(clip_set):
+    sound = [video for video in clip_set.found.videos if video.codec in DALI_CPU_CODECS and "corrupt" not in video.path]
+    assert {video.codec for video in sound} >= {"vp8", "vp9", "mjpeg"}
+    for video in sound:
+        vetting.vet(np.fromfile(video.path, np.uint8))
 
 
 def fuzz(*arguments: str) -> dict:
@@ -326,7 +325,8 @@ def fuzz(*arguments: str) -> dict:
     ("front_end", "count", "sources"),
     [
         ("pyav", 1000, None),
-        pytest.param("pyav", 150, CLIPS, marks=needs_clips),
+        ("pyav", 150, CLIPS),
+        pytest.param("pyav", 150, REAL_CLIPS, marks=needs_real_clips),
         ("dali-cpu", 100, None),
         ("loader", 20, None),
     ],

@@ -344,10 +344,9 @@ def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
-    from mam2.engine.data.synthetic import write_dataset
+def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path, synthetic_clips):
 
-    write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
+    synthetic_clips(tmp_path / "clips", train=16)
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,

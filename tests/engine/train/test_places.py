@@ -9,23 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine import cli
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, write_manifest
 from mam2.engine.data.sources import read_source
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.tokenizer.cache import CodeCache
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.session import SKIPPED, open_session
+from tests.helpers.commands import outcome
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
+def clips(tmp_path_factory, synthetic_clips) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=8, test=0, progress=False)
+    synthetic_clips(folder, train=8)
     return folder / "train"
 
 
@@ -38,11 +37,9 @@ def run(tmp_path_factory, clips, small) -> Path:
 
 def told(capsys, *arguments: object) -> str:
     """The one line of an error with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mam2: ")]
-    assert stop.value.code == 2
+    status, _, error = outcome(capsys, *arguments)
+    lines = [line for line in error.splitlines() if line.startswith("mam2: ")]
+    assert status == 2
     assert len(lines) == 1
     return lines[0]
 

@@ -8,12 +8,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import device as runtime
 from mam2.engine.runtime import distributed, signals
@@ -21,32 +19,14 @@ from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer import prepare as tokenizers
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
+from tests.helpers.runs import same_weights
 
 RUN = {"compile": False, "log_every": 1}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory, small):
-    run = tmp_path_factory.mktemp("run")
-    pretrain(small(run=RUN), clips, run, progress=False)
-    return run
 
 
 @pytest.fixture
 def config(finished, small):
     return small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
-
-
-def same_weights(first, second):
-    one, other = (load_file(checkpoint.newest(run) / checkpoint.WEIGHTS) for run in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def failing(original, number, error):
@@ -163,7 +143,7 @@ def test_a_package_that_is_not_installed_writes_checkpoints_too(monkeypatch):
 
 
 @pytest.mark.slow
-def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, monkeypatch, small):
+def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, monkeypatch, small, synthetic_clips):
     run, there, moved = tmp_path / "run", tmp_path / "there", tmp_path / "elsewhere" / "new"
     shutil.copytree(clips, there)
     with monkeypatch.context() as patch:
@@ -175,7 +155,7 @@ def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, m
     with pytest.raises(UserError, match="there: no such file or folder"):
         pretrain(config, there, run, resume=True, progress=False)
     other = tmp_path / "other"
-    write_dataset(other, train=8, test=0, progress=False)
+    synthetic_clips(other, train=8)
     for file in sorted((other / "train").rglob("*.*"))[:20]:
         if file.is_file():
             file.write_bytes(file.read_bytes() + b"other")

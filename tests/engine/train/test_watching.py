@@ -10,38 +10,18 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import lock
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import signals
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
+from tests.helpers.runs import same_weights
 
-RUN = {"compile": False, "log_every": 2}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory, small):
-    run = tmp_path_factory.mktemp("run")
-    pretrain(small(run=RUN), clips, run, progress=False)
-    return run
-
-
-def same_weights(first, second):
-    one, other = (load_file(checkpoint.newest(run) / checkpoint.WEIGHTS) for run in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+RUN = {"compile": False, "log_every": 2}  # as in `finished`
 
 
 @pytest.mark.slow
