@@ -184,7 +184,7 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for front_end, codec, gop, threads in settings.loaders:
         labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "one per core"})
-        options = dataclasses.replace(data, front_end=front_end, threads=threads)
+        options = dataclasses.replace(data, decoder=front_end, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]
@@ -230,10 +230,10 @@ def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.devi
 
 def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
     """Raises Unmeasured if a decoder's clips differ from PyAV's by more than rounding, as those of other frames do."""
-    if data.front_end == "pyav":
+    if data.decoder == "pyav":
         return
     found = first_clips(manifest, data, settings, device)
-    expected = first_clips(manifest, dataclasses.replace(data, front_end="pyav"), settings, device)
+    expected = first_clips(manifest, dataclasses.replace(data, decoder="pyav"), settings, device)
     if found.shape != expected.shape:
         raise Unmeasured("wrong", f"its clips are {list(found.shape)}, PyAV's {list(expected.shape)}")
     difference = float((found.float() - expected.float()).abs().mean())

@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> int:
         data: Path,
         out: Path,
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = recipe,
+        val: Path | None = None,
         resume: bool = False,
         size: str | None = None,
         preset: str | None = None,
@@ -30,6 +31,7 @@ def run(arguments: list[str]) -> int:
             data: folder of videos, with or without class folders, or an annotation list.
             out: run folder for checkpoints and logs.
             config: values that override the recipe.
+            val: folder or list of validation videos, whose losses are logged, see [validation].
             resume: continue from the newest checkpoint in the run folder.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> int:
         check(config)
         from mam2.engine.train.pretrain import pretrain
 
-        result = pretrain(config, data, out, resume=resume)
+        result = pretrain(config, data, out, val=val, resume=resume)
         return 128 + result.signal if result.signal else 0
 
     return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")

@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    renamed,
     resumable,
 )
 from mam2.engine.errors import UserError
@@ -51,7 +52,7 @@ class DataConfig:
     recorded: int = limited(0, COUNT_OR_NONE)
     """Number of augmentations per video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new augmentations in every epoch."""
-    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
     """Decoder: `auto` uses NVDEC on a GPU for the codecs that it supports, and PyAV for all others. Use `dali-cpu`
     (VP8, VP9, MJPEG) only for undamaged files: damage that the check of packets and key frames misses may end the
     process."""
@@ -248,6 +249,16 @@ class RunConfig:
     """Service that also receives the numbers of the log; its package must be installed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+
+    every: float = limited(1.0, POSITIVE, resumable=True)
+    """Epochs between two measurements of the held-out losses; there is always one at the end."""
+    videos: int = limited(512, COUNT_OR_NONE, resumable=True)
+    """At most so many of the videos, evenly spread over the list; 0: all."""
+
+
 class TokenGrid:
     """Token-grid sizes of a config that has the tables `data` and `model`."""
 
@@ -275,6 +286,7 @@ class PretrainConfig(TokenGrid):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def masked_tokens(self) -> int:

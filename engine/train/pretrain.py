@@ -17,6 +17,7 @@ from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, use_fastest
 from mam2.engine.model.mam2 import MAM2
@@ -27,6 +28,7 @@ from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
 from mam2.engine.train.description import Description, describe_task
+from mam2.engine.train.held_out import HeldOut
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import Available, RunContext, Session, Setup, open_session
 from mam2.engine.train.step import PretrainStep
@@ -41,7 +43,13 @@ PROGRESS_FORMAT = {
 
 
 def pretrain(
-    config: PretrainConfig, data: str | Path, out: str | Path, *, resume: bool = False, progress: bool = True
+    config: PretrainConfig,
+    data: str | Path,
+    out: str | Path,
+    *,
+    val: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
 ) -> TrainResult:
     """Pre-trains an encoder on the videos of a folder or list and leaves checkpoints and logs in `out`.
 
@@ -50,6 +58,7 @@ def pretrain(
         data: a folder (with or without class folders) or an annotation list.
         out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`. Several
             machines must share it.
+        val: videos, as `data`, that are not trained on: their losses are logged as `config.validation` says.
         resume: go on from the newest whole checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
@@ -59,9 +68,12 @@ def pretrain(
     """
     check(config)
     check_apart(data, out)
+    if val is not None:
+        check_source(val)
+        check_apart(val, out)
     setup = _PretrainSetup()
     with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
-        return Loop(session, _Pretraining(session, setup)).train()
+        return Loop(session, _Pretraining(session, setup, None if val is None else Path(val))).train()
 
 
 class _PretrainSetup(Setup[PretrainConfig]):
@@ -89,7 +101,7 @@ class _PretrainSetup(Setup[PretrainConfig]):
 class _Pretraining:
     """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""
 
-    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup) -> None:
+    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup, val: Path | None) -> None:
         config, world, device = session.config, session.world, session.device
         self._session = session
         self._codes = None
@@ -113,13 +125,15 @@ class _Pretraining:
         codebook_size = self._codes.codebook_size if self._codes else 0
         model = MAM2(config, codebook_size) if config.model.objective == "mam2" else VideoMAE(config)
         self.train_step = PretrainStep(config, model, device, world)
+        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
         return with_codes(session.loader.stream(first_step=first_micro_batch), self._codes, session.device)
 
     def after_step(self, step: int, steps: int) -> None:
-        pass
+        if self._held_out:
+            self._held_out.measure_if_due(self.train_step.model, step, steps)
 
     def describe(self) -> Description:
         config = self._session.config
