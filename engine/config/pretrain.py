@@ -131,6 +131,11 @@ class ModelConfig:
     """The regressor of MAM2."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Each of MAM2's two decoders, or the single decoder of the other objectives."""
+    frames: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Frames of the clips that the weights of `--checkpoint` were trained on, which sets it: positions are resampled
+    from theirs. 0: as `data.frames`."""
+    size: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Height and width of those clips in pixels; 0: as `data.size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +277,12 @@ class TokenGrid:
         return self.data.frames // self.model.tubelet, side, side
 
     @property
+    def trained_grid(self) -> tuple[int, int, int]:
+        """The token grid of the clips that the weights were trained on, whose positions are resampled to `grid`."""
+        side = (self.model.size or self.data.size) // self.model.patch
+        return (self.model.frames or self.data.frames) // self.model.tubelet, side, side
+
+    @property
     def patch_size(self) -> tuple[int, int, int]:
         """Returns frames, height and width of a token."""
         return self.model.tubelet, self.model.patch, self.model.patch
@@ -353,6 +364,11 @@ def check(config: PretrainConfig) -> None:
     """Raises UserError for values that are out of range or contradict each other: key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
+    if model.frames % model.tubelet or model.size % model.patch:
+        raise UserError(
+            f"model.frames {model.frames}, model.size {model.size}: expected multiples of model.tubelet "
+            f"{model.tubelet} and model.patch {model.patch}; leave both out, --checkpoint sets them"
+        )
     tokens = math.prod(config.grid)
     if not 0 < config.masked_tokens < tokens:
         raise UserError(

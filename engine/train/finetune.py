@@ -316,8 +316,8 @@ def _described(encoder: Encoder) -> EncoderConfig:
         heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / encoder.width,
         layer_scale=0.0 if block.gamma_1 is None else 1.0,
-        frames=encoder.grid[0] * tubelet,
-        size=encoder.grid[1] * patch,
+        frames=encoder.trained_grid[0] * tubelet,
+        size=encoder.trained_grid[1] * patch,
     )
 
 

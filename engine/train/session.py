@@ -269,7 +269,8 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
             if f"{table}.{key}" not in free and key in now[table] and old != now[table][key]:
                 raise run.world.error(
                     f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
-                    f"use the saved values ({run.folder / 'config.json'}) or start a new run"
+                    f"use the saved values ({run.folder / 'config.json'}) or start a new run; "
+                    f"--checkpoint {run.folder} starts it from these weights"
                 )
     for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
         if state.get(name, mine) != mine:
