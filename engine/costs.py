@@ -64,8 +64,8 @@ def part_costs(
         tokenizer: the tokenizer that computes the codes in the step; None if they come from a cache.
         item_bytes: item size of the inputs and outputs of matrix products.
     """
-    masked = config.masked_tokens
-    visible = math.prod(config.grid) - masked
+    masked = config.decoded_tokens
+    visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
     values = math.prod(config.patch_size) * CHANNELS
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
