@@ -45,6 +45,7 @@ VERBS = {
 EXTRAS = {
     "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
     "flow": ("cv2",),
+    "hub": ("huggingface_hub",),
     "onnx": ("onnx", "onnxscript"),
 }
 """Import names of the packages that each extra installs; `pip install mam2` without extras serves only the losses."""

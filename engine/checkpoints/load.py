@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.names import Tensors
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
@@ -60,13 +61,14 @@ def load_encoder(
         features = encoder.encode(video).mean(1)   # video [B, 3, T, H, W] uint8 -> [B, D]
 
     Args:
-        path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without executing its code);
-            a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification.
-        frames, size: clip size that the encoder shall take. If the file states another training clip size, the
-            positions are resampled. If it states none (a .pth without arguments), this is assumed to be the training
-            clip size. Without frames and size, 16 frames of 224² are assumed for such a file, and a warning is logged.
-        heads: attention heads, for a checkpoint of VideoMAE's code with a width that was never published.
-        positions: how to resample the positions for another size, see `mam2.engine.model.positions`.
+        path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
+            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification; or
+            `hub:OWNER/NAME`, a repository of such a folder or of a MAM2 checkpoint (see hub.py).
+        frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
+            resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
+            Without them such a file counts as one of 16 frames of 224², and a warning is logged.
+        heads: attention heads, where path is a checkpoint of VideoMAE's code of a width that it never published.
+        positions: what becomes of the positions at another size, see `mam2.engine.model.positions`.
 
     Returns:
         The encoder; `encode` returns [B, N, D]. For a classifier, these are the outputs of its blocks, as in Hugging
@@ -79,7 +81,7 @@ def load_encoder(
     if own is not None:
         encoder = _own(own).encoder
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         encoder = _filled_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
@@ -110,7 +112,7 @@ def load_model(
     """
     own = find_weights(path)
     model: Model = (
-        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+        _own(own) if own is not None else _foreign_model(_read(local_path(path), frames, size), heads, decoder_heads)
     )
     _resized(path, model, frames, size)
     return model.eval()
@@ -140,7 +142,7 @@ def load_any_classifier(
             )
         model, config, classes = load_classifier(own)
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
         if not isinstance(found, Classifier):
             raise UserError(f"{path}: contains no classifier (no head), only an encoder; fine-tune it first")
@@ -190,7 +192,7 @@ def encoder_of(model: Model) -> Encoder:
 
 def class_names(path: str | Path) -> tuple[str, ...]:
     """Returns the names of a classifier's classes, in order; empty if the file has none."""
-    path = Path(path)
+    path = local_path(path)
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))

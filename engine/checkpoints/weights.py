@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.weight_files import open_safetensors
 from mam2.engine.errors import UserError
 
@@ -17,12 +18,13 @@ def find_weights(path: str | Path) -> Path | None:
     """Returns MAM2's safetensors file for `path`, or None if `path` is another project's file or folder.
 
     Args:
-        path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, or a weights file.
+        path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, a weights file, or
+            the name of a repository on the hub, which is downloaded (`hub:OWNER/NAME`, see hub.py).
 
     Raises:
         UserError: `path` does not exist, is a run without a checkpoint, or is a file that cannot be read.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder; expected a run, a checkpoint, a .pth file or a Hugging Face folder"
