@@ -26,6 +26,7 @@ from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
+from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import top_k
@@ -170,7 +171,7 @@ class _Finetuning:
             (batch, self.train_step.prepare(number, batch.video, batch.label))
             for number, batch in enumerate(self._session.loader.stream(first_step=first_micro_batch), first_micro_batch)
         )
-        return _on_side_stream(prepared, self._session.device)
+        return on_side_stream(prepared, self._session.device)
 
     def after_step(self, step: int, steps: int) -> None:
         """Validates each `test.every` epochs and at the end, but no step twice."""
@@ -319,30 +320,6 @@ def _described(encoder: Encoder) -> EncoderConfig:
         frames=encoder.trained_grid[0] * tubelet,
         size=encoder.trained_grid[1] * patch,
     )
-
-
-def _on_side_stream(
-    prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
-) -> Iterator[tuple[Batch, Prepared]]:
-    """The same pairs. On a GPU they are made on a side stream, which does not wait for the step before: while
-    that one runs, the next batch is augmented."""
-    if device.type != "cuda":
-        yield from prepared
-        return
-    side_stream = torch.cuda.Stream(device)
-    while True:
-        step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(side_stream):
-            # The loader notes the current stream as a user of the clip's memory.
-            taken = next(prepared, None)
-        if taken is None:
-            return
-        step.wait_stream(side_stream)
-        # Allocated on other streams, which must not reuse the memory before the step is done with it.
-        for tensor in (taken[0].clip, *taken[1]):
-            if tensor is not None:
-                tensor.record_stream(step)
-        yield taken
 
 
 def _flops(config: FinetuneConfig) -> float:
