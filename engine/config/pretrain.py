@@ -79,6 +79,12 @@ class MaskConfig:
     """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
     strength: float = limited(0.5, SHARE)
     """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
+    decoded: float = limited(1.0, Limits(above=0, at_most=1))
+    """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
+    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
+    decoded_kind: Literal["cell", "random"] = "cell"
+    """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
+    space and time evenly; `random` draws it anew for each clip without regard to the place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +309,11 @@ class PretrainConfig(TokenGrid):
         return slots * int(self.mask.ratio * rows * columns)
 
     @property
+    def decoded_tokens(self) -> int:
+        """Hidden tokens of a clip that are predicted in training."""
+        return int(self.mask.decoded * self.masked_tokens)
+
+    @property
     def needs_codes(self) -> bool:
         """Whether codes of a tokenizer are predicted."""
         return self.model.objective == "mam2" and self.loss.appearance_target == "codes"
@@ -369,6 +380,11 @@ def check(config: PretrainConfig) -> None:
         raise UserError(
             f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
             "it must hide at least one and leave at least one visible"
+        )
+    if not config.decoded_tokens:
+        raise UserError(
+            f"mask.decoded {mask.decoded} leaves none of {config.masked_tokens} hidden tokens to predict; "
+            f"it must be at least {1 / config.masked_tokens:.2g}"
         )
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():

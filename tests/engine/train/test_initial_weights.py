@@ -139,7 +139,7 @@ def test_published_formats_and_classifiers(config, tmp_path):
         model={"patch": 8, "width": 48, "depth": 2, "heads": 4, "mlp_ratio": 2.0},
     )
     found, fresh, source, lines = started(tuned, tmp_path / "classifier")
-    taken, drawn = origins(found, fresh, source)
+    _, drawn = origins(found, fresh, source)
     assert {name for name in drawn if name.startswith("encoder.")} == {"encoder.norm.weight", "encoder.norm.bias"}
     assert "the encoder's last LayerNorm" in lines[1]
     assert "positions of 4 frames of 24² resampled to 4 of 48²" in " ".join(lines)
@@ -216,8 +216,10 @@ def test_codes_stay_those_of_the_checkpoints_tokenizer(config, clips, tmp_path, 
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(still)))
     with pytest.raises(SystemExit) as end:
         cli.main(
-            ["pretrain", str(tmp_path / "recipe.json"), "--data", str(clips), "--out", str(tmp_path / "second")]
-            + ["--checkpoint", str(tmp_path / "first")]
+            [
+                *("pretrain", str(tmp_path / "recipe.json"), "--data", str(clips)),
+                *("--out", str(tmp_path / "second"), "--checkpoint", str(tmp_path / "first")),
+            ]
         )
     assert end.value.code == 0
     told = capsys.readouterr()
