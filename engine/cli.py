@@ -45,6 +45,7 @@ VERBS = {
 EXTRAS = {
     "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
     "flow": ("cv2",),
+    "hub": ("huggingface_hub",),
     "onnx": ("onnx", "onnxscript"),
 }
 """Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""

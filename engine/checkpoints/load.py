@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.names import Tensors
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
@@ -62,7 +63,8 @@ def load_encoder(
 
     Args:
         path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
-            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification.
+            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification; or
+            `hub:OWNER/NAME`, a repository of such a folder or of a MAM2 checkpoint (see hub.py).
         frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
             resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
             Without them such a file counts as one of 16 frames of 224², and a warning is logged.
@@ -80,7 +82,7 @@ def load_encoder(
     if own is not None:
         encoder = _own(own).encoder
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         encoder = _filled_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
@@ -111,7 +113,7 @@ def load_model(
     """
     own = find_weights(path)
     model: Model = (
-        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+        _own(own) if own is not None else _foreign_model(_read(local_path(path), frames, size), heads, decoder_heads)
     )
     _resized(path, model, frames, size)
     return model.eval()
@@ -138,7 +140,7 @@ def load_any_classifier(
             raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
         model, config, classes = load_classifier(own)
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
         if not isinstance(found, Classifier):
             raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
@@ -188,7 +190,7 @@ def encoder_of(model: Model) -> Encoder:
 
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The names of a classifier's classes, in order; none where the file has none."""
-    path = Path(path)
+    path = local_path(path)
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))

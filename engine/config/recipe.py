@@ -27,6 +27,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FINETUNE = "finetune"
 """File name of the shipped recipes that fine-tune; all others pre-train."""
 
+_PATHS = {"tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
+"""Keys whose values are paths of the machine that trained."""
+
 Config = TypeVar("Config")
 
 
@@ -158,3 +161,11 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, the inverse of `from_dict`."""
     return dataclasses.asdict(config)
+
+
+def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the paths of the machine that trained."""
+    return {
+        table: {key: "" if key in _PATHS.get(table, ()) else value for key, value in values.items()}
+        for table, values in config.items()
+    }
