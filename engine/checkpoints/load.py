@@ -29,6 +29,7 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig
 from mam2.engine.errors import UserError
+from mam2.engine.model.build import build_model
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
@@ -272,15 +273,12 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
     if is_classifier(file):
         return load_classifier(file)[0]
     config = checkpoint.read_config(file)
-    if config.model.objective == "mam2":
-        codes = 0
-        if config.needs_codes:
-            with safe_open(file, framework="pt") as tensors:
-                rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
-            codes = rows // math.prod(config.code_shape)
-        model: MAM2 | VideoMAE = MAM2(config, codes)
-    else:
-        model = VideoMAE(config)
+    codebook_size = 0
+    if config.needs_codes:
+        with safe_open(file, framework="pt") as tensors:
+            rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
+        codebook_size = rows // math.prod(config.code_shape)
+    model = build_model(config, codebook_size)
     checkpoint.load_weights(model, file)
     return model
 
