@@ -73,8 +73,8 @@ def neighbors(
     Args:
         checkpoints: as `load_encoder` takes them, or `random`.
         out: folder for neighbors.json, retrieval.png and masks.png; made if missing.
-        data: labelled folder or list, the gallery; None leaves retrieval out.
-        val: labelled folder or list of queries; None: each video of `data` is a query for the others.
+        data: labeled folder or list, the gallery; None leaves retrieval out.
+        val: labeled folder or list of queries; None: each video of `data` is a query for the others.
         recipe: of pre-training: model and clips of `random`.
         layer: block of the encoder whose tokens are compared, from 1; 0 is the last.
         pool: over what of a clip its feature is taken, see pools.py.

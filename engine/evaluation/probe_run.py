@@ -1,4 +1,4 @@
-"""Probes of frozen encoders on a labelled set: linear, attentive and k-NN, of several checkpoints and layers.
+"""Probes of frozen encoders on a labeled set: linear, attentive and k-NN, of several checkpoints and layers.
 
 n training and m test videos, D an encoder's width, V classes.
 """
@@ -63,7 +63,7 @@ class ProbeReport:
     both: int
     """Videos of the test list that are training videos as well: the accuracies are then too high."""
     skipped: int
-    """Labelled videos that could not be decoded."""
+    """Labeled videos that could not be decoded."""
     classes: int
     groups: int
     """Groups of the test videos, over which the intervals are; 0 where they are over the videos."""
@@ -97,7 +97,7 @@ def probe_encoders(
     run: RunConfig | None = None,
     progress: bool = True,
 ) -> ProbeReport:
-    """Probes every encoder at every layer on labelled videos.
+    """Probes every encoder at every layer on labeled videos.
 
     Args:
         encoders: from `load_frozen`.

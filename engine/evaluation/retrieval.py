@@ -85,7 +85,7 @@ def retrieve(
 ) -> tuple[Retrieval, bytes]:
     """Scores features of several encoders; also a PNG of queries and what was found for them.
 
-    data: labelled folder or list, the gallery. val: the queries; None: each video of `data` is one for the others.
+    data: labeled folder or list, the gallery. val: the queries; None: each video of `data` is one for the others.
     batch: clips that go through an encoder at once.
 
     Raises UserError for data without labels, and with fewer than two videos that can be decoded.

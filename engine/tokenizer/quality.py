@@ -1,4 +1,4 @@
-"""How well a VQGAN gives back frames from their codes: numbers and pictures.
+"""Measures how well a VQGAN reconstructs frames from their codes: numbers and pictures.
 
 Shapes: B clips, T frames, F = B·T frames, H×W pixels, C = 3.
 """
@@ -18,33 +18,33 @@ from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN
 
 SHOWN = 8
-"""Frames in the picture."""
+"""Number of frames in the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What frames look like after they were codes."""
+    """Frames reconstructed from their codes."""
 
     frames: int
     psnr_db: float
-    """Peak signal to noise of all pixels together: 10 log10(1 / mean squared error), pixels in 0 to 1."""
+    """Peak signal-to-noise ratio over all pixels: 10 log10(1 / mean squared error), for pixels from 0 to 1."""
     mean_colour_psnr_db: float
-    """That of answering each frame with its mean colour."""
+    """PSNR of replacing each frame by its mean color."""
     codes_used: int
-    """Different codes among those of all frames."""
+    """Number of different codes over all frames."""
     perplexity: float
     """See `codebook_usage`."""
     original: Tensor
     """[SHOWN or fewer, H, W, C] float32 in 0 to 1."""
     reconstructed: Tensor
-    """As `original`."""
+    """The reconstructions, like `original`."""
 
 
 @torch.no_grad()
 def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor]) -> Reconstruction:
-    """Frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device, through their codes and back.
+    """Encodes and decodes the frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device.
 
-    H and W are multiples of its factor. Raises ValueError where there is no clip.
+    H and W are multiples of its factor. Raises ValueError if there is no clip.
     """
     factor = vqgan.config.factor
     error, spread, values = 0.0, 0.0, 0
@@ -58,7 +58,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor]) -> Reconstruct
         spread += float((original - original.mean((2, 3), keepdim=True)).square().double().sum())
         values += original.numel()
         codes.append(found.flatten().cpu())
-        if len(shown) < SHOWN:  # one of each clip
+        if len(shown) < SHOWN:  # one per clip
             step = clip.shape[1]
             shown += list(zip(original[::step].cpu(), back[::step].cpu(), strict=True))
     if not codes:
@@ -77,7 +77,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor]) -> Reconstruct
 
 
 def draw_reconstructions(result: Reconstruction, path: Path) -> None:
-    """PNG: frames above, what their codes give below."""
+    """Draws frames and their reconstructions below them, as PNG."""
     count = len(result.original)
     figure = Figure(figsize=(1.6 * count + 0.9, 3.4), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
@@ -91,11 +91,11 @@ def draw_reconstructions(result: Reconstruction, path: Path) -> None:
 
 
 def draw_training(reports: Sequence[dict[str, float]], path: Path) -> None:
-    """PNG: the loss, and the use of the codes, over the steps; reports from `train_tokenizer`."""
+    """Draws the loss and the use of the codes over the steps, as PNG; reports from `train_tokenizer`."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     loss, usage = figure.subplots(1, 2)
     steps = [report["step"] for report in reports]
-    marker = "." if len(steps) == 1 else None  # a single point has no line to be seen by
+    marker = "." if len(steps) == 1 else None  # a single point would have no visible line
     loss.plot(steps, [report["loss"] for report in reports], marker=marker)
     loss.set_title("reconstruction loss", fontsize=10)
     for name, label in {"codes_used": "codes in use", "perplexity": "perplexity"}.items():

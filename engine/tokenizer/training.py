@@ -1,8 +1,8 @@
-"""Training a small VQGAN on the user's own frames, so that nothing has to be downloaded.
+"""Trains a small VQGAN on the user's frames, so that nothing has to be downloaded.
 
-No discriminator and no perceptual loss: the codes are wanted, not the pictures. The autoencoder first trains without
-a codebook; k-means on its latents then places all codes at once; from there codes follow the latents as moving
-averages, and a code that names almost nothing is moved to a latent of the current batch.
+It uses neither a discriminator nor a perceptual loss, because only the codes are needed, not the pictures. The
+autoencoder first trains without a codebook; then k-means on its latents initializes all codes; from then on the codes
+are moving averages of their latents, and a code with almost no latents is moved to a latent of the current batch.
 
 Shapes: B frames, H×W pixels, E code width, V codes, M latents of a batch.
 Definition: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.1.
@@ -21,19 +21,19 @@ from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
 CROP_CODES = 4
-"""Side of the random crops trained on, in codes: a quarter of the work of 8×8, and the network is convolutional."""
+"""Side of the random training crops, in codes: a quarter of the work of 8×8; the network is convolutional."""
 WARMUP_SHARE = 0.3
-"""Of the steps, trained without a codebook."""
+"""Share of the steps without a codebook."""
 COMMITMENT = 0.25
 """Weight of the squared distance of a latent to its code."""
 DECAY = 0.97
-"""Of the moving averages that are the codes."""
+"""Decay of the moving averages of the codes."""
 DEAD_SHARE = 0.05
-"""A code that names fewer latents than this share of the mean is moved."""
+"""A code with fewer latents than this share of the mean is moved."""
 LATENTS_PER_CODE = 32
-"""k-means sees about this many latents a code."""
+"""Approximate number of latents per code in k-means."""
 ROWS_AT_ONCE = 16384
-"""k-means compares so many latents with the codes at once."""
+"""Number of latents that k-means compares with the codes at once."""
 REPORT_EVERY = 20
 """Steps between two calls of `progress`."""
 
@@ -50,19 +50,19 @@ def train_vqgan(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> VQGAN:
-    """A VQGAN trained to reproduce `frames`.
+    """Trains a VQGAN to reconstruct `frames` and returns it.
 
     Args:
-        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; started anew when they end too soon.
-        config: of the `vq` quantizer.
-        steps: optimiser steps, one batch each.
-        progress: called with the step and `loss` (mean absolute plus squared error, pixels in -1 to 1, since the last
-            call), `codes_used` and `perplexity` (of the moving average; 0 while there is no codebook yet).
-        learning_rate: Adam's peak; falls to 0 along a cosine.
-        seed: of the initial weights, k-means and the moved codes.
+        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; iterated again if they end too soon.
+        config: config with the `vq` quantizer.
+        steps: optimizer steps, one batch per step.
+        progress: called with the step and `loss` (mean absolute plus squared error since the last call, for pixels
+            from -1 to 1), `codes_used` and `perplexity` (of the moving average; 0 before there is a codebook).
+        learning_rate: Adam's peak learning rate; it decreases to 0 along a cosine.
+        seed: seed of the initial weights, k-means and the moved codes.
 
     Raises:
-        ValueError: another quantizer, no steps, or frames that run out.
+        ValueError: another quantizer, fewer than 2 steps, or too few frames.
     """
     if config.quantizer != "vq":
         raise ValueError(f"config.quantizer: expected 'vq' (the one trained here), found {config.quantizer!r}")
@@ -112,7 +112,7 @@ def train_vqgan(
 
 
 class MovingCodebook:
-    """Codes [V, E], updated in place, as moving averages of the latents that they name."""
+    """Codes [V, E] as moving averages of their latents, updated in place."""
 
     def __init__(self, codes: Tensor, generator: torch.Generator) -> None:
         self.codes = codes
@@ -121,9 +121,9 @@ class MovingCodebook:
         self.sums = torch.zeros_like(codes)
 
     def place(self, latents: Tensor, *, batch_rows: int, rounds: int = 10) -> None:
-        """k-means on latents [M, E] float32, started from a random choice of them.
+        """Initializes the codes by k-means on latents [M, E] float32, starting from a random selection of them.
 
-        batch_rows: latents of the updates to come; the averages start as if such batches had made them.
+        batch_rows: latents per following update; the averages start as if they came from such batches.
         """
         self.codes.copy_(self._draw(latents, len(self.codes)))
         for _ in range(rounds):
@@ -135,7 +135,7 @@ class MovingCodebook:
         self.sums = self.codes * self.counts[:, None]
 
     def update(self, latents: Tensor, nearest: Tensor) -> None:
-        """latents [M, E] and the code of each [M] int64."""
+        """Updates the averages with latents [M, E] and the code of each [M] int64."""
         counts, sums = self._tally(latents, nearest)
         self.counts.lerp_(counts, 1 - DECAY)
         self.sums.lerp_(sums, 1 - DECAY)
@@ -143,7 +143,7 @@ class MovingCodebook:
         self._move(self.counts < DEAD_SHARE * self.counts.mean(), latents)
 
     def usage(self) -> dict[str, float]:
-        """`codes_used` (codes that are not dead) and `perplexity` of the moving average."""
+        """Returns `codes_used` (codes that are not dead) and `perplexity` of the moving average."""
         total = self.counts.sum()
         if not total:
             return {"codes_used": 0.0, "perplexity": 0.0}
@@ -151,12 +151,12 @@ class MovingCodebook:
         return {"codes_used": alive.item(), "perplexity": torch.special.entr(self.counts / total).sum().exp().item()}
 
     def _tally(self, latents: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
-        """How many latents each code names [V], and their sums [V, E]."""
+        """Returns the number of latents of each code [V], and their sums [V, E]."""
         one_hot = F.one_hot(nearest, len(self.codes)).float()
         return one_hot.sum(0), one_hot.T @ latents
 
     def _move(self, dead: Tensor, latents: Tensor) -> None:
-        """Give the codes where `dead` [V] is true the place of random latents, and the mean count to live on."""
+        """Moves the codes with `dead` [V] to random latents, and sets their count to the mean."""
         drawn = self._draw(latents, len(self.codes))
         mean_count = self.counts.mean()
         self.codes.copy_(torch.where(dead[:, None], drawn, self.codes))
@@ -168,9 +168,9 @@ class MovingCodebook:
 
 
 def _initialize(vqgan: VQGAN) -> None:
-    """Orthogonal convolutions without bias, residual branches small.
+    """Initializes convolutions orthogonally without bias, and residual branches small.
 
-    PyTorch's default shrinks the image layer by layer below its biases, and colour is then learned very late.
+    With PyTorch's default, the signal shrinks from layer to layer below the biases, and color is learned very late.
     """
     for name, layer in vqgan.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -180,7 +180,7 @@ def _initialize(vqgan: VQGAN) -> None:
 
 
 def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """[B, H, W, 3] -> one random window of at most CROP_CODES × CROP_CODES codes, the same for every frame."""
+    """Crops [B, H, W, 3] to a random window of at most CROP_CODES × CROP_CODES codes, the same for every frame."""
     height, width = (min(side // factor, CROP_CODES) * factor for side in frames.shape[1:3])
     if not height or not width:
         raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
@@ -190,17 +190,17 @@ def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Ten
 
 
 def _learning_rate_factor(done: float) -> float:
-    """Linear warm-up over the first 5 % of the training, then a cosine to 0."""
+    """Returns the learning-rate factor: linear warm-up over the first 5 % of the training, then a cosine to 0."""
     return min(1.0, done / 0.05 + 0.05) * (1 + math.cos(math.pi * done)) / 2
 
 
 def _rows(latents: Tensor) -> Tensor:
-    """[B, E, h, w] -> [B·h·w, E] float32, detached."""
+    """Rearranges [B, E, h, w] to [B·h·w, E] float32, detached."""
     return latents.detach().float().movedim(1, -1).flatten(0, 2)
 
 
 def _newest(batches: list[Tensor], count: int) -> list[Tensor]:
-    """The last of `batches` that hold at least `count` rows, or all."""
+    """Returns the last of `batches` with together at least `count` rows, or all."""
     while len(batches) > 1 and sum(map(len, batches[1:])) >= count:
         batches = batches[1:]
     return batches
@@ -213,4 +213,6 @@ def _endless(frames: Iterable[Tensor]) -> Iterator[Tensor]:
             count += 1
             yield batch
         if not count:
-            raise ValueError("frames: expected batches [B, H, W, 3] for every step or an iterable that starts anew")
+            raise ValueError(
+                "frames: expected batches [B, H, W, 3] for every step, or an iterable that can be iterated again"
+            )

@@ -1,4 +1,4 @@
-"""Fine-tuning: labelled videos and a pre-trained encoder → a classifier, validated as it learns.
+"""Fine-tuning: labeled videos and a pre-trained encoder → a classifier, validated as it learns.
 
 The clips of a step, their augmentation, their partners and what is dropped are a pure function of (seed, step). Beside
 what every run has, RUN/best holds the classifier of the best validation.
@@ -59,9 +59,9 @@ def finetune(
 
     Args:
         config: a recipe's values; see `mam2.engine.config.finetune`.
-        data: labelled training videos: a folder with a folder a class, or an annotation list.
+        data: labeled training videos: a folder with a folder a class, or an annotation list.
         out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`.
-        val: labelled videos to validate on, of the same classes by name.
+        val: labeled videos to validate on, of the same classes by name.
         encoder: what `mam2.engine.load_encoder` takes: a run or checkpoint of MAM2's, VideoMAE's or Hugging Face's;
             None draws the weights at random. A resumed run does not read it.
         resume: go on from the newest whole checkpoint in `out`, if there is one.

@@ -37,9 +37,9 @@ Extras = TypeVar("Extras")
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     step: int
-    """Optimiser steps done in all."""
+    """Optimizer steps done in all."""
     steps: int
-    """Optimiser steps the recipe asks for."""
+    """Optimizer steps the recipe asks for."""
     checkpoint: Path
     """Folder of the last checkpoint."""
     used: int

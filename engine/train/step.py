@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
+"""One optimizer step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Extras = TypeVar("Extras")
 
 
 class Step(ABC, Generic[Extras]):
-    """The model of a run, spread over its processes and compiled as its config says, with its optimiser.
+    """The model of a run, spread over its processes and compiled as its config says, with its optimizer.
 
-    Ranks take neighbouring parts of each pass, and what is drawn for a clip belongs to its place among all: so any
+    Ranks take neighboring parts of each pass, and what is drawn for a clip belongs to its place among all: so any
     number of ranks and passes sees the same clips under the same draws.
     """
 
@@ -86,7 +86,7 @@ class Step(ABC, Generic[Extras]):
         """What the objective takes of one pass of step `step`; its first clip is the step's `first_sample`th."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
-        """Tensors beside the model's and the optimiser's that a checkpoint has to hold."""
+        """Tensors beside the model's and the optimizer's that a checkpoint has to hold."""
         return {}
 
     def __call__(
