@@ -33,8 +33,8 @@ from mam2.engine.evaluation.pools import Pool, pool_tokens, token_groups
 from mam2.engine.runtime.device import autocast, matmul_dtype
 
 CELLS = 4
-"""For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames of
-224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
+"""For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames
+of 224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
 Kind = Pool | Literal["cells"]
 
 

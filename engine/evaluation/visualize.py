@@ -148,7 +148,7 @@ def _look(
             codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
             if codes.codebook_size != (answers := model.codebook_size):
                 raise UserError(
-                    f"{path}: predicts {answers} codes, but the tokenizer has {codes.codebook_size}; pass the run's tokenizer"
+                    f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; pass that of its run"
                 )
 
         def predict(clip: Tensor) -> Reconstruction:
@@ -206,7 +206,7 @@ def _movement(clip: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, config: PretrainConfig) -> Tensor:
-    """Draws the visible patches of a clip, brighter with more attention from the marked masked patch, which is framed."""
+    """Draws a clip's visible patches, brighter with more attention from the marked masked patch, which is framed."""
     slots, rows, columns = config.grid
     side = config.model.patch
     light = torch.zeros(slots * rows * columns)

@@ -188,8 +188,8 @@ figure { margin: 0; min-width: 0 } figcaption { font-size: .75rem; color: #555; 
 </style></head><body>
 <h1>What the model predicts</h1>
 <div class="wide">%SCORES%</div>
-<p>Measured on the masked patches of the %CLIPS% clips shown, too few to compare models. Predicting 0 means predicting the
-mean color of each patch if pixels are standardized.</p>
+<p>Measured on the masked patches of the %CLIPS% clips shown, too few to compare models. Predicting 0 means predicting
+the mean color of each patch if pixels are standardized.</p>
 <p>Each picture shows the first frame of one slot of the clip. Masked patches are gray; in pictures of predicted motion,
 visible patches too. Motion is the difference to the next frame, with doubled contrast. If the model has a regressor,
 click a patch in the masked picture: the last picture shows its attention to the visible patches in all slots; brighter

@@ -92,8 +92,8 @@ class CodeCache:
         for place in _places(header):
             if place not in finished:
                 raise UserError(
-                    f"{self.folder}: {_shard_name(*place)} is missing or damaged; run mam2 tokenize with the same values "
-                    "to write it"
+                    f"{self.folder}: {_shard_name(*place)} is missing or damaged; run mam2 tokenize with the same "
+                    "values to write it"
                 )
             try:
                 self._shards[place] = np.load(self.folder / "shards" / _shard_name(*place), mmap_mode="r")

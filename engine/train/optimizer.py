@@ -107,8 +107,8 @@ def long_warmup(config: OptimConfig | FinetuneOptimConfig) -> str | None:
     if config.warmup_epochs <= config.epochs / 2:
         return None
     return (
-        f"optim.warmup_epochs {config.warmup_epochs:g} of optim.epochs {config.epochs:g}: the learning rate increases for "
-        f"{min(config.warmup_epochs / config.epochs, 1):.0%} of the training and is small most of the time; "
+        f"optim.warmup_epochs {config.warmup_epochs:g} of optim.epochs {config.epochs:g}: the learning rate increases "
+        f"for {min(config.warmup_epochs / config.epochs, 1):.0%} of the training and is mostly small; "
         f"for a short trial use --optim.warmup-epochs {config.epochs / 20:g}"
     )
 

@@ -51,6 +51,6 @@ class Spikes:
         self._warned = True
         return (
             f"steps {steps[0]} to {steps[-1]}: the motion loss rose to {numbers[PEAK]:.3g}, more than {FACTOR} times "
-            f"its median {median:.3g}. The cause may be changing patches of almost one color if loss.motion_eps is small "
-            f"(default: 0.05). This warning appears once; log.jsonl contains the peak of every line as {PEAK}"
+            f"its median {median:.3g}. Changing patches of almost one color can cause this if loss.motion_eps is "
+            f"small (default: 0.05). This warning appears once; log.jsonl contains the peak of every line as {PEAK}"
         )
