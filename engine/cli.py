@@ -24,6 +24,8 @@ from mam2.engine.runtime import signals
 VERBS = {
     "demo": "make clips, pre-train on them, measure, draw a report",
     "doctor": "which path each part takes on this machine",
+    "recipes": "[RECIPE] [--out FILE]   list the recipes, show the values of one, or write it to a file to change",
+    "completion": "bash|zsh|fish   print a script with which the shell completes verbs, recipes and flags",
     "index": "DATA   open every video once: what it holds, who decodes it, what to change",
     "transcode": "DATA --out FOLDER   re-encode for fast decoding: small, key frames close together",
     "train-tokenizer": "DATA --out FOLDER   train a VQ model on your own clips, measured on held-out ones",
