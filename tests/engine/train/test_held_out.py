@@ -48,6 +48,11 @@ def weights(run):
     return load_file(checkpoint.newest(run) / checkpoint.WEIGHTS)
 
 
+def optimizer_state(run):
+    """Moments of the optimizer and states of the random generators."""
+    return load_file(checkpoint.newest(run) / checkpoint.OPTIMIZER)
+
+
 def validated(run):
     """Steps and their held-out numbers."""
     lines = [line for line in read_log(run) if LOSS in line]
@@ -80,9 +85,10 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_right(clips, tmp_p
     plain, watched = (small(**KINDS[kind], **tables) for tables in ({}, every))
     pretrain(plain, clips / "train", tmp_path / "plain", progress=False)
     pretrain(watched, clips / "train", tmp_path / "watched", val=clips / "test", progress=False)
-    first, second = weights(tmp_path / "plain"), weights(tmp_path / "watched")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for read in (weights, optimizer_state):
+        first, second = read(tmp_path / "plain"), read(tmp_path / "watched")
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
     losses = [
         [{name: value for name, value in line.items() if name.startswith("loss/")} for line in read_log(tmp_path / run)]
         for run in ("plain", "watched")
