@@ -246,10 +246,7 @@ def _draw_mixing(
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Converts labels [B] int64 to [B, V] float32.
-
-    1 - smoothing at the label, plus smoothing spread over all classes.
-    """
+    """Converts labels [B] int64 to [B, V] float32: 1 - smoothing for the label, smoothing spread over all classes."""
     targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
 

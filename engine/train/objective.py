@@ -109,8 +109,11 @@ class MAM2Objective(Objective):
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
 
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
-        """The share of correct codes, that of always predicting the clips' most frequent code, and the motion loss
-        divided by that of predicting no motion (1: nothing learned), each if its target exists."""
+        """Returns figures of each existing target.
+
+        These are the share of correct codes, that of always predicting the clips' most frequent code, and the motion
+        loss divided by that of predicting no motion (1: nothing learned).
+        """
         latents = self.model.complete(video, mask)
         figures = {}
         if self._loss.appearance_target == "codes":

@@ -114,10 +114,7 @@ def long_warmup(config: OptimConfig | FinetuneOptimConfig) -> str | None:
 
 
 def learning_rate(step: int, steps: int, steps_per_epoch: float, config: OptimConfig, *, global_batch: int) -> float:
-    """Returns the learning rate of a step: linear warm-up from 0, then half a cosine to the minimum.
-
-    Times batch/256.
-    """
+    """Returns the rate of a step, times batch/256: linear warm-up from 0, then half a cosine to the minimum."""
     peak, floor = (rate * global_batch / 256 for rate in (config.base_lr, config.min_lr))
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
     if step < warmup:

@@ -145,9 +145,9 @@ def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
 
 
 def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Reads each output pixel at an affine map of its position in pixels, (row .
+    """Reads each output pixel at an affine map of its position in pixels, (row . (x, y, 1)); bilinear.
 
-    (x, y, 1)), with bilinear interpolation. Pixels outside are ImageNet's mean.
+    Pixels outside are ImageNet's mean.
     """
     count, channels, frames, height, width = clips.shape
     y, x = torch.meshgrid(
