@@ -57,7 +57,7 @@ class Task(Protocol[Extras]):
     def train_step(self) -> Step[Extras]: ...
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Extras]]:
-        """Yields the endless batches of the session's loader with their extras, from micro-batch `first_micro_batch` on."""
+        """Yields endless batches of the session's loader with their extras, from micro-batch `first_micro_batch` on."""
 
     def after_step(self, step: int, steps: int) -> None:
         """Called with the number of steps done, of `steps` in all: after each step before its checkpoint is written,
@@ -200,7 +200,7 @@ class Loop:
         return values
 
     def _note_update(self, *_: object) -> None:
-        """Called before the optimizer changes weights: until the step ends, they are neither the old nor the new ones."""
+        """Called before the optimizer changes weights: until the step ends, they are between the old and the new ones."""
         self.updates += 1
         self.sound = False
 

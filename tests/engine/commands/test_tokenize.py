@@ -190,7 +190,7 @@ def test_a_resumed_run_may_take_a_cache_and_not_another_tokenizer(
     vqgan = load_vqgan(tmp_path / "tokenizer.safetensors")
     vqgan.quantize.embedding.weight.data[0] += 1
     save_vqgan(vqgan, tmp_path / "tokenizer.safetensors")
-    with pytest.raises(UserError, match="the run's tokenizer is another one than"):
+    with pytest.raises(UserError, match="the run's tokenizer differs from"):
         pretrain(cached, clips, tmp_path, resume=True, progress=False)
 
 

@@ -232,7 +232,7 @@ def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(monkeypatch):
 
     with pytest.raises(UserError, match=r"run\.graph on: .*not permitted.*; set run\.graph auto or off"):
         choose(build(), Refuses(monkeypatch), compare=False)
-    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph is for a GPU"):
+    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph needs a GPU"):
         build(graph="on").maybe_capture_cuda_graph(0, [batch(0)])
 
 
