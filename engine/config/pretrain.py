@@ -144,7 +144,7 @@ class TokenizerConfig:
     """Base channels of the one trained here."""
     steps: int = limited(1000, COUNT)
     """Training steps of the one trained here."""
-    batch: int = limited(64, BATCH)
+    batch: int = limited(16, BATCH)
     """Frames a training step of the one trained here."""
 
 
