@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from mam2.engine.config.pretrain import PretrainConfig
     from mam2.engine.config.recipe import load_recipe
     from mam2.engine.data.indexing import index
+    from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.embedding import embed
+    from mam2.engine.evaluation.neighbors import neighbors
+    from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
+    from mam2.engine.evaluation.probing import probe
     from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
@@ -39,9 +44,13 @@ __all__ = [
     "Classifier",
     "Encoder",
     "FinetuneConfig",
+    "Prediction",
+    "Predictor",
     "PretrainConfig",
+    "Skipped",
     "UserError",
     "VideoMAE",
+    "embed",
     "evaluate",
     "export",
     "finetune",
@@ -49,8 +58,11 @@ __all__ = [
     "load_encoder",
     "load_model",
     "load_recipe",
+    "neighbors",
     "plan",
+    "predict",
     "pretrain",
+    "probe",
     "tokenize",
     "visualize",
 ]
@@ -60,9 +72,13 @@ _HOMES = {
     "Encoder": "model.encoder",
     "FinetuneConfig": "config.finetune",
     "MAM2": "model.mam2",
+    "Prediction": "evaluation.prediction",
+    "Predictor": "evaluation.prediction",
     "PretrainConfig": "config.pretrain",
+    "Skipped": "data.video",
     "UserError": "errors",
     "VideoMAE": "model.videomae",
+    "embed": "evaluation.embedding",
     "evaluate": "evaluation.classification",
     "export": "checkpoints.exporting",
     "finetune": "train.finetune",
@@ -70,8 +86,11 @@ _HOMES = {
     "load_encoder": "checkpoints.load",
     "load_model": "checkpoints.load",
     "load_recipe": "config.recipe",
+    "neighbors": "evaluation.neighbors",
     "plan": "planning",
+    "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
+    "probe": "evaluation.probing",
     "tokenize": "tokenizer.precompute",
     "visualize": "evaluation.visualize",
 }

@@ -14,6 +14,7 @@ def run(arguments: list[str]) -> int:
         checkpoint: tyro.conf.Positional[Path],
         data: Path,
         out: Path,
+        recipe: str = "",
         temporal: int = 0,
         spatial: int = 0,
         batch: int = 0,
@@ -29,9 +30,11 @@ def run(arguments: list[str]) -> int:
 
         Args:
             checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
-                or a Hugging Face folder of a VideoMAE that classifies.
+                or a Hugging Face folder of a VideoMAE that classifies. `random` is a classifier with random weights,
+                the model of --recipe.
             data: labelled videos: a folder with a folder a class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
+            recipe: of fine-tuning: model and clips of the checkpoint `random`.
             temporal: clips of a video; 0 takes the recipe's.
             spatial: crops of a clip; 0 takes the recipe's.
             batch: most clips in a forward pass; 0 takes the recipe's, or 32.
@@ -43,19 +46,14 @@ def run(arguments: list[str]) -> int:
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.errors import UserError
+        from mam2.engine.commands.options import read_class_names
         from mam2.engine.evaluation.classification import evaluate
 
-        names: tuple[str, ...] = ()
-        if classes:
-            try:
-                names = tuple(line for line in classes.read_text(encoding="utf-8").splitlines() if line)
-            except (OSError, UnicodeError) as error:
-                raise UserError(f"--classes {classes}: cannot be read: {error}") from None
         result = evaluate(
             checkpoint,
             data,
             out,
+            recipe=recipe,
             temporal=temporal,
             spatial=spatial,
             batch=batch,
@@ -65,7 +63,7 @@ def run(arguments: list[str]) -> int:
             frames=frames,
             size=size,
             heads=heads,
-            names=names,
+            names=read_class_names(classes),
         )
         if os.environ.get("RANK", "0") == "0":
             print(

@@ -16,14 +16,16 @@ import torch
 
 from mam2.engine.checkpoints.classifiers import relabelled
 from mam2.engine.checkpoints.load import load_any_classifier
+from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
+from mam2.engine.data.sources import read_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation import accuracy
-from mam2.engine.evaluation.views import predict
+from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
 from mam2.engine.model.classifier import logits_of
 from mam2.engine.runtime.device import autocast, pick_device
@@ -56,6 +58,7 @@ def evaluate(
     data: str | Path,
     out: str | Path,
     *,
+    recipe: str = "",
     temporal: int = 0,
     spatial: int = 0,
     batch: int = 0,
@@ -72,9 +75,10 @@ def evaluate(
 
     Args:
         checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
-            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
+            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification; or `random`.
         data: labelled videos: a folder with a folder a class, or an annotation list.
         out: made if missing.
+        recipe: of fine-tuning: what `random` weights are the weights of.
         temporal, spatial: views; 0 takes those of the run's recipe.
         batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
         device: auto takes a GPU if there is one.
@@ -98,8 +102,16 @@ def evaluate(
         threads=(threads, COUNT_OR_NONE),
     )
     check_apart(data, out)
-    model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
-    foreign = find_weights(checkpoint) is None
+    if random := is_random(checkpoint):
+        classes = read_source(data).classes
+        if not classes:
+            raise UserError(f"{data}: no labels; expected a folder per class, or a list of `path label`")
+        model, config = random_classifier(recipe, classes, frames=frames, size=size)
+    elif recipe:
+        raise UserError(f"--recipe {recipe}: says the model of the checkpoint `random`; {checkpoint} says its own")
+    else:
+        model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
+    foreign = not random and find_weights(checkpoint) is None
     outputs = logits_of(model)
     if names and len(names) != outputs:
         raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {outputs} apart")
@@ -120,7 +132,7 @@ def evaluate(
         manifest = world.broadcast(lambda: relabelled(manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:
-            predictions = predict(
+            predictions = classify_videos(
                 model.to(where).eval(),
                 loader,
                 manifest,

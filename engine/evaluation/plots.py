@@ -43,6 +43,14 @@ PANELS = (
         {"gradient/appearance": "appearance", "gradient/motion": "motion"},
         logarithmic=True,
     ),
+    Panel("held-out loss, all together", {"validation/loss": ""}),
+    Panel("held-out motion loss / that of no motion", {"validation/motion_relative": ""}, reference=1),
+    Panel(
+        "held-out right codes (%)",
+        {"validation/codes": "model", "validation/commonest_code": "always the commonest"},
+        percent=True,
+    ),
+    Panel("held-out pixel loss / that of the mean color", {"validation/pixels_relative": ""}, reference=1),
     Panel("classification loss", {"loss/training": "training (soft targets)", "loss/validation": "validation"}),
     Panel(
         "validation accuracy (%)",

@@ -34,7 +34,7 @@ from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, reco
 from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
-from mam2.engine.evaluation.visualize_page import LABELS, READS, write_page
+from mam2.engine.evaluation.visualize_page import LABELS, READS, ClipView, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device

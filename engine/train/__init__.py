@@ -6,6 +6,7 @@ loop.py                    batches -> steps -> log lines -> checkpoints; whateve
 step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, AdamW
 objective.py               forward pass and losses; measures and balances the gradients of the two losses
 cuda_graph.py              the same step as one CUDA graph, where that is measured to be faster
+held_out.py                the pretext losses on videos that are not trained on
 optimizer.py               AdamW, layer decay, learning rate
 augment.py, randaugment.py fine-tuning's augmentation on the device
 spikes.py                  warns where the motion loss jumps
