@@ -138,8 +138,8 @@ def run(arguments: list[str]) -> int:
             raise
         print(
             f"held out: {len(held_out)} videos, {result.frames} frames\n"
-            f"explained of the variance within a frame: {result.explained:.1%}{_color(result)}; k-means of raw patches "
-            f"with as many centers: {result.kmeans_explained:.1%}\n"
+            f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
+            f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}{_color(result.kmeans_color_explained)}\n"
             f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_color_psnr_db:.1f} dB); "
             f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
             f"written: {out / FILE}, reconstructions.png, training.png\n{verdict(result, out / FILE)}"
@@ -149,8 +149,8 @@ def run(arguments: list[str]) -> int:
     return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")
 
 
-def _color(result: Reconstruction) -> str:
-    return "" if result.color_explained is None else f" ({result.color_explained:.1%} of its color)"
+def _color(share: float | None) -> str:
+    return "" if share is None else f" ({share:.1%} of its color)"
 
 
 def verdict(result: Reconstruction, file: Path) -> str:

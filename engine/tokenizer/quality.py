@@ -41,6 +41,8 @@ class Reconstruction:
     """The same of color alone: of each pixel's difference to the mean of its three channels. None for gray frames."""
     kmeans_explained: float
     """`explained` of k-means of raw patches, with as many centers as there are codes: each patch is its center."""
+    kmeans_color_explained: float | None
+    """`color_explained` of it."""
     codes_used: int
     """Different codes among those of all frames."""
     perplexity: float
@@ -65,7 +67,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         ValueError: there is no clip.
     """
     factor = vqgan.config.factor
-    error, deviation = torch.zeros(2, 3, dtype=torch.float64)  # of the codes, of their color, of k-means
+    error, deviation = torch.zeros(2, 4, dtype=torch.float64)  # of codes and k-means: everything, color
     values = 0
     codes: list[Tensor] = []
     shown: list[tuple[Tensor, ...]] = []
@@ -76,7 +78,8 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         patches = centers[nearest(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
         baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
         back, by_patch = (((one.to(original) + 1) / 2).clamp(0, 1) for one in (vqgan.decode(found), baseline))
-        pairs = ((back, original), (_color(back), _color(original)), (by_patch, original))
+        true = (original, _color(original)) * 2
+        pairs = list(zip((back, _color(back), by_patch, _color(by_patch)), true, strict=True))
         error += torch.tensor([_squares(one - other) for one, other in pairs])
         deviation += torch.tensor([_squares(one - one.mean((2, 3), keepdim=True)) for _, one in pairs])
         values += original.numel()
@@ -88,14 +91,16 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         raise ValueError(f"clips: expected at least one, with sides that are multiples of {factor}, found none")
     used, perplexity = codebook_usage(torch.cat(codes), vqgan.config.codes)
     originals, reconstructed, from_kmeans = zip(*shown[:SHOWN], strict=True)
-    explained, color, by_kmeans = (1 - error / deviation).tolist()
+    explained, color, by_kmeans, color_by_kmeans = (1 - error / deviation).tolist()
+    colored = deviation[1] > GRAY * deviation[0]
     return Reconstruction(
         frames=values // (originals[0].numel()),
         psnr_db=float(-10 * (error[0] / values).log10()),
         mean_color_psnr_db=float(-10 * (deviation[0] / values).log10()),
         explained=explained,
-        color_explained=color if deviation[1] > GRAY * deviation[0] else None,
+        color_explained=color if colored else None,
         kmeans_explained=by_kmeans,
+        kmeans_color_explained=color_by_kmeans if colored else None,
         codes_used=used,
         perplexity=perplexity,
         original=torch.stack(originals).movedim(1, -1),

@@ -11,7 +11,6 @@ Definition: van den Oord et al., "Neural Discrete Representation Learning", arXi
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 

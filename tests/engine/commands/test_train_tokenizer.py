@@ -91,6 +91,7 @@ def test_the_verdict_follows_the_numbers(explained: float, told: str) -> None:
         explained=explained,
         color_explained=None,
         kmeans_explained=0.8,
+        kmeans_color_explained=None,
         codes_used=3,
         perplexity=2.0,
         original=empty,
@@ -173,6 +174,7 @@ def test_reconstruction_is_measured_as_defined() -> None:
     assert result.explained == pytest.approx(explained(back, original), abs=1e-4)
     assert result.color_explained == pytest.approx(explained(color(back), color(original)), abs=1e-4)
     assert result.kmeans_explained == pytest.approx(explained(by_patch, original), abs=1e-4)
+    assert result.kmeans_color_explained == pytest.approx(explained(color(by_patch), color(original)), abs=1e-4)
     assert result.codes_used == len(codes.unique())
     assert len(result.original) == len(result.reconstructed) == len(result.from_kmeans) == 3  # one of each clip
     torch.testing.assert_close(result.original[1], original[2].movedim(0, -1), rtol=0, atol=1e-6)

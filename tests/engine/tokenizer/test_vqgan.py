@@ -306,9 +306,9 @@ def test_the_linear_path_adds_what_it_says() -> None:
         pictures = vqgan.decode_latents(latents)
     patches = nn.functional.unfold(images(), 4, stride=4)
     weight = vqgan.patch_in.weight.flatten(1)
-    torch.testing.assert_close(latents.flatten(2), weight @ patches)
+    torch.testing.assert_close(latents.flatten(2), weight @ patches + vqgan.patch_in.bias[:, None])
     back = nn.functional.fold(vqgan.patch_out.weight.flatten(1).T @ latents.flatten(2), (32, 32), 4, stride=4)
-    torch.testing.assert_close(pictures, back)
+    torch.testing.assert_close(pictures, back + vqgan.patch_out.bias[:, None, None])
 
 
 def test_safetensors_without_our_metadata_are_inferred(tmp_path: Path) -> None:
