@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +152,12 @@ def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
     place.mkdir()
 
     def write(number: int) -> None:
-        import av
+        from mam2.engine.data.encoding import encode_frames
 
         suffix, encoder, options = ENCODERS[codec]
         noise = moving_noise(settings.frames, settings.height, settings.width, np.random.default_rng(number))
-        with av.open(str(place / f"{number:03d}.{suffix}"), "w") as container:
-            stream = container.add_stream(encoder, rate=25, options=options)
-            stream.height, stream.width, stream.pix_fmt = settings.height, settings.width, "yuv420p"
-            stream.codec_context.gop_size = gop
-            stream.codec_context.time_base = Fraction(1, 25)
-            stream.codec_context.thread_count = 1
-            for image in noise:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        path = place / f"{number:03d}.{suffix}"
+        encode_frames(path, noise, encoder, (settings.width, settings.height), gop=gop, options=options)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(settings.files)))

@@ -32,6 +32,7 @@ from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
+from mam2.engine.model.build import build_model
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded
 from mam2.engine.model.videomae import VideoMAE
@@ -127,10 +128,10 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 
-def build_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
+def seeded_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
     """Builds the model with the same weights at every call."""
     torch.manual_seed(0)
-    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
+    model = build_model(config, CODES)
     return model.to(device)
 
 
@@ -146,14 +147,14 @@ def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple
 
 def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
     compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if "compiled" in step else (lambda f: f)
-    model = build_model(config, device)
+    model = seeded_model(config, device)
     objective = build_objective(model, config, compiled)
     inputs = inputs_of(config, batch, device)
     return Candidate("ours", step, lambda: objective(*inputs)[0], optimizer_of(model, config), config, device)
 
 
 def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
-    model = hugging_face.build(config, build_model(config, device)).to(device)  # type: ignore[arg-type]
+    model = hugging_face.build(config, seeded_model(config, device)).to(device)  # type: ignore[arg-type]
     forward = torch.compile(model, dynamic=False) if "compiled" in step else model
     video, mask, _ = inputs_of(config, batch, device)
     pixels, hidden = hugging_face.pixels(video), mask.as_bool()
@@ -319,7 +320,7 @@ def rows(
         ways = {"compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
         yield from compare(name, config, batch, device, takes=lambda way: wanted.takes("ways", way), **ways)
         if batch == batches[0] and time.monotonic() < deadline:
-            model = build_model(config, device)
+            model = seeded_model(config, device)
             yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
         torch.compiler.reset()
         if cuda:
@@ -343,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         ways = compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
         found += [row for row in ways if row.get("timed") != "alone"]
         inputs = inputs_of(config, batch, device)
-        found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
+        found += part_rows(name, seeded_model(config, device), config, inputs, CODES, device)
         torch.compiler.reset()
     note = "" if cuda else " (a CPU: only ratios are meaningful)"
     print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")

@@ -20,8 +20,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
-from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
 from mam2.engine.runtime.progress import Progress
@@ -65,7 +64,7 @@ class HeldOut:
         """Of this rank's videos: a clip's mask depends on the number of its video alone."""
         own = Manifest(tuple(manifest.videos[number] for number in self._numbers))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model = MAM2(config, codebook_size) if config.model.objective == "mam2" else VideoMAE(config)
+            model = build_model(config, codebook_size)
             self._tokenizer: Tokenizer | None = None
             if config.needs_codes:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)

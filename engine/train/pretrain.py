@@ -22,8 +22,7 @@ from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, use_fastest
-from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.tokenizer.cache import CodeCache, check_cache
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
@@ -164,7 +163,7 @@ class _Pretraining:
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
         codebook_size = self._codes.codebook_size if self._codes else 0
-        model = MAM2(config, codebook_size) if config.model.objective == "mam2" else VideoMAE(config)
+        model = build_model(config, codebook_size)
         start = setup.start
         if start:
             same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
