@@ -74,7 +74,7 @@ def listing() -> str:
     rows = [("recipe", "method", "model", "clip", "batch", "epochs", "what")]
     for kind in (PretrainConfig, FinetuneConfig):
         for name in recipe_names(kind):
-            config = load_recipe(name, kind)
+            config: PretrainConfig | FinetuneConfig = load_recipe(name, kind)
             model = config.model
             method = config.model.objective if isinstance(config, PretrainConfig) else "fine-tuning"
             rows.append(

@@ -208,6 +208,8 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
     latents = centered @ components.T
     scale = latents.square().mean().sqrt().clamp(min=1e-6)
     shape = vqgan.patch_in.weight.shape
+    assert vqgan.patch_in.bias is not None
+    assert vqgan.patch_out.bias is not None
     with torch.no_grad():
         vqgan.patch_in.weight.copy_((components / scale).view(shape))
         vqgan.patch_in.bias.copy_(-(components / scale).unflatten(1, (3, -1)).sum(2) @ mean)
