@@ -24,6 +24,8 @@ from mam2.engine.runtime import signals
 VERBS = {
     "demo": "write synthetic clips, pre-train on them, measure, write a report",
     "doctor": "show which decoders, kernels and packages this machine uses",
+    "recipes": "[RECIPE] [--out FILE]   list the recipes, show the values of one, or write it to a file to change",
+    "completion": "bash|zsh|fish   print a script with which the shell completes verbs, recipes and flags",
     "index": "DATA   open every video once: contents, decoders, advice",
     "transcode": "DATA --out FOLDER   re-encode for fast decoding: smaller, with frequent key frames",
     "train-tokenizer": "DATA --out FOLDER   train a VQ model on your clips, measured on held-out clips",
