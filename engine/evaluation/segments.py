@@ -89,7 +89,7 @@ def read_segments(source: Path) -> list[Segment]:
 def segment_features(
     embedding: Embedding, segments: Sequence[Segment]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Features [n, D] of segments, and bool [n]: for which there are windows. Raises UserError for files without times."""
+    """Features [n, D] of segments, and bool [n]: for which there are windows. Raises UserError without times."""
     if embedding.start_s is None or embedding.end_s is None:
         raise UserError("holds one feature per video; segments need windows: mam2 embed with --window or --hop")
     rows: dict[str, list[int]] = {}
