@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.cli import VERBS
+from mam2.engine.commands import VERBS
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import recipe_names
 

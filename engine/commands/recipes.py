@@ -72,22 +72,12 @@ def load_any(name: str) -> PretrainConfig | FinetuneConfig:
 def listing() -> str:
     """Returns a line for each shipped recipe: its most important values, and the first line of its file."""
     rows = [("recipe", "method", "model", "clip", "batch", "epochs", "what")]
-    for kind in (PretrainConfig, FinetuneConfig):
-        for name in recipe_names(kind):
-            config = load_recipe(name, kind)
-            model = config.model
-            method = config.model.objective if isinstance(config, PretrainConfig) else "fine-tuning"
-            rows.append(
-                (
-                    name,
-                    method,
-                    f"{model.width}×{model.depth}",
-                    f"{config.data.frames}×{config.data.size}²",
-                    str(config.optim.batch),
-                    f"{config.optim.epochs:g}",
-                    recipe_head(name),
-                )
-            )
+    for name in [*recipe_names(), *recipe_names(FinetuneConfig)]:
+        config = load_any(name)
+        method = config.model.objective if isinstance(config, PretrainConfig) else "fine-tuning"
+        clip = f"{config.data.frames}×{config.data.size}²"
+        values = f"{config.model.width}×{config.model.depth}", clip, f"{config.optim.batch}", f"{config.optim.epochs:g}"
+        rows.append((name, method, *values, recipe_head(name)))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[6]]) for row in rows
