@@ -29,17 +29,15 @@ BRITISH = (
     r"is(?:e|es|ed|er|ers|ing|ation)"
 )
 DIALECT = {
-    r"\bBeside (?:it|what|every)\b|\bbeside (?:the|it|what|its|ours|our)\b": "say 'next to', 'besides' or 'compared with'",
+    r"\bBeside (?:it|what|every)\b|\bbeside (?:the|it|what|its|ours|our)\b": "say 'next to' or 'compared with'",
     r"\bwhere nothing (?:says|else)\b|\bnothing says\b": "say 'if … is unknown'",
-    r"\bthat there is\b|\bwhat (?:came|comes) of it\b|\bas it stands\b|\bso many\b|\bso-many-th\b": "name the number or the thing",
+    r"\bthat there is\b|\bwhat (?:came|comes) of it\b|\bas it stands\b|\bso many\b|\bso-many-th\b": "name the thing",
     r"\banew\b": "say 'again' or 'a new …'",
     r"\bgoes? on (?:with|from|where|there)\b|\bThe run goes on\b": "say 'continues'",
     r"\bcommonest\b(?!_)": "say 'most frequent'",
     r"\blikeliest\b": "say 'most probable'",
     r"\bgives? up\b|\bgiven up\b": "say 'stops' or 'no longer uses'",
-    r"\b(?:clips|frames|codes|values|bytes|steps|videos|tokens|lines|images|rows) an? (?:second|step|pass|token|clip|line|class|video|kernel|side)\b": (
-        "say 'per'"
-    ),
+    r"\b(?:clips|frames|codes|values|bytes|steps|tokens) an? (?:second|step|pass|token|clip|video)\b": "say 'per'",
     r"\ba folder a class\b|\bone a (?:line|frame|channel|core|level)\b": "say 'per'",
     r"^\s*(?:r?\"\"\"|# )Of (?:the|a|an|each|what|this|one)\b": "begin with what it is or does",
 }

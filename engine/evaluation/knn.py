@@ -16,7 +16,7 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     """Returns the class with most votes among the nearest training features: [n, D], int64 [n], [m, D] -> int64 [m].
 
     The training features' mean is subtracted before cosines are computed, because the common part carries no
-    information. With fewer than `NEIGHBOURS` training videos, all vote.
+    information. With fewer than `Neighbors` training videos, all vote.
     """
     mean = train.float().mean(0)
     train, test = (F.normalize(features.float() - mean, dim=1) for features in (train, test))

@@ -200,7 +200,7 @@ class Loop:
         return values
 
     def _note_update(self, *_: object) -> None:
-        """Called before the optimizer changes weights: until the step ends, they are between the old and the new ones."""
+        """Called before the optimizer changes weights, which are neither old nor new until the step ends."""
         self.updates += 1
         self.sound = False
 
