@@ -160,12 +160,12 @@ def verdict(result: Reconstruction, file: Path) -> str:
     """Returns advice on a tokenizer with these results."""
     if result.explained <= 0:
         return (
-            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
             "videos, or more --steps"
         )
     if result.explained < result.kmeans_explained:
         return (
-            "weak: k-means of raw patches explains more of held-out frames with as many codes; give it more --steps, "
+            "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more --steps, "
             f"more --channels, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"
