@@ -165,7 +165,7 @@ def verdict(result: Reconstruction, file: Path) -> str:
         )
     if result.explained < result.kmeans_explained:
         return (
-            "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more --steps, "
-            f"more --channels, or more videos. It can be used with --tokenizer.path {file}"
+            "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
+            f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

@@ -252,7 +252,7 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: not a cache of codes; write one with mam2 tokenize"):
         CodeCache(tmp_path / "nothing", progress=False)
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json: not the head of a cache"):
+    with pytest.raises(UserError, match=r"cache.json: not the header of a cache"):
         CodeCache(tmp_path, progress=False)
 
 
