@@ -45,6 +45,7 @@ VERBS = {
 EXTRAS = {
     "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
     "flow": ("cv2",),
+    "hub": ("huggingface_hub",),
     "onnx": ("onnx", "onnxscript"),
 }
 """Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
@@ -83,7 +84,9 @@ def _run(arguments: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
             raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
-        return verb.run(arguments[1:])
+        from mam2.engine.commands.options import with_present_flags  # imports torch, which takes seconds
+
+        return verb.run(with_present_flags(arguments[1:]))
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):

@@ -64,8 +64,8 @@ def part_costs(
         tokenizer: what computes the codes within the step; None where they are read from a cache.
         item_bytes: of what the matrix products read and write.
     """
-    masked = config.masked_tokens
-    visible = math.prod(config.grid) - masked
+    masked = config.decoded_tokens
+    visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
     values = math.prod(config.patch_size) * CHANNELS
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved

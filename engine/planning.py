@@ -183,11 +183,12 @@ class Plan:
         config = self.config
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
-        masked = config.masked_tokens
+        visible = tokens - config.masked_tokens
+        some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
         dtype = str(self.dtype).removeprefix("torch.")
         count = micro_batches_per_step(config, self.gpus)
         lines = [
-            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",
+            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
             f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]

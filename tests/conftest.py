@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.train.loop import TrainResult
@@ -44,14 +45,9 @@ def _write_video(
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     full_range = codec == "mjpeg"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if full_range else "yuv420p"
-        stream.codec_context.gop_size = gop
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    height, width = frames.shape[1:3]
+    pixels = "yuvj420p" if full_range else "yuv420p"
+    encode_frames(path, frames, codec, (width, height), gop=gop, pixel_format=pixels, options=options)
     return path
 
 

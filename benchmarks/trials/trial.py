@@ -26,7 +26,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import World
-from mam2.engine.train.finetune import FinetuneStep
+from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.optimizer import learning_rate
 from mam2.engine.train.step import PretrainStep
 

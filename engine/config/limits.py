@@ -1,15 +1,17 @@
-"""What a config field declares of itself: its limits, and whether a resumed run may have another value."""
+"""What a config field declares: its limits, its earlier name, and whether a resumed run may have another value."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mam2.engine.errors import UserError
 
 KEY = "limits"
 RESUMABLE = "resumable"
+EARLIER = "earlier"
 
 
 class Limits(NamedTuple):
@@ -61,6 +63,35 @@ def limited(default: Any, limits: Limits, *, resumable: bool = False) -> Any:
 def resumable(default: Any) -> Any:
     """A dataclass field without limits, of which a resumed run may have another value."""
     return dataclasses.field(default=default, metadata={RESUMABLE: True})
+
+
+def renamed(default: Any, *, earlier: str) -> Any:
+    """A dataclass field without limits that had the name `earlier` before; files and flags may still use it."""
+    return dataclasses.field(default=default, metadata={EARLIER: earlier})
+
+
+def renamed_keys(kind: type, prefix: str = "") -> dict[str, str]:
+    """Returns the earlier names of a config's keys and their present names, both as in "data.decoder"."""
+    keys: dict[str, str] = {}
+    for item in dataclasses.fields(kind):
+        value = getattr(kind(), item.name)
+        if dataclasses.is_dataclass(value):
+            keys |= renamed_keys(type(value), f"{prefix}{item.name}.")
+        elif EARLIER in item.metadata:
+            keys[f"{prefix}{item.metadata[EARLIER]}"] = f"{prefix}{item.name}"
+    return keys
+
+
+def with_present_names(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of a config of an earlier version with its keys renamed as they are called now."""
+    names = {item.metadata.get(EARLIER): item.name for item in dataclasses.fields(kind)}
+    present = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        part = getattr(kind(), name, None)
+        nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+        present[name] = with_present_names(type(part), value) if nested else value
+    return present
 
 
 def resumable_keys(kind: type) -> set[str]:

@@ -18,6 +18,7 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    renamed,
     resumable,
 )
 from mam2.engine.errors import UserError
@@ -51,7 +52,7 @@ class DataConfig:
     recorded: int = limited(0, COUNT_OR_NONE)
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
-    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
@@ -78,6 +79,12 @@ class MaskConfig:
     """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
     strength: float = limited(0.5, SHARE)
     """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
+    decoded: float = limited(1.0, Limits(above=0, at_most=1))
+    """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
+    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
+    decoded_kind: Literal["cell", "random"] = "cell"
+    """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
+    space and time evenly; `random` draws it anew for each clip without regard to the place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +136,11 @@ class ModelConfig:
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Each of MAM2's two decoders, or the one of the other objectives."""
+    frames: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Frames of the clips that the weights of `--checkpoint` were trained on, which sets it: positions are resampled
+    from theirs. 0: as `data.frames`."""
+    size: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Height and width of those clips in pixels; 0: as `data.size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +255,16 @@ class RunConfig:
     """A service that gets the numbers of the log as well; its package has to be installed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+
+    every: float = limited(1.0, POSITIVE, resumable=True)
+    """Epochs between two measurements of the held-out losses; there is always one at the end."""
+    videos: int = limited(512, COUNT_OR_NONE, resumable=True)
+    """At most so many of the videos, evenly spread over the list; 0: all."""
+
+
 class TokenGrid:
     """Sizes of the token grid of a config that has the tables `data` and `model`."""
 
@@ -254,6 +276,12 @@ class TokenGrid:
         """Tokens along time, height and width."""
         side = self.data.size // self.model.patch
         return self.data.frames // self.model.tubelet, side, side
+
+    @property
+    def trained_grid(self) -> tuple[int, int, int]:
+        """The token grid of the clips that the weights were trained on, whose positions are resampled to `grid`."""
+        side = (self.model.size or self.data.size) // self.model.patch
+        return (self.model.frames or self.data.frames) // self.model.tubelet, side, side
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -270,6 +298,7 @@ class PretrainConfig(TokenGrid):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def masked_tokens(self) -> int:
@@ -278,6 +307,11 @@ class PretrainConfig(TokenGrid):
         if self.mask.kind == "random":
             return int(self.mask.ratio * slots * rows * columns)
         return slots * int(self.mask.ratio * rows * columns)
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Hidden tokens of a clip that are predicted in training."""
+        return int(self.mask.decoded * self.masked_tokens)
 
     @property
     def needs_codes(self) -> bool:
@@ -336,11 +370,21 @@ def check(config: PretrainConfig) -> None:
     """Raises UserError for values that are out of range or cannot work together, naming key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
+    if model.frames % model.tubelet or model.size % model.patch:
+        raise UserError(
+            f"model.frames {model.frames}, model.size {model.size}: expected multiples of model.tubelet "
+            f"{model.tubelet} and model.patch {model.patch}; leave both out, --checkpoint sets them"
+        )
     tokens = math.prod(config.grid)
     if not 0 < config.masked_tokens < tokens:
         raise UserError(
             f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
             "it must hide at least one and leave at least one visible"
+        )
+    if not config.decoded_tokens:
+        raise UserError(
+            f"mask.decoded {mask.decoded} leaves none of {config.masked_tokens} hidden tokens to predict; "
+            f"it must be at least {1 / config.masked_tokens:.2g}"
         )
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():

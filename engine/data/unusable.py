@@ -7,6 +7,9 @@ from collections.abc import Callable
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.video import Skipped
 
+FIRST_FILES = 16
+"""The run ends if this many first files all fail for the same reason and no file was decoded."""
+
 
 class UnusableVideos:
     """Videos of a manifest that turned out to be unusable after it was made. Threads may add to it."""
@@ -46,4 +49,17 @@ class UnusableVideos:
         return (
             f"{len(self)} of {self.total} videos cannot be used, more than data.max_unusable="
             f"{self._max_unusable:g} allows; the last is {last.path}: {last.reason}"
+        )
+
+    def all_alike(self) -> str | None:
+        """The error message where many videos failed, all for the same reason: then the cause is not in the videos.
+
+        For a loader that has decoded nothing yet.
+        """
+        reasons = {skipped.reason for skipped in self.found}
+        if self._max_unusable >= 1 or len(self.found) < FIRST_FILES or len(reasons) > 1:
+            return None
+        return (
+            f"no video can be decoded: the first {len(self.found)} videos all failed for the same reason, "
+            f"{reasons.pop()}; the last is {self.found[-1].path}. mam2 doctor tests each decoder with its own clips"
         )

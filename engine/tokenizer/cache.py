@@ -43,7 +43,7 @@ SHARD_VIDEOS = 1024
 """Videos of a shard: what a killed `mam2 tokenize` loses at most."""
 DRAWN_VIDEOS = 16
 """Of which the key holds what is drawn, since another version of this program or of NumPy might draw otherwise."""
-IGNORED_IN_KEY = {*resumable_fields(DataConfig), "front_end"}
+IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder"}
 """Fields of the data config that decide how a clip is read, and not which clip it is."""
 
 

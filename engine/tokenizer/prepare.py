@@ -49,13 +49,18 @@ def prepare_tokenizer(
 
     It is kept in RUN/tokenizer.safetensors and belongs to the run's checkpoints. One that an attempt without a
     checkpoint left there is taken only where RUN/tokenizer.json says that the same training on the same videos made it.
-    named: the one of `config.tokenizer.path`, where it is loaded already.
+    named: the one of `config.tokenizer.path`, where it is loaded already; without a path, one to use instead of
+        training one.
     """
     options = config.tokenizer
     own = run / FILE
     training = _training(config, loader.manifest)
     if options.path:
         vqgan, source = load_for_run(Path(options.path), run, named), options.path
+    elif named is not None and not _begun(run):
+        (run / TRAINING).unlink(missing_ok=True)
+        save_vqgan(named, own)
+        vqgan, source = named, str(own)
     elif own.is_file() and (_begun(run) or _read_training(run) == training):
         vqgan, source = load_vqgan(own), str(own)
     else:

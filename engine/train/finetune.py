@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine import costs
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
 from mam2.engine.checkpoints.load import load_encoder
@@ -26,26 +24,22 @@ from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
+from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
-from mam2.engine.model.classifier import Classifier
-from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.runtime.device import autocast, matmul_dtype
-from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
-from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
+from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
 from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.objective import Compile, Objective, Values
-from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
 from mam2.engine.train.session import MANIFEST, RunContext, Session, Setup, open_session
-from mam2.engine.train.step import Step
 
 ACCURACY = "accuracy/validation"
 
@@ -160,7 +154,7 @@ class _Finetuning:
             "fine-tuning",
             self._session,
             self.train_step,
-            flops_per_clip=_flops(self._session.config),
+            flops_per_clip=classifier_flops(self._session.config),
             progress_format={"loss/training": "loss {:.3f}"},
             metadata=self._metadata,
         )
@@ -170,7 +164,7 @@ class _Finetuning:
             (batch, self.train_step.prepare(number, batch.video, batch.label))
             for number, batch in enumerate(self._session.loader.stream(first_step=first_micro_batch), first_micro_batch)
         )
-        return _on_side_stream(prepared, self._session.device)
+        return on_side_stream(prepared, self._session.device)
 
     def after_step(self, step: int, steps: int) -> None:
         """Validates each `test.every` epochs and at the end, but no step twice."""
@@ -316,108 +310,6 @@ def _described(encoder: Encoder) -> EncoderConfig:
         heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / encoder.width,
         layer_scale=0.0 if block.gamma_1 is None else 1.0,
-        frames=encoder.grid[0] * tubelet,
-        size=encoder.grid[1] * patch,
+        frames=encoder.trained_grid[0] * tubelet,
+        size=encoder.trained_grid[1] * patch,
     )
-
-
-def _on_side_stream(
-    prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
-) -> Iterator[tuple[Batch, Prepared]]:
-    """The same pairs. On a GPU they are made on a side stream, which does not wait for the step before: while
-    that one runs, the next batch is augmented."""
-    if device.type != "cuda":
-        yield from prepared
-        return
-    side_stream = torch.cuda.Stream(device)
-    while True:
-        step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(side_stream):
-            # The loader notes the current stream as a user of the clip's memory.
-            taken = next(prepared, None)
-        if taken is None:
-            return
-        step.wait_stream(side_stream)
-        # Allocated on other streams, which must not reuse the memory before the step is done with it.
-        for tensor in (taken[0].clip, *taken[1]):
-            if tensor is not None:
-                tensor.record_stream(step)
-        yield taken
-
-
-def _flops(config: FinetuneConfig) -> float:
-    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
-    model, (slots, rows, columns) = config.model, config.grid
-    tokens = slots * rows * columns
-    pixels = model.tubelet * model.patch**2 * CHANNELS
-    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    return embedding.flops + model.depth * block.flops
-
-
-class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets. Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped."""
-
-    def __init__(self, model: Classifier, compiled: Compile) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = compiled(self._cross_entropy)
-
-    def forward(
-        self,
-        video: Tensor,
-        targets: Tensor,
-        path_scales: Tensor | None,
-        feature_scales: Tensor | None,
-        *,
-        inspect: bool = False,
-    ) -> tuple[Tensor, Values, Values]:
-        loss = self._loss(video, targets, path_scales, feature_scales)
-        return loss, {"loss/training": loss.detach()}, {}
-
-    def _cross_entropy(
-        self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
-    ) -> Tensor:
-        logits = self.model(video, path_scales, feature_scales)
-        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
-
-
-class FinetuneStep(Step[Prepared]):
-    """A step of fine-tuning: what goes with a video is what `prepare` made of it and its labels."""
-
-    config: FinetuneConfig
-    model: Classifier
-
-    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
-        super().__init__(config, model, device, world)
-        self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
-        self.average: dict[str, Tensor] = {}
-        """Moving average of the trained parameters; empty without `optim.ema`."""
-        if config.optim.ema:
-            self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def build_objective(self, compiled: Compile) -> Objective:
-        return ClassifierObjective(self.model, compiled)
-
-    def build_optimizer(self) -> Optimizer:
-        dtype = matmul_dtype(self.config.run, self.device)
-        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
-
-    def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
-        """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
-        step, index = divmod(number, self.micro_batches)
-        first_sample = (index * self.world.size + self.world.rank) * len(video)
-        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
-
-    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
-        return tuple(extras)
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        return self.average
-
-    def __call__(self, *args: Any, **options: Any) -> dict[str, Tensor]:
-        values = super().__call__(*args, **options)
-        if self.average:
-            trained = dict(self.model.named_parameters())
-            self._blend(list(self.average.values()), [trained[name].detach() for name in self.average], None)
-        return values

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
-from mam2.engine.config.limits import resumable_keys
+from mam2.engine.config.limits import resumable_keys, with_present_names
 from mam2.engine.config.pretrain import TrainConfig, micro_batches_per_step
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.decoding import available_cores
@@ -159,9 +159,9 @@ def open_session(
         parts = vars(run) | {"config": config}
         session = Session(**parts, manifest=manifest, loader=loader, unusable=unusable, resources=resources)
         session.exchange_skips()
-        decoders = ", ".join(f"{count} by {name}" for name, count in loader.front_ends.items())
+        decoders = ", ".join(f"{count} by {name}" for name, count in loader.decoders.items())
         run.log.info(
-            f"data    {sum(loader.front_ends.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
+            f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
             f"{len(unusable)} unusable"
         )
         yield session
@@ -264,12 +264,13 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
         raise run.world.error(f"{run.folder} holds a run of another kind: its config has [{foreign[0]}]")
     free = resumable_keys(type(run.config))
     defaults = to_dict(type(run.config)())  # a key that is newer than the checkpoint had its default
-    for table, values in state["config"].items():
+    for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():
             if f"{table}.{key}" not in free and key in now[table] and old != now[table][key]:
                 raise run.world.error(
                     f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
-                    f"use the saved values ({run.folder / 'config.json'}) or start a new run"
+                    f"use the saved values ({run.folder / 'config.json'}) or start a new run; "
+                    f"--checkpoint {run.folder} starts it from these weights"
                 )
     for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
         if state.get(name, mine) != mine:

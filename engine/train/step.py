@@ -19,7 +19,7 @@ from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batch
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask
+from mam2.engine.model.masking import draw_mask, keep_decoded
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -201,7 +201,8 @@ class PretrainStep(Step[Tensor | None]):
         return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
-        return video, draw_mask(video, self.config, step=step, first_sample=first_sample), extras
+        mask = draw_mask(video, self.config, step=step, first_sample=first_sample)
+        return video, keep_decoded(mask, self.config, step=step, first_sample=first_sample), extras
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:

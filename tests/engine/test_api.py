@@ -84,6 +84,10 @@ OTHERWISE = {
     **{
         (verb, flag): "config" for verb in ("plan", "pretrain", "tokenize") for flag in ("size", "preset")
     },  # load_recipe
+    **{
+        ("pretrain", f"checkpoint_{name}"): "checkpoint_options"
+        for name in ("frames", "size", "heads", "decoder_heads")
+    },
     ("plan", "videos"): "gpus",  # Plan.hours and Plan.report
     ("evaluate", "classes"): "names",
     ("predict", "classes"): "names",

@@ -18,6 +18,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import keep_decoded
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 from mam2.engine.train.objective import build_objective
@@ -138,6 +139,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"appearance_target": "pixels"},
     },
     "videomae": {"model": {"objective": "videomae"}},
+    "half decoded": {"mask": {"decoded": 0.5}, "loss": {"alignment": 2.0}},
+    "half decoded, all keys": {"mask": {"decoded": 0.5}, "regressor": {"keys": "all"}},
+    "half decoded, no regressor": {"mask": {"decoded": 0.5}, "regressor": {"depth": 0}},
+    "half decoded, videomae": {"mask": {"decoded": 0.5}, "model": {"objective": "videomae"}},
     "layer scale": {
         "model": {"layer_scale": 0.1, "projection_norm": True},
         "regressor": {"width": 32, "heads": 2},
@@ -165,6 +170,7 @@ def forward(config: PretrainConfig, batch: int) -> tuple[torch.Tensor, VideoMAE 
     extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
     codes = torch.randint(CODES, (batch, mask.as_bool().shape[1], *config.code_shape))
+    mask = keep_decoded(mask, config, step=0)
     return objective(video, mask, codes)[0], model
 
 
@@ -196,6 +202,7 @@ HELD = (
     "all frames",
     "no regressor",
     "videomae",
+    "half decoded",
     "layer scale",
 )
 

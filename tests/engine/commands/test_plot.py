@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from matplotlib import pyplot as plt
 
 from mam2.engine.evaluation import plots, report
 from mam2.engine.runtime.log import read_log
@@ -29,11 +30,10 @@ def write_run(folder: Path, values: dict[str, float], steps: int = 5) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, kept open."""
+    """The figures that are drawn."""
     figures: list[Any] = []
     monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
-    yield figures
-    plt.close("all")
+    return figures
 
 
 def titles(figure: Any) -> list[str]:
@@ -128,3 +128,15 @@ def test_the_motion_loss_itself_is_drawn_with_its_peaks(tmp_path: Path, drawn: l
     (axis,) = (axis for axis in drawn[0].axes if axis.get_title() == "motion loss")
     assert axis.get_yscale() == "log"
     assert [line.get_ydata()[0] for line in axis.lines] == [0.2, 30.0]
+
+
+def test_drawing_leaves_the_plotting_backend_alone() -> None:
+    """A notebook's backend stays: no module of the engine uses pyplot, whose import chooses one for the process."""
+    code = (
+        "import sys, mam2.engine.evaluation.plots, mam2.engine.evaluation.report, mam2.engine.evaluation.visualize\n"
+        "from mam2.engine.evaluation.accuracy import draw_confusion\n"
+        "import torch; draw_confusion(torch.eye(2), ('a', 'b'))\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

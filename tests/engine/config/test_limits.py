@@ -14,7 +14,13 @@ SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DAT
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        (PretrainConfig, {"tokenizer.cache"}),
+        (
+            PretrainConfig,
+            {
+                *("tokenizer.cache", "validation.every", "validation.videos"),
+                *("model.frames", "model.size"),  # of the checkpoint
+            },
+        ),
         (
             FinetuneConfig,
             {

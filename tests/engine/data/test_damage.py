@@ -22,9 +22,9 @@ import torch
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
-from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
+from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 from mam2.engine.errors import UserError
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
@@ -322,7 +322,7 @@ def fuzz(*arguments: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("front_end", "count", "sources"),
+    ("decoder", "count", "sources"),
     [
         ("pyav", 1000, None),
         ("pyav", 150, CLIPS),
@@ -331,8 +331,8 @@ def fuzz(*arguments: str) -> dict:
         ("loader", 20, None),
     ],
 )
-def test_mutants_neither_crash_nor_hang_nor_misshape(front_end, count, sources):
-    report = fuzz("--front-end", front_end, "--count", str(count), *([str(sources)] if sources else []))
+def test_mutants_neither_crash_nor_hang_nor_misshape(decoder, count, sources):
+    report = fuzz("--decoder", decoder, "--count", str(count), *([str(sources)] if sources else []))
     assert report["bad"] == {}
     assert report["mutants"] == count
     assert report["outcomes"]["decoded"] > count / 10
@@ -343,8 +343,8 @@ def resident_mib() -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front_end", ["auto", "dali-cpu"])
-def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbered_frames, monkeypatch, front_end):
+@pytest.mark.parametrize("decoder", ["auto", "dali-cpu"])
+def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbered_frames, monkeypatch, decoder):
     for number in range(6):
         encode(tmp_path / f"{number}.webm", numbered_frames(20, 120, 160), "libvpx")
     manifest = read_manifest(tmp_path, progress=False)
@@ -352,7 +352,7 @@ def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbere
         Path(video.path).write_bytes(Path(video.path).read_bytes()[:250])
     # Unvetted, they cost DALI its pipeline in every epoch.
     monkeypatch.setattr(vetting, "vet", lambda content: None)
-    config = dataclasses.replace(CONFIG, front_end=front_end)
+    config = dataclasses.replace(CONFIG, decoder=decoder)
     with ClipLoader(manifest, config, batch=6, device="cpu", seed=0) as loader:
         stream = loader.stream()
         for _ in range(20):  # epochs

@@ -11,9 +11,9 @@ from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames, decode_packet, open_video
-from mam2.engine.data.front_ends import DALI_CPU_CODECS, choose_front_end
 from mam2.engine.data.manifest import probe
 from mam2.engine.data.sampling import View
+from mam2.engine.data.video_decoders import DALI_CPU_CODECS, choose_decoder
 from mam2.engine.errors import UserError
 
 WHOLE = View(0, 0, 1, 1, False)
@@ -65,8 +65,8 @@ def expect_clip(everything: np.ndarray, frames: list[int]) -> np.ndarray:
         ("vp9", "cuda", "yuv444p", 0, "pyav"),
     ],
 )
-def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, rotation, expected):
-    assert choose_front_end(codec, device, pixel_format=pixel_format, rotation=rotation) == expected
+def test_auto_takes_the_first_decoder_that_can(codec, device, pixel_format, rotation, expected):
+    assert choose_decoder(codec, device, pixel_format=pixel_format, rotation=rotation) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, ro
             "h264",
             "dali-cpu",
             0,
-            r"h264 cannot be decoded by dali-cpu \(only VP8, VP9, MJPEG\): use data.front_end=pyav",
+            r"h264 cannot be decoded by dali-cpu \(only VP8, VP9, MJPEG\): use data.decoder=pyav",
         ),
         ("vp9", "dali-cpu", 90, "rotated by 90 degrees"),
         ("h264", "nvdec", 0, "nvdec needs an NVIDIA GPU"),
         ("h264", "decord", 0, "expected auto, nvdec, dali-cpu, pyav; found decord"),
     ],
 )
-def test_a_forced_front_end_that_cannot_says_so(codec, forced, rotation, told):
-    assert choose_front_end(codec, "cpu", "pyav", rotation=rotation) == "pyav"
-    assert choose_front_end("vp9", "cpu", "dali-cpu") == "dali-cpu"
+def test_a_forced_decoder_that_cannot_says_so(codec, forced, rotation, told):
+    assert choose_decoder(codec, "cpu", "pyav", rotation=rotation) == "pyav"
+    assert choose_decoder("vp9", "cpu", "dali-cpu") == "dali-cpu"
     with pytest.raises(UserError, match=told):
-        choose_front_end(codec, "cpu", forced, rotation=rotation)
+        choose_decoder(codec, "cpu", forced, rotation=rotation)
 
 
 @pytest.mark.slow
@@ -238,8 +238,8 @@ def test_dali_and_pyav_give_the_same_frames(tmp_path, write_video, suffix, encod
 def assert_same_frames(path: Path, starts, strides) -> None:
     config = DataConfig(frames=4, size=96)
     dali, pyav = (
-        ClipGraph(front_end, config, views=1, samples=len(starts), threads=1, device=torch.device("cpu"))
-        for front_end in ("dali-cpu", "pyav")
+        ClipGraph(decoder, config, views=1, samples=len(starts), threads=1, device=torch.device("cpu"))
+        for decoder in ("dali-cpu", "pyav")
     )
     views = [[WHOLE]] * len(starts)
     for stride in strides:

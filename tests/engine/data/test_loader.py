@@ -159,7 +159,7 @@ def test_training_goes_on_while_another_pass_evaluates(videos):
 
 def test_the_log_can_tell_which_decoder_and_how_much(videos):
     with open_loader(videos) as clips:
-        assert clips.front_ends == {"pyav": 10}
+        assert clips.decoders == {"pyav": 10}
         stream = clips.stream()
         for _ in range(3):
             next(stream)
@@ -178,7 +178,7 @@ def test_every_format_gives_a_clip_and_every_broken_file_is_named(clip_set):
         batches = list(clips.evaluate())
         stream = itertools.islice(clips.stream(), 3)
         assert all(batch.clip.shape == (16, 4, 48, 48, 3) for batch in stream)
-        assert clips.front_ends == {"pyav": len(small)}
+        assert clips.decoders == {"pyav": len(small)}
     assert told == []
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(small)))
     assert {clip_set.name(entry.path) for entry in found.skipped} == clip_set.broken

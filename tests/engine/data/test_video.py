@@ -29,7 +29,7 @@ def write_at_times(path: Path, times_ms: list[int]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "encoder", "codec", "pixel_format", "front_ends"),
+    ("suffix", "encoder", "codec", "pixel_format", "decoders"),
     [
         ("mp4", "libx264", "h264", "yuv420p", ("nvdec", "pyav")),
         ("webm", "libvpx-vp9", "vp9", "yuv420p", ("dali-cpu", "pyav")),  # too small for NVDEC, as is the next
@@ -38,7 +38,7 @@ def write_at_times(path: Path, times_ms: list[int]) -> Path:
     ],
 )
 def test_it_reports_what_the_file_holds(
-    tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format, front_ends
+    tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format, decoders
 ):
     path = write_video(tmp_path / f"a.{suffix}", numbered_frames(7, 48, 64), encoder, gop=3)
     found = probe(str(path), 3)
@@ -56,7 +56,7 @@ def test_it_reports_what_the_file_holds(
         transfer="sdr",
     )
     assert found.duration_s == pytest.approx(0.28)
-    assert found.front_ends == front_ends
+    assert found.decoders == decoders
 
 
 def test_the_last_key_frame_counts_to_the_end(tmp_path, write_video, numbered_frames):
@@ -84,7 +84,7 @@ def test_a_folder_of_images_is_a_video_of_frames(tmp_path, numbered_frames, writ
     expected = Video(str(folder), 2, 12, 64, 48, "frames", 0.0, 0, "yuvj420p", False, 1, 1, size)
     facts = {"mtime_ns": folder.stat().st_mtime_ns, "content": found.content, "transfer": "sdr"}
     assert found == dataclasses.replace(expected, **facts)
-    assert found.front_ends == ("pyav",)
+    assert found.decoders == ("pyav",)
     assert found.duration_s == 0
     (folder / "img_00001.jpg").write_bytes(b"")
     assert probe(str(folder)).reason == "empty file"

@@ -200,7 +200,7 @@ def test_every_field_that_decides_a_clip_is_in_the_key(config: PretrainConfig) -
 
 def test_how_files_are_read_does_not_matter(tmp_path: Path, config: PretrainConfig) -> None:
     cache = written(tmp_path, config)
-    data = dataclasses.replace(config.data, threads=7, prefetch=3, front_end="pyav", timeout_s=1.0, max_unusable=0.1)
+    data = dataclasses.replace(config.data, threads=7, prefetch=3, decoder="pyav", timeout_s=1.0, max_unusable=0.1)
     cache.check(manifest(folder="/elsewhere"), dataclasses.replace(config, data=data), TOKENIZER)
 
 

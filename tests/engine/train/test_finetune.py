@@ -20,9 +20,11 @@ from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.classification import evaluate
+from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
-from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune
+from mam2.engine.train.classifier_step import FinetuneStep
+from mam2.engine.train.finetune import ACCURACY, finetune
 from tests.helpers.commands import exit_status, outcome, torchrun
 from tests.helpers.paths import CLIPS
 from tests.helpers.runs import same_tensors
@@ -214,7 +216,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(
 
     from mam2.engine.train import finetune as module
 
-    forward = module.Classifier.forward
+    forward = Classifier.forward
     monkeypatch.setattr(FinetuneStep, "__call__", step)
     original_classify = module.classify_videos
     monkeypatch.setattr(
