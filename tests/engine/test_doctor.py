@@ -24,7 +24,7 @@ def test_what_does_not_work_is_named(monkeypatch):
     monkeypatch.setattr(
         renderer, "decode_frames", lambda *arguments, **options: decode(*arguments, **options)[::-1].copy()
     )
-    wrong = [line for line in doctor.try_decoding(CPU) if "not tried" not in line]
+    wrong = [line for line in doctor.try_decoding(CPU) if "not tested" not in line]
     assert len(wrong) >= 5
     assert all("WRONG" in line for line in wrong)
 
@@ -32,6 +32,6 @@ def test_what_does_not_work_is_named(monkeypatch):
         raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
 
     monkeypatch.setattr(av, "open", removed)
-    impossible = [line for line in doctor.try_decoding(CPU) if "not tried" not in line]
+    impossible = [line for line in doctor.try_decoding(CPU) if "not tested" not in line]
     assert len(impossible) >= 5
     assert all("NOT POSSIBLE: TypeError: open() got an unexpected" in line for line in impossible)
