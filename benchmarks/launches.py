@@ -24,7 +24,7 @@ class Counter:
 @contextlib.contextmanager
 def counted() -> Iterator[Counter]:
     """Counts the launches inside the context, also those of the thread in which autograd runs a backward pass."""
-    original, counter = launch.run, Counter()
+    original, counter = launch.run_kernel, Counter()
 
     def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         original(kernel, programs, *arguments, **meta)

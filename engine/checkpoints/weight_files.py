@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mam2.engine.errors import UserError
 
-Kind = Literal["safetensors", "zip", "legacy", "unknown"]
+WeightsFormat = Literal["safetensors", "zip", "legacy", "unknown"]
 """`zip` and `legacy` are what `torch.save` writes since PyTorch 1.6 and before."""
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """How files of `torch.save` began before PyTorch 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
@@ -24,7 +24,7 @@ LARGEST_HEADER = 100_000_000
 """Bytes; safetensors reads no longer ones."""
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path) -> WeightsFormat:
     """The kind of a whole or damaged file. Raises UserError where it cannot be opened."""
     start = _start(path)
     if start.startswith(b"PK\x03\x04"):

@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     backends: dict[str, Backend]
     """By the part of the model."""
     lines: list[str]
@@ -123,7 +123,7 @@ def use_fastest(
     dtype: torch.dtype,
     *,
     run: Path | None = None,
-    broadcast: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
+    broadcast: Callable[[Callable[[], AttentionChoice]], AttentionChoice] = lambda make: make(),
 ) -> list[str]:
     """Chooses for these shapes and lets `attention` run the winners from now on, and nothing chosen before.
 
@@ -140,17 +140,19 @@ def use_fastest(
     if device.type != "cuda":
         set_choices({})
         return []
-    choice = broadcast(lambda: choose(shapes, device, dtype, run))
+    choice = broadcast(lambda: choose_attention(shapes, device, dtype, run))
     use(choice, shapes, device, dtype)
     return choice.lines
 
 
-def use(choice: Choice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
+def use(choice: AttentionChoice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
     """Lets `attention` run a choice for its shapes."""
     set_choices({(device.type, dtype, *shape[1:]): choice.backends[name] for name, shape in shapes.items()})
 
 
-def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None) -> Choice:
+def choose_attention(
+    shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None
+) -> AttentionChoice:
     """Measures shapes, or takes what RUN/attention.json says of them; changes nothing but this file.
 
     What was measured on another device, or needs a package that does not run here, is measured anew. Raises UserError
@@ -164,7 +166,7 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         missing = _missing(found, shapes, device, dtype)
         if saved == machine and not missing:
             told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
-            return Choice(found, told)
+            return AttentionChoice(found, told)
         why = missing or f"it was measured on {saved}, this is {machine}"
         lines = [f"attention measured anew, {file} does not fit: {why}; the bits may differ from here"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
@@ -177,7 +179,9 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI takes its memory beside PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
-    return Choice(chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())])
+    return AttentionChoice(
+        chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())]
+    )
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:

@@ -16,7 +16,7 @@ CELL = 4
 """Patches of a cell of 2×2."""
 
 
-def draw_mask(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
+def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
     """Masks of clips [B, 3, T, H, W], drawn from (run.seed, step, sample) on their device.
 
     first_sample: number of the first clip among those of the step.

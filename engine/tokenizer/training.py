@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 16384
 REPORT_EVERY = 20
 """Steps between two calls of `progress`."""
 
-Progress = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def train_vqgan(
@@ -45,7 +45,7 @@ def train_vqgan(
     config: VQGANConfig,
     steps: int,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
     *,
     learning_rate: float = 2e-3,
     seed: int = 0,
