@@ -1,4 +1,4 @@
-"""The engine from Python: every verb of the command line is a function here, with the same name and the same options.
+"""The engine's Python API: every verb of the command line is a function with the same name and options.
 
     from mam2.engine import embed, load_encoder, load_recipe, pretrain
 
@@ -6,8 +6,8 @@
     encoder = load_encoder("runs/first")              # or VideoMAE's .pth, or a Hugging Face folder
     features = encoder.encode(video).mean(1)          # video [B, 3, T, H, W] uint8 -> [B, D]
 
-Results are returned as objects, mistakes raise `UserError`, and nothing ends the process. Names are imported when they
-are used. docs/python.md shows them; `examples/` has scripts that use them.
+Functions return results as objects, raise `UserError` for errors of the user, and never end the process. Names are
+imported at their first use. docs/python.md describes them; `examples/` has scripts that use them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What each part of a training step costs a clip, from the config alone: parameters, FLOPs, bytes, held activations.
+"""Costs per clip of each part of a training step, from the config alone: parameters, FLOPs, bytes, held activations.
 
-FLOPs are two a multiply-add of the matrix products and convolutions; what a step computes twice to save memory counts
-once. Bytes are those of activations through memory, each operator reading its inputs and writing its outputs once, as
-in a compiled step; weights are apart (`step_bytes`). Attention never writes its scores. The residual stream and what a
-LayerNorm reads are float32, the rest has the item size of the precision: 4, or 2 under autocast.
+FLOPs are two per multiply-add of the matrix products and convolutions; recomputation to save memory counts once. Bytes
+are the memory traffic of activations: each operator reads its inputs and writes its outputs once, as in a compiled
+step; weights are counted separately (`step_bytes`). Attention never writes its scores. The residual stream and the
+inputs of LayerNorms are float32, all others have the item size of the precision: 4, or 2 under autocast.
 
-T'×H'×W' the token grid, Nv/Nm visible/masked tokens, P values a token, D width, V codes.
+T'×H'×W' the token grid, Nv/Nm visible/masked tokens, P values per token, D width, V codes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ MUON_ITERATIONS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """Of one clip; parameters are the part's own."""
+    """PartCost of a part for one clip; the parameters are those of the part."""
 
     parameters: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
     bytes_moved: int = 0
-    """Of activations, forward and backward."""
+    """Memory traffic of activations, forward and backward."""
     held_bytes: int = 0
-    """Of activations, from the forward to the backward pass."""
+    """Bytes of activations held from the forward to the backward pass."""
 
     @property
     def flops(self) -> int:
@@ -56,13 +56,13 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(PartCost))
 def part_costs(
     config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None, *, item_bytes: int = 2
 ) -> dict[str, PartCost]:
-    """Every part of a step by name, in order.
+    """Returns the cost of every part of a step by name, in order.
 
     Args:
         config: a run's config.
-        codes: codebook size V; only where codes are predicted.
-        tokenizer: what computes the codes within the step; None where they are read from a cache.
-        item_bytes: of what the matrix products read and write.
+        codes: codebook size V; needed only if codes are predicted.
+        tokenizer: the tokenizer that computes the codes in the step; None if they come from a cache.
+        item_bytes: item size of the inputs and outputs of matrix products.
     """
     masked = config.decoded_tokens
     visible = math.prod(config.grid) - config.masked_tokens
@@ -114,12 +114,12 @@ def part_costs(
 
 
 def step_flops(config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None) -> dict[str, int]:
-    """FLOPs a clip of each part, forward and backward; arguments as of `part_costs`."""
+    """Returns the FLOPs per clip of each part, forward and backward; arguments as in `part_costs`."""
     return {name: cost.flops for name, cost in part_costs(config, codes, tokenizer).items()}
 
 
 def step_bytes(config: PretrainConfig, parameters: int, item_bytes: int) -> int:
-    """Bytes of a step that do not depend on its clips: weights read by both passes (and cast), gradients, optimizer."""
+    """Returns the bytes per step that do not depend on clips: weights (read twice, and cast), gradients, optimizer."""
     cast = SINGLE + item_bytes if item_bytes != SINGLE else 0
     by_muon = muon(config, item_bytes)
     adamw = 7 * SINGLE * (parameters - by_muon.parameters)
@@ -169,14 +169,15 @@ def hidden_matrix_shapes(config: PretrainConfig) -> Counter[tuple[int, int]]:
 
 
 def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> PartCost:
-    """The encoder without its patch embedding, on so many tokens."""
+    """Returns the cost of the encoder without its patch embedding, on `tokens` tokens."""
     model = config.model
     one = block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
 def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
-    """Blocks in a row, each with so many input values: they hold all, or if recomputed the inputs and one block's."""
+    """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
+    one block's activations."""
     total = one * depth
     if config.run.recompute:
         inputs_and_one = depth * inputs * SINGLE + one.held_bytes
@@ -185,7 +186,7 @@ def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> Par
 
 
 def projection(config: PretrainConfig, visible: int, item_bytes: int) -> PartCost:
-    """From the encoder's width to the regressor's, where they differ, and the mask token."""
+    """Returns the cost of the projection to the regressor's width, if it differs, and of the mask token."""
     model, width = config.model, config.model.regressor.width
     cost = PartCost(parameters=width)
     if model.width != width:
@@ -212,13 +213,13 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
     )
     inputs = (masked + (keys if everything else 0)) * width
     total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
-    if not everything and not config.run.recompute:  # every block's values start from the same visible latents
+    if not everything and not config.run.recompute:  # all blocks share the same visible latents
         total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
     return total + projection(config, visible, item_bytes)
 
 
 def code_head(rows: int, width: int, codes: int, item_bytes: int) -> PartCost:
-    """Head and cross-entropy, which hold their gradients instead of the logits."""
+    """Returns the cost of head and cross-entropy, which hold their gradients instead of the logits."""
     product = 2 * rows * width * codes
     return PartCost(
         parameters=(width + 1) * codes,
@@ -230,12 +231,12 @@ def code_head(rows: int, width: int, codes: int, item_bytes: int) -> PartCost:
 
 
 def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> PartCost:
-    """A self-attention block."""
+    """Returns the cost of a self-attention block."""
     return (
         norm(tokens, width, item_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
-        + PartCost(parameters=2 * width)  # the biases of queries and values
-        + PartCost(held_bytes=_centred(tokens, width, item_bytes))  # beside the projection they were a part of
+        + PartCost(parameters=2 * width)  # biases of queries and values
+        + PartCost(held_bytes=_centred(tokens, width, item_bytes))  # in addition to the projection that contains them
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
@@ -244,7 +245,10 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale
 
 
 def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> PartCost:
-    """LayerScale on a block's two branches: holds both, reads them once more and writes the gradients before it."""
+    """Returns the cost of LayerScale on a block's two branches.
+
+    Holds both, reads them again, writes their gradients.
+    """
     if not layer_scale:
         return PartCost()
     branches = 2 * tokens * width * item_bytes
@@ -252,7 +256,7 @@ def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Par
 
 
 def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> PartCost:
-    """LayerNorm, linear, GELU, linear."""
+    """Returns the cost of LayerNorm, linear, GELU, linear."""
     inner = mlp_width(width, ratio)
     gelu = PartCost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
     layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
@@ -260,9 +264,9 @@ def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> PartCost:
 
 
 def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
-    """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows.
+    """Returns the cost of the two products of all heads, and of four in backward. The next layer holds the result.
 
-    In 16 bits the keys are read twice and written once to centre them.
+    In 16 bits the keys are read twice and written once to center them.
     """
     products = 4 * queries * keys * width
     return PartCost(
@@ -274,14 +278,17 @@ def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
 
 
 def _centred(keys: int, width: int, item_bytes: int) -> int:
-    """Bytes of a block's centred keys; there are none in float32."""
+    """Returns the bytes of a block's centered keys; 0 in float32."""
     return keys * width * item_bytes if item_bytes == 2 else 0
 
 
 def linear(
     rows: int, inputs: int, outputs: int, item_bytes: int, *, bias: bool = True, input_gradient: bool = True
 ) -> PartCost:
-    """Holds its input. Backward: the weight's gradient, and the input's where it is asked for."""
+    """Returns the cost of a linear layer, which holds its input.
+
+    Backward: gradients of the weight and, if asked, the input.
+    """
     product = 2 * rows * inputs * outputs
     backward = 2 if input_gradient else 1
     return PartCost(
@@ -294,7 +301,7 @@ def linear(
 
 
 def norm(rows: int, width: int, item_bytes: int) -> PartCost:
-    """LayerNorm with the addition before it: reads both summands, writes the sum and the normalised; holds the sum."""
+    """Returns the cost of an addition and LayerNorm: reads both summands, writes sum and result; holds the sum."""
     forward = 2 * SINGLE + 2 * item_bytes
     backward = 3 * SINGLE + item_bytes
     return PartCost(
@@ -303,7 +310,7 @@ def norm(rows: int, width: int, item_bytes: int) -> PartCost:
 
 
 def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> PartCost:
-    """Codes of one image whose code map is h×w: encoder and quantizer, forward only. Holds what is largest at once."""
+    """Returns the forward cost of the codes of one image with an h×w code map; holds the largest set of activations."""
     pixels = math.prod(code_map) * config.factor**2
     total = PartCost()
     largest = 0
@@ -311,7 +318,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     def conv(width_in: int, width_out: int, kernel: int, *, normed: bool = True) -> None:
         nonlocal total, largest
         weights = width_in * width_out * kernel**2
-        # a normalisation before it reads and writes the input once more
+        # a preceding normalization reads and writes the input once more
         moved = pixels * (width_in * (3 if normed else 1) + width_out) * item_bytes
         total += PartCost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
         largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)
@@ -354,6 +361,6 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     conv(config.z_channels, config.embed_dim, 1, normed=False)
     codebook = config.embed_dim * config.codes
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)
-    if config.quantizer == "gumbel":  # logits of a convolution, beside the codebook
+    if config.quantizer == "gumbel":  # a convolution for the logits, in addition to the codebook
         total += PartCost(parameters=codebook + config.codes)
     return dataclasses.replace(total, held_bytes=largest)

@@ -1,4 +1,4 @@
-"""`mam2 train-tokenizer`: a VQ model of the user's own clips."""
+"""`mam2 train-tokenizer`: trains a VQ model on the user's clips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_HELD_OUT = 64
 FRAME_DISTANCE = 16
-"""Of the two frames that are taken of a clip, in frames of the file."""
+"""Distance of the two frames of a clip, in frames of the file."""
 
 
 def run(arguments: list[str]) -> int:
@@ -39,22 +39,22 @@ def run(arguments: list[str]) -> int:
         threads: int = 0,
         device: Literal["auto", "cuda", "cpu"] = "auto",
     ) -> int:
-        """Train a VQ model on frames of your own videos; one video in twenty, at most 64, is held out to measure it.
+        """Train a VQ model on frames of your videos; one video in twenty, at most 64, is held out to measure it.
 
         Args:
             data: folder of videos, or an annotation list.
-            out: folder to make: tokenizer.safetensors (for --tokenizer.path), reconstructions.png, training.png,
-                report.json and training.jsonl. It is there when all is done, or not at all.
+            out: new folder: tokenizer.safetensors (for --tokenizer.path), reconstructions.png, training.png,
+                report.json and training.jsonl. It appears only when everything is complete.
             codes: codebook size.
             channels: base width of the network, a multiple of 8.
-            factor: pixels a code along height and width, a power of two. Patches of pre-training should be as large.
-            size: height and width of the frames trained on, a multiple of `factor`.
+            factor: pixels per code along height and width, a power of two; use the patch size of pre-training.
+            size: height and width of the training frames, a multiple of `factor`.
             steps: training steps.
-            batch: frames a step.
+            batch: frames per step.
             flip: mirror half of the frames.
-            seed: of weights, frames and crops.
-            threads: decoding threads; 0 means as many as this process may use cores.
-            device: `auto` takes a GPU if there is one.
+            seed: seed of weights, frames and crops.
+            threads: decoding threads; 0: one per core that this process may use.
+            device: `auto` uses a GPU if there is one.
         """
         from mam2.engine.data.loader import ClipLoader
         from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
         for flag, value in given.items():
             check_value(f"--{flag}", value, Limits(at_least=least[flag]))
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out}: is there already; name another folder")
+            raise UserError(f"--out {out} already exists: choose another folder")
         check_source(data)
         make_folder(out.absolute().parent)
         try:
@@ -85,7 +85,9 @@ def run(arguments: list[str]) -> int:
         where = pick_device(RunConfig(device=device))
         manifest = read_manifest(data, threads=threads)
         if len(manifest.videos) < 2:
-            raise UserError(f"{data}: one usable video; at least two are needed, since one is held out to measure")
+            raise UserError(
+                f"{data}: only one usable video; expected at least two, because one is held out for the measurement"
+            )
         step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
         held_out = manifest.videos[::step]
         kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
@@ -139,10 +141,10 @@ def run(arguments: list[str]) -> int:
 
 
 def verdict(result: Reconstruction, file: Path) -> str:
-    """What to do with a tokenizer that gave these numbers."""
+    """Returns advice on a tokenizer with these results."""
     if result.psnr_db <= result.mean_colour_psnr_db:
         return (
-            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
             "--steps, more --channels, or more videos"
         )
     return f"use it with --tokenizer.path {file}"

@@ -17,9 +17,9 @@ CELL = 4
 
 
 def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
-    """Masks of clips [B, 3, T, H, W], drawn from (run.seed, step, sample) on their device.
+    """Draws masks for clips [B, 3, T, H, W] from (run.seed, step, sample), on their device.
 
-    first_sample: number of the first clip among those of the step.
+    first_sample: index of the first clip in the step's batch.
     """
     mask, seed = config.mask, config.run.seed
     if mask.kind == "motion":

@@ -123,9 +123,9 @@ def test_a_folder_that_holds_something_and_too_few_videos_are_refused(
 ) -> None:
     (tmp_path / "kept.txt").write_text("")
     assert train(clips, tmp_path) == 2
-    assert "is there already; name another folder" in capsys.readouterr().err
+    assert "already exists: choose another folder" in capsys.readouterr().err
     assert train(next(clips.rglob("*.mp4")), tmp_path / "tokenizer") == 2
-    assert "at least two are needed" in capsys.readouterr().err
+    assert "expected at least two" in capsys.readouterr().err
 
 
 def test_reconstruction_is_measured_as_defined() -> None:

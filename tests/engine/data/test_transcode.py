@@ -254,7 +254,7 @@ def test_what_fails_is_named_and_the_status_is_1(tmp_path, clip_bytes, capsys):
     ]
     (tmp_path / "in" / "cut.mp4").unlink()
     assert exit_status(*arguments) == 0
-    assert "0 written (0.0 MB became 0.0 MB), 1 were there, 0 failed" in capsys.readouterr().out
+    assert "0 written (0.0 MB became 0.0 MB), 1 existed already, 0 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("damaged", "taken"), [(1, True), (3, True), (6, False)])
@@ -295,7 +295,7 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
     ):
         with pytest.raises(UserError, match=told):
             transcode(tmp_path / "in", tmp_path / "out", settings)
-    with pytest.raises(UserError, match="lies in the data folder"):
+    with pytest.raises(UserError, match="is in the data folder"):
         transcode(tmp_path / "in", tmp_path / "in" / "small", Settings())
     with pytest.raises(UserError, match="is one of the videos to be read"):
         transcode(tmp_path / "in" / "list.csv", tmp_path / "in", Settings())

@@ -201,7 +201,7 @@ def test_targets_that_cannot_work_are_named(small, tables, message):
 
 
 def test_what_a_model_without_codes_or_regressor_cannot_do_is_named(small):
-    with pytest.raises(UserError, match=r"loss.alignment 2 .*model.regressor.depth 0 has none: set"):
+    with pytest.raises(UserError, match=r"loss.alignment 2 .*model.regressor.depth is 0: set"):
         check(without_regressor(small(loss={"alignment": 2.0})))
     with pytest.raises(UserError, match=r"loss.appearance_target 'pixels' has no codes"):
         tokenize(small(**PIXELS), "nowhere", "nowhere")

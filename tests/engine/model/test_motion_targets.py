@@ -178,7 +178,7 @@ def test_masks_are_those_asked_for(small):
         ({"model": {"tubelet": 1, "objective": "joint"}}, "'joint' needs model.tubelet"),
         ({"loss": {"motion_target": "none"}}, "loss.balance 'fixed'"),
         ({"mask": {"strength": 2.0}}, "mask.strength"),
-        ({"mask": {"kind": "random", "ratio": 0.01}}, "hides 0 of 64 tokens"),
+        ({"mask": {"kind": "random", "ratio": 0.01}}, "masks 0 of 64 tokens"),
     ],
 )
 def test_values_that_cannot_work_are_named(small, tables, message):

@@ -385,9 +385,9 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["finetune"], "the recipe comes first: mam2 finetune RECIPE"),
+        (["finetune"], "expected a recipe as first argument: mam2 finetune RECIPE"),
         (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
-        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "--checkpoint, or --scratch"),
+        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "or --scratch for random weights"),
         (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),
     ],
 )
