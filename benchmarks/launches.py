@@ -30,7 +30,7 @@ def counted() -> Iterator[Counter]:
         original(kernel, programs, *arguments, **meta)
         counter.names.append(getattr(kernel, "__name__", str(kernel)).strip("_").removesuffix("_kernel"))
 
-    with mock.patch.object(launch, "run", run):
+    with mock.patch.object(launch, "run_kernel", run):
         yield counter
 
 
@@ -55,7 +55,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
         if programs:
             recorded.append((kernel, arguments, meta))
 
-    with mock.patch.object(launch, "run", record):
+    with mock.patch.object(launch, "run_kernel", record):
         for call in calls:
             with contextlib.suppress(Exception):  # a failing call is reported when it is checked
                 call()

@@ -104,15 +104,17 @@ def table(result: ProbeReport) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     first, at = _reference(result.scores)
     notes = [
-        f"{result.train} training and {result.test} test videos of {result.classes} classes"
+        f"{result.train} training and {result.test} test {result.unit} of {result.classes} classes"
         + (f", {result.skipped} left out" if result.skipped else "")
         + f"; always the most frequent class: {100 * result.commonest:.1f} %",
-        "Share of correct answers (95 % bootstrap interval over the test videos"
+        f"Share of correct answers (95 % bootstrap interval over the test {result.unit}"
         + (f"' {result.groups} groups)" if result.groups else ")")
         + (f"; below it, in points, the gain over {first}, layer {at}, with the same pool." if several else "."),
     ]
     if result.both:
-        notes.append(f"{result.both} test videos are also training videos: these accuracies are too high.")
+        notes.append(
+            f"{result.both} test {result.unit} are also in the training videos: these accuracies are too high."
+        )
     return "\n".join([*text, "", *notes])
 
 

@@ -94,6 +94,11 @@ def _resized(name: str | Path, config: Any, size: str, preset: str) -> PretrainC
     return dataclasses.replace(config, model=with_preset(model, preset) if preset else model)
 
 
+def recipe_head(name: str) -> str:
+    """Returns the first line of a shipped recipe's file, which says what it is for."""
+    return _shipped()[name].read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
+
+
 def _shipped() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.toml")}
 

@@ -70,6 +70,8 @@ class ProbeReport:
     commonest: float
     """Accuracy of always answering the test videos' commonest class."""
     scores: tuple[Score, ...]
+    unit: str = "videos"
+    """What is counted: videos, or segments of videos."""
 
 
 @dataclass(frozen=True)

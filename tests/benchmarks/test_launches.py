@@ -25,7 +25,7 @@ def _repository_root_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes launch.run_kernel do nothing, and every device one where Triton should run."""
-    monkeypatch.setattr(launch, "run", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "run_kernel", lambda *_, **__: None)
     monkeypatch.setenv("MAM2_KERNELS", "triton")
 
 

@@ -105,7 +105,7 @@ def recorded() -> Iterator[list[Launch]]:
         return out
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(launch, "run", recorded_run))
+        patches.enter_context(patch.object(launch, "run_kernel", recorded_run))
         patches.enter_context(patch.object(builder, "create_masked_load", recorded_load))
         patches.enter_context(patch.object(builder, "create_masked_store", recorded_store))
         patches.enter_context(patch.object(interpreter.ReduceOps, "sum", counted_sum))
