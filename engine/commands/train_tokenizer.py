@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> int:
         factor: int = 16,
         size: int = 224,
         steps: int = 2000,
-        batch: int = 64,
+        batch: int = 16,
         flip: bool = True,
         seed: int = 0,
         threads: int = 0,
@@ -56,14 +57,18 @@ def run(arguments: list[str]) -> int:
             threads: decoding threads; 0: one per core that this process may use.
             device: `auto` uses a GPU if there is one.
         """
+        import torch
+
         from mam2.engine.data.loader import ClipLoader
         from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
         from mam2.engine.data.sources import check_source
         from mam2.engine.runtime.device import pick_device
         from mam2.engine.tokenizer.files import save_vqgan
+        from mam2.engine.tokenizer.kmeans import kmeans
         from mam2.engine.tokenizer.prepare import FILE, clip_frames
         from mam2.engine.tokenizer.prepare import train_tokenizer as train
         from mam2.engine.tokenizer.quality import draw_reconstructions, draw_training, measure_reconstruction
+        from mam2.engine.tokenizer.training import first_frames, first_patches
         from mam2.engine.tokenizer.vqgan import small
 
         least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
@@ -81,7 +86,7 @@ def run(arguments: list[str]) -> int:
             raise UserError(f"--{error}") from None
         if size < factor or size % factor:
             raise UserError(f"--size {size} is not a multiple of --factor {factor}")
-        frames = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
+        sampled = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
         where = pick_device(RunConfig(device=device))
         manifest = read_manifest(data, threads=threads)
         if len(manifest.videos) < 2:
@@ -98,13 +103,17 @@ def run(arguments: list[str]) -> int:
         for skipped in manifest.skipped:
             skip(skipped)
         clips = max(batch // 2, 1)
-        with ClipLoader(Manifest(kept), frames, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
-            vqgan, reports = train(clip_frames(loader, batch), architecture, steps, where, seed=seed)
+        with ClipLoader(Manifest(kept), sampled, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
+            frames = clip_frames(loader, batch)
+            first = first_frames(frames, architecture)
+            vqgan, reports = train(itertools.chain(first, frames), architecture, steps, where, seed=seed)
+        centers = kmeans(first_patches(first, architecture), codes, torch.Generator().manual_seed(seed))
         with ClipLoader(
-            Manifest(held_out), frames, batch=8, device=where, seed=seed, train=False, on_skip=skip
+            Manifest(held_out), sampled, batch=8, device=where, seed=seed, train=False, on_skip=skip
         ) as loader:
             try:
-                result = measure_reconstruction(vqgan.to(where), (batch.clip for batch in loader.evaluate()))
+                clips_shown = (batch.clip for batch in loader.evaluate())
+                result = measure_reconstruction(vqgan.to(where), clips_shown, centers)
             except ValueError:
                 raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
 
@@ -119,7 +128,7 @@ def run(arguments: list[str]) -> int:
             numbers = {
                 field.name: getattr(result, field.name)
                 for field in dataclasses.fields(result)
-                if field.name not in ("original", "reconstructed")
+                if not isinstance(getattr(result, field.name), torch.Tensor)
             }
             write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
             aside.replace(out)
@@ -131,7 +140,10 @@ def run(arguments: list[str]) -> int:
             raise
         print(
             f"held out: {len(held_out)} videos, {result.frames} frames\n"
-            f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_colour_psnr_db:.1f} dB); "
+            f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
+            f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}"
+            f"{_color(result.kmeans_color_explained)}\n"
+            f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_color_psnr_db:.1f} dB); "
             f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
             f"written: {out / FILE}, reconstructions.png, training.png\n{verdict(result, out / FILE)}"
         )
@@ -140,11 +152,20 @@ def run(arguments: list[str]) -> int:
     return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")
 
 
+def _color(share: float | None) -> str:
+    return "" if share is None else f" ({share:.1%} of its color)"
+
+
 def verdict(result: Reconstruction, file: Path) -> str:
     """Returns advice on a tokenizer with these results."""
-    if result.psnr_db <= result.mean_colour_psnr_db:
+    if result.explained <= 0:
         return (
-            "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
-            "--steps, more --channels, or more videos"
+            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "videos, or more --steps"
         )
-    return f"use it with --tokenizer.path {file}"
+    if result.explained < result.kmeans_explained:
+        return (
+            "weak: k-means of raw patches explains more of held-out frames with as many codes; give it more --steps, "
+            f"more --channels, or more videos. It can be used with --tokenizer.path {file}"
+        )
+    return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

@@ -158,7 +158,7 @@ class TokenizerConfig:
     """Base channels of the tokenizer that the run trains."""
     steps: int = limited(1000, COUNT)
     """Training steps of the tokenizer that the run trains."""
-    batch: int = limited(64, BATCH)
+    batch: int = limited(16, BATCH)
     """Frames per training step of the tokenizer that the run trains."""
 
 

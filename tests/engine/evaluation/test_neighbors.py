@@ -223,6 +223,7 @@ def verb(*arguments):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["random", "--recipe", "demo", "--data", clips / "train", "--val", clips / "test", "--out", out]
@@ -249,6 +250,7 @@ def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
         assert image.imread(out / name)[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
     """Every query is also in the gallery, under another name."""
     gallery = tmp_path / "gallery"

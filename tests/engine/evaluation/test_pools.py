@@ -155,6 +155,7 @@ def probe(*arguments):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys):
     places = ["--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "linear", "--pools", "time"]
     assert probe(run, "--data", table, "--group", "speaker", *places) == 0
@@ -191,6 +192,7 @@ def test_groups_that_are_not_there_are_said_in_a_line(run, table, tmp_path, caps
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_features_of_two_pools_are_two_files(run, clips, tmp_path):
     arguments = [run, "--data", clips, "--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "knn"]
     assert probe(*arguments, "--pools", "mean") == 0
