@@ -362,7 +362,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     if config.patch_path:
         inward = CHANNELS * config.factor**2 * config.embed_dim
         moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
-        total += Cost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
+        total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)
     if config.quantizer == "gumbel":  # a convolution for the logits, in addition to the codebook
