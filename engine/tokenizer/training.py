@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest, tally
+from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest_center, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
@@ -135,7 +135,7 @@ class MovingCodebook:
         batch_rows: latents of the updates to come; the averages start as if such batches had made them.
         """
         self.codes.copy_(kmeans(latents, len(self.codes), self.generator))
-        counts, _ = tally(latents, nearest(latents, self.codes), len(self.codes))
+        counts, _ = tally(latents, nearest_center(latents, self.codes), len(self.codes))
         self.counts = counts.clamp(min=1) * (batch_rows / len(latents))
         self.sums = self.codes * self.counts[:, None]
 
