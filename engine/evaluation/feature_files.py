@@ -35,7 +35,7 @@ from mam2.engine.runtime.device import autocast, matmul_dtype
 CELLS = 4
 """For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames
 of 224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
-Kind = Pool | Literal["cells"]
+FeatureKind = Pool | Literal["cells"]
 
 
 class FeatureSpec(NamedTuple):
@@ -44,7 +44,7 @@ class FeatureSpec(NamedTuple):
     frozen: FrozenEncoder
     layer: int
     """Number of the layer, from 1; the tokens of the last include the encoder's final LayerNorm."""
-    kind: Kind
+    kind: FeatureKind
 
 
 class FeatureCache:

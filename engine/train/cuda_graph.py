@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.cuda import Recorder, Values
+from mam2.engine.runtime.distributed import first_line
 
 Arguments = tuple[Any, ...]
 StepFunction = Callable[[Arguments, bool], Values]
@@ -51,14 +52,14 @@ class StepGraph:
         return {name: value.clone() for name, value in values.items()}
 
 
-class Choice(NamedTuple):
+class StepChoice(NamedTuple):
     step_function: StepFunction
     """The faster correct variant."""
     reason: str
     """Reason of the choice, for the log."""
 
 
-def choose(
+def choose_step(
     step_function: StepFunction,
     arguments: Arguments,
     model: nn.Module,
@@ -66,8 +67,8 @@ def choose(
     recorder: Recorder,
     *,
     compare: bool = True,
-) -> Choice:
-    """Runs steps in both variants on the same input and keeps the better one.
+) -> StepChoice:
+    """Takes steps both ways on the same input and keeps the better one.
 
     Weights, moments and learning rates are restored. If the graph is kept, the learning rates of the optimizer's groups
     are tensors, to be filled as in `set_rate`.
@@ -97,12 +98,7 @@ def choose(
         raise UserError(
             f"run.graph on: the step cannot be captured as a CUDA graph ({problem}); set run.graph auto or off"
         )
-    return Choice(graph or step_function, reason)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type if there is no message."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return StepChoice(graph or step_function, reason)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
