@@ -30,13 +30,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import DataConfig, PretrainConfig
 from mam2.engine.data.manifest import Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
+from mam2.engine.runtime.progress import Progress
 
 HEADER, SHARDS, MANIFEST = "cache.json", "shards.json", "manifest.jsonl"
 SHARD_VIDEOS = 1024
@@ -314,7 +314,7 @@ def _finished_shards(
     if not verify:
         return finished
     sound = {}
-    for place, digest in tqdm(finished.items(), "checking codes", unit="shard", disable=None if progress else True):
+    for place, digest in Progress(finished.items(), "checking codes", len(finished), unit="shard", shown=progress):
         with contextlib.suppress(FileNotFoundError):
             if hashlib.sha256((folder / "shards" / _shard_name(*place)).read_bytes()).hexdigest() == digest:
                 sound[place] = digest
