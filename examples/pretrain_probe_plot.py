@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mam2.engine import embed, index, load_recipe, plan, pretrain, probe
+from mam2.engine import embed, index, load_recipe, plan, plot, pretrain, probe
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluation.plots import draw_logs
-from mam2.engine.runtime.log import read_log
 
 
 def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
     # Pre-train; a second call goes on where the first was stopped
     trained = pretrain(config, out / "clips" / "train", run, resume=True)
     print(f"{trained.step} steps, {trained.checkpoint}")
-    (out / "losses.png").write_bytes(draw_logs({"run": read_log(run)}))
+    plot([run], out / "losses.png")
 
     # Probe: the encoder is frozen, a linear classifier learns the classes from its features
     report = probe(

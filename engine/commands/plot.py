@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-from mam2.engine.errors import UserError
 
 
 def run(arguments: list[str]) -> int:
@@ -24,40 +21,9 @@ def run(arguments: list[str]) -> int:
             out: output file, PNG; default: curves.png in the folder of a single run, runs.png here for several.
             against: quantity of the x-axis; hours exclude the time between a stop and a resume.
         """
-        from mam2.engine.evaluation.plots import draw_logs
-        from mam2.engine.runtime.log import read_log
+        from mam2.engine.evaluation.plots import plot
 
-        if not runs:
-            raise UserError("plot: expected at least one run folder: mam2 plot RUN [RUN …] --out FILE")
-        if out and out.suffix.lower() != ".png":
-            raise UserError(f"--out {out}: expected a name that ends in .png")
-        logs = {}
-        for folder in runs:
-            if not (folder / "log.jsonl").is_file():
-                raise UserError(
-                    f"{folder} contains no log.jsonl: expected run folders, those passed to pretrain with --out"
-                )
-            logs[_name(folder, runs)] = read_log(folder)
-        try:
-            picture = draw_logs(logs, against=("step", "hours") if against == "both" else (against,))
-        except ValueError:
-            raise UserError(
-                f"{', '.join(map(str, runs))}: no log line yet; the first comes after run.log_every steps"
-            ) from None
-        file = out or (runs[0] / "curves.png" if len(runs) == 1 else Path("runs.png"))
-        try:
-            file.write_bytes(picture)
-        except OSError as error:
-            raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
-        print(file)
+        print(plot(runs, out, against=against))
         return 0
 
     return tyro.cli(plot, args=arguments, prog="mam2 plot")
-
-
-def _name(folder: Path, runs: tuple[Path, ...]) -> str:
-    """Returns a run's name: its path relative to the common folder of all runs."""
-    absolute = [path.resolve() for path in runs]
-    if len(set(absolute)) == 1:
-        return folder.resolve().name
-    return str(folder.resolve().relative_to(os.path.commonpath(absolute)))

@@ -30,10 +30,9 @@ def run(arguments: list[str]) -> int:
             gop: largest number of frames from a key frame to the next.
             jobs: files at once; 0: one per core.
         """
-        from mam2.engine.data.transcode import FAILURES, Settings, transcode
+        from mam2.engine.data.transcode import FAILURES, transcode
 
-        settings = Settings(codec=codec, short_side=short_side, gop=gop)
-        written, kept, failed = transcode(data, out, settings, jobs=jobs)
+        written, kept, failed = transcode(data, out, codec=codec, short_side=short_side, gop=gop, jobs=jobs)
         before, after = (sum(sizes) / 1e6 for sizes in zip(*written, strict=True)) if written else (0.0, 0.0)
         print(
             f"{out}: {len(written)} written ({before:.1f} MB became {after:.1f} MB), {kept} existed already, ", end=""

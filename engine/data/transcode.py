@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -123,21 +123,40 @@ class _Job(NamedTuple):
 
 
 def transcode(
-    source: str | Path, out: str | Path, settings: Settings, *, jobs: int = 0, progress: bool = True
+    data: str | Path,
+    out: str | Path,
+    *,
+    codec: Literal["h264", "hevc", "vp9"] = "h264",
+    short_side: int = 320,
+    gop: int = 30,
+    jobs: int = 0,
+    progress: bool = True,
 ) -> Outcome:
     """Re-encodes the videos of a folder, list or file into the folder `out`; existing files are kept.
 
     Files keep their path relative to the source folder; files of a list keep their path relative to their common
     folder. For a list, a list of the same name in `out` has the new paths and the old labels, without failed files
-    (tab-separated, with a header). `out/transcode.failed.tsv` lists failures. jobs: files at once, 0 for one per core.
-    Raises UserError for invalid values, and if `out` holds files of other settings.
+    (tab-separated, with a header). `out/transcode.failed.tsv` lists failures.
+
+    Args:
+        data: a folder of videos, an annotation list, or a video.
+        out: folder for the new videos.
+        codec: h264 or hevc, which NVDEC decodes, or vp9, which DALI decodes on a CPU.
+        short_side: pixels of the shorter side; smaller videos keep their size.
+        gop: the most frames from a key frame to the next.
+        jobs: files at once; 0 for one per core.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for invalid values, and if `out` holds files of other settings.
     """
+    settings = Settings(codec=codec, short_side=short_side, gop=gop)
     out = Path(out).absolute()
     _check(settings, jobs)
-    listing = read_source(source)
+    listing = read_source(data)
     for note in listing.notes:
         tqdm.write(one_line(note), file=sys.stderr)
-    source = list_and_split(source)[0]
+    source = list_and_split(data)[0]
     plan = _plan(source, listing, out, settings)
     _claim(out, settings)
     stop = threading.Event()

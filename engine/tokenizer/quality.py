@@ -134,7 +134,7 @@ def draw_reconstructions(result: Reconstruction, path: Path) -> None:
 
 
 def draw_training(reports: Sequence[dict[str, float]], path: Path) -> None:
-    """PNG: the loss, and the use of the codes, over the steps; reports from `train_tokenizer`."""
+    """PNG: the loss, and the use of the codes, over the steps; reports from `train_with_progress`."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     loss, usage = figure.subplots(1, 2)
     steps = [report["step"] for report in reports]

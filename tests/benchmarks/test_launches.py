@@ -18,11 +18,6 @@ from tests.helpers.paths import ROOT
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _repository_root_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-
-
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes launch.run do nothing, and every device one where Triton should run."""
     monkeypatch.setattr(launch, "run", lambda *_, **__: None)

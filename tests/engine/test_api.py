@@ -27,7 +27,7 @@ def help_of(verb: str) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setenv("COLUMNS", "300")
         with pytest.raises(SystemExit):
-            cli.main([verb, "--help"])
+            cli.main([verb.replace("_", "-"), "--help"])
     return out.getvalue()
 
 
@@ -74,7 +74,7 @@ def test_the_example_runs_and_returns_what_it_prints(tmp_path: Path, capsys: pyt
 
 VERBS = (
     *("embed", "evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "probe", "tokenize"),
-    *("visualize", "neighbors"),
+    *("visualize", "neighbors", "plot", "train_tokenizer", "transcode"),
 )
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {
@@ -113,6 +113,11 @@ def test_a_function_takes_every_option_of_its_verb(verb: str) -> None:
     assert [name for name in parameters if name not in hints] == []
     told = inspect.getdoc(found) or ""
     assert [name for name in parameters if not re.search(rf"\b{name}\b", told)] == []
+
+
+def test_the_page_names_every_function() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [name for name in mam2.engine.__all__ if name.islower() and f"`{name}(" not in page] == []
 
 
 def test_names_of_functions_are_not_those_of_modules() -> None:

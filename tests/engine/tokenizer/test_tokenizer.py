@@ -178,7 +178,8 @@ def test_cudnn_stays_on_and_float32_is_not_tf32(precision: str, monkeypatch: pyt
 def test_it_is_one_graph(precision: str) -> None:
     """Traced and differentiated as for any back end, then run by PyTorch: generating code would take a minute."""
     tokenizer = build(
-        precision=precision, compiled=lambda codes: torch.compile(codes, fullgraph=True, backend="aot_eager")
+        precision=precision,
+        compiled=lambda codes: torch.compile(codes, fullgraph=True, dynamic=False, backend="aot_eager"),
     )
     assert torch.equal(tokenizer.codes(clip()), build(precision=precision).codes(clip()))
 
