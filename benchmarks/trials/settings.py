@@ -181,6 +181,7 @@ def changed(config: Any, changes: Changes) -> Any:
 
 
 MINIATURE = {
+    "data.stride": 2,
     "mask.kind": "tube",
     "tokenizer.codes": 128,
     "tokenizer.channels": 24,
