@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.model.videomae import VideoMAE
     from mam2.engine.planning import plan
+    from mam2.engine.tokenizer.from_videos import train_tokenizer
     from mam2.engine.tokenizer.precompute import tokenize
     from mam2.engine.train.finetune import finetune
     from mam2.engine.train.pretrain import pretrain
@@ -67,6 +68,7 @@ __all__ = [
     "pretrain",
     "probe",
     "tokenize",
+    "train_tokenizer",
     "transcode",
     "visualize",
 ]
@@ -97,6 +99,7 @@ _HOMES = {
     "pretrain": "train.pretrain",
     "probe": "evaluation.probing",
     "tokenize": "tokenizer.precompute",
+    "train_tokenizer": "tokenizer.from_videos",
     "transcode": "data.transcode",
     "visualize": "evaluation.visualize",
 }

@@ -69,7 +69,7 @@ def prepare_tokenizer(
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         architecture = small(options.channels, options.codes, code_factor(config))
         frames = clip_frames(loader, options.batch)
-        vqgan, reports = train_tokenizer(
+        vqgan, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
         )
         last = reports[-1]
@@ -139,7 +139,7 @@ def build_tokenizer(
     return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
 
 
-def train_tokenizer(
+def train_with_progress(
     frames: Iterable[Tensor],
     architecture: VQGANConfig,
     steps: int,

@@ -27,7 +27,7 @@ def help_of(verb: str) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setenv("COLUMNS", "300")
         with pytest.raises(SystemExit):
-            cli.main([verb, "--help"])
+            cli.main([verb.replace("_", "-"), "--help"])
     return out.getvalue()
 
 
@@ -74,7 +74,7 @@ def test_the_example_runs_and_returns_what_it_prints(tmp_path: Path, capsys: pyt
 
 VERBS = (
     *("embed", "evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "probe", "tokenize"),
-    *("visualize", "neighbors", "plot", "transcode"),
+    *("visualize", "neighbors", "plot", "train_tokenizer", "transcode"),
 )
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {

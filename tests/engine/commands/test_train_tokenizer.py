@@ -12,10 +12,9 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from mam2.engine.commands.train_tokenizer import verdict
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.data import loader as loaders
-from mam2.engine.tokenizer import prepare as training
+from mam2.engine.tokenizer import from_videos
+from mam2.engine.tokenizer.from_videos import verdict
 from mam2.engine.tokenizer.quality import Reconstruction, measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, small
@@ -46,13 +45,13 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
 ) -> None:
     seen: list[set[str]] = []
 
-    class Watched(loaders.ClipLoader):
+    class Watched(from_videos.ClipLoader):
         def __init__(self, manifest, *args, **options) -> None:  # type: ignore[no-untyped-def]
             seen.append({video.path for video in manifest.videos})
             super().__init__(manifest, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "ClipLoader", Watched)
+        patch.setattr(from_videos, "ClipLoader", Watched)
         assert train(clips, tmp_path / "tokenizer") == 0
     trained, held_out = seen
     assert not trained & held_out
@@ -106,11 +105,9 @@ def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    from mam2.engine.tokenizer import quality as reconstruction
-
-    for module, name in ((training, "train_tokenizer"), (reconstruction, "draw_training")):
+    for name in ("train_with_progress", "draw_training"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupted)
+            patch.setattr(from_videos, name, interrupted)
             assert train(clips, tmp_path / "tokenizer") == 130
         assert list(tmp_path.iterdir()) == []
 

@@ -115,7 +115,7 @@ def test_a_file_that_breaks_later_is_skipped_too(run, videos, tmp_path):
 
     from mam2.engine.evaluation import prediction as module
 
-    probe = module.probe
+    probe = module.probe_file
 
     def probe_and_break(name):
         found = probe(name)
@@ -124,7 +124,7 @@ def test_a_file_that_breaks_later_is_skipped_too(run, videos, tmp_path):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "probe", probe_and_break)
+        patch.setattr(module, "probe_file", probe_and_break)
         first, second = predictor.stream(names())
     assert isinstance(first, Skipped)
     assert first.path == str(path)
