@@ -134,11 +134,11 @@ class _Finetuning:
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
-        weights = None
+        class_weights = None
         if config.head.class_weights == "balanced":
-            weights = balanced_weights(session.manifest)
-            session.log.info(describe_weights(weights, session.manifest.classes))
-        targets = ClassTargets(config.model.classes, config.augment.label_smoothing, weights)
+            class_weights = balanced_weights(session.manifest)
+            session.log.info(describe_weights(class_weights, session.manifest.classes))
+        targets = ClassTargets(config.model.classes, config.augment.label_smoothing, class_weights)
         self.train_step = FinetuneStep(config, model, session.device, world, targets)
         self._measure = MEASURES[config.test.best]
 
