@@ -27,8 +27,8 @@ MUON_ITERATIONS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Cost of a part for one clip; the parameters are those of the part."""
+class PartCost:
+    """PartCost of a part for one clip; the parameters are those of the part."""
 
     parameters: int = 0
     forward_flops: int = 0
@@ -42,20 +42,20 @@ class Cost:
     def flops(self) -> int:
         return self.forward_flops + self.backward_flops
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: PartCost) -> PartCost:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Cost(**dict(zip(_FIELDS, (a + b for a, b in zip(mine, others, strict=True)), strict=True)))
+        return PartCost(**dict(zip(_FIELDS, (a + b for a, b in zip(mine, others, strict=True)), strict=True)))
 
-    def __mul__(self, times: int) -> Cost:
-        return Cost(**{name: times * getattr(self, name) for name in _FIELDS})
+    def __mul__(self, times: int) -> PartCost:
+        return PartCost(**{name: times * getattr(self, name) for name in _FIELDS})
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Cost))
+_FIELDS = tuple(field.name for field in dataclasses.fields(PartCost))
 
 
 def part_costs(
     config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None, *, item_bytes: int = 2
-) -> dict[str, Cost]:
+) -> dict[str, PartCost]:
     """Returns the cost of every part of a step by name, in order.
 
     Args:
@@ -71,22 +71,22 @@ def part_costs(
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
     parts = {
         "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
-        + Cost(bytes_moved=read)
+        + PartCost(bytes_moved=read)
         + encoder_blocks(config, visible, item_bytes)
     }
 
-    def decoder(tokens: int) -> Cost:
+    def decoder(tokens: int) -> PartCost:
         one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
         return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
 
-    def pixel_head(outputs: int) -> Cost:
+    def pixel_head(outputs: int) -> PartCost:
         loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
-        gradient = Cost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
+        gradient = PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
         return linear(masked, width, outputs, item_bytes) + gradient
 
     tokens = visible + masked
     if model.objective != "mam2":
-        project = linear(visible, model.width, width, item_bytes, bias=False) + Cost(parameters=width)
+        project = linear(visible, model.width, width, item_bytes, bias=False) + PartCost(parameters=width)
         return parts | {"decoder": project + decoder(tokens), "head and pixel loss": pixel_head(values)}
     decoded = masked
     if model.regressor.depth:
@@ -104,7 +104,7 @@ def part_costs(
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)
-        parts["alignment"] = Cost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
+        parts["alignment"] = PartCost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
     if tokenizer:
         parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.tokenized_frames
         parts["tokenizer"] = dataclasses.replace(
@@ -131,27 +131,27 @@ def state_bytes(config: PretrainConfig, parameters: int) -> int:
     return SINGLE * (2 * parameters - muon(config, SINGLE).parameters)
 
 
-def muon(config: PretrainConfig, item_bytes: int) -> Cost:
+def muon(config: PretrainConfig, item_bytes: int) -> PartCost:
     """Of Muon's part of an optimizer step, whatever the batch; each process of a run does all of it. Nothing for AdamW.
 
     An iteration on [m, n], m ≤ n, is two products of m·m·n and one of m·m·m multiply-adds.
     """
-    total = Cost()
+    total = PartCost()
     if config.optim.name != "muon":
         return total
-    for (rows, columns), count in hidden_matrices(config).items():
+    for (rows, columns), count in hidden_matrix_shapes(config).items():
         short, values = min(rows, columns), rows * columns
         gram = short**2
-        iteration = Cost(
+        iteration = PartCost(
             forward_flops=4 * short * values + 2 * short**3,
             bytes_moved=item_bytes * (3 * values + 4 * gram),
         )
-        around = Cost(parameters=values, bytes_moved=values * (24 * SINGLE + 5 * item_bytes))
+        around = PartCost(parameters=values, bytes_moved=values * (24 * SINGLE + 5 * item_bytes))
         total += (iteration * MUON_ITERATIONS + around) * count
     return total
 
 
-def hidden_matrices(config: PretrainConfig) -> Counter[tuple[int, int]]:
+def hidden_matrix_shapes(config: PretrainConfig) -> Counter[tuple[int, int]]:
     """How many matrices of each shape [rows, columns] the blocks have, a fused projection counted as its three."""
     model, found = config.model, Counter[tuple[int, int]]()
     decoders = 1
@@ -168,14 +168,14 @@ def hidden_matrices(config: PretrainConfig) -> Counter[tuple[int, int]]:
     return found
 
 
-def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost:
+def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> PartCost:
     """Returns the cost of the encoder without its patch embedding, on `tokens` tokens."""
     model = config.model
     one = block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
-def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
+def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
     """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
     one block's activations."""
     total = one * depth
@@ -185,10 +185,10 @@ def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
     return total
 
 
-def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
+def projection(config: PretrainConfig, visible: int, item_bytes: int) -> PartCost:
     """Returns the cost of the projection to the regressor's width, if it differs, and of the mask token."""
     model, width = config.model, config.model.regressor.width
-    cost = Cost(parameters=width)
+    cost = PartCost(parameters=width)
     if model.width != width:
         cost += linear(visible, model.width, width, item_bytes)
         if model.projection_norm:
@@ -196,7 +196,7 @@ def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
     return cost
 
 
-def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> Cost:
+def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> PartCost:
     sizes = config.model.regressor
     width, everything = sizes.width, sizes.keys == "all"
     keys = visible + masked if everything else visible
@@ -214,14 +214,14 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
     inputs = (masked + (keys if everything else 0)) * width
     total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
     if not everything and not config.run.recompute:  # all blocks share the same visible latents
-        total += Cost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
+        total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
     return total + projection(config, visible, item_bytes)
 
 
-def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
+def code_head(rows: int, width: int, codes: int, item_bytes: int) -> PartCost:
     """Returns the cost of head and cross-entropy, which hold their gradients instead of the logits."""
     product = 2 * rows * width * codes
-    return Cost(
+    return PartCost(
         parameters=(width + 1) * codes,
         forward_flops=product,
         backward_flops=2 * product,
@@ -230,13 +230,13 @@ def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
     )
 
 
-def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> Cost:
+def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> PartCost:
     """Returns the cost of a self-attention block."""
     return (
         norm(tokens, width, item_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
-        + Cost(parameters=2 * width)  # biases of queries and values
-        + Cost(held_bytes=_centred(tokens, width, item_bytes))  # in addition to the projection that contains them
+        + PartCost(parameters=2 * width)  # biases of queries and values
+        + PartCost(held_bytes=_centred(tokens, width, item_bytes))  # in addition to the projection that contains them
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
@@ -244,32 +244,32 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale
     )
 
 
-def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Cost:
+def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> PartCost:
     """Returns the cost of LayerScale on a block's two branches.
 
     Holds both, reads them again, writes their gradients.
     """
     if not layer_scale:
-        return Cost()
+        return PartCost()
     branches = 2 * tokens * width * item_bytes
-    return Cost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
+    return PartCost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
 
 
-def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
+def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> PartCost:
     """Returns the cost of LayerNorm, linear, GELU, linear."""
     inner = mlp_width(width, ratio)
-    gelu = Cost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
+    gelu = PartCost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
     layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
     return norm(tokens, width, item_bytes) + layers
 
 
-def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
+def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
     """Returns the cost of the two products of all heads, and of four in backward. The next layer holds the result.
 
     In 16 bits the keys are read twice and written once to center them.
     """
     products = 4 * queries * keys * width
-    return Cost(
+    return PartCost(
         forward_flops=products,
         backward_flops=2 * products,
         bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centred(keys, width, item_bytes),
@@ -284,14 +284,14 @@ def _centred(keys: int, width: int, item_bytes: int) -> int:
 
 def linear(
     rows: int, inputs: int, outputs: int, item_bytes: int, *, bias: bool = True, input_gradient: bool = True
-) -> Cost:
+) -> PartCost:
     """Returns the cost of a linear layer, which holds its input.
 
     Backward: gradients of the weight and, if asked, the input.
     """
     product = 2 * rows * inputs * outputs
     backward = 2 if input_gradient else 1
-    return Cost(
+    return PartCost(
         parameters=(inputs + bias) * outputs,
         forward_flops=product,
         backward_flops=backward * product,
@@ -300,17 +300,19 @@ def linear(
     )
 
 
-def norm(rows: int, width: int, item_bytes: int) -> Cost:
+def norm(rows: int, width: int, item_bytes: int) -> PartCost:
     """Returns the cost of an addition and LayerNorm: reads both summands, writes sum and result; holds the sum."""
     forward = 2 * SINGLE + 2 * item_bytes
     backward = 3 * SINGLE + item_bytes
-    return Cost(parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE)
+    return PartCost(
+        parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE
+    )
 
 
-def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> Cost:
+def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> PartCost:
     """Returns the forward cost of the codes of one image with an h×w code map; holds the largest set of activations."""
     pixels = math.prod(code_map) * config.factor**2
-    total = Cost()
+    total = PartCost()
     largest = 0
 
     def conv(width_in: int, width_out: int, kernel: int, *, normed: bool = True) -> None:
@@ -318,12 +320,12 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         weights = width_in * width_out * kernel**2
         # a preceding normalization reads and writes the input once more
         moved = pixels * (width_in * (3 if normed else 1) + width_out) * item_bytes
-        total += Cost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
+        total += PartCost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
         largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)
 
     def normalisation(width: int) -> None:
         nonlocal total
-        total += Cost(parameters=2 * width)
+        total += PartCost(parameters=2 * width)
 
     def residual(width_in: int, width_out: int) -> None:
         for width in (width_in, width_out):
@@ -337,7 +339,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         normalisation(width)
         for _ in range(4):
             conv(width, width, 1, normed=False)
-        total += Cost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
+        total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
 
     width = config.channels
     conv(CHANNELS, width, 3, normed=False)
@@ -360,9 +362,9 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     if config.patch_path:
         inward = CHANNELS * config.factor**2 * config.embed_dim
         moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
-        total += Cost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
+        total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
-    total += Cost(parameters=codebook, forward_flops=2 * codebook * pixels)
+    total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)
     if config.quantizer == "gumbel":  # a convolution for the logits, in addition to the codebook
-        total += Cost(parameters=codebook + config.codes)
+        total += PartCost(parameters=codebook + config.codes)
     return dataclasses.replace(total, held_bytes=largest)

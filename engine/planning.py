@@ -89,7 +89,7 @@ IMAGES_PER_PASS = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     config: PretrainConfig
-    parts: dict[str, costs.Cost]
+    parts: dict[str, costs.PartCost]
     dtype: torch.dtype
     machine: str
     """Name of the machine, and the source of its rates."""
@@ -127,7 +127,7 @@ class Plan:
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
-        tokenizer = self.parts.get("tokenizer", costs.Cost())
+        tokenizer = self.parts.get("tokenizer", costs.PartCost())
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
@@ -205,7 +205,7 @@ class Plan:
             "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
         ]
         lines += [_row(name, cost) for name, cost in self.parts.items()]
-        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.Cost())
+        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.PartCost())
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
         lines.append(_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
         step = costs.step_bytes(self.config, self.parameters, self.dtype.itemsize)
@@ -318,7 +318,7 @@ def _known(gpu: str) -> str:
     return name
 
 
-def _row(name: str, cost: costs.Cost) -> str:
+def _row(name: str, cost: costs.PartCost) -> str:
     flops = f"{_count(cost.forward_flops):>12}  {_count(cost.backward_flops) if cost.backward_flops else '-':>13}"
     moved, held = _bytes(cost.bytes_moved), _bytes(cost.held_bytes)
     return f"  {name:<21} {_count(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mam2.engine.errors import UserError
 
-Kind = Literal["safetensors", "zip", "legacy", "unknown"]
+WeightsFormat = Literal["safetensors", "zip", "legacy", "unknown"]
 """`zip` and `legacy` are the formats of `torch.save` since PyTorch 1.6 and before."""
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """First bytes of a `torch.save` file before PyTorch 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
@@ -24,7 +24,7 @@ LARGEST_HEADER = 100_000_000
 """Maximum bytes of a header that safetensors reads."""
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path) -> WeightsFormat:
     """Returns the kind of a complete or damaged file. Raises UserError if it cannot be opened."""
     start = _start(path)
     if start.startswith(b"PK\x03\x04"):

@@ -41,7 +41,7 @@ from mam2.engine.data.decoding import (
 from mam2.engine.data.encoding import video_writer
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import Listing, list_and_split, read_source
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import (
     FULL_OR_FORBIDDEN,
@@ -55,7 +55,7 @@ from mam2.engine.files import (
 )
 
 
-class Encoder(NamedTuple):
+class VideoEncoder(NamedTuple):
     suffix: str
     name: str
     """FFmpeg's name of the encoder."""
@@ -64,8 +64,8 @@ class Encoder(NamedTuple):
 
 
 ENCODERS = {
-    "h264": Encoder(".mp4", "libx264", {"preset": "fast", "crf": "20", "bf": "0"}, {"movflags": "+faststart"}),
-    "hevc": Encoder(
+    "h264": VideoEncoder(".mp4", "libx264", {"preset": "fast", "crf": "20", "bf": "0"}, {"movflags": "+faststart"}),
+    "hevc": VideoEncoder(
         ".mp4",
         "libx265",
         {
@@ -76,7 +76,7 @@ ENCODERS = {
         },
         {"movflags": "+faststart"},
     ),
-    "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
+    "vp9": VideoEncoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
 }
 """H.264 and HEVC without B-frames, because DALI waits for every picture that NVDEC returns out of order. HEVC with
 closed groups of pictures, so that decoding can start at each key frame."""
@@ -233,7 +233,7 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
     """Returns the written file, None for an existing file, or the reason of a failure."""
     if _is_newer(job.target, job.source):
         return None
-    video = probe(job.source)
+    video = probe_file(job.source)
     if isinstance(video, Skipped):
         return video.reason
     aside = job.target.with_name(f".part-{job.target.name}")

@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     backends: dict[str, Backend]
     """Implementation by part of the model."""
     lines: list[str]
@@ -123,7 +123,7 @@ def use_fastest(
     dtype: torch.dtype,
     *,
     run: Path | None = None,
-    broadcast: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
+    broadcast: Callable[[Callable[[], AttentionChoice]], AttentionChoice] = lambda make: make(),
 ) -> list[str]:
     """Chooses implementations for these shapes and sets them for `attention`; drops all earlier choices.
 
@@ -140,17 +140,19 @@ def use_fastest(
     if device.type != "cuda":
         set_choices({})
         return []
-    choice = broadcast(lambda: choose(shapes, device, dtype, run))
+    choice = broadcast(lambda: choose_attention(shapes, device, dtype, run))
     use(choice, shapes, device, dtype)
     return choice.lines
 
 
-def use(choice: Choice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
+def use(choice: AttentionChoice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
     """Sets a choice for its shapes in `attention`."""
     set_choices({(device.type, dtype, *shape[1:]): choice.backends[name] for name, shape in shapes.items()})
 
 
-def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None) -> Choice:
+def choose_attention(
+    shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None
+) -> AttentionChoice:
     """Measures shapes, or reads their choices from RUN/attention.json; changes only this file.
 
     Choices from another device, or for a package that does not run here, are measured again. Raises UserError if the
@@ -164,7 +166,7 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         missing = _missing(found, shapes, device, dtype)
         if saved == machine and not missing:
             told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
-            return Choice(found, told)
+            return AttentionChoice(found, told)
         why = missing or f"it was measured on {saved}, this is {machine}"
         lines = [f"attention measured again, {file} does not apply: {why}; results may differ in bits from here on"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
@@ -177,7 +179,9 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI needs memory outside of PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
-    return Choice(chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())])
+    return AttentionChoice(
+        chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())]
+    )
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:

@@ -21,14 +21,14 @@ def kmeans(vectors: Tensor, count: int, generator: torch.Generator, *, rounds: i
     """
     centers = _spread(vectors, count, generator)
     for _ in range(rounds):
-        assigned = nearest(vectors, centers)
+        assigned = nearest_center(vectors, centers)
         sizes, sums = tally(vectors, assigned, count)
         far = draw(vectors, (vectors - centers[assigned]).square().sum(1), count, generator)
         centers = torch.where((sizes > 0)[:, None], sums / sizes.clamp(min=1)[:, None], far)
     return centers
 
 
-def nearest(vectors: Tensor, centers: Tensor) -> Tensor:
+def nearest_center(vectors: Tensor, centers: Tensor) -> Tensor:
     """Of each vector [M, E] the nearest center [V, E], by Euclidean distance: int64 [M]."""
     norms = centers.square().sum(1)  # a vector's own norm is the same for every center
     return torch.cat([(norms - 2 * part @ centers.T).argmin(1) for part in vectors.split(ROWS_AT_ONCE)])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mam2.engine.tokenizer.kmeans import nearest
+from mam2.engine.tokenizer.kmeans import nearest_center
 from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
 from mam2.engine.tokenizer.training import frame_patches
 from mam2.engine.tokenizer.vqgan import VQGAN
@@ -75,7 +75,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         frames = clip.flatten(0, 1)
         original = frames.movedim(-1, 1).float() / 255
         found = vqgan.codes(scale_pixels(frames.movedim(-1, 1)))
-        patches = centers[nearest(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
+        patches = centers[nearest_center(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
         baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
         back, by_patch = (((one.to(original) + 1) / 2).clamp(0, 1) for one in (vqgan.decode(found), baseline))
         true = (original, _color(original)) * 2

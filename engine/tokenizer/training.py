@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest, tally
+from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest_center, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
@@ -39,7 +39,7 @@ MOST_VALUES = 2**26
 REPORT_EVERY = 20
 """Steps between two calls of `progress`."""
 
-Progress = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def train_vqgan(
@@ -47,7 +47,7 @@ def train_vqgan(
     config: VQGANConfig,
     steps: int,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
     *,
     learning_rate: float = 1e-3,
     seed: int = 0,
@@ -135,7 +135,7 @@ class MovingCodebook:
         batch_rows: latents of the updates to come; the averages start as if such batches had made them.
         """
         self.codes.copy_(kmeans(latents, len(self.codes), self.generator))
-        counts, _ = tally(latents, nearest(latents, self.codes), len(self.codes))
+        counts, _ = tally(latents, nearest_center(latents, self.codes), len(self.codes))
         self.counts = counts.clamp(min=1) * (batch_rows / len(latents))
         self.sums = self.codes * self.counts[:, None]
 

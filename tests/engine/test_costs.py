@@ -246,9 +246,9 @@ def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> No
     found: Counter[tuple[int, ...]] = Counter()
     for matrix, parts in hidden_matrices(model).items():
         found[len(matrix) // parts, matrix.shape[1]] += parts
-    assert costs.hidden_matrices(config) == found
+    assert costs.hidden_matrix_shapes(config) == found
     assert costs.muon(config, 2).parameters == sum(matrix.numel() for matrix in hidden_matrices(model))
-    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.Cost()
+    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.PartCost()
 
 
 def test_muons_flops_are_those_counted() -> None:

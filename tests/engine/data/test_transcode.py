@@ -13,7 +13,7 @@ from mam2.engine.data import transcode as module
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.transcode import FAILURES, Settings, transcode
-from mam2.engine.data.video import Video, probe
+from mam2.engine.data.video import Video, probe_file
 from mam2.engine.errors import UserError
 from tests.helpers.commands import exit_status
 
@@ -36,7 +36,7 @@ def files(folder: Path) -> list[str]:
 
 
 def good(path: Path) -> Video:
-    video = probe(str(path))
+    video = probe_file(str(path))
     assert isinstance(video, Video)
     return video
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.tokenizer.kmeans import kmeans, nearest
+from mam2.engine.tokenizer.kmeans import kmeans, nearest_center
 from mam2.engine.tokenizer.quality import measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
 from mam2.engine.tokenizer.training import MovingCodebook, first_frames, first_patches, train_vqgan
@@ -282,7 +282,7 @@ def test_k_means_finds_groups_that_random_starts_miss() -> None:
     vectors = groups.repeat(50, 1) + 0.1 * torch.randn(1200, 6, generator=generator)
     centers = kmeans(vectors, 24, torch.Generator().manual_seed(1))
     assert torch.cdist(groups, centers).amin(1).max() < 0.2
-    assert torch.equal(nearest(vectors, centers), torch.cdist(vectors, centers).argmin(1))
+    assert torch.equal(nearest_center(vectors, centers), torch.cdist(vectors, centers).argmin(1))
 
 
 def test_fewer_vectors_than_centers_are_all_centers() -> None:
