@@ -37,6 +37,7 @@ from mam2.engine.config.pretrain import DataConfig, PretrainConfig
 from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
 
 HEADER, SHARDS = "cache.json", "shards.json"
 SHARD_VIDEOS = 1024
@@ -189,7 +190,7 @@ class CodeCacheWriter:
         before = _read_header(self.folder)
         if before is None:
             (self.folder / "shards").mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+            write_whole(self.folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
         else:
             _check_key(self.folder, before["key"], header["key"], manifest)
             if before["precision"] != precision:
@@ -250,10 +251,10 @@ class CodeCacheWriter:
         buffer = io.BytesIO()
         np.save(buffer, self._shard)
         name = _shard_name(*self._place)
-        _write_whole(self.folder / "shards" / name, buffer.getvalue())
+        write_whole(self.folder / "shards" / name, buffer.getvalue())
         self._finished[self._place] = hashlib.sha256(buffer.getvalue()).hexdigest()
         listed = {_shard_name(*place): digest for place, digest in sorted(self._finished.items())}
-        _write_whole(self.folder / SHARDS, (json.dumps(listed, indent=1) + "\n").encode())
+        write_whole(self.folder / SHARDS, (json.dumps(listed, indent=1) + "\n").encode())
         self._place = None
 
 
@@ -347,12 +348,3 @@ def _dtype(codebook_size: int) -> type[np.unsignedinteger[Any]]:
 
 def _absent(codebook_size: int) -> int:
     return int(np.iinfo(_dtype(codebook_size)).max)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
