@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mam2.engine.config.limits import (
     BELOW_ONE,
@@ -50,6 +51,9 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each training clip in the loss: `balanced` is inverse to the number of training videos of its class,
+    with a mean of 1 over the videos."""
     dropout: float = limited(0.0, BELOW_ONE)
     """Dropout probability of the pooled features, 0 to 1."""
     text_embeddings: str = ""
@@ -118,6 +122,9 @@ class ViewsConfig:
 
     every: float = limited(1.0, POSITIVE)
     """Epochs between two validations of a fine-tuning run; there is always one at the end."""
+    best: Literal["top1", "mean_class"] = "top1"
+    """Measure whose best validation RUN/best keeps: top-1 accuracy, or the mean of the classes' top-1 accuracies
+    (balanced accuracy), to which each class contributes equally however many videos it has."""
     temporal: int = limited(5, COUNT, resumable=True)
     """Clips per video: dense clips evenly from its start to its end, uniform clips interleaved."""
     spatial: int = limited(3, COUNT, resumable=True)

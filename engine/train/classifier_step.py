@@ -17,6 +17,7 @@ from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
+from mam2.engine.train.finetune_targets import Targets
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
 from mam2.engine.train.step import Step
@@ -36,7 +37,12 @@ def classifier_flops(config: FinetuneConfig) -> float:
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets, of a video [B, C, T, H, W] uint8, targets [B, V] and drop factors."""
+    """Cross-entropy with soft targets.
+
+    Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped.
+
+    The targets of a clip sum to the weight of the clip.
+    """
 
     def __init__(self, model: Classifier, compiled: Compile) -> None:
         super().__init__()
@@ -68,7 +74,16 @@ class FinetuneStep(Step[Prepared]):
     config: FinetuneConfig
     model: Classifier
 
-    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Classifier,
+        device: torch.device,
+        world: World,
+        targets: Targets | None = None,
+    ) -> None:
+        """targets: see `mam2.engine.train.augment.prepare`."""
+        self._targets = targets
         super().__init__(config, model, device, world)
         self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
         self.average: dict[str, Tensor] = {}
@@ -90,7 +105,7 @@ class FinetuneStep(Step[Prepared]):
         """
         step, index = divmod(number, self.micro_batches)
         first_sample = (index * self.world.size + self.world.rank) * len(video)
-        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
+        return augment.prepare(video, labels, self.config, self._targets, step=step, first_sample=first_sample)
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
         return tuple(extras)
