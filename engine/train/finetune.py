@@ -45,7 +45,7 @@ from mam2.engine.train.session import RunContext, Session, Setup, open_session
 ACCURACY = "accuracy/validation"
 MEAN_CLASS = "accuracy/validation_mean_class"
 MEASURES = {"top1": ACCURACY, "mean_class": MEAN_CLASS}
-"""Of the log, for each value of `test.best`."""
+"""Columns of the log, one for each value of `test.best`."""
 
 
 def finetune(
