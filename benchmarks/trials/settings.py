@@ -180,6 +180,17 @@ def changed(config: Any, changes: Changes) -> Any:
     return config
 
 
+MINIATURE = {
+    "data.stride": 2,
+    "mask.kind": "tube",
+    "tokenizer.codes": 128,
+    "tokenizer.channels": 24,
+    "tokenizer.steps": 1000,
+    "optim.name": "adamw",
+    "optim.base_lr": 1.6e-2,
+    "optim.min_lr": 8e-5,
+}
+"""Where the base config differs from the demo's recipe."""
 WARM_UP = 0.05
 """Share of a training's steps; VideoMAE's is 40 of 800 epochs."""
 FLOOR = 0.01
@@ -190,7 +201,7 @@ def pretraining(
     setting: Setting, changes: Changes, *, epochs: float = 1.0, base_lr: float = 1e-3, seed: int = 0
 ) -> PretrainConfig:
     """The base config with changes. epochs: of one view; where a video has several, it is shown less often."""
-    config = changed(load_recipe("demo"), {**setting.base, **changes})
+    config = changed(load_recipe("demo"), {**MINIATURE, **setting.base, **changes})
     epochs /= config.data.views
     schedule = {"epochs": epochs, "warmup_epochs": WARM_UP * epochs, "base_lr": base_lr, "min_lr": FLOOR * base_lr}
     return changed(config, {**{f"optim.{name}": value for name, value in schedule.items()}, "run.seed": seed})

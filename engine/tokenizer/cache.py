@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import DataConfig, PretrainConfig
@@ -38,6 +37,7 @@ from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_mani
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
+from mam2.engine.runtime.progress import Progress
 
 HEADER, SHARDS = "cache.json", "shards.json"
 SHARD_VIDEOS = 1024
@@ -315,7 +315,7 @@ def _finished_shards(
     if not verify:
         return finished
     sound = {}
-    for place, digest in tqdm(finished.items(), "checking codes", unit="shard", disable=None if progress else True):
+    for place, digest in Progress(finished.items(), "checking codes", len(finished), unit="shard", shown=progress):
         with contextlib.suppress(FileNotFoundError):
             if hashlib.sha256((folder / "shards" / _shard_name(*place)).read_bytes()).hexdigest() == digest:
                 sound[place] = digest
