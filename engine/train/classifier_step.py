@@ -24,7 +24,7 @@ from mam2.engine.train.step import Step
 
 
 def classifier_flops(config: FinetuneConfig) -> float:
-    """Returns the FLOPs per clip of a step: all tokens through the encoder, forward and backward; the head is negligible.
+    """Returns the FLOPs per clip of a step: all tokens through the encoder, both passes; the head is negligible.
 
     Frozen blocks and a frozen patch embedding run only forward.
     """
