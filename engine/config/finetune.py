@@ -110,6 +110,9 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW's second beta; the first is 0.9."""
     layer_decay: float = limited(0.75, Limits(above=0, at_most=1))
     """Learning rate of a block divided by that of the next block; the head has the full learning rate."""
+    train_last: int = limited(-1, Limits(at_least=-1))
+    """Number of last blocks that are trained, besides the head; -1: the whole encoder. The blocks below and the patch
+    embedding are frozen: no gradients, optimizer state, weight decay or stochastic depth."""
     drop_path: float = limited(0.1, BELOW_ONE)
     """Probability that the last block's branches are dropped for a clip; decreases linearly to 0 at the first block."""
     ema: float = limited(0.0, BELOW_ONE)
@@ -143,6 +146,11 @@ class FinetuneConfig(TokenGrid):
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Returns the number of frozen blocks, the first ones of the encoder."""
+        return 0 if self.optim.train_last < 0 else max(self.model.depth - self.optim.train_last, 0)
 
     @property
     def clips_per_group(self) -> int:

@@ -82,7 +82,7 @@ def prepare(
     drawn = [
         _draw_augmentation(config.augment, (height, width), count, *key),
         _draw_mixing(config.augment, (height, width), count, config.data.views, *key),
-        _draw_paths(count, model.depth, config.optim.drop_path, *key),
+        _draw_paths(count, model.depth, config.optim.drop_path, *key, frozen=config.frozen_blocks),
         _draw_features(count, model.width, config.head.dropout, *key),
         Drawn(targets.arrays(labels), targets.on_device),
     ]
@@ -283,10 +283,14 @@ def path_scales(
     return apply()
 
 
-def _draw_paths(clips: int, depth: int, drop_path: float, seed: int, step: int, first_sample: int) -> Drawn:
+def _draw_paths(
+    clips: int, depth: int, drop_path: float, seed: int, step: int, first_sample: int, *, frozen: int = 0
+) -> Drawn:
+    """frozen: first blocks, whose branches are never left out."""
     if not drop_path:
         return Drawn([], lambda _: None)
     stay = 1 - np.linspace(0, drop_path, depth)[:, None]
+    stay[:frozen] = 1
     drawn = [
         generator_of(Draw.DROP, seed, step, sample).random((depth, 2))
         for sample in range(first_sample, first_sample + clips)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.classifier import Classifier, train_only_last
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
@@ -24,13 +24,18 @@ from mam2.engine.train.step import Step
 
 
 def classifier_flops(config: FinetuneConfig) -> float:
-    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
+    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing.
+
+    Frozen blocks and a frozen patch embedding run only forward.
+    """
     model, (slots, rows, columns) = config.model, config.grid
     tokens = slots * rows * columns
     pixels = model.tubelet * model.patch**2 * CHANNELS
     embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
     block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    return embedding.flops + model.depth * block.flops
+    frozen = config.frozen_blocks
+    embedded = embedding.flops if config.optim.train_last < 0 else embedding.forward_flops
+    return embedded + frozen * block.forward_flops + (model.depth - frozen) * block.flops
 
 
 class ClassifierObjective(Objective):
@@ -81,6 +86,7 @@ class FinetuneStep(Step[Prepared]):
     ) -> None:
         """targets: see `mam2.engine.train.augment.prepare`."""
         self._targets = targets
+        train_only_last(model, config.optim.train_last)
         super().__init__(config, model, device, world)
         self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
         self.average: dict[str, Tensor] = {}

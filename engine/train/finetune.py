@@ -140,6 +140,12 @@ class _Finetuning:
             session.log.info(describe_weights(class_weights, session.manifest.classes))
         targets = ClassTargets(config.model.classes, config.augment.label_smoothing, class_weights)
         self.train_step = FinetuneStep(config, model, session.device, world, targets)
+        if config.optim.train_last >= 0:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            session.log.info(
+                f"trained {config.optim.train_last} of {config.model.depth} blocks and the head: {trained / 1e6:.2f} M "
+                f"of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, the rest is frozen"
+            )
         self._measure = MEASURES[config.test.best]
 
         # validated apart: an averaged, compiled or sharded model needs no other way
@@ -307,6 +313,11 @@ def _resolved(
         config.check()
     except UserError as error:
         raise UserError(f"{error} (the encoder of {path} decides [model])") from None
+    if config.optim.train_last > config.model.depth:
+        raise UserError(
+            f"optim.train_last {config.optim.train_last}: the encoder has {config.model.depth} blocks; "
+            f"expected 0 to {config.model.depth}, or -1 for the whole encoder"
+        )
     return config, encoder, embeddings
 
 
