@@ -1,4 +1,4 @@
-"""What a convergence run trains: sizes for a machine, the two methods, and the ablations.
+"""What a convergence run trains: sizes for a machine, two methods under two optimizers, and the ablations.
 
 Every variant is a set of changes of one base config: the demo's recipe (balanced losses) on a token grid on which
 the mask ratios 0.75, 0.8 and 0.9 differ.
@@ -34,24 +34,35 @@ class Setting:
     """Synthetic clips of each split."""
     base: Changes
     """Of the pre-training, on top of the demo's recipe."""
-    rates: tuple[float, ...]
-    """Base learning rates tried for each method."""
+    rates: Mapping[str, tuple[float, ...]]
+    """Base learning rates tried, by optimizer: as many for each."""
     sweep_epochs: float
+    sweep_seeds: int
     budgets: tuple[float, ...]
     """Epochs of the main comparison, each a training with its own schedule."""
     seeds: int
+    first_seeds: int
+    """Seeds of the main comparison that are trained before anything else but the sweep."""
+    default: str = "mam2-muon"
+    """Variant that the ablations change."""
+    families: tuple[str, ...] = ("targets", "loss balance", "regressor", "mask", "motion target")
+    """Of ablations, the important ones first."""
     ablation_epochs: float
-    """One of the budgets, whose trainings of MAM2 are the default that the ablations are compared with."""
+    """One of the budgets, whose trainings of the default are what the ablations are compared with."""
     ablation_seeds: int = 3
     """Of each changed setting; the default has all."""
     finetune: Changes
     """Of the fine-tuning, on top of the demo's recipe."""
+    finetune_seeds: int = 2
     labelled: int
     """Training videos whose labels it sees."""
     videomae: Changes
     """What makes VideoMAE of it: as many blocks after the encoder as MAM2 has in a row, regressor and decoder."""
-    real_steps: int
-    """Optimiser steps on the real clips, 0 for none."""
+    real: Changes = dataclasses.field(default_factory=lambda: {"data.sampling": "uniform", "data.stride": 0})
+    """Of the pre-training on real clips, which may be shorter than the synthetic ones."""
+    real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
+    real_epochs: float = 20
+    real_seeds: int = 2
     rounds: int = 40
     """In which a step of every variant is timed."""
     recorded: int = 2
@@ -60,33 +71,37 @@ class Setting:
     """Crops of each clip."""
 
     @property
-    def methods(self) -> dict[str, Changes]:
-        return {"mam2": {}, "videomae": {"model.objective": "videomae", **self.videomae}}
+    def variants(self) -> dict[str, Changes]:
+        """Method and optimizer, by name."""
+        methods = {"mam2": {}, "videomae": {"model.objective": "videomae", **self.videomae}}
+        muon = {f"{name}-muon": {**changes, "optim.name": "muon"} for name, changes in methods.items()}
+        return {**methods, **muon}
+
+    @property
+    def all_variants(self) -> dict[str, Changes]:
+        """`variants`, and the default with one of its targets alone."""
+        default = self.variants[self.default]
+        return {**self.variants, **{name: {**default, **changes} for name, changes in TARGETS_ALONE.items()}}
 
 
 ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
-"""Of a single loss there is nothing to balance, and AdamW does not see its weight."""
+"""Of a single loss there is nothing to balance, and neither optimizer sees its weight."""
+TARGETS_ALONE: Mapping[str, Changes] = {
+    "motion alone": {"loss.appearance_target": "none", **ALONE},
+    "codes alone": {"loss.motion_target": "none", **ALONE},
+}
 ABLATIONS = (
-    Ablation("targets", "motion decoder off", {"loss.motion_target": "none", **ALONE}),
-    Ablation("targets", "appearance decoder off", {"loss.appearance_target": "none", **ALONE}),
+    *(Ablation("targets", label, changes) for label, changes in TARGETS_ALONE.items()),
     Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
     Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
     Ablation("regressor", "off: the decoders do both jobs", {"model.regressor.depth": 0}),
     Ablation("regressor", "keys and values: all", {"model.regressor.keys": "all"}),
-    Ablation("regressor", "alignment 2", {"loss.alignment": 2.0}),
     Ablation("motion target", "intra", {"loss.motion_target": "intra"}),
     Ablation("motion target", "hog", {"loss.motion_target": "hog"}),
-    Ablation("mask", "ratio 0.8", {"mask.ratio": 0.8}),
     Ablation("mask", "ratio 0.9", {"mask.ratio": 0.9}),
     Ablation("mask", "random", {"mask.kind": "random"}),
-    Ablation("mask", "motion-guided", {"mask.kind": "motion"}),
-    Ablation("loss balance", "fixed, codes × 0.01", {"loss.balance": "fixed", "loss.appearance": 0.01}),
-    Ablation("loss balance", "fixed, codes × 0.1", {"loss.balance": "fixed", "loss.appearance": 0.1}),
     Ablation("loss balance", "fixed, codes × 1", {"loss.balance": "fixed", "loss.appearance": 1.0}),
-    Ablation("loss balance", "gradients, codes × 0.1", {"loss.appearance": 0.1}),
     Ablation("loss balance", "gradients, codes × 1", {"loss.appearance": 1.0}),
-    Ablation("repeated augmentation", "2 views", {"data.views": 2}),
-    Ablation("repeated augmentation", "4 views", {"data.views": 4}),
 )
 
 CPU = Setting(
@@ -106,16 +121,16 @@ CPU = Setting(
         "run.precision": "float32",  # everywhere, whatever the CPU could do
         "run.compile": False,
     },
-    rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    sweep_epochs=20,
-    budgets=(5, 10, 20, 40),
-    seeds=3,
+    rates={"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)},
+    sweep_epochs=10,
+    sweep_seeds=2,
+    budgets=(2, 5, 10, 20, 40),
+    seeds=5,
+    first_seeds=2,
     ablation_epochs=10,
-    ablation_seeds=2,
     finetune={"data.size": 40, "optim.epochs": 16, "run.precision": "float32", "run.compile": False},
     labelled=400,
     videomae={"model.decoder.depth": 2},
-    real_steps=400,
 )
 QUICK = dataclasses.replace(
     CPU,
@@ -123,14 +138,17 @@ QUICK = dataclasses.replace(
     rounds=3,
     counts={"train": 64, "validation": 32, "test": 32},
     base={**CPU.base, "tokenizer.steps": 5},
-    rates=(8e-3,),
+    rates={"adamw": (8e-3,), "muon": (3.2e-2,)},
     sweep_epochs=1,
+    sweep_seeds=1,
     budgets=(1, 2),
     seeds=2,
+    first_seeds=1,
     ablation_epochs=1,
     ablation_seeds=1,
     finetune={**CPU.finetune, "optim.epochs": 1, "optim.warmup_epochs": 0.0},
-    real_steps=2,
+    finetune_seeds=1,
+    real_epochs=1,
 )
 GPU = Setting(
     name="gpu",
@@ -157,16 +175,17 @@ GPU = Setting(
         "tokenizer.batch": 64,
         "optim.batch": 256,
     },
-    rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+    rates={"adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3), "muon": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)},
     sweep_epochs=10,
-    budgets=(5, 10, 20, 40),
-    seeds=3,
+    sweep_seeds=1,
+    budgets=(2, 5, 10, 20, 40),
+    seeds=5,
+    first_seeds=2,
     ablation_epochs=10,
     finetune={"data.frames": 16, "data.stride": 1, "data.size": 112, "data.threads": 0, "optim.batch": 256,
               "optim.base_lr": 1e-3, "optim.epochs": 10, "optim.drop_path": 0.1},
     labelled=4000,
     videomae={"model.decoder.depth": 6},
-    real_steps=1000,
     recorded=1,
 )  # fmt: skip
 SETTINGS = {setting.name: setting for setting in (CPU, QUICK, GPU)}
@@ -178,6 +197,11 @@ def changed(config: Any, changes: Changes) -> Any:
         head, _, rest = name.partition(".")
         config = dataclasses.replace(config, **{head: changed(getattr(config, head), {rest: value}) if rest else value})
     return config
+
+
+def base_of(setting: Setting, variant: str) -> str:
+    """The method and optimizer whose learning rate a variant takes."""
+    return variant if variant in setting.variants else setting.default
 
 
 WARM_UP = 0.05

@@ -1,13 +1,13 @@
 """One training from prepared clips: pre-train an encoder, probe it frozen, fine-tune it.
 
-Step, losses, masks, optimiser and schedule are the engine's own; only the loader is replaced by arrays, so that a
+Step, losses, masks, optimizer and schedule are the engine's own; only the loader is replaced by arrays, so that a
 training costs no decoding. The clips of a step are a pure function of (seed, step), the same for every variant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.trials.prepared import Prepared, Split, as_video
+from benchmarks.trials.prepared import Prepared, as_video
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
@@ -88,30 +88,40 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
-    """Mean of the tokens of each video's clip, nothing hidden: float32 [videos, D] on the CPU."""
+def features(encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig) -> Tensor:
+    """Mean of the tokens of each time slot of a clip, nothing hidden: float32 [clips, T', D] on the CPU."""
     device = next(encoder.parameters()).device
     encoder.eval()
     found = []
-    for part in split.videos(EVALUATED):
+    for part in clips:
         with autocast(config.run, device):
-            found.append(encoder.encode(part.to(device)).float().mean(1).cpu())
+            tokens = encoder.encode(part.to(device)).float()
+        found.append(tokens.unflatten(1, (config.grid[0], -1)).mean(2).cpu())
     return torch.cat(found)
 
 
-def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, float]:
-    """Accuracy of a linear probe on frozen features, on the videos of every split but `train`."""
+def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, dict[str, float]]:
+    """Accuracy of linear probes of the mean token: for each split but `train`, by question.
+
+    "probe" asks for the videos' labels; the other questions are those of the splits. All are asked of the same
+    features.
+    """
     splits = prepared.splits
-    found = {name: features(encoder, split, config) for name, split in splits.items()}
+    found = {name: features(encoder, split.videos(EVALUATED), config).mean(1) for name, split in splits.items()}
     judged = [name for name in splits if name != "train"]
-    result = linear_probe(
-        found["train"],
-        splits["train"].labels,
-        torch.cat([found[name] for name in judged]),
-        torch.cat([splits[name].labels for name in judged]),
-    )
-    right = result.right.double().split([len(splits[name].labels) for name in judged])
-    return {name: float(part.mean()) for name, part in zip(judged, right, strict=True)}
+    asked = {name: {"probe": split.labels, **split.questions} for name, split in splits.items()}
+    result: dict[str, dict[str, float]] = {name: {} for name in judged}
+    for question, labels in asked["train"].items():
+        answers = linear_probe(
+            found["train"],
+            labels,
+            torch.cat([found[name] for name in judged]),
+            torch.cat([asked[name][question] for name in judged]),
+        )
+        right = answers.right.double().split([len(splits[name].labels) for name in judged])
+        for name, part in zip(judged, right, strict=True):
+            result[name][question] = float(part.mean())
+    return result
 
 
 def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, labelled: int) -> float:
