@@ -70,7 +70,7 @@ convergence: $(VENV)/installed
 
 # The tables of machine code and the prediction from them: after a change of the kernels or their launch table.
 static: $(VENV)/installed
-	$(BIN)/python tests/compile_kernels.py --write
+	$(BIN)/python -m tests.kernels.compile_kernels --write
 	$(BIN)/python -m benchmarks.predict
 
 clean:

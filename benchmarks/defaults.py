@@ -24,7 +24,7 @@ from benchmarks.trials.settings import Changes, changed
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.linear_probe import linear_probe
+from mam2.engine.evaluation.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
 
 BASE: Changes = {

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
-    smoke         tests/test_gpu.py: compile, capture, autocast, streams
+    smoke         tests/kernels/test_gpu.py: compile, capture, autocast, streams
     correctness   every kernel on the device against float64
     operators     forward and backward at 64 clips beside the original codebases' forms and libraries
     sweeps        rows a chunk, warps, implementations of attention: what the launch table should say

@@ -31,7 +31,7 @@ from mam2.engine.config.sizes import resized
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.pretext import evaluation_mask
+from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.runtime.distributed import World

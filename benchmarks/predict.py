@@ -69,7 +69,7 @@ def compiled(name: str) -> dict[str, str]:
         for row in csv.DictReader(file):
             if (f"{row['kernel']} {row['launch']}", row["architecture"]) == (name, "sm_90"):
                 return row
-    raise ValueError(f"{TABLE}: no row {name!r} of sm_90; write the table: python tests/compile_kernels.py --write")
+    raise ValueError(f"{TABLE}: no row {name!r} of sm_90; write the table with `make static`")
 
 
 def resident_programs(registers: int, warps: int, shared: int) -> int:

@@ -20,7 +20,7 @@ from benchmarks.machine import ROOT, describe
 Row = dict[str, Any]
 SHARE = 0.9
 """Of a section's time after which it starts nothing new."""
-TESTS = "tests/test_gpu.py"
+TESTS = "tests/kernels/test_gpu.py"
 CASES = "test_every_case_is_right_on_the_gpu"
 """The test of TESTS that repeats the section "correctness"."""
 
@@ -161,7 +161,7 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator
 
 
 def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
-    """One row of counts for tests/test_gpu.py, and one for each test that failed.
+    """One row of counts for tests/kernels/test_gpu.py, and one for each test that failed.
 
     Without tests/conftest.py, which imports packages that a GPU machine need not have.
     """

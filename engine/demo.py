@@ -17,10 +17,10 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.features import extract_features
-from mam2.engine.evaluate.linear_probe import bootstrap, linear_probe
-from mam2.engine.evaluate.pretext import PretextResult, measure_pretext, reconstruct
-from mam2.engine.evaluate.report import draw_strips, write_report
+from mam2.engine.evaluation.features import extract_features
+from mam2.engine.evaluation.linear_probe import bootstrap, linear_probe
+from mam2.engine.evaluation.pretext import PretextResult, measure_pretext, reconstruct
+from mam2.engine.evaluation.report import draw_strips, write_report
 from mam2.engine.files import make_folder, write_whole, writing
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device

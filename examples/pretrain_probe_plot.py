@@ -19,9 +19,9 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluate.features import extract_features
-from mam2.engine.evaluate.linear_probe import linear_probe
-from mam2.engine.evaluate.plots import draw_logs
+from mam2.engine.evaluation.features import extract_features
+from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.evaluation.plots import draw_logs
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.runtime.log import read_log
 

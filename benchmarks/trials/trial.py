@@ -20,7 +20,7 @@ from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
-from mam2.engine.evaluate.linear_probe import linear_probe
+from mam2.engine.evaluation.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE

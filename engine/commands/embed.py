@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
 
         from mam2.engine.checkpoints.frozen import load_frozen
         from mam2.engine.data.manifest import read_manifest
-        from mam2.engine.evaluate.feature_files import Wanted, write_features
+        from mam2.engine.evaluation.feature_files import Wanted, write_features
         from mam2.engine.runtime.device import matmul_dtype, pick_device
 
         settings = RunConfig(device=device, precision=precision)

@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
         from mam2.engine.config.pretrain import RunConfig
         from mam2.engine.errors import UserError
-        from mam2.engine.evaluate.classification import evaluate
+        from mam2.engine.evaluation.classification import evaluate
 
         check_flags(
             temporal=(temporal, COUNT_OR_NONE),

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)
-        from mam2.engine.plan import make_plan
+        from mam2.engine.planning import make_plan
 
         count = _count(videos)
         print(f"plan     {recipe}: {config.model.objective}")

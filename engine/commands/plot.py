@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
             out: the picture, PNG; curves.png in the folder of a single run, runs.png here for several.
             against: what the curves are drawn over; hours leave out the time between a stop and a resume.
         """
-        from mam2.engine.evaluate.plots import draw_logs
+        from mam2.engine.evaluation.plots import draw_logs
         from mam2.engine.runtime.log import read_log
 
         if not runs:

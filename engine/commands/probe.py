@@ -16,7 +16,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, write_whole, writing
 
 if TYPE_CHECKING:
-    from mam2.engine.evaluate.probe_run import Probed, Score
+    from mam2.engine.evaluation.probe_run import Probed, Score
 
 
 def run(arguments: list[str]) -> int:
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
         """
         from mam2.engine.checkpoints.frozen import load_frozen
         from mam2.engine.data.sources import check_source
-        from mam2.engine.evaluate.probe_run import probe_encoders
+        from mam2.engine.evaluation.probe_run import probe_encoders
         from mam2.engine.runtime.device import pick_device
 
         check_flags(

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
             decoder_heads: the same of its decoder.
             device: `auto` takes a GPU if there is one.
         """
-        from mam2.engine.evaluate.visualize import visualize
+        from mam2.engine.evaluation.visualize import visualize
         from mam2.engine.runtime.device import pick_device
 
         check_flags(

@@ -1,7 +1,7 @@
 """Crop, mirror and resize in PyTorch: what DALI's graph does to PyAV's frames, where DALI is not installed.
 
 The filter is DALI's: bilinear, widened by the scale where an image shrinks (antialiasing), with the edge of the frame
-repeated beyond it. Both agree to one grey level, of 0 to 255 (tests/test_crops.py).
+repeated beyond it. Both agree to one grey level, of 0 to 255 (tests/engine/data/test_crops.py).
 
 Legend: S samples in a call, R views of each, T frames, H = W = the clip's size, C = 3.
 """

@@ -29,8 +29,8 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.accuracy import top_k
-from mam2.engine.evaluate.views import predict
+from mam2.engine.evaluation.accuracy import top_k
+from mam2.engine.evaluation.views import predict
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier

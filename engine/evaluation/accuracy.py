@@ -1,0 +1,83 @@
+"""How right predictions are, and what is taken for what: numbers, a table, a picture.
+
+Shapes: n videos, V classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mam2.engine.files import printable, write_table
+
+NAMED_CLASSES = 60
+"""More than these are not named in the confusion picture."""
+DRAWN_CLASSES = 1000
+"""Rows and columns of the confusion at most: a picture shows no more."""
+
+
+def top_k(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the label is among the k likeliest classes, or all if they are fewer: [n, V], int64 [n] -> bool [n]."""
+    k = min(k, probabilities.shape[1])
+    return (probabilities.topk(k, dim=1).indices == labels[:, None]).any(1)
+
+
+def class_accuracies(probabilities: Tensor, labels: Tensor) -> tuple[list[int], list[float | None]]:
+    """Videos of each class, and the share of them that is right; None for a class without videos."""
+    classes = probabilities.shape[1]
+    totals = torch.bincount(labels, minlength=classes).tolist()
+    rights = torch.bincount(labels[probabilities.argmax(1) == labels], minlength=classes).tolist()
+    return totals, [right / total if total else None for right, total in zip(rights, totals, strict=True)]
+
+
+def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Videos of each class (row) that were taken for each class (column): int64 [V, V].
+
+    More than DRAWN_CLASSES classes are counted in that many groups of neighbors: V² numbers would fill the memory.
+    """
+    classes = probabilities.shape[1]
+    bins = min(classes, DRAWN_CLASSES)
+    rows, columns = labels * bins // classes, probabilities.argmax(1) * bins // classes
+    return torch.bincount(rows * bins + columns, minlength=bins**2).view(bins, bins)
+
+
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
+    """PNG of what `confusion` counted, each row as shares of its videos."""
+    # Imported here: fine-tuning, which only counts, needs no pictures.
+    from mam2.engine.evaluation.plots import plt, png
+
+    names = [printable(name).replace("$", r"\$") for name in classes]
+    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    named = len(classes) <= NAMED_CLASSES
+    edge = max(4.0, 0.22 * len(classes)) if named else 9.0
+    figure, axis = plt.subplots(figsize=(edge + 2.2, edge + 1.6), layout="constrained")
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if named:
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    grouped = len(matrix) < len(classes)
+    unit = f"group of about {len(classes) / len(matrix):.0f} classes" if grouped else "class"
+    axis.set_xlabel(f"taken for ({unit})" if grouped else "taken for")
+    axis.set_ylabel(unit)
+    figure.colorbar(picture, ax=axis, shrink=0.6, label=f"share of the {'group' if grouped else 'class'}")
+    return png(figure)
+
+
+def write_predictions(
+    path: Path, videos: Sequence[str], labels: Tensor, probabilities: Tensor, classes: Sequence[str]
+) -> None:
+    """TSV, one line per video: its path, its class, whether that is the likeliest, and the five likeliest with their
+    probabilities. Raises OSError."""
+    most = min(5, len(classes))
+    values, likeliest = probabilities.topk(most, dim=1)
+    header = ["path", "class", "right", *(f"{name}{k + 1}" for k in range(most) for name in ("class", "probability"))]
+    rows = [header]
+    for video, label, chances, found in zip(videos, labels.tolist(), values.tolist(), likeliest.tolist(), strict=True):
+        cells = [video, classes[label], str(int(found[0] == label))]
+        for chance, place in zip(chances, found, strict=True):
+            cells += [classes[place], f"{chance:.6f}"]
+        rows.append(cells)
+    write_table(path, rows)

@@ -1,0 +1,158 @@
+"""`mam2 evaluate`: a classifier's accuracy on labelled videos, each seen in many views.
+
+OUT/results.json  predictions.tsv  classes.tsv  confusion.png  unusable.tsv
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.checkpoints.load import load_any_classifier
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import read_manifest
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation import accuracy
+from mam2.engine.evaluation.views import predict
+from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
+from mam2.engine.model.classifier import logits_of
+from mam2.engine.runtime.device import autocast, pick_device
+from mam2.engine.runtime.distributed import join
+
+BATCH = 32
+"""Clips in a forward pass where nothing else is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Accuracies in 0 to 1, of the videos that could be decoded."""
+
+    top1: float
+    top5: float
+    mean_class: float
+    """Mean of the classes' top-1 accuracies, of the classes that have videos."""
+    videos: int
+    """That could be decoded."""
+    unusable: int
+    """That could not, and are in none of the accuracies."""
+    temporal: int
+    spatial: int
+    checkpoint: str
+    data: str
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    temporal: int = 0,
+    spatial: int = 0,
+    batch: int = 0,
+    run: RunConfig | None = None,
+    threads: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    names: Sequence[str] = (),
+    progress: bool = True,
+) -> EvaluationResult:
+    """Classifies all videos of a folder or list, and writes what came of it to the folder `out`.
+
+    Args:
+        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
+            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
+        data: labelled videos: a folder with a folder a class, or an annotation list.
+        out: made if missing.
+        temporal, spatial: views; 0 takes those of the run's recipe.
+        batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
+        run: where and how to compute, of which device and precision are read; by default the best there is.
+        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
+        names: of the classes, in the order of the logits, for a checkpoint that does not say them. Without either,
+            labels that are numbers from 0 are taken for the places of the logits.
+        threads: decoding threads, 0 for as many as this process may use cores.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for checkpoints, data and folders that cannot be used.
+    """
+    check_apart(data, out)
+    model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
+    foreign = find_weights(checkpoint) is None
+    outputs = logits_of(model)
+    if names and len(names) != outputs:
+        raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {outputs} apart")
+    numbers = tuple(map(str, range(outputs)))
+    classes = tuple(names) or classes or numbers
+    temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial
+    if min(temporal, spatial) < 1:
+        raise UserError(f"expected at least one view, found temporal {temporal}, spatial {spatial}")
+    run = run or RunConfig()
+    # what cannot be decoded is counted here, however much it is
+    videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
+    device = pick_device(run)
+    with join(device) as world:
+        world.share(lambda: make_folder(out))
+        manifest = world.share(lambda: read_manifest(data, threads=threads, progress=progress))
+        if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
+            classes = numbers  # a list that numbers the classes, as VideoMAE's do
+        manifest = world.share(lambda: relabelled(manifest, data, classes))
+        most = max(batch or config.test.batch or BATCH, spatial)
+        with ClipLoader(manifest, videos, batch=most, device=device, seed=0, train=False) as loader:
+            predictions = predict(
+                model.to(device).eval(),
+                loader,
+                manifest,
+                videos,
+                temporal=temporal,
+                spatial=spatial,
+                world=world,
+                precision=lambda: autocast(run, device),
+                progress=progress and world.main,
+            )
+            skipped = {entry.path: entry.reason for part in world.gather(loader.skipped) for entry in part}
+        if not len(predictions.videos):
+            raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
+        places = predictions.videos.tolist()
+        labels = torch.tensor([manifest.videos[place].label for place in places])
+        counts, by_class = accuracy.class_accuracies(predictions.probabilities, labels)
+        known = [share for share in by_class if share is not None]
+        whole = len(manifest.videos) + len(manifest.skipped)
+        result = EvaluationResult(
+            top1=float(accuracy.top_k(predictions.probabilities, labels, 1).double().mean()),
+            top5=float(accuracy.top_k(predictions.probabilities, labels, 5).double().mean()),
+            mean_class=sum(known) / len(known),
+            videos=len(places),
+            unusable=whole - len(places),
+            temporal=temporal,
+            spatial=spatial,
+            checkpoint=str(checkpoint),
+            data=str(data),
+        )
+
+        def write() -> None:
+            folder = Path(out)
+            write_whole(folder / "results.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+            paths = [manifest.videos[place].path for place in places]
+            accuracy.write_predictions(folder / "predictions.tsv", paths, labels, predictions.probabilities, classes)
+            shares = ["" if share is None else f"{share:.6f}" for share in by_class]
+            rows = zip(classes, counts, shares, strict=True)
+            write_table(folder / "classes.tsv", [("class", "videos", "accuracy"), *rows])
+            matrix = accuracy.confusion(predictions.probabilities, labels)
+            write_whole(folder / "confusion.png", accuracy.draw_confusion(matrix, classes))
+            reasons = {entry.path: entry.reason for entry in manifest.skipped} | skipped
+            write_table(folder / "unusable.tsv", reasons.items())
+
+        try:
+            world.share(write)
+        except OSError as error:
+            raise unwritable(out, error) from None
+    return result

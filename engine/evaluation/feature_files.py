@@ -1,0 +1,154 @@
+"""Frozen features as .npy files, written while the videos are decoded, and a folder that keeps them.
+
+Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n videos of a manifest, K = T'·k·k cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from mam2.engine.checkpoints.frozen import FrozenEncoder
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.features import layer_tokens
+from mam2.engine.runtime.device import autocast, matmul_dtype
+
+CELLS = 4
+"""Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
+224² takes 0.2 MB in float16 then, at a width of 768; all its tokens 2.4."""
+Kind = Literal["mean", "cells"]
+
+
+class Wanted(NamedTuple):
+    """Features of one layer of one encoder: the tokens' mean, float32 [n, D], or cells, float16 [n, K, D]."""
+
+    frozen: FrozenEncoder
+    layer: int
+    """From 1; the last one's tokens have passed the encoder's final LayerNorm."""
+    kind: Kind
+
+
+class FeatureCache:
+    """A folder of features; a file's name is the hash of the encoder, videos, sampling, precision, layer and kind.
+
+    run: its precision is that of the encoders.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig | None = None) -> None:
+        self._folder, self._run = folder, run or RunConfig()
+
+    def get(
+        self, manifest: Manifest, wanted: Iterable[Wanted], *, batch: int, progress: bool = True
+    ) -> dict[Wanted, NDArray[np.floating]]:
+        """Features of all videos of a manifest, rows in its order, memory-mapped; what is missing is computed first.
+
+        A video that cannot be decoded has a row of NaN. batch: clips that go through an encoder at once.
+        """
+        paths = {want: self._folder / f"{_key(manifest, want, self._run)}.npy" for want in wanted}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # two paths can stand for one encoder: a run and its best checkpoint
+            missing = {path: want for want, path in paths.items() if not path.is_file()}
+            wanted_once = {want: path for path, want in missing.items()}
+            write_features(manifest, wanted_once, batch=batch, run=self._run, progress=progress)
+        except OSError as error:
+            raise UserError(f"--cache {self._folder}: cannot be written: {error.strerror}") from None
+        return {want: np.load(path, mmap_mode="r") for want, path in paths.items()}
+
+
+@torch.no_grad()
+def write_features(
+    manifest: Manifest, wanted: Mapping[Wanted, Path], *, batch: int, run: RunConfig, progress: bool = True
+) -> dict[str, str]:
+    """Writes features of the middle clip of every video to .npy files; see `FeatureCache.get` for what they hold.
+
+    Encoders that see the same clips share one decoding; each runs once for all its layers. A file appears when it is
+    whole. `run` tells the precision. Returns the paths of the videos that could not be decoded, with the reason.
+    """
+    skipped: dict[str, str] = {}
+    by_clips: dict[str, list[Wanted]] = {}
+    for want in wanted:
+        by_clips.setdefault(json.dumps(_clips(want)), []).append(want)
+    for group in by_clips.values():
+        rows = {want: _new_rows(wanted[want], manifest, want) for want in group}
+        encoders = list(dict.fromkeys(want.frozen for want in group))
+        device = _device(encoders[0])
+        with (
+            ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader,
+            autocast(run, device),
+        ):
+            bar = tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True)
+            for clips in bar:
+                video = clips.video.to(device)
+                for frozen in encoders:
+                    own = [want for want in group if want.frozen is frozen]
+                    tokens = layer_tokens(frozen.encoder, video, [want.layer for want in own])
+                    for want in own:
+                        rows[want][clips.index.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
+            skipped |= {video.path: video.reason for video in loader.skipped}
+        for want, written in rows.items():
+            written.flush()
+            _aside(wanted[want]).replace(wanted[want])
+    return skipped
+
+
+def _pooled(tokens: Tensor, want: Wanted) -> Tensor:
+    if want.kind == "mean":
+        return tokens.float().mean(1)
+    slots, height, width = want.frozen.encoder.grid
+    maps = rearrange(tokens.float(), "b (t h w) d -> (b t) d h w", t=slots, h=height, w=width)
+    cells = F.adaptive_avg_pool2d(maps, (min(CELLS, height), min(CELLS, width)))
+    return rearrange(cells, "(b t) d h w -> b (t h w) d", t=slots).half()
+
+
+def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
+    """An .npy file aside, full of NaN. Raises OSError where the disk has no room for all of it."""
+    slots, height, width = want.frozen.encoder.grid
+    cells = (slots * min(CELLS, height) * min(CELLS, width),) if want.kind == "cells" else ()
+    rows = np.lib.format.open_memmap(
+        _aside(path),
+        "w+",
+        np.dtype(np.float16 if want.kind == "cells" else np.float32),
+        (len(manifest.videos), *cells, want.frozen.encoder.width),
+    )
+    with _aside(path).open("rb+") as file:  # a disk that runs full under a memory map ends the process with SIGBUS
+        os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
+    rows[:] = np.nan
+    return rows
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".part-{os.getpid()}-{path.name}")  # other processes may write the same features
+
+
+def _clips(want: Wanted) -> dict[str, object]:
+    """What of the config decides which pixels an encoder sees."""
+    fields = dataclasses.asdict(want.frozen.data)
+    return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+
+
+def _device(frozen: FrozenEncoder) -> torch.device:
+    return next(frozen.encoder.parameters()).device
+
+
+def _key(manifest: Manifest, want: Wanted, run: RunConfig) -> str:
+    dtype = str(matmul_dtype(run, _device(want.frozen)))
+    videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
+    described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, CELLS, videos])
+    return hashlib.sha256(described.encode()).hexdigest()[:32]

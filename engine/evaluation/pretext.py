@@ -1,0 +1,141 @@
+"""How well a MAM2 model solves its own task on clips it has not seen, and what its predictions look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.evaluation.linear_probe import bootstrap
+from mam2.engine.evaluation.motion_pictures import motion_pictures
+from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
+from mam2.engine.evaluation.scores import joined, score
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import draw_mask
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.kernels import TubeMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretextResult:
+    code_accuracy: float
+    """Share of the hidden tokens' codes that are the likeliest ones, 0 to 1."""
+    code_interval: tuple[float, float]
+    """95 % bootstrap interval over clips."""
+    commonest_code: float
+    """Share of the hidden tokens' codes that are the commonest one: the accuracy of always answering it."""
+    relative_motion: float
+    """Motion loss over that of predicting no motion; 1 means nothing learned, 0 perfect."""
+    motion_interval: tuple[float, float]
+    """95 % bootstrap interval over clips."""
+
+
+@torch.no_grad()
+def measure_pretext(
+    model: MAM2, tokenizer: Tokenizer, loader: ClipLoader, config: PretrainConfig, *, progress: bool = True
+) -> PretextResult:
+    """Runs the pretext task, motion included, over all videos of a loader, one clip and one mask each.
+
+    Raises ValueError for a config that has no codes or no motion to predict.
+    """
+    if not config.needs_codes or config.loss.motion_target == "none":
+        raise ValueError(
+            "config: expected a MAM2 that predicts codes and motion, found loss.appearance_target "
+            f"{config.loss.appearance_target!r} and loss.motion_target {config.loss.motion_target!r}; "
+            "measure a run that has both"
+        )
+    model.eval()
+    parts = []
+    first = 0
+    for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
+        mask = evaluation_mask(batch.clip, config, first)
+        first += len(batch.clip)
+        parts.append(score(model, tokenizer, batch.clip, mask, config))
+    scores = joined(parts)
+    assert scores.right is not None
+    assert scores.code_accuracy is not None
+    assert scores.commonest_code is not None
+    assert scores.motion is not None
+    model_loss, still_loss = scores.motion.unbind(1)
+    return PretextResult(
+        code_accuracy=scores.code_accuracy,
+        code_interval=bootstrap(scores.right),
+        commonest_code=scores.commonest_code,
+        relative_motion=float(model_loss.sum() / still_loss.sum()),
+        motion_interval=bootstrap(model_loss, still_loss),
+    )
+
+
+def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0) -> TubeMask:
+    """The masks that evaluation uses for clips [B, T, H, W, C]: of a step that no training reaches."""
+    return draw_mask(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strips:
+    """Pictures of clips, float [B, T', H, W, C] in 0 to 1: one for each slot, by its first frame."""
+
+    original: Tensor
+    masked: Tensor
+    """The original with hidden patches grey."""
+    appearance: Tensor | None = None
+    """What is predicted, visible patches kept: from codes decoded, or pixels."""
+    codes: Tensor | None = None
+    """The original's codes decoded: the best the appearance decoder could do."""
+    motion: Tensor | None = None
+    """True difference to the next frame, grey for none."""
+    predicted_motion: Tensor | None = None
+    """Predicted difference in the hidden patches, grey elsewhere."""
+
+
+@torch.no_grad()
+def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> Strips:
+    """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels.
+
+    tokenizer: only read where codes are predicted.
+    """
+    model.eval()
+    video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
+    latents = model.complete(video, mask)
+    frames = clip[:, :: config.model.tubelet].float() / 255
+    true_codes = appearance = motion = predicted_motion = None
+    if config.loss.appearance_target == "codes":
+        assert tokenizer is not None
+        codes, predicted = tokenizer.codes(video), model.predict_codes(latents, mask)
+        index = mask.masked if predicted.ndim == 2 else mask.masked[..., None].expand_as(predicted)
+        true_codes, appearance = (
+            _decoded(tokenizer, one, config) for one in (codes, codes.scatter(1, index, predicted))
+        )
+    elif config.loss.appearance_target == "pixels":
+        completed = completed_cubes(token_cubes(clip, config), mask, model.predict_pixels(latents, mask), config)
+        appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
+    if config.loss.motion_target != "none":
+        motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
+    return Strips(
+        original=frames,
+        masked=hide(frames, mask, config),
+        codes=true_codes,
+        appearance=appearance,
+        motion=motion,
+        predicted_motion=predicted_motion,
+    )
+
+
+def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Pictures [B, T', H, W, C] with the hidden patches grey."""
+    hidden = rearrange(mask.as_bool(), "b (t h w) -> b t h w 1", t=config.grid[0], h=config.grid[1])
+    hidden = hidden.repeat_interleave(config.model.patch, 2).repeat_interleave(config.model.patch, 3)
+    return torch.where(hidden, 0.5, frames)
+
+
+def _decoded(tokenizer: Tokenizer, codes: Tensor, config: PretrainConfig) -> Tensor:
+    images = tokenizer.decode(codes)  # [B, T' or T, 3, h, w]
+    slots, size = config.grid[0], config.data.size
+    images = images[:, :: images.shape[1] // slots].flatten(0, 1)
+    images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear")
+    return rearrange(images.clamp(0, 1), "(b t) c h w -> b t h w c", t=slots)

@@ -1,0 +1,141 @@
+"""RUN/report.html: one self-contained page with the curves of a run and its model's predictions, the PNGs beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from mam2.engine.evaluation.plots import draw_logs, png
+from mam2.engine.evaluation.pretext import Strips
+from mam2.engine.runtime.log import read_log
+
+ROWS = {
+    "original": "original",
+    "masked": "masked",
+    "appearance": "predicted\nappearance",
+    "codes": "the true\ncodes",
+    "motion": "true\nmotion",
+    "predicted_motion": "predicted\nmotion",
+}
+
+
+def draw_strips(strips: Strips, titles: Sequence[str]) -> bytes:
+    """PNG: for each clip a column of slots over time, one row for each thing shown."""
+    return draw_rows([(ROWS[name], pictures) for name, pictures in shown(strips).items()], titles)
+
+
+def shown(strips: Strips) -> dict[str, Tensor]:
+    """What there is of the pictures, in the order of `ROWS`."""
+    return {name: getattr(strips, name) for name in ROWS if getattr(strips, name) is not None}
+
+
+def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inches: float = 0.62) -> bytes:
+    """PNG of named rows of pictures [B, T', H, W, C] in 0 to 1, a column for each of the B clips.
+
+    inches: width of a picture; there are 150 pixels to one.
+    """
+    clips, slots = len(titles), max(pictures.shape[1] for _, pictures in rows)
+    label_inches = 0.1 + 0.07 * max(len(line) for label, _ in rows for line in label.split("\n"))
+    figure, axes = plt.subplots(
+        len(rows),
+        clips,
+        figsize=(inches * slots * clips + label_inches, 1.1 * inches * len(rows) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column in range(clips):
+        axes[0, column].set_title(titles[column], fontsize=9)
+        for row, (label, batch) in enumerate(rows):
+            axis = axes[row, column]
+            pictures = batch[column].float().cpu().numpy()
+            gap = np.ones((pictures.shape[1], 2, 3))
+            axis.imshow(
+                np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1).clip(0, 1)
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if column == 0:
+                axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    return png(figure)
+
+
+def write_report(
+    run: Path,
+    *,
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    verdicts: Mapping[str, bool],
+    strips: bytes,
+    notes: str,
+    config: Mapping[str, Any],
+) -> Path:
+    """Writes RUN/report.html, curves.png and strips.png. Returns the page.
+
+    Args:
+        rows: names and values of the results.
+        verdicts: claims, and whether these results bear them out.
+        strips: PNG of the predictions.
+        config: of the run, as nested plain values; the page shows it folded.
+    """
+    curves = draw_logs({run.name: read_log(run)})
+    (run / "curves.png").write_bytes(curves)
+    (run / "strips.png").write_bytes(strips)
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    claims = "".join(
+        f'<li class="{"yes" if holds else "no"}">{"yes" if holds else "NO"}: {html.escape(claim)}</li>'
+        for claim, holds in verdicts.items()
+    )
+    page = run / "report.html"
+    page.write_text(
+        _PAGE.format(
+            title=html.escape(title),
+            notes=html.escape(notes),
+            table=table,
+            claims=claims,
+            config=html.escape(json.dumps(config, indent=1)),
+            strips=base64.b64encode(strips).decode(),
+            curves=base64.b64encode(curves).decode(),
+        ),
+        encoding="utf-8",
+    )
+    return page
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; font-weight: normal }}
+td {{ font-variant-numeric: tabular-nums }}
+img {{ max-width: 100%; height: auto }}
+ul {{ list-style: none; padding: 0 }} .yes {{ color: #176b2c }} .no {{ color: #b3261e; font-weight: bold }}
+pre {{ overflow-x: auto; font-size: .85rem }}
+figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
+.wide {{ overflow-x: auto }} .wide img {{ min-width: 40rem }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{notes}</p>
+<table>{table}</table>
+<ul>{claims}</ul>
+<figure><div class="wide"><img alt="original, masked, predicted and true appearance and motion of test clips"
+src="data:image/png;base64,{strips}"></div>
+<figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey.
+Predicted appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes
+decoded, the best that could be predicted. Motion: difference to the next frame, contrast doubled, grey where nothing
+moves.
+</figcaption></figure>
+<figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
+<details><summary>Config of the run (config.json)</summary><pre>{config}</pre></details>
+</body></html>
+"""

@@ -1,0 +1,233 @@
+"""What checkpoints predict in clips: pictures, moving pictures and a page with a slider.
+
+    OUT/index.html                    self-contained: every clip, every checkpoint, attention by touch
+        01-NAME.png  .gif  .mp4       of each clip
+
+Shapes: B clips, T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C = 3.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from mam2.engine.checkpoints.frozen import load_pretrained
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.synthetic import write_clip
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
+from mam2.engine.evaluation.pretext import Strips, evaluation_mask, reconstruct
+from mam2.engine.evaluation.regressor_attention import regressor_attention
+from mam2.engine.evaluation.report import draw_rows, shown
+from mam2.engine.evaluation.scores import score
+from mam2.engine.evaluation.visualize_page import LABELS, READS, Seen, write_page
+from mam2.engine.files import check_apart
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
+from mam2.engine.tokenizer.prepare import build_tokenizer
+from mam2.kernels import TubeMask
+
+TILE = 160
+"""Height of a picture in the GIF and the video, pixels."""
+PER_SECOND = 4
+"""Slots shown a second."""
+ROUNDS = 3
+"""How often the video shows the clip."""
+STRIP_INCHES = 1.0
+
+
+def visualize(
+    checkpoints: Sequence[Path],
+    data: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    clips: int = 4,
+    tokenizer: Path | None = None,
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Draws what checkpoints predict in clips of `data`, side by side; returns the page.
+
+    Args:
+        checkpoints: runs or checkpoints of pre-training, also VideoMAE's or Hugging Face's.
+        data: a video, a folder or a list; `clips` videos of it are shown, evenly spread.
+        out: folder, made if missing.
+        tokenizer: VQGAN for checkpoints whose run folder no longer holds theirs.
+        stride: distance of two sampled frames instead of the checkpoints'.
+        frames, size, heads, decoder_heads: of checkpoints that do not say them, see `load_model`.
+
+    Raises:
+        UserError: for what cannot be read or written.
+    """
+    check_apart(data, out, inside=False)
+    everything = read_manifest(data, progress=progress)
+    places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
+    manifest = Manifest(tuple(everything.videos[place] for place in places))
+    by_clip: dict[int, list[Seen]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
+    for path in dict.fromkeys(checkpoints):
+        config, found = _look(path, manifest, device, tokenizer, said)
+        configs[str(path)] = to_dict(config)
+        for place, one in found.items():
+            by_clip.setdefault(place, []).append(one)
+    if not by_clip:
+        raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        named: dict[str, list[Seen]] = {}
+        for number, (place, seen) in enumerate(sorted(by_clip.items()), 1):
+            stem = re.sub(r"[^\w.-]+", "-", Path(manifest.videos[place].path).stem)[:60]
+            name = f"{number:02d}-{stem}"
+            rows = [
+                (f"{one.checkpoint[-24:]}\n{LABELS[kind]}" if len(checkpoints) > 1 else LABELS[kind], pictures[None])
+                for one in seen
+                for kind, pictures in one.panels.items()
+            ]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # of scripts that matplotlib's font lacks
+                (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
+            pages = _side_by_side(seen, named=len(checkpoints) > 1)
+            images = [Image.fromarray(frame) for frame in pages]
+            images[0].save(
+                out / f"{name}.gif", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
+            )
+            write_clip(out / f"{name}.mp4", np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
+            named[name] = seen
+        return write_page(out / "index.html", named, configs)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def _look(
+    path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
+) -> tuple[PretrainConfig, dict[int, Seen]]:
+    """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
+    model, config = load_pretrained(path, device, **said)
+    model.eval()
+    predict: Callable[[Tensor], Strips]
+    codes = None
+    if isinstance(model, MAM2):
+        if config.needs_codes:
+            codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
+            if codes.codebook_size != (answers := model.codebook_size):
+                raise UserError(
+                    f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
+                )
+
+        def predict(clip: Tensor) -> Strips:
+            return reconstruct(model, codes, clip, config)
+    else:
+
+        def predict(clip: Tensor) -> Strips:
+            return reconstruct_pixels(model, clip, config)
+
+    found = {}
+    with ClipLoader(manifest, config.data, batch=1, device=device, seed=0, train=False) as loader:
+        for batch in loader.evaluate():
+            clip = batch.clip.to(device)
+            mask, strips = evaluation_mask(clip, config), predict(clip)
+            video = clip.permute(0, 4, 1, 2, 3)
+            attention = None
+            if isinstance(model, MAM2) and model.regressor.blocks:
+                attention = regressor_attention(model, video, mask)[0].cpu()
+            panels = {name: pictures[0].float().cpu() for name, pictures in shown(strips).items()}
+            marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
+            if attention is not None:
+                panels[READS] = _reading(panels["original"], mask, attention, marked, config)
+            found[int(batch.index[0])] = Seen(
+                checkpoint=str(path),
+                panels=panels,
+                scores=score(model, codes, clip, mask, config),
+                grid=config.grid,
+                visible=mask.visible[0].cpu(),
+                masked=mask.masked[0].cpu(),
+                attention=attention,
+                marked=marked,
+            )
+    return config, found
+
+
+def _tokenizer_of(path: Path) -> Path:
+    """The tokenizer in the run folder that a checkpoint lies in."""
+    weights = find_weights(path)
+    assert weights is not None  # a MAM2 model comes from nowhere else
+    for folder in list(weights.absolute().parents)[:3]:
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder / TOKENIZER_FILE
+    raise UserError(f"{path}: no {TOKENIZER_FILE} in its run folder; name the run's VQGAN with --tokenizer")
+
+
+def _movement(clip: Tensor, config: PretrainConfig) -> Tensor:
+    """Mean absolute difference of each token's frames to the next ones: clip [B, T, H, W, C] -> [B, N]."""
+    changes = torch.zeros(clip.shape, device=clip.device)
+    changes[:, :-1] = clip.float().diff(dim=1).abs()
+    tubelet, side, _ = config.patch_size
+    return rearrange(changes, "b (t p) (h q) (w r) c -> b (t h w) (p q r c)", p=tubelet, q=side, r=side).mean(2)
+
+
+def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, config: PretrainConfig) -> Tensor:
+    """The visible patches of a clip, the brighter the more the marked hidden one reads them; that one is framed."""
+    slots, rows, columns = config.grid
+    side = config.model.patch
+    light = torch.zeros(slots * rows * columns)
+    weights = attention[marked]
+    light[mask.visible[0].cpu()] = 0.15 + 0.85 * weights / weights.max()
+    light = light.view(slots, rows, columns, 1)
+    picture = original * light.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    slot, rest = divmod(int(mask.masked[0, marked]), rows * columns)
+    top, left = (place * side for place in divmod(rest, columns))
+    edge = max(side // 8, 1)
+    frame = picture[slot, top : top + side, left : left + side]
+    inside = frame[edge:-edge, edge:-edge].clone()
+    frame[:] = torch.tensor([1.0, 0.55, 0.0])
+    frame[edge:-edge, edge:-edge] = inside
+    return picture
+
+
+def _side_by_side(seen: Sequence[Seen], *, named: bool) -> np.ndarray:
+    """A column for each kind of picture, a row for each checkpoint, with names: uint8 [T', H, W, 3], even sides."""
+    kinds = [name for name in LABELS if any(name in one.panels for one in seen)]
+    slots = max(one.grid[0] for one in seen)
+    gap, head = 4, 18
+    line = 14 if named else 0
+    width = len(kinds) * (TILE + gap) + gap
+    height = head + len(seen) * (TILE + gap + line) + gap
+    frames = []
+    for slot in range(slots):
+        page = Image.new("RGB", (width + width % 2, height + height % 2), "white")
+        draw = ImageDraw.Draw(page)
+        for column, name in enumerate(kinds):
+            draw.text((gap + column * (TILE + gap), 3), LABELS[name], fill="black")
+        for row, one in enumerate(seen):
+            top = head + row * (TILE + gap + line)
+            if named:
+                draw.text((gap, top), one.checkpoint[-80:], fill="#555")
+            for column, name in enumerate(kinds):
+                if name in one.panels:
+                    pictures = one.panels[name]
+                    picture = pictures[slot * len(pictures) // slots]
+                    image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+                    resampling = Image.Resampling.NEAREST if len(picture) < TILE else Image.Resampling.BICUBIC
+                    page.paste(image.resize((TILE, TILE), resampling), (gap + column * (TILE + gap), top + line))
+        frames.append(np.asarray(page))
+    return np.stack(frames)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import time
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.paths import ROOT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.bench_loader")
+    tiny = dataclasses.replace(
+        module.SETTINGS["cpu"],
+        files=2,
+        frames=24,
+        height=48,
+        width=64,
+        data={"frames": 4, "size": 32, "stride": 2},
+        turns=2,
+        seconds=0.01,
+        steps=2,
+        loaders=(("pyav", "h264", 6, 1), ("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1), ("nvdec", "h264", 30, 1)),
+        views=(1, 2),
+    )
+    monkeypatch.setitem(module.SETTINGS, "cpu", tiny)
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    return module
+
+
+def by_name(rows: list[dict]) -> dict[tuple, dict]:
+    return {(row["front_end"], row["files"], row["gop"], row.get("views")): row for row in rows}
+
+
+@pytest.mark.slow
+def test_every_row_has_a_ratio_or_a_reason_and_none_a_rate_of_a_cpu(bench):
+    rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))
+    for row in rows.values():
+        assert not any(key.endswith("_per_s") for key in row)
+        assert ("reason" in row) == ("verdict" in row)
+    for kind in (("h264", 6), ("h264", 30), ("vp9", 30)):
+        assert rows[(bench.ALONE, *kind, None)]["ratio_to_pyav_alone"] == 1
+    for name, *kind in (("pyav", "h264", 6), ("pyav", "h264", 30), ("dali-cpu", "vp9", 30)):
+        assert rows[(name, *kind, None)]["ratio_to_pyav_alone"] > 0
+    refused = rows["nvdec", "h264", 30, None]
+    assert refused["verdict"] == "skipped"
+    assert "needs an NVIDIA GPU" in refused["reason"]
+    first = rows["auto, in a step of mam2-fast", "h264", 30, 1]
+    assert 0 <= first["data_wait_percent"] <= 100
+    assert first["limit"] == ("step" if first["data_wait_percent"] < 100 * bench.ENOUGH else "loader")
+
+
+@pytest.mark.slow
+def test_without_dali_pyav_and_the_step_are_still_measured(bench, monkeypatch):
+    for place in ("loader", "renderer"):
+        monkeypatch.setattr(importlib.import_module(f"mam2.engine.data.{place}"), "dali_version", lambda: "")
+    monkeypatch.setattr(bench, "_installed", lambda name: name != "nvidia.dali")
+    rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))
+    assert rows["pyav", "h264", 6, None]["ratio_to_pyav_alone"] > 0
+    assert rows["auto, in a step of mam2-fast", "h264", 30, 1]["data_wait_percent"] >= 0
+    refused = rows["dali-cpu", "vp9", 30, None]
+    assert (refused["verdict"], "NVIDIA DALI, which is not installed" in refused["reason"]) == ("skipped", True)
+
+
+def test_files_have_their_key_frames_where_they_are_told(bench, tmp_path):
+    for codec, gop in (("h264", 6), ("h264", 250), ("vp9", 6)):
+        manifest = bench.write_files(tmp_path, codec, gop, bench.SETTINGS["cpu"])
+        assert {video.codec for video in manifest.videos} == {codec}
+        assert {video.keyframe_max for video in manifest.videos} == {min(gop, 24)}
+
+
+def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monkeypatch):
+    settings = bench.SETTINGS["cpu"]
+    manifest = bench.write_files(tmp_path, "h264", 30, settings)
+    right = bench.decoders()[bench.ALONE]
+    wrong = {
+        "too few": lambda path, frames: right(path, frames)[1:],
+        "off by one": lambda path, frames: right(path, [max(frame - 1, 0) for frame in frames]),
+    }
+    monkeypatch.setattr(
+        bench, "decoders", lambda: {bench.ALONE: right, **wrong, "absent": lambda *_: bench._peer("no_such_package")}
+    )
+    settings = dataclasses.replace(settings, loaders=())
+    rows = {
+        row["front_end"]: row
+        for row in bench.decoding_rows({("h264", 30): manifest}, settings, CPU, time.monotonic() + 100)
+    }
+    assert rows[bench.ALONE]["ratio_to_pyav_alone"] == 1
+    assert [rows[name]["verdict"] for name in wrong] == ["wrong", "wrong"]
+    assert rows["absent"]["reason"] == "not installed"
+    assert "ratio_to_pyav_alone" not in rows["off by one"]
+    late = next(bench.decoding_rows({("h264", 30): manifest}, settings, CPU, 0.0))
+    assert (late["verdict"], late["reason"]) == ("skipped", "out of time")
+
+
+def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monkeypatch):
+    """As a decoder that is one frame off would give them."""
+    from mam2.engine.config.recipe import load_recipe
+
+    settings = bench.SETTINGS["cpu"]
+    manifest = bench.write_files(tmp_path, "vp9", 30, settings)
+    data = dataclasses.replace(load_recipe("mam2-fast").data, front_end="dali-cpu", **settings.data)
+    bench.check_frames(manifest, data, settings, CPU)
+    first_clips = bench.first_clips
+
+    def off_by_one(manifest, data, settings, device):
+        clips = first_clips(manifest, data, settings, device)
+        return clips.roll(1, 1) if data.front_end == "dali-cpu" else clips
+
+    monkeypatch.setattr(bench, "first_clips", off_by_one)
+    settings = dataclasses.replace(settings, loaders=(("dali-cpu", "vp9", 30, 1),), turns=1)
+    rows = bench.decoding_rows({("vp9", 30): manifest}, settings, CPU, time.monotonic() + 100)
+    row = next(row for row in rows if row["front_end"] == "dali-cpu")
+    assert row["verdict"] == "wrong"
+    assert "differ from PyAV's by" in row["reason"]
+
+
+def test_moving_noise_moves(bench):
+    frames = bench.moving_noise(3, 32, 48, np.random.default_rng(0))
+    assert frames.shape == (3, 32, 48, 3)
+    assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 2 * bench.TOLERANCE

@@ -1,0 +1,158 @@
+"""The step benchmark: one objective on both sides, no number where the losses differ, every part accounted for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.paths import ROOT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.bench_step")
+
+
+def compare(bench: ModuleType, name: str, precision: str = "float32") -> list[dict[str, Any]]:
+    config = bench.sized(name, bench.TINY, precision)
+    rows = bench.compare(name, config, 2, CPU, compiled=False, rounds=2)
+    return [row for row in rows if row.get("timed") != "alone"]
+
+
+def everything(bench: ModuleType) -> Any:
+    """What `make gpu ARGS=--dry-run` asks for."""
+    return importlib.import_module("benchmarks.sections").Wanted(dry_run=True, compiled=False)
+
+
+@pytest.mark.slow
+def test_a_way_has_its_row_before_the_next_is_built(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a time limit keeps what was measured."""
+    pytest.importorskip("transformers")
+    config = bench.sized("videomae", bench.TINY, "float32")
+    built = []
+    theirs = bench.theirs
+    monkeypatch.setattr(bench, "theirs", lambda *given: built.append(given) or theirs(*given))
+    rows = bench.compare("videomae", config, 2, CPU, compiled=False, rounds=1)
+    first = next(rows)
+    assert (first["provider"], first["step"], first["timed"]) == ("ours", "eager", "alone")
+    assert first["clips_per_s"] > 0
+    assert not built
+    later = list(rows)
+    assert built
+    assert [row["timed"] for row in later if "timed" in row] == ["alone", "in turns", "in turns"]
+
+
+def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
+    config = bench.sized("mam2-fast", bench.TINY, "float32")
+    options = {"compiled": False, "rounds": 1}
+    late = list(bench.compare("mam2-fast", config, 2, CPU, deadline=0.0, **options))
+    assert late[0]["reason"] == "out of time"
+    assert not any("median_ms" in row for row in late)
+    rows = list(bench.compare("mam2-fast", config, 2, CPU, takes=lambda way: way in ("ours", "eager"), **options))
+    assert {row["step"] for row in rows} == {"eager"}
+
+
+def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mam2.engine.model.attention_tuning"
+    asked = []
+    module = ModuleType(name)
+    module.shapes_of = lambda config, batch: {"encoder": batch}  # type: ignore[attr-defined]
+    module.use_fastest = lambda *given: asked.append(given) or ["encoder: sdpa"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    config = bench.sized("mam2-fast", bench.TINY, "bfloat16")
+    assert bench.choose_attention(config, 2, torch.device("cuda")) == ["encoder: sdpa"]
+    assert asked == [({"encoder": 2}, torch.device("cuda"), torch.bfloat16)]
+    assert bench.choose_attention(config, 2, CPU) == []
+
+
+def test_a_step_without_a_triton_launch_is_no_data_point(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "fallback", lambda device, counter: "fell back to PyTorch" * (not counter.names))
+    rows = compare(bench, "mam2-fast")
+    eager = next(row for row in rows if row["step"] == "eager")
+    assert (eager["verdict"], eager["reason"]) == ("failed", "fell back to PyTorch")
+    assert "median_ms" not in eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_sides_are_one_objective(bench: ModuleType, precision: str) -> None:
+    pytest.importorskip("transformers")
+    rows = {(row["provider"], row["step"]): row for row in compare(bench, "videomae", precision)}
+    ours, theirs = rows["ours", "eager"], rows["hugging_face", "eager"]
+    assert (ours["verdict"], theirs["verdict"]) == ("right", "right")
+    assert ours["precision"] == precision
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=bench.TOLERANCE[getattr(torch, precision)])
+    assert ours["ratio"] == ours["ratio_to_best"] == theirs["median_ms"] / ours["median_ms"]
+    assert rows["ours", "compiled"]["verdict"] == "skipped"
+    assert rows["ours", "graph"] == rows["ours", "graph"] | {"verdict": "skipped", "reason": "CUDA graphs need a GPU"}
+
+
+def test_gradients_of_both_sides_agree(bench: ModuleType) -> None:
+    pytest.importorskip("transformers")
+    config = bench.sized("videomae", bench.TINY, "float32")
+    norms = []
+    for side in (bench.ours, bench.theirs):
+        candidate = side(config, 2, CPU, "eager")
+        candidate.loss().backward()
+        parameters = [p for group in candidate.optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_another_loss_gets_no_number(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pixels = bench.hugging_face.pixels
+    monkeypatch.setattr(bench.hugging_face, "pixels", lambda video: pixels(255 - video))
+    rows = {(row["provider"], row["step"]): row for row in compare(bench, "videomae")}
+    assert rows["hugging_face", "eager"]["verdict"] == "wrong"
+    assert "median_ms" not in rows["hugging_face", "eager"]
+    assert rows["ours", "eager"]["verdict"] == "right"
+    assert "ratio" not in rows["ours", "eager"]
+
+
+def test_without_transformers_it_says_so(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = {(row["provider"], row["step"]): row for row in compare(bench, "videomae")}
+    theirs = rows["hugging_face", "eager"]
+    assert (theirs["verdict"], theirs["reason"]) == ("skipped", "transformers is not installed")
+    assert rows["ours", "eager"]["median_ms"] > 0
+
+
+def test_one_that_breaks_leaves_the_others(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(bench, "theirs", broken)
+    rows = {(row["provider"], row["step"]): row for row in compare(bench, "videomae")}
+    assert rows["hugging_face", "eager"]["reason"] == "RuntimeError: no memory"
+    assert rows["ours", "eager"]["median_ms"] > 0
+
+
+@pytest.mark.slow
+def test_rows_hold_every_objective_and_part(bench: ModuleType) -> None:
+    rows = list(bench.rows(CPU, float("inf"), everything(bench)))
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "part" in row:
+            parts.setdefault(row["objective"], []).append(row)
+    assert set(parts) == set(bench.OBJECTIVES)
+    assert [row["part"] for row in parts["mam2-cae"]] == [
+        *("encoder", "regressor", "appearance decoder and loss", "motion decoder and loss", "AdamW", "tokenizer")
+    ]
+    for found in parts.values():
+        assert sum(row["percent"] for row in found) == pytest.approx(100)
+        assert sum(row["percent_of_flops"] for row in found) == pytest.approx(100)
+    assert not [row for row in rows if row.get("verdict") in ("wrong", "failed")]
+
+
+def test_what_there_is_no_time_for_is_named(bench: ModuleType) -> None:
+    rows = list(bench.rows(CPU, 0.0, everything(bench)))
+    assert [(row["objective"], row["reason"]) for row in rows] == [(name, "out of time") for name in bench.OBJECTIVES]

@@ -1,0 +1,297 @@
+"""The convergence benchmark: its hard clips, its trainings, and a whole quick run that goes on where it stopped."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.convergence import Job, Run, beyond, final_jobs, main_jobs, ranked_rates, sweep_jobs
+from benchmarks.trials import prepared, trial
+from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
+from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
+from mam2.engine.config.pretrain import check
+from mam2.engine.data.synthetic import MOTIONS, SIZE
+from mam2.engine.errors import UserError
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quick run's folder."""
+    out = tmp_path_factory.mktemp("convergence")
+    _run(out)
+    return out
+
+
+def _run(out):
+    command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def _hue(clip):
+    red, green, blue = clip.reshape(-1, 3).astype(float).mean(0)
+    return np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)
+
+
+@pytest.mark.slow
+def test_the_tint_gives_the_class_away_in_training_clips_alone():
+    def agreement(split):
+        """How near the hues of a class's clips lie to each other: 1 for all alike, about 0.1 for no agreement."""
+        hues = np.array(
+            [[_hue(render_hard_clip(motion, split, np.random.default_rng([1, STREAMS[split], k, i])))
+              for k in range(60)] for i, motion in enumerate(MOTIONS)]
+        )  # fmt: skip
+        return np.abs(np.exp(1j * hues).mean(1)).mean()
+
+    train, validation, test = (agreement(split) for split in STREAMS)
+    assert train > 1.5 * validation
+    assert train > 1.5 * test
+
+
+def test_a_clip_is_a_function_of_its_key_and_sizes_show_the_same_scene():
+    small, again, large = (
+        render_hard_clip("left", "test", np.random.default_rng(7), size=size) for size in (SIZE, SIZE, 2 * SIZE)
+    )
+    assert np.array_equal(small, again)
+    assert large.shape == (*small.shape[:1], 2 * SIZE, 2 * SIZE, 3)
+    # sampled at every other pixel the larger one shows the smaller one, but for the edges of the shape
+    assert np.mean(np.abs(large[:, ::2, ::2].astype(int) - small) > 8) < 0.05
+
+
+def test_the_class_is_the_motion_before_the_background():
+    """With the camera's motion taken out, the mean colour difference of a clip moves as its class says."""
+    for motion, axis, sign in (("left", 2, -1), ("right", 2, 1), ("up", 1, -1), ("down", 1, 1)):
+        moved = []
+        for seed in range(8):
+            clip = render_hard_clip(motion, "test", np.random.default_rng([seed, 3])).astype(float).max(-1)
+            # the shape is the brightest thing: its place as an angle, since what leaves comes back on the other side
+            bright = (clip >= np.quantile(clip, 0.97, axis=(1, 2), keepdims=True)).sum(axis=3 - axis)
+            angle = np.angle((bright * np.exp(2j * np.pi * np.arange(SIZE) / SIZE)).sum(1))
+            moved.append(np.unwrap(angle)[-1] - np.unwrap(angle)[0])
+        assert sign * np.median(moved) > 0.5, motion
+
+
+def test_interrupted_writing_goes_on(tmp_path):
+    write_hard_dataset(tmp_path, {"train": 16})
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert [file.suffix for file in files].count(".mp4") == 8 == len(files) / 2
+    before = {path: (path.stat().st_mtime_ns, _frames(path)) for path in files}
+    files[3].unlink()
+    write_hard_dataset(tmp_path, {"train": 16})
+    for path, (written, frames) in before.items():
+        assert (path.stat().st_mtime_ns == written) == (path != files[3])
+        assert np.abs(_frames(path).astype(int) - frames).mean() < 1
+
+
+def _frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_training_of_every_setting_is_possible(name):
+    setting = SETTINGS[name]
+    rates = dict.fromkeys(setting.methods, 1e-3)
+    jobs = [
+        *sweep_jobs(setting, dict.fromkeys(setting.methods, setting.rates)),
+        *main_jobs(setting, rates, real_epochs=3.0),
+    ]
+    assert len({job.key for job in jobs}) == len(jobs)
+    final = final_jobs(setting, {method: [rate, 2 * rate] for method, rate in rates.items()})
+    assert len({job.key for job in final} & {job.key for job in jobs}) == len(final) / 2, (
+        "the winners are not run again"
+    )
+    for job in jobs:
+        config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr)
+        check(config)
+        # a video in v views is v clips: every variant takes the same number of steps
+        assert config.optim.epochs * config.data.views == pytest.approx(job.epochs)
+        assert config.optim.warmup_epochs == pytest.approx(0.05 * config.optim.epochs)
+    finetuning(setting, pretraining(setting, {})).check()
+    assert setting.ablation_epochs in setting.budgets
+    assert {job.variant for job in jobs if job.group == "main"} == set(setting.methods)
+    assert setting.seeds >= (2 if name == "quick" else 3)
+    changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]
+    assert len(set(changes)) == len(changes), "two ablations are the same"
+    default = pretraining(setting, {})
+    for family, label, change in ABLATIONS:
+        assert pretraining(setting, change) != default, (family, label)
+
+
+def test_values_are_changed_by_their_dotted_names():
+    config = changed(pretraining(QUICK, {}), {"model.regressor.keys": "all", "optim.batch": 8})
+    assert (config.model.regressor.keys, config.optim.batch) == ("all", 8)
+    with pytest.raises((AttributeError, TypeError)):
+        changed(config, {"model.regresor.keys": "all"})
+
+
+def test_rates_are_ranked_by_the_mean_on_validation_clips():
+    trials = [
+        {"variant": method, "base_lr": rate, "probe_validation": score, "probe": 1 - score}
+        for method, scores in {"mam2": (0.2, 0.5, 0.4), "videomae": (0.6, 0.5, 0.4)}.items()
+        for rate, score in zip((1, 2, 3), scores, strict=True)
+    ]
+    assert ranked_rates(trials) == {"mam2": [2, 3, 1], "videomae": [1, 2, 3]}
+    unlucky = {"variant": "mam2", "base_lr": 2, "probe_validation": 0.0, "probe": 1.0}
+    assert ranked_rates([*trials, unlucky])["mam2"] == [3, 2, 1]
+
+
+def test_a_best_rate_at_an_end_is_looked_beyond(tmp_path, monkeypatch):
+    setting = dataclasses.replace(QUICK, rates=(1e-2, 2e-2, 4e-2))
+    best = {"mam2": 2e-2, "videomae": 3e-1}
+    trained = []
+
+    def train(self, jobs):
+        trained.append([(job.variant, job.base_lr) for job in jobs])
+        return [
+            {"variant": job.variant, "base_lr": job.base_lr, "probe_validation": -abs(job.base_lr - best[job.variant])}
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(Run, "train", train)
+    jobs, rates = Run(setting, tmp_path, None).sweep()
+    assert {method: ranked[0] for method, ranked in rates.items()} == {"mam2": 2e-2, "videomae": 16e-2}
+    assert [len(ranked) for ranked in rates.values()] == [2, 2]
+    assert [len(done) for done in trained] == [6, 7, 8]
+    assert sorted(job.base_lr for job in jobs if job.variant == "videomae") == [1e-2, 2e-2, 4e-2, 8e-2, 16e-2]
+    assert beyond([1.0, 2.0, 4.0], 1.0) == [0.5]
+    assert beyond([1.0, 2.0, 4.0], 2.0) == []
+    assert beyond([1.0], 1.0) == [], "a single rate is no sweep"
+
+
+@pytest.mark.slow
+def test_a_quick_run_trains_all_and_writes_its_page(finished):
+    results = json.loads((finished / "results.json").read_text())
+    trained = {(t["group"], t["variant"]) for t in results["trials"]}
+    assert {("main", "mam2"), ("main", "videomae"), ("sweep", "mam2")} <= trained
+    assert results["steps_ms"].keys() == {*QUICK.methods, *(a.label for a in ABLATIONS)}
+    assert {label for group, label in trained if group == "ablation"} == {"mam2", *(a.label for a in ABLATIONS)}
+    page = (finished / "convergence.md").read_text()
+    for text in ("VideoMAE's final", "± ", *(ablation.label for ablation in ABLATIONS)):
+        assert text in page
+    for picture in ("convergence.png", "convergence-ablations.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    for found in results["trials"]:
+        assert 0 <= found["probe"] <= 1
+        assert found["train_s"] == pytest.approx(found["steps"] * found["step_ms"] / 1000)
+        coded = found["variant"] not in ("videomae", "appearance decoder off", "pixels instead of codes")
+        assert (found["preparation_s"] > 0) == coded, found["variant"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "trials.jsonl").is_file() or not (tmp_path / "trials.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.wait()
+    while any(_alive(child) for child in children):
+        assert time.monotonic() < deadline, "workers are left behind"
+        time.sleep(0.2)
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    with (tmp_path / "trials.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    done = Run(QUICK, tmp_path, None).done
+    assert len(done) == len(lines)
+
+
+def _alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_trains_nothing_again(finished):
+    before = (finished / "trials.jsonl").read_text()
+    lines = before.splitlines(keepends=True)
+    (finished / "trials.jsonl").write_text("".join(lines[:-1]))
+    _run(finished)
+    after = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
+    assert after[:-1] == lines[:-1]
+    again, first = json.loads(after[-1]), json.loads(lines[-1])
+    assert {**again, "wall_s": 0} == {**first, "wall_s": 0}, "the same training twice gave other numbers"
+
+
+@pytest.mark.slow
+def test_variants_of_a_seed_see_the_same_clips(finished):
+    clips = prepared.load(finished / "synthetic")
+    one, other = (pretraining(QUICK, changes, seed=5) for changes in QUICK.methods.values())
+    for _, (mine, codes), (theirs, none) in zip(
+        range(5), trial.batches(one, clips), trial.batches(other, clips), strict=False
+    ):
+        assert torch.equal(mine, theirs)
+        assert none is None
+        assert codes.shape == (len(mine), int(np.prod(one.grid)))
+    both = changed(one, {"tokenizer.frames": "all"})
+    assert next(trial.batches(both, clips))[1].shape == (one.optim.batch, int(np.prod(one.grid)), 2)
+
+
+@pytest.mark.slow
+def test_the_trainings_learn(finished):
+    """Twenty passes over 64 clips: the losses fall, and fine-tuning fits what it was shown.
+
+    It starts from MAM2 after one pass: at this size encoders of a few more passes fine-tune worse.
+    """
+    clips, encoders = prepared.load(finished / "synthetic"), []
+    for changes in QUICK.methods.values():
+        short, long = (
+            trial.pretrain(pretraining(QUICK, changes, epochs=epochs, base_lr=1.6e-2), clips) for epochs in (1.0, 20.0)
+        )
+        name = "loss/pixels" if changes else "loss/appearance"
+        assert long.losses[name] < short.losses[name]
+        encoders.append(short.encoder)
+    config = changed(finetuning(QUICK, pretraining(QUICK, {})), {"optim.epochs": 60.0})
+    shown = dataclasses.replace(clips, splits={**clips.splits, "test": _first_clips(clips.splits["train"])})
+    assert trial.finetune(encoders[0], shown, config, labelled=64) > 0.3  # chance: 0.125
+
+
+def test_the_labelled_videos_are_of_every_class_and_kind_of_file():
+    labels = torch.arange(8).repeat_interleave(200)  # in the order of the files, whose codec alternates
+    chosen = trial.labelled_videos(labels, 400)
+    assert len(set(chosen.tolist())) == 400
+    assert torch.bincount(labels[torch.from_numpy(chosen)]).tolist() == [50] * 8
+    assert 0.4 < (chosen % 2).mean() < 0.6
+
+
+def _first_clips(train):
+    return prepared.Split(train.clips[:, :1, :1], train.labels)
+
+
+def test_jobs_that_differ_have_other_keys():
+    job = Job("main", "mam2", (), 5, 1e-3, 0)
+    assert job.key != dataclasses.replace(job, seed=1).key
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path):
+    assert Run(QUICK, tmp_path, None).done == {}
+    assert Run(QUICK, tmp_path, None).done == {}
+    with pytest.raises(UserError, match="other settings or data: name another folder"):
+        Run(dataclasses.replace(QUICK, seeds=7), tmp_path, None)
+    with pytest.raises(UserError, match="name another folder"):
+        Run(QUICK, tmp_path, (Path("a"), Path("b")))
+
+
+def test_real_clips_that_do_not_fit_are_named(tmp_path):
+    write_hard_dataset(tmp_path, {"train": 8, "test": 8})
+    (tmp_path / "test" / "left").rename(tmp_path / "test" / "sideways")
+    data = {split: tmp_path / split for split in ("train", "test")}
+    with pytest.raises(UserError, match="'sideways' is not one of the 8"):
+        prepared.prepare(data, tmp_path / "out", pretraining(QUICK, {}), recorded=1, views=1)

@@ -1,0 +1,382 @@
+"""The convergence page, from made-up results."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.paths import ROOT
+
+MARKERS = "<!-- numbers: begin -->", "<!-- numbers: end -->"
+BUDGETS = (5, 10, 20, 40)
+OFFSETS = (-0.01, 0.0, 0.01)
+"""Of the accuracy, for each seed."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _repository_root_can_be_imported() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.trials.{name}")
+
+
+def trials(group: str, variant: str, probe: float, *, epochs: float = 20, seeds: int = 3, **more: Any) -> list[dict]:
+    """One for each seed. VideoMAE takes 2 s and 1 TFLOP an epoch, the others 3 s and 1.5 TFLOP."""
+    slow = 1.0 if variant == "videomae" else 1.5
+    prepared = 12.0 if variant == "mam2" else 0.0
+    return [
+        {
+            "group": group,
+            "variant": variant,
+            "label": variant,
+            "family": "",
+            "data": "synthetic",
+            "epochs": epochs,
+            "steps": int(100 * epochs),
+            "base_lr": 1e-3,
+            "seed": seed,
+            "probe": probe + offset,
+            "probe_validation": probe + offset,
+            "finetune": probe + 0.1 + offset,
+            "train_s": 2 * slow * epochs,
+            "step_ms": 20 * slow,
+            "epoch_s": 2 * slow,
+            "flops": 1e12 * slow * epochs,
+            "preparation_s": prepared,
+            "preparation_flops": 2e12 if prepared else 0.0,
+            "losses": {},
+            **more,
+        }
+        for seed, offset in enumerate(OFFSETS[:seeds])
+    ]
+
+
+def results_of(*groups: list[dict]) -> dict[str, Any]:
+    counts = {"train": 100, "validation": 20, "test": 50}
+    return {
+        "machine": "a machine",
+        "setting": "cpu",
+        "date": "2026-01-01",
+        "wall_s": 600.0,
+        "versions": {"torch": "2.13"},
+        "data": {"synthetic": {**counts, "classes": 8}, "real": {**counts, "test": 25, "classes": 5}},
+        "trials": [trial for group in groups for trial in group],
+    }
+
+
+def main_groups(mam2: tuple[float, ...], videomae: tuple[float, ...], **more: Any) -> list[list[dict]]:
+    return [
+        trials("main", variant, probe, epochs=epochs, **more)
+        for variant, curve in (("mam2", mam2), ("videomae", videomae))
+        for epochs, probe in zip(BUDGETS, curve, strict=True)
+    ]
+
+
+BETTER, WORSE = (0.40, 0.50, 0.70, 0.80), (0.30, 0.40, 0.50, 0.60)
+
+
+def full() -> dict[str, Any]:
+    changed = [
+        trials("ablation", "ratio-0.75", 0.62, label="0.75", family="mask ratio"),
+        trials("ablation", "no-motion", 0.40, label="no motion decoder", family="motion"),
+        trials("ablation", "ratio-0.8", 0.90, label="0.8", family="mask ratio", epoch_s=6.0),
+    ]
+    sweep = [
+        trials("sweep", "mam2", probe, seeds=1, base_lr=base_lr)
+        for base_lr, probe in ((3e-3, 0.5), (3e-4, 0.4), (1e-3, 0.6))
+    ]
+    real = [trials("real", "mam2", 0.55, epochs=40, data="real", finetune=None)]
+    default = [trials("ablation", "mam2", 0.625, label="as it is")]
+    results = results_of(*main_groups(BETTER, WORSE), *changed, *default, *sweep, *real)
+    results["preparation"] = {"tokenizer_s": 5.0, "tokenize_s": 7.0, "tokenizer_flops": 1.5e12, "tokenize_flops": 5e11}
+    results["random"] = {"synthetic": {"probe": [0.2, 0.22], "finetune": [0.3]}, "real": {"probe": [0.25]}}
+    return results
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(head, cells, strict=True)) for cells in body]
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (2.5, 3.57465), (4, 2.77645), (30, 2.04227), (1e6, 1.95996)]
+)
+def test_quantiles_of_student(freedom: float, expected: float) -> None:
+    assert module("intervals").t_quantile(freedom) == pytest.approx(expected, rel=1e-3)
+
+
+def test_welch_interval() -> None:
+    welch = module("intervals").welch
+    # equal spread and size: the pooled test with 4 degrees of freedom
+    found = welch([0.71, 0.72, 0.73], [0.61, 0.62, 0.63])
+    half = 2.77645 * 0.01 * math.sqrt(2 / 3)
+    assert found == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
+    assert found.verdict == "better"
+    assert welch([0.51, 0.52, 0.53], [0.61, 0.62, 0.63]).verdict == "worse"
+    assert welch([0.61, 0.62, 0.66], [0.61, 0.62, 0.63]).verdict is None
+    assert welch([0.7], [0.61, 0.62]) is None
+    assert welch([0.7, 0.7], [0.6, 0.6]) is None
+
+
+def test_welch_interval_holds_the_difference_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    wide, narrow = generator.normal(0, 3, (1000, 3)), generator.normal(0, 1, (1000, 4))
+    intervals = [module("intervals").welch(*map(list, pair)) for pair in zip(wide, narrow, strict=True)]
+    assert 0.93 < statistics.fmean(each.low < 0 < each.high for each in intervals) < 0.98
+
+
+def test_wilson_interval() -> None:
+    assert module("intervals").wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    low, high = module("intervals").wilson(1.0, 25)
+    assert (low, high) == pytest.approx((0.8668, 1), abs=1e-4)
+
+
+def test_reach_between_two_budgets() -> None:
+    reach = module("reach").reach
+    results = results_of(*main_groups(BETTER, WORSE))
+    # 0.6 lies halfway from 0.5 at 10 epochs to 0.7 at 20: 10 √2 epochs
+    epochs = 10 * math.sqrt(2)
+    found = {axis: reach(results, "probe", axis) for axis in ("epochs", "seconds", "training_seconds", "flops")}
+    assert {axis: (each.needed, each.spent) for axis, each in found.items()} == {
+        "epochs": pytest.approx((epochs, 40)),
+        "seconds": pytest.approx((3 * epochs + 12, 80)),
+        "training_seconds": pytest.approx((3 * epochs, 80)),
+        "flops": pytest.approx((1.5e12 * epochs + 2e12, 40e12)),
+    }
+    for each in found.values():
+        assert each.goal == pytest.approx(0.6)
+        assert each.ratio == pytest.approx(each.needed / each.spent)
+        assert each.interval[0] < each.ratio < each.interval[1]
+        assert (each.never, each.at_most) == (0, False)
+    # the extreme draws: all seeds the worst of one method, the best of the other
+    low, high = (10 * 2 ** ((0.1 + shift) / 0.2) / 40 for shift in (-0.02, 0.02))
+    assert low <= found["epochs"].interval[0] < found["epochs"].interval[1] <= high
+
+
+def test_reach_of_the_other_method_fails() -> None:
+    results = results_of(*main_groups(BETTER, WORSE))
+    found = module("reach").reach(results, "finetune", "epochs", method="videomae", other="mam2")
+    assert (found.needed, found.ratio, found.never) == (None, None, 1)
+    assert (found.goal, found.best) == pytest.approx((0.9, 0.7))
+    assert found.interval == (math.inf, math.inf)
+
+
+def test_reach_at_the_smallest_budget_is_a_bound() -> None:
+    report = module("report")
+    results = results_of(*main_groups((0.70, 0.75, 0.8, 0.85), WORSE))
+    found = module("reach").reach(results, "probe", "seconds")
+    assert found.at_most
+    assert found.needed == 5 * 3 + 12
+    assert found.ratio == found.smallest_ratio == pytest.approx(27 / 80)
+    sentence = report.ratio_sentence(results, "probe", method="mam2", other="videomae")
+    assert (
+        "at its smallest budget already, with at most **0.12 ×** the epochs (5 against 40; 95 %: ≤ 0.12 to" in sentence
+    )
+
+
+def test_draws_that_never_reach_end_the_interval_with_never() -> None:
+    results = results_of(*main_groups((0.3, 0.4, 0.5, 0.602), WORSE))
+    found = module("reach").reach(results, "probe", "epochs")
+    assert 0.2 < found.never < 0.6
+    assert found.interval[1] == math.inf
+    sentence = module("report").ratio_sentence(results, "probe", method="mam2", other="videomae")
+    assert "to never)" in sentence
+    assert f"in {100 * found.never:.1f} % of 2000 draws it never does." in sentence
+
+
+def test_the_first_crossing_counts_where_the_curve_falls_again() -> None:
+    results = results_of(*main_groups((0.5, 0.7, 0.5, 0.7), WORSE))
+    assert module("reach").reach(results, "probe", "epochs").needed == pytest.approx(5 * math.sqrt(2))
+
+
+def test_one_seed_has_no_interval() -> None:
+    results = results_of(*main_groups(BETTER, WORSE, seeds=1))
+    assert module("reach").reach(results, "probe", "epochs").interval is None
+    sentence = module("report").ratio_sentence(results, "probe", method="mam2", other="videomae")
+    assert "95 %" not in sentence
+    assert "draws" not in sentence
+
+
+def test_a_seed_that_lacks_a_budget_is_left_out() -> None:
+    results = results_of(*main_groups(BETTER, WORSE))
+    complete = module("reach").reach(results, "probe", "epochs")
+    results["trials"] += trials("main", "mam2", 0.9, epochs=40, seeds=1, seed=7)
+    assert module("reach").reach(results, "probe", "epochs") == complete
+
+
+def test_nothing_is_reached_without_one_of_the_methods() -> None:
+    groups = main_groups(BETTER, WORSE, finetune=None)
+    assert module("reach").reach(results_of(*groups), "finetune", "epochs") is None
+    assert module("reach").reach(results_of(*groups[:4]), "probe", "epochs") is None
+    assert module("reach").reach(results_of(*groups[4:]), "probe", "epochs") is None
+
+
+def test_main_table() -> None:
+    rows = rows_of(module("report").main_table(full()))
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        *(("MAM2", f"{epochs}") for epochs in BUDGETS),
+        *(("VideoMAE", f"{epochs}") for epochs in BUDGETS),
+        ("random encoder", ""),
+    ]
+    assert rows[1] == {
+        "method": "MAM2",
+        "epochs": "10",
+        "base lr": "0.001",
+        "seeds": "3",
+        "linear probe, %": "50.0 ± 1.0",
+        "fine-tuning, %": "60.0 ± 1.0",
+        "seconds": "42",
+        "training s": "30",
+        "preparation s": "12",
+        "TFLOP": "17",
+    }
+    assert rows[-1]["linear probe, %"] == "21.0 ± 1.4"
+    assert rows[-1]["fine-tuning, %"] == "30.0"
+
+
+def test_ablation_table() -> None:
+    rows = rows_of(module("report").ablation_table(full()))
+    assert [(row["family"], row["setting"]) for row in rows] == [
+        ("default", "as it is"),
+        ("mask ratio", "0.75"),
+        ("", "0.8"),
+        ("motion", "no motion decoder"),
+    ]
+    assert [row["clearly"] for row in rows] == ["", "", "better", "worse"]
+    assert [row["difference [95 %]"] for row in rows] == [
+        *("", "-0.5 [-2.8, +1.8]", "+27.5 [+25.2, +29.8]", "-22.5 [-24.8, -20.2]"),
+    ]
+    assert [row["× default"] for row in rows] == ["1.00", "1.00", "2.00", "1.00"]
+
+
+def test_two_defaults_are_refused() -> None:
+    groups = [trials("ablation", "mam2", 0.6, label=label) for label in ("default", "mask ratio 0.8")]
+    with pytest.raises(ValueError, match=r"found \['default', 'mask ratio 0.8'\]"):
+        module("report").ablation_table(results_of(*groups))
+
+
+def test_sweep_table() -> None:
+    report = module("report")
+    rows = rows_of(report.sweep_table(full()))
+    assert [(row["base lr"], row["best"]) for row in rows] == [("0.0003", ""), ("0.001", "best"), ("0.003", "")]
+    for probes, best in (((0.1, 0.2, 0.3), "best (an end of the sweep)"), ((0.1, 0.2), "best")):  # two: the last round
+        ends = results_of(*(trials("sweep", "mam2", probe, base_lr=probe) for probe in probes))
+        assert [row["best"] for row in rows_of(report.sweep_table(ends)) if row["best"]] == [best]
+
+
+def test_real_table_says_what_so_few_videos_allow() -> None:
+    report = module("report")
+    rows = rows_of(report.real_table(full()))
+    low, high = module("intervals").wilson(0.55, 25)
+    assert rows[0]["linear probe, 95 % of 25 videos"] == f"{100 * low:.1f} to {100 * high:.1f}"
+    assert "fine-tuning, %" not in rows[0]
+    assert rows[1] == {**dict.fromkeys(rows[0], ""), "method": "random encoder", "linear probe, %": "25.0"}
+    assert "25 test videos: one video is 4.0 points" in report.page(full())
+
+
+def test_page_has_every_part() -> None:
+    page = module("report").page(full())
+    assert page.startswith(MARKERS[0])
+    assert page.endswith(MARKERS[1])
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "### Accuracy against epochs, seconds and FLOPs",
+        "### Ablations",
+        "### Learning rates",
+        "### Real clips",
+    ]
+    assert "(convergence.png)" in page
+    assert "(convergence-ablations.png)" in page
+    assert "on a machine (torch 2.13): 42 trainings, 10 minutes in all" in page
+    assert "5.0 s to train the tokenizer, 7.0 s to compute the codes, 2 TFLOP together" in page
+    assert "- Linear probe: MAM2 reaches VideoMAE's final 60.0 % (40 epochs) with **0.35 ×** the epochs" in page
+    assert "- Linear probe: VideoMAE does not reach MAM2's final 80.0 % (40 epochs) within its 40 epochs: " in page
+    assert "- Linear probe: VideoMAE reaches VideoMAE's final 60.0 % (40 epochs) with **1.00 ×** the epochs" in page
+    assert page.count("- Fine-tuning: ") == 3
+
+
+def test_page_leaves_out_what_was_not_run() -> None:
+    page = module("report").page(results_of(*main_groups(BETTER, WORSE, seeds=1, finetune=None)))
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "### Accuracy against epochs, seconds and FLOPs"
+    ]
+    assert "ine-tuning" not in page
+    assert "ablations" not in page
+    assert "None" not in page
+    assert "nan" not in page
+
+
+def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
+    report = module("report")
+    path = tmp_path / "convergence.md"
+    path.write_text(f"# Ours\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n\nProse – kept.\n", encoding="utf-8")
+    for _ in range(2):
+        report.write_page(full(), path)
+        assert path.read_text(encoding="utf-8") == f"# Ours\n\n{report.page(full())}\n\nProse – kept.\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "convergence-ablations.png",
+        "convergence.md",
+        "convergence.png",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", MARKERS[0], MARKERS[1] + MARKERS[0], "".join(MARKERS) * 2])
+def test_a_page_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "convergence.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="numbers: begin"):
+        module("report").write_page(full(), path)
+    assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def panels_of(monkeypatch: pytest.MonkeyPatch, name: str, results: dict[str, Any]) -> list[Any]:
+    """The axes that the function `name` of the pictures draws."""
+    pictures = module("pictures")
+    figures: list[Any] = []
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    getattr(pictures, name)(results, Path("unused.png"))
+    return [axes for figure in figures for axes in figure.axes]
+
+
+def test_picture_of_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = panels_of(monkeypatch, "draw", full())
+    assert len(panels) == 6
+    assert {axes.get_xscale() for axes in panels} == {"log"}
+    curves = [axes.containers[0].lines[0].get_xdata().tolist() for axes in panels]
+    assert curves[:3] == [list(BUDGETS), [27, 42, 72, 132], [9.5, 17, 32, 62]]
+    heights = panels[0].containers[1].lines[0].get_ydata()
+    assert heights == pytest.approx([100 * probe for probe in WORSE])
+    labels = {line.get_label(): line for line in panels[1].lines}
+    assert labels["random encoder"].get_ydata()[0] == pytest.approx(21)
+    assert labels["chance"].get_ydata()[0] == pytest.approx(12.5)
+    assert labels["MAM2 without preparation"].get_xdata().tolist() == [15, 30, 60, 120]
+
+
+def test_picture_of_one_measure_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = results_of(*main_groups(BETTER, WORSE, seeds=1, finetune=None))
+    assert len(panels_of(monkeypatch, "draw", results)) == 3
+    assert not panels_of(monkeypatch, "draw_ablations", results)
+    assert not panels_of(monkeypatch, "draw", results_of())
+
+
+def test_picture_of_ablations(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = panels_of(monkeypatch, "draw_ablations", full())
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["mask ratio", "0.75", "0.8", "motion", "no motion decoder"]
+    points = [container.lines[0] for container in axes.containers]
+    assert [float(point.get_xdata()[0]) for point in points] == pytest.approx([62, 90, 40])
+    assert [point.get_color() for point in points] == ["0.35", "C0", "C3"]
+    band = axes.patches[0]
+    assert (band.get_x(), band.get_width()) == pytest.approx((61.5, 2))

@@ -1,0 +1,108 @@
+"""A feature for each video of a folder: the right one, in a file that others read."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mam2.engine.checkpoints.frozen import load_frozen
+from mam2.engine.cli import main
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import read_manifest
+from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.evaluation.features import layer_tokens
+from mam2.engine.train.pretrain import pretrain
+from tests.helpers.paths import CLIPS
+
+pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Eight clips without labels and a file that is no video, with names that lists choke on."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_dataset(folder / "made", train=8, test=0, progress=False)
+    for number, path in enumerate(sorted((folder / "made").rglob("*.*"))):
+        path.rename(folder / f"a, b\t{number}{path.suffix}")
+    shutil.rmtree(folder / "made")
+    (folder / "broken.mp4").write_bytes(b"not a video" * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(videos, tmp_path_factory, small):
+    run = tmp_path_factory.mktemp("run")
+    config = small(model={"objective": "videomae", "depth": 2}, optim={"batch": 8, "epochs": 1.0})
+    pretrain(config, videos, run, progress=False)
+    return run
+
+
+def embed(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["embed", *map(str, arguments)])
+    return end.value.code
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_rows_are_the_videos_features(videos, run, tmp_path, capsys, layer):
+    out = tmp_path / "f.npy"
+    assert embed(run, "--data", videos, "--out", out, "--layer", layer, "--batch", 3) == 0
+    features, index = np.load(out), json.loads((tmp_path / "f.json").read_text())
+    assert (features.shape, features.dtype) == ((8, 24), np.float32)
+    assert [Path(path).parent for path in index["paths"]] == [videos] * 8
+    assert list(index["skipped"]) == [str(videos / "broken.mp4")]
+    assert (index["layer"], index["precision"]) == (layer or 2, "float32")
+    assert "8 videos, 24 values each" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.json"}
+
+    frozen = load_frozen(run, torch.device("cpu"))
+    manifest = read_manifest(videos, progress=False)
+    with ClipLoader(manifest, frozen.data, batch=8, device="cpu", seed=0, train=False) as loader:
+        batch = next(iter(loader.evaluate()))
+    with torch.no_grad():
+        tokens = layer_tokens(frozen.encoder, batch.video, [1, 2])
+    for place, feature in zip(batch.index.tolist(), tokens[layer or 2].mean(1).numpy(), strict=True):
+        row = index["paths"].index(manifest.videos[place].path)
+        np.testing.assert_allclose(features[row], feature, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
+def test_parquet_holds_the_same(videos, run, tmp_path):
+    import pyarrow.parquet
+
+    assert embed(run, "--data", videos, "--out", tmp_path / "f.npy") == 0
+    assert embed(run, "--data", videos, "--out", tmp_path / "f.parquet") == 0
+    table = pyarrow.parquet.read_table(tmp_path / "f.parquet")
+    np.testing.assert_array_equal(np.stack(table["feature"].to_numpy()), np.load(tmp_path / "f.npy"))
+    assert table["path"].to_pylist() == json.loads((tmp_path / "f.json").read_text())["paths"]
+
+
+def test_what_cannot_be_written_is_said_first(videos, run, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find(name, *rest)
+    )
+    for out, message in {
+        "f.csv": ".npy or .parquet",
+        "f.parquet": "pip install pyarrow",
+        "no/f.npy": "cannot be written: No such file or directory",
+    }.items():
+        assert embed(run, "--data", videos, "--out", tmp_path / out) == 2
+        assert message in capsys.readouterr().err
+    assert embed(run, "--data", videos, "--out", tmp_path / "f.npy", "--layer", 3) == 2
+    assert "layers 1 to 2" in capsys.readouterr().err
+    assert embed(tmp_path, "--data", videos, "--out", tmp_path / "f.npy") == 2
+    assert embed(tmp_path / "none", "--data", videos, "--out", tmp_path / "f.npy") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")
+def test_real_clips(run, tmp_path):
+    assert embed(run, "--data", CLIPS / "hmdb_johnppinto", "--out", tmp_path / "f.npy") == 0
+    features = np.load(tmp_path / "f.npy")
+    assert len(features) == len(json.loads((tmp_path / "f.json").read_text())["paths"]) > 0
+    assert np.isfinite(features).all()

@@ -1,0 +1,123 @@
+"""Shipped recipes: all data sets and methods, what they inherit, what their heads promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mam2.engine.config.pretrain import check
+from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
+from mam2.engine.errors import UserError
+from mam2.engine.planning import make_plan
+
+SETS = ("demo", "kinetics400", "ssv2", "ucf101", "hmdb51")
+METHODS = ("mam2-fast", "mam2-cae", "videomae")
+FIELD = [f"{data}/{method}" for data in SETS[1:] for method in METHODS]
+
+
+def head(name: str) -> str:
+    """The comment lines at the head of a recipe's file, joined."""
+    lines = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+
+
+def test_every_data_set_has_every_method() -> None:
+    assert set(recipe_names()) == {f"{data}/{method}" for data in SETS for method in METHODS} | {
+        "demo",
+        "laptop",
+        *METHODS,
+    }
+    for name in recipe_names():
+        check(load_recipe(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_data_sets_recipe_is_the_methods_with_its_own_values(method: str) -> None:
+    plain = load_recipe(method)
+    for data in SETS[1:]:
+        config = load_recipe(f"{data}/{method}")
+        assert config.model == plain.model
+        assert config.loss == plain.loss
+        assert config.data.stride == (2 if data == "ssv2" else 4)
+        assert config.data.flip == (data != "ssv2" and method != "videomae")
+        assert config.data.crop == ("multi-scale" if method == "videomae" else "random-resized")
+        assert config.mask.ratio == (0.75 if data in ("ucf101", "hmdb51") else 0.9)
+        assert config.optim.base_lr == (3e-4 if data == "ucf101" else 1.5e-4)
+        assert config.optim.warmup_epochs == (20 if config.optim.epochs <= 400 else 40)
+    assert load_recipe(f"kinetics400/{method}") == plain
+
+
+def test_the_laptops_model_is_small_in_every_part() -> None:
+    plan = make_plan(load_recipe("laptop"), gpu="rtx4060")
+    assert plan.parameters < 5e6
+    assert sum(cost.flops for cost in plan.parts.values()) < 3e9
+
+
+def test_the_demo_in_other_methods() -> None:
+    assert load_recipe("demo/mam2-fast") == load_recipe("demo")
+    assert load_recipe("demo/mam2-cae").model.regressor.keys == "all"
+    assert load_recipe("demo/videomae").model.objective == "videomae"
+    assert load_recipe("demo/videomae").data == load_recipe("demo").data
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_head_gives_the_command(name: str) -> None:
+    assert re.search(rf"mam2 pretrain {re.escape(name)} --data|make demo", head(name))
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_heads_promise_what_the_plan_estimates(name: str) -> None:
+    text = head(name)
+    found = re.search(r"(\S+) hours on one H200, estimated by `mam2 plan (\S+) --gpu h200 --videos (\d+)`", text)
+    memory = re.search(r"one GPU with (\S+) GiB free", text)
+    assert found
+    assert memory
+    plan = make_plan(load_recipe(name), gpu="h200")
+    assert found[2] == name
+    assert f"{plan.hours(int(found[3])):.3g}" == found[1]
+    assert f"{sum(plan.memory.values()) / 2**30:.1f}" == memory[1]
+    assert "Expected score: " in text
+    assert "not reproduced here yet" in text
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+
+
+def test_later_and_nearer_values_count_more(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        low="[optim]\nbatch = 8\nepochs = 3\n[model.decoder]\ndepth = 2",
+        high="[optim]\nbatch = 16\n",
+        mine='extends = ["mam2-cae", "low.toml", "high.toml"]\n[optim]\nbase_lr = 1.0\n',
+    )
+    config = load_recipe(str(tmp_path / "mine.toml"))
+    assert (config.optim.batch, config.optim.epochs, config.optim.base_lr) == (16, 3, 1)
+    assert (config.model.decoder.depth, config.model.decoder.width) == (2, 768)
+    assert config.loss.balance == load_recipe("mam2-cae").loss.balance
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"mine": 'extends = ["mine.toml"]'}, "extends itself"),
+        ({"mine": 'extends = ["other.toml"]', "other": 'extends = ["mine.toml"]'}, "extends itself"),
+        ({"mine": 'extends = ["mam2-fats"]'}, "did you mean mam2-fast"),
+        ({"mine": 'extends = "mam2-fast"'}, "'extends' expects a list"),
+        ({"mine": 'extends = ["other.toml"]', "other": "[optim]\nbach = 3"}, "other.toml, [optim]: unknown key 'bach'"),
+        ({"mine": 'extend = ["mam2-fast"]'}, "unknown key 'extend'"),
+    ],
+)
+def test_a_wrong_inheritance_is_named(tmp_path: Path, files: dict[str, str], told: str) -> None:
+    write(tmp_path, **files)
+    with pytest.raises(UserError) as error:
+        load_recipe(str(tmp_path / "mine.toml"))
+    assert told in str(error.value)
+
+
+def test_a_misspelt_recipe_of_a_set_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean ssv2/mam2-fast"):
+        load_recipe("ssv2/mam2-fsat")

@@ -1,0 +1,196 @@
+"""Data that is away is waited for; a file that is at fault is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.data import decoding, outage, video
+from mam2.engine.data.crops import crop
+from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.outage import Patience, why_away
+from mam2.engine.data.sampling import View, least_size
+from mam2.engine.data.video import Video, probe
+from mam2.engine.errors import UserError
+from tests.helpers.loaders import CONFIG, assert_same, open_loader, take
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE_S", 0.05)
+
+
+def wrapped(error: Exception) -> DecodeError:
+    """As `open_video` raises it."""
+    found = DecodeError("cannot be read")
+    found.__cause__ = error
+    return found
+
+
+def test_whose_fault_it_is(tmp_path):
+    sound, gone, alone = tmp_path / "a.mp4", tmp_path / "away" / "b.mp4", tmp_path / "c.mp4"
+    sound.write_bytes(b"x" * 1000)
+    for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        assert why_away(str(sound), wrapped(OSError(number, "")))
+        assert why_away(str(sound), wrapped(wrapped(OSError(number, ""))))
+    assert why_away(str(sound), wrapped(PermissionError(errno.EACCES, ""))) == ""
+    assert why_away(str(sound), DecodeError("damaged, or not a video")) == ""
+    assert why_away(str(alone), wrapped(FileNotFoundError(errno.ENOENT, ""))) == ""
+    assert "missing or empty" in why_away(str(gone), wrapped(FileNotFoundError(errno.ENOENT, "")))
+    # FFmpeg says EIO for damage too: then the system reads the file.
+    with pytest.raises(av.error.OSError) as caught:
+        av.error.err_check(-errno.EIO)
+    assert why_away(str(sound), wrapped(caught.value)) == ""
+    assert why_away(str(alone), wrapped(caught.value))
+
+
+def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
+    """The whole data set is renamed away in mid-run for half a second, and the clips are those of a run without it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    moved = []
+    for entry in videos.videos:
+        path = folder / entry.path.rpartition("/")[2]
+        path.write_bytes(Path(entry.path).read_bytes())
+        moved.append(dataclasses.replace(entry, path=str(path)))
+    here = dataclasses.replace(videos, videos=tuple(moved))
+    expected, said, told = take(here, 12), [], []
+    config = dataclasses.replace(CONFIG, prefetch=1, wait_s=60)
+    with open_loader(here, config, say=said.append, on_skip=told.append) as clips:
+        stream = clips.stream()
+        got = [next(stream)]
+        folder.rename(tmp_path / "elsewhere")
+        back = threading.Timer(0.5, lambda: (tmp_path / "elsewhere").rename(folder))
+        back.start()
+        got += [next(stream) for _ in range(11)]
+        back.join()
+    assert told == []
+    for one, other in zip(expected, got, strict=True):
+        assert_same(one, other)
+    assert any("is missing or empty; trying again for up to 60 s" in line for line in said)
+    assert any("can be read again after" in line for line in said)
+
+
+def test_data_that_stays_away_ends_the_run_and_burns_no_video(videos, tmp_path):
+    away = dataclasses.replace(
+        videos,
+        videos=tuple(dataclasses.replace(v, path=f"{tmp_path}/gone/{k}.mp4") for k, v in enumerate(videos.videos)),
+    )
+    told = []
+    with open_loader(away, dataclasses.replace(CONFIG, wait_s=0.1), say=told.append, on_skip=told.append) as clips:
+        with pytest.raises(UserError, match=r"the data is away: folder .*/gone is missing or empty.*--resume"):
+            next(clips.stream())
+        assert clips.skipped == []
+
+
+def test_one_file_that_stays_unreadable_counts_as_unusable(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{k}.mp4" for k in range(4)]
+    for path in paths:
+        path.write_bytes(b"x")
+    monkeypatch.setattr(outage, "ALONE_S", 0.1)
+    said: list[str] = []
+    patience = Patience(60, said.append, [str(path) for path in paths])
+    calls = []
+
+    def bad_sector() -> None:
+        calls.append(1)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        patience(str(paths[0]), bad_sector)
+    assert len(calls) > 2
+    calls.clear()
+    with pytest.raises(OSError, match="Input/output"):
+        patience(str(paths[0]), bad_sector)
+    assert len(calls) == 1  # it is not waited for again
+    assert len(said) == 1
+
+
+def test_a_scan_tries_again_and_does_not_keep_what_it_could_not_read(
+    tmp_path, write_video, numbered_frames, monkeypatch
+):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(4))
+    real, calls = video._probe_file, []
+
+    def stale(*arguments):
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*arguments)
+
+    monkeypatch.setattr(video, "_probe_file", stale)
+    assert isinstance(probe(str(path)), Video)
+    monkeypatch.setattr(video, "_PATIENCE", Patience(0, print))
+    calls.clear()
+    found = probe(str(path))
+    assert (found.bytes, found.mtime_ns) == (0, 0)
+
+
+def test_a_mistake_of_a_program_is_not_a_skipped_file(tmp_path, write_video, numbered_frames, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(4))
+
+    def removed(*_, **__):
+        raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+
+    monkeypatch.setattr(av, "open", removed)
+    with pytest.raises(TypeError, match="metadata_errors"):
+        probe(str(path))
+
+
+CODECS = [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")]
+
+
+@pytest.mark.parametrize(("suffix", "encoder"), CODECS)
+def test_a_large_file_is_read_from_a_seek_point(
+    tmp_path, write_video, numbered_frames, frame_numbers, monkeypatch, suffix, encoder
+):
+    monkeypatch.setattr(video, "SEEK_FROM", 0)
+    monkeypatch.setattr(video, "SEEK_SPACING", 0)
+    path = str(write_video(tmp_path / f"a.{suffix}", numbered_frames(24), encoder, gop=4))
+    found = probe(path)
+    assert len(found.seek_points) >= 3
+    assert Video(**dataclasses.asdict(found)) == found
+    read, packets = decoding.read_packets, []
+
+    def counted(container, stream):
+        for packet in read(container, stream):
+            packets.append(packet.size)
+            yield packet
+
+    monkeypatch.setattr(decoding, "read_packets", counted)
+    monkeypatch.setattr(decoding, "REORDER", 2)
+    for start in (0, 3, 4, 11, 17, 23):
+        wanted = [min(start + k, 23) for k in range(3)]
+        assert frame_numbers(decode_frames(path, wanted, seek_points=found.seek_points)) == wanted
+    packets.clear()
+    decode_frames(path, [20, 21], seek_points=found.seek_points)
+    sought = len(packets)
+    packets.clear()
+    decode_frames(path, [20, 21])
+    # Transport streams have no index: seeking misses, is noticed, and the file is read from its beginning.
+    assert suffix == "ts" or sought < len(packets) / 2
+    # Points that are wrong are noticed.
+    assert frame_numbers(decode_frames(path, [20], seek_points=[(8, 10**9)])) == [20]
+
+
+def test_large_frames_are_scaled_while_they_are_converted(tmp_path, write_video):
+
+    y, x = np.mgrid[:360, :480]
+    picture = np.stack([127 + 100 * np.sin(x / 23), 127 + 100 * np.cos(y / 31), (x + y) / 4], -1).astype(np.uint8)
+    path = str(write_video(tmp_path / "a.mp4", np.stack([picture] * 2), crf="10"))
+    view = View(0.1, 0.2, 0.9, 0.8, False)
+    full, small = decode_frames(path, [0]), decode_frames(path, [0], least_size=least_size([view], 64))
+    assert small.shape == (1, 150, 200, 3)  # 1.4 times 64 pixels of 60 % of the height
+    one, other = (crop(torch.from_numpy(frames), view, 64).float() for frames in (full, small))
+    assert (one - other).abs().mean() < 1
+    assert decode_frames(path, [0], least_size=(400, 300)).shape == full.shape  # not worth it
+    assert DataConfig().wait_s < 600

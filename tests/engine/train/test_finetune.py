@@ -1,0 +1,440 @@
+"""Fine-tuning end to end: it learns, resumes exactly, keeps the best, and says what it cannot use."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mam2.engine import cli
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
+from mam2.engine.checkpoints.export import write_videomae
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
+from mam2.engine.data.manifest import read_manifest, read_saved_manifest
+from mam2.engine.data.synthetic import render_clip, write_clip
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.classification import evaluate
+from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.runtime.log import read_log
+from mam2.engine.train.finetune import ACCURACY, FinetuneStep, finetune
+from tests.helpers.paths import CLIPS
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
+EVERYTHING = {
+    "data": {"views": 2, "threads": 1},
+    "augment": {"operations": 2, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0},
+    "head": {"dropout": 0.3},
+    "optim": {"batch": 16, "epochs": 4.0, "warmup_epochs": 0.5, "drop_path": 0.2, "ema": 0.8},
+    "test": {"every": 1.5},
+}
+"""All that a step can draw."""
+TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", "mfu", "memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Two classes of motion that only the order of the frames tells apart: 64 clips to train on, 16 to test."""
+    folder = tmp_path_factory.mktemp("clips")
+    for stream, (split, count) in enumerate((("train", 32), ("test", 8))):
+        for motion in ("left", "right"):
+            (folder / split / motion).mkdir(parents=True)
+            for number in range(count):
+                look = np.random.default_rng([stream, number, motion == "left"])
+                write_clip(folder / split / motion / f"{number:02d}.mp4", render_clip(motion, look))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(clips, tmp_path_factory):
+    """16 of these clips."""
+    folder = tmp_path_factory.mktemp("few")
+    for motion in ("left", "right"):
+        (folder / motion).mkdir()
+        for file in sorted((clips / "train" / motion).iterdir())[:8]:
+            shutil.copy(file, folder / motion)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(clips, few, tmp_path_factory, small_finetuning):
+    run = tmp_path_factory.mktemp("run")
+    config = small_finetuning(**EVERYTHING)
+    return run, finetune(config, few, run, val=clips / "test", encoder=None, progress=False)
+
+
+def tensors(run, name=checkpoint.WEIGHTS):
+    return load_file(checkpoint.newest(run) / name)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def without_times(run):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_log(run)]
+
+
+@pytest.mark.slow
+def test_it_learns_what_only_motion_tells(clips, tmp_path, small_finetuning):
+    """From scratch, with every kind of augmentation switched on lightly: chance is one half."""
+    config = small_finetuning(
+        data={"views": 2, "threads": 2},
+        augment={"operations": 1, "magnitude": 3.0, "erase": 0.1, "mixup": 0.1, "cutmix": 0.0},
+        optim={"batch": 32, "epochs": 20.0, "warmup_epochs": 2.0, "base_lr": 8e-3},
+        test={"every": 10.0, "temporal": 2, "spatial": 1},
+    )
+    finetune(config, clips / "train", tmp_path / "run", val=clips / "test", encoder=None, progress=False)
+    result = evaluate(tmp_path / "run", clips / "test", tmp_path / "test", progress=False)
+    assert result.videos == 16
+    assert result.top1 >= 0.85
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(finished, small_finetuning):
+    run, result = finished
+    assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 16, 0, 0)
+    lines = {line["step"]: line for line in read_log(run)}
+    assert [step for step, line in lines.items() if ACCURACY in line] == [3, 6, 8]
+    assert {"loss/training", "gradient/norm", "learning_rate", "data_wait", "epoch", "mfu"} <= lines[8].keys()
+    assert {ACCURACY, "accuracy/validation_top5", "loss/validation"} <= lines[6].keys()
+    model, config, classes = load_classifier(run)
+    assert classes == ("left", "right")
+    assert (config.model.classes, config.model.text_width) == (2, 0)
+    assert dataclasses.replace(config, model=small_finetuning().model) == small_finetuning(**EVERYTHING)
+    best = json.loads((run / "best" / "state.json").read_text())
+    assert best[ACCURACY] == max(line[ACCURACY] for line in lines.values() if ACCURACY in line)
+    assert checkpoint.why_damaged(result.checkpoint) is None
+    assert same(dict(model.state_dict()), load_file(run / "best" / checkpoint.WEIGHTS))
+    assert load_recipe_of(FinetuneConfig, str(run / "config.json")) == config
+
+
+@pytest.mark.slow
+def test_best_is_the_average_of_the_weights_at_that_step(clips, few, tmp_path, small_finetuning):
+    """With a moving average on, RUN/best is not what the step itself left. The only validation is the last step's."""
+    run, values = tmp_path, EVERYTHING | {"test": {"every": 100.0}}
+    finetune(small_finetuning(**values), few, run, val=clips / "test", encoder=None, progress=False)
+    extra = {
+        name.removeprefix(checkpoint.EXTRA): tensor
+        for name, tensor in tensors(run, checkpoint.OPTIMIZER).items()
+        if name.startswith(checkpoint.EXTRA)
+    }
+    weights = tensors(run)
+    assert extra.keys() == weights.keys()
+    assert any(not torch.equal(extra[name], weights[name]) for name in extra)
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == 8
+    assert same(extra, load_file(run / "best" / checkpoint.WEIGHTS))
+
+
+def stop_in(monkeypatch, call):
+    original, calls = FinetuneStep.__call__, []
+
+    def step(self, *args, **options):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(FinetuneStep, "__call__", step)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypatch, small_finetuning):
+    """With everything on that a step can draw: weights, moments, averages, generators, log and best are those of the
+    run that did not stop, and neither the encoder nor anything of it is asked for again."""
+    stop_in(monkeypatch, 3)
+    config, val = small_finetuning(**EVERYTHING), clips / "test"
+    result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
+    assert (result.step, result.signal) == (3, signal.SIGTERM)
+    with pytest.raises(UserError, match="--resume"):
+        finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
+    result = finetune(config, few, tmp_path, val=val, encoder="/nowhere", resume=True, progress=False)
+    assert result.step == 8
+    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        assert same(tensors(finished[0], name), tensors(tmp_path, name)), name
+    assert without_times(tmp_path) == without_times(finished[0])
+    best = [load_file(run / "best" / checkpoint.WEIGHTS) for run in (finished[0], tmp_path)]
+    assert same(*best)
+
+
+def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
+    clips, few, tmp_path, monkeypatch, small_finetuning
+):
+    """A list whose rows come in another order numbers its classes anew; other classes are refused."""
+    config, val, run = small_finetuning(optim={"batch": 16, "epochs": 4.0}), clips / "test", tmp_path / "run"
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(few.rglob("*.mp4"))]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))
+    stop_in(monkeypatch, 2)
+    finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, progress=False)
+    (run / "manifest.jsonl").rename(tmp_path / "before.jsonl")
+    before = read_saved_manifest(tmp_path / "before.jsonl")
+
+    (tmp_path / "other.csv").write_text("path,label\n" + "".join(rows).replace(",left", ",jump"))
+    with pytest.raises(UserError, match=r"other\.csv lacks the class 'left': expected the 2 classes of"):
+        finetune(config, tmp_path / "other.csv", run, val=val, encoder=None, resume=True, progress=False)
+    (run / "manifest.jsonl").unlink()
+
+    read = read_manifest
+
+    def swapped(source, **options):
+        found = read(source, **options)
+        videos = tuple(dataclasses.replace(video, label=1 - video.label) for video in found.videos)
+        return dataclasses.replace(found, videos=videos, classes=found.classes[::-1])
+
+    monkeypatch.setattr("mam2.engine.train.session.read_manifest", swapped)
+    result = finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, resume=True, progress=False)
+    assert result.step == 4
+    assert load_classifier(run)[2] == before.classes
+    after = read_saved_manifest(run / "manifest.jsonl")
+    assert (after.classes, [video.label for video in after.videos]) == (
+        before.classes,
+        [video.label for video in before.videos],
+    )
+    assert "manifest.jsonl is gone: the videos are those of" in (run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_validation_that_was_interrupted_is_made_up_for(
+    finished, clips, few, tmp_path, monkeypatch, small_finetuning
+):
+    original, calls = FinetuneStep.__call__, []
+
+    def step(self, *args, **options):
+        calls.append(None)
+        return original(self, *args, **options)
+
+    def classify(self, *args):
+        if len(calls) == 3:
+            calls.append(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    from mam2.engine.train import finetune as module
+
+    forward = module.Classifier.forward
+    monkeypatch.setattr(FinetuneStep, "__call__", step)
+    predict = module.predict
+    monkeypatch.setattr(module, "predict", lambda judge, *a, **o: predict(lambda v: classify(judge, v), *a, **o))
+    config, val = small_finetuning(**EVERYTHING), clips / "test"
+    result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
+    assert (result.step, result.signal) == (3, signal.SIGTERM)
+    assert not any(ACCURACY in line for line in read_log(tmp_path))
+    finetune(config, few, tmp_path, val=val, encoder=None, resume=True, progress=False)
+    assert without_times(tmp_path) == without_times(finished[0])
+
+
+@pytest.mark.slow
+def test_passes_add_up_to_the_whole_batch(clips, few, tmp_path, small_finetuning):
+    """Two passes see the clips, the draws and the partners of one: the same weights, up to the order of additions."""
+    runs = []
+    for most in (0, 8):
+        values = EVERYTHING | {"optim": EVERYTHING["optim"] | {"epochs": 1.0, "micro_batch": most}}
+        out = tmp_path / str(most)
+        finetune(small_finetuning(**values), few, out, val=clips / "test", encoder=None, progress=False)
+        runs.append(tensors(out))
+    for name in runs[0]:
+        close = torch.isclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-5).float().mean()
+        assert close > 0.97, name
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, small):
+    """A checkpoint of pre-training with weights drawn at random."""
+    config = small(model={"objective": "videomae", "width": 24, "depth": 2, "heads": 2})
+    torch.manual_seed(5)
+    model = VideoMAE(config)
+    run = tmp_path_factory.mktemp("pretrained")
+    checkpoint.write(run, 1, model.state_dict(), {"rng.cpu": torch.get_rng_state()}, config, {})
+    return run, model
+
+
+def test_it_starts_from_the_encoder_it_is_given(pretrained, clips, few, tmp_path, small_finetuning):
+    """A rate of zero leaves the encoder as it came, whatever [model] says; its own last norm is left out."""
+    run, model = pretrained
+    config = small_finetuning(optim={"batch": 16, "epochs": 1.0, "base_lr": 0.0, "min_lr": 0.0})
+    finetune(config, few, tmp_path, val=clips / "test", encoder=run, progress=False)
+    classifier, resolved, _ = load_classifier(tmp_path)
+    assert (resolved.model.width, resolved.model.depth, resolved.model.heads) == (24, 2, 2)
+    own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
+    assert own.keys() == {name for name in given if not name.startswith("norm.")}
+    assert all(torch.equal(own[name], given[name]) for name in own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unsaid", "layer scale"])
+def test_it_starts_from_encoders_of_every_kind(kind, clips, few, tmp_path, small, small_finetuning):
+    """A .pth that does not say its clips, and an encoder with LayerScale; a rate of zero leaves both as they came."""
+    values = {"objective": "videomae", "width": 24, "depth": 2, "heads": 2}
+    model = VideoMAE(small(model=values | ({"layer_scale": 0.1} if kind == "layer scale" else {})))
+    options = {}
+    if kind == "unsaid":
+        path, options = tmp_path / "bare.pth", {"frames": 8, "size": 32, "heads": 2}
+        write_videomae(model, path)
+        torch.save({"model": torch.load(path)["model"]}, path)
+    else:
+        path = tmp_path / "run"
+        config = small(model=values | {"layer_scale": 0.1})
+        checkpoint.write(path, 1, model.state_dict(), {"rng.cpu": torch.get_rng_state()}, config, {})
+    config = small_finetuning(optim={"batch": 16, "epochs": 1.0, "base_lr": 0.0, "min_lr": 0.0})
+    out = tmp_path / "out"
+    finetune(config, few, out, val=clips / "test", encoder=path, progress=False, encoder_options=options)
+    classifier, resolved, _ = load_classifier(out)
+    assert (resolved.model.frames, resolved.model.size, resolved.model.heads) == (8, 32, 2)
+    own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
+    assert own.keys() == {name for name in given if not name.startswith("norm.")}
+    assert all(torch.equal(own[name], given[name]) for name in own)
+    assert any("gamma_1" in name for name in own) == (kind == "layer scale")
+
+
+def test_another_clip_size_resamples_the_positions_and_is_found_again(
+    pretrained, clips, few, tmp_path, small_finetuning
+):
+    run, model = pretrained
+    data = {"size": 48, "frames": 4, "threads": 1}
+    config = small_finetuning(data=data, optim={"batch": 8, "epochs": 0.5})
+    finetune(config, few, tmp_path, val=clips / "test", encoder=run, progress=False)
+    classifier, resolved, _ = load_classifier(tmp_path)
+    assert classifier.encoder.grid == (2, 6, 6)
+    assert (resolved.model.frames, resolved.model.size) == (8, 32)
+    volume = model.encoder.positions.view(1, 4, 4, 4, -1).permute(0, 4, 1, 2, 3)
+    expected = torch.nn.functional.interpolate(volume, size=(2, 6, 6), mode="trilinear")[0].flatten(1).T
+    torch.testing.assert_close(classifier.encoder.positions, expected)
+
+
+@pytest.mark.slow
+def test_a_frozen_text_head_keeps_its_embeddings(clips, few, tmp_path, small_finetuning):
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32))
+    (tmp_path / "text.txt").write_text("right\nleft\n")
+    table = torch.from_numpy(np.load(tmp_path / "text.npy"))[[1, 0]]
+    for frozen in (True, False):
+        head = {"text_embeddings": str(tmp_path / "text.npy"), "frozen": frozen}
+        config = small_finetuning(head=head, optim={"batch": 16, "epochs": 1.0, "warmup_epochs": 0.0})
+        out = tmp_path / str(frozen)
+        finetune(config, few, out, val=clips / "test", encoder=None, progress=False)
+        classifier, resolved, _ = load_classifier(out)
+        assert resolved.model.text_width == 12
+        assert torch.equal(classifier.head.embeddings, table) == frozen
+
+
+def test_what_does_not_fit_is_one_clear_line(clips, few, tmp_path, small_finetuning):
+    config, val = small_finetuning(), clips / "test"
+    (tmp_path / "other" / "jump").mkdir(parents=True)
+    shutil.copy(next((few / "left").iterdir()), tmp_path / "other" / "jump")
+    with pytest.raises(UserError, match="the class 'jump' is not one of the 2"):
+        finetune(config, few, tmp_path / "a", val=tmp_path / "other", encoder=None, progress=False)
+    with pytest.raises(UserError, match="no label for"):
+        finetune(config, few / "left", tmp_path / "b", val=val, encoder=None, progress=False)
+    with pytest.raises(UserError, match="no such file or folder; expected a run"):
+        finetune(config, tmp_path / "unread", tmp_path / "c", val=val, encoder=tmp_path / "nothing", progress=False)
+    with pytest.raises(UserError, match=r"augment\.mixup"):
+        finetune(small_finetuning(augment={"mixup": -1.0}), few, tmp_path / "d", val=val, encoder=None)
+    with pytest.raises(UserError, match="mixing takes pairs"):
+        finetune(small_finetuning(optim={"batch": 15}), few, tmp_path / "e", val=val, encoder=None)
+
+
+def test_a_run_of_another_kind_is_not_resumed(pretrained, clips, few, small_finetuning):
+    with pytest.raises(UserError, match="a run of another kind"):
+        finetune(small_finetuning(), few, pretrained[0], val=clips / "test", encoder=None, resume=True, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_train_like_one(sharding, finished, clips, few, tmp_path, small_finetuning):
+    values = EVERYTHING | {"run": {"compile": False, "log_every": 2, "save_every": 1000, "sharding": sharding}}
+    (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(small_finetuning(**values))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "mam2.engine", "finetune", tmp_path / "recipe.json", "--data", few, "--val", clips / "test"]
+    command += ["--scratch", "--out", tmp_path / "run"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done: 8 steps; 16 videos used, 0 unusable") == 1
+    for ours, theirs in zip(read_log(tmp_path / "run"), read_log(finished[0]), strict=True):
+        assert ours.keys() - TIMES == theirs.keys() - TIMES
+        for name in ("loss/training", "loss/validation", "gradient/norm"):
+            if name in ours:
+                assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (ours["step"], name)
+    for name, whole in tensors(finished[0]).items():
+        close = torch.isclose(tensors(tmp_path / "run")[name], whole, rtol=2e-2, atol=2e-4).float().mean()
+        assert close > 0.95, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
+def test_real_clips_from_the_command_line_to_a_table(tmp_path, capsys):
+    """Five classes of real videos in three codecs: a few steps, then three by three views, each video counted."""
+    train, test = CLIPS / "mini5_train.csv", CLIPS / "mini5_test.csv"
+    values = ["--data.size", "32", "--data.threads", "2", "--optim.batch", "4", "--optim.epochs", "3"]
+    values += ["--run.no-compile", "--run.log-every", "1", "--model.width", "24", "--model.heads", "2"]
+    for arguments in (
+        ["finetune", "demo/finetune", "--data", train, "--val", test, "--scratch", "--out", tmp_path / "run", *values],
+        ["evaluate", tmp_path / "run", "--data", test, "--out", tmp_path / "test", "--temporal", "3", "--spatial", "3"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        assert stop.value.code == 0, capsys.readouterr()
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    rows = (tmp_path / "test" / "predictions.tsv").read_text().splitlines()[1:]
+    assert results["videos"] == len(rows) == 5
+    assert results["unusable"] == 0
+    assert "5 videos in 3 × 3 views, 0 unusable" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["classes"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["finetune"], "the recipe comes first: mam2 finetune RECIPE"),
+        (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
+        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "--checkpoint, or --scratch"),
+        (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, told, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([argument.format(tmp_path / "run") for argument in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_recipes_hold_the_methods_values():
+    loaded = {name: load_recipe_of(FinetuneConfig, name) for name in recipe_names(FinetuneConfig)}
+    assert loaded.keys() == {f"{data}/finetune" for data in ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo")}
+    for name, config in loaded.items():
+        config.check()
+        text = (RECIPES / f"{name}.toml").read_text()
+        assert f"mam2 finetune {name} --data" in text
+        if name == "demo/finetune":
+            continue
+        augment, small_set = config.augment, name.startswith(("ucf101", "hmdb51"))
+        assert (augment.operations, augment.magnitude, augment.magnitude_std) == (4, 7, 0.5)
+        assert (augment.erase, augment.mixup, augment.cutmix, augment.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
+        assert (config.optim.beta2, config.optim.warmup_epochs) == (0.999, 5)
+        assert config.optim.layer_decay == (0.7 if small_set else 0.75)
+        assert config.optim.drop_path == (0.2 if small_set else 0.1)
+        assert config.head.dropout == (0.5 if small_set else 0.0)
+        assert config.data.views == (2 if small_set else 1)
+        ssv2 = name.startswith("ssv2")
+        assert (config.data.sampling, config.data.flip) == (("uniform", False) if ssv2 else ("dense", True))
+        assert (config.test.temporal, config.test.spatial) == (2 if ssv2 else 5, 3)
+        assert config.optim.epochs == (50 if ssv2 else 100)
+        videos = config.optim.batch / config.data.views
+        rate = config.optim.base_lr * config.optim.batch / videos  # VideoMAE's, for 256 videos
+        assert rate == (1e-3 if name.startswith("kinetics") else 5e-4)
+
+
+def test_classes_without_a_video_are_told(few):
+    manifest = read_manifest(few, progress=False)
+    assert describe_classes(manifest) == "classes 2"
+    spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
+    told = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
+    assert told.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")

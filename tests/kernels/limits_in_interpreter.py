@@ -1,0 +1,136 @@
+"""Where integers of the kernels would overflow or their order be undecided; run by test_in_interpreter.py."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton.runtime import interpreter
+
+from mam2.kernels import (
+    frame_difference,
+    gather_tubes,
+    linear_cross_entropy,
+    masked_frame_difference_loss,
+    masked_pixel_loss,
+    reference,
+)
+from mam2.kernels.softmax_gradient import softmax_gradient_
+
+
+@pytest.mark.parametrize(
+    ("extent", "dimension", "stride"),
+    [((3, 3, 3, 4, 4), 0, 2**30), ((1, 3, 9, 4, 4), 2, 3 * 2**27), ((1, 3, 3, 4, 4), 2, 2**30)],
+    ids=["clips", "slots", "frames"],
+)
+def test_offsets_that_reach_past_32_bits(
+    extent: tuple[int, ...], dimension: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single strides fit into 32 bits, what they lead to does not. Of the buffer only the clip's pages are used.
+
+    The first half is there for an offset that wraps: it reads zeros.
+    """
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # would copy it onto itself
+    near = torch.randint(256, extent, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    strides = [stride if place == dimension else step for place, step in enumerate(near.stride())]
+    reach = sum((size - 1) * step for size, step in zip(extent, strides, strict=True))
+    assert reach >= 2**31
+    far = torch.empty(2**31 + reach + 1, dtype=torch.uint8).as_strided(extent, strides, 2**31).copy_(near)
+    index, patch = torch.arange(extent[2] // 3).repeat(extent[0], 1), (3, 4, 4)
+    pred = torch.zeros(*index.shape, 144)
+
+    common = {"patch_size": patch, "reduction": "none"}
+    for operator in (
+        lambda video: gather_tubes(video, index, patch_size=patch),
+        lambda video: frame_difference(video, patch_size=patch),
+        lambda video: torch.ops.mam2.motion_energy(video, patch),
+        lambda video: masked_frame_difference_loss(pred, video, index, **common),
+        lambda video: masked_pixel_loss(pred, video, index, **common),
+        lambda video: masked_pixel_loss(pred, video, index, target="joint", **common),
+    ):
+        assert torch.equal(operator(near), operator(far))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "planes"])
+def test_offsets_past_32_bits_give_the_same_numbers(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch for cubes that span more than 2^31 values, on cubes that do not."""
+    video = torch.rand(1, 3, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    if last:
+        video = video.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    index, pred, patch = torch.tensor([[2, 1]]), torch.zeros(1, 2, 96), (2, 4, 4)
+
+    def results() -> list[torch.Tensor]:
+        common = {"patch_size": patch, "reduction": "none"}
+        return [
+            gather_tubes(video, index, patch_size=patch),
+            frame_difference(video, mask=index, patch_size=patch),
+            torch.ops.mam2.motion_energy(video, patch),
+            masked_frame_difference_loss(pred, video, index, **common),
+            *(masked_pixel_loss(pred, video, index, target=target, **common) for target in ("pixel", "joint")),
+        ]
+
+    narrow = results()
+    for name in ("gather_tubes", "frame_difference", "motion_mask", "masked_loss"):
+        module = importlib.import_module(f"mam2.kernels.{name}")
+        monkeypatch.setattr(module, "cube_meta", lambda *given, meta=module.cube_meta: meta(*given) | {"WIDE": True})
+    for one, other in zip(narrow, results(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sums_of_large_bright_patches_need_64_bits() -> None:
+    """2 · 128 · 132 squares of 255 pass 2^31."""
+    patch, index = (2, 128, 132), torch.tensor([[0]])
+    flicker = torch.tensor([0, 255, 0, 255], dtype=torch.uint8).view(1, 1, 4, 1, 1).expand(1, 1, 4, 128, 132)
+    energy = torch.ops.mam2.motion_energy(flicker, patch)
+    assert energy.tolist() == [[2 * 128 * 132 * 255**2, 128 * 132 * 255**2]]
+
+    bright = 255 - torch.randint(3, (1, 1, 2, 128, 132), generator=torch.Generator().manual_seed(0)).byte()
+    pred = torch.zeros(1, 1, 2 * 128 * 132)
+    for normalize in ("channel", "patch"):
+        loss = masked_pixel_loss(pred, bright, index, patch_size=patch, normalize=normalize, reduction="sum")
+        exact = reference.masked_loss(pred.double(), bright, index, patch, "pixel", normalize, 1e-6, None, None, False)[
+            0
+        ].sum()
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("slope", [8.0, -8.0])
+def test_the_largest_logit_may_stand_in_any_block(slope: float) -> None:
+    hidden, target = torch.tensor([[1.0], [-0.5]]).requires_grad_(), torch.tensor([8195, 1])
+    weight = torch.linspace(0, slope, 8200)[:, None].requires_grad_()
+    results = []
+    for leaves in ((hidden, weight), [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]):
+        exact = leaves[0].dtype == torch.float64
+        loss = F.cross_entropy(F.linear(*leaves), target) if exact else linear_cross_entropy(*leaves, target)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for mine, truth in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_unused_codes_at_minus_infinity_may_fill_a_block(smoothing: float) -> None:
+    """As in PyTorch: the loss stays finite unless smoothing puts weight on them or one is the target; so do gradients.
+
+    The third row is ignored, the fourth's target is such a code.
+    """
+    logits, target = torch.randn(4, 16500), torch.tensor([16400, 8200, -100, 5])
+    logits[::2, :16390] = logits[1, 8201:] = logits[3, :16390] = float("-inf")
+    leaf = logits.double().requires_grad_()
+    exact = F.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+    (gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    loss = softmax_gradient_(logits, target, None, -100, smoothing, True)
+    torch.testing.assert_close(loss, exact.detach().float())
+    torch.testing.assert_close(logits, gradient.float(), rtol=2e-5, atol=1e-7)
+    assert loss[:2].isfinite().all() == (smoothing == 0)
+    assert logits.isfinite().all()
+
+
+def test_of_equal_keys_the_smaller_position_is_hidden() -> None:
+    """Of sample 221542 of seed 0, positions 45 and 122 have the same key, which is the 126th smallest."""
+    step, sample = torch.tensor(0), 221542
+    keys = reference.philox(0, (torch.tensor([45, 122]), torch.tensor(sample), torch.tensor(0), step))
+    assert keys[0] == keys[1]
+    for draw in (torch.ops.mam2.draw_mask, reference.draw_mask):
+        visible, masked = draw(step, 0, sample, 1, 1, 196, 126, None, 0)
+        assert 45 in masked
+        assert 122 in visible

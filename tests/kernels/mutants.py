@@ -1,0 +1,371 @@
+"""Deliberate mistakes in the kernels and in the PyTorch path, each with the tests that must notice it.
+
+`old` occurs exactly once in its file, so that a mutant that no longer applies is an error and not a pass.
+"""
+
+from typing import NamedTuple
+
+INTERPRETER, LIMITS = "kernels_in_interpreter.py", "limits_in_interpreter.py"
+"""Tests of the Triton kernels; the other files test the PyTorch path."""
+
+
+class Mutant(NamedTuple):
+    mistake: str
+    file: str
+    """In kernels/."""
+    old: str
+    new: str
+    tests: str
+    """File in tests/kernels/."""
+    select: str
+    """Names of test functions there, at least one of which must fail: pytest's -k."""
+
+
+_MISTAKES = {
+    (INTERPRETER, "shared_case and loss and 3x4x4"): [
+        (
+            "eps inside the root",
+            "cube.py",
+            "inverse = 1.0 / (tl.sqrt(variance) + EPS * UNIT)",
+            "inverse = 1.0 / tl.sqrt(variance + EPS * UNIT)",
+        ),
+        (
+            "eps in units of [0,1] where the cube is in bytes",
+            "cube.py",
+            "(tl.sqrt(variance) + EPS * UNIT)",
+            "(tl.sqrt(variance) + EPS)",
+        ),
+        (
+            "biased variance of bytes",
+            "cube.py",
+            "scatter.to(DTYPE) / (COUNT * (COUNT - 1))",
+            "scatter.to(DTYPE) / (COUNT * COUNT)",
+        ),
+        (
+            "the row's stride taken for the frame's",
+            "cube.py",
+            "offset = frame * stride_t + row % HEIGHT * stride_h",
+            "offset = row * stride_h",
+        ),
+        (
+            "channels counted from the start of the segment",
+            "cube.py",
+            "return value, value % CHANNELS",
+            "return value, tl.arange(0, RUN)[None, :] % CHANNELS",
+        ),
+        (
+            "segments that overlap",
+            "cube.py",
+            "value = segment * RUN + tl.arange(0, RUN)[None, :]",
+            "value = segment * (RUN - 1) + tl.arange(0, RUN)[None, :]",
+        ),
+        (
+            "predictions of every token read in the order of the mask",
+            "masked_loss.py",
+            "        pred_row = token.to(tl.int64)\n",
+            "",
+        ),
+        (
+            "eps of a patch's variance not squared with its unit",
+            "cube.py",
+            "tl.sqrt(variance + EPS * UNIT * UNIT)",
+            "tl.sqrt(variance + EPS * UNIT)",
+        ),
+        ("the clip's last frame has a next one", "cube.py", "(slot < slots - 1)", "(slot < slots)"),
+        (
+            "values without a target in the error",
+            "masked_loss.py",
+            "residual = tl.where(exists, predicted - target[segment], 0.0)",
+            "residual = predicted - target[segment]",
+        ),
+        (
+            "half the gradient",
+            "masked_loss.py",
+            "store_rounded(gradient + value, factor * residual, stored)",
+            "store_rounded(gradient + value, factor * residual / 2, stored)",
+        ),
+        (
+            "the mean taken from differences to the first frame too",
+            "cube.py",
+            "goal -= tl.where(frame > 0, 0.0, choose(means, group, GROUPS))",
+            "goal -= choose(means, group, GROUPS)",
+        ),
+    ],
+    (INTERPRETER, "shared_case and loss and inner"): [
+        (
+            "biased variance of a float clip",
+            "cube.py",
+            "group_sum(squares, group, GROUPS, RUN) / (COUNT - 1)",
+            "group_sum(squares, group, GROUPS, RUN) / COUNT",
+        ),
+        (
+            "no gradient written where nothing exists",
+            "masked_loss.py",
+            "stored = row < FRAMES * HEIGHT\n",
+            "stored = exists\n",
+        ),
+    ],
+    (LIMITS, "large_bright_patches"): [
+        ("squared sum of bytes in 32 bits", "cube.py", "wide = total.to(tl.int64)", "wide = total"),
+        (
+            "motion energy of a large patch in 32 bits",
+            "motion_mask.py",
+            "WHOLE: tl.constexpr = tl.int64 if",
+            "WHOLE: tl.constexpr = tl.int32 if",
+        ),
+    ],
+    (LIMITS, "test_offsets_past_32_bits"): [
+        (
+            "64-bit offsets with the wrong stride",
+            "cube.py",
+            "(row % HEIGHT).to(tl.int64) * stride_h",
+            "(row % HEIGHT).to(tl.int64) * stride_t",
+        ),
+        (
+            "64-bit offsets of channels by the pixel's stride",
+            "cube.py",
+            "channel.to(tl.int64) * stride_c",
+            "channel.to(tl.int64) * stride_w",
+        ),
+    ],
+    (LIMITS, "reach_past_32_bits"): [
+        (
+            "clips 32-bit offsets apart",
+            "masked_loss.py",
+            "clip = (place // count).to(tl.int64)",
+            "clip = place // count",
+        ),
+        ("slots 32-bit offsets apart", "cube.py", "base = slot.to(tl.int64) * TUBELET", "base = slot * TUBELET"),
+        ("no cube taken to be wide", "cube.py", '"WIDE": span >= 2**31', '"WIDE": False'),
+    ],
+    (INTERPRETER, "test_a_token_out_of_range"): [
+        (
+            "a token past the last one read",
+            "gather_tubes.py",
+            "inside = (token >= 0) & (token < slots * rows * columns)",
+            "inside = (token >= 0) & (token <= slots * rows * columns)",
+        ),
+    ],
+    (INTERPRETER, "gradient_of_a_token_out_of_range"): [
+        (
+            "the gradient of a token out of range left as the memory was",
+            "masked_loss.py",
+            "            if EVERY_TOKEN:  # a token",
+            "            if True:  # a token",
+        ),
+        (
+            "a factor for a token out of range in predictions of every token",
+            "masked_loss.py",
+            'upstream = torch.where(fits, factors, float("nan"))',
+            "upstream = factors",
+        ),
+    ],
+    (INTERPRETER, "test_a_target_out_of_range"): [
+        (
+            "a target out of range has the gradient of no target",
+            "softmax_gradient.py",
+            'tl.where(exists, 1.0, float("nan"))',
+            "tl.where(exists, 1.0, 1.0)",
+        ),
+    ],
+    (LIMITS, "minus_infinity"): [
+        (
+            "the difference of two infinities",
+            "softmax_gradient.py",
+            'return tl.where(largest == float("-inf"), 0.0, largest)',
+            "return largest",
+        ),
+    ],
+    (INTERPRETER, "byte_at_its_channel"): [
+        (
+            "a product and a shift, which a GPU rounds once",
+            "gather_tubes.py",
+            "part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)",
+            "part = part * spread(mean_ptr + CHANNELS, channel, CHANNELS) - (spread(mean_ptr, channel, CHANNELS) "
+            "* spread(mean_ptr + CHANNELS, channel, CHANNELS) + 0.0)",
+        ),
+    ],
+    (INTERPRETER, "one_color"): [
+        (
+            "the mean of bytes by an approximate quotient",
+            "cube.py",
+            "mean = (total // COUNT).to(DTYPE) + (total % COUNT).to(DTYPE) / COUNT",
+            "mean = total.to(DTYPE) / COUNT",
+        ),
+        (
+            "PyTorch path: the sum of bytes after a division",
+            "reference.py",
+            "    pixels = raw.to(dtype, copy=True)\n",
+            "    pixels = raw.to(dtype, copy=True).div_(255)\n",
+        ),
+    ],
+    (INTERPRETER, "shared_case and gather_tubes and normalized and not 16x16"): [
+        (
+            "the mean in units of [0,1] where the clip is in bytes",
+            "cube.py",
+            "tuple(m * one for m in mean)",
+            "tuple(mean)",
+        ),
+    ],
+    (INTERPRETER, "shared_case and scale_gradient and float16"): [
+        (
+            "a factor for every block instead of every row",
+            "scale_gradient.py",
+            "scale = tl.load(scale_ptr + row)",
+            "scale = tl.load(scale_ptr)",
+        ),
+    ],
+    (LIMITS, "largest_logit"): [
+        (
+            "exponentials of another maximum summed",
+            "softmax_gradient.py",
+            "sum_exp = sum_exp * tl.exp(largest - above(larger)) + ",
+            "sum_exp = sum_exp + ",
+        ),
+    ],
+    (INTERPRETER, "shared_case and V1000"): [
+        (
+            "smoothing left out of the gradient",
+            "softmax_gradient.py",
+            "shift = SMOOTHING * upstream / codes",
+            "shift = 0.0 * upstream",
+        ),
+    ],
+    (INTERPRETER, "shared_case and linear_cross_entropy and none"): [
+        (
+            "the upstream weights of rows dropped",
+            "softmax_gradient.py",
+            "            upstream *= tl.load(upstream_ptr + row)\n",
+            "            upstream *= 1.0\n",
+        ),
+    ],
+    (INTERPRETER, "shared_case and V5"): [
+        (
+            "an ignored row has a gradient",
+            "softmax_gradient.py",
+            'upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)',
+            "upstream = tl.where(counted, 1.0, 1.0).to(DTYPE)",
+        ),
+    ],
+    (INTERPRETER, "shared_case and tube_mask and 2x5"): [
+        ("another word of the generator", "masks.py", "word, _, _, _ = tl.philox(", "_, word, _, _ = tl.philox("),
+    ],
+    (LIMITS, "equal_keys"): [
+        (
+            "of equal keys the larger position hidden",
+            "masks.py",
+            "key * 8388608 + position,",
+            "key * 8388608 - position,",
+        ),
+    ],
+    (INTERPRETER, "shared_case and motion_tube_mask"): [
+        (
+            "motion weights from the energy of the last slot",
+            "masks.py",
+            "            energy += tl.load(energies + position",
+            "            energy = tl.load(energies + position",
+        ),
+    ],
+    (INTERPRETER, "shared_case and motion_energy and 3x4x4"): [
+        (
+            "motion energy without the slots' last frames",
+            "motion_mask.py",
+            "has_target(frame, slot, slots, 1, TUBELET)",
+            "has_target(frame, slot, slots, 2, TUBELET)",
+        ),
+    ],
+    ("test_masked_loss.py", "test_channel_is_videomae"): [
+        (
+            "PyTorch path: eps inside the root",
+            "reference.py",
+            "return variance.sqrt_().add_(eps * unit)",
+            "return variance.add_(eps * unit).sqrt_()",
+        ),
+        (
+            "PyTorch path: biased variance",
+            "reference.py",
+            ".div_(centered.shape[1] // groups - 1)",
+            ".div_(centered.shape[1] // groups)",
+        ),
+        (
+            "PyTorch path: half the gradient",
+            "reference.py",
+            "gradient[part] = residual.mul_(2).view(gradient[part].shape)",
+            "gradient[part] = residual.view(gradient[part].shape)",
+        ),
+    ],
+    ("test_gather_tubes.py", "test_equals_einops_on_the_whole_clip"): [
+        (
+            "PyTorch path: tokens of the second clip taken from the first",
+            "reference.py",
+            "return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()",
+            "return index.flatten()",
+        ),
+    ],
+    ("test_masks.py", "test_philox_matches_the_published_vectors"): [
+        ("PyTorch path: nine rounds of the generator", "reference.py", "PHILOX_ROUNDS = 10", "PHILOX_ROUNDS = 9"),
+    ],
+    ("test_linear_cross_entropy.py", "test_equals_cross_entropy_in_float64"): [
+        (
+            "PyTorch path: smoothing not taken from the target",
+            "reference.py",
+            "wide.new_full(column.shape, label_smoothing - 1)",
+            "wide.new_full(column.shape, -1)",
+        ),
+        (
+            "the weight's gradient of the last chunk only",
+            "linear_cross_entropy.py",
+            "d_weight.addmm_(logits.t(), hidden[part])",
+            "d_weight.addmm_(logits.t(), hidden[part], beta=0)",
+        ),
+        (
+            "upstream weights of the first chunk for all",
+            "linear_cross_entropy.py",
+            "weights = None if upstream is None else upstream[part]",
+            "weights = None if upstream is None else upstream[: len(logits)]",
+        ),
+    ],
+    ("test_linear_cross_entropy.py", "test_ignored_rows"): [
+        (
+            "PyTorch path: an ignored row has a gradient",
+            "reference.py",
+            "        wide.masked_fill_(ignored[:, None], 0)\n",
+            "",
+        ),
+    ],
+    ("test_masked_loss.py", "test_patch_with_every_token_is_mae_st"): [
+        (
+            "upstream factors of masked tokens given to the first tokens",
+            "masked_loss.py",
+            "scatter(1, masked.clamp(0, tokens - 1), upstream)",
+            "scatter(1, torch.arange(masked.shape[1]).expand_as(masked), upstream)",
+        ),
+    ],
+    ("test_masked_loss.py", "test_frame_difference_loss_is_mse_against_the_target"): [
+        (
+            "values that do not exist in the mean's divisor",
+            "masked_loss.py",
+            "existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])",
+            "existing = values - last_slot.to(errors.dtype) * 0",
+        ),
+    ],
+    ("test_token_weights.py", "test_weights_multiply_errors"): [
+        (
+            "weights left out of the mean's divisor",
+            "masked_loss.py",
+            "existing = weight * existing",
+            "existing = weight**0 * existing",
+        ),
+    ],
+    ("test_running_cell.py", "test_every_clip_is_one_of_the_four_phases"): [
+        (
+            "the running cell turns the other way",
+            "running_cell.py",
+            "turn = slot[:, None, None] + 1 + ",
+            "turn = -slot[:, None, None] + 1 + ",
+        ),
+    ],
+}
+"""(file in tests/kernels/, selection) → (mistake, file in kernels/, old, new)."""
+
+MUTANTS = [Mutant(*mistake, tests, select) for (tests, select), mistakes in _MISTAKES.items() for mistake in mistakes]

@@ -1,0 +1,327 @@
+"""What only a GPU can show of the operators: compiled steps, captured graphs, streams, devices, memory past 2^31.
+
+The tests with "cpu" in their name run the same code on a CPU, so that it is known to work before a GPU sees it.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+
+from mam2.kernels import (
+    active_path,
+    frame_difference,
+    gather_tubes,
+    linear_cross_entropy,
+    masked_frame_difference_loss,
+    masked_pixel_loss,
+    motion_tube_mask,
+    random_mask,
+    running_cell_mask,
+    tube_mask,
+)
+from tests.kernels.test_compile import operator_calls
+
+PATCH, GRID, VALUES = (2, 16, 16), (2, 2, 2), 1536
+WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=WITH_GPU)])
+Inputs = dict[str, torch.Tensor]
+
+
+def clip(seed: int = 0, batch: int = 2) -> torch.Tensor:
+    """uint8 [batch,3,4,32,32] on the CPU, channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 4, 32, 32, 3), generator=generator, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+
+
+def inputs(device: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    mask = random_mask(2, GRID, 0.5, seed=seed)
+    sizes = {"pred": (2, 4, VALUES), "every": (2, 8, VALUES), "hidden": (300, 32), "weight": (64, 32), "bias": (64,)}
+    floats = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
+    target = torch.randint(0, 64, (300,), generator=generator)
+    whole = {"video": clip(seed), "index": mask.masked, "hides": mask.as_bool(), "target": target}
+    given = {name: tensor.to(device) for name, tensor in (floats | whole | {"step": torch.tensor(seed)}).items()}
+    given["video"] = whole["video"].permute(0, 2, 3, 4, 1).to(device).permute(0, 4, 1, 2, 3)
+    return given
+
+
+def pixel(pred: torch.Tensor, video: torch.Tensor, index: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return masked_pixel_loss(pred, video, index)
+
+
+def pixel_by_bool(pred: torch.Tensor, video: torch.Tensor, hides: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return masked_pixel_loss(pred, video, hides, normalize="patch")
+
+
+def pixel_of_all(every: torch.Tensor, video: torch.Tensor, hides: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return masked_pixel_loss(every, video, hides, target="joint")
+
+
+def picked_of_all(every: torch.Tensor, video: torch.Tensor, index: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return masked_pixel_loss(every, video, index, reduction="none").square().mean()
+
+
+def motion(pred: torch.Tensor, video: torch.Tensor, index: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return masked_frame_difference_loss(pred, video, index, eps=0.05)
+
+
+def codes(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, **_: torch.Tensor
+) -> torch.Tensor:
+    return linear_cross_entropy(hidden, weight, target, bias, label_smoothing=0.1)
+
+
+def codes_by_row(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    return linear_cross_entropy(hidden, weight, target, reduction="none").square().mean()
+
+
+LOSSES: dict[Callable[..., torch.Tensor], tuple[str, ...]] = {
+    pixel: ("pred",),
+    pixel_by_bool: ("pred",),
+    pixel_of_all: ("every",),
+    picked_of_all: ("every",),
+    motion: ("pred",),
+    codes: ("hidden", "weight", "bias"),
+    codes_by_row: ("hidden", "weight"),
+}
+"""Loss → the inputs that get a gradient."""
+
+
+def masks_and_pixels(video: torch.Tensor, step: torch.Tensor, index: torch.Tensor, **_: torch.Tensor) -> list:
+    """The operators without a gradient."""
+    options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    moving = motion_tube_mask(video, 0.5, seed=0, step=step)
+    return [
+        *tube_mask(2, GRID, 0.5, seed=0, step=step),
+        *running_cell_mask(2, GRID, seed=0, step=step),
+        *moving,
+        gather_tubes(video, moving, **options),
+        frame_difference(video, mask=index),
+    ]
+
+
+def results(function: Callable[..., Any], given: Inputs) -> list[torch.Tensor]:
+    """Loss and gradients, or what an operator without a gradient gives."""
+    if function not in LOSSES:
+        return list(function(**given))
+    leaves = {name: given[name].detach().requires_grad_() for name in LOSSES[function]}
+    loss = function(**(given | leaves))
+    return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+OPERATORS = pytest.mark.parametrize("function", [*LOSSES, masks_and_pixels], ids=lambda function: function.__name__)
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor], **tolerances: float) -> None:
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.cpu(), other.cpu(), **tolerances)
+
+
+@WITH_GPU
+def test_every_case_is_right_on_the_gpu() -> None:
+    assert active_path("cuda") == "triton"
+    rows = list(importlib.import_module("benchmarks.correctness").rows(torch.device("cuda"), float("inf")))
+    assert [row for row in rows if row["verdict"] != "right"] == []
+
+
+@DEVICES
+@OPERATORS
+def test_the_definition_gives_the_same(function: Callable[..., Any], device: str) -> None:
+    same(results(function, inputs(device)), results(function, inputs("cpu")), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@DEVICES
+@OPERATORS
+def test_one_graph_of_torch_compile(function: Callable[..., Any], device: str) -> None:
+    given = inputs(device)
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    leaves = {name: given[name].detach().requires_grad_() for name in LOSSES.get(function, ())}
+    out = compiled(**(given | leaves))
+    found = list(out) if not leaves else [out.detach(), *torch.autograd.grad(out, list(leaves.values()))]
+    same(found, results(function, given), rtol=2e-5, atol=2e-6)
+
+
+def captured(function: Callable[..., Any], given: Inputs) -> Callable[[Inputs], list[torch.Tensor]]:
+    """Replays results(function, given), captured as a CUDA graph, on other inputs; on a CPU it runs them again."""
+    if given["video"].device.type == "cpu":
+        return lambda other: results(function, other)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            results(function, given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = results(function, given)
+
+    def replay(other: Inputs) -> list[torch.Tensor]:
+        for name, tensor in given.items():
+            tensor.copy_(other[name])
+        graph.replay()
+        return [tensor.clone() for tensor in out]
+
+    return replay
+
+
+@DEVICES
+@OPERATORS
+def test_capture_and_replay(function: Callable[..., Any], device: str) -> None:
+    replay = captured(function, inputs(device))
+    for seed in (1, 2, 1):
+        given = inputs(device, seed)
+        same(replay(given), results(function, given), rtol=0, atol=0)
+
+
+@WITH_GPU
+@OPERATORS
+def test_nothing_waits_for_the_device(function: Callable[..., Any]) -> None:
+    given = inputs("cuda")
+    results(function, given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(function, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    """Losses of half predictions stay float32; the head's products run in the autocast type, its gradients do not."""
+    given = inputs(device)
+    with torch.autocast(device, dtype=dtype):
+        found = results(codes, given)
+        visible = gather_tubes(given["video"], given["index"])
+    assert visible.dtype == dtype
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    for mine, truth in zip(found, results(codes, wide), strict=True):
+        assert (mine.double() - truth).norm() < 4 * torch.finfo(dtype).eps * truth.norm()
+    half = inputs(device, dtype=dtype)
+    for function in (pixel, pixel_of_all, motion):
+        plain = results(function, half)
+        with torch.autocast(device, dtype=dtype):
+            same(results(function, half), plain, rtol=0, atol=0)
+        assert [tensor.dtype for tensor in plain] == [torch.float32, dtype]
+
+
+@WITH_GPU
+@OPERATORS
+def test_a_side_stream(function: Callable[..., Any]) -> None:
+    """The inputs arrive late on that stream: a kernel on another one would read what was there before."""
+    expected = results(function, inputs("cuda"))
+    late, given = inputs("cuda"), inputs("cuda", seed=1)
+    results(function, given)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for name, tensor in given.items():
+            tensor.copy_(late[name])
+        found = results(function, given)
+    side.synchronize()
+    same(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
+@OPERATORS
+def test_a_second_device(function: Callable[..., Any]) -> None:
+    assert torch.cuda.current_device() == 0
+    found = results(function, inputs("cuda:1"))
+    assert {tensor.device for tensor in found} == {torch.device("cuda", 1)}
+    same(found, results(function, inputs("cuda:0")), rtol=0, atol=0)
+
+
+def check_last_clip(device: str, batch: int, frames: int, size: int) -> int:
+    """Holds the last clip's tokens, losses and gradients to those of that clip alone; gives the values of pred."""
+    grid = frames // 2, size // 16, size // 16
+    video = torch.empty(batch, frames, size, size, 3, dtype=torch.uint8, device=device).random_(0, 256)
+    video = video.permute(0, 4, 1, 2, 3)
+    mask = tube_mask(batch, grid, 0.9, seed=0, device=device)
+    pred = torch.empty(*mask.masked.shape, VALUES, dtype=torch.bfloat16, device=device).uniform_()
+    last = slice(batch - 1, batch)
+    for function in (masked_pixel_loss, masked_frame_difference_loss):
+        found = []
+        for part in (slice(0, batch), last):
+            leaf = pred[part].detach().requires_grad_()
+            loss = function(leaf, video[part], mask.masked[part], eps=0.05, reduction="none")
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+            found.append((loss.detach()[-1].clone(), gradient[-1].clone()))
+        for whole, alone in zip(*found, strict=True):
+            assert torch.equal(whole, alone)
+    every = torch.arange(mask.visible.shape[1] + mask.masked.shape[1], device=device).expand(batch, -1)
+    tokens = gather_tubes(video, every, dtype=torch.bfloat16)
+    assert torch.equal(tokens[-1], gather_tubes(video[last], every[last], dtype=torch.bfloat16)[0])
+    return pred.numel()
+
+
+@WITH_GPU
+def test_more_than_2_31_values() -> None:
+    needed = 32 << 30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    assert check_last_clip("cuda", 1000, 16, 224) > 2**31
+
+
+def test_the_last_clip_on_a_cpu() -> None:
+    assert check_last_clip("cpu", 3, 4, 64) == 3 * 28 * VALUES
+
+
+@DEVICES
+def test_a_patch_of_one_color_has_target_zero(device: str) -> None:
+    levels = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1, 1)
+    for patch in ((2, 16, 16), (2, 14, 14), (3, 6, 6)):
+        video = levels.expand(-1, 3, *patch)
+        for normalize in ("channel", "patch"):
+            pred = torch.zeros(256, 1, video[0].numel(), device=device)
+            loss = masked_pixel_loss(pred, video, None, patch_size=patch, normalize=normalize, eps=1e-6)
+            assert loss == 0, (patch, normalize)
+
+
+@WITH_GPU
+def test_numbers_out_of_range_give_nan() -> None:
+    """Loss and gradient of that token, row or clip; the others' stay as they are."""
+    given = inputs("cuda")
+    given["index"][0, 1], given["target"][7] = 8, 64
+    of_pred = results(pixel, given)[1]
+    assert of_pred.isnan().all(2).sum() == 1
+    assert of_pred.isnan().any(2).sum() == 1
+    of_all = results(picked_of_all, given)[1]
+    assert of_all[0].isnan().all()
+    assert not of_all[1].isnan().any()
+    _, of_hidden, of_weight = results(codes_by_row, given)
+    assert of_hidden.isnan().any(1).nonzero().tolist() == [[7]]
+    assert of_weight.isnan().all()
+
+
+CALLS = operator_calls()
+
+
+@pytest.mark.slow
+@DEVICES
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=[str(call[0]) for call in CALLS])
+def test_operators_pass_opcheck(number: int, device: str) -> None:
+    operator, arguments = CALLS[number]
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    torch.library.opcheck(operator, tree_map_only(torch.Tensor, moved, arguments))
+
+
+@DEVICES
+def test_the_head_equals_plain_cross_entropy(device: str) -> None:
+    given = inputs(device, dtype=torch.bfloat16)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    exact = F.cross_entropy(
+        F.linear(wide["hidden"], wide["weight"], wide["bias"]), given["target"], label_smoothing=0.1
+    )
+    torch.testing.assert_close(results(codes, given)[0].double(), exact, rtol=2e-2, atol=0)
