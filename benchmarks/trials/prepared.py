@@ -120,7 +120,8 @@ def prepare(
     for name, manifest in manifests.items():
         train = name == "train"
         data_config = dataclasses.replace(config.data, recorded=recorded if train else 1, views=views if train else 1)
-        render(name, manifest, folder, dataclasses.replace(config, data=data_config), train=train)
+        if not (folder / f"{name}-labels.npy").is_file():
+            render(name, manifest, folder, dataclasses.replace(config, data=data_config), train=train)
         if questions:
             np.savez(folder / f"{name}-questions.npz", **answers(questions, [video.path for video in manifest.videos]))
     facts = {
@@ -165,14 +166,15 @@ def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, 
 
 
 def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[str, float]:
-    """Trains the tokenizer, writes codes.npy; returns seconds and FLOPs of both."""
+    """Trains the tokenizer, writes codes.npy; returns seconds (on a CPU of the processor) and FLOPs of both."""
     options, device = config.tokenizer, pick_device(config.run)
     architecture = small(options.channels, options.codes, code_factor(config))
-    start = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
         frames = clip_frames(loader, options.batch)
         vqgan, _ = train_tokenizer(frames, architecture, options.steps, device, seed=config.run.seed)
-    trained_s = time.perf_counter() - start
+    trained_s = clock() - start
     save_vqgan(vqgan, folder / FILE)
     every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))
     tokenizer = build_tokenizer(vqgan, every_frame, device)
@@ -181,12 +183,12 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
     shape = (*clips.shape[:3], tokens, tubelet)
     codes = np.lib.format.open_memmap(folder / "codes.npy", mode="w+", dtype=np.int16, shape=shape)
     share = max(BATCH // math.prod(clips.shape[1:3]), 1)
-    start = time.perf_counter()
+    start = clock()
     for first in tqdm(range(0, len(clips), share), desc="tokenizing", unit="batch"):
         part = clips[first : first + share]
         found = tokenizer.codes(as_video(part.reshape(-1, *part.shape[3:])).to(device))
         codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], tokens, tubelet)
-    tokenized_s = (time.perf_counter() - start) / tubelet  # MAM2's default needs one frame's
+    tokenized_s = (clock() - start) / tubelet  # MAM2's default needs one frame's
     codes.flush()
     image = costs.tokenizer_image(architecture, config.grid[1:], costs.SINGLE).forward_flops
     crop = costs.tokenizer_image(architecture, tuple(min(side, CROP_CODES) for side in config.grid[1:]), costs.SINGLE)

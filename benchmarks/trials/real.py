@@ -27,7 +27,7 @@ from mam2.engine.checkpoints.classifiers import relabelled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, scan
 from mam2.engine.errors import UserError
-from mam2.engine.evaluate.linear_probe import linear_probe
+from mam2.engine.evaluation.linear_probe import linear_probe
 from mam2.engine.model.encoder import Encoder
 
 CLIPS, QUESTIONS = "clips", "questions.npz"
