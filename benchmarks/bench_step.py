@@ -42,7 +42,7 @@ from mam2.engine.train.optimizer import build_optimizer
 from mam2.kernels import TubeMask, tube_mask
 
 if TYPE_CHECKING:
-    from benchmarks.sections import Wanted
+    from benchmarks.sections import Selection
 
 Row = dict[str, Any]
 OBJECTIVES = ("mam2-fast", "videomae", "mam2-cae")
@@ -293,7 +293,7 @@ def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -
 
 
 def rows(
-    device: torch.device, deadline: float, wanted: Wanted, *, objectives: Sequence[str] = OBJECTIVES
+    device: torch.device, deadline: float, wanted: Selection, *, objectives: Sequence[str] = OBJECTIVES
 ) -> Iterator[Row]:
     """Every objective and batch until `deadline` (time.monotonic), then the parts of a step; tiny on a CPU."""
     cuda = device.type == "cuda"

@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks import machine, processes
 from benchmarks.machine import ROOT, commit
 from benchmarks.report import draw, table
-from benchmarks.sections import COLUMNS, SECTIONS, Wanted, failures, run_section
+from benchmarks.sections import COLUMNS, SECTIONS, Selection, failures, run_section
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 720
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         compiled = not (options.no_compile or options.dry_run)
         lists = (tuple(given) for given in (options.operators, options.shapes, options.ways))
         section, file, until = options.child
-        return run_section(section, Path(file), float(until), Wanted(options.dry_run, compiled, *lists))
+        return run_section(section, Path(file), float(until), Selection(options.dry_run, compiled, *lists))
     out = options.out or (Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) if options.dry_run else RESULTS)
     if options.dry_run and out.resolve().is_relative_to(RESULTS):
         parser.error(f"--out {out}: a dry run leaves no file in benchmarks/results")

@@ -41,7 +41,7 @@ from benchmarks.timing import (
 from mam2.engine.runtime.device import why_not_compile
 
 if TYPE_CHECKING:
-    from benchmarks.sections import Wanted
+    from benchmarks.sections import Selection
 
 OPERATORS = (
     bench_tube_mask.OPERATOR,
@@ -189,7 +189,9 @@ def _more_calls(
     return found
 
 
-def rows(device: torch.device, deadline: float, wanted: Wanted, *, variants: bool = False) -> Iterator[dict[str, Any]]:
+def rows(
+    device: torch.device, deadline: float, wanted: Selection, *, variants: bool = False
+) -> Iterator[dict[str, Any]]:
     """The measured ceilings of a GPU, then a row for each operator, shape and provider.
 
     Without `variants` at the first of the shapes, uncompiled; with them compiled there, in other layouts and types, and

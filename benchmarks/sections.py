@@ -76,7 +76,7 @@ COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """What was asked for on the command line."""
 
     dry_run: bool
@@ -94,7 +94,7 @@ class Wanted:
         return not given or any(word in text if choice == "shapes" else word == text for word in given)
 
 
-def run_section(name: str, file: Path, until: float, wanted: Wanted) -> int:
+def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
     """In the process of a section: writes the machine and then every row to `file` as soon as it is there.
 
     until: time.monotonic() at which the whole call ends. Returns the exit status.
@@ -124,7 +124,7 @@ def run_section(name: str, file: Path, until: float, wanted: Wanted) -> int:
     return 0
 
 
-def rows_of(name: str, device: Any, deadline: float, wanted: Wanted) -> Iterator[Row]:
+def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Iterator[Row]:
     """The rows of a section until `deadline` (time.monotonic)."""
     if name == "smoke":
         yield from smoke_rows(device, deadline)

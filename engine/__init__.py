@@ -1,12 +1,13 @@
-"""The engine from Python: pre-train, load what was trained here or elsewhere, look at features.
+"""The engine from Python: every verb of the command line is a function here, with the same name and the same options.
 
-    from mam2.engine import load_encoder, load_recipe, pretrain
+    from mam2.engine import embed, load_encoder, load_recipe, pretrain
 
     result = pretrain(load_recipe("mam2-fast"), "videos/", "runs/first")
     encoder = load_encoder("runs/first")              # or VideoMAE's .pth, or a Hugging Face folder
     features = encoder.encode(video).mean(1)          # video [B, 3, T, H, W] uint8 -> [B, D]
 
-`examples/pretrain_probe_plot.py` goes this way to an accuracy and a picture. Names are imported when they are used.
+Results are returned as objects, mistakes raise `UserError`, and nothing ends the process. Names are imported when they
+are used. docs/python.md shows them; `examples/` has scripts that use them.
 """
 
 from __future__ import annotations
@@ -15,26 +16,66 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mam2.engine.checkpoints.exporting import export
     from mam2.engine.checkpoints.load import load_encoder, load_model
+    from mam2.engine.config.finetune import FinetuneConfig
+    from mam2.engine.config.pretrain import PretrainConfig
     from mam2.engine.config.recipe import load_recipe
+    from mam2.engine.data.indexing import index
+    from mam2.engine.errors import UserError
+    from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.model.videomae import VideoMAE
+    from mam2.engine.planning import plan
+    from mam2.engine.tokenizer.precompute import tokenize
+    from mam2.engine.train.finetune import finetune
     from mam2.engine.train.pretrain import pretrain
 
-__all__ = ["MAM2", "Classifier", "Encoder", "VideoMAE", "load_encoder", "load_model", "load_recipe", "pretrain"]
+__all__ = [
+    "MAM2",
+    "Classifier",
+    "Encoder",
+    "FinetuneConfig",
+    "PretrainConfig",
+    "UserError",
+    "VideoMAE",
+    "evaluate",
+    "export",
+    "finetune",
+    "index",
+    "load_encoder",
+    "load_model",
+    "load_recipe",
+    "plan",
+    "pretrain",
+    "tokenize",
+    "visualize",
+]
 
 _HOMES = {
     "Classifier": "model.classifier",
     "Encoder": "model.encoder",
+    "FinetuneConfig": "config.finetune",
     "MAM2": "model.mam2",
+    "PretrainConfig": "config.pretrain",
+    "UserError": "errors",
     "VideoMAE": "model.videomae",
+    "evaluate": "evaluation.classification",
+    "export": "checkpoints.exporting",
+    "finetune": "train.finetune",
+    "index": "data.indexing",
     "load_encoder": "checkpoints.load",
     "load_model": "checkpoints.load",
     "load_recipe": "config.recipe",
+    "plan": "planning",
     "pretrain": "train.pretrain",
+    "tokenize": "tokenizer.precompute",
+    "visualize": "evaluation.visualize",
 }
+"""The module below `mam2.engine` that defines each name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,7 @@ def try_decoding(device: torch.device) -> list[str]:
                     lines.append(f"{codec:<6} not tried: this PyAV has no encoder for a trial clip")
                     continue
                 manifest = read_manifest(path, progress=False)
-                with ClipLoader(manifest, config, batch=1, device=device, seed=0, say=lines.append) as loader:
+                with ClipLoader(manifest, config, batch=1, device=device, seed=0, info=lines.append) as loader:
                     (batch,) = loader.evaluate()
                     (front_end,) = loader.front_ends
                     cropper = loader.cropper

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mam2.engine import costs
-from mam2.engine.config.pretrain import PretrainConfig, passes
+from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device
@@ -109,7 +109,7 @@ class Plan:
     @property
     def clips_a_pass(self) -> int:
         """Clips that one device takes at once."""
-        return self.config.optim.batch // (self.gpus * passes(self.config, self.gpus))
+        return self.config.optim.batch // (self.gpus * micro_batches_per_step(self.config, self.gpus))
 
     @property
     def parameters(self) -> int:
@@ -149,7 +149,7 @@ class Plan:
     def remedy(self) -> str:
         """What makes a plan fit that does not: the largest `optim.micro_batch`, if there is one, or other settings."""
         config = self.config
-        for clips in range(self.clips_a_pass - 1, config.together - 1, -1):
+        for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
             optim = dataclasses.replace(config.optim, micro_batch=clips)
             smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
             if smaller.clips_a_pass == clips and smaller.fits:
@@ -184,7 +184,7 @@ class Plan:
         tokens = math.prod(grid)
         masked = config.masked_tokens
         dtype = str(self.dtype).removeprefix("torch.")
-        count = passes(config, self.gpus)
+        count = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",
             f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
@@ -226,7 +226,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
+def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
     """The plan of a run.
 
     Args:
@@ -239,12 +239,13 @@ def make_plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisati
     Raises:
         UserError: for values that cannot be used, and a batch that cannot be shared out.
     """
+    check(config)
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: expected at least 1")
     known = _known(gpu) if gpu else ""
-    passes(config, gpus)
+    micro_batches_per_step(config, gpus)
     device = torch.device("cuda") if gpu else pick_device(config.run)
     dtype = matmul_dtype(config.run, device)
     if gpu:

@@ -1,7 +1,7 @@
 """Hugging Face's VideoMAE with the fused loss: `python examples/huggingface_step.py` (needs transformers).
 
-VideoMAEForPreTraining computes its loss inside forward; the fused one takes the logits that it returns. To save the
-original's work too, call `model.videomae`, `encoder_to_decoder` and `decoder` as forward does and leave its loss out.
+VideoMAEForPreTraining computes its loss in forward; the fused loss takes the logits that forward returns. To avoid the
+cost of the original loss, call `model.videomae`, `encoder_to_decoder` and `decoder` as forward does, without its loss.
 """
 
 import torch
@@ -30,7 +30,7 @@ def main() -> None:
         mask = tube_mask(2, (2, 4, 4), 0.75, seed=0)
 
         output = model(pixel_values, bool_masked_pos=mask.as_bool())
-        # ---- in place of `loss = output.loss`:
+        # ---- replaces `loss = output.loss`:
         loss = masked_pixel_loss(
             output.logits, frames.transpose(1, 2), mask, normalize="channel" if norm_pix_loss else None
         )

@@ -1,7 +1,7 @@
 """mae_st's training step with the fused loss: `python examples/mae_st_step.py`.
 
-mae_st predicts every token of `pred_t_dim` frames picked from the clip, standardises whole patches, and averages over
-the removed ones by weight. Only the masked part is read when the mask is given as indices, as at the end.
+mae_st predicts every token of `pred_t_dim` frames selected from the clip, standardizes whole patches, and averages over
+the removed tokens by weight. With a mask of indices, as at the end of this file, the loss reads only the masked part.
 """
 
 import torch
@@ -46,7 +46,7 @@ def main() -> None:
     pred = model(imgs, mask)
     picked = torch.linspace(0, FRAMES - 1, PRED_T_DIM).long()
     _imgs = imgs.index_select(2, picked)
-    # ---- in place of forward_loss's lines after the index_select:
+    # ---- replaces forward_loss's lines after the index_select:
     loss = masked_pixel_loss(pred, _imgs, None, weight=mask, normalize="patch", patch_size=PRED_PATCH)
     # ----
     original = original_loss(_imgs, pred, mask)
@@ -55,8 +55,8 @@ def main() -> None:
     torch.testing.assert_close(loss, original)
     torch.testing.assert_close(gradient, original_gradient)
 
-    # bytes do as well, since one mean and std serves all channels: eps moves to units of [0,1]; and every clip hides
-    # as many tokens, so that indices say the same as weights
+    # a uint8 clip gives the same loss, because all channels share one mean and std: eps is then in units of [0,1].
+    # Indices are equivalent to weights here, because every clip masks the same number of tokens
     hidden = TubeMask.from_bool(mask.bool())
     settings = {"normalize": "patch", "eps": 1e-6 * STD**2, "patch_size": PRED_PATCH}
     torch.testing.assert_close(masked_pixel_loss(pred, frames[:, :, picked], hidden, **settings), original)

@@ -1,8 +1,8 @@
 """Pre-train, probe and plot from Python: `python examples/pretrain_probe_plot.py [FOLDER]`, some minutes on two cores.
 
-Makes clips whose class is their motion, pre-trains a tiny encoder on them, a quarter as long as the demo does, and
-measures it beside a random one on clips it has not seen. FOLDER (default: runs/example) then holds losses.png and
-features.png. `load_encoder` takes the .pth or the Hugging Face folder of a published VideoMAE as well.
+The example writes clips whose class is their motion, pre-trains a tiny encoder on them for a quarter of the demo's
+epochs, and compares it with a random encoder on unseen clips. It writes losses.png and features.png to FOLDER (default:
+runs/example). `load_encoder` also reads the .pth file or the Hugging Face folder of a published VideoMAE.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(
     test_clips: int = 400,
     config: PretrainConfig | None = None,
 ) -> dict[str, float]:
-    """Returns the accuracies of both encoders, 0 to 1."""
+    """Runs the example; returns the accuracies of both encoders, 0 to 1."""
     if config is None:
         config = load_recipe("demo")
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=5.0))
@@ -65,7 +65,7 @@ def main(
 
 
 def plot(features: dict[str, list[Tensor]], labels: list[Tensor], classes: tuple[str, ...], path: Path) -> None:
-    """A map of each encoder's test clips: the two directions in which the training clips' classes differ most.
+    """Plots each encoder's test clips along the two directions in which the training clips' classes differ most.
 
     features: [clips, D] of the training and the test clips; labels: [clips] of both.
     """

@@ -1,7 +1,8 @@
 """VideoMAE's training step with the fused loss: `python examples/videomae_step.py`.
 
-VideoMAE un-normalises the clip, cuts and standardises all of it, picks the masked part by a boolean mask, and compares.
-Here one call does that, reading only the masked part. The original formula follows, to show that both agree.
+VideoMAE undoes the clip's normalization, cuts and standardizes the whole clip, selects the masked part with a boolean
+mask, and compares. Here one call does the same and reads only the masked part. The original formula follows, to show
+that both agree.
 """
 
 import torch
@@ -15,7 +16,7 @@ PATCH = (2, 16, 16)
 
 
 class TinyModel(torch.nn.Module):
-    """Stands in for PretrainVisionTransformer: normalised clip and mask in, predictions [B,Nm,1536] out."""
+    """Stands in for PretrainVisionTransformer: normalized clip and mask in, predictions [B,Nm,1536] out."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ def main() -> None:
     bool_masked_pos = tube_mask(2, (2, 4, 4), 0.75, seed=0).as_bool()
 
     outputs = model(videos, bool_masked_pos)
-    # ---- in place of everything between `with torch.no_grad():` and `loss = loss_func(...)`:
+    # ---- replaces everything between `with torch.no_grad():` and `loss = loss_func(...)`:
     loss = masked_pixel_loss(outputs, videos, bool_masked_pos, patch_size=PATCH, mean=MEAN, std=STD)
     # ----
     original = original_loss(outputs, videos, bool_masked_pos)
@@ -56,7 +57,7 @@ def main() -> None:
     torch.testing.assert_close(loss, original)
     torch.testing.assert_close(gradient, original_gradient)
 
-    # a loader that keeps bytes, and a mask of indices, save the clip in float32 and a wait for the device
+    # a uint8 clip and a mask of indices need neither a float32 copy of the clip nor a wait for the device
     mask = TubeMask.from_bool(bool_masked_pos)
     torch.testing.assert_close(masked_pixel_loss(outputs, frames, mask, patch_size=PATCH), original)
 

@@ -1,23 +1,23 @@
-"""Fused operators of masked video modelling: Triton on a GPU, plain PyTorch elsewhere.
+"""Fused operators of masked video modeling: Triton on a GPU, plain PyTorch elsewhere.
 
-    tube_mask, random_mask            which tokens are hidden: index tensors, drawn on the device
-    motion_tube_mask                  tubes, hidden more often where the clip moves
-    running_cell_mask                 which tokens are decoded (VideoMAE v2), and
-    running_cell_subset               which of them are masked too
-    gather_tubes                      the visible tokens of a uint8 or float clip, normalised
-    masked_pixel_loss                 VideoMAE's and MAE's loss, straight from the clip
+    tube_mask, random_mask            draw which tokens are masked, as index tensors on the device
+    motion_tube_mask                  draws tubes; moving positions are masked more often
+    running_cell_mask                 draws which tokens are decoded (VideoMAE v2)
+    running_cell_subset               picks the decoded tokens that are also masked
+    gather_tubes                      gathers and normalizes the visible tokens of a uint8 or float clip
+    masked_pixel_loss                 VideoMAE's and MAE's loss, computed directly from the clip
     masked_frame_difference_loss      the same for motion
     frame_difference                  the motion target itself
-    linear_cross_entropy              classifier head and cross-entropy without the logits
+    linear_cross_entropy              classifier head and cross-entropy without storing the logits
     active_path                       which implementation runs for a tensor or a device
     MaskedPixelLoss, MaskedFrameDifferenceLoss, LinearCrossEntropyLoss      the losses as modules
-    costs                             bytes and operations of each, from shapes
+    costs                             bytes and operations of each operator, from shapes
 
-Needs torch; Triton only on a GPU.
+The package needs torch; it needs Triton only on a GPU.
 """
 
-# In a checkout's root this folder can also be imported as `kernels`; transformers does so, looking for a package of
-# that name. Registering the operators a second time would free those that are in use.
+# transformers looks for a package named `kernels` and, started in a checkout's root, imports this folder under that
+# name. Registering the operators a second time would free the ones in use.
 if __name__ == "mam2.kernels":
     from . import costs
     from .frame_difference import frame_difference

@@ -1,18 +1,18 @@
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-# (in a kernel a tuple grows by `+`: Triton has no unpacking)
-"""Device functions shared by the kernels that read token cubes straight from the clip.
+# (kernels extend tuples with `+`: Triton has no unpacking)
+"""Device functions shared by the kernels that read token cubes directly from the clip.
 
 A token is a cube of τ frames × p rows × p pixels × C channels. A program reads it as τ·p patch rows of p·C values, cut
-into segments: blocks [ROWS, RUN] whose RUN values lie side by side in a patch row. RUN is a power of two that divides
-p·C, so nothing is padded along a row, and a thread that holds a whole run knows the channel of each of its registers
-when the kernel is compiled: per-channel statistics cost no comparison. A cube is a tuple of p·C/RUN segments.
+into segments: blocks [ROWS, RUN] of RUN neighboring values of each patch row. RUN is a power of two that divides p·C,
+so a row needs no padding. For a thread that holds a whole run, the channel of each register is known when the kernel is
+compiled, so that per-channel statistics need no comparison. A cube is a tuple of p·C/RUN segments.
 
-The clip is read through its strides: nothing is copied first. Offsets between cubes are 64-bit; inside a cube they are
-32-bit unless WIDE says that it spans more than 2^31 elements. CHANNELS_LAST promises that the p·C values of a patch row
-are neighbours in memory, which then is read in pieces of up to 128 bits.
+The kernels read the clip through its strides, without a copy. Offsets between cubes are 64-bit; inside a cube they are
+32-bit unless WIDE is set, for cubes that span more than 2^31 elements. CHANNELS_LAST means that the p·C values of a
+patch row are contiguous in memory; they are then read in pieces of up to 128 bits.
 
-A uint8 clip is kept as integers ("raw units", 255 to a unit of [0,1]): its sums are exact in one pass.
+A uint8 clip stays in integers ("raw units", 255 per unit of [0,1]): its sums are exact in one pass.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ MAX_RUN = 16
 
 @jit
 def store_rounded(pointer, values, mask):
-    """Stores float values in the pointer's type, through float32: Triton's interpreter rounds no other to bfloat16."""
+    """Stores floats in the pointer's type, through float32: Triton's interpreter rounds only float32 to bfloat16."""
     kind: tl.constexpr = pointer.dtype.element_ty
     if kind != tl.float64:
         values = values.to(tl.float32)
@@ -50,7 +50,7 @@ def cube_place(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Offset of a token's first value in its clip (int64), and its slot."""
+    """Returns the offset of a token's first value in its clip (int64), and the token's slot."""
     slot = token // (rows * columns)
     row = token // columns % rows
     column = token % columns
@@ -61,7 +61,7 @@ def cube_place(
 
 @jit
 def row_offsets(stride_t, stride_h, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Patch rows [ROWS,1] of a cube, their frames, and their offsets from the cube's first value."""
+    """Returns the patch rows [ROWS,1] of a cube, their frames, and their offsets from the cube's first value."""
     row = tl.arange(0, ROWS)[:, None]
     frame = row // HEIGHT
     if WIDE:
@@ -73,17 +73,17 @@ def row_offsets(stride_t, stride_h, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WI
 
 @jit
 def has_target(frame, slot, slots, KIND: tl.constexpr, TUBELET: tl.constexpr):
-    """Which patch rows [ROWS,1], by their frame, have a target: a difference to the next frame needs that frame."""
-    if KIND == 1:  # adjacent: the clip's last frame has no next one
+    """Returns which patch rows [ROWS,1] have a target: a difference to the next frame needs that frame."""
+    if KIND == 1:  # adjacent: the clip's last frame has no next frame
         return (frame < TUBELET - 1) | (slot < slots - 1)
-    if KIND == 2:  # intra: nor has the cube's
+    if KIND == 2:  # intra: the cube's last frame has no next frame
         return frame < TUBELET - 1
     return frame >= 0
 
 
 @jit
 def run_values(segment: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr):
-    """Numbers [1,RUN] that the values of a segment have in their patch row, and their channels."""
+    """Returns the positions [1,RUN] of a segment's values in their patch row, and their channels."""
     value = segment * RUN + tl.arange(0, RUN)[None, :]
     return value, value % CHANNELS
 
@@ -104,7 +104,7 @@ def load_cube(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """A cube's segments, from the pointers [ROWS,1] of its patch rows: int32 for BYTES without AFFINE, else DTYPE.
+    """Loads a cube's segments from the pointers [ROWS,1] of its patch rows: int32 for BYTES without AFFINE, else DTYPE.
 
     With AFFINE each value becomes x·multiplier[channel] + shift[channel].
     """
@@ -132,7 +132,7 @@ def load_cube(
 
 @jit
 def spread(pointer, channel, CHANNELS: tl.constexpr):
-    """Values [1,RUN] of a table in memory, by channel."""
+    """Returns the values [1,RUN] of a table in memory, indexed by channel."""
     values = tl.zeros_like(channel).to(pointer.dtype.element_ty) + tl.load(pointer)
     for c in tl.static_range(1, CHANNELS):
         values = tl.where(channel == c, tl.load(pointer + c), values)
@@ -141,7 +141,7 @@ def spread(pointer, channel, CHANNELS: tl.constexpr):
 
 @jit
 def choose(options, group, GROUPS: tl.constexpr):
-    """Values [1,RUN] of a tuple, by group."""
+    """Returns the values [1,RUN] of a tuple, indexed by group."""
     values = tl.zeros_like(group).to(options[0].dtype) + options[0]
     for g in tl.static_range(1, GROUPS):
         values = tl.where(group == g, options[g], values)
@@ -150,7 +150,7 @@ def choose(options, group, GROUPS: tl.constexpr):
 
 @jit
 def group_sum(cube, group: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr):
-    """Sum over the values of one of the cube's interleaved groups."""
+    """Returns the sum over the values of one of the cube's interleaved groups."""
     rows = tl.sum(tl.zeros_like(cube[0]), axis=1)
     for segment in tl.static_range(len(cube)):
         part = cube[segment]
@@ -173,9 +173,10 @@ def mean_and_inverse(
     INTEGER: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Of each group (a channel, or the patch), its mean and one over its deviation, in the units of the cube.
+    """Returns each group's mean and 1 / standard deviation in the cube's units; a group is a channel or the patch.
 
-    The variance is unbiased: from exact integer sums for a uint8 clip, in two passes over registers for a float one.
+    The variance is unbiased. For a uint8 clip it comes from exact integer sums, for a float clip from two passes over
+    the registers.
     """
     GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
     COUNT: tl.constexpr = VALUES // GROUPS
@@ -185,14 +186,14 @@ def mean_and_inverse(
     squares = ()
     if INTEGER:
         for segment in tl.static_range(len(cube)):
-            # 33 025 squares of a byte fill 31 bits
+            # the sum of more than 33 025 squared bytes may exceed 31 bits
             part = cube[segment].to(tl.int64) if COUNT > 33025 else cube[segment]
             squares = squares + (part * part,)
     for group in tl.static_range(GROUPS):
         total = group_sum(cube, group, GROUPS, RUN)
         if INTEGER:
             wide = total.to(tl.int64)
-            # a quotient of floats is approximate on a GPU; this one is exact where all values are equal
+            # float division is approximate on a GPU; this quotient is exact if all values are equal
             mean = (total // COUNT).to(DTYPE) + (total % COUNT).to(DTYPE) / COUNT
             scatter = group_sum(squares, group, GROUPS, RUN).to(tl.int64) * COUNT - wide * wide
             variance = scatter.to(DTYPE) / (COUNT * (COUNT - 1))
@@ -235,9 +236,10 @@ def cube_target(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Target segments of one token; `mask` and `exists` [ROWS,1] say which rows it has, and which have a target.
+    """Returns the target segments of one token.
 
-    `frame` [ROWS,1] is each row's frame in the cube. What the segments hold in rows without a target means nothing.
+    `mask` [ROWS,1] is true for the token's rows, `exists` [ROWS,1] for the rows that have a target; `frame` [ROWS,1] is
+    each row's frame in the cube. In rows without a target the segments hold undefined values.
     """
     INTEGER: tl.constexpr = BYTES and not AFFINE
     UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
@@ -247,7 +249,7 @@ def cube_target(
     )
     other = cube
     if KIND != 0:
-        if KIND == 3:  # joint: the cube's first frame, which itself stays as it is
+        if KIND == 3:  # joint: subtract the cube's first frame; the first frame itself stays unchanged
             steps = -(frame.to(tl.int64) if WIDE else frame)
             wanted = exists & (frame > 0)
         else:  # the next frame
@@ -299,9 +301,9 @@ def _table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: tor
 def normalizing_table(
     video: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """[2,C] means in the clip's numbers, and what a value minus its mean is multiplied by; None without mean and std.
+    """Returns [2,C]: the means in the clip's units, and the factors for (value − mean); None without mean and std.
 
-    Tables are kept, so that a captured step copies nothing from the host.
+    Tables are cached, so that a captured step copies nothing from the host.
     """
     if mean is None or std is None:
         return None
@@ -312,18 +314,18 @@ def normalizing_table(
 def restoring_table(
     video: torch.Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """[2,C] multipliers and shifts that turn a normalised float clip into [0,1]; None where nothing is to be undone."""
+    """Returns [2,C]: multipliers and shifts that map a normalized float clip to [0,1]; None if it needs no mapping."""
     if mean is None or std is None or video.dtype == torch.uint8:
         return None
     return _table((tuple(std), tuple(mean)), video.device, dtype)
 
 
 def cube_meta(video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time description of a clip's cubes that every kernel takes."""
+    """Returns the compile-time description of a clip's cubes that every kernel takes."""
     tubelet, height, width = patch_size
     channels = video.shape[1]
     _, stride_c, stride_t, stride_h, stride_w = video.stride()
-    # one frame more than the cube: differences read the following one
+    # one frame more than the cube: differences read the next frame
     span = (channels - 1) * stride_c + tubelet * stride_t + (height - 1) * stride_h + (width - 1) * stride_w
     length = width * channels
     return {
@@ -333,7 +335,7 @@ def cube_meta(video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype
         "WIDTH": width,
         "ROWS": launch.power_of_two(tubelet * height),
         "RUN": min(length & -length, MAX_RUN),
-        # the stride of a dimension of size 1 leads nowhere
+        # the stride of a dimension of size 1 is never used
         "CHANNELS_LAST": (channels == 1 or stride_c == 1) and (width == 1 or stride_w == channels),
         "WIDE": span >= 2**31,
         "BYTES": video.dtype == torch.uint8,

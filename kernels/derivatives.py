@@ -1,4 +1,4 @@
-"""Which derivatives the losses give: first ones, by backward(), also of torch.func.vmap. Others are refused here."""
+"""Derivatives of the losses: first derivatives by backward(), also under torch.func.vmap. Others raise here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 
 def refuse_double_backward(operator: str) -> None:
-    """RuntimeError when a backward pass is itself being recorded (`create_graph=True`)."""
+    """Raises RuntimeError if a backward pass is being recorded itself (`create_graph=True`)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{operator}: double backward is not supported (its backward ran under create_graph=True); "
@@ -18,10 +18,10 @@ def refuse_double_backward(operator: str) -> None:
 
 
 def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The custom operator with its gradient: `save` and `backward` as `register_autograd` takes them.
+    """Returns a differentiable function of a custom operator; `save` and `backward` are as in `register_autograd`.
 
-    An eager call goes through an autograd.Function, which costs the host less than what is registered; torch.compile
-    and torch.func.vmap take that.
+    Eager calls go through an autograd.Function, which costs less host time than the registered gradient. torch.compile
+    and torch.func.vmap use the registered gradient.
     """
     operator.register_autograd(backward, setup_context=save)
 
@@ -43,13 +43,13 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
 
 
 def wants_gradient(tensor: torch.Tensor) -> bool:
-    """Whether backward may ask for the gradient of `tensor`; inside torch.func.vmap no tensor says so: then yes."""
+    """Returns whether backward may need the gradient of `tensor`; always True in torch.func.vmap, which hides it."""
     mapped = not torch.compiler.is_compiling() and bool(retrieve_all_functorch_interpreters())
     return torch.is_grad_enabled() and (tensor.requires_grad or mapped)
 
 
 def refuse_transforms(operator: str, *inputs: torch.Tensor | None) -> None:
-    """RuntimeError under torch.func.grad, vjp, jacrev, jvp …, and in forward mode, which would find no derivative."""
+    """Raises RuntimeError under torch.func.grad, vjp, jacrev, jvp … and in forward mode: none works with the losses."""
     if torch.compiler.is_compiling():
         return
     levels = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]

@@ -1,16 +1,16 @@
-"""Motion target: how a token's pixels change from one frame to the next, over the cube's own deviation.
+"""Motion target: the change of a token's pixels from one frame to the next, divided by the cube's standard deviation.
 
     adjacent   d[t] = (x[t+1] − x[t]) / s   for every frame t of the cube; 0 where the clip has no frame t+1
     intra      d[t] = (x[t+1] − x[t]) / s   for t+1 inside the cube: τ−1 differences
     s          "channel": sqrt(var of the cube's channel) + eps;  "patch": sqrt(var of the cube + eps);  None: 1
 
-The variance is unbiased, over all τ frames of the cube. Standardising the cube and then subtracting (MAE-DFER) gives
-the same, since the mean cancels. eps, in pixel units of [0,1] ("patch": their square), keeps s away from 0. A patch of
-one color has a variance of 0, and with eps = 1e-6 a fade by one gray level has a target of 1/255/1e-6 = 3922 there,
-which then decides the loss. So the default is 0.05, 13 gray levels; eps=1e-6 is VideoMAE's formula. For "patch" the
-same floor is eps = 0.05² = 0.0025. "intra" cannot explode: what changes within the cube is in its variance as well.
+The variance is unbiased, over all τ frames of the cube. Standardizing the cube and then subtracting (MAE-DFER) gives
+the same target, since the mean cancels. eps, in pixel units of [0,1] ("patch": their square), keeps s away from 0. A
+patch of one color has a variance of 0; with eps = 1e-6 a fade by one gray level has a target of 1/255/1e-6 = 3922 and
+dominates the loss. The default is therefore 0.05, 13 gray levels; eps=1e-6 is VideoMAE's formula. For "patch" the
+same floor is eps = 0.05² = 0.0025. "intra" cannot explode: a change within the cube also raises its variance.
 
-B clips, C channels, T frames, N tokens, Nm masked, Pd values of a token's difference, τ frames a tubelet.
+B clips, C channels, T frames, N tokens, Nm masked, Pd values of a token's difference, τ frames per tubelet.
 """
 
 from collections.abc import Sequence
@@ -196,23 +196,24 @@ def frame_difference(
     std: Sequence[float] | None = None,
     mask: TubeMask | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The motion target itself, for inspection, plots and tests; `masked_frame_difference_loss` never stores it.
+    """Computes the motion target, for inspection, plots and tests; `masked_frame_difference_loss` never stores it.
 
     Args:
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides.
         patch_size: (frames, height, width) of a token.
         difference: "adjacent" or "intra".
         normalize: "channel", "patch" or None.
-        eps: added to the deviation ("patch": to the variance), see the head of this file; 1e-6 is VideoMAE's.
-        mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
-        mask: rows of these masked tokens only, as in `masked_pixel_loss`; default: every token.
+        eps: added to the standard deviation ("patch": to the variance), see the module's docstring; VideoMAE uses 1e-6.
+        mean, std: statistics by which a float clip was normalized, per channel; the operator undoes that first. Ignored
+            for a uint8 clip, which is never normalized.
+        mask: returns only the rows of these masked tokens, as in `masked_pixel_loss`; default: every token.
 
     Returns:
         [B,N,Pd] or [B,Nm,Pd], value order (t,h,w,c), float32 (float64 for a float64 clip).
 
     Raises:
-        ValueError: a shape, type, device or choice that does not fit.
-        IndexError: a token number out of range (on a GPU its values are NaN instead).
+        ValueError: a shape, type, device or choice is invalid.
+        IndexError: a token number is out of range (on a GPU its values are NaN instead).
     """
     grid = check_video(video, patch_size)
     check_choice("difference", difference, DIFFERENCES)

@@ -1,11 +1,11 @@
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-# (in a kernel a tuple grows by `+`: Triton has no unpacking)
-"""Visible tokens of a clip, normalised, ready for the patch embedding.
+# (kernels extend tuples with `+`: Triton has no unpacking)
+"""Gathers the visible tokens of a clip and normalizes them for the patch embedding.
 
     out[b, k, (t,h,w,c)] = (x − mean[c]) / std[c],   x = video at token visible[b, k], in [0,1]
 
-B clips, C channels, T frames, H height, W width, N tokens, Nv visible, P values a token.
+B clips, C channels, T frames, H height, W width, N tokens, Nv visible, P values per token.
 """
 
 from collections.abc import Sequence
@@ -72,10 +72,10 @@ def _gather_tubes_kernel(
         DTYPE,
     )
     pixels = ()
-    for segment in tl.static_range(LENGTH // RUN):  # before any store, after which the table would be read again
+    for segment in tl.static_range(LENGTH // RUN):  # before any store, which would make the compiler reload the table
         value, channel = run_values(segment, CHANNELS, RUN)
         part = cube[segment]
-        if AFFINE:  # the mean first: a product plus a shift would be fused, and a value at its mean not come out as 0
+        if AFFINE:  # subtract first: a fused product plus shift would not give 0 for a value at its mean
             part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)
         elif BYTES:
             part *= 1.0 / 255.0
@@ -155,22 +155,22 @@ def gather_tubes(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Picks and normalises the visible tokens.
+    """Selects and normalizes the visible tokens.
 
     Args:
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
-        visible: [B,Nv] int64 token numbers, in any order; or a TubeMask, whose visible tokens are taken.
+        visible: [B,Nv] int64 token numbers, in any order; or a TubeMask, whose visible tokens are used.
         patch_size: (frames, height, width) of a token.
-        mean, std: one value a channel, in [0,1] units; None leaves the pixels in [0,1].
-        dtype: of the result; default: the autocast type where autocast is on, else the clip's float type, else float32.
+        mean, std: one value per channel, in [0,1] units; None leaves the pixels in [0,1].
+        dtype: type of the result; default: the autocast type under autocast, else the clip's float type, else float32.
 
     Returns:
         [B,Nv,P], value order (t,h,w,c).
 
     Raises:
-        ValueError: a shape, type or device that does not fit; N token numbers for N tokens of which two are the same,
-            as in a mask of zeros and ones (on a GPU the clip's values are NaN instead).
-        IndexError: a token number out of range (on a GPU its values are NaN instead).
+        ValueError: a shape, type or device is invalid; or N token numbers for N tokens contain one twice, as a mask of
+            zeros and ones does (on a GPU the clip's values are NaN instead).
+        IndexError: a token number is out of range (on a GPU its values are NaN instead).
     """
     grid = check_video(video, patch_size)
     if isinstance(visible, TubeMask):

@@ -1,8 +1,8 @@
-"""Which path runs, and how each Triton kernel is launched.
+"""Chooses the implementation (path) and launches the Triton kernels.
 
-The path is chosen from the device of the tensors: CUDA (and ROCm) goes through Triton, every other device
-through PyTorch. `MAM2_KERNELS=triton|pytorch` forces one; `triton` on CPU tensors needs Triton's interpreter
-(`TRITON_INTERPRET=1` before the first import).
+The path depends on the device of the tensors: CUDA (and ROCm) uses Triton, every other device uses PyTorch.
+`MAM2_KERNELS=triton|pytorch` forces one; `triton` on CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1`
+before the first import).
 """
 
 import contextlib
@@ -18,16 +18,16 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheel for this platform, and the PyTorch path needs none; annotations of kernels still read tl
+except ImportError:  # no wheel for this platform, the PyTorch path needs none; kernels' annotations still read tl
     triton, tl = None, SimpleNamespace(constexpr=None, int32=None, int64=None)  # type: ignore[assignment]
 
 PATHS = ("triton", "pytorch")
 
 
 def jit(function: Any = None, **options: Any) -> Any:
-    """`triton.jit`, or the bare function where Triton is missing, so that every module can be imported.
+    """Applies `triton.jit`, or returns the function unchanged without Triton, so that every module can be imported.
 
-    `options` are Triton's; with them this is called first and decorates what it returns.
+    `options` are those of `triton.jit`; with options, the call returns the decorator.
     """
     if function is None:
         return functools.partial(jit, **options)
@@ -35,11 +35,11 @@ def jit(function: Any = None, **options: Any) -> Any:
 
 
 def active_path(where: torch.Tensor | torch.device | str) -> str:
-    """Says which implementation runs for a tensor or a device: "triton" or "pytorch".
+    """Returns which implementation runs for a tensor or a device: "triton" or "pytorch".
 
     Raises:
-        ValueError: MAM2_KERNELS holds something else than a path.
-        RuntimeError: the path needs Triton and Triton cannot be imported.
+        ValueError: MAM2_KERNELS is neither of the two.
+        RuntimeError: the path needs Triton, and Triton cannot be imported.
     """
     device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
     path = os.environ.get("MAM2_KERNELS") or ("triton" if device.type == "cuda" else "pytorch")
@@ -57,16 +57,16 @@ _DATA = json.loads(importlib.resources.files(__package__).joinpath("launch_table
 WARPS: dict[str, dict[str, list[list[int]]]] = _DATA["warps"]
 """Launch tables: architecture -> kernel -> [[largest block of values, warps], …], written by benchmarks/tune.py.
 
-The last row serves every larger block; a kernel that an architecture does not name takes the rows of "default".
+The last row also applies to every larger block. If an architecture does not list a kernel, the rows of "default" apply.
 """
 
 CHUNK_BYTES: dict[str, int] = _DATA["chunk_bytes"]
-"""Architecture -> logits of linear_cross_entropy held at a time: what stays in the cache (L2 of a GPU, L3 of a CPU)."""
+"""Architecture -> bytes of logits that linear_cross_entropy holds at a time; they fit in the L2 (GPU) or L3 (CPU)."""
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Of a GPU, as "sm_90" or "gfx942"; of any other device, its type."""
+    """Returns a GPU's architecture, such as "sm_90" or "gfx942"; for any other device its type."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -74,16 +74,18 @@ def architecture(device: torch.device) -> str:
 
 
 def table_for(device: torch.device) -> str:
-    """Name of the launch table that a device takes: its architecture's, else "default"."""
+    """Returns the name of the launch table for a device: its architecture if the tables list it, else "default"."""
     name = architecture(device)
     return name if name in WARPS else "default"
 
 
 def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = False) -> int:
-    """Warps of a program of `kernel` that works on `block` values; twice as many if each has an address of its own.
+    """Returns the number of warps for a program of `kernel` that processes `block` values; doubled if `scattered`.
+
+    `scattered`: every value needs a separate address, because the values are not contiguous in memory.
 
     Raises:
-        ValueError: a kernel without a row in launch_table.json.
+        ValueError: launch_table.json has no row for the kernel.
     """
     table = WARPS[table_for(device)].get(kernel) or WARPS["default"].get(kernel)
     if table is None:
@@ -94,18 +96,19 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
+    """Returns the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 GPU_ROWS = 1024
-"""Least rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
+"""Minimum rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
 
 
 def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
-    """Rows of logits [rows,codes] to hold at a time, a multiple of 128.
+    """Returns the number of rows of logits [rows,codes] per chunk, a multiple of 128.
 
-    Every chunk reads the weight [codes,width] three times; on a GPU its logits therefore take at least as many bytes.
+    Every chunk reads the weight [codes,width] three times; on a GPU the chunk's logits are therefore at least as large
+    as the weight.
     """
     rows, least = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"]) // (codes * dtype.itemsize), 128
     if device.type == "cuda":
@@ -114,27 +117,27 @@ def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int 
 
 
 def half_sums() -> bool:
-    """Whether products may add up in float16."""
+    """Returns whether matrix products may accumulate in float16."""
     return torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
 def wide_products(device: torch.device) -> bool:
-    """Whether `torch.mm` of half types gives float32 there (`out_dtype`): on GPUs from sm_80 on, unless `half_sums`."""
+    """Whether `torch.mm` of half types can return float32 (`out_dtype`): on GPUs from sm_80 on, unless `half_sums`."""
     if device.type != "cuda" or half_sums():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_type(dtype: torch.dtype) -> Any:
-    """The Triton type of a PyTorch type."""
+    """Returns the Triton type of a PyTorch type."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
-    """Launches `programs` programs on the device of the first argument, a tensor; none launches nothing."""
+    """Launches `programs` programs on the device of the first argument, a tensor; 0 programs launch nothing."""
     if programs == 0:
         return
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        # Triton 3.10 turns the fusing of multiplication and addition off unless asked for
+        # Triton 3.10 fuses multiplication and addition only on request
         kernel[(programs,)](*arguments, **meta, enable_fp_fusion=True)

@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear classifier without its logits: rows go through in chunks that stay in cache.
+"""Cross-entropy of a linear classifier without storing its logits: rows are processed in chunks that fit in the cache.
 
     logits = hidden · weightᵀ + bias,  loss[m] = log Σ exp(logits[m]) − (1−s)·logits[m, target[m]] − s·mean(logits[m])
 
-For each chunk of rows: one GEMM for the logits, one pass that turns them into losses and, in place, into their
-gradient, two GEMMs from there into d_hidden and d_weight. The log-sum-exp is float32, d_weight and d_bias are summed
-over chunks in float32.
+Each chunk of rows takes one GEMM for the logits, one pass that computes the losses and replaces the logits by their
+gradient, and two GEMMs for d_hidden and d_weight. The log-sum-exp is float32; d_weight and d_bias are summed over the
+chunks in float32.
 
 M rows, D width, V codes.
 """
@@ -22,7 +22,7 @@ from .softmax_gradient import accumulation_dtype, softmax_gradient_
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left · right in `dtype`, without rounding to a half type in between where the device can."""
+    """Returns left · right in `dtype`, without an intermediate rounding to a half type if the device supports it."""
     if left.dtype != dtype and launch.wide_products(left.device):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
@@ -39,7 +39,7 @@ def _run(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [M] and the gradients (upstream-weighted if given) of hidden, weight, bias; empty if not needed."""
+    """Returns losses [M] and the gradients of hidden, weight, bias, times `upstream` if given; empty if not needed."""
     rows, codes = hidden.shape[0], weight.shape[0]
     wide = accumulation_dtype(dtype)
     losses = hidden.new_empty(rows, dtype=wide)
@@ -213,24 +213,24 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """`cross_entropy(hidden @ weight.T + bias, target)` that never holds the [M,V] logits.
+    """Computes `cross_entropy(hidden @ weight.T + bias, target)` without ever storing the [M,V] logits.
 
     Args:
         hidden: [M,D], float. Under autocast all matrix products run in the autocast type.
         weight: [V,D], as `torch.nn.Linear.weight`.
-        target: [M] int64, 0 to V−1, or `ignore_index`: such a row counts for nothing.
+        target: [M] int64, 0 to V−1, or `ignore_index`, which excludes the row.
         bias: [V] or None.
-        reduction: "mean" over the rows not ignored, "sum", or "none": [M]. "none" computes the logits once more
+        reduction: "mean" over the rows that are not ignored, "sum", or "none": [M]. "none" computes the logits again
             in the backward pass.
         label_smoothing: share s of the target spread over all codes, 0 to 1, as in `torch.nn.CrossEntropyLoss`.
 
     Returns:
         A scalar or [M], float32 (float64 for float64), differentiable once in hidden, weight and bias.
-        The mean over no row is NaN, as PyTorch's.
+        The mean over zero rows is NaN, as in PyTorch.
 
     Raises:
-        ValueError: a shape, type or device that does not fit.
-        IndexError or RuntimeError: a target out of range (on a GPU the loss and the row's gradients are NaN instead).
+        ValueError: a shape, type or device is invalid.
+        IndexError or RuntimeError: a target is out of range (on a GPU the loss and the row's gradient are NaN instead).
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -262,5 +262,5 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     counted = (target != ignore_index).sum()
-    # over no row the loss is NaN and the gradient 0, as PyTorch's
+    # over zero rows the loss is NaN and the gradient 0, as in PyTorch
     return torch.where(counted > 0, total / counted.clamp(min=1), float("nan"))

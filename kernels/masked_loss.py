@@ -1,14 +1,14 @@
-"""Squared error of masked tokens against a target made from the clip, and its gradient, in one pass.
+"""Computes the squared error of masked tokens against a target built from the clip, and its gradient, in one pass.
 
     error[b, k]      = Σ over the token's values of (pred − target)²
     gradient[b, k]   = 2 · (pred − target)
-    target           = the standardised cube ("pixel"), the same with the first frame subtracted from the later ones
+    target           = the standardized cube ("pixel"), the same with the first frame subtracted from the later ones
                        ("joint"), or the cube's frame difference ("adjacent", "intra": frame_difference.py)
 
-The mean, the sum or the single values are formed from `error` in plain PyTorch; backward multiplies the gradient that
-the forward pass left by what comes from upstream.
+Plain PyTorch reduces `error` to the mean, the sum or one value per token. The forward pass stores the gradient;
+backward multiplies it by the upstream gradient.
 
-B clips, C channels, T frames, N tokens, Nm masked, P values a token.
+B clips, C channels, T frames, N tokens, Nm masked, P values per token.
 """
 
 from collections.abc import Sequence
@@ -122,7 +122,7 @@ def _masked_loss_kernel(
         error += tl.sum(residual * residual, axis=1)
         if GRADIENT:
             stored = row < FRAMES * HEIGHT
-            if EVERY_TOKEN:  # a token out of range has no row of its own
+            if EVERY_TOKEN:  # a token out of range has no row in the gradient
                 stored = stored & inside
             store_rounded(gradient + value, factor * residual, stored)
     tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
@@ -228,7 +228,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
     if tokens != masked.shape[1]:
         fits = ((masked >= 0) & (masked < tokens)).all(dim=1, keepdim=True)
         factors = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked.clamp(0, tokens - 1), upstream)
-        # a token out of range has no gradient of its own to be NaN: its clip's are
+        # a token out of range has no gradient row to set to NaN, so the whole clip's rows become NaN
         upstream = torch.where(fits, factors, float("nan"))
     return scale_gradient(gradient, upstream), *(None,) * 9
 
@@ -237,7 +237,7 @@ _errors_and_gradient = differentiable(_masked_loss, _save, _backward)
 
 
 def _masked_count(pred: torch.Tensor, weight: torch.Tensor | None, grid: shapes.Grid) -> int | None:
-    """How many tokens a boolean mask hides in each clip, from the shape of pred or weight; None if they hold all."""
+    """Returns the number of masked tokens per clip from the shape of pred or weight; None if both hold every token."""
     for tensor in (pred, weight):
         if tensor is not None and tensor.dim() > 1 and tensor.shape[1] != grid.tokens:
             return tensor.shape[1]
@@ -265,7 +265,7 @@ def _loss(
     counted, count = None, None
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         count = _masked_count(pred, weight, grid)
-        if count is None and reduction != "none":  # the masked tokens need not be picked: the others weigh nothing
+        if count is None and reduction != "none":  # no need to pick the masked tokens: the others get weight 0
             shapes.check_bool_mask(mask, video, grid)
             counted, mask = mask, None
     masked = masked_index(mask, grid, video, count)
@@ -290,7 +290,7 @@ def _loss(
         last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
         existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])
     if reduction == "none":
-        # with tubelets of one frame, the last slot has no value at all
+        # with tubelets of one frame, tokens of the last slot have no values
         return errors / (existing.clamp(min=1) if isinstance(existing, torch.Tensor) else existing)
     if weight is not None:
         existing = weight * existing
@@ -312,35 +312,37 @@ def masked_pixel_loss(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Mean squared error of predicted pixels on the masked tokens.
+    """Computes the mean squared error of predicted pixels on the masked tokens.
 
     Args:
         pred: [B,Nm,P] predictions of the masked tokens in the order of the mask, or [B,N,P] of every token.
         video: [B,C,T,H,W], uint8 (0 to 255) or float (0 to 1), any strides; no gradient flows to it.
-        mask: TubeMask, int64 [B,Nm] token numbers, each at most once in a clip, bool [B,N] with True = masked, as many
-            in every clip, or None: every token. With reduction="none", a boolean mask for a pred of every token waits
-            for the device, unless the shape of `weight` says how many are masked.
+        mask: a TubeMask; int64 [B,Nm] token numbers, each at most once per clip; bool [B,N] with True = masked and the
+            same number of masked tokens in every clip; or None: every token. With reduction="none" and a pred of every
+            token, a boolean mask makes the host wait for the device, unless `weight` has shape [B,Nm].
         patch_size: (frames, height, width) of a token.
-        mean, std: how a float clip was normalised, per channel; undone first. A uint8 clip never was: ignored.
-        target: "pixel": the standardised cube; "joint": its first frame, and of every later frame the standardised
+        mean, std: statistics by which a float clip was normalized, per channel; the operator undoes that first. Ignored
+            for a uint8 clip, which is never normalized.
+        target: "pixel": the standardized cube; "joint": its first frame, and for every later frame the standardized
             frame minus the first (MAE-DFER).
         normalize: "channel": (x − mean)/(sqrt(var) + eps) over each channel of the cube, as VideoMAE;
             "patch": (x − mean)/sqrt(var + eps) over the whole cube, as MAE and mae_st; None: pixels in [0,1].
             The variance is unbiased.
         eps: see `normalize`.
-        weight: bool or real [B,Nm], what each masked token counts, for losses over numbers of tokens that differ from
-            clip to clip: every error is multiplied by it. Or [B,N], of every token: those of the masked ones count.
+        weight: bool or real [B,Nm], a factor for the error of each masked token, for losses over a number of tokens
+            that differs from clip to clip. Or [B,N], one per token: only the factors of the masked tokens are used.
         reduction: "mean" over all masked values (with `weight`: the weighted mean), "sum", or "none": [B,Nm], each
-            token's mean over its values (with `weight`: times its weight). The mean over nothing is NaN, as PyTorch's.
+            token's mean over its values (with `weight`: times its weight). The mean over zero values is NaN, as in
+            PyTorch.
 
     Returns:
         A scalar or [B,Nm], float32 (float64 if pred or video is), differentiable once in pred and weight.
 
     Raises:
-        ValueError: a shape, type, device or choice that does not fit; a clip that names a token twice, as a mask of
-            zeros and ones does, or hides another number than pred has.
-        IndexError: a token number out of range.
-            For what is wrong with the numbers in a mask, on a GPU the clip's loss and gradient are NaN instead.
+        ValueError: a shape, type, device or choice is invalid; the mask contains a token of a clip twice, as a mask of
+            zeros and ones does, or masks a different number of tokens than pred has.
+        IndexError: a token number is out of range.
+            On a GPU invalid numbers in a mask do not raise: the clip's loss and gradient are NaN instead.
     """
     shapes.check_choice("target", target, shapes.PIXEL_TARGETS)
     return _loss(pred, video, mask, patch_size, target, normalize, eps, mean, std, weight, reduction)
@@ -360,17 +362,17 @@ def masked_frame_difference_loss(
     weight: torch.Tensor | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Mean squared error of predicted motion on the masked tokens; the target is `frame_difference`'s.
+    """Computes the mean squared error of predicted motion on the masked tokens; `frame_difference` defines the target.
 
     Args:
         pred: [B,Nm,Pd] or [B,N,Pd]; Pd is P for "adjacent", P·(τ−1)/τ for "intra".
-        difference: "adjacent": the next frame of the clip minus this one; the clip's last frame has no next one, so
-            these values of pred count for nothing, in the mean's divisor neither. "intra": within the token.
-        normalize, eps: what the difference is divided by, see frame_difference.py. The default keeps a patch of one
-            color, whose deviation is 0, from deciding the loss; eps=1e-6 is the formula of VideoMAE and MAE-DFER.
-        reduction: "mean" over all existing values, "sum", or "none": [B,Nm], each token's mean over its existing ones.
+        difference: "adjacent": the next frame of the clip minus this frame. The clip's last frame has no next frame:
+            its values of pred do not count, neither in the sum nor in the mean's divisor. "intra": within the token.
+        normalize, eps: the divisor of the difference, see frame_difference.py. The default keeps a patch of one color,
+            whose standard deviation is 0, from dominating the loss; eps=1e-6 is the formula of VideoMAE and MAE-DFER.
+        reduction: "mean" over all existing values, "sum", or "none": [B,Nm], each token's mean over existing values.
 
-    The rest, the result and the errors are as in `masked_pixel_loss`.
+    The other arguments, the result and the errors are those of `masked_pixel_loss`.
     """
     shapes.check_choice("difference", difference, shapes.DIFFERENCES)
     return _loss(pred, video, mask, patch_size, difference, normalize, eps, mean, std, weight, reduction)

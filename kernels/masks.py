@@ -1,8 +1,7 @@
-"""Which tokens of a clip are hidden: index tensors, drawn on the device without a host synchronisation.
+"""Draws which tokens of a clip are masked: index tensors, drawn on the device without a host synchronization.
 
 Masks come from a counter-based generator (Philox4x32-10) keyed by (seed, step, sample, position), so that a resumed
-run, another batch split and another device draw the same masks. The tokens whose random key is among the smallest
-are hidden.
+run, another batch split and another device draw the same masks. The tokens with the smallest random keys are masked.
 
 B clips, N tokens (T'·H'·W'), Nv/Nm visible/masked.
 """
@@ -31,18 +30,16 @@ class TubeMask(NamedTuple):
 
     @classmethod
     def from_bool(cls, mask: torch.Tensor) -> "TubeMask":
-        """From [B,N] bool, True = masked. Waits for the device once, to check the counts.
+        """Converts [B,N] bool, True = masked. Waits for the device once, to check the counts.
 
         Raises:
-            ValueError: not a boolean matrix, or rows that hide different numbers of tokens; under torch.compile, where
-                nothing can wait for the device.
+            ValueError: not a boolean matrix; or the rows mask different numbers of tokens; or under torch.compile,
+                which cannot wait for the device.
         """
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ValueError(f"mask: expected bool [B,N], found {mask.dtype} {tuple(mask.shape)}")
         if torch.compiler.is_compiling():
-            raise ValueError(
-                "mask: a boolean one cannot be counted under torch.compile; pass a TubeMask or int64 token numbers"
-            )
+            raise ValueError("mask: torch.compile cannot count a boolean mask; pass a TubeMask or int64 token numbers")
         counts = mask.sum(dim=1).tolist()
         if len(set(counts)) > 1:
             raise ValueError(
@@ -54,17 +51,20 @@ class TubeMask(NamedTuple):
 
 
 def order_by(mask: torch.Tensor) -> torch.Tensor:
-    """Token numbers [B,N]: first those that are True in mask [B,N], then the others, both ascending."""
+    """Returns token numbers [B,N]: first those that are True in mask [B,N], then the others, both ascending."""
     return mask.to(torch.uint8).sort(dim=1, stable=True, descending=True).indices
 
 
 def masked_index(
     mask: TubeMask | torch.Tensor | None, grid: Grid, video: torch.Tensor, count: int | None = None
 ) -> torch.Tensor:
-    """Masked token numbers [B,Nm] of a TubeMask, a bool [B,N], an index, or None: every token. ValueError if unfit.
+    """Returns masked token numbers [B,Nm] of a TubeMask, a bool [B,N], an index, or None (every token).
 
-    `count` is the Nm that a boolean mask should have: where it is given, nothing waits for the device, and a clip that
-    hides another number of tokens gets OTHER_COUNT for each. A clip whose index holds a token twice gets REPEATED.
+    `count` is the expected Nm of a boolean mask. If it is given, the host does not wait for the device; a clip that
+    masks another number of tokens gets OTHER_COUNT for each token. A clip with a repeated token number gets REPEATED.
+
+    Raises:
+        ValueError: the mask's type, shape or device is invalid.
     """
     if mask is None:
         return torch.arange(grid.tokens, device=video.device).expand(video.shape[0], -1)
@@ -85,13 +85,13 @@ def masked_index(
 
 
 def without_repeats(index: torch.Tensor) -> torch.Tensor:
-    """The token numbers [B,K]; REPEATED in their place in a clip that holds one twice."""
+    """Returns the token numbers [B,K]; in a clip that contains one twice, every number is REPEATED."""
     ordered = index.sort(dim=1).values
     repeated = ((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any(dim=1, keepdim=True)
     return torch.where(repeated, REPEATED, index)
 
 
-# one compilation for all values: the kernel's sort takes seconds to compile
+# no specialization on argument values: the kernel's sort takes seconds to compile
 @jit(do_not_specialize=["seed", "first_sample", "slots", "positions", "hidden", "strength"])
 def _draw_mask_kernel(
     visible_ptr,
@@ -128,7 +128,7 @@ def _draw_mask_kernel(
         weight = tl.maximum(65536 - strength + strength * share, 2.0**-24)
         wait = -tl.log((8589934591 - 2 * key).to(tl.float64) * 2.0**-33)
         key = ((tl.log(wait) - tl.log(weight) + 64.0) * 2.0**33).to(tl.int64)
-    # key (40 bits) and position in one number: distinct, so that the smallest `hidden` are well defined
+    # key (40 bits) and position in one number: all distinct, so that the `hidden` smallest are well defined
     rank = tl.where(mask, key * 8388608 + position, 0x7FFFFFFFFFFFFFFF)
     largest_hidden = tl.sum(tl.where(position == hidden - 1, tl.sort(rank), 0), axis=0)
     is_hidden = rank <= largest_hidden
@@ -204,9 +204,9 @@ def draw(
     energy: torch.Tensor | None = None,
     strength: int = 0,
 ) -> TubeMask:
-    """Hides int(ratio·positions) positions, the same in every slot; where energies [B,N] are given, moving ones rather.
+    """Masks int(ratio·positions) positions, the same in every slot; with energies [B,N], moving ones more often.
 
-    `strength` is in 65536ths. The rest of the arguments and the errors are `tube_mask`'s.
+    `strength` is in units of 1/65536. The other arguments and the errors are those of `tube_mask`.
     """
     hidden = int(ratio * positions)
     if not 0 < hidden < positions:
@@ -236,20 +236,20 @@ def tube_mask(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> TubeMask:
-    """Hides the same int(ratio·H'·W') positions in every slot of a clip (VideoMAE's tube masking).
+    """Masks the same int(ratio·H'·W') positions in every slot of a clip (VideoMAE's tube masking).
 
     Args:
         batch: number of clips B.
         grid: (T', H', W') tokens of a clip.
-        ratio: share of the positions to hide, 0 to 1.
+        ratio: share of the positions to mask, 0 to 1.
         seed: 0 to 2**63 − 1.
-        step: training step; a 0-d int64 tensor keeps a compiled or captured step from being specialised on it.
-            Its lowest 32 bits count.
-        first_sample: number of the first clip; clip b draws as sample first_sample + b.
-        device: where the mask is made; default: that of `step`, or the default device.
+        step: training step, of which the lowest 32 bits are used. Pass a 0-d int64 tensor in a compiled or captured
+            step, so that the step is not specialized on the number.
+        first_sample: sample number of the first clip; clip b has the sample number first_sample + b.
+        device: device of the mask; default: the device of `step`, or the default device.
 
     Raises:
-        ValueError: a grid or number that does not fit; the ratio hides no position, or all of them.
+        ValueError: the grid or a number is invalid; or the ratio masks no position, or all of them.
     """
     check_grid(grid)
     slots, rows, columns = grid
@@ -266,7 +266,7 @@ def random_mask(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> TubeMask:
-    """Hides int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as `tube_mask`."""
+    """Masks int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as in `tube_mask`."""
     check_grid(grid)
     slots, rows, columns = grid
     return draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)

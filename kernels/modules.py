@@ -1,4 +1,4 @@
-"""The losses as modules, for codebases that configure a loss before they call it."""
+"""The losses as modules, for codebases that first configure a loss and call it later."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from .masks import TubeMask
 
 
 class _Configured(torch.nn.Module):
-    """Keeps the keyword arguments of a function."""
+    """A module that stores the keyword arguments of a loss function."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class MaskedFrameDifferenceLoss(_Configured):
 
 
 class LinearCrossEntropyLoss(_Configured):
-    """`linear_cross_entropy` with fixed settings. The classifier stays where it is: forward takes its weight and bias.
+    """`linear_cross_entropy` with fixed settings. Forward takes the classifier's weight and bias; it owns neither.
 
     loss = LinearCrossEntropyLoss(label_smoothing=0.1)
     loss(head.weight, hidden, target, head.bias)        # the argument order of Liger's fused module

@@ -1,12 +1,12 @@
-"""Tubes drawn where the clip moves: positions are hidden with a probability that grows with their motion energy.
+"""Tube masks that follow motion: the probability that a position is masked grows with its motion energy.
 
     e[p]    = Σ (x[t+1] − x[t])²        over the frames, pixels and channels of position p
     w[p]    = 1 − s + s · e[p] / mean(e)
     hidden  = the positions with the smallest  −log(u[p]) / w[p],   u uniform, from the masks' generator
 
-That draws positions without replacement, each next one with probability w over the sum of what is left (Efraimidis
-and Spirakis 2006). Where all energies are equal, in a static clip above all, or with s = 0, the masks are those of
-`tube_mask`. With s = 1 a position that does not move is hidden only when every moving one is.
+This draws positions without replacement, each with probability w divided by the sum of w over the positions not yet
+drawn (Efraimidis and Spirakis 2006). If all energies are equal, as in a static clip, or if s = 0, the masks are those
+of `tube_mask`. With s = 1 a position without motion is masked only after every moving position is.
 
 The energy of a uint8 clip is an exact integer, so that CPU and GPU draw the same masks from it.
 
@@ -71,7 +71,7 @@ def _motion_energy_kernel(
         BYTES,
         DTYPE,
     )
-    # 33 025 squares of a byte fill 31 bits
+    # the sum of more than 33 025 squared bytes may exceed 31 bits
     WHOLE: tl.constexpr = tl.int64 if TUBELET * HEIGHT * WIDTH * CHANNELS > 33025 else tl.int32
     SUM: tl.constexpr = WHOLE if BYTES else DTYPE
     energy = tl.zeros([ROWS], SUM)
@@ -123,18 +123,18 @@ def motion_tube_mask(
     step: int | torch.Tensor = 0,
     first_sample: int = 0,
 ) -> TubeMask:
-    """Hides the same int(ratio·H'·W') positions in every slot of a clip, moving ones more often.
+    """Masks the same int(ratio·H'·W') positions in every slot of a clip, moving ones more often.
 
     Args:
         video: [B,C,T,H,W], uint8 (0 to 255) or float, any strides. Energies are compared within a clip, so the unit
             of a float clip does not matter.
-        ratio: share of the positions to hide, 0 to 1.
+        ratio: share of the positions to mask, 0 to 1.
         patch_size: (frames, height, width) of a token.
-        strength: s at the head of this file, 0 (as `tube_mask`) to 1 (by motion alone).
-        seed, step, first_sample: as in `tube_mask`; the mask is made on the device of video.
+        strength: s in the module's docstring, 0 (as `tube_mask`) to 1 (by motion alone).
+        seed, step, first_sample: as in `tube_mask`; the mask is on the device of video.
 
     Raises:
-        ValueError: a shape, type or number that does not fit; a ratio that hides no position, or all of them.
+        ValueError: a shape, type or number is invalid; or the ratio masks no position, or all of them.
     """
     grid = check_video(video, patch_size)
     if not 0 <= strength <= 1:

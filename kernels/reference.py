@@ -1,10 +1,10 @@
-"""The operators in plain PyTorch: their definition, the oracle of the tests, and what runs without a GPU.
+"""The operators in plain PyTorch: they define the results, serve as reference in the tests, and run without a GPU.
 
-Everything works in float64 when its inputs are float64 and in float32 otherwise. The steps are in place where a
-buffer is ours, and the clip is cut into cubes while it is still uint8: on a CPU these losses are memory-bound.
+All functions compute in float64 if an input is float64, otherwise in float32. They work in place on buffers that they
+allocated, and cut the clip into cubes while it is still uint8, because these losses are memory-bound on a CPU.
 
-B clips, C channels, T frames, N tokens, K picked tokens, P values a token, V codes, M rows (B·K tokens or hidden
-states), τ frames a tubelet, p patch edge.
+B clips, C channels, T frames, N tokens, K selected tokens, P values per token, V codes, M rows (B·K tokens or hidden
+states), τ frames per tubelet, p patch edge.
 """
 
 import math
@@ -20,14 +20,15 @@ PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 CHUNK_BYTES = 2 << 20
-"""What masked_loss and scale_gradient hold at a time beside their result: it stays in the cache, and the allocator
-reuses its pages."""
+"""Bytes that masked_loss and scale_gradient hold at a time besides their result: these stay in the cache, and the
+allocator reuses their pages."""
 
 
 def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
-    """First 32-bit word of Philox4x32-10 (Salmon et al. 2011) as int64; 4 broadcastable int64 counter words.
+    """Returns the first 32-bit word of Philox4x32-10 (Salmon et al. 2011) as int64.
 
-    A product of two words may pass 2^63 and wrap; its 64 bits are right all the same, so the words are cut from them.
+    `counter` holds 4 broadcastable int64 words. A product of two words may exceed 2^63 and wrap; its 64 bits are still
+    correct, so that both 32-bit words can be cut from it.
     """
     c0, c1, c2, c3 = (word & WORD for word in counter)
     key0, key1 = seed & WORD, (seed >> 32) & WORD
@@ -42,10 +43,10 @@ def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def motion_order(keys: torch.Tensor, energy: torch.Tensor, strength: int) -> torch.Tensor:
-    """Integers [B,n] whose smallest are hidden first, from keys [B,n] of 32 bits and motion energies [B,slots,n].
+    """Returns integers [B,n] in whose order positions are masked, from 32-bit keys [B,n] and energies [B,slots,n].
 
-    log(−log(u)/w) with u = 1 − (key + ½)/2^32 and w = 65536 − strength + strength·energy/mean(energy), at least 2^−24,
-    in steps of 2^−33: fine enough that equal energies leave the order of the keys.
+    The integers are log(−log(u)/w) with u = 1 − (key + ½)/2^32 and w = 65536 − strength + strength·energy/mean(energy),
+    at least 2^−24, in steps of 2^−33: the steps are fine enough that equal energies keep the order of the keys.
     """
     total = energy.double().sum(dim=1)
     mean = total.mean(dim=1, keepdim=True)
@@ -66,10 +67,10 @@ def draw_mask(
     energy: torch.Tensor | None,
     strength: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hides, in every clip and the same in all its slots, the `hidden` positions with the smallest random keys.
+    """Masks in every clip the `hidden` positions with the smallest random keys, the same positions in all slots.
 
     The key of (sample, position) is Philox of the counter (position, sample low word, sample high word, step).
-    With motion energies [B,slots·positions] the smallest of `motion_order` are hidden. Ties go to the smaller position.
+    With motion energies [B,slots·positions], `motion_order` replaces the keys. Ties go to the smaller position.
     Returns visible [B, slots·(positions−hidden)], masked [B, slots·hidden].
     """
     sample = torch.arange(first_sample, first_sample + batch, device=step.device)[:, None]
@@ -85,13 +86,13 @@ def draw_mask(
 
 
 def _slices(count: int, row_bytes: int) -> Iterator[slice]:
-    """Cuts `count` rows into slices of about CHUNK_BYTES."""
+    """Divides `count` rows into slices of about CHUNK_BYTES."""
     step = max(CHUNK_BYTES // max(row_bytes, 1), 1)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
 def tokens_of(video: torch.Tensor, patch_size: Sequence[int]) -> int:
-    """N, the number of tokens of a clip [B,C,T,H,W]."""
+    """Returns N, the number of tokens of a clip [B,C,T,H,W]."""
     return math.prod(video.shape[2:]) // math.prod(patch_size)
 
 
@@ -103,11 +104,11 @@ def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
 
 
 def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Token numbers [B,K] → row numbers [B·K] of a [B·N, …] tensor.
+    """Converts token numbers [B,K] to row numbers [B·K] of a [B·N, …] tensor.
 
     Raises:
-        IndexError: a token that does not exist.
-        ValueError: REPEATED or OTHER_COUNT of shapes.py in its place.
+        IndexError: a token does not exist.
+        ValueError: a token number is REPEATED or OTHER_COUNT of shapes.py.
     """
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
         raise unfit_tokens(int(index.min()), int(index.max()), index.shape[1], tokens)
@@ -115,14 +116,14 @@ def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def _unit(video: torch.Tensor) -> int:
-    """What the clip's numbers are counted in, as parts of [0,1]."""
+    """Returns the value of the clip that stands for 1.0: 255 for uint8, else 1."""
     return 255 if video.dtype == torch.uint8 else 1
 
 
 def _numbers(
     raw: torch.Tensor, channels: int, dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> torch.Tensor:
-    """Values as the decoder gave them, in the clip's unit; the normalisation of a float clip is undone."""
+    """Returns the pixels as decoded, in the clip's unit: undoes the normalization of a float clip."""
     pixels = raw.to(dtype, copy=True)
     if raw.dtype != torch.uint8 and mean is not None and std is not None:
         by_channel = pixels.unflatten(-1, (-1, channels))
@@ -131,17 +132,17 @@ def _numbers(
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
+    """Returns float64 if any tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def energy_dtype(video: torch.Tensor) -> torch.dtype:
-    """Of motion energies: int64 for a uint8 clip, whose energies are exact."""
+    """Returns the type of motion energies: int64 for a uint8 clip, whose energies are exact, else float."""
     return torch.int64 if video.dtype == torch.uint8 else compute_dtype(video)
 
 
 def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's own units; the last frame counts 0."""
+    """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0."""
     dtype = energy_dtype(video)
     energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
     for clip, row in zip(video[:, None], energy, strict=True):
@@ -160,7 +161,7 @@ def gather_tubes(
     std: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Picked tokens [B,K,P], (x − mean)/std with x in [0,1]."""
+    """Returns the selected tokens [B,K,P], (x − mean)/std with x in [0,1]."""
     tokens = patchify(video, patch_size)
     picked = tokens.flatten(0, 1).index_select(0, _rows(visible, tokens.shape[1]))
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
@@ -172,7 +173,7 @@ def gather_tubes(
 
 
 def _over_rows(cubes: torch.Tensor, statistic: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of cubes [M,P] and statistic [M,G] that broadcast, a patch row wide: 3 channels do not vectorise."""
+    """Returns views of cubes [M,P] and statistic [M,G] that broadcast over patch rows: 3 channels do not vectorize."""
     groups = statistic.shape[1]
     if groups == 1:
         return cubes, statistic
@@ -180,9 +181,10 @@ def _over_rows(cubes: torch.Tensor, statistic: torch.Tensor, width: int) -> tupl
 
 
 def _center_(cubes: torch.Tensor, groups: int, width: int, whole: bool) -> torch.Tensor:
-    """Subtracts from cubes [M,P] the mean of each of its `groups` interleaved groups: one a channel, or one.
+    """Subtracts from cubes [M,P] the mean of each interleaved group; `groups` is the number of channels, or 1.
 
-    `whole`: they hold bytes, whose sum is exact, so that what is left of a cube of one colour is 0 and no rounding.
+    `whole`: the cubes hold byte values. Their sum is then computed exactly, so that a cube of one color becomes 0
+    without a rounding error.
     """
     by_group = cubes.unflatten(1, (-1, groups))
     count = by_group.shape[1]
@@ -195,7 +197,7 @@ def _center_(cubes: torch.Tensor, groups: int, width: int, whole: bool) -> torch
 
 
 def _deviation(centered: torch.Tensor, groups: int, normalize: str, eps: float, unit: int) -> torch.Tensor:
-    """What a standardised cube is divided by, [M,G], from the unbiased variance; `eps` is in parts of [0,1].
+    """Returns the divisor [M,G] of a standardized cube, from the unbiased variance; `eps` is in units of [0,1].
 
     "channel" is sqrt(variance) + eps (VideoMAE), "patch" is sqrt(variance + eps) (MAE, mae_st).
     """
@@ -216,12 +218,12 @@ def target(
     std: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What the masked tokens should be, [B·K, P] in `dtype`.
+    """Returns the target [B·K, P] of the masked tokens, in `dtype`.
 
-    "pixel" is the standardised cube; "joint" is its first frame, then x[t] − x[0] over the cube's deviation for each
-    later frame t; "adjacent" is x[t+1] − x[t] for each frame t of the cube over the cube's deviation, 0 where the clip
-    has no frame t+1; "intra" is the same for t+1 inside the cube, τ−1 differences.
-    A uint8 clip is counted in bytes until the last division.
+    "pixel" is the standardized cube. "joint" is its first frame, then x[t] − x[0] divided by the cube's standard
+    deviation for each later frame t. "adjacent" is x[t+1] − x[t] divided by the cube's standard deviation for each
+    frame t of the cube, 0 if the clip has no frame t+1. "intra" is the same for t+1 inside the cube, τ−1 differences.
+    A uint8 clip is computed in byte units until the last division.
     """
     channels, (tubelet, _, width), unit = video.shape[1], patch_size, _unit(video)
     tokens = patchify(video, patch_size)
@@ -258,7 +260,7 @@ def target(
 
 
 def lacks_next_frame(index: torch.Tensor, tokens: int, slot: int) -> torch.Tensor:
-    """True for tokens of the clip's last slot of `slot` tokens: their last frame has no successor."""
+    """Returns True for the last `slot` tokens, those of the clip's last slot: their last frame has no next frame."""
     return index >= tokens - slot
 
 
@@ -274,9 +276,9 @@ def masked_loss(
     std: Sequence[float] | None,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of squared errors of each masked token [B,K] and its gradient in pred, shaped and typed as pred.
+    """Returns the sum of squared errors of each masked token [B,K], and its gradient in the shape and type of pred.
 
-    pred [B,K,P] holds the masked tokens, or [B,N,P] every token, of which the masked ones count.
+    pred is [B,K,P] for the masked tokens, or [B,N,P] for every token; then only the masked ones count.
     """
     batch, count = masked.shape
     dtype = compute_dtype(pred, video)
@@ -303,7 +305,7 @@ def masked_loss(
 
 
 def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """gradient · scale, where scale covers the leading dimensions of gradient; multiplied in float32 or float64."""
+    """Returns gradient · scale; scale has the leading dimensions of gradient. The product is float32 or float64."""
     factors = scale.view((*scale.shape, *[1] * (gradient.dim() - scale.dim())))
     wide = torch.promote_types(gradient.dtype, scale.dtype)
     if wide == gradient.dtype:
@@ -326,7 +328,7 @@ def softmax_gradient_(
     label_smoothing: float,
     needs_gradient: bool,
 ) -> torch.Tensor:
-    """Cross-entropy [M] of logits [M,V]; with `needs_gradient`, logits is overwritten by the gradient.
+    """Returns the cross-entropy [M] of logits [M,V]; with `needs_gradient`, overwrites logits with the gradient.
 
     The gradient of row m is (softmax − (1−s)·onehot − s/V), times upstream[m] if given; ignored rows give 0.
     """

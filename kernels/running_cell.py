@@ -1,12 +1,13 @@
-"""Which tokens are decoded: VideoMAE v2's running cell, half of them (or ¼, ¾), spread evenly over space and time.
+"""Draws which tokens are decoded: VideoMAE v2's running cell, a half (or ¼, ¾) spread evenly over space and time.
 
     turn(token)  = 2·(row mod 2) + (column mod 2) + slot + 1 + phase of the clip
     left out     = turn mod 4 < int(4·ratio)
 
-So the 2×2 cell of decoded and left-out tokens goes round by one place from slot to slot. In four slots each position
-is left out int(4·ratio) times: of a tube mask, therefore, every clip decodes the same number.
+The pattern of decoded and left-out tokens in each 2×2 cell rotates by one position per slot. In four slots each
+position is left out int(4·ratio) times. With a tube mask, every clip therefore decodes the same number of masked
+tokens.
 
-Plain PyTorch on the device; the phase, 0 to 3, comes from the masks' generator.
+It runs in plain PyTorch on the device; the phase, 0 to 3, comes from the generator of the masks.
 
 B clips, N tokens (T'·H'·W'), Nm masked.
 """
@@ -20,7 +21,7 @@ from .masks import TubeMask, draw, order_by
 from .shapes import check_grid
 
 STREAM = 0x52756E6E696E6743
-"""Added to the seed by exclusive or, so that phases and the tubes of the same seed are independent."""
+"""Combined with the seed by exclusive or, so that the phases and tubes of one seed are independent."""
 
 
 def _left_out_of_four(grid: Sequence[int], ratio: float) -> int:
@@ -43,7 +44,7 @@ def _decoded(
     first_sample: int,
     device: torch.device | str | None,
 ) -> torch.Tensor:
-    """[B,N] bool."""
+    """Returns which tokens are decoded: bool [B,N]."""
     slots, rows, columns = grid
     phase = draw(batch, 1, 4, 0.25, seed ^ STREAM, step, first_sample, device).masked
     slot, row, column = (torch.arange(size, device=phase.device) for size in (slots, rows, columns))
@@ -61,15 +62,15 @@ def running_cell_mask(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> TubeMask:
-    """`visible` are the tokens that VideoMAE v2 decodes, `masked` the share `ratio` that it leaves out.
+    """Draws the tokens that VideoMAE v2 decodes (`visible`) and the share `ratio` that it leaves out (`masked`).
 
     Args:
         batch, seed, step, first_sample, device: as in `tube_mask`.
         grid: (T', H', W') tokens of a clip; H' and W' even.
-        ratio: 0.25, 0.5 or 0.75 (what lies between is rounded down).
+        ratio: 0.25, 0.5 or 0.75; values in between are rounded down.
 
     Raises:
-        ValueError: an odd grid, another ratio.
+        ValueError: the grid is odd, or the ratio is less than 0.25 or at least 1.
     """
     left_out = _left_out_of_four(grid, ratio)
     decoded = _decoded(batch, grid, left_out, seed, step, first_sample, device)
@@ -87,28 +88,28 @@ def running_cell_subset(
     step: int | torch.Tensor = 0,
     first_sample: int = 0,
 ) -> torch.Tensor:
-    """The masked tokens that `running_cell_mask` with the same arguments decodes: those whose loss counts.
+    """Returns the masked tokens that `running_cell_mask` with the same arguments decodes: those that the loss counts.
 
     Args:
         mask: a tube mask, so that every clip has the same number of such tokens.
         grid: (T', H', W') tokens of a clip; T' a multiple of 4, H' and W' even.
 
     Returns:
-        int64 [B,K], ascending, K = Nm·(1 − ratio). In a clip whose mask is no tube and has another number of such
-        tokens, every number is −1, which the losses refuse (on a GPU: NaN).
+        int64 [B,K], ascending, K = Nm·(1 − ratio). If a clip's mask is not a tube mask and has another number of such
+        tokens, every number is −1, for which the losses raise (on a GPU: NaN).
 
     Raises:
-        ValueError: a grid that is not the mask's or in which the numbers cannot be equal, another ratio.
+        ValueError: the grid is not the mask's, its slots are not a multiple of 4, or the ratio is invalid.
     """
     left_out = _left_out_of_four(grid, ratio)
     if grid[0] % 4:
         raise ValueError(
-            f"grid: expected a multiple of 4 slots (after 4 the cell is back in its place), found {grid[0]}; "
+            f"grid: expected a multiple of 4 slots (the cell's period), found {grid[0]}; "
             "decode running_cell_mask(...).visible and give the loss a weight instead"
         )
     tokens = mask.visible.shape[1] + mask.masked.shape[1]
     if tokens != math.prod(grid):
-        raise ValueError(f"mask: expected {math.prod(grid)} tokens a clip (grid {tuple(grid)}), found {tokens}")
+        raise ValueError(f"mask: expected {math.prod(grid)} tokens per clip (grid {tuple(grid)}), found {tokens}")
     batch = mask.masked.shape[0]
     decoded = _decoded(batch, grid, left_out, seed, step, first_sample, mask.masked.device).gather(1, mask.masked)
     count = mask.masked.shape[1] // 4 * (4 - left_out)

@@ -1,9 +1,9 @@
-"""The whole backward pass of a loss that handed out its gradient: multiply it by what comes from upstream.
+"""Backward pass of a loss whose forward pass stored its gradient: multiplies it by the upstream gradient.
 
     out[r, …] = gradient[r, …] · scale[r]
 
-The product is formed in float32 (float64 for float64), so a mean over 10^8 float16 values does not underflow before
-the upstream factor of a gradient scaler arrives.
+The product is computed in float32 (float64 for float64), so that a mean over 10^8 float16 values does not underflow
+before it is multiplied by the factor of a gradient scaler.
 """
 
 import torch
@@ -36,7 +36,7 @@ def _launch(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("mam2::scale_gradient", mutates_args=())
 def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """gradient [R…, …] times scale [R…]: a scalar or one factor for each leading row."""
+    """Returns gradient [R…, …] times scale [R…]: a scalar or one factor per leading row."""
     if launch.active_path(gradient) == "triton":
         return _launch(gradient, scale)
     return reference.scale_gradient(gradient, scale)

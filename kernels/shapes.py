@@ -1,6 +1,6 @@
-"""What the arguments of the operators must look like: every check, and every error a user can read.
+"""Checks the arguments of the operators and raises every error that a user can see.
 
-B clips, C channels, T frames, H height, W width, N tokens (T'·H'·W'), K tokens picked from a clip.
+B clips, C channels, T frames, H height, W width, N tokens (T'·H'·W'), K tokens selected from a clip.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ PIXEL_TARGETS = ("pixel", "joint")
 REDUCTIONS = ("mean", "sum", "none")
 
 REPEATED = -(2**40)
-"""Stands for every token of a clip whose token numbers hold one twice: an operator refuses it (on a GPU: NaN)."""
+"""Replaces every token number of a clip that contains one twice; the operators raise for it (on a GPU: NaN)."""
 OTHER_COUNT = -(2**41)
-"""Minus n: the same for a clip whose boolean mask hides n tokens where another number is expected."""
+"""OTHER_COUNT − n replaces every token number of a clip whose boolean mask masks n tokens, an unexpected number."""
 
 
 class Grid(NamedTuple):
-    """How a clip is cut into tokens: `slots` tubelets of `rows` x `columns` patches, `values` numbers each."""
+    """The token grid of a clip: `slots` tubelets of `rows` x `columns` patches of `values` numbers each."""
 
     slots: int
     rows: int
@@ -34,14 +34,14 @@ class Grid(NamedTuple):
 
 
 def token_grid(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
-    """The token grid of a clip [B,C,T,H,W] that `check_video` has accepted."""
+    """Returns the token grid of a clip [B,C,T,H,W] that passed `check_video`."""
     tubelet, height, width = patch_size
     _, channels, frames, rows, columns = video.shape
     return Grid(frames // tubelet, rows // height, columns // width, tubelet * height * width * channels)
 
 
 def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
-    """The token grid of `video` [B,C,T,H,W]; ValueError if it cannot be cut into whole cubes."""
+    """Returns the token grid of `video` [B,C,T,H,W]; raises ValueError if it cannot be cut into whole cubes."""
     if video.dim() != 5:
         raise ValueError(f"video: expected 5 dimensions [B,C,T,H,W], found shape {tuple(video.shape)}")
     if video.dtype not in VIDEO_DTYPES:
@@ -60,26 +60,26 @@ def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
 
 
 def check_grid(grid: Sequence[int]) -> None:
-    """ValueError unless `grid` is (T', H', W'), tokens of a clip."""
+    """Raises ValueError unless `grid` is (T', H', W'), the tokens of a clip."""
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"grid: expected 3 positive integers (slots, rows, columns of tokens), found {tuple(grid)}")
 
 
 def check_index(name: str, index: torch.Tensor, video: torch.Tensor) -> None:
-    """ValueError unless `index` is int64 [B,K] on the device of `video`."""
+    """Raises ValueError unless `index` is int64 [B,K] on the device of `video`."""
     if index.dim() != 2 or index.shape[0] != video.shape[0]:
-        raise ValueError(f"{name}: expected shape [{video.shape[0]}, K] (one row a clip), found {tuple(index.shape)}")
+        raise ValueError(f"{name}: expected shape [{video.shape[0]}, K] (one row per clip), found {tuple(index.shape)}")
     if index.dtype != torch.int64:
         raise ValueError(
             f"{name}: expected int64 token numbers or a TubeMask, found {index.dtype}; "
-            "a mask of zeros and ones becomes one by TubeMask.from_bool(mask.bool())"
+            "convert a mask of zeros and ones with TubeMask.from_bool(mask.bool())"
         )
     if index.device != video.device:
         raise ValueError(f"{name}: expected the device of video ({video.device}), found {index.device}")
 
 
 def check_bool_mask(mask: torch.Tensor, video: torch.Tensor, grid: Grid) -> None:
-    """ValueError unless the boolean `mask` is [B,N] on the device of `video`."""
+    """Raises ValueError unless the boolean `mask` is [B,N] on the device of `video`."""
     expected = [video.shape[0], grid.tokens]
     if list(mask.shape) != expected or mask.device != video.device:
         raise ValueError(
@@ -89,28 +89,28 @@ def check_bool_mask(mask: torch.Tensor, video: torch.Tensor, grid: Grid) -> None
 
 
 def unfit_tokens(lowest: int, highest: int, count: int, tokens: int) -> Exception:
-    """Why [B,count] token numbers from `lowest` to `highest` cannot be those of clips of `tokens` tokens."""
+    """Returns the error for token numbers [B,count], `lowest` to `highest`, unfit for clips of `tokens` tokens."""
     if lowest == REPEATED:
         return ValueError(
-            "token numbers: expected each at most once in a clip, found one twice; "
+            "token numbers: expected each at most once per clip, found one twice; "
             "pass a mask of zeros and ones as bool: mask.bool()"
         )
     if lowest <= OTHER_COUNT:
         return ValueError(
-            f"mask: expected {count} masked tokens in every clip, as many as pred or weight has, "
+            f"mask: expected {count} masked tokens in every clip, the number in pred or weight, "
             f"found a clip with {OTHER_COUNT - lowest}"
         )
     return IndexError(f"token numbers: expected 0 to {tokens - 1}, found {lowest} to {highest}")
 
 
 def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int) -> None:
-    """ValueError unless `pred` holds `values` floats for each of the tokens `masked` [B,Nm], or for every token."""
+    """Raises ValueError unless `pred` holds `values` floats for each token of `masked` [B,Nm], or for every token."""
     batch, count = masked.shape
     fits = pred.dim() == 3 and pred.shape[0] == batch and pred.shape[1] in (count, grid.tokens)
     if not fits or pred.shape[2] != values:
         every = f"[{batch}, {grid.tokens}, {values}]"
         some = f"[{batch}, {count}, {values}] (masked tokens) or {every} (every token)"
-        of_all = f"{every}, as all are masked (a mask of zeros and ones has to be bool)"
+        of_all = f"{every}, as all are masked (a mask of zeros and ones must be bool)"
         expected = some if count < grid.tokens else of_all
         raise ValueError(f"pred: expected {expected}, found {list(pred.shape)}")
     if not pred.dtype.is_floating_point or pred.device != masked.device:
@@ -118,7 +118,7 @@ def check_pred(pred: torch.Tensor, masked: torch.Tensor, grid: Grid, values: int
 
 
 def check_weight(weight: torch.Tensor, masked: torch.Tensor, grid: Grid) -> None:
-    """ValueError unless `weight` holds a number for each of the tokens `masked` [B,Nm], or for every token."""
+    """Raises ValueError unless `weight` holds a number for each token of `masked` [B,Nm], or for every token."""
     shapes = list(masked.shape), [masked.shape[0], grid.tokens]
     if list(weight.shape) not in shapes or weight.device != masked.device or weight.is_complex():
         raise ValueError(
@@ -128,13 +128,13 @@ def check_weight(weight: torch.Tensor, masked: torch.Tensor, grid: Grid) -> None
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """ValueError unless `value` is one of `choices`."""
+    """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
 def target_values(grid: Grid, patch_size: Sequence[int], target: str) -> int:
-    """Number of values that a token's target has; ValueError if it needs longer tubelets."""
+    """Returns the number of values of a token's target; raises ValueError if the target needs longer tubelets."""
     if target in ("intra", "joint") and patch_size[0] < 2:
         instead = "adjacent" if target == "intra" else "pixel"
         raise ValueError(f"patch_size: {target!r} needs tubelets of at least 2 frames, found 1; use {instead!r}")
@@ -144,23 +144,23 @@ def target_values(grid: Grid, patch_size: Sequence[int], target: str) -> int:
 def check_statistics(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[list[float] | None, list[float] | None]:
-    """`mean` and `std` as lists of `channels` floats, or None twice; ValueError if they do not fit."""
+    """Returns `mean` and `std` as lists of `channels` floats, or None twice; raises ValueError if they are invalid."""
     if mean is None and std is None:
         return None, None
     if mean is None or std is None:
-        raise ValueError("mean and std: expected both or neither, found one")
+        raise ValueError("mean and std: expected both or neither, found one of them")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise ValueError(f"{name}: expected {channels} values (one a channel of video), found {len(values)}")
+            raise ValueError(f"{name}: expected {channels} values (one per channel of video), found {len(values)}")
     if min(std) <= 0:
         raise ValueError(f"std: expected positive values, found {tuple(std)}")
     return [float(value) for value in mean], [float(value) for value in std]
 
 
 def check_deviation(normalize: str | None, patch_size: Sequence[int], channels: int) -> None:
-    """ValueError if `normalize` is unknown or asks for the variance of a single value."""
+    """Raises ValueError if `normalize` is unknown or needs the variance of a single value."""
     check_choice("normalize", normalize, NORMALIZATIONS)
     tubelet, height, width = patch_size
     pixels = tubelet * height * width
     if (normalize == "channel" and pixels < 2) or (normalize == "patch" and pixels * channels < 2):
-        raise ValueError(f"normalize: {normalize!r} needs at least 2 values a cube, found 1; pass normalize=None")
+        raise ValueError(f"normalize: {normalize!r} needs at least 2 values per cube, found 1; pass normalize=None")

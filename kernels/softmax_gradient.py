@@ -1,14 +1,14 @@
-"""Turns a chunk of logits into cross-entropy losses and, in place, into the gradient of the logits.
+"""Computes cross-entropy losses from a chunk of logits and replaces the logits by their gradient.
 
     loss[m]        = log Σ exp(logits[m]) − (1−s)·logits[m, target[m]] − s·mean(logits[m])
     gradient[m, v] = (softmax(logits[m])[v] − (1−s)·[v = target[m]] − s/V) · upstream[m]
 
-A program takes a row: once through it for the maximum, the sum of exponentials (running, where a row is longer than a
-block) and the target's logit, once more to write. Exponentials and sums are float32. A row of `ignore_index` gives 0,
-a target out of range NaN, both as loss and as gradient.
+A program processes one row in two passes: the first computes the maximum, the sum of exponentials (a running sum if a
+row is longer than a block) and reads the target's logit; the second writes. Exponentials and sums are float32. The loss
+and the gradient of a row with `ignore_index` are 0; those of a row with a target out of range are NaN.
 
-The gradient goes over the logits without a barrier: a thread writes over those that it has read itself, and the
-target's logit, which all read, is part of the sum of exponentials that every gradient waits for.
+The gradient overwrites the logits without a barrier: each thread overwrites only logits that it read itself. All
+threads read the target's logit, but it is part of the sum of exponentials, on which every gradient depends.
 
 M rows, V codes.
 """
@@ -21,7 +21,7 @@ from .launch import jit, tl
 
 @jit
 def above(largest):
-    """What to subtract before an exponential: the maximum, 0 where that is −inf and the difference would be NaN."""
+    """Returns what to subtract before an exponential: the maximum; 0 if it is −inf, where the difference is NaN."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
@@ -51,7 +51,7 @@ def _softmax_gradient_kernel(
     lowest = float("-inf")
 
     logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
-    # the maximum is the same without it, but so no thread adds exponentials before it has read the target's logit
+    # does not change the maximum, but no thread adds exponentials before it has read the target's logit
     largest = tl.maximum(tl.max(logits, axis=0), picked)
     exponential = tl.exp(logits - above(largest))
     sum_exp = tl.sum(exponential, axis=0)
@@ -91,7 +91,7 @@ def _softmax_gradient_kernel(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Returns float64 for float64, float32 for every narrower type."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -103,7 +103,7 @@ def softmax_gradient_(
     label_smoothing: float,
     needs_gradient: bool,
 ) -> torch.Tensor:
-    """`reference.softmax_gradient_` on the path of the device."""
+    """Runs `reference.softmax_gradient_` or its kernel, on the path of the device."""
     if launch.active_path(logits) != "triton":
         return reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
     rows, codes = logits.shape

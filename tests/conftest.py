@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe, load_recipe_of
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.manifest import Manifest, read_manifest
 
 
@@ -153,7 +153,7 @@ def _small_finetuning(**tables: dict[str, Any]) -> FinetuneConfig:
         "run": {"compile": False, "log_every": 2, "save_every": 1000},
         "data": {"threads": 1},
     }
-    config = load_recipe_of(FinetuneConfig, "demo/finetune")
+    config = load_recipe("demo/finetune", FinetuneConfig)
     tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}
     return dataclasses.replace(
         config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}

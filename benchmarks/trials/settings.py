@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe, load_recipe_of
+from mam2.engine.config.recipe import load_recipe
 
 Changes = Mapping[str, Any]
 """Values of a config by their dotted names, as of the command line."""
@@ -226,6 +226,6 @@ def finetuning(setting: Setting, pretrained: PretrainConfig) -> FinetuneConfig:
     sizes = {name: getattr(model, name) for name in ("patch", "tubelet", "width", "depth", "heads", "mlp_ratio")}
     described = {f"model.{name}": value for name, value in {**sizes, "frames": data.frames, "size": data.size}.items()}
     return changed(
-        load_recipe_of(FinetuneConfig, "demo/finetune"),
+        load_recipe("demo/finetune", FinetuneConfig),
         {**described, **setting.finetune, "run.seed": pretrained.run.seed},
     )

@@ -142,7 +142,7 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
         epoch, video = drawn[:, 0], chosen[drawn[:, 1]]
         clips = as_video(train.clips[video, epoch % recorded, epoch // recorded % crops]).to(device)
         rate = learning_rate(step, steps, count / batch, config.optim, global_batch=batch)
-        prepared_batch = take.prepare(step * take.passes, clips, train.labels[torch.from_numpy(video)])
+        prepared_batch = take.prepare(step * take.micro_batches, clips, train.labels[torch.from_numpy(video)])
         take(step, [(clips, prepared_batch)], rate, inspect=False)
     model.eval()
     test = prepared.splits["test"]

@@ -99,11 +99,19 @@ def _clips_of(encoder: Encoder, weights: Path | None, stride: int) -> DataConfig
 
     A video that cannot be decoded is left out and named, however many there are.
     """
-    tubelet, patch, _ = encoder.patch_size
     data = DataConfig()
     if weights:
         written = json.loads(checkpoint.read_metadata(weights)["config"])
         data = from_dict(DataConfig, written["data"], where=f"checkpoint {weights}")
+    return clips_for(encoder, data, stride)
+
+
+def clips_for(encoder: Encoder, data: DataConfig, stride: int = 0) -> DataConfig:
+    """`data` as an encoder is evaluated with it: clips of its size, in one view, every video used that can be.
+
+    stride: see `load_frozen`.
+    """
+    tubelet, patch, _ = encoder.patch_size
     data = dataclasses.replace(
         data,
         frames=encoder.grid[0] * tubelet,

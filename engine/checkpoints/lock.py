@@ -30,7 +30,7 @@ FIELDS = ("host", "pid", "started", "machine", "process", "token")
 
 
 class RunLock:
-    """Holds RUN/lock from `take` to `release`."""
+    """Holds RUN/lock from `acquire` to `release`."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / FILE
@@ -41,8 +41,8 @@ class RunLock:
         self.lost = False
         """Whether another process has taken the folder over: nothing may be written then."""
 
-    def take(self, say: Callable[[str], None]) -> None:
-        """Takes the lock; `say` hears where a stale one is taken over. Raises UserError, which names the process that
+    def acquire(self, info: Callable[[str], None]) -> None:
+        """Takes the lock; `info` hears where a stale one is taken over. Raises UserError, which names the process that
         holds it, and OSError where the folder cannot be written."""
         mine = {
             "host": socket.gethostname(),
@@ -56,7 +56,7 @@ class RunLock:
         try:
             self._create()
         except FileExistsError:
-            self._take_over(say)
+            self._take_over(info)
         signals.last_acts.append(self.release)
         threading.Thread(target=self._renew, name="lock", daemon=True).start()
 
@@ -79,7 +79,7 @@ class RunLock:
                 self._file.unlink()
                 raise
 
-    def _take_over(self, say: Callable[[str], None]) -> None:
+    def _take_over(self, info: Callable[[str], None]) -> None:
         held = self._read()
         age = self._age()
         who = f"process {held.get('pid', '?')} on {held.get('host', '?')}, started {held.get('started', '?')}"
@@ -100,7 +100,7 @@ class RunLock:
         time.sleep(SETTLE_S)
         if not self._is_mine():
             raise UserError(f"{self._file.parent}: another process took it over at the same moment ({self._file})")
-        say(f"lock    taken over from {who}, which no longer runs")
+        info(f"lock    taken over from {who}, which no longer runs")
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):

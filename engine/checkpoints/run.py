@@ -54,10 +54,10 @@ class Saver:
     """Writes checkpoints beside the run: `save` copies the tensors and returns, a thread does the rest."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, *, main: bool = True, notes: Mapping[str, str] | None = None
+        self, run: Path, config: TrainConfig, *, main: bool = True, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """main: False on the ranks that only help to gather tensors. notes: further metadata of the weights."""
-        self._run, self._config, self._main, self._notes = run, config, main, dict(notes or {})
+        """main: False on the ranks that only help to gather tensors. metadata: further metadata of the weights."""
+        self._run, self._config, self._main, self._metadata = run, config, main, dict(metadata or {})
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         if main:
@@ -76,7 +76,7 @@ class Saver:
         weights = copies(model.state_dict(), keep=self._main)
         moments = _moments(model, optimizer, extra or {}, keep=self._main)
         if self._main:
-            arguments = (self._run, step, weights, moments, self._config, self._notes)
+            arguments = (self._run, step, weights, moments, self._config, self._metadata)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
         return problem
@@ -107,7 +107,7 @@ def write(
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
     config: TrainConfig,
-    notes: dict[str, str],
+    metadata: dict[str, str],
 ) -> Path:
     """Puts a checkpoint's tensors on the disk; removes the old ones that `run.keep` and `run.keep_every` do not hold.
 
@@ -117,7 +117,7 @@ def write(
     if final.is_dir():  # steps are deterministic: the same step was saved before
         return final
     state = {"step": step, "config": to_dict(config), "torch": torch.__version__, "code": code_version()}
-    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | metadata
     with _written_aside(final, state, weights, moments) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
         sort_metadata(aside / WEIGHTS)
@@ -137,12 +137,12 @@ def write_best(
     step: int,
     weights: dict[str, Tensor],
     config: TrainConfig,
-    notes: dict[str, str],
+    metadata: dict[str, str],
     found: dict[str, float],
 ) -> Path:
     """Replaces RUN/best by the weights after `step` steps; `found` is what was measured of them. Raises OSError."""
     final = run / BEST
-    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | notes
+    metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | metadata
     with _written_aside(final, {"step": step, **found}, weights) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
         sort_metadata(aside / WEIGHTS)
@@ -204,7 +204,7 @@ def code_version() -> str:
     return f"{version} {digest.hexdigest()[:12]}"
 
 
-def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are as they were written, or None. Damaged ones are named and set aside."""
     for folder in reversed(_all(run)):
         damage = why_damaged(folder)
@@ -213,7 +213,7 @@ def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        say(f"resume  checkpoint {folder} is damaged ({damage}): now {aside.name}; going back to the one before")
+        info(f"resume  checkpoint {folder} is damaged ({damage}): now {aside.name}; going back to the one before")
     return None
 
 
@@ -311,7 +311,7 @@ def read_config(path: Path, kind: type = PretrainConfig) -> Any:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a checkpoint (its folder or its weights file) says beside its weights: `config`, `step` and notes."""
+    """What a checkpoint (its folder or its weights file) says beside its weights: `config`, `step` and metadata."""
     path = path / WEIGHTS if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:

@@ -23,6 +23,8 @@ def run(arguments: list[str]) -> int:
         data: Path,
         out: Path,
         layer: int = 0,
+        recipe: str = "",
+        pool: Literal["mean", "time", "time-center", "time-space"] = "mean",
         stride: int = 0,
         frames: int | None = None,
         size: int | None = None,
@@ -31,15 +33,19 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Write the mean token of the middle clip of every video.
+        """Write a feature of the middle clip of every video: its mean token, or a mean for each slot of time.
 
         Args:
-            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face.
+            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is an encoder with
+                random weights, the model of --recipe.
             data: folder of videos, an annotation list, or a video.
             out: features.npy (float32 [videos, D]; features.json beside it says which row is which video, which file
                 of weights was read and the SHA-256 of the encoder in it) or features.parquet (a row per video; needs
                 pyarrow).
             layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
+            recipe: of pre-training: model and clips of the checkpoint `random`.
+            pool: mean: over all tokens, D values. time: over the tokens of each time slot, slots × D values one after
+                the other. time-center, time-space: see mam2 probe.
             stride: distance of two sampled frames instead of the checkpoint's.
             frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
             size: height and width of these clips, pixels.
@@ -66,20 +72,22 @@ def run(arguments: list[str]) -> int:
 
         import numpy as np
 
-        from mam2.engine.checkpoints.frozen import load_frozen
+        from mam2.engine.checkpoints.untrained import load_all_frozen
         from mam2.engine.data.manifest import read_manifest
-        from mam2.engine.evaluation.feature_files import Wanted, write_features
+        from mam2.engine.evaluation.feature_files import FeatureSpec, write_features
         from mam2.engine.runtime.device import matmul_dtype, pick_device
 
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        frozen = load_frozen(checkpoint, where, stride=stride, frames=frames, size=size, heads=heads)
+        (frozen,) = load_all_frozen(
+            [checkpoint], where, recipe=recipe, stride=stride, frames=frames, size=size, heads=heads
+        )
         if not 0 <= layer <= frozen.depth:
             raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
         manifest = read_manifest(data)
         with writing(out), tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
             rows = Path(folder) / "rows.npy"
-            wanted = {Wanted(frozen, layer or frozen.depth, "mean"): rows}
+            wanted = {FeatureSpec(frozen, layer or frozen.depth, pool): rows}
             skipped = write_features(manifest, wanted, batch=batch, run=settings)
             features = np.load(rows)
         there = ~np.isnan(features[:, 0])
@@ -91,6 +99,8 @@ def run(arguments: list[str]) -> int:
             "weights": str(frozen.weights),
             "sha256": frozen.digest,
             "layer": layer or frozen.depth,
+            "pool": pool,
+            "shape": [features.shape[1] // frozen.encoder.width, frozen.encoder.width],
             "precision": str(matmul_dtype(settings, where)).removeprefix("torch."),
             "skipped": skipped,
             "classes": manifest.classes,

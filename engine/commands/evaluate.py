@@ -14,6 +14,7 @@ def run(arguments: list[str]) -> int:
         checkpoint: tyro.conf.Positional[Path],
         data: Path,
         out: Path,
+        recipe: str = "",
         temporal: int = 0,
         spatial: int = 0,
         batch: int = 0,
@@ -29,9 +30,11 @@ def run(arguments: list[str]) -> int:
 
         Args:
             checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
-                or a Hugging Face folder of a VideoMAE that classifies.
+                or a Hugging Face folder of a VideoMAE that classifies. `random` is a classifier with random weights,
+                the model of --recipe.
             data: labelled videos: a folder with a folder a class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
+            recipe: of fine-tuning: model and clips of the checkpoint `random`.
             temporal: clips of a video; 0 takes the recipe's.
             spatial: crops of a clip; 0 takes the recipe's.
             batch: most clips in a forward pass; 0 takes the recipe's, or 32.
@@ -43,20 +46,9 @@ def run(arguments: list[str]) -> int:
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-        from mam2.engine.config.pretrain import RunConfig
         from mam2.engine.errors import UserError
         from mam2.engine.evaluation.classification import evaluate
 
-        check_flags(
-            temporal=(temporal, COUNT_OR_NONE),
-            spatial=(spatial, COUNT_OR_NONE),
-            batch=(batch, BATCH_OR_NONE),
-            frames=(frames, COUNT),
-            size=(size, COUNT),
-            heads=(heads, COUNT),
-            threads=(threads, COUNT_OR_NONE),
-        )
         names: tuple[str, ...] = ()
         if classes:
             try:
@@ -67,10 +59,12 @@ def run(arguments: list[str]) -> int:
             checkpoint,
             data,
             out,
+            recipe=recipe,
             temporal=temporal,
             spatial=spatial,
             batch=batch,
-            run=RunConfig(device=device, precision=precision),
+            device=device,
+            precision=precision,
             threads=threads,
             frames=frames,
             size=size,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-from mam2.engine.config.limits import COUNT, check_flags
-from mam2.engine.errors import UserError
-from mam2.engine.files import make_folder
 
 SHOWN = 10
 """Classes that are printed; the file has all of them."""
@@ -39,54 +34,14 @@ def run(arguments: list[str]) -> int:
             heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
             decoder_heads: the same of its decoder.
         """
-        check_flags(
-            frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT), decoder_heads=(decoder_heads, COUNT)
-        )
-        if out.exists():
-            raise UserError(f"--out {out}: is there already; name another one")
-        # Before the model is read and traced, which takes minutes.
-        make_folder(out.absolute().parent)
-        from safetensors import SafetensorError
+        from mam2.engine.checkpoints.exporting import export
 
-        from mam2.engine.checkpoints.export import decoder_is_videomaes, write_hugging_face, write_videomae
-        from mam2.engine.checkpoints.load import class_names, encoder_of, load_model
-        from mam2.engine.checkpoints.traced import write_onnx, write_torch
-        from mam2.engine.model.classifier import Classifier
-        from mam2.engine.model.videomae import VideoMAE
-
-        model = load_model(checkpoint, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
-        classes = class_names(checkpoint) if isinstance(model, Classifier) else ()
-        encoder = encoder_of(model)
-        graph = model if isinstance(model, Classifier) else encoder
-        weights = model if isinstance(model, VideoMAE) else graph
-        aside = out.with_name(f".part-{out.name}")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            if to == "huggingface":
-                written = write_hugging_face(weights, aside, classes)
-                aside.rename(out)
-            else:
-                if to == "videomae":
-                    written = write_videomae(weights, aside / out.name, classes)
-                else:
-                    {"torch": write_torch, "onnx": write_onnx}[to](graph, aside / out.name, classes)
-                    written = type(graph).__name__
-                for file in aside.iterdir():  # ONNX's weights may be a file of their own
-                    file.rename(out.with_name(file.name))
-        except (OSError, SafetensorError) as error:  # the latter is the library's word for the former
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"--out {out}: cannot be written: {reason}") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        clip = ", ".join(str(n * side) for n, side in zip(encoder.grid, encoder.patch_size, strict=True))
-        print(f"{out}: {written}, for clips [B, 3, {clip}] (frames, height, width)")
-        if isinstance(model, VideoMAE) and to in ("huggingface", "videomae") and not decoder_is_videomaes(model):
-            print(
-                "without the decoder: it does not predict VideoMAE's pixels "
-                f"(target {model.target}, pixel_normalize {model.normalize or 'none'})"
-            )
-        if classes:
+        result = export(checkpoint, to, out, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
+        clip = ", ".join(map(str, result.clip))
+        print(f"{out}: {result.model}, for clips [B, 3, {clip}] (frames, height, width)")
+        if result.decoder_left_out:
+            print(f"without the decoder: {result.decoder_left_out}")
+        if classes := result.classes:
             first = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:SHOWN]))
             print(f"classes, in the order of the logits: {first}{', …' * (len(classes) > SHOWN)} ({len(classes)})")
         return 0

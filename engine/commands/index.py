@@ -6,10 +6,6 @@ from pathlib import Path
 
 import tyro
 
-from mam2.engine.config.limits import COUNT_OR_NONE, check_flags
-from mam2.engine.errors import UserError
-from mam2.engine.files import check_apart, check_folder, writing
-
 
 def run(arguments: list[str]) -> int:
     def index(
@@ -26,43 +22,15 @@ def run(arguments: list[str]) -> int:
             threads: files opened at once; 0 for twice the cores.
             plot: draw histograms of lengths, sizes and key-frame distances into this file (.png, .svg, .pdf).
         """
-        from mam2.engine.data.inspect import PICTURE_SUFFIXES, draw, measure_clips_per_s, summary
-        from mam2.engine.data.manifest import (
-            INDEX_SUFFIX,
-            Manifest,
-            index_path,
-            read_saved_manifest,
-            scan,
-            write_manifest,
-        )
-        from mam2.engine.data.sources import check_source
+        from mam2.engine.data.indexing import index
 
-        check_flags(threads=(threads, COUNT_OR_NONE))
-        check_source(data)
-        out = out or index_path(data)
-        check_apart(data, out)
-        if plot and plot.suffix.lower() not in PICTURE_SUFFIXES:
-            raise UserError(f"--plot {plot}: expected a name that ends in {', '.join(PICTURE_SUFFIXES)}")
-        for place, argument in ((out, "--out"), (plot, "--plot")):
-            if place:
-                with writing(place, argument):
-                    check_folder(place.absolute().parent)
-        known = Manifest(())
-        try:
-            known = read_saved_manifest(out) if out.exists() else known
-        except UserError as error:
-            if not out.name.endswith(INDEX_SUFFIX):  # whatever it is, nobody asked to replace it
-                raise UserError(f"--out {error}; name another file, or remove this one") from None
-            print(f"{error}: it is written anew")
-        manifest, changes = scan(data, known, threads=threads)
-        with writing(out):
-            write_manifest(manifest, out)
-        print(summary(manifest, measure_clips_per_s(manifest.videos)))
-        print(f"\n{out}: {changes.new} files new, {changes.changed} changed, {changes.removed} gone, ", end="")
+        result = index(data, out, threads=threads, plot=plot)
+        if result.replaced:
+            print(f"{result.replaced}: it is written anew")
+        changes = result.changes
+        print(result.summary())
+        print(f"\n{result.path}: {changes.new} files new, {changes.changed} changed, {changes.removed} gone, ", end="")
         print(f"{changes.unchanged} unchanged and not opened")
-        if plot:
-            with writing(plot, "--plot"):
-                draw(manifest.videos, plot)
         return 0
 
     return tyro.cli(index, args=arguments, prog="mam2 index")

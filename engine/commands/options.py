@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe_of, recipe_names
+from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.config.sizes import PRESETS, SIZES, resized, with_preset
 from mam2.engine.errors import UserError
 
@@ -34,7 +34,7 @@ def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config
         name = SHOWN[kind]
     other = FinetuneConfig if kind is PretrainConfig else PretrainConfig
     try:
-        return load_recipe_of(kind, name)
+        return load_recipe(name, kind)
     except UserError:
         if not _is_recipe(other, name):
             raise
@@ -60,7 +60,7 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
 
 def _is_recipe(kind: type, name: str) -> bool:
     try:
-        load_recipe_of(kind, name)
+        load_recipe(name, kind)
     except UserError:
         return False
     return True

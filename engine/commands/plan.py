@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_pretraining
-from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
 
 
@@ -38,12 +38,11 @@ def run(arguments: list[str]) -> int:
             size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
-        check(config)
-        from mam2.engine.planning import make_plan
+        from mam2.engine.planning import plan
 
         count = _count(videos)
         print(f"plan     {recipe}: {config.model.objective}")
-        print(make_plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(count))
+        print(plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(count))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")

@@ -16,7 +16,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, write_whole, writing
 
 if TYPE_CHECKING:
-    from mam2.engine.evaluation.probe_run import Probed, Score
+    from mam2.engine.evaluation.probe_run import ProbeReport, Score
 
 
 def run(arguments: list[str]) -> int:
@@ -24,8 +24,11 @@ def run(arguments: list[str]) -> int:
         checkpoints: tyro.conf.Positional[tuple[Path, ...]],
         data: Path,
         val: Path | None = None,
+        recipe: str = "",
         probes: tuple[Literal["linear", "attentive", "knn"], ...] = ("linear", "attentive", "knn"),
+        pools: tuple[Literal["mean", "time", "time-center", "time-space"], ...] = ("mean", "time"),
         layers: tuple[int, ...] = (),
+        group: str = "",
         out: Path = Path("probe.json"),
         cache: Path = Path("features"),
         stride: int = 0,
@@ -40,10 +43,19 @@ def run(arguments: list[str]) -> int:
 
         Args:
             checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; compared with the first one.
+                `random` is an encoder with random weights, like the first of the others, or of --recipe.
             data: labelled folder or list to train the probes on.
             val: labelled folder or list to test on; without it a fifth of each class of data.
-            probes: logistic regression on the mean token, a learned query over the tokens, nearest neighbours.
+            recipe: of pre-training: model and clips of the checkpoint `random`.
+            probes: logistic regression and nearest neighbors of pooled tokens, and attentive: learned queries over the
+                tokens in place of the means.
+            pools: what is averaged. mean: all tokens of a clip, as the field does, which loses the order of time.
+                time: the tokens of each time slot. time-center: these, and those of the center of the frame in each
+                slot. time-space: each quarter of the frame in each slot.
             layers: blocks of the encoder whose tokens are probed, from 1; by default the last.
+            group: column of the lists, or TABLE:COLUMN of another table with a path column, that names what belongs
+                together, such as the speaker. Intervals are then over groups, and settings are chosen on held-out
+                groups.
             out: the table as JSON.
             cache: folder of features, by the hash of weights and videos; delete it at will.
             stride: distance of two sampled frames instead of the checkpoint's.
@@ -54,7 +66,7 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.checkpoints.frozen import load_frozen
+        from mam2.engine.checkpoints.untrained import load_all_frozen
         from mam2.engine.data.sources import check_source
         from mam2.engine.evaluation.probe_run import probe_encoders
         from mam2.engine.runtime.device import pick_device
@@ -68,8 +80,8 @@ def run(arguments: list[str]) -> int:
         )
         for layer in layers:
             check_value("--layers", layer, COUNT)
-        if not checkpoints or not probes:
-            raise UserError("probe: name at least one checkpoint and one probe: mam2 probe CHECKPOINT --data LIST")
+        if not checkpoints or not probes or not pools:
+            raise UserError("probe: name at least a checkpoint, a probe and a pool: mam2 probe CHECKPOINT --data LIST")
         for source in (data, val or data):
             check_apart(source, out)
         with writing(out):
@@ -78,16 +90,23 @@ def run(arguments: list[str]) -> int:
             check_source(source)
         settings = RunConfig(device=device, precision=precision)
         where = pick_device(settings)
-        encoders = [
-            load_frozen(path, where, stride=stride, frames=frames, size=size, heads=heads)
-            for path in dict.fromkeys(checkpoints)
-        ]
+        encoders = load_all_frozen(
+            list(dict.fromkeys(checkpoints)),
+            where,
+            recipe=recipe,
+            stride=stride,
+            frames=frames,
+            size=size,
+            heads=heads,
+        )
         result = probe_encoders(
             encoders,
             data,
             val,
             probes=tuple(dict.fromkeys(probes)),
+            pools=tuple(dict.fromkeys(pools)),
             layers=layers,
+            group=group,
             cache=cache,
             batch=batch,
             run=settings,
@@ -101,17 +120,18 @@ def run(arguments: list[str]) -> int:
     return tyro.cli(probe, args=arguments, prog="mam2 probe")
 
 
-def table(result: Probed) -> str:
-    """The accuracies of checkpoints and layers below each other, a column a probe."""
+def table(result: ProbeReport) -> str:
+    """The accuracies of checkpoints, layers and pools below each other, a column per probe."""
     probes = list(dict.fromkeys(score.probe for score in result.scores))
-    lines = [("checkpoint", "layer", *probes)]
-    rows: dict[tuple[str, int], list[Score]] = {}
+    lines = [("checkpoint", "layer", "pool", *probes)]
+    rows: dict[tuple[str, int, str], list[Score]] = {}
     for score in result.scores:
-        rows.setdefault((score.checkpoint, score.layer), []).append(score)
-    for (checkpoint, layer), scores in rows.items():
-        lines.append((checkpoint, str(layer), *(_share(score.accuracy, score.interval) for score in scores)))
-        if len(rows) > 1 and (checkpoint, layer) != _reference(result.scores):
-            lines.append(("", "", *(f"{_share(score.gain, score.gain_interval, sign='+')}" for score in scores)))
+        rows.setdefault((score.checkpoint, score.layer, score.pool), []).append(score)
+    several = len({(checkpoint, layer) for checkpoint, layer, _ in rows}) > 1
+    for (checkpoint, layer, pool), scores in rows.items():
+        lines.append((checkpoint, str(layer), pool, *(_share(score.accuracy, score.interval) for score in scores)))
+        if several and (checkpoint, layer) != _reference(result.scores):
+            lines.append(("", "", "", *(_share(score.gain, score.gain_interval, sign="+") for score in scores)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     first, at = _reference(result.scores)
@@ -119,8 +139,9 @@ def table(result: Probed) -> str:
         f"{result.train} training and {result.test} test videos of {result.classes} classes"
         + (f", {result.skipped} left out" if result.skipped else "")
         + f"; always the commonest class: {100 * result.commonest:.1f} %",
-        "Share of right answers (95 % bootstrap interval over the test videos)"
-        + (f"; below it, in points, the gain over {first}, layer {at}." if len(rows) > 1 else "."),
+        "Share of right answers (95 % bootstrap interval over the test videos"
+        + (f"' {result.groups} groups)" if result.groups else ")")
+        + (f"; below it, in points, the gain over {first}, layer {at}, with the same pool." if several else "."),
     ]
     if result.both:
         notes.append(f"{result.both} test videos are training videos as well: these accuracies are too high.")

@@ -7,10 +7,6 @@ from typing import Literal
 
 import tyro
 
-from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
-from mam2.engine.errors import UserError
-
 
 def run(arguments: list[str]) -> int:
     def visualize(
@@ -42,26 +38,11 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
         """
         from mam2.engine.evaluation.visualize import visualize
-        from mam2.engine.runtime.device import pick_device
 
-        check_flags(
-            clips=(clips, COUNT),
-            stride=(stride, COUNT_OR_NONE),
-            frames=(frames, COUNT),
-            size=(size, COUNT),
-            heads=(heads, COUNT),
-            decoder_heads=(decoder_heads, COUNT),
-        )
-        if not checkpoints:
-            raise UserError(
-                "visualize: name at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER"
-            )
-        where = pick_device(RunConfig(device=device))
         page = visualize(
             checkpoints,
             data,
             out,
-            where,
             clips=clips,
             tokenizer=tokenizer,
             stride=stride,
@@ -69,6 +50,7 @@ def run(arguments: list[str]) -> int:
             size=size,
             heads=heads,
             decoder_heads=decoder_heads,
+            device=device,
         )
         print(page)
         return 0

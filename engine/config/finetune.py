@@ -127,7 +127,7 @@ class FinetuneConfig(TokenGrid):
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
-    def together(self) -> int:
+    def clips_per_group(self) -> int:
         """Clips that must be in one pass: the views of a video, or of two that are mixed."""
         return self.data.views * (2 if self.augment.mixes else 1)
 

@@ -179,6 +179,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
     micro_batch: int = limited(0, COUNT_OR_NONE)
@@ -193,9 +195,13 @@ class OptimConfig:
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
     """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
-    """AdamW's; none on 1-D parameters and mask tokens."""
+    """Of both optimizers, times the learning rate; none on 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)
     """AdamW's second beta; the first is 0.9."""
+    momentum: float = limited(0.95, BELOW_ONE)
+    """Muon's."""
+    muon_rate: float = limited(1.0, POSITIVE)
+    """Muon's learning rate over AdamW's."""
     clip_norm: float = limited(0.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 turns clipping off."""
 
@@ -288,7 +294,7 @@ class PretrainConfig(TokenGrid):
         return self.grid[0] * math.prod(self.code_shape)
 
     @property
-    def together(self) -> int:
+    def clips_per_group(self) -> int:
         """Clips that must be in one pass: the views of a video."""
         return self.data.views
 
@@ -306,22 +312,22 @@ class TrainConfig(Protocol):
     def run(self) -> RunConfig: ...
 
     @property
-    def together(self) -> int: ...
+    def clips_per_group(self) -> int: ...
 
 
-def passes(config: TrainConfig, processes: int) -> int:
+def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
     """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
 
     Raises UserError where the batch cannot be shared out evenly.
     """
-    batch, most, together = config.optim.batch, config.optim.micro_batch, config.together
-    for count in range(1, batch // (processes * together) + 1):
-        if batch % (processes * count * together) == 0 and (not most or batch // (processes * count) <= most):
+    batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
+    for count in range(1, batch // (processes * group) + 1):
+        if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
     raise UserError(
         f"optim.batch {batch} cannot be shared out to {processes} processes in equal passes of whole views "
         f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
-        f"clips; a multiple of {processes * together} can"
+        f"clips; a multiple of {processes * group} can"
     )
 
 
@@ -390,7 +396,7 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
     if data.frames % tubelet:
         raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
     check_data(data)
-    passes(config, 1)
+    micro_batches_per_step(config, 1)
 
 
 def check_data(data: DataConfig) -> None:

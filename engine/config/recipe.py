@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints, overload
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
@@ -38,20 +39,52 @@ def recipe_names(kind: type = PretrainConfig) -> list[str]:
     )
 
 
-def load_recipe(name: str) -> PretrainConfig:
+@overload
+def load_recipe(
+    name: str | Path, /, *, size: str = "", preset: str = "", **values: Mapping[str, Any]
+) -> PretrainConfig: ...
+@overload
+def load_recipe(
+    name: str | Path, kind: type[Config], /, *, size: str = "", preset: str = "", **values: Mapping[str, Any]
+) -> Config: ...
+def load_recipe(
+    name: str | Path, kind: type = PretrainConfig, /, *, size: str = "", preset: str = "", **values: Mapping[str, Any]
+) -> Any:
     """The config of a shipped recipe (`demo`, `mam2-fast`, `ssv2/mam2-fast`, …), of a TOML file or of a config.json.
 
-    `extends = ["mam2-fast", …]` at the head of a recipe names those whose values it starts from, the later ones first
-    to be heard; each is a shipped recipe or a file beside it. What a recipe says itself counts more.
+        load_recipe("mam2-fast", size="large", optim={"epochs": 100.0}, data={"frames": 8})
+        load_recipe("kinetics400/finetune", FinetuneConfig, optim={"batch": 64})
 
-    Raises UserError for an unknown recipe, a file that cannot be parsed, and unknown or ill-typed keys.
+    `extends = ["mam2-fast", …]` at the head of a recipe names the recipes whose values it starts from; of several, a
+    later one overrides an earlier one. Each is a shipped recipe or a file beside it. What a recipe says itself
+    overrides them all.
+
+    Args:
+        name: of a shipped recipe, or a path.
+        kind: class of the config: `PretrainConfig`, or `FinetuneConfig` for a recipe that fine-tunes.
+        size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion (pre-training).
+        preset: fast or cae: regressor and decoders of that preset (pre-training).
+        values: tables with values that override the recipe's, after `size` and `preset`.
+
+    Raises:
+        UserError: an unknown recipe, a file that cannot be parsed, unknown or ill-typed keys, size or preset.
     """
-    return load_recipe_of(PretrainConfig, name)
+    config = from_dict(kind, _read_recipe(kind, str(name), Path(), ()), where=f"recipe {name}")
+    if size or preset:
+        config = _resized(name, config, size, preset)
+    return from_dict(kind, _merged(to_dict(config), dict(values)), where=f"recipe {name}") if values else config
 
 
-def load_recipe_of(kind: type[Config], name: str) -> Config:
-    """`load_recipe` for another kind of config."""
-    return from_dict(kind, _read_recipe(kind, name, Path(), ()), where=f"recipe {name}")
+def _resized(name: str | Path, config: Any, size: str, preset: str) -> PretrainConfig:
+    from mam2.engine.config.sizes import PRESETS, SIZES, resized, with_preset  # imports torch, which takes seconds
+
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"recipe {name}: size and preset are for recipes that pre-train")
+    for argument, value, known in (("size", size, SIZES), ("preset", preset, PRESETS)):
+        if value and value not in known:
+            raise UserError(f"{argument} {value!r}: expected one of {', '.join(known)}")
+    model = resized(config.model, size) if size else config.model
+    return dataclasses.replace(config, model=with_preset(model, preset) if preset else model)
 
 
 def _shipped() -> dict[str, Path]:

@@ -100,12 +100,12 @@ class ClipLoader:
         train: bool = True,
         on_skip: Callable[[Skipped], None] | None = None,
         available: Callable[[int, int], bool] | None = None,
-        say: Callable[[str], None] = tqdm.write,
+        info: Callable[[str], None] = tqdm.write,
     ):
         """batch: clips a step of this rank, all views counted. train=False: `stream` gives middle clips in one view.
 
         available(place in manifest.videos, recorded augmentation): False has `stream` replace the clip as if it could
-        not be decoded; for clips without codes in a cache. say: gets lines for the log, also from loader threads.
+        not be decoded; for clips without codes in a cache. info: gets lines for the log, also from loader threads.
         Raises UserError if the config does not fit together, or too many videos cannot be used.
         """
         self._views = config.views if train else 1
@@ -120,14 +120,14 @@ class ClipLoader:
         self._manifest, self._config = manifest, config
         self._batch, self._train = batch, train
         self._seed, self._rank, self._world = seed, rank, world
-        self._on_skip, self._available, self._say = on_skip, available, say
+        self._on_skip, self._available, self._info = on_skip, available, info
         self._codes: CodesOf | None = None
         self._record = Record()
         self._decoded_any = False
         self._front_end_of = self._choose_front_ends(torch.device(device))
         self._usable = sorted(self._front_end_of)
         paths = [video.path for video in manifest.videos]
-        self._renderer = Renderer(config, samples=batch, device=torch.device(device), say=say, paths=paths)
+        self._renderer = Renderer(config, samples=batch, device=torch.device(device), info=info, paths=paths)
         self._streams: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     @property
@@ -245,7 +245,7 @@ class ClipLoader:
             there = {video.codec for video in self._manifest.videos}
             broken = broken_codecs(there.intersection(NVDEC_SIZES), device, self._config)
             for codec, problem in broken.items():
-                self._say(f"data    NVDEC does not decode {codec} here ({problem}): PyAV takes it")
+                self._info(f"data    NVDEC does not decode {codec} here ({problem}): PyAV takes it")
         chosen: dict[int, str] = {}
         refusal = UserError("the manifest holds no videos")
         for index, video in enumerate(self._manifest.videos):
@@ -356,7 +356,7 @@ class ClipLoader:
         given = [index for index, front_end in self._front_end_of.items() if front_end == "nvdec"]
         if given and self._config.front_end == "auto":
             self._front_end_of.update(dict.fromkeys(given, "pyav"))
-            self._say(
+            self._info(
                 f"data    NVDEC is given up for this run: {why}. PyAV decodes all videos; mam2 doctor tries NVDEC"
             )
 

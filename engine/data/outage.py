@@ -60,9 +60,9 @@ def why_away(path: str, error: BaseException) -> str:
 class Patience:
     """Calls functions that read a file, again and again while the file is away. Threads may share one."""
 
-    def __init__(self, wait_s: float, say: Callable[[str], None], paths: Sequence[str] = ()) -> None:
-        """wait_s: longest wait in seconds. say: gets the lines for the log. paths: of the data that is read."""
-        self._wait_s, self._say = wait_s, say
+    def __init__(self, wait_s: float, info: Callable[[str], None], paths: Sequence[str] = ()) -> None:
+        """wait_s: longest wait in seconds. info: gets the lines for the log. paths: of the data that is read."""
+        self._wait_s, self._info = wait_s, info
         chosen = sorted({int(place) for place in np.linspace(0, len(paths) - 1, SAMPLES)}) if paths else []
         self._samples = [paths[place] for place in chosen]
         self._lock = threading.Lock()
@@ -104,14 +104,14 @@ class Patience:
                 with self._lock:
                     if outage not in self._told:
                         self._told.add(outage)
-                        self._say(f"data    {outage}; trying again for up to {limit:g} s")
+                        self._info(f"data    {outage}; trying again for up to {limit:g} s")
                 self._closing.wait(min(pause, limit - waited))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 with self._lock:
                     if outage in self._told:
                         self._told.discard(outage)
-                        self._say(f"data    {path} can be read again after {time.monotonic() - begun:.1f} s")
+                        self._info(f"data    {path} can be read again after {time.monotonic() - begun:.1f} s")
                 return value
 
     def close(self) -> None:

@@ -46,10 +46,10 @@ class Renderer:
         *,
         samples: int,
         device: torch.device,
-        say: Callable[[str], None],
+        info: Callable[[str], None],
         paths: Sequence[str] = (),
     ):
-        """samples: the most in one batch. say: gets lines for the log. paths: of the data; see `Patience`."""
+        """samples: the most in one batch. info: gets lines for the log. paths: of the data; see `Patience`."""
         device = with_number(device)
         self._config = config
         self._samples = samples
@@ -57,7 +57,7 @@ class Renderer:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
-        self._patience = Patience(config.wait_s, say, paths)
+        self._patience = Patience(config.wait_s, info, paths)
         self._vetted: set[tuple[str, int, int]] = set()
         self._dali = dali_version()
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}

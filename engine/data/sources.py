@@ -46,6 +46,8 @@ LABEL_COLUMNS = ("label", "class", "target", "category", "label_name", "class_na
 SPLIT_COLUMNS = ("split", "subset")
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 MOST_CLASSES = 1_000_000
+MOST_COLUMNS = 20
+"""Named in an error."""
 
 _QUOTED = re.compile(r'"(?:[^"]|"")+"(?:([ \t,])|$)')
 _NUMBERED = re.compile(r"(.*[^ ,])?(?: *, *| +)(-?\d+)")
@@ -109,6 +111,26 @@ def read_source(source: str | Path) -> Listing:
     return listing._replace(entries=[entry._replace(path=os.path.abspath(entry.path)) for entry in listing.entries])
 
 
+def read_column(table: Path, column: str) -> dict[str, str]:
+    """One more column of a list with a header: its cell for each path, absolute. A cell may be empty.
+
+    Raises UserError where there is no such table, no header with a column of paths, or no such column.
+    """
+    check_source(table)
+    if table.is_dir():
+        raise UserError(f"{table}: a folder has no columns; expected a list with a header that names {column!r}")
+    header, rows, spaced = _read_cells(table, _read_text(table))
+    path_column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
+    if path_column is None or column.lower() not in header:
+        missing = repr(column) if path_column is not None else f"the paths (expected {', '.join(PATH_COLUMNS[:3])}, …)"
+        raise UserError(f"{table}: no column for {missing}; its first line holds {', '.join(header[:MOST_COLUMNS])}")
+    _check_widths(table, header, rows)
+    place = header.index(column.lower())
+    paths = [cells[path_column].strip() if spaced else cells[path_column] for _, cells in rows]
+    absolute = [os.path.abspath(os.path.join(table.parent, path)) for path in paths]
+    return {path: cells[place].strip() for path, (_, cells) in zip(absolute, rows, strict=True)}
+
+
 def _read_folder(folder: Path) -> Listing:
     twins: list[tuple[Path, Path]] = []
     # The order of the videos, by which code caches and runs number them, is that of their paths.
@@ -153,12 +175,17 @@ def _find_videos(folder: Path, twins: list[tuple[Path, Path]]) -> Iterator[Path]
             yield Path(parent)
 
 
-def _read_list(source: Path, split: str) -> Listing:
+def _read_text(source: Path) -> str:
     # File names need not be UTF-8; surrogates carry their bytes back to the file system.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         text = file.read()
     if "\0" in text:
         raise UserError(f"{source}: not a text file; expected a folder of videos or an annotation list")
+    return text
+
+
+def _read_list(source: Path, split: str) -> Listing:
+    text = _read_text(source)
     lines = [(number, line.strip()) for number, line in enumerate(re.split(r"\r\n?|\n", text), 1) if line.strip()]
     if not lines:
         raise UserError(f"{source}: the list is empty; expected lines of `path label`")
@@ -193,8 +220,9 @@ def _of_split(source: Path, rows: list[_Row], split: str, notes: list[str]) -> l
     return rows
 
 
-def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
-    """The rows of a list with a header, None for one without."""
+def _read_cells(source: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]], bool]:
+    """The cells of a table: those of its first line in lower case, the others with their line's number from 1, and
+    whether spaces around a cell are no part of it."""
     first = text.lstrip().split("\n")[0]
     delimiter = "\t" if "\t" in first else ","
     spaced = delimiter == ","  # "a.mp4", "run": the space is no part of the cell
@@ -203,7 +231,21 @@ def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
         table = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except csv.Error as error:
         raise UserError(f"{source}: line {reader.line_num}: {error}") from error
-    header = [name.strip().lower() for name in table[0][1]]
+    return [name.strip().lower() for name in table[0][1]] if table else [], table[1:], spaced
+
+
+def _check_widths(source: Path, header: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]]) -> None:
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{source}: line {number} has {len(cells)} columns, the header has {len(header)}; "
+                "a cell that holds the separator needs quotes"
+            )
+
+
+def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
+    """The rows of a list with a header, None for one without."""
+    header, table, spaced = _read_cells(source, text)
     path_column, label_column, split_column = (
         next((header.index(name) for name in names if name in header), None)
         for names in (PATH_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
@@ -216,15 +258,10 @@ def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
                 f"expected one named {', '.join(PATH_COLUMNS)}"
             )
         return None
-    for number, cells in table:
-        if len(cells) != len(header):
-            raise UserError(
-                f"{source}: line {number} has {len(cells)} columns, the header has {len(header)}; "
-                "a cell that holds the separator needs quotes"
-            )
-    if len(table) == 1:
+    _check_widths(source, header, table)
+    if not table:
         raise UserError(f"{source}: a header but no videos")
-    numbers, cells_of = [number for number, _ in table[1:]], [cells for _, cells in table[1:]]
+    numbers, cells_of = [number for number, _ in table], [cells for _, cells in table]
     if path_column is None:
         paths = _kinetics_paths(source, header, cells_of)
     else:

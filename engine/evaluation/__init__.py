@@ -1,6 +1,7 @@
 """What an encoder is worth: probes, classification, predictions as numbers and pictures.
 
 features.py, feature_files.py             frozen features, kept by the hash of the encoder
+pools.py                                  over which tokens of a clip a feature is taken
 probe_run.py                              all probes: linear_probe.py, attentive.py, knn.py
 classification.py, views.py, accuracy.py  a classifier on many views of every video
 pretext.py                                codes and motion predicted on unseen clips

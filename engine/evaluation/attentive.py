@@ -1,7 +1,8 @@
-"""Attentive probe: a learned query reads the frozen tokens of a video, a linear layer names its class.
+"""Attentive probe: learned queries read the frozen tokens of a video, a linear layer names its class.
 
-As CAE's and V-JEPA's probes: one cross-attention over the tokens instead of their mean, trained by AdamW. n videos,
-K cells of tokens a video, D the encoder's width, V classes.
+As CAE's and V-JEPA's probes: one cross-attention over the tokens instead of their mean, trained by AdamW; in place of
+a mean for each group of tokens (pools.py) there is a query for each. n videos, K cells of tokens per video, R groups,
+D the encoder's width, V classes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mam2.engine.model.attention import attention
 from mam2.engine.model.blocks import initialize, layer_norm
 
 HEAD_WIDTH = 32
@@ -33,29 +33,34 @@ CHUNK = 512
 
 
 class AttentiveProbe(nn.Module):
-    """Standardised tokens [B, K, D] -> logits [B, V]."""
+    """Tokens [B, K, D] -> logits [B, V]: each group of tokens is asked by a query of its own."""
 
     mean: Tensor
     std: Tensor
+    groups: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor, classes: int) -> None:
-        """mean, std: [D] of the training tokens."""
+    def __init__(self, mean: Tensor, std: Tensor, groups: Tensor, classes: int) -> None:
+        """mean, std: [D] of the training tokens, which are standardized by them. groups: bool [R, K], none empty."""
         super().__init__()
-        width = len(mean)
+        width, asked = len(mean), len(groups)
         self.heads = max(heads for heads in range(1, width // min(HEAD_WIDTH, width) + 1) if width % heads == 0)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.register_buffer("groups", groups)
+        self.query = nn.Parameter(torch.randn(1, asked, width) * 0.02)
         self.keys, self.values = nn.Linear(width, width, bias=False), nn.Linear(width, width)
         self.norm = layer_norm(width)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(asked * width, classes)
         initialize(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = (tokens.float() - self.mean) / self.std
         queries = self.query.expand(len(tokens), -1, -1)
-        parts = (x.unflatten(-1, (self.heads, -1)) for x in (queries, self.keys(tokens), self.values(tokens)))
-        return self.head(self.norm(attention(*parts).flatten(1)))
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (queries, self.keys(tokens), self.values(tokens))
+        )
+        answers = F.scaled_dot_product_attention(q, k, v, attn_mask=self.groups)  # [B, heads, R, D / heads]
+        return self.head(self.norm(answers.transpose(1, 2).flatten(2)).flatten(1))
 
 
 def attentive_probe(
@@ -65,6 +70,7 @@ def attentive_probe(
     held: Tensor,
     classes: int,
     device: torch.device,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Answers of an attentive probe, int64 [m] on the CPU, and the learning rate chosen.
 
@@ -72,13 +78,15 @@ def attentive_probe(
         train, test: [n, K, D] and [m, K, D], memory-mapped or not: read a batch at a time.
         train_labels: int64 [n], 0 to V - 1.
         held: bool [n], the training videos by which the learning rate is chosen; the final probe learns from them too.
+        groups: bool [R, K], from `token_groups`; None: one group of all tokens.
     """
     mean, std = _statistics(train)
     everything = torch.arange(len(train))
+    groups = torch.ones(1, train.shape[1], dtype=torch.bool) if groups is None else groups
 
     def fit(rows: Tensor, rate: float) -> AttentiveProbe:
         torch.manual_seed(0)
-        probe = AttentiveProbe(mean, std, classes).to(device)
+        probe = AttentiveProbe(mean, std, groups, classes).to(device)
         optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
         batch = min(BATCH, len(rows))
         steps = max(FEWEST_STEPS, EPOCHS * len(rows) // batch)

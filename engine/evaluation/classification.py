@@ -10,15 +10,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from mam2.engine.checkpoints.classifiers import relabelled
 from mam2.engine.checkpoints.load import load_any_classifier
+from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
+from mam2.engine.data.sources import read_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation import accuracy
 from mam2.engine.evaluation.views import predict
@@ -54,10 +58,12 @@ def evaluate(
     data: str | Path,
     out: str | Path,
     *,
+    recipe: str = "",
     temporal: int = 0,
     spatial: int = 0,
     batch: int = 0,
-    run: RunConfig | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    precision: Literal["auto", "bfloat16", "float32"] = "auto",
     threads: int = 0,
     frames: int | None = None,
     size: int | None = None,
@@ -69,12 +75,14 @@ def evaluate(
 
     Args:
         checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
-            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
+            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification; or `random`.
         data: labelled videos: a folder with a folder a class, or an annotation list.
         out: made if missing.
+        recipe: of fine-tuning: what `random` weights are the weights of.
         temporal, spatial: views; 0 takes those of the run's recipe.
         batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
-        run: where and how to compute, of which device and precision are read; by default the best there is.
+        device: auto takes a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
         names: of the classes, in the order of the logits, for a checkpoint that does not say them. Without either,
             labels that are numbers from 0 are taken for the places of the logits.
@@ -84,9 +92,26 @@ def evaluate(
     Raises:
         UserError: for checkpoints, data and folders that cannot be used.
     """
+    check_flags(
+        temporal=(temporal, COUNT_OR_NONE),
+        spatial=(spatial, COUNT_OR_NONE),
+        batch=(batch, BATCH_OR_NONE),
+        frames=(frames, COUNT),
+        size=(size, COUNT),
+        heads=(heads, COUNT),
+        threads=(threads, COUNT_OR_NONE),
+    )
     check_apart(data, out)
-    model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
-    foreign = find_weights(checkpoint) is None
+    if random := is_random(checkpoint):
+        classes = read_source(data).classes
+        if not classes:
+            raise UserError(f"{data}: no labels; expected a folder per class, or a list of `path label`")
+        model, config = random_classifier(recipe, classes, frames=frames, size=size)
+    elif recipe:
+        raise UserError(f"--recipe {recipe}: says the model of the checkpoint `random`; {checkpoint} says its own")
+    else:
+        model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
+    foreign = not random and find_weights(checkpoint) is None
     outputs = logits_of(model)
     if names and len(names) != outputs:
         raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {outputs} apart")
@@ -95,30 +120,30 @@ def evaluate(
     temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial
     if min(temporal, spatial) < 1:
         raise UserError(f"expected at least one view, found temporal {temporal}, spatial {spatial}")
-    run = run or RunConfig()
+    run = RunConfig(device=device, precision=precision)
     # what cannot be decoded is counted here, however much it is
     videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
-    device = pick_device(run)
-    with join(device) as world:
-        world.share(lambda: make_folder(out))
-        manifest = world.share(lambda: read_manifest(data, threads=threads, progress=progress))
+    where = pick_device(run)
+    with join(where) as world:
+        world.broadcast(lambda: make_folder(out))
+        manifest = world.broadcast(lambda: read_manifest(data, threads=threads, progress=progress))
         if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
             classes = numbers  # a list that numbers the classes, as VideoMAE's do
-        manifest = world.share(lambda: relabelled(manifest, data, classes))
+        manifest = world.broadcast(lambda: relabelled(manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
-        with ClipLoader(manifest, videos, batch=most, device=device, seed=0, train=False) as loader:
+        with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:
             predictions = predict(
-                model.to(device).eval(),
+                model.to(where).eval(),
                 loader,
                 manifest,
                 videos,
                 temporal=temporal,
                 spatial=spatial,
                 world=world,
-                precision=lambda: autocast(run, device),
+                precision=lambda: autocast(run, where),
                 progress=progress and world.main,
             )
-            skipped = {entry.path: entry.reason for part in world.gather(loader.skipped) for entry in part}
+            skipped = {entry.path: entry.reason for part in world.all_gather(loader.skipped) for entry in part}
         if not len(predictions.videos):
             raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
         places = predictions.videos.tolist()
@@ -152,7 +177,7 @@ def evaluate(
             write_table(folder / "unusable.tsv", reasons.items())
 
         try:
-            world.share(write)
+            world.broadcast(write)
         except OSError as error:
             raise unwritable(out, error) from None
     return result

@@ -1,6 +1,7 @@
 """Frozen features as .npy files, written while the videos are decoded, and a folder that keeps them.
 
-Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n videos of a manifest, K = T'·k·k cells.
+Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n videos of a manifest, R groups of tokens
+(pools.py), K = T'·k·k cells.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,16 +29,17 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.features import layer_tokens
+from mam2.engine.evaluation.pools import Pool, pool_tokens, token_groups
 from mam2.engine.runtime.device import autocast, matmul_dtype
 
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
 224² takes 0.2 MB in float16 then, at a width of 768; all its tokens 2.4."""
-Kind = Literal["mean", "cells"]
+Kind = Pool | Literal["cells"]
 
 
-class Wanted(NamedTuple):
-    """Features of one layer of one encoder: the tokens' mean, float32 [n, D], or cells, float16 [n, K, D]."""
+class FeatureSpec(NamedTuple):
+    """Features of one layer of one encoder: pooled tokens, float32 [n, R·D], or cells, float16 [n, K, D]."""
 
     frozen: FrozenEncoder
     layer: int
@@ -54,8 +57,8 @@ class FeatureCache:
         self._folder, self._run = folder, run or RunConfig()
 
     def get(
-        self, manifest: Manifest, wanted: Iterable[Wanted], *, batch: int, progress: bool = True
-    ) -> dict[Wanted, NDArray[np.floating]]:
+        self, manifest: Manifest, wanted: Iterable[FeatureSpec], *, batch: int, progress: bool = True
+    ) -> dict[FeatureSpec, NDArray[np.floating]]:
         """Features of all videos of a manifest, rows in its order, memory-mapped; what is missing is computed first.
 
         A video that cannot be decoded has a row of NaN. batch: clips that go through an encoder at once.
@@ -74,7 +77,7 @@ class FeatureCache:
 
 @torch.no_grad()
 def write_features(
-    manifest: Manifest, wanted: Mapping[Wanted, Path], *, batch: int, run: RunConfig, progress: bool = True
+    manifest: Manifest, wanted: Mapping[FeatureSpec, Path], *, batch: int, run: RunConfig, progress: bool = True
 ) -> dict[str, str]:
     """Writes features of the middle clip of every video to .npy files; see `FeatureCache.get` for what they hold.
 
@@ -82,7 +85,7 @@ def write_features(
     whole. `run` tells the precision. Returns the paths of the videos that could not be decoded, with the reason.
     """
     skipped: dict[str, str] = {}
-    by_clips: dict[str, list[Wanted]] = {}
+    by_clips: dict[str, list[FeatureSpec]] = {}
     for want in wanted:
         by_clips.setdefault(json.dumps(_clips(want)), []).append(want)
     for group in by_clips.values():
@@ -108,25 +111,30 @@ def write_features(
     return skipped
 
 
-def _pooled(tokens: Tensor, want: Wanted) -> Tensor:
-    if want.kind == "mean":
-        return tokens.float().mean(1)
+def _pooled(tokens: Tensor, want: FeatureSpec) -> Tensor:
     slots, height, width = want.frozen.encoder.grid
+    if want.kind != "cells":
+        return pool_tokens(tokens, (slots, height, width), want.kind).flatten(1)
     maps = rearrange(tokens.float(), "b (t h w) d -> (b t) d h w", t=slots, h=height, w=width)
-    cells = F.adaptive_avg_pool2d(maps, (min(CELLS, height), min(CELLS, width)))
+    cells = F.adaptive_avg_pool2d(maps, cell_grid(want.frozen)[1:])
     return rearrange(cells, "(b t) d h w -> b (t h w) d", t=slots).half()
 
 
-def _new_rows(path: Path, manifest: Manifest, want: Wanted) -> np.memmap:
+def cell_grid(frozen: FrozenEncoder) -> tuple[int, int, int]:
+    """Slots, rows and columns of the cells of an encoder: K is their product."""
+    slots, height, width = frozen.encoder.grid
+    return slots, min(CELLS, height), min(CELLS, width)
+
+
+def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
     """An .npy file aside, full of NaN. Raises OSError where the disk has no room for all of it."""
-    slots, height, width = want.frozen.encoder.grid
-    cells = (slots * min(CELLS, height) * min(CELLS, width),) if want.kind == "cells" else ()
-    rows = np.lib.format.open_memmap(
-        _aside(path),
-        "w+",
-        np.dtype(np.float16 if want.kind == "cells" else np.float32),
-        (len(manifest.videos), *cells, want.frozen.encoder.width),
-    )
+    width = want.frozen.encoder.width
+    if want.kind == "cells":
+        shape = [math.prod(cell_grid(want.frozen)), width]
+    else:
+        shape = [len(token_groups(want.frozen.encoder.grid, want.kind)) * width]
+    dtype = np.dtype("float16" if want.kind == "cells" else "float32")
+    rows = np.lib.format.open_memmap(_aside(path), "w+", dtype, (len(manifest.videos), *shape))
     with _aside(path).open("rb+") as file:  # a disk that runs full under a memory map ends the process with SIGBUS
         os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
     rows[:] = np.nan
@@ -137,7 +145,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".part-{os.getpid()}-{path.name}")  # other processes may write the same features
 
 
-def _clips(want: Wanted) -> dict[str, object]:
+def _clips(want: FeatureSpec) -> dict[str, object]:
     """What of the config decides which pixels an encoder sees."""
     fields = dataclasses.asdict(want.frozen.data)
     return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
@@ -147,8 +155,9 @@ def _device(frozen: FrozenEncoder) -> torch.device:
     return next(frozen.encoder.parameters()).device
 
 
-def _key(manifest: Manifest, want: Wanted, run: RunConfig) -> str:
+def _key(manifest: Manifest, want: FeatureSpec, run: RunConfig) -> str:
     dtype = str(matmul_dtype(run, _device(want.frozen)))
     videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
-    described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, CELLS, videos])
+    groups = CELLS if want.kind == "cells" else token_groups(want.frozen.encoder.grid, want.kind).int().tolist()
+    described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, groups, videos])
     return hashlib.sha256(described.encode()).hexdigest()[:32]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""L2 penalties tried; the best on a held-out fifth of the training features is used."""
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""L2 penalties tried; the best on a held-out fifth of the training features is used. The last ones are for features of
+more dimensions than there are videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +24,19 @@ class ProbeResult:
     """L2 penalty chosen."""
 
 
-def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> ProbeResult:
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, held: Tensor | None = None
+) -> ProbeResult:
     """Fits on `train` [n, D] and measures on `test` [m, D]; labels int64 from 0.
 
-    Features are standardised by the training features' statistics. The penalty is chosen without the test features.
+    Features are standardized by the training features' statistics. The penalty is chosen without the test features.
+
+    held: bool [n], the training features by which the penalty is chosen, from `held_out`; None: a fifth at random.
     """
     mean, std = train.double().mean(0), train.double().std(0) + 1e-6
     train, test = (train.double() - mean) / std, (test.double() - mean) / std
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    held = held_out(len(train))
+    held = held_out(len(train)) if held is None else held
 
     def held_out_accuracy(penalty: float) -> float:
         weight, bias = _fit(train[~held], train_labels[~held], classes, penalty)
@@ -45,10 +50,18 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     )
 
 
-def held_out(count: int) -> Tensor:
-    """bool [count]: a fifth of so many training videos, by which a probe's one setting is chosen."""
+def held_out(count: int, groups: Tensor | None = None, least: int = 1) -> Tensor:
+    """bool [count]: a fifth of so many training videos, by which a probe's one setting is chosen.
+
+    groups: int64 [count], the group of each video, such as who is seen in it; then a fifth of the groups, `least`
+        at least, is held out whole, as the test videos' groups are others too. One group alone is not kept whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if groups is not None and len(present := groups.unique()) > 1:
+        order = present[torch.randperm(len(present), generator=generator)]
+        return torch.isin(groups, order[: max(len(present) // 5, least)])
     held = torch.zeros(count, dtype=torch.bool)
-    held[torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 5]] = True
+    held[torch.randperm(count, generator=generator)[: count // 5]] = True
     return held
 
 
@@ -68,11 +81,24 @@ def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tupl
 
 
 def bootstrap(
-    values: Tensor, weights: Tensor | None = None, *, draws: int = 2000, seed: int = 0
+    values: Tensor,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean (or of sum(values) / sum(weights)) over resampled clips; values [n]."""
+    """95 % percentile interval of a mean (or of sum(values) / sum(weights)) over resampled clips; values [n].
+
+    groups: int64 [n], the group of each clip: whole groups are resampled instead (the cluster bootstrap), since clips
+        of one group, such as those of one speaker, are right or wrong together.
+    """
     values = values.double()
     weights = torch.ones_like(values) if weights is None else weights.double()
+    if groups is not None:
+        _, places = groups.unique(return_inverse=True)
+        empty = torch.zeros(int(places.max()) + 1, dtype=torch.double)
+        values, weights = empty.index_add(0, places, values), empty.index_add(0, places, weights)
     picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     ratios = values[picks].sum(1) / weights[picks].sum(1)
     low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()

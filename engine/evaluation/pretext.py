@@ -77,7 +77,7 @@ def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strips:
+class Reconstruction:
     """Pictures of clips, float [B, T', H, W, C] in 0 to 1: one for each slot, by its first frame."""
 
     original: Tensor
@@ -94,7 +94,7 @@ class Strips:
 
 
 @torch.no_grad()
-def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> Strips:
+def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> Reconstruction:
     """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels.
 
     tokenizer: only read where codes are predicted.
@@ -116,7 +116,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
         appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
     if config.loss.motion_target != "none":
         motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
-    return Strips(
+    return Reconstruction(
         original=frames,
         masked=hide(frames, mask, config),
         codes=true_codes,

@@ -5,6 +5,7 @@ n training and m test videos, D an encoder's width, V classes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,20 @@ from torch import Tensor
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, Wanted
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec, Kind, cell_grid
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
+from mam2.engine.evaluation.pools import Pool, token_groups
 
 Probe = Literal["linear", "attentive", "knn"]
 FEWEST_VIDEOS = 5
 TEST_SHARE = 5
 """Without a test list, one video in so many of each class is tested on."""
+POOLS: tuple[Pool, ...] = ("mean", "time")
+"""The field's, and the one that keeps time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +41,14 @@ class Score:
 
     checkpoint: str
     layer: int
+    pool: Pool
     probe: Probe
     accuracy: float
     """Share of right answers, 0 to 1."""
     interval: tuple[float, float]
-    """95 % bootstrap interval of it."""
+    """95 % bootstrap interval of it, over the test videos, or over their groups."""
     gain: float
-    """Over the first checkpoint's last layer asked for, the same probe."""
+    """Over the first checkpoint's last layer asked for, the same pool and probe."""
     gain_interval: tuple[float, float]
     """95 % bootstrap interval of it, the videos paired."""
     setting: float
@@ -50,7 +56,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probed:
+class ProbeReport:
     train: int
     """Training videos that have a label and could be decoded."""
     test: int
@@ -59,6 +65,8 @@ class Probed:
     skipped: int
     """Labelled videos that could not be decoded."""
     classes: int
+    groups: int
+    """Groups of the test videos, over which the intervals are; 0 where they are over the videos."""
     commonest: float
     """Accuracy of always answering the test videos' commonest class."""
     scores: tuple[Score, ...]
@@ -71,6 +79,8 @@ class _Split:
     """Places in the manifest."""
     labels: Tensor
     """int64, of each row."""
+    groups: Tensor | None = None
+    """int64, of each row, where the videos have groups."""
 
 
 def probe_encoders(
@@ -79,37 +89,44 @@ def probe_encoders(
     val: Path | None,
     *,
     probes: Sequence[Probe] = get_args(Probe),
+    pools: Sequence[Pool] = POOLS,
     layers: Sequence[int] = (),
+    group: str = "",
     cache: Path,
     batch: int = 32,
     run: RunConfig | None = None,
     progress: bool = True,
-) -> Probed:
+) -> ProbeReport:
     """Probes every encoder at every layer on labelled videos.
 
     Args:
         encoders: from `load_frozen`.
         data: folder or list with labels to train the probes on.
-        val: one to test them on; None: a fifth of each class of `data`.
+        val: one to test them on; None: a fifth of each class of `data`, or of its groups.
+        pools: over what of a clip the features are taken, see pools.py; all from one pass over the videos.
         layers: numbers from 1; none: each encoder's last.
+        group: a column of the lists, or TABLE:COLUMN of another table with a column of paths, that says what videos
+            belong together, such as who is seen in them. Intervals are then over groups, and settings are chosen on
+            groups that the probe does not learn from.
         cache: folder that keeps the features, see `FeatureCache`.
         batch: clips that go through an encoder at once.
         run: its precision is that of the encoders.
 
     Raises:
-        UserError: for data without labels, too few videos, or layers that an encoder lacks.
+        UserError: for data without labels or groups, too few videos, or layers that an encoder lacks.
     """
     for frozen in encoders:
         if not all(1 <= layer <= frozen.depth for layer in layers):
             raise UserError(f"--layers {list(layers)}: {frozen.name} has the layers 1 to {frozen.depth}")
-    train, test = _splits(data, val, progress)
-    kinds: tuple[Literal["mean", "cells"], ...] = ("mean", "cells") if "attentive" in probes else ("mean",)
+    train, test = _splits(data, val, group, progress)
+    kinds: list[Kind] = [*pools] if set(probes) - {"attentive"} else []
+    if "attentive" in probes:
+        kinds.append("cells")
     wanted = [
-        Wanted(frozen, layer, kind)
+        FeatureSpec(frozen, layer, kind)
         for frozen in encoders
         for layer in dict.fromkeys(layers or [frozen.depth])
         for kind in kinds
-        if kind == "cells" or set(probes) - {"attentive"}
     ]
     files = FeatureCache(cache, run)
     of_train = files.get(train.manifest, wanted, batch=batch, progress=progress)
@@ -121,43 +138,62 @@ def probe_encoders(
             f"{len(train.rows)} training and {len(test.rows)} test videos with labels; "
             f"expected at least {FEWEST_VIDEOS} and 1"
         )
+    groups = 0 if test.groups is None else len(test.groups.unique())
+    if groups == 1:
+        raise UserError(f"--group {group}: the test videos are of one group; expected two or more")
     scores: list[Score] = []
-    first: dict[Probe, Tensor] = {}
+    first: dict[tuple[Pool, Probe], Tensor] = {}
     device = next(encoders[0].encoder.parameters()).device
     last = max(layers, default=encoders[0].depth)
     order = sorted(wanted, key=lambda want: (want.frozen is not encoders[0], want.layer != last))
     for want in order:
-        for probe in [p for p in probes if (p == "attentive") == (want.kind == "cells")]:
-            right, setting = _right(probe, of_train[want], train, of_test[want], test, device)
-            gained = right - first.setdefault(probe, right)
+        for pool, probe in _asked_of(want, pools, probes):
+            right, setting = _right(probe, pool, want, of_train[want], train, of_test[want], test, device)
+            gained = right - first.setdefault((pool, probe), right)
             scores.append(
                 Score(
                     checkpoint=want.frozen.name,
                     layer=want.layer,
+                    pool=pool,
                     probe=probe,
                     accuracy=float(right.mean()),
-                    interval=bootstrap(right),
+                    interval=bootstrap(right, groups=test.groups),
                     gain=float(gained.mean()),
-                    gain_interval=bootstrap(gained),
+                    gain_interval=bootstrap(gained, groups=test.groups),
                     setting=setting,
                 )
             )
     names = [frozen.name for frozen in encoders]
     trained_on = {train.manifest.videos[row].content or train.manifest.videos[row].path for row in train.rows}
     tested_on = [test.manifest.videos[row].content or test.manifest.videos[row].path for row in test.rows]
-    return Probed(
+    return ProbeReport(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),
         skipped=labelled - len(train.rows) - len(test.rows),
         classes=len(train.manifest.classes),
+        groups=groups,
         commonest=float(test.labels.bincount().max() / len(test.labels)),
-        scores=tuple(sorted(scores, key=lambda s: (names.index(s.checkpoint), s.layer, probes.index(s.probe)))),
+        scores=tuple(
+            sorted(
+                scores,
+                key=lambda s: (names.index(s.checkpoint), s.layer, pools.index(s.pool), probes.index(s.probe)),
+            )
+        ),
     )
+
+
+def _asked_of(want: FeatureSpec, pools: Sequence[Pool], probes: Sequence[Probe]) -> list[tuple[Pool, Probe]]:
+    """The pools and probes that read these features: attentive ones pool the cells themselves."""
+    if want.kind == "cells":
+        return [(pool, "attentive") for pool in pools]
+    return [(want.kind, probe) for probe in probes if probe != "attentive"]
 
 
 def _right(
     probe: Probe,
+    pool: Pool,
+    want: FeatureSpec,
     train_features: NDArray[np.floating],
     train: _Split,
     test_features: NDArray[np.floating],
@@ -166,44 +202,73 @@ def _right(
 ) -> tuple[Tensor, float]:
     """Which test videos a probe names rightly, float64 [m] on the CPU, and the setting chosen."""
     known, asked = train_features[train.rows], test_features[test.rows]
+    held = held_out(len(known), train.groups)
     if probe == "attentive":
-        held, classes = held_out(len(known)), len(train.manifest.classes)
-        answers, rate = attentive_probe(known, train.labels, asked, held, classes, device)
+        classes, groups = len(train.manifest.classes), token_groups(cell_grid(want.frozen), pool)
+        answers, rate = attentive_probe(known, train.labels, asked, held, classes, device, groups)
         return (answers == test.labels).double(), rate
     here, there = torch.from_numpy(known).to(device), torch.from_numpy(asked).to(device)
     labels = train.labels.to(device)
     if probe == "knn":
         return (knn(here, labels, there).cpu() == test.labels).double(), 0.0
-    result = linear_probe(here, labels, there, test.labels.to(device))
+    result = linear_probe(here, labels, there, test.labels.to(device), held.to(device))
     return result.right.double(), result.penalty
 
 
-def _splits(data: Path, val: Path | None, progress: bool) -> tuple[_Split, _Split]:
-    train = _labelled(data, read_manifest(data, progress=progress))
+def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_Split, _Split]:
+    train = _labelled(data, read_manifest(data, progress=progress), group)
     if val is None:
-        test = np.zeros(len(train.rows), bool)
-        generator = torch.Generator().manual_seed(0)
-        for label in train.labels.unique():
-            members = (train.labels == label).nonzero()[:, 0]
-            shuffled = members[torch.randperm(len(members), generator=generator)]
-            test[shuffled[: len(members) // TEST_SHARE or len(members) // 2]] = True
-        kept, tested = (_Split(train.manifest, train.rows[part], train.labels[part]) for part in (~test, test))
-        return kept, tested
-    other = _labelled(val, read_manifest(val, progress=progress))
+        if train.groups is None:
+            test = _test_rows(train.labels)
+        elif len(train.groups.unique()) < 3:
+            raise UserError(f"--group {group}: {data} has two groups; expected three or more, or --val")
+        else:
+            test = held_out(len(train.rows), train.groups, least=2)
+        return _part(train, ~test), _part(train, test)
+    other = _labelled(val, read_manifest(val, progress=progress), group)
     places = {name: place for place, name in enumerate(train.manifest.classes)}
     names = [other.manifest.classes[label] for label in other.labels.tolist()]
     if unknown := sorted(set(names) - places.keys()):
         raise UserError(f"--val {val}: no training video has the label {unknown[0]!r}")
-    labels = torch.tensor([places[name] for name in names])
-    return train, _Split(other.manifest, other.rows, labels)
+    return train, dataclasses.replace(other, labels=torch.tensor([places[name] for name in names]))
 
 
-def _labelled(source: Path, manifest: Manifest) -> _Split:
+def _test_rows(labels: Tensor) -> Tensor:
+    """bool [n]: a fifth of each class."""
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        test[shuffled[: len(members) // TEST_SHARE or len(members) // 2]] = True
+    return test
+
+
+def _labelled(source: Path, manifest: Manifest, group: str) -> _Split:
     labels = np.array([video.label for video in manifest.videos])
     rows = (labels >= 0).nonzero()[0]
     if not len(rows):
-        raise UserError(f"{source}: no labels; expected a folder a class, or a list of `path label`")
-    return _Split(manifest, rows, torch.from_numpy(labels[rows]))
+        raise UserError(f"{source}: no labels; expected a folder per class, or a list of `path label`")
+    groups = _groups(source, group, [manifest.videos[row].path for row in rows]) if group else None
+    return _Split(manifest, rows, torch.from_numpy(labels[rows]), groups)
+
+
+def _groups(source: Path, group: str, paths: Sequence[str]) -> Tensor:
+    """int64, the group of each video, two or more: by a column of its own list or TABLE:COLUMN."""
+    table, _, column = group.rpartition(":")
+    names = read_column(Path(table) if table else list_and_split(source)[0], column)
+    if missing := [path for path in paths if not names.get(path)]:
+        raise UserError(f"--group {group}: no group for {len(missing)} of the videos, the first is {missing[0]}")
+    places = {name: place for place, name in enumerate(sorted({names[path] for path in paths}))}
+    if len(places) == 1:
+        raise UserError(f"--group {group}: all videos of {source} are of one group; expected two or more")
+    return torch.tensor([places[names[path]] for path in paths])
+
+
+def _part(split: _Split, kept: Tensor) -> _Split:
+    """The rows of a split where `kept` (bool) says so."""
+    groups = None if split.groups is None else split.groups[kept]
+    return dataclasses.replace(split, rows=split.rows[kept.numpy()], labels=split.labels[kept], groups=groups)
 
 
 def _decoded(split: _Split, features: Sequence[NDArray[np.floating]]) -> _Split:
@@ -211,4 +276,4 @@ def _decoded(split: _Split, features: Sequence[NDArray[np.floating]]) -> _Split:
     there = np.ones(len(split.rows), bool)
     for rows in features:
         there &= ~np.isnan(rows.reshape(len(rows), -1)[split.rows, 0])
-    return _Split(split.manifest, split.rows[there], split.labels[torch.from_numpy(there)])
+    return _part(split, torch.from_numpy(there))

@@ -100,7 +100,7 @@ def predict(
                 counts[place] = counts.get(place, 0) + spatial
             bar.update(len(sums) - bar.n)
     found: dict[int, tuple[Tensor, int]] = {}
-    for part in world.gather({place: (sums[place].numpy(), counts[place]) for place in sums}):
+    for part in world.all_gather({place: (sums[place].numpy(), counts[place]) for place in sums}):
         found |= {place: (torch.from_numpy(total), count) for place, (total, count) in part.items()}
     places = sorted(found)
     views = torch.tensor([found[place][1] for place in places])

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,20 +22,22 @@ from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
+from mam2.engine.config.pretrain import PretrainConfig, RunConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
-from mam2.engine.evaluation.pretext import Strips, evaluation_mask, reconstruct
+from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, reconstruct
 from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
-from mam2.engine.evaluation.visualize_page import LABELS, READS, Seen, write_page
+from mam2.engine.evaluation.visualize_page import LABELS, READS, ClipView, write_page
 from mam2.engine.files import check_apart
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
 from mam2.engine.tokenizer.prepare import build_tokenizer
@@ -51,18 +53,18 @@ STRIP_INCHES = 1.0
 
 
 def visualize(
-    checkpoints: Sequence[Path],
-    data: Path,
-    out: Path,
-    device: torch.device,
+    checkpoints: Sequence[str | Path],
+    data: str | Path,
+    out: str | Path,
     *,
     clips: int = 4,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     stride: int = 0,
     frames: int | None = None,
     size: int | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
     progress: bool = True,
 ) -> Path:
     """Draws what checkpoints predict in clips of `data`, side by side; returns the page.
@@ -74,19 +76,32 @@ def visualize(
         tokenizer: VQGAN for checkpoints whose run folder no longer holds theirs.
         stride: distance of two sampled frames instead of the checkpoints'.
         frames, size, heads, decoder_heads: of checkpoints that do not say them, see `load_model`.
+        device: where the models run; auto takes a GPU if there is one.
+        progress: draw a progress bar (only on a terminal).
 
     Raises:
         UserError: for what cannot be read or written.
     """
+    check_flags(
+        clips=(clips, COUNT),
+        stride=(stride, COUNT_OR_NONE),
+        frames=(frames, COUNT),
+        size=(size, COUNT),
+        heads=(heads, COUNT),
+        decoder_heads=(decoder_heads, COUNT),
+    )
+    if not checkpoints:
+        raise UserError("visualize: name at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER")
+    out, where = Path(out), pick_device(RunConfig(device=device))
     check_apart(data, out, inside=False)
     everything = read_manifest(data, progress=progress)
     places = np.unique(np.linspace(0, len(everything.videos) - 1, clips).round().astype(int))
     manifest = Manifest(tuple(everything.videos[place] for place in places))
-    by_clip: dict[int, list[Seen]] = {}
+    by_clip: dict[int, list[ClipView]] = {}
     configs: dict[str, dict[str, Any]] = {}
     said = {"stride": stride, "frames": frames, "size": size, "heads": heads, "decoder_heads": decoder_heads}
-    for path in dict.fromkeys(checkpoints):
-        config, found = _look(path, manifest, device, tokenizer, said)
+    for path in dict.fromkeys(map(Path, checkpoints)):
+        config, found = _look(path, manifest, where, Path(tokenizer) if tokenizer else None, said)
         configs[str(path)] = to_dict(config)
         for place, one in found.items():
             by_clip.setdefault(place, []).append(one)
@@ -94,7 +109,7 @@ def visualize(
         raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        named: dict[str, list[Seen]] = {}
+        named: dict[str, list[ClipView]] = {}
         for number, (place, seen) in enumerate(sorted(by_clip.items()), 1):
             stem = re.sub(r"[^\w.-]+", "-", Path(manifest.videos[place].path).stem)[:60]
             name = f"{number:02d}-{stem}"
@@ -120,11 +135,11 @@ def visualize(
 
 def _look(
     path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
-) -> tuple[PretrainConfig, dict[int, Seen]]:
+) -> tuple[PretrainConfig, dict[int, ClipView]]:
     """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
     model, config = load_pretrained(path, device, **said)
     model.eval()
-    predict: Callable[[Tensor], Strips]
+    predict: Callable[[Tensor], Reconstruction]
     codes = None
     if isinstance(model, MAM2):
         if config.needs_codes:
@@ -134,11 +149,11 @@ def _look(
                     f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
                 )
 
-        def predict(clip: Tensor) -> Strips:
+        def predict(clip: Tensor) -> Reconstruction:
             return reconstruct(model, codes, clip, config)
     else:
 
-        def predict(clip: Tensor) -> Strips:
+        def predict(clip: Tensor) -> Reconstruction:
             return reconstruct_pixels(model, clip, config)
 
     found = {}
@@ -154,7 +169,7 @@ def _look(
             marked = int(_movement(clip, config).gather(1, mask.masked)[0].argmax())
             if attention is not None:
                 panels[READS] = _reading(panels["original"], mask, attention, marked, config)
-            found[int(batch.index[0])] = Seen(
+            found[int(batch.index[0])] = ClipView(
                 checkpoint=str(path),
                 panels=panels,
                 scores=score(model, codes, clip, mask, config),
@@ -204,7 +219,7 @@ def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, c
     return picture
 
 
-def _side_by_side(seen: Sequence[Seen], *, named: bool) -> np.ndarray:
+def _side_by_side(seen: Sequence[ClipView], *, named: bool) -> np.ndarray:
     """A column for each kind of picture, a row for each checkpoint, with names: uint8 [T', H, W, 3], even sides."""
     kinds = [name for name in LABELS if any(name in one.panels for one in seen)]
     slots = max(one.grid[0] for one in seen)

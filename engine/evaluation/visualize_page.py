@@ -29,7 +29,7 @@ EXACT_UP_TO = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ClipView:
     """One clip through one checkpoint; nothing is batched."""
 
     checkpoint: str
@@ -47,7 +47,7 @@ class Seen:
     """Place in `masked` of the hidden token that moves most."""
 
 
-def write_page(path: Path, clips: Mapping[str, Sequence[Seen]], configs: Mapping[str, Mapping[str, Any]]) -> Path:
+def write_page(path: Path, clips: Mapping[str, Sequence[ClipView]], configs: Mapping[str, Mapping[str, Any]]) -> Path:
     """Writes the page of named clips, each seen by one checkpoint or more. Returns its path.
 
     configs: of each checkpoint, as nested plain values; the page shows them folded.
@@ -120,7 +120,7 @@ def _verdict(scores: Scores) -> str:
     )
 
 
-def _tile(one: Seen, kind: str, number: int, named: bool) -> str:
+def _tile(one: ClipView, kind: str, number: int, named: bool) -> str:
     """One kind of picture of one checkpoint; where patches can be touched, `number` is that of its attention map."""
     touched = one.attention is not None and kind in ("masked", READS)
     data = f' data-map="{number}" data-kind="{kind}"' if touched else ""
@@ -144,7 +144,7 @@ def _strip(pictures: Tensor, exact: bool) -> str:
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _attention(one: Seen, attention: Tensor) -> dict[str, Any]:
+def _attention(one: ClipView, attention: Tensor) -> dict[str, Any]:
     """What the page needs to draw any patch's reading: weights of each row over its largest, in bytes."""
     relative = attention / attention.amax(1, keepdim=True).clamp_min(1e-12)
     weights = (relative * 255).round().byte().numpy().tobytes()

@@ -123,7 +123,7 @@ def use_fastest(
     dtype: torch.dtype,
     *,
     run: Path | None = None,
-    share: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
+    broadcast: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
 ) -> list[str]:
     """Chooses for these shapes and lets `attention` run the winners from now on, and nothing chosen before.
 
@@ -132,7 +132,7 @@ def use_fastest(
         device: a CPU measures nothing.
         dtype: of the matrix products.
         run: the run's folder, which keeps the choice; None measures and keeps nothing.
-        share: gives all processes of a run what the first one found, see `World.share`.
+        broadcast: gives all processes of a run what the first one found, see `World.broadcast`.
 
     Returns:
         Lines for the log.
@@ -140,7 +140,7 @@ def use_fastest(
     if device.type != "cuda":
         set_choices({})
         return []
-    choice = share(lambda: choose(shapes, device, dtype, run))
+    choice = broadcast(lambda: choose(shapes, device, dtype, run))
     use(choice, shapes, device, dtype)
     return choice.lines
 

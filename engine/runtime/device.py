@@ -145,10 +145,10 @@ def determinism(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def profiled(steps: int, folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiled(steps: int, folder: Path, info: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Profiles `steps` steps after the first five, which compile and warm up: gives a function to call after each.
 
-    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`; `say` hears
+    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`; `info` hears
     where that fails.
     """
     if not steps:
@@ -165,7 +165,7 @@ def profiled(steps: int, folder: Path, say: Callable[[str], None]) -> Iterator[C
             (folder / "operators.txt").write_text(table, encoding="utf-8")
             profiler.export_chrome_trace(str(folder / "trace.json"))
         except OSError as error:
-            say(f"profile {folder}: cannot be written: {error.strerror}. The run goes on")
+            info(f"profile {folder}: cannot be written: {error.strerror}. The run goes on")
 
     plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:

@@ -53,7 +53,7 @@ class World:
         """Whether this process writes the files and the log."""
         return self.rank == 0
 
-    def share(self, make: Callable[[], Value]) -> Value:
+    def broadcast(self, make: Callable[[], Value]) -> Value:
         """What `make` gives on rank 0, on every rank. Where it raises there, the others raise PeerFailed."""
         if self.size == 1:
             return make()
@@ -67,7 +67,7 @@ class World:
             raise PeerFailed
         return box[0]
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The values of all ranks, on every rank, by rank."""
         if self.size == 1:
             return [value]
@@ -89,7 +89,7 @@ class World:
         return error
 
 
-class Vote:
+class StopConsensus:
     """Lets all ranks stop after the same step: a step's votes are counted while the next one runs."""
 
     def __init__(self, world: World) -> None:

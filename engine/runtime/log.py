@@ -28,7 +28,7 @@ MOST_PENDING = 2**20
 
 
 class Log(Protocol):
-    def say(self, message: str) -> None: ...
+    def info(self, message: str) -> None: ...
 
     def note(self, message: str) -> None: ...
 
@@ -42,7 +42,7 @@ class Log(Protocol):
 class SilentLog:
     """Of the processes that are not rank 0."""
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         pass
 
     def note(self, message: str) -> None:
@@ -59,7 +59,7 @@ class SilentLog:
 
 
 class RunLog:
-    """Writes `RUN/log.jsonl` (one object per line), `RUN/tensorboard/` and, for `say`, the terminal and `RUN/log.txt`.
+    """Writes `RUN/log.jsonl` (one object per line), `RUN/tensorboard/` and, for `info`, the terminal and `RUN/log.txt`.
 
     Once open it raises nothing: what cannot be written is said once, and the training goes on. Names that are not UTF-8
     go into the files byte for byte, and onto the terminal escaped where it cannot show them.
@@ -78,7 +78,7 @@ class RunLog:
         self._tracker: Any = _open_tracker(tracker, run) if tracker != "none" else None
         self._failing: set[str] = set()
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         """One plain line, above a progress bar where one is drawn."""
         show(message)
         self.note(message)
@@ -100,7 +100,7 @@ class RunLog:
 
         def set_aside() -> None:
             if self._lines.set_aside(self._run / "log.before.jsonl"):
-                self.say(f"run     numbers of an earlier attempt are now in {self._run / 'log.before.jsonl'}")
+                self.info(f"run     numbers of an earlier attempt are now in {self._run / 'log.before.jsonl'}")
 
         self._attempt("log.jsonl", set_aside)
 
@@ -263,7 +263,7 @@ class Readout:
         steps = range(step - len(videos) + 1, step + 1)
         self._pending.append((event, packed, list(values), numbers, steps, videos))
 
-    def take(self, *, wait: bool = False) -> Iterator[Line]:
+    def collect(self, *, wait: bool = False) -> Iterator[Line]:
         """The lines that have arrived, or all of them."""
         while self._pending:
             event, packed, names, numbers, steps, videos = self._pending[0]

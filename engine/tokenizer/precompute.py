@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import PretrainConfig, check, passes
+from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Skipped, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
@@ -76,7 +76,7 @@ def _tokenize(
 
     for skipped in manifest.skipped:
         skip(skipped)
-    batch = config.optim.batch // passes(config, 1)
+    batch = config.optim.batch // micro_batches_per_step(config, 1)
     with ClipLoader(manifest, config.data, batch=batch, device=device, seed=config.run.seed, on_skip=skip) as loader:
         if config.run.compile:
             torch.compiler.reset()  # as in `Step`

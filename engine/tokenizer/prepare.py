@@ -30,7 +30,7 @@ FILE = "tokenizer.safetensors"
 TRAINING = "tokenizer.json"
 """Says of the one trained here which settings and videos made it."""
 
-Say = Callable[[str], None]
+Info = Callable[[str], None]
 """Takes a line for the log."""
 
 
@@ -39,7 +39,7 @@ def prepare_tokenizer(
     loader: ClipLoader,
     run: Path,
     device: torch.device,
-    say: Say,
+    info: Info,
     *,
     named: VQGAN | None = None,
     progress: bool = True,
@@ -59,14 +59,14 @@ def prepare_tokenizer(
         vqgan, source = load_vqgan(own), str(own)
     else:
         if own.is_file():
-            say(f"codes   {own} is left from other data or settings: it is trained anew")
-        say(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
+            info(f"codes   {own} is left from other data or settings: it is trained anew")
+        info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         architecture = small(options.channels, options.codes, code_factor(config))
         frames = clip_frames(loader, options.batch)
         vqgan, reports = train_tokenizer(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
         )
-        say(
+        info(
             f"codes   trained: loss {reports[-1]['loss']:.3f}, {reports[-1]['codes_used']:.0f} of {options.codes} "
             f"codes in use, perplexity {reports[-1]['perplexity']:.0f}"
         )
@@ -74,7 +74,7 @@ def prepare_tokenizer(
         save_vqgan(vqgan, own)
         write_whole(run / TRAINING, json.dumps(training, indent=1) + "\n")
         source = str(own)
-    say(f"codes   {vqgan.config.codes} codes from {source}")
+    info(f"codes   {vqgan.config.codes} codes from {source}")
     return vqgan
 
 

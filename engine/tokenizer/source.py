@@ -18,7 +18,7 @@ from mam2.engine.runtime.device import compiler
 from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer.cache import CodeCache
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
-from mam2.engine.tokenizer.prepare import FILE, Say, build_tokenizer, load_for_run, prepare_tokenizer
+from mam2.engine.tokenizer.prepare import FILE, Info, build_tokenizer, load_for_run, prepare_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
@@ -49,7 +49,7 @@ def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, prog
         cache = CodeCache(options.cache, progress=progress)
         cache.check(manifest, config, fingerprint(load_vqgan(options.path)) if options.path else cache.tokenizer)
 
-    world.share(check)  # one rank reads all of it
+    world.broadcast(check)  # one rank reads all of it
     return CodeCache(options.cache, verify=False)
 
 
@@ -60,7 +60,7 @@ def prepare_codes(
     run: Path,
     device: torch.device,
     world: World,
-    say: Say,
+    info: Info,
     *,
     named: VQGAN | None = None,
     progress: bool = True,
@@ -71,10 +71,12 @@ def prepare_codes(
     named: see `prepare_tokenizer`.
     """
     if cache is None:
-        vqgan = world.share(lambda: prepare_tokenizer(config, loader, run, device, say, named=named, progress=progress))
-        return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), say)
-    world.share(lambda: _keep_tokenizer(cache, run))
-    say(
+        vqgan = world.broadcast(
+            lambda: prepare_tokenizer(config, loader, run, device, info, named=named, progress=progress)
+        )
+        return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), info)
+    world.broadcast(lambda: _keep_tokenizer(cache, run))
+    info(
         f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
         f"each video, {cache.bytes / 1e6:.3g} MB, chosen in {cache.precision}; {cache.count_absent()} clips absent"
     )
@@ -92,7 +94,7 @@ def _keep_tokenizer(cache: CodeCache, run: Path) -> None:
         raise UserError(f"{cache.folder / FILE}: not the tokenizer that the codes beside it come from; tokenize anew")
 
 
-def online(tokenizer: Tokenizer, say: Say) -> CodeSource:
+def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
     """Codes from a tokenizer. The share of them that bfloat16 changes is measured on the first batch, and said."""
     measured = tokenizer.precision == "float32"
 
@@ -103,7 +105,7 @@ def online(tokenizer: Tokenizer, say: Say) -> CodeSource:
             measured = True
             some = video[:MEASURED_CLIPS]
             share = tokenizer.changed_share(some)
-            say(f"codes   {tokenizer.precision} changes {share:.2%} of them against float32 ({len(some)} clips)")
+            info(f"codes   {tokenizer.precision} changes {share:.2%} of them against float32 ({len(some)} clips)")
         return tokenizer.codes(video)
 
     return CodeSource(tokenizer.codebook_size, codes, tokenizer.vqgan.config)
@@ -121,17 +123,17 @@ def with_codes(
         for batch in batches:
             yield batch, source.codes(batch) if source else None
         return
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
+    side_stream = torch.cuda.Stream(device)
+    side_stream.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
     while True:
         step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(side_stream):
             # The loader notes the current stream as a user of the clip's memory.
             taken = next(batches, None)
             if taken is None:
                 return
             codes = source.codes(taken)
-        step.wait_stream(beside)
+        step.wait_stream(side_stream)
         # Both were allocated on other streams, which must not reuse their memory before the step is done with them.
         taken.clip.record_stream(step)
         codes.record_stream(step)

@@ -21,7 +21,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.runtime.cuda import Recorder, Values
 
 Arguments = tuple[Any, ...]
-Take = Callable[[Arguments, bool], Values]
+StepFunction = Callable[[Arguments, bool], Values]
 """A step of one pass: what its objective takes, and whether it is inspected."""
 
 RATE = 1e-3
@@ -36,10 +36,10 @@ MARGIN = 0.99
 class StepGraph:
     """A recorded step. Its inputs are copied to where the recording reads them."""
 
-    def __init__(self, take: Take, arguments: Arguments, recorder: Recorder) -> None:
+    def __init__(self, step_function: StepFunction, arguments: Arguments, recorder: Recorder) -> None:
         self._arguments = tree_map_only(Tensor, torch.clone, arguments)
         self._recorded = {
-            inspect: recorder.record(lambda inspect=inspect: take(self._arguments, inspect))  # type: ignore[misc]
+            inspect: recorder.record(lambda inspect=inspect: step_function(self._arguments, inspect))  # type: ignore[misc]
             for inspect in (False, True)
         }
 
@@ -52,14 +52,14 @@ class StepGraph:
 
 
 class Choice(NamedTuple):
-    take: Take
+    step_function: StepFunction
     """The faster way that is right."""
     reason: str
     """For the log."""
 
 
 def choose(
-    take: Take,
+    step_function: StepFunction,
     arguments: Arguments,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -83,7 +83,7 @@ def choose(
         _set_capturable(optimizer, True)
         graph, problem = None, None
         try:
-            graph, reason = (_compare if compare else _record)(take, arguments, optimizer, recorder, put_back)
+            graph, reason = (_compare if compare else _record)(step_function, arguments, optimizer, recorder, put_back)
         except RuntimeError as error:  # also of memory: a graph keeps its own
             problem = first_line(error)
             reason = f"launched kernel by kernel: it cannot be a CUDA graph ({problem})"
@@ -95,7 +95,7 @@ def choose(
     recorder.release()
     if problem is not None and not compare:
         raise UserError(f"run.graph on: the step cannot be a CUDA graph ({problem}); set run.graph auto or off")
-    return Choice(graph or take, reason)
+    return Choice(graph or step_function, reason)
 
 
 def first_line(error: BaseException) -> str:
@@ -114,7 +114,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _compare(
-    take: Take,
+    step_function: StepFunction,
     arguments: Arguments,
     optimizer: torch.optim.Optimizer,
     recorder: Recorder,
@@ -122,12 +122,12 @@ def _compare(
 ) -> tuple[StepGraph | None, str]:
     """The graph, or None and why not."""
     set_rate(optimizer, RATE)
-    _warm_up(take, arguments, recorder, put_back)
-    expected = _numbers(take, arguments)
-    launched = _time_ms(take, arguments, recorder)
+    _warm_up(step_function, arguments, recorder, put_back)
+    expected = _numbers(step_function, arguments)
+    launched = _time_ms(step_function, arguments, recorder)
     put_back()
     recorder.release()
-    graph = StepGraph(take, arguments, recorder)
+    graph = StepGraph(step_function, arguments, recorder)
     put_back()
     found = _numbers(graph, arguments)
     for name, value in expected.items():
@@ -141,7 +141,7 @@ def _compare(
 
 
 def _record(
-    take: Take,
+    step_function: StepFunction,
     arguments: Arguments,
     optimizer: torch.optim.Optimizer,
     recorder: Recorder,
@@ -149,18 +149,20 @@ def _record(
 ) -> tuple[StepGraph | None, str]:
     """The graph as it is."""
     set_rate(optimizer, RATE)
-    _warm_up(take, arguments, recorder, put_back)
-    return StepGraph(take, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
+    _warm_up(step_function, arguments, recorder, put_back)
+    return StepGraph(step_function, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
 
 
-def _warm_up(take: Take, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]) -> None:
+def _warm_up(
+    step_function: StepFunction, arguments: Arguments, recorder: Recorder, put_back: Callable[[], None]
+) -> None:
     for inspect in (True, False):
-        recorder.warm_up(lambda inspect=inspect: take(arguments, inspect))  # type: ignore[misc]
+        recorder.warm_up(lambda inspect=inspect: step_function(arguments, inspect))  # type: ignore[misc]
     put_back()
     recorder.release()
 
 
-def _time_ms(way: Take, arguments: Arguments, recorder: Recorder) -> float:
+def _time_ms(way: StepFunction, arguments: Arguments, recorder: Recorder) -> float:
     """Milliseconds of a step, the median of a few rounds."""
     samples = []
     for _ in range(ROUNDS):
@@ -173,7 +175,7 @@ def _time_ms(way: Take, arguments: Arguments, recorder: Recorder) -> float:
     return statistics.median(samples)
 
 
-def _numbers(way: Take, arguments: Arguments) -> dict[str, float]:
+def _numbers(way: StepFunction, arguments: Arguments) -> dict[str, float]:
     """Losses and gradient norm of two steps; the second sees what the first has learned."""
     found: dict[str, float] = {}
     for step in (1, 2):

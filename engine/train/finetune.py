@@ -22,7 +22,7 @@ from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
-from mam2.engine.config.pretrain import passes
+from mam2.engine.config.pretrain import micro_batches_per_step
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
@@ -43,8 +43,8 @@ from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.objective import Compile, Objective, Values
-from mam2.engine.train.optimizer import build_layered_optimizer
-from mam2.engine.train.session import MANIFEST, Session, started
+from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
+from mam2.engine.train.session import MANIFEST, Session, open_session
 from mam2.engine.train.step import Step
 
 ACCURACY = "accuracy/validation"
@@ -84,7 +84,7 @@ def finetune(
         check_apart(labelled, out)
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
-    with started(config, out, resume=resume, progress=progress, decided=("model",)) as session:
+    with open_session(config, out, resume=resume, progress=progress, derived_tables=("model",)) as session:
         task = _Finetuning(session, Path(data), Path(val), encoder, encoder_options or {})
         with task.val_loader:
             return Loop(session, task).train()
@@ -105,35 +105,35 @@ class _Finetuning:
         self.title, self.shown = "fine-tuning", SHOWN
         if encoder is not None and not session.saved:
             start = Path(encoder)
-            world.share(lambda: find_weights(start))  # before the videos are opened, which can take hours
+            world.broadcast(lambda: find_weights(start))  # before the videos are opened, which can take hours
         manifest = session.read_videos(data)
-        world.share(lambda: check_labelled(manifest, data))
+        world.broadcast(lambda: check_labelled(manifest, data))
         if session.saved:
-            manifest = session.manifest = world.share(lambda: _numbered_as_before(session, data))
-        session.log.say(describe_classes(manifest))
+            manifest = session.manifest = world.broadcast(lambda: _numbered_as_before(session, data))
+        session.log.info(describe_classes(manifest))
         classes, threads = manifest.classes, session.config.data.threads
-        self._val = world.share(
+        self._val = world.broadcast(
             lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
         )
-        self.notes = {CLASSES: json.dumps(classes)}
+        self.metadata = {CLASSES: json.dumps(classes)}
         self.loader = session.open_loader()
-        config, pretrained, embeddings = world.share(lambda: _resolved(session, classes, encoder, options))
+        config, pretrained, embeddings = world.broadcast(lambda: _resolved(session, classes, encoder, options))
         session.config = config
-        clips = config.optim.batch // (world.size * passes(config, world.size))
+        clips = config.optim.batch // (world.size * micro_batches_per_step(config, world.size))
         dtype, shapes = matmul_dtype(config.run, session.device), classifier_shapes(config, clips)
-        for line in use_fastest(shapes, session.device, dtype, run=session.folder, share=world.share):
-            session.log.say(line)
+        for line in use_fastest(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast):
+            session.log.info(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, embeddings)
         if pretrained:
             weights = {name: t for name, t in pretrained.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
-        self.take = FinetuneStep(config, model, session.device, world)
+        self.train_step = FinetuneStep(config, model, session.device, world)
         self.flops = _flops(config)
 
         # validated apart: an averaged, compiled or sharded model needs no other way
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
-        batch = config.test.batch or config.optim.batch // (world.size * self.take.passes)
+        batch = config.test.batch or config.optim.batch // (world.size * self.train_step.micro_batches)
         self.val_loader = ClipLoader(
             self._val,
             dataclasses.replace(config.data, max_unusable=1.0),  # the log names them
@@ -144,18 +144,18 @@ class _Finetuning:
         )
         self._told: set[str] = set()
         self._note_unusable()
-        self._validated, self._best = world.share(self._begin)
+        self._validated, self._best = world.broadcast(self._begin)
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Prepared]]:
         prepared = (
-            (batch, self.take.prepare(number, batch.video, batch.label))
+            (batch, self.train_step.prepare(number, batch.video, batch.label))
             for number, batch in enumerate(self.loader.stream(first_step=first_pass), first_pass)
         )
-        return _beside_the_step(prepared, self._session.device)
+        return _on_side_stream(prepared, self._session.device)
 
-    def between(self, step: int, steps: int) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         """Validates each `test.every` epochs and at the end, but no step twice."""
-        per_epoch = self.loader.steps_per_epoch / self.take.passes
+        per_epoch = self.loader.steps_per_epoch / self.train_step.micro_batches
         due = step % max(round(self._session.config.test.every * per_epoch), 1) == 0 or step == steps
         if not due or step in self._validated:
             return
@@ -164,9 +164,9 @@ class _Finetuning:
         session = self._session
         if found[ACCURACY] > self._best:
             self._best = found[ACCURACY]
-            session.world.share(lambda: self._write_best(step, found))
+            session.world.broadcast(lambda: self._write_best(step, found))
         session.log.write(step, found)
-        session.log.say(
+        session.log.info(
             f"step {step}: validation top-1 {found[ACCURACY]:.2%}, top-5 {found['accuracy/validation_top5']:.2%}, "
             f"best {self._best:.2%}"
         )
@@ -183,7 +183,7 @@ class _Finetuning:
     def _validate(self) -> dict[str, float]:
         session, config = self._session, self._session.config
         with torch.no_grad():
-            whole = checkpoint.copies(self.take.model.state_dict() | dict(self.take.average), keep=True)
+            whole = checkpoint.copies(self.train_step.model.state_dict() | dict(self.train_step.average), keep=True)
             self._judge.load_state_dict(whole)
         # a signal need not wait for the whole of it, where no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
@@ -213,17 +213,20 @@ class _Finetuning:
         session = self._session
         try:
             weights = checkpoint.copies(self._judge.state_dict(), keep=True)
-            checkpoint.write_best(session.folder, step, weights, session.config, dict(self.notes), found)
+            checkpoint.write_best(session.folder, step, weights, session.config, dict(self.metadata), found)
         except OSError as error:
-            session.log.say(f"step {step}: RUN/best cannot be written: {error}. The run goes on")
+            session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run goes on")
 
     def _note_unusable(self) -> None:
         """Names validation videos that cannot be used, once, in the log."""
         loader = self.val_loader
-        for skipped in [*self._val.skipped, *(s for part in self._session.world.gather(loader.skipped) for s in part)]:
+        for skipped in [
+            *self._val.skipped,
+            *(s for part in self._session.world.all_gather(loader.skipped) for s in part),
+        ]:
             if skipped.path not in self._told:
                 self._told.add(skipped.path)
-                self._session.log.say(f"unusable for validation: {skipped.path}: {skipped.reason}")
+                self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
 
 
 def _numbered_as_before(session: Session[FinetuneConfig], data: Path) -> Manifest:
@@ -258,7 +261,7 @@ def _resolved(
 
     A resumed run has the last two in its checkpoint.
     """
-    config, say = session.config, session.log.say
+    config, info = session.config, session.log.info
     if session.saved:
         saved = checkpoint.read_state(session.saved)["config"]["model"]
         return dataclasses.replace(config, model=from_dict(EncoderConfig, saved)), None, None
@@ -266,9 +269,9 @@ def _resolved(
     if path is not None:
         encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
-        say(f"encoder from {path}")
+        info(f"encoder from {path}")
     else:
-        say("encoder drawn at random (--scratch)")
+        info("encoder drawn at random (--scratch)")
     embeddings = None
     if config.head.text_embeddings:
         embeddings = read_text_embeddings(config.head.text_embeddings, classes)
@@ -299,23 +302,23 @@ def _described(encoder: Encoder) -> EncoderConfig:
     )
 
 
-def _beside_the_step(
+def _on_side_stream(
     prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
 ) -> Iterator[tuple[Batch, Prepared]]:
-    """The same pairs. On a GPU they are made on a stream of their own, which does not wait for the step before: while
+    """The same pairs. On a GPU they are made on a side stream, which does not wait for the step before: while
     that one runs, the next batch is augmented."""
     if device.type != "cuda":
         yield from prepared
         return
-    beside = torch.cuda.Stream(device)
+    side_stream = torch.cuda.Stream(device)
     while True:
         step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(side_stream):
             # The loader notes the current stream as a user of the clip's memory.
             taken = next(prepared, None)
         if taken is None:
             return
-        step.wait_stream(beside)
+        step.wait_stream(side_stream)
         # Allocated on other streams, which must not reuse the memory before the step is done with it.
         for tensor in (taken[0].clip, *taken[1]):
             if tensor is not None:
@@ -377,17 +380,18 @@ class FinetuneStep(Step):
     def build_objective(self, compiled: Compile) -> Objective:
         return ClassifierObjective(self.model, compiled)
 
-    def build_optimizer(self) -> torch.optim.AdamW:
-        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim)
+    def build_optimizer(self) -> Optimizer:
+        dtype = matmul_dtype(self.config.run, self.device)
+        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
 
     def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
         """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
-        step, index = divmod(number, self.passes)
+        step, index = divmod(number, self.micro_batches)
         first_sample = (index * self.world.size + self.world.rank) * len(video)
         return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
 
-    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Prepared) -> tuple[Any, ...]:
-        return tuple(beside)
+    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
+        return tuple(extras)
 
     def extra_state(self) -> Mapping[str, Tensor]:
         return self.average

@@ -25,12 +25,12 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows
 from mam2.engine.model.attention import active_backend
 from mam2.engine.runtime.device import compile_problem, matmul_dtype, paused_gc, profiled
-from mam2.engine.runtime.distributed import Vote, first_line
+from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.log import Line, Readout
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
-from mam2.engine.train.optimizer import learning_rate, long_warmup
+from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step, out_of_memory
@@ -61,7 +61,7 @@ class Task(Protocol):
         """Of the progress bar."""
 
     @property
-    def take(self) -> Step: ...
+    def train_step(self) -> Step: ...
 
     @property
     def loader(self) -> ClipLoader: ...
@@ -75,13 +75,13 @@ class Task(Protocol):
         """Numbers of a log line that the progress bar shows, and how: the format of each."""
 
     @property
-    def notes(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, str]:
         """Further metadata of its checkpoints."""
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Any]]:
         """What the passes from `first_pass` on see: batches, and what goes with each into the step."""
 
-    def between(self, step: int, steps: int) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         """Called after each of the `steps` steps, before its checkpoint, and where a resumed run begins, with the steps
         done. Work for which it is not to wait for is done in `session.stop.interruptible`."""
 
@@ -93,44 +93,50 @@ class Loop:
     """One call of `train`, set up by the constructor."""
 
     def __init__(self, session: Session[Any], task: Task) -> None:
-        self.session, self.task, self.take = session, task, task.take
-        config, world, take = session.config, session.world, task.take
+        self.session, self.task, self.train_step = session, task, task.train_step
+        config, world, train_step = session.config, session.world, task.train_step
         self.first = 0
         if session.saved:
-            self.first = checkpoint.restore(session.saved, take.model, take.optimizer, take.extra_state())
-        self.saver = checkpoint.Saver(session.folder, config, main=world.main, notes=task.notes)
+            self.first = checkpoint.restore(
+                session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
+            )
+        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=task.metadata)
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after as many."""
         self.updates, self.recorded = 0, False
         """Updates that the optimizer told of; a recorded step (CUDA graph) tells of none."""
-        take.optimizer.register_step_pre_hook(self._note_update)
+        train_step.optimizer.register_step_pre_hook(self._note_update)
         self.readout = Readout(session.device)
         self.spikes = Spikes()
         self.in_a_row = 0
         self.last = ""
         """Numbers of the newest log line, in words."""
-        self.steps_per_epoch = task.loader.steps_per_epoch / take.passes
+        self.steps_per_epoch = task.loader.steps_per_epoch / train_step.micro_batches
         self.steps = max(round(config.optim.epochs * self.steps_per_epoch), 1)
         dtype = matmul_dtype(config.run, session.device)
         devices = [session.device] if session.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # the measurement draws numbers, and checkpoints hold the generators
             peak = measured_peak_flops(session.device, dtype)
         self.full_clips_per_s = peak * world.size / task.flops
-        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(take.model).items())
-        say = session.log.say
-        say(f"model   {task.title}: {parts} parameters")
-        say(
+        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(train_step.model).items())
+        info = session.log.info
+        info(f"model   {task.title}: {parts} parameters")
+        info(
             f"paths   kernels: {active_path(session.device)}; "
             f"attention: {active_backend(session.device, dtype)}{' where not measured' * bool(devices)}; "
-            f"step: {take.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
+            f"step: {train_step.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
         )
-        shared = "" if take.passes == world.size == 1 else f" ({world.size} processes in {take.passes} passes)"
-        say(
+        shared = (
+            ""
+            if train_step.micro_batches == world.size == 1
+            else f" ({world.size} processes in {train_step.micro_batches} passes)"
+        )
+        info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
-            f"{config.optim.batch} clips a step{shared}"
+            f"{config.optim.batch} clips a step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
-            say(f"warning: {problem}")
+            info(f"warning: {problem}")
         session.write_config()
 
     def train(self) -> TrainResult:
@@ -158,13 +164,13 @@ class Loop:
     def _run(self) -> int:
         """The steps; the signal that ended them early, or 0."""
         session, task = self.session, self.task
-        config, stop, say = session.config, session.stop, session.log.say
+        config, stop, info = session.config, session.stop, session.log.info
         ended = 0
         window = _Window(task.loader)
-        vote = Vote(session.world)
+        stop_consensus = StopConsensus(session.world)
         videos: list[Tensor] = []
         flags: list[Tensor] = []
-        stream = task.batches(self.first * self.take.passes)
+        stream = task.batches(self.first * self.train_step.micro_batches)
         bar = Progress(
             desc=task.title,
             total=self.steps,
@@ -175,31 +181,33 @@ class Loop:
             bar_format=BAR,
         )
         profile_steps = config.run.profile if session.world.main else 0
-        profiling = profiled(profile_steps, session.folder / "profile", say)
+        profiling = profiled(profile_steps, session.folder / "profile", info)
         with bar, paused_gc(), profiling as profiler_step:
-            ended = self._between(window) if self.step else 0
+            ended = self._after_step(window) if self.step else 0
             began = time.perf_counter()
-            compiles = self.take.compiled.startswith("compiled") and self.step < self.steps and not ended
+            compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer too, when it is asked for the first codes
-                say("step    the first one compiles the model, which can take minutes; --run.no-compile starts at once")
+                info(
+                    "step    the first one compiles the model, which can take minutes; --run.no-compile starts at once"
+                )
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
                         with stop.interruptible(session.world.size == 1):
-                            batches = [next(stream) for _ in range(self.take.passes)]
+                            batches = [next(stream) for _ in range(self.train_step.micro_batches)]
                     except Interrupted:  # a loader that hangs must not keep what is done from being saved
                         return int(stop.received or 0)
                     except torch.OutOfMemoryError as error:  # of the tokenizer or the augmentation, beside the step
-                        clips_a_pass = config.optim.batch // (session.world.size * self.take.passes)
+                        clips_a_pass = config.optim.batch // (session.world.size * self.train_step.micro_batches)
                         raise out_of_memory(config, clips_a_pass, error) from error
                     logged = (self.step + 1) % config.run.log_every == 0 or self.step + 1 == self.steps
                     rate = learning_rate(
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
-                    clips = [(batch.video, beside) for batch, beside in batches]
-                    values = self._take(clips, rate, inspect=logged)
+                    clips = [(batch.video, extras) for batch, extras in batches]
+                    values = self._run_step(clips, rate, inspect=logged)
                 if compiles:
-                    say(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
+                    info(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
                     compiles = False
                 profiler_step()
                 bar.update()
@@ -216,21 +224,21 @@ class Loop:
                     values |= self.spikes.peak()
                     self.readout.put(self.step, values, torch.stack(flags), numbers, videos, session.world)
                     flags, videos = [], []
-                ended = self._between(window)
+                ended = self._after_step(window)
                 if self.step % config.run.save_every == 0 and self.step < self.steps:
                     self._write(bar, wait=True)  # a run that goes on from here does not log these steps again
                     self._save(self.step)
-                ended = ended or vote(int(stop.received or 0))
+                ended = ended or stop_consensus(int(stop.received or 0))
             self._write(bar, wait=True)
         return ended
 
-    def _take(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
+    def _run_step(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
         """One step; `self.step` and `self.sound` follow what the weights are."""
-        if self.step == self.first and (found := self.take.settle(self.step, clips)):
-            self.session.log.say(f"step    {found}")
+        if self.step == self.first and (found := self.train_step.maybe_capture_cuda_graph(self.step, clips)):
+            self.session.log.info(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a recorded step does not tell whether it came to its update
-        values = self.take(self.step, clips, rate, inspect=inspect)
+        values = self.train_step(self.step, clips, rate, inspect=inspect)
         self.recorded = self.updates == updates
         self.step += 1
         self.sound = True
@@ -247,9 +255,9 @@ class Loop:
         told = ""
         if self.step > self.first:
             with contextlib.suppress(Exception):  # they are only log lines
-                self._write_lines(self.readout.take(wait=True))
+                self._write_lines(self.readout.collect(wait=True))
             place = self._save_before_end(error)
-            self.session.log.say(f"error   {place}")
+            self.session.log.info(f"error   {place}")
             told = f"; {place}"
         if problem:
             return UserError(f"{problem}{told}")
@@ -276,11 +284,11 @@ class Loop:
         where = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint"
         return f"the state after step {step} is not saved ({reason}); {where}"
 
-    def _between(self, window: _Window) -> int:
+    def _after_step(self, window: _Window) -> int:
         """Lets the task work, which no rate counts; the signal that ended its work early, or 0."""
         start = time.perf_counter()
         try:
-            self.task.between(self.step, self.steps)
+            self.task.after_step(self.step, self.steps)
         except Interrupted:
             return int(self.session.stop.received or 0)
         window.leave_out(time.perf_counter() - start)
@@ -288,7 +296,7 @@ class Loop:
 
     def _write(self, bar: Progress, *, wait: bool = False) -> None:
         """Writes the log lines whose numbers have come from the device. Raises UserError after too many bad steps."""
-        shown = self._write_lines(self.readout.take(wait=wait))
+        shown = self._write_lines(self.readout.collect(wait=wait))
         if shown:
             bar.show(shown)
         if self.in_a_row >= self.session.config.run.max_nonfinite:
@@ -308,7 +316,7 @@ class Loop:
                 numbers["skipped_steps"] = len(bad)
                 self._name_clips(bad, line.videos)
             if problem := self.spikes.warning(line.steps, numbers):
-                session.log.say(f"warning: {problem}")
+                session.log.info(f"warning: {problem}")
             for flag in line.bad:
                 self.in_a_row = self.in_a_row + 1 if flag else 0
             if session.device.type == "cuda":
@@ -323,22 +331,22 @@ class Loop:
         """Lists the clips of steps that were left out in nonfinite.tsv."""
         session = self.session
         mine = [(step, session.manifest.videos[place].path) for step in bad for place in sorted(set(videos[step]))]
-        rows = [row for part in session.world.gather(mine) for row in part]
+        rows = [row for part in session.world.all_gather(mine) for row in part]
         file = session.folder / "nonfinite.tsv"
         numbers = ", ".join(map(str, bad))
-        session.log.say(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
+        session.log.info(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
         if session.world.main:
             try:
                 append_rows(file, sorted(rows))
             except OSError as error:
-                session.log.say(f"log     {file} cannot be written: {error.strerror}. The run goes on")
+                session.log.info(f"log     {file} cannot be written: {error.strerror}. The run goes on")
 
     def _save(self, step: int, *, last: bool = False) -> None:
         """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
         session = self.session
         if session.lock and session.lock.lost:
             raise UserError(f"step {step}: another process has taken {session.folder} over, so nothing is saved here")
-        problem = self.saver.save(step, self.take.model, self.take.optimizer, self.take.extra_state())
+        problem = self.saver.save(step, self.train_step.model, self.train_step.optimizer, self.train_step.extra_state())
         if last:
             problem = self.saver.wait()
         folder = checkpoint.folder_of(session.folder, step)
@@ -351,7 +359,7 @@ class Loop:
         message = f"a checkpoint cannot be written: {problem}; {there}"
         if last:
             raise UserError(f"step {step}: {message}")
-        session.log.say(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
+        session.log.info(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
 
     def _result(self, ended: int) -> TrainResult:
         session, step = self.session, self.step
@@ -362,13 +370,13 @@ class Loop:
         how = f"stopped by {name} after step {step}; --resume goes on" if ended else f"done: {step} steps"
         folder = checkpoint.folder_of(session.folder, step)
         if self.last:
-            session.log.say(f"last    {self.last}")
+            session.log.info(f"last    {self.last}")
         best = session.folder / checkpoint.BEST
         if session.world.main and best.is_dir():
             found = checkpoint.read_state(best)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
-            session.log.say(f"best    after step {found['step']}: {measured}; {best}")
-        session.log.say(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
+            session.log.info(f"best    after step {found['step']}: {measured}; {best}")
+        session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 
 

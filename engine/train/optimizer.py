@@ -1,45 +1,97 @@
-"""AdamW and its learning rate, as VideoMAE pre-trains and fine-tunes."""
+"""AdamW, or Muon with AdamW, and the learning rate, for pre-training and fine-tuning."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mam2.engine.config.finetune import FinetuneOptimConfig
 from mam2.engine.config.pretrain import OptimConfig
+from mam2.engine.model.blocks import Attention, Block, RegressorBlock
+from mam2.engine.train.muon import MuonAdamW
+
+Optimizer = torch.optim.AdamW | MuonAdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay on 1-D parameters (biases, norms) and mask tokens."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim <= 1 or "mask_token" in name]
-    decayed = [p for name, p in trained if not (p.ndim <= 1 or "mask_token" in name)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), eps=1e-8, fused=True)
+def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.bfloat16) -> Optimizer:
+    """The optimizer that `config.name` names; no weight decay on 1-D parameters (biases, norms) and mask tokens.
+
+    dtype: of Muon's matrix products.
+    """
+    return _built(
+        [(name, parameter, 1.0) for name, parameter in model.named_parameters() if parameter.requires_grad],
+        model,
+        config,
+        dtype,
+    )
 
 
-def build_layered_optimizer(model: nn.Module, depth: int, config: FinetuneOptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW for a classifier whose encoder has `depth` blocks; no weight decay on parameters with less than two
+def build_layered_optimizer(
+    model: nn.Module, depth: int, config: FinetuneOptimConfig, dtype: torch.dtype = torch.bfloat16
+) -> Optimizer:
+    """The optimizer of a classifier whose encoder has `depth` blocks; no weight decay on parameters with less than two
     dimensions.
 
-    A group's `scale`, `layer_decay` to the power of the layers above it, is to multiply its learning rate: the head is
+    A group's `scale` is to multiply its learning rate: `layer_decay` to the power of the layers above it. The head is
     layer depth + 1 (scale 1), block k layer k + 1, the patch embedding layer 0.
     """
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((layer_of(name, depth), parameter.ndim > 1), []).append(parameter)
-    described = [
-        {
-            "params": parameters,
+    return _built(
+        [
+            (name, parameter, config.layer_decay ** (depth + 1 - layer_of(name, depth)))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ],
+        model,
+        config,
+        dtype,
+    )
+
+
+def _built(
+    trained: list[tuple[str, nn.Parameter, float]], model: nn.Module, config: OptimConfig, dtype: torch.dtype
+) -> Optimizer:
+    """trained: each parameter with its name and what multiplies its learning rate."""
+    matrices = hidden_matrices(model) if config.name == "muon" else {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter, scale in trained:
+        parts = matrices.get(parameter, 0)
+        decayed = parameter.ndim > 1 and "mask_token" not in name
+        group = {
+            "params": [],
             "weight_decay": config.weight_decay if decayed else 0.0,
-            "scale": config.layer_decay ** (depth + 1 - layer),
+            "scale": scale * (config.muon_rate if parts else 1.0),
         }
-        for (layer, decayed), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(described, lr=0.0, betas=(0.9, config.beta2), eps=1e-8, fused=True)
+        group |= {"parts": parts, "momentum": config.momentum} if parts else {"betas": (0.9, config.beta2), "eps": 1e-8}
+        groups.setdefault((scale, decayed, parts), group)["params"].append(parameter)
+    if matrices:
+        return MuonAdamW(list(groups.values()), dtype=dtype)
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, fused=True)
+
+
+def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
+    """What Muon trains: the weight matrices of all blocks (encoder, regressor, decoders), with the number of matrices
+    that each consists of: 3 for queries, keys and values in one, else 1.
+
+    AdamW trains the rest: patch embedding, heads, projections between widths, mask tokens, norms, biases, LayerScale.
+    """
+    found: dict[Tensor, int] = {}
+    for block in model.modules():
+        if isinstance(block, Block | RegressorBlock):
+            fused = {module.qkv for module in block.modules() if isinstance(module, Attention)}
+            layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+            found |= {layer.weight: 3 if layer in fused else 1 for layer in layers}
+    return found
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """What trains how much, for the log."""
+    matrices = [p for group in optimizer.param_groups if "parts" in group for p in group["params"]]
+    if not matrices:
+        return "AdamW"
+    return f"Muon on {sum(p.numel() for p in matrices) / 1e6:.2f} M parameters of blocks, AdamW on the rest"
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.config.pretrain import PretrainConfig, check, passes
+from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
 from mam2.engine.files import check_apart
@@ -26,7 +26,7 @@ from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.session import Session, started
+from mam2.engine.train.session import Session, open_session
 from mam2.engine.train.step import TrainStep
 
 SHOWN = {
@@ -57,7 +57,7 @@ def pretrain(
     """
     check(config)
     check_apart(data, out)
-    with started(config, out, resume=resume, progress=progress) as session:
+    with open_session(config, out, resume=resume, progress=progress) as session:
         return Loop(session, _Pretraining(session, Path(data))).train()
 
 
@@ -69,12 +69,12 @@ class _Pretraining:
         self.title, self.shown = "pre-training", SHOWN
         if config.loss.appearance_target == "pixels":
             self.shown = SHOWN | {"loss/appearance": SHOWN["loss/pixels"]}
-        self.notes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
         if config.tokenizer.path and config.needs_codes:
-            world.share(lambda: named.append(load_vqgan(config.tokenizer.path)))
+            world.broadcast(lambda: named.append(load_vqgan(config.tokenizer.path)))
         if config.tokenizer.cache and config.needs_codes:
-            world.share(lambda: check_cache(config.tokenizer.cache))
+            world.broadcast(lambda: check_cache(config.tokenizer.cache))
         manifest = session.read_videos(data)
         cache = open_cache(config, manifest, world, progress=session.progress)
         self.loader = session.open_loader(cache.has if cache else None)
@@ -88,24 +88,24 @@ class _Pretraining:
                 session.folder,
                 device,
                 world,
-                session.log.say,
+                session.log.info,
                 named=named[0] if named else None,
                 progress=session.progress,
             )
         source = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
         self.flops = sum(step_flops(config, *source).values())
-        clips = config.optim.batch // (world.size * passes(config, world.size))
+        clips = config.optim.batch // (world.size * micro_batches_per_step(config, world.size))
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, clips)
-        for line in use_fastest(shapes, device, dtype, run=session.folder, share=world.share):
-            session.log.say(line)
+        for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
+            session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
         codes = self._codes.codebook_size if self._codes else 0
         model = MAM2(config, codes) if config.model.objective == "mam2" else VideoMAE(config)
-        self.take = TrainStep(config, model, device, world)
+        self.train_step = TrainStep(config, model, device, world)
 
     def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor | None]]:
         return with_codes(self.loader.stream(first_step=first_pass), self._codes, self._device)
 
-    def between(self, step: int, steps: int) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward passes, clipping, AdamW. Nothing in it waits for the device."""
+"""One optimiser step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, passes
+from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
@@ -26,7 +26,7 @@ from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
-from mam2.engine.train.optimizer import build_optimizer
+from mam2.engine.train.optimizer import Optimizer, build_optimizer
 
 
 class Step(ABC):
@@ -38,7 +38,7 @@ class Step(ABC):
 
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, world: World) -> None:
         self.config, self.model, self.device, self.world = config, model.to(device), device, world
-        self.passes = passes(config, world.size)
+        self.micro_batches = micro_batches_per_step(config, world.size)
         if config.run.compile:
             torch.compiler.reset()  # torch.compile counts the compilations of a function over all models of a process
         compiled, self.compiled = compiler(config.run, device)
@@ -67,7 +67,7 @@ class Step(ABC):
             )
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
-        self._take: cuda_graph.Take = self._one_pass
+        self._run: cuda_graph.StepFunction = self._one_pass
         self._lead = cuda.Lead() if device.type == "cuda" else None
 
     @abstractmethod
@@ -75,11 +75,11 @@ class Step(ABC):
         """The model with its loss, its parts passed through `compiled`."""
 
     @abstractmethod
-    def build_optimizer(self) -> torch.optim.AdamW:
-        """AdamW on the model's parameters; a group's `scale` multiplies the step's learning rate."""
+    def build_optimizer(self) -> Optimizer:
+        """Of the model's parameters; a group's `scale` multiplies the step's learning rate."""
 
     @abstractmethod
-    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Any) -> tuple[Any, ...]:
+    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Any) -> tuple[Any, ...]:
         """What the objective takes of one pass of step `step`; its first clip is the step's `first_sample`th."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
@@ -108,11 +108,11 @@ class Step(ABC):
 
     def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], inspect: bool) -> dict[str, Tensor]:
         if len(micro_batches) == 1:
-            return self._take(self._arguments(step, micro_batches, 0), inspect)
+            return self._run(self._arguments(step, micro_batches, 0), inspect)
         arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
         return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
 
-    def settle(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]]) -> str | None:
+    def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]]) -> str | None:
         """Before the first step, with what it will see: measures whether it is to be a CUDA graph.
 
         Returns what was found, for the log; None where there is no choice. Weights and moments stay as they are.
@@ -129,7 +129,7 @@ class Step(ABC):
             return f"launched kernel by kernel: {needs}"
         arguments = self._arguments(step, micro_batches, 0)
         with _whole_sums():
-            self._take, reason = cuda_graph.choose(
+            self._run, reason = cuda_graph.choose(
                 self._one_pass,
                 arguments,
                 self.model,
@@ -141,8 +141,8 @@ class Step(ABC):
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], index: int) -> tuple[Any, ...]:
         """What the objective takes of a pass of this process."""
-        video, beside = micro_batches[index]
-        return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, beside)
+        video, extras = micro_batches[index]
+        return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, extras)
 
     def _one_pass(self, arguments: tuple[Any, ...], inspect: bool) -> dict[str, Tensor]:
         return self._gradients([arguments], 1, inspect) | self._update(inspect)
@@ -178,8 +178,8 @@ class Step(ABC):
         if self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm, foreach=True)
         bad = (~norm.isfinite()).float()
-        # AdamW's fused kernel reads this flag on the device and leaves weights and moments as they are.
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        # The optimizer reads this flag on the device and leaves weights and moments as they are.
+        self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {**norms, "gradient/norm": norm, "bad": bad}
@@ -194,11 +194,11 @@ class TrainStep(Step):
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)
 
-    def build_optimizer(self) -> torch.optim.AdamW:
-        return build_optimizer(self.model, self.config.optim)
+    def build_optimizer(self) -> Optimizer:
+        return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
 
-    def arguments(self, step: int, first_sample: int, video: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
-        return video, draw_mask(video, self.config, step=step, first_sample=first_sample), beside
+    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
+        return video, draw_mask(video, self.config, step=step, first_sample=first_sample), extras
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:

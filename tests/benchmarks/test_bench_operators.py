@@ -65,7 +65,7 @@ def test_variants_hold_what_other_codebases_and_the_engine_pass() -> None:
 
 def test_only_what_is_asked_for_is_measured() -> None:
     operators, sections = module("operators"), module("sections")
-    wanted = sections.Wanted(True, False, operators=("gather_tubes",), shapes=("B4",), ways=("ours",))
+    wanted = sections.Selection(True, False, operators=("gather_tubes",), shapes=("B4",), ways=("ours",))
     (row,) = operators.rows(CPU, float("inf"), wanted)
     assert (row["operator"], row["provider"], row["verdict"]) == ("gather_tubes", "ours", "right")
-    assert not list(operators.rows(CPU, float("inf"), sections.Wanted(True, False, shapes=("B64",))))
+    assert not list(operators.rows(CPU, float("inf"), sections.Selection(True, False, shapes=("B64",))))

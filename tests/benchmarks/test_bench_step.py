@@ -29,7 +29,7 @@ def compare(bench: ModuleType, name: str, precision: str = "float32") -> list[di
 
 def everything(bench: ModuleType) -> Any:
     """What `make gpu ARGS=--dry-run` asks for."""
-    return importlib.import_module("benchmarks.sections").Wanted(dry_run=True, compiled=False)
+    return importlib.import_module("benchmarks.sections").Selection(dry_run=True, compiled=False)
 
 
 @pytest.mark.slow

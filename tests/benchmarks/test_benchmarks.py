@@ -188,7 +188,7 @@ import json, sys, time
 sys.modules |= dict.fromkeys({missing})
 import torch
 from benchmarks import bench_step, correctness, counters, gpu, operators, sections, tune
-wanted = sections.Wanted(dry_run=True, compiled=False)
+wanted = sections.Selection(dry_run=True, compiled=False)
 for name in ("loader", "pretrain"):
     for row in sections.rows_of(name, torch.device("cpu"), time.monotonic() + 60, wanted):
         print(json.dumps(row))

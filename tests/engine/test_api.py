@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import io
+import re
 import runpy
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from matplotlib import image
 
 import mam2.engine
+from mam2.engine import cli
 from mam2.engine.config.pretrain import PretrainConfig
 from tests.helpers.paths import ROOT
 
 EXAMPLE = ROOT / "examples" / "pretrain_probe_plot.py"
+
+
+def help_of(verb: str) -> str:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+    return out.getvalue()
 
 
 def test_every_name_is_there_and_says_what_it_takes() -> None:
@@ -57,3 +72,64 @@ def test_the_example_pre_trains_probes_and_plots(
         picture = image.imread(tmp_path / name)
         assert min(picture.shape[:2]) > 200
         assert picture[..., :3].std() > 0.02  # something is drawn
+
+
+VERBS = ("evaluate", "export", "finetune", "index", "plan", "pretrain", "tokenize", "visualize")
+"""Verbs of the command line that are functions of `mam2.engine`."""
+OTHERWISE = {
+    # load_recipe
+    **{
+        (verb, flag): "config" for verb in ("plan", "pretrain", "tokenize") for flag in ("size", "preset")
+    },  # load_recipe
+    ("plan", "videos"): "gpus",  # Plan.hours and Plan.report
+    ("evaluate", "classes"): "names",
+    ("finetune", "checkpoint"): "encoder",
+    ("finetune", "scratch"): "encoder",
+    ("finetune", "frames"): "encoder_options",
+    ("finetune", "size"): "encoder_options",
+    ("finetune", "heads"): "encoder_options",
+}
+"""Options of a verb whose value goes into another parameter of its function."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_function_takes_every_option_of_its_verb(verb: str) -> None:
+    found = getattr(mam2.engine, verb)
+    parameters = inspect.signature(found).parameters
+    flags = {
+        flag.replace("-", "_")
+        for flag in re.findall(r"(?:^|  )--([a-z][a-z-]*)(?: [A-Z{\[]|, --)", help_of(verb), re.MULTILINE)
+    }
+    assert len(flags) > 1
+    assert [flag for flag in flags if OTHERWISE.get((verb, flag), flag) not in parameters] == []
+    hints = typing.get_type_hints(found)
+    assert "return" in hints
+    assert [name for name in parameters if name not in hints] == []
+    told = inspect.getdoc(found) or ""
+    assert [name for name in parameters if not re.search(rf"\b{name}\b", told)] == []
+
+
+def test_names_of_functions_are_not_those_of_modules() -> None:
+    """Importing a module would put it in the place of the function."""
+    folder = Path(mam2.engine.__file__).parent
+    assert [name for name in mam2.engine.__all__ if (folder / name).is_dir() or (folder / f"{name}.py").exists()] == []
+
+
+def test_a_mistake_is_an_exception() -> None:
+    with pytest.raises(mam2.engine.UserError, match="no such file or folder"):
+        mam2.engine.index("/nowhere")
+    with pytest.raises(mam2.engine.UserError, match="unknown key 'epoch'; did you mean 'epochs'"):
+        mam2.engine.load_recipe("demo", optim={"epoch": 1.0})
+
+
+def test_a_recipe_takes_size_preset_and_values() -> None:
+    config = mam2.engine.load_recipe("mam2-fast", size="small", preset="cae", optim={"epochs": 3}, data={"frames": 8})
+    assert (config.model.width, config.model.decoder.width) == (384, 384)
+    assert (config.optim.epochs, config.data.frames) == (3.0, 8)
+    assert config.optim.base_lr == mam2.engine.load_recipe("mam2-fast").optim.base_lr
+    tuned = mam2.engine.load_recipe("kinetics400/finetune", mam2.engine.FinetuneConfig, optim={"batch": 16})
+    assert tuned.optim.batch == 16
+    with pytest.raises(mam2.engine.UserError, match="size 'giant': expected one of tiny, small"):
+        mam2.engine.load_recipe("mam2-fast", size="giant")
+    with pytest.raises(mam2.engine.UserError, match="for recipes that pre-train"):
+        mam2.engine.load_recipe("kinetics400/finetune", mam2.engine.FinetuneConfig, size="small")

@@ -15,7 +15,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.planning import GPUS, UTILISATION, make_plan
+from mam2.engine.planning import GPUS, UTILISATION, plan
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective
@@ -78,7 +78,7 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], argumen
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx-4090", "NVIDIA GeForce RTX 4090", "4090", "RTX4090"])
 def test_a_card_is_known_in_any_spelling(name: str) -> None:
-    assert make_plan(load_recipe("videomae"), gpu=name).machine.startswith("NVIDIA GeForce RTX 4090 ")
+    assert plan(load_recipe("videomae"), gpu=name).machine.startswith("NVIDIA GeForce RTX 4090 ")
 
 
 def test_unknown_and_old_cards_are_one_line_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_unknown_and_old_cards_are_one_line_that_helps(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("epochs", "told"), [(1.0, "seconds"), (50.0, "minutes"), (4e3, "hours"), (1e5, "days")])
 def test_numbers_have_units_that_a_person_reads(epochs: float, told: str) -> None:
     config = changed(load_recipe("mam2-fast"), optim={"epochs": epochs})
-    text = make_plan(config, gpu="h200").report(10_000)
+    text = plan(config, gpu="h200").report(10_000)
     (line,) = (line for line in text.splitlines() if line.startswith("time"))
     value, unit = line.split()[1:3]
     assert unit == told
@@ -105,35 +105,35 @@ def test_numbers_have_units_that_a_person_reads(epochs: float, told: str) -> Non
 
 def test_hours_follow_from_clips_per_s() -> None:
     config = changed(load_recipe("mam2-fast"), data={"views": 2})
-    plan = make_plan(config, gpu="h200")
-    assert plan.hours(1000) == pytest.approx(1000 * 2 * 400 / plan.clips_per_s / 3600)
-    flops = sum(cost.flops for cost in plan.parts.values())
+    planned = plan(config, gpu="h200")
+    assert planned.hours(1000) == pytest.approx(1000 * 2 * 400 / planned.clips_per_s / 3600)
+    flops = sum(cost.flops for cost in planned.parts.values())
     most = UTILISATION["data sheet"] * GPUS["h200"].bf16_tflop_per_s * 1e12 / flops
-    assert plan.clips_per_s <= most * (1 + 1e-9)
-    assert make_plan(config, gpu="h200", utilisation=0.2).hours(1000) > plan.hours(1000)
-    assert make_plan(config, gpu="h200", gpus=8).hours(1000) < plan.hours(1000) / 7
+    assert planned.clips_per_s <= most * (1 + 1e-9)
+    assert plan(config, gpu="h200", utilisation=0.2).hours(1000) > planned.hours(1000)
+    assert plan(config, gpu="h200", gpus=8).hours(1000) < planned.hours(1000) / 7
 
 
 def test_a_cache_of_codes_saves_the_tokenizers_work() -> None:
     config = load_recipe("mam2-fast")
     cached = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 4})
-    assert "tokenizer" in make_plan(config, gpu="h200").parts
-    assert "tokenizer" not in make_plan(cached, gpu="h200").parts
+    assert "tokenizer" in plan(config, gpu="h200").parts
+    assert "tokenizer" not in plan(cached, gpu="h200").parts
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:
     config = changed(load_recipe("mam2-cae"), optim={"batch": 256})
-    report = make_plan(config, gpu="a10").report()
+    report = plan(config, gpu="a10").report()
     assert "DOES NOT FIT: --optim.micro-batch " in report
     fitting = int(report.split("--optim.micro-batch ")[1].split()[0])
     smaller = changed(config, optim={"batch": 256, "micro_batch": fitting})
-    assert "DOES NOT FIT" not in make_plan(smaller, gpu="a10").report()
+    assert "DOES NOT FIT" not in plan(smaller, gpu="a10").report()
     larger = changed(config, optim={"batch": 256, "micro_batch": 2 * fitting})
-    assert "DOES NOT FIT" in make_plan(larger, gpu="a10").report()
+    assert "DOES NOT FIT" in plan(larger, gpu="a10").report()
     huge = changed(config, model={"width": 8192, "heads": 64}, optim={"batch": 1})
-    assert "no optim.micro_batch fits; try --run.recompute" in make_plan(huge, gpu="a10").report()
+    assert "no optim.micro_batch fits; try --run.recompute" in plan(huge, gpu="a10").report()
     small = changed(config, optim={"batch": 256, "micro_batch": 8})
-    assert "DOES NOT FIT" not in make_plan(small, gpu="a10").report()
+    assert "DOES NOT FIT" not in plan(small, gpu="a10").report()
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str) -> None:
         step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    estimated = make_plan(config).memory
+    estimated = plan(config).memory
     parts = estimated["gradients"] + estimated.get("weights cast", 0) + estimated["activations"]
     assert parts == pytest.approx(peak, rel=1 / 3)
     held = sum(parameter.nbytes for parameter in model.parameters())
@@ -177,11 +177,11 @@ def test_a_gpu_holds_the_tokenizers_activations_beside_the_steps(monkeypatch: py
     """On a CPU it has done its work before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
     with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})
-    on_gpu, cached = (make_plan(one, gpu="h200").memory["activations"] for one in (config, with_cache))
-    on_cpu = make_plan(config).memory["activations"]
-    plan = make_plan(config, gpu="h200")
+    on_gpu, cached = (plan(one, gpu="h200").memory["activations"] for one in (config, with_cache))
+    on_cpu = plan(config).memory["activations"]
+    planned = plan(config, gpu="h200")
     frames = min(64, config.optim.batch * config.tokenized_frames)
-    tokenizing = plan.parts["tokenizer"].held_bytes * frames / config.tokenized_frames
+    tokenizing = planned.parts["tokenizer"].held_bytes * frames / config.tokenized_frames
     assert on_gpu == cached + tokenizing
     assert on_cpu == max(cached, tokenizing)
 
@@ -211,6 +211,6 @@ def test_an_index_gives_the_number_of_videos(tmp_path: Any, capsys: pytest.Captu
     assert run(capsys, "mam2-fast", "--videos", str(tmp_path / "other.jsonl"))[0] == 2
 
 
-def test_make_plan_refuses_an_unknown_gpu() -> None:
+def test_plan_refuses_an_unknown_gpu() -> None:
     with pytest.raises(UserError, match="expected one of"):
-        make_plan(load_recipe("mam2-fast"), gpu="abacus")
+        plan(load_recipe("mam2-fast"), gpu="abacus")

@@ -95,7 +95,7 @@ def test_no_visible_token_gives_no_row() -> None:
         ({"patch_size": (2, 4)}, "patch_size"),
         ({"visible": VISIBLE[0]}, r"visible: expected shape \[2, K\]"),
         ({"visible": VISIBLE.int()}, "int64"),
-        ({"visible": torch.eye(2, 8, dtype=torch.int64)}, "each at most once in a clip, found one twice"),
+        ({"visible": torch.eye(2, 8, dtype=torch.int64)}, "each at most once per clip, found one twice"),
         ({"visible": torch.ones(2, 8, dtype=torch.bool)}, "TubeMask, found torch.bool; .*from_bool"),
         ({"mean": MEAN}, "both or neither"),
         ({"mean": (0.5,), "std": (0.5,)}, "mean: expected 3 values"),

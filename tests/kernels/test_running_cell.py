@@ -87,7 +87,7 @@ def test_bad_arguments_name_themselves(grid: tuple[int, int, int], ratio: float,
 
 
 def test_a_mask_of_another_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask: expected 64 tokens a clip \(grid \(4, 4, 4\)\), found 128"):
+    with pytest.raises(ValueError, match=r"mask: expected 64 tokens per clip \(grid \(4, 4, 4\)\), found 128"):
         running_cell_subset(tube_mask(2, (8, 4, 4), 0.5, seed=0), (4, 4, 4), seed=0)
 
 

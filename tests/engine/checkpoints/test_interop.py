@@ -47,7 +47,7 @@ def test_our_runs_checkpoints_and_files(tmp_path: Path) -> None:
         ("videomae", VideoMAE(CONFIG), CONFIG),
         ("mam2", MAM2(mam2_config, codes=7), mam2_config),
     ):
-        folder = checkpoint.write(tmp_path / name, 3, dict(shaken(model).state_dict()), {}, config, notes={})
+        folder = checkpoint.write(tmp_path / name, 3, dict(shaken(model).state_dict()), {}, config, metadata={})
         expected = model.eval().encode(clip())
         for path in (tmp_path / name, folder, folder / checkpoint.WEIGHTS):
             loaded = load_model(path)
@@ -61,7 +61,7 @@ def test_our_fine_tuned_classifier(tmp_path: Path) -> None:
     model = EncoderConfig(patch=8, width=48, depth=2, heads=4, mlp_ratio=2, classes=len(CLASSES))
     config = FinetuneConfig(data=CONFIG.data, model=model)
     weights, notes = dict(ours.state_dict()), {"classes": json.dumps(CLASSES)}
-    checkpoint.write(tmp_path / "run", 3, weights, {}, config, notes=notes)
+    checkpoint.write(tmp_path / "run", 3, weights, {}, config, metadata=notes)
     assert torch.equal(load_model(tmp_path / "run")(clip()), ours(clip()))
     assert torch.equal(load_encoder(tmp_path / "run").encode(clip()), ours.encoder.encode(clip()))
     assert class_names(tmp_path / "run") == CLASSES

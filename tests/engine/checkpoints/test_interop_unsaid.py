@@ -57,7 +57,7 @@ def test_a_clip_size_that_nothing_says_is_assumed_aloud(tmp_path: Path, caplog: 
 
 
 def test_a_decoder_takes_no_other_clips(tmp_path: Path) -> None:
-    folder = checkpoint.write(tmp_path / "run", 1, dict(VideoMAE(CONFIG).state_dict()), {}, CONFIG, notes={})
+    folder = checkpoint.write(tmp_path / "run", 1, dict(VideoMAE(CONFIG).state_dict()), {}, CONFIG, metadata={})
     with pytest.raises(UserError, match="its decoder predicts clips of 4 frames of 24², not 8 of 24²"):
         load_model(folder, frames=8)
     assert load_encoder(folder, frames=8).grid == (4, 3, 3)
@@ -216,7 +216,7 @@ def test_layer_scale_goes_into_the_layers_before_it(tmp_path: Path) -> None:
         ),
     )
     ours = shaken(MAM2(config, codes=5))
-    folder = checkpoint.write(tmp_path / "run", 1, dict(ours.state_dict()), {}, config, notes={})
+    folder = checkpoint.write(tmp_path / "run", 1, dict(ours.state_dict()), {}, config, metadata={})
     close(load_encoder(folder).encode(clip()), ours.encode(clip()))
     (tmp_path / "hf").mkdir()
     write_hugging_face(ours, tmp_path / "hf")
@@ -233,7 +233,9 @@ def named(run: Path) -> Classifier:
     model = shaken(classifier())
     sizes = EncoderConfig(patch=8, width=48, depth=2, heads=4, mlp_ratio=2, classes=len(CLASSES))
     notes = {"classes": json.dumps(CLASSES)}
-    checkpoint.write(run, 1, dict(model.state_dict()), {}, FinetuneConfig(data=CONFIG.data, model=sizes), notes=notes)
+    checkpoint.write(
+        run, 1, dict(model.state_dict()), {}, FinetuneConfig(data=CONFIG.data, model=sizes), metadata=notes
+    )
     assert isinstance(model, nn.Module)
     return model  # type: ignore[return-value]
 

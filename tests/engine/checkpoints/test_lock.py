@@ -17,7 +17,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from mam2.engine.checkpoints.lock import RunLock
-RunLock(Path(sys.argv[1])).take(print)
+RunLock(Path(sys.argv[1])).acquire(print)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -33,13 +33,13 @@ def of_another_machine(run, age):
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path):
     first, told = RunLock(tmp_path), []
-    first.take(told.append)
+    first.acquire(told.append)
     with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*name another folder"):
-        RunLock(tmp_path).take(told.append)
+        RunLock(tmp_path).acquire(told.append)
     first.release()
     assert list(tmp_path.iterdir()) == []
     second = RunLock(tmp_path)
-    second.take(told.append)
+    second.acquire(told.append)
     second.release()
     assert told == []
 
@@ -49,13 +49,13 @@ def test_kill_9_leaves_a_lock_that_is_taken_over_at_once_with_a_line(tmp_path, m
     process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {process.pid} on"):
-        RunLock(tmp_path).take(print)
+        RunLock(tmp_path).acquire(print)
     process.kill()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
     told = []
     mine = RunLock(tmp_path)
-    mine.take(told.append)  # while the dead one is still a zombie, as under a launcher
+    mine.acquire(told.append)  # while the dead one is still a zombie, as under a launcher
     process.wait()
     assert len(told) == 1
     assert f"taken over from process {process.pid}" in told[0]
@@ -67,17 +67,17 @@ def test_a_process_of_another_machine_lives_as_long_as_its_lock_is_renewed(tmp_p
     monkeypatch.setattr(lock, "SETTLE_S", 0.0)
     of_another_machine(tmp_path, age=lock.STALE_S / 2)
     with pytest.raises(UserError, match=r"process 7 on other, started then .*if it has died, its lock ends \d+ s"):
-        RunLock(tmp_path).take(print)
+        RunLock(tmp_path).acquire(print)
     of_another_machine(tmp_path, age=lock.STALE_S * 2)
     told = []
-    RunLock(tmp_path).take(told.append)
+    RunLock(tmp_path).acquire(told.append)
     assert told == ["lock    taken over from process 7 on other, started then, which no longer runs"]
 
 
 def test_the_lock_is_renewed_and_one_who_lost_it_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "RENEW_S", 0.02)
     mine = RunLock(tmp_path)
-    mine.take(print)
+    mine.acquire(print)
     os.utime(tmp_path / lock.FILE, (1, 1))
     deadline = time.monotonic() + 30
     while (tmp_path / lock.FILE).stat().st_mtime < 2:

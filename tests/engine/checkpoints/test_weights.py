@@ -19,7 +19,7 @@ from mam2.engine.cli import main
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.feature_files import FeatureCache, Wanted
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.positions import set_clip_size
 from tests.helpers.small_models import CLASSES, CONFIG, classifier, clip, shaken
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuning run whose best checkpoint is that of step 4, whose newest that of step 8."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     for step in (4, 8):
-        checkpoint.write(folder, step, dict(stepped(step).state_dict()), {}, CLASSIFIER, notes=NOTES)
+        checkpoint.write(folder, step, dict(stepped(step).state_dict()), {}, CLASSIFIER, metadata=NOTES)
     checkpoint.write_best(folder, 4, dict(stepped(4).state_dict()), CLASSIFIER, NOTES, {"accuracy": 1.0})
     return folder
 
@@ -79,7 +79,7 @@ def test_the_hash_is_that_of_the_encoder_that_is_loaded(run: Path, tmp_path: Pat
     assert len(by_step[4]) == len(by_step[8]) == 1
     assert by_step[4] != by_step[8]
     # bit-equal weights in another file, written at another step with another config: the same encoder
-    same = checkpoint.write(tmp_path / "again", 9, dict(stepped(4).state_dict()), {}, CLASSIFIER, notes=NOTES)
+    same = checkpoint.write(tmp_path / "again", 9, dict(stepped(4).state_dict()), {}, CLASSIFIER, metadata=NOTES)
     assert {load_frozen(same, CPU).digest} == by_step[4]
 
 
@@ -87,7 +87,7 @@ def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
     """The library writes metadata in a random order, another one for each file."""
     notes = NOTES | {f"note {number}": 'é\t"\n' for number in range(20)}
     files = [
-        checkpoint.write(tmp_path / str(copy), 4, dict(stepped(4).state_dict()), {}, CLASSIFIER, notes=notes)
+        checkpoint.write(tmp_path / str(copy), 4, dict(stepped(4).state_dict()), {}, CLASSIFIER, metadata=notes)
         / checkpoint.WEIGHTS
         for copy in range(4)
     ]
@@ -124,7 +124,7 @@ def test_embed_names_the_weights_it_read(run: Path, videos: Manifest, tmp_path: 
 def test_kept_features_are_those_of_the_weights(run: Path, videos: Manifest, tmp_path: Path) -> None:
     """In one call, where two paths stand for one encoder, and in calls after each other."""
     paths = [run, run / "best", checkpoint.folder_of(run, 8)]
-    wanted = [Wanted(load_frozen(path, CPU), 2, "mean") for path in paths]
+    wanted = [FeatureSpec(load_frozen(path, CPU), 2, "mean") for path in paths]
     together = FeatureCache(tmp_path / "one").get(videos, wanted, batch=5, progress=False)
     assert len(list((tmp_path / "one").iterdir())) == 2
     assert np.array_equal(together[wanted[0]], together[wanted[1]])

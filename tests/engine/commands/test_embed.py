@@ -81,6 +81,18 @@ def test_parquet_holds_the_same(videos, run, tmp_path):
     assert table["path"].to_pylist() == json.loads((tmp_path / "f.json").read_text())["paths"]
 
 
+def test_a_pool_that_keeps_time(videos, run, tmp_path):
+    """The means of the slots, one after the other: their mean is the mean of all tokens."""
+    for pool in ("mean", "time"):
+        assert embed(run, "--data", videos, "--out", tmp_path / f"{pool}.npy", "--pool", pool) == 0
+    mean, time = (np.load(tmp_path / f"{pool}.npy") for pool in ("mean", "time"))
+    index = json.loads((tmp_path / "time.json").read_text())
+    slots, width = index["shape"]
+    assert (index["pool"], slots > 1, width) == ("time", True, 24)
+    assert time.shape == (8, slots * width)
+    np.testing.assert_allclose(time.reshape(8, slots, width).mean(1), mean, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_written_is_said_first(videos, run, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

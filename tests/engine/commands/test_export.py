@@ -45,7 +45,7 @@ def clip(batch: int = 3) -> Tensor:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a MAM2."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    checkpoint.write(folder, 7, dict(shaken(MAM2(CONFIG, codes=9)).state_dict()), {}, CONFIG, notes={})
+    checkpoint.write(folder, 7, dict(shaken(MAM2(CONFIG, codes=9)).state_dict()), {}, CONFIG, metadata={})
     return folder
 
 

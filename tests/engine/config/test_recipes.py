@@ -10,7 +10,7 @@ import pytest
 from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.errors import UserError
-from mam2.engine.planning import make_plan
+from mam2.engine.planning import plan
 
 SETS = ("demo", "kinetics400", "ssv2", "ucf101", "hmdb51")
 METHODS = ("mam2-fast", "mam2-cae", "videomae")
@@ -50,9 +50,9 @@ def test_a_data_sets_recipe_is_the_methods_with_its_own_values(method: str) -> N
 
 
 def test_the_laptops_model_is_small_in_every_part() -> None:
-    plan = make_plan(load_recipe("laptop"), gpu="rtx4060")
-    assert plan.parameters < 5e6
-    assert sum(cost.flops for cost in plan.parts.values()) < 3e9
+    planned = plan(load_recipe("laptop"), gpu="rtx4060")
+    assert planned.parameters < 5e6
+    assert sum(cost.flops for cost in planned.parts.values()) < 3e9
 
 
 def test_the_demo_in_other_methods() -> None:
@@ -74,10 +74,10 @@ def test_heads_promise_what_the_plan_estimates(name: str) -> None:
     memory = re.search(r"one GPU with (\S+) GiB free", text)
     assert found
     assert memory
-    plan = make_plan(load_recipe(name), gpu="h200")
+    planned = plan(load_recipe(name), gpu="h200")
     assert found[2] == name
-    assert f"{plan.hours(int(found[3])):.3g}" == found[1]
-    assert f"{sum(plan.memory.values()) / 2**30:.1f}" == memory[1]
+    assert f"{planned.hours(int(found[3])):.3g}" == found[1]
+    assert f"{sum(planned.memory.values()) / 2**30:.1f}" == memory[1]
     assert "Expected score: " in text
     assert "not reproduced here yet" in text
 

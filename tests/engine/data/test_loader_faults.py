@@ -277,7 +277,7 @@ def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
     vp9 = next(video for video in videos.videos if video.codec == "vp9")
     many = dataclasses.replace(videos, videos=(vp9,) * 60)
     said: list[str] = []
-    with open_loader(many, say=said.append) as clips:
+    with open_loader(many, info=said.append) as clips:
         for _ in zip(range(7), clips.stream(), strict=False):
             pass
         assert clips.front_ends == {"pyav": 60}
@@ -297,7 +297,7 @@ def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
     monkeypatch.setattr(ClipGraph, "_run_pipeline", hang)
     monkeypatch.setattr(loader, "choose_front_end", nvdec_for_vp9)
     said: list[str] = []
-    with open_loader(videos, dataclasses.replace(CONFIG, timeout_s=0.2), say=said.append) as clips:
+    with open_loader(videos, dataclasses.replace(CONFIG, timeout_s=0.2), info=said.append) as clips:
         for one, other in zip(expected, clips.stream(), strict=False):
             assert_same(one, other)
     free.set()
@@ -316,7 +316,7 @@ def test_a_bad_file_costs_a_batch_few_runs(bad):
                 raise decoding.DecodeError(f"file {bad} of {len(payloads)}")
             return [torch.tensor(payloads)[:, None]]
 
-    work = renderer.Renderer(CONFIG, samples=64, device=torch.device("cpu"), say=print)
+    work = renderer.Renderer(CONFIG, samples=64, device=torch.device("cpu"), info=print)
     jobs = []
     for row in range(64):
         payload = renderer.Future()

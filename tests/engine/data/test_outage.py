@@ -65,7 +65,7 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
     here = dataclasses.replace(videos, videos=tuple(moved))
     expected, said, told = take(here, 12), [], []
     config = dataclasses.replace(CONFIG, prefetch=1, wait_s=60)
-    with open_loader(here, config, say=said.append, on_skip=told.append) as clips:
+    with open_loader(here, config, info=said.append, on_skip=told.append) as clips:
         stream = clips.stream()
         got = [next(stream)]
         folder.rename(tmp_path / "elsewhere")
@@ -86,7 +86,7 @@ def test_data_that_stays_away_ends_the_run_and_burns_no_video(videos, tmp_path):
         videos=tuple(dataclasses.replace(v, path=f"{tmp_path}/gone/{k}.mp4") for k, v in enumerate(videos.videos)),
     )
     told = []
-    with open_loader(away, dataclasses.replace(CONFIG, wait_s=0.1), say=told.append, on_skip=told.append) as clips:
+    with open_loader(away, dataclasses.replace(CONFIG, wait_s=0.1), info=told.append, on_skip=told.append) as clips:
         with pytest.raises(UserError, match=r"the data is away: folder .*/gone is missing or empty.*--resume"):
             next(clips.stream())
         assert clips.skipped == []

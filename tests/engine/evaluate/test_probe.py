@@ -15,7 +15,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation.attentive import RATES, attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, Wanted
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.features import extract_features, layer_tokens
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
@@ -128,18 +128,23 @@ def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_pat
     assert (found["train"], found["test"], found["both"], found["classes"]) == (32, 16, 0, 8)
     assert found["commonest"] == 1 / 8
     assert [(s["checkpoint"], s["layer"], s["probe"]) for s in found["scores"]] == [
-        (str(run), layer, probe) for run in encoders for layer in (1, 2) for probe in ("linear", "attentive", "knn")
+        (str(run), layer, probe)
+        for run in encoders
+        for layer in (1, 2)
+        for _ in ("mean", "time")
+        for probe in ("linear", "attentive", "knn")
     ]
+    assert [s["pool"] for s in found["scores"]] == 4 * (3 * ["mean"] + 3 * ["time"])
     for score in found["scores"]:
         assert score["interval"][0] <= score["accuracy"] <= score["interval"][1]
         assert f"{100 * score['accuracy']:.1f} % (" in printed
-    reference = found["scores"][3:6]
-    assert [score["gain"] for score in reference] == [0, 0, 0]
-    for score, first in zip(found["scores"][6:9], reference, strict=True):
+    reference = found["scores"][6:12]
+    assert [score["gain"] for score in reference] == 6 * [0]
+    for score, first in zip(found["scores"][12:18], reference, strict=True):
         assert score["gain"] == pytest.approx(score["accuracy"] - first["accuracy"])
 
     files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 2 * 2 * 2 * 2  # checkpoints, layers, kinds, lists
+    assert len(files) == 2 * 2 * 3 * 2  # checkpoints, layers, kinds (two pools, and the cells), lists
     stamps = [file.stat().st_mtime_ns for file in files]
     with pytest.raises(SystemExit):
         main(arguments)
@@ -151,7 +156,7 @@ def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_pat
 def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
     manifest = read_manifest(clips / "test", progress=False)
-    mean, cells = Wanted(frozen, 2, "mean"), Wanted(frozen, 2, "cells")
+    mean, cells = FeatureSpec(frozen, 2, "mean"), FeatureSpec(frozen, 2, "cells")
     found = FeatureCache(tmp_path).get(manifest, [mean, cells], batch=5, progress=False)
     model, _ = load_pretrained(encoders[0], torch.device("cpu"))
     with ClipLoader(manifest, frozen.data, batch=16, device="cpu", seed=0, train=False) as loader:
@@ -164,7 +169,7 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
 @pytest.mark.slow
 def test_features_are_kept_apart_by_precision(clips, encoders, tmp_path):
     frozen = load_frozen(encoders[0], torch.device("cpu"))
-    manifest, want = read_manifest(clips / "test", progress=False), Wanted(frozen, 2, "mean")
+    manifest, want = read_manifest(clips / "test", progress=False), FeatureSpec(frozen, 2, "mean")
     precise, rounded = (
         FeatureCache(tmp_path, RunConfig(precision=precision)).get(manifest, [want], batch=16, progress=False)[want]
         for precision in ("float32", "bfloat16")

@@ -17,7 +17,7 @@ from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.visualize import visualize
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import draw_mask
-from mam2.engine.planning import make_plan
+from mam2.engine.planning import plan
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer.precompute import tokenize
@@ -234,15 +234,15 @@ def test_a_plan_counts_the_frames_that_are_tokenized():
     config = load_recipe("mam2-fast")
     every = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, frames="all"))
     pixels = dataclasses.replace(config, loss=dataclasses.replace(config.loss, appearance_target="pixels"))
-    first, all_of_them = (make_plan(one, gpu="h200").parts for one in (config, every))
+    first, all_of_them = (plan(one, gpu="h200").parts for one in (config, every))
     assert all_of_them["tokenizer"].flops == 2 * first["tokenizer"].flops
     assert all_of_them["tokenizer"].parameters == first["tokenizer"].parameters
     assert all_of_them["code head and loss"].parameters == 2 * first["code head and loss"].parameters
-    assert "one of each frame" in make_plan(every, gpu="h200").report()
-    plan = make_plan(pixels, gpu="h200")
-    assert not {"tokenizer", "code head and loss"} & plan.parts.keys()
-    assert "codes  " not in plan.report()
-    assert "projection" in make_plan(without_regressor(config), gpu="h200").report()
+    assert "one of each frame" in plan(every, gpu="h200").report()
+    planned = plan(pixels, gpu="h200")
+    assert not {"tokenizer", "code head and loss"} & planned.parts.keys()
+    assert "codes  " not in planned.report()
+    assert "projection" in plan(without_regressor(config), gpu="h200").report()
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch):
         model = load_model(run)
         assert isinstance(model, MAM2)
         assert model.codebook_size == (CODES if config.needs_codes else 0)
-        page = visualize([run], videos, tmp_path / "seen" / option, torch.device("cpu"), clips=1, progress=False)
+        page = visualize([run], videos, tmp_path / "seen" / option, device="cpu", clips=1, progress=False)
         # original, masked, two of motion; appearance; true codes; what the regressor reads
         shown = 4 + (option != "motion alone") + config.needs_codes + (option != "no regressor")
         assert page.read_text().count('class="tile"') == shown

@@ -9,7 +9,7 @@ import torch
 
 from mam2.engine import doctor
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.recipe import load_recipe, load_recipe_of
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model import attention as module
 from mam2.engine.model import attention_tuning as attention_choice
@@ -45,7 +45,7 @@ def test_shapes_are_those_of_the_method():
     config = load_recipe("mam2-fast")
     aligned = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alignment=2.0))
     assert shapes_of(aligned, 64)["alignment"] == Shape(64, 1408, 1408, 12, 64)
-    tuned = load_recipe_of(FinetuneConfig, "kinetics400/finetune")
+    tuned = load_recipe("kinetics400/finetune", FinetuneConfig)
     assert classifier_shapes(tuned, 8) == {"encoder": Shape(8, 1568, 1568, 12, 64)}
     regressor = dataclasses.replace(config.model.regressor, depth=0)
     shapes = shapes_of(dataclasses.replace(config, model=dataclasses.replace(config.model, regressor=regressor)), 64)
@@ -139,7 +139,7 @@ def test_other_processes_are_told_the_winners(tmp_path, monkeypatch):
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(attention_choice, "choose", None)
     winners = Choice({"encoder": "cudnn"}, ["a line"])
-    assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, share=lambda _: winners) == ["a line"]
+    assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, broadcast=lambda _: winners) == ["a line"]
     assert module._chosen == {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}
     assert not list(tmp_path.iterdir())
 

@@ -38,17 +38,17 @@ def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
         clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
         codes = torch.randint(0, 16, (STEPS, BATCH, 64))
         clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still
-        part = BATCH // (world.size * step.passes)
+        part = BATCH // (world.size * step.micro_batches)
         results: dict[str, torch.Tensor] = {}
         for number in range(STEPS):
             rows = [
                 slice(first, first + part)
-                for first in ((index * world.size + world.rank) * part for index in range(step.passes))
+                for first in ((index * world.size + world.rank) * part for index in range(step.micro_batches))
             ]
             batches = [(clips[number, row], codes[number, row]) for row in rows]
             if number == 0:
-                arguments = [step._arguments(0, batches, index) for index in range(step.passes)]
-                values = step._gradients(arguments, step.passes, inspect=True)
+                arguments = [step._arguments(0, batches, index) for index in range(step.micro_batches)]
+                values = step._gradients(arguments, step.micro_batches, inspect=True)
                 names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative"))]
                 means = world.mean_(torch.stack([values[name].float() for name in names]))
                 results |= dict(zip(names, means, strict=True))

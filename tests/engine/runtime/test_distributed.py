@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.config.pretrain import passes
+from mam2.engine.config.pretrain import micro_batches_per_step
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
@@ -212,6 +212,6 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
 
 def test_a_batch_is_shared_out_evenly_or_refused(small):
     config = small(optim={"batch": 24, "micro_batch": 4}, data={"views": 2})
-    assert [passes(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert [micro_batches_per_step(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(UserError, match=r"optim\.batch 24 cannot be shared out to 5 processes"):
-        passes(config, 5)
+        micro_batches_per_step(config, 5)

@@ -33,13 +33,13 @@ def test_lines_that_a_full_disk_refused_are_written_later_and_told_once(tmp_path
     log = RunLog(tmp_path)
     log.write(1, {"loss": 1.0})
     disk.update(full=True, room=1)
-    log.say("one")
+    log.info("one")
     for step in (2, 3):
         log.write(step, {"loss": float(step)})
-    log.say("two")
+    log.info("two")
     disk["full"] = False
     log.write(4, {"loss": 4.0})
-    log.say("three")
+    log.info("three")
     log.close()
     assert [line["loss"] for line in read_log(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
     assert (tmp_path / "log.txt").read_text() == "one\ntwo\nthree\n"
@@ -76,7 +76,7 @@ def test_a_name_that_is_not_utf8_is_logged_as_its_bytes_and_shown_escaped(tmp_pa
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
     log = RunLog(tmp_path)
-    log.say("unusable: caf\udce9×.mp4")
+    log.info("unusable: caf\udce9×.mp4")
     log.close()
     assert (tmp_path / "log.txt").read_bytes() == b"unusable: caf\xe9\xc3\x97.mp4\n"
     terminal.flush()
@@ -92,7 +92,7 @@ def test_a_closed_output_ends_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Closed())
     monkeypatch.setattr(progress, "LEAST_S", 0.0)
     log = RunLog(tmp_path)
-    log.say("here")
+    log.info("here")
     log.close()
     with progress.Progress(total=4) as bar:
         bar.update(4)

@@ -79,7 +79,7 @@ def choose(take, recorder, **options):
     choice = cuda_graph.choose(
         recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder, **options
     )
-    take._take = choice.take
+    take._run = choice.step_function
     return choice
 
 
@@ -101,7 +101,7 @@ def equal(left, right):
 def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
     plain, replayed = build(), build()
     choice = choose(replayed, Replayer(monkeypatch))
-    assert isinstance(choice.take, StepGraph)
+    assert isinstance(choice.step_function, StepGraph)
     assert choice.reason == "one CUDA graph: a step of 1000 ms replayed, 2000 ms launched kernel by kernel"
     expected, found = run_steps(plain), run_steps(replayed)
     for mine, theirs in zip(found, expected, strict=True):
@@ -117,7 +117,7 @@ def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed):
     run_steps(plain, last=2), run_steps(chosen, last=2)
     before = state(chosen)
     choice = choose(chosen, Replayer(monkeypatch, replayed=replayed))
-    assert isinstance(choice.take, StepGraph) == (replayed < 2)
+    assert isinstance(choice.step_function, StepGraph) == (replayed < 2)
     assert equal(state(chosen), before)
     assert all(parameter.grad is None for parameter in chosen.model.parameters())
     run_steps(plain, 2), run_steps(chosen, 2)
@@ -127,7 +127,7 @@ def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed):
 def test_a_graph_that_gains_nothing_is_not_taken(monkeypatch):
     take = build()
     choice = choose(take, Replayer(monkeypatch, replayed=1.99))
-    assert not isinstance(choice.take, StepGraph)
+    assert not isinstance(choice.step_function, StepGraph)
     assert choice.reason.startswith("launched kernel by kernel: as a CUDA graph it gains nothing (a step of 1990 ms")
     assert [(group["lr"], group["capturable"]) for group in take.optimizer.param_groups] == [(0.0, False)] * 2
 
@@ -218,7 +218,7 @@ def test_memory_of_launched_steps_is_released_before_a_graph_takes_its_own(monke
 def test_a_graph_that_is_asked_for_is_not_compared(monkeypatch):
     plain, asked = build(), build()
     choice = choose(asked, Replayer(monkeypatch, replayed=3.0), compare=False)
-    assert isinstance(choice.take, StepGraph)
+    assert isinstance(choice.step_function, StepGraph)
     assert choice.reason == "one CUDA graph: run.graph is on, nothing was compared"
     run_steps(plain), run_steps(asked)
     assert equal(state(asked), state(plain))
@@ -232,7 +232,7 @@ def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(monkeypatch):
     with pytest.raises(UserError, match=r"run\.graph on: .*not permitted.*; set run\.graph auto or off"):
         choose(build(), Refuses(monkeypatch), compare=False)
     with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph is for a GPU"):
-        build(graph="on").settle(0, [batch(0)])
+        build(graph="on").maybe_capture_cuda_graph(0, [batch(0)])
 
 
 def test_another_thread_may_wait_for_the_device_meanwhile(monkeypatch):
@@ -357,14 +357,14 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
     )
     plain = pretrain(config, tmp_path / "clips" / "train", tmp_path / "plain", progress=False)
 
-    def settle(self, step, micro_batches):
+    def maybe_capture_cuda_graph(self, step, micro_batches):
         arguments = self._arguments(step, micro_batches, 0)
-        self._take, reason = cuda_graph.choose(
+        self._run, reason = cuda_graph.choose(
             self._one_pass, arguments, self.model, self.optimizer, Replayer(monkeypatch, launched=0.0, replayed=-1.0)
         )
         return reason
 
-    monkeypatch.setattr(TrainStep, "settle", settle)
+    monkeypatch.setattr(TrainStep, "maybe_capture_cuda_graph", maybe_capture_cuda_graph)
     replayed = pretrain(config, tmp_path / "clips" / "train", tmp_path / "replayed", progress=False)
     weights = [load_file(result.checkpoint / "model.safetensors") for result in (plain, replayed)]
     for name, expected in weights[0].items():
@@ -373,7 +373,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
 
 
 def test_a_cpu_has_nothing_to_choose():
-    assert build().settle(0, [batch(0)]) is None
+    assert build().maybe_capture_cuda_graph(0, [batch(0)]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -383,8 +383,8 @@ def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled):
     plain, replayed = (build("cuda:0", compile=compiled, precision="float32") for _ in range(2))
     arguments = replayed._arguments(0, [batch(0, "cuda:0")], 0)
     choice = cuda_graph.choose(replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder())
-    assert isinstance(choice.take, StepGraph), choice.reason
-    replayed._take = choice.take
+    assert isinstance(choice.step_function, StepGraph), choice.reason
+    replayed._run = choice.step_function
     expected, found = (
         [float(take(step, [batch(step, "cuda:0")], 1e-3, inspect=False)["loss/motion"]) for step in range(5)]
         for take in (plain, replayed)

@@ -18,7 +18,7 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
 from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.recipe import RECIPES, load_recipe_of, recipe_names
+from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
@@ -114,7 +114,7 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     assert best[ACCURACY] == max(line[ACCURACY] for line in lines.values() if ACCURACY in line)
     assert checkpoint.why_damaged(result.checkpoint) is None
     assert same(dict(model.state_dict()), load_file(run / "best" / checkpoint.WEIGHTS))
-    assert load_recipe_of(FinetuneConfig, str(run / "config.json")) == config
+    assert load_recipe(str(run / "config.json"), FinetuneConfig) == config
 
 
 @pytest.mark.slow
@@ -407,7 +407,7 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, told, tmp_path, cap
 
 
 def test_recipes_hold_the_methods_values():
-    loaded = {name: load_recipe_of(FinetuneConfig, name) for name in recipe_names(FinetuneConfig)}
+    loaded = {name: load_recipe(name, FinetuneConfig) for name in recipe_names(FinetuneConfig)}
     assert loaded.keys() == {f"{data}/finetune" for data in ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo")}
     for name, config in loaded.items():
         config.check()

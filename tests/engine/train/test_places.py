@@ -17,7 +17,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.tokenizer.cache import CodeCache
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.session import SKIPPED, started
+from mam2.engine.train.session import SKIPPED, open_session
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, sm
     (data / "broken\t.mp4").write_bytes(b"")
     run = tmp_path / "run"
     config = small()
-    with started(config, run, resume=False, progress=False) as session:
+    with open_session(config, run, resume=False, progress=False) as session:
         session.read_videos(data)
         session.note([Skipped(str(data / "0.mp4"), "away for a while")])
         tensors = {"a": torch.zeros(1)}
@@ -141,7 +141,7 @@ def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, sm
     row = f'"{data}/broken\t.mp4"\tempty file\n'
     assert (run / SKIPPED).read_text() == f"{row}{data}/0.mp4\taway for a while\n"
     for _ in range(2):
-        with started(config, run, resume=True, progress=False) as session:
+        with open_session(config, run, resume=True, progress=False) as session:
             assert session.saved
             session.read_videos(data)
         assert (run / SKIPPED).read_text() == row
@@ -154,14 +154,14 @@ def test_a_resumed_run_keeps_the_order_of_its_classes(clips, tmp_path, small):
     for name in ("0", "2", "10"):
         (data / name).mkdir(parents=True)
         (data / name / "a.mp4").write_bytes(source.read_bytes())
-    with started(config, run, resume=False, progress=False) as session:
+    with open_session(config, run, resume=False, progress=False) as session:
         assert session.read_videos(data).classes == ("0", "2", "10")
         now = session.manifest
         earlier = Manifest(now.videos, now.skipped, ("0", "10", "2"))
         write_manifest(earlier, run / "manifest.jsonl")
         tensors = {"a": torch.zeros(1)}
         checkpoint.write(run, 1, tensors, tensors, config, {})
-    with started(config, run, resume=True, progress=False) as session:
+    with open_session(config, run, resume=True, progress=False) as session:
         assert session.read_videos(data).classes == ("0", "10", "2")
 
 

@@ -127,8 +127,8 @@ def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_pa
 def test_a_run_that_lost_its_folder_writes_nothing_more(config, clips, tmp_path, monkeypatch):
     original, calls = TrainStep._gradients, []
     locks = []
-    take = RunLock.take
-    monkeypatch.setattr(RunLock, "take", lambda self, say: locks.append(self) or take(self, say))
+    acquire = RunLock.acquire
+    monkeypatch.setattr(RunLock, "acquire", lambda self, info: locks.append(self) or acquire(self, info))
 
     def step(self, *arguments):
         calls.append(None)

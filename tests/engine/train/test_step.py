@@ -45,8 +45,8 @@ def test_products_are_summed_in_float32_within_a_step():
     matmul, seen = torch.backends.cuda.matmul, []
     before = matmul.allow_bf16_reduced_precision_reduction
     step = build()
-    take = step._take
-    step._take = lambda *given: seen.append(matmul.allow_bf16_reduced_precision_reduction) or take(*given)
+    take = step._run
+    step._run = lambda *given: seen.append(matmul.allow_bf16_reduced_precision_reduction) or take(*given)
     step(0, [batch()], 1e-3, inspect=False)
     assert seen == [False]
     assert matmul.allow_bf16_reduced_precision_reduction == before

@@ -1,0 +1,151 @@
+"""Muon: momentum, made orthogonal, for the matrices inside a network; AdamW for everything else. One optimizer.
+
+The update is that of `torch.optim.Muon` (Jordan et al., https://kellerjordan.github.io/posts/muon/) with
+`adjust_lr_fn="match_rms_adamw"` ("Muon is Scalable for LLM Training", arXiv 2502.16982). PyTorch's goes matrix by
+matrix, which takes several times as long where they are small, and reads the learning rate on the host. Here matrices
+of one shape go through together, and nothing waits for the device: so it can leave out a step, and be a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic polynomial, as in Jordan's code: steep at 0; leaves singular values between about 0.7 and 1.2."""
+ITERATIONS = 5
+EPS = 1e-7
+"""Smallest norm that a matrix is divided by."""
+RMS = 0.2
+"""Root mean square of an update at learning rate 1, about that of AdamW's (arXiv 2502.16982)."""
+VALUES_AT_ONCE = 2**24
+"""Most values of matrices that are taken together: a bound on the memory beside weights and momentum."""
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for parameter groups with `parts`, fused AdamW for the others; state, hooks and groups are those of both.
+
+    A group's `parts` says of how many matrices, one below the other, each of its parameters [R, C] consists: each part
+    [R / parts, C] is made orthogonal by itself. Groups have `lr` (a float or a 0-d tensor on the parameters' device)
+    and `weight_decay`; Muon's also `momentum`, AdamW's `betas` and `eps`.
+
+    `found_inf`, a 0-d float tensor on the parameters' device, tells of a step that is to be left out: where it is 1,
+    `step` leaves weights and state as they are, whatever the gradients hold.
+
+    Args:
+        groups: taken over, not copied.
+        dtype: that the iteration's products are computed in; torch.optim.Muon's is bfloat16.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], *, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
+        for group in groups:
+            shapes = [tuple(p.shape) for p in group["params"] if "parts" in group]
+            for shape in shapes:
+                if len(shape) != 2 or shape[0] % group["parts"]:
+                    raise ValueError(f"Muon: expected a matrix of {group['parts']} equal parts, found shape {shape}")
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self._adamw = torch.optim.AdamW([group for group in groups if "parts" not in group], lr=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        self._adamw.state = self.state  # also after load_state_dict, which replaces both
+        self._adamw.param_groups = [group for group in self.param_groups if "parts" not in group]
+        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        for group in self.param_groups:
+            if "parts" in group:
+                for parameters in _alike([p for p in group["params"] if p.grad is not None]):
+                    self._update(parameters, group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Of matrices of one shape."""
+        rows, columns = parameters[0].shape
+        momentum = group["momentum"]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        weights = [_local(parameter.detach()) for parameter in parameters]
+        buffers = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradient = torch.stack([_local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+        average = torch.stack(buffers)
+        rate: float | Tensor = group["lr"]
+        if self.found_inf is not None:
+            gradient = torch.where(self.found_inf.bool(), average, gradient)  # an average of equals stays what it is
+            rate = rate * (1 - self.found_inf)
+        average.lerp_(gradient, 1 - momentum)
+        update = _whole(gradient.lerp_(average, momentum), parameters[0])
+        parts = update.view(-1, rows // group["parts"], columns)
+        direction = orthogonal(parts.to(self.dtype)).reshape(update.shape)
+        adjusted = rate * (RMS * math.sqrt(max(parts.shape[1:])))
+        torch._foreach_copy_(buffers, average.unbind())
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_sub_(weights, (_share(direction, parameters[0]).to(average.dtype) * adjusted).unbind())
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations on each matrix of [n, R, C], float: about U Vᵀ of its singular value decomposition.
+
+    In the dtype of the input, which is not changed. A matrix of zeros stays one.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one shape together, in their order, at most `VALUES_AT_ONCE` values."""
+    shapes: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        shapes.setdefault(parameter.shape, []).append(parameter)
+    for shape, found in shapes.items():
+        count = max(VALUES_AT_ONCE // shape.numel(), 1)
+        for first in range(0, len(found), count):
+            yield found[first : first + count]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP2 has spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(stacked: Tensor, parameter: Tensor) -> Tensor:
+    """A stack of whole matrices [n, R, C] from every process's stack of its parts of them."""
+    if not isinstance(parameter, DTensor):
+        return stacked
+    shape = torch.Size((len(stacked), *parameter.shape))
+    spread = DTensor.from_local(
+        stacked,
+        parameter.device_mesh,
+        _placements(parameter),
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return spread.full_tensor()
+
+
+def _share(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's parts of a stack of whole matrices [n, R, C], which every process has."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    placements = _placements(parameter)
+    return distribute_tensor(whole, parameter.device_mesh, placements, src_data_rank=None).to_local()
+
+
+def _placements(parameter: DTensor) -> list[Any]:
+    """Of a stack of tensors that are placed as `parameter` is."""
+    return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in parameter.placements]
