@@ -1,16 +1,13 @@
-"""Intervals at 95 %: of a difference between seeds, and of a mean over groups of videos."""
+"""The 95 % interval of a difference between trainings of the same seeds."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-
-from mam2.engine.evaluation.linear_probe import bootstrap
 
 LEVEL = 0.95
 GRID = 20_001
@@ -41,13 +38,6 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
     mean = statistics.fmean(differences)
     half = t_quantile(len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
     return Difference(mean, mean - half, mean + half)
-
-
-def over_groups(scores: np.ndarray, groups: Sequence[int]) -> tuple[float, float]:
-    """Bootstrap interval of a mean over videos [n], where whole groups are drawn: `groups` is the group of each."""
-    _, places = np.unique(np.asarray(groups), return_inverse=True)
-    sums, sizes = np.bincount(places, scores), np.bincount(places)
-    return bootstrap(torch.from_numpy(sums), torch.from_numpy(sizes))
 
 
 def t_quantile(freedom: float) -> float:

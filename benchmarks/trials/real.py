@@ -5,14 +5,12 @@ the middle clip of each video; where a table says what belongs together (a speak
 
 FOLDER/clips.npy        uint8 [videos, 1, 1, T, H, W, C]
 FOLDER/questions.npz    NAME/train, NAME/test: places in clips.npy; NAME/train-labels, NAME/test-labels;
-                        NAME/test-groups: the group of each test clip; all int64
+                        NAME/train-groups, NAME/test-groups: the group of each clip; all int64
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +24,17 @@ from benchmarks.trials.trial import EVALUATED, features
 from mam2.engine.checkpoints.classifiers import relabelled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, scan
+from mam2.engine.data.sources import read_column
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.evaluation.linear_probe import held_out, linear_probe
+from mam2.engine.evaluation.pools import Pool
 from mam2.engine.model.encoder import Encoder
 
 CLIPS, QUESTIONS = "clips", "questions.npz"
 COMPONENTS = 80
 """Principal components of the pixel baseline."""
-POOLS = ("mean", "time")
-"""Of the tokens of a clip: the mean of all, and the means of each time slot side by side, which keep the order."""
+POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
+"""Of the tokens of a clip, see `mam2.engine.evaluation.pools`: the field's, and those that keep time."""
 
 
 class Lists(NamedTuple):
@@ -56,8 +56,9 @@ class Question(NamedTuple):
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
-    test_groups: Tensor
+    train_groups: Tensor
     """Each clip is a group of its own where no table says what belongs together."""
+    test_groups: Tensor
 
 
 class RealClips(NamedTuple):
@@ -97,7 +98,7 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
             paths = [video.path for video in manifest.videos]
             parts[f"{lists.name}/{part}"] = np.array([places[path] for path in paths])
             parts[f"{lists.name}/{part}-labels"] = np.array([video.label for video in manifest.videos])
-        parts[f"{lists.name}/test-groups"] = read_groups(groups, paths) if groups else np.arange(len(paths))
+            parts[f"{lists.name}/{part}-groups"] = read_groups(groups, paths) if groups else np.arange(len(paths))
     data = dataclasses.replace(config.data, recorded=1, views=1)
     render(CLIPS, Manifest(tuple(videos)), folder, dataclasses.replace(config, data=data), train=False)
     np.savez(folder / QUESTIONS, **parts)
@@ -106,17 +107,11 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
 def read_groups(groups: str, paths: Sequence[str]) -> np.ndarray:
     """The group of each path, numbered in alphabetical order: int64. UserError where the table does not tell."""
     table, _, column = groups.rpartition(":")
-    source = Path(table)
-    if not source.is_file():
-        raise UserError(f"--real-group {groups}: no such table; expected TABLE:COLUMN, a CSV file with a column `path`")
-    with source.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "path" not in rows[0] or column not in rows[0]:
-        found = ", ".join(rows[0]) if rows else "nothing"
-        raise UserError(f"--real-group {groups}: expected the columns path and {column}, found {found}")
-    names = {os.path.abspath(source.parent / row["path"]): row[column] for row in rows}
-    if missing := next((path for path in paths if path not in names), None):
-        raise UserError(f"--real-group {groups}: no line for {missing}; the table must name every test video")
+    if not table:
+        raise UserError(f"--real-group {groups}: expected TABLE:COLUMN, a table with a column of paths")
+    names = read_column(Path(table), column)
+    if missing := next((path for path in paths if not names.get(path)), None):
+        raise UserError(f"--real-group {groups}: no group for {missing}; the table must name every video")
     numbers = {name: number for number, name in enumerate(sorted(set(names.values())))}
     return np.array([numbers[names[path]] for path in paths])
 
@@ -132,8 +127,7 @@ def load_questions(folder: Path) -> RealClips:
 def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, dict[str, Answer]]:
     """The answers to every question, by the way the tokens are pooled."""
     clips = Split(real.clips, torch.empty(0))
-    slots = features(encoder, clips.videos(EVALUATED), config)
-    pooled = {"mean": slots.mean(1), "time": slots.flatten(1)}
+    pooled = features(encoder, clips.videos(EVALUATED), config, POOLS)
     return {
         name: {pool: _answer(pooled[pool][asked.train], pooled[pool][asked.test], asked) for pool in POOLS}
         for name, asked in real.questions.items()
@@ -155,5 +149,8 @@ def pixel_answers(real: RealClips) -> dict[str, Answer]:
 
 
 def _answer(train: Tensor, test: Tensor, asked: Question) -> Answer:
-    result = linear_probe(train, asked.train_labels, test, asked.test_labels)
+    # where the test clips' groups are new to the probe, its setting is chosen on groups that are new to it, too
+    apart = set(asked.train_groups.tolist()).isdisjoint(asked.test_groups.tolist())
+    held = held_out(len(train), asked.train_groups if apart else None)
+    result = linear_probe(train, asked.train_labels, test, asked.test_labels, held)
     return Answer(result.accuracy, "".join(str(int(right)) for right in result.right))

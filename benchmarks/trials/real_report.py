@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from benchmarks.report import Row, table
-from benchmarks.trials.intervals import over_groups
 from benchmarks.trials.selection import METHODS, Results, grouped, trials_of
+from mam2.engine.evaluation.linear_probe import bootstrap
 
-POOLS = {"pixels": "pixels", "time": "mean of each time slot", "mean": "mean of all tokens"}
-"""How the tokens are pooled, by the names of `benchmarks.trials.real.POOLS`."""
-Rights = dict[str, np.ndarray]
+POOLS = {
+    "pixels": "pixels",
+    "time-center": "a mean per time slot, and of its center",
+    "time": "a mean per time slot",
+    "mean": "the mean of all tokens",
+}
+"""How the tokens are pooled, see `mam2.engine.evaluation.pools`; and the baseline without an encoder."""
+Rights = dict[str, Tensor]
 """By method: float64 [test clips], the share of the seeds whose answer is right."""
 
 
@@ -30,13 +36,13 @@ def rights(results: Results, question: str, pool: str) -> Rights:
     for method, answers in _answers(results).items():
         given = [each[question][pool]["right"] for each in answers if pool in each[question]]
         if given:
-            found[method] = np.mean([[int(digit) for digit in line] for line in given], axis=0)
+            found[method] = torch.tensor([[float(digit) for digit in line] for line in given]).double().mean(0)
     return found
 
 
 def real_table(results: Results, question: str) -> str:
     """Markdown: a row per method and pool, with intervals over the groups of the test clips."""
-    groups = results["real"]["questions"][question]["groups"]
+    groups = torch.tensor(results["real"]["questions"][question]["groups"])
     trained = {variant: cell for (variant,), cell in grouped(trials_of(results, "real"), "variant").items()}
     rows: list[Row] = []
     for pool, name in POOLS.items():
@@ -50,11 +56,11 @@ def real_table(results: Results, question: str) -> str:
                 "epochs": f"{cell[0]['epochs']:g}" if cell else None,
                 "seeds": len(_answers(results)[method]) if method != "pixels" else None,
                 "accuracy, %": f"{100 * right.mean():.1f}",
-                "95 % over groups": _interval(over_groups(right, groups)),
+                "95 % over groups": _interval(bootstrap(right, groups=groups)),
             }
             if reference is not None and method != "videomae-muon":
                 gain = right - reference
-                row["against VideoMAE"] = f"{100 * gain.mean():+.1f} [{_interval(over_groups(gain, groups), '+')}]"
+                row["against VideoMAE"] = f"{100 * gain.mean():+.1f} [{_interval(bootstrap(gain, groups=groups), '+')}]"
             rows.append(row)
     return table(rows, list(dict.fromkeys(name for row in rows for name in row)))
 

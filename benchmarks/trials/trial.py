@@ -7,7 +7,7 @@ training costs no decoding. The clips of a step are a pure function of (seed, st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
 from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.evaluation.pools import Pool, pool_tokens
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -88,16 +89,19 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig) -> Tensor:
-    """Mean of the tokens of each time slot of a clip, nothing hidden: float32 [clips, T', D] on the CPU."""
+def features(
+    encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig, pools: Sequence[Pool] = ("mean",)
+) -> dict[Pool, Tensor]:
+    """Means of a clip's tokens, nothing hidden, by the way they are pooled: float32 [clips, R·D] on the CPU."""
     device = next(encoder.parameters()).device
     encoder.eval()
-    found = []
+    found: dict[Pool, list[Tensor]] = {pool: [] for pool in pools}
     for part in clips:
         with autocast(config.run, device):
             tokens = encoder.encode(part.to(device)).float()
-        found.append(tokens.unflatten(1, (config.grid[0], -1)).mean(2).cpu())
-    return torch.cat(found)
+        for pool, parts in found.items():
+            parts.append(pool_tokens(tokens, config.grid, pool).flatten(1).cpu())
+    return {pool: torch.cat(parts) for pool, parts in found.items()}
 
 
 def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, dict[str, float]]:
@@ -107,7 +111,7 @@ def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[
     features.
     """
     splits = prepared.splits
-    found = {name: features(encoder, split.videos(EVALUATED), config).mean(1) for name, split in splits.items()}
+    found = {name: features(encoder, split.videos(EVALUATED), config)["mean"] for name, split in splits.items()}
     judged = [name for name in splits if name != "train"]
     asked = {name: {"probe": split.labels, **split.questions} for name, split in splits.items()}
     result: dict[str, dict[str, float]] = {name: {} for name in judged}

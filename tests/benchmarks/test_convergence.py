@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     """A quick run's folder."""
     out, clips = tmp_path_factory.mktemp("convergence"), tmp_path_factory.mktemp("real")
     write_hard_dataset(clips, {"train": 16, "test": 8})
-    lines = [f"test/{file.parent.name}/{file.name},{file.parent.name}" for file in sorted(clips.glob("test/*/*"))]
+    lines = [f"{file.relative_to(clips)},{file.parent.name}" for file in sorted(clips.glob("*/*/*"))]
     (clips / "groups.csv").write_text("\n".join(["path,way", *lines]))
     _run(out, clips)
     return out
@@ -261,13 +261,13 @@ def test_groups_come_from_a_table(tmp_path):
     paths = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.mp4")]
     assert real.read_groups(f"{table}:speaker", paths).tolist() == [1, 0, 1]
     for groups, message in (
-        (f"{table}:person", "expected the columns path and person, found path, speaker"),
-        (str(table), "no such table"),
-        (f"{tmp_path / 'none.csv'}:speaker", "no such table"),
+        (f"{table}:person", "no column for 'person'"),
+        (str(table), "expected TABLE:COLUMN"),
+        (f"{tmp_path / 'none.csv'}:speaker", "no such file"),
     ):
         with pytest.raises(UserError, match=message):
             real.read_groups(groups, paths)
-    with pytest.raises(UserError, match="no line for c"):
+    with pytest.raises(UserError, match="no group for c"):
         real.read_groups(f"{table}:speaker", ["c"])
 
 
