@@ -337,11 +337,16 @@ def _real_clips(options: argparse.Namespace) -> Real | None:
         if options.real_pretrain or options.real_group:
             raise UserError("--real-pretrain and --real-group need --real-train and --real-test")
         return None
-    asked = tuple(map(real.Lists, train, test))
+    asked = [real.Lists(*each) for each in zip(train, test, strict=True)]
     names = [lists.name for lists in asked]
+    for text in options.real_shots or []:
+        name, _, count = text.partition("=")
+        if name not in names or not count.isdecimal() or not int(count):
+            raise UserError(f"--real-shots {text}: expected NAME=COUNT with one of the names {', '.join(names)}")
+        asked[names.index(name)] = asked[names.index(name)]._replace(shots=int(count))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--real-train: two lists are named {twice}; a question has the name of its list")
-    return Real(asked, options.real_pretrain or train[0], options.real_group)
+    return Real(tuple(asked), options.real_pretrain or train[0], options.real_group)
 
 
 def main() -> int:

@@ -42,6 +42,8 @@ class Lists(NamedTuple):
 
     train: Path
     test: Path
+    shots: int = 0
+    """Clips of each class that are fitted on; 0: all."""
 
     @property
     def name(self) -> str:
@@ -86,10 +88,12 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
     parts: dict[str, np.ndarray] = {}
     for lists in asked:
         classes: tuple[str, ...] = ()
-        for part, source in lists._asdict().items():
+        for part, source in (("train", lists.train), ("test", lists.test)):
             manifest, _ = scan(source, known)
             classes = classes or manifest.classes
             manifest = relabelled(manifest, source, classes)
+            if part == "train" and lists.shots:
+                manifest = some_of_each_class(manifest, lists.shots)
             for video in manifest.videos:
                 if video.path not in places:
                     places[video.path] = len(videos)
@@ -102,6 +106,16 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
     data = dataclasses.replace(config.data, recorded=1, views=1)
     render(CLIPS, Manifest(tuple(videos)), folder, dataclasses.replace(config, data=data), train=False)
     np.savez(folder / QUESTIONS, **parts)
+
+
+def some_of_each_class(manifest: Manifest, count: int) -> Manifest:
+    """At most so many videos of each class, evenly from the order of the list."""
+    chosen: list[int] = []
+    for label in range(len(manifest.classes)):
+        places = [place for place, video in enumerate(manifest.videos) if video.label == label]
+        taken = min(count, len(places))
+        chosen += [places[number * len(places) // taken] for number in range(taken)]
+    return dataclasses.replace(manifest, videos=tuple(manifest.videos[place] for place in sorted(chosen)))
 
 
 def read_groups(groups: str, paths: Sequence[str]) -> np.ndarray:

@@ -122,8 +122,8 @@ CPU = Setting(
         "run.compile": False,  # takes longer than it saves in such short trainings
     },
     rates={"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)},
-    sweep_epochs=10,
-    sweep_seeds=2,
+    sweep_epochs=5,
+    sweep_seeds=1,
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
     first_seeds=2,
