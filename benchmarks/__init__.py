@@ -1,1 +1,1 @@
-"""Timings of the operators, a training step and the loader: `make gpu` for all, `make bench` for the operators."""
+"""Benchmarks of the operators, a training step and the loader: `make gpu` runs all, `make bench` the operators."""

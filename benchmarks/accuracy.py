@@ -1,8 +1,8 @@
-"""How exact each operator is and how much memory it takes, beside plain PyTorch: `python -m benchmarks.accuracy`.
+"""Accuracy and memory of each operator, compared with plain PyTorch: `python -m benchmarks.accuracy`.
 
-For each operator and type: ‖out − exact‖ / ‖exact‖ of the worst output or gradient against the definition in float64 on
-the same inputs, and the most memory that forward and backward hold beyond the inputs. Masks have no error. Then
-attention in bfloat16, with centring and without, on tokens that share more and more.
+Prints for each operator and type ‖out − exact‖ / ‖exact‖ of the worst output or gradient, where exact is the definition
+in float64 on the same inputs, and the peak memory of forward and backward beyond the inputs. Masks have no error. A
+second table shows bfloat16 attention with and without centering, on tokens with a growing common part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ON_A_CPU = Shape(batch=4, size=112)
 
 
 def measure(shape: Shape, device: torch.device) -> list[Row]:
-    """A row for each operator and type; "reason" where something is wrong."""
+    """Returns a row per operator and type; a row with an error has a "reason"."""
     rows = []
     for operator in OPERATORS:
         for dtype in operator.dtypes:
@@ -54,9 +54,9 @@ def measure(shape: Shape, device: torch.device) -> list[Row]:
 
 
 def attention_rows(device: torch.device) -> list[Row]:
-    """‖gradient − exact‖ / ‖exact‖ of the worst of q, k and v for each implementation that runs here.
+    """Returns ‖gradient − exact‖ / ‖exact‖ of the worst of q, k and v for each implementation that runs here.
 
-    Every token is a part that all of a clip share plus one of its own, `shared` times as small.
+    Every token is the sum of a part common to the clip and an individual part, which is `shared` times smaller.
     """
     rows = []
     for shared in SHARED:
@@ -76,7 +76,7 @@ def attention_rows(device: torch.device) -> list[Row]:
                     out = attention(*leaves, backend=backend, center=center)
                     found = torch.autograd.grad(out, leaves, upstream)
                     row[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
-            except (RuntimeError, ValueError):  # it has no kernel for these inputs
+            except (RuntimeError, ValueError):  # no kernel for these inputs
                 continue
             rows.append(row)
     return rows
@@ -84,7 +84,7 @@ def attention_rows(device: torch.device) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="the shape of `make bench` on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="use the shape of `make bench` on a CPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = SHAPES["cpu"][0] if options.tiny else SHAPES["cuda"][0] if device.type == "cuda" else ON_A_CPU

@@ -1,4 +1,4 @@
-"""`frame_difference` of the masked tokens beside the difference of the whole clip, cut and then chosen from."""
+"""`frame_difference` of the masked tokens, compared with differencing and cutting the whole clip before selecting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gather_tubes` beside normalising and cutting the whole clip before the visible tenth is taken, as VideoMAE does."""
+"""`gather_tubes`, compared with VideoMAE's way: normalize and cut the whole clip, then select the visible tenth."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`linear_cross_entropy` beside logits in memory, PyTorch's own chunks, Liger's and Apple's kernels.
+"""`linear_cross_entropy`, compared with logits in memory, PyTorch's chunked loss, Liger's and Apple's kernels.
 
-Without a bias, which cut-cross-entropy does not take, and in the variants with one, as the engine's head has it.
+The main shapes have no bias, because cut-cross-entropy supports none; the variants have one, as in the engine's head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mam2.kernels import costs, linear_cross_entropy
 
 
 def inputs(shape: Shape, device: torch.device) -> Inputs:
-    """Logits have a deviation of 1."""
+    """Returns random inputs whose logits have a standard deviation of 1."""
     rows = shape.batch * shape.masked
     hidden = torch.randn(rows, shape.width, device=device)
     weight = torch.randn(shape.codes, shape.width, device=device) / shape.width**0.5
@@ -39,7 +39,7 @@ def ours(shape: Shape, hidden: Tensor, weight: Tensor, target: Tensor, bias: Ten
 
 def in_torch(shape: Shape) -> Function:
     if not (hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")):
-        return absent(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)")
+        return absent(f"torch {torch.__version__} has no F.linear_cross_entropy (added in 2.13)")
     more = {"options": nn.LinearCrossEntropyOptions(), "label_smoothing": shape.smoothing}
     return lambda hidden, weight, target, bias=None: F.linear_cross_entropy(
         hidden, weight, target, linear_bias=bias, **more
@@ -47,7 +47,7 @@ def in_torch(shape: Shape) -> Function:
 
 
 def in_liger(shape: Shape, device: torch.device) -> Function:
-    """With its sums in float32, as ours are."""
+    """Liger's loss, with float32 sums as in ours."""
     if importlib.util.find_spec("liger_kernel") is None:
         return absent("liger-kernel is not installed")
     if device.type != "cuda":
@@ -59,9 +59,9 @@ def in_liger(shape: Shape, device: torch.device) -> Function:
 
 
 def in_cut_cross_entropy(shape: Shape, device: torch.device) -> Function:
-    """Its kernel on a GPU, without its filter, which leaves out small gradients; on a CPU its compiled form."""
+    """Apple's cut-cross-entropy: on a GPU its kernel without the filter that drops small gradients, else compiled."""
     if shape.bias or shape.smoothing:
-        return absent("cut-cross-entropy takes neither a bias nor label smoothing")
+        return absent("cut-cross-entropy supports neither a bias nor label smoothing")
     if importlib.util.find_spec("cut_cross_entropy") is None:
         return absent("cut-cross-entropy is not installed")
     from cut_cross_entropy import linear_cross_entropy as cut
@@ -72,7 +72,7 @@ def in_cut_cross_entropy(shape: Shape, device: torch.device) -> Function:
 
 
 def backward_cost(shape: Shape) -> costs.Cost:
-    """Both gradients times the one from upstream; the weight's is summed in float32."""
+    """Cost of scaling both gradients by the upstream gradient; the weight's gradient is summed in float32."""
     hidden = costs.scale_gradient(shape.batch * shape.masked, shape.width, item_bytes=shape.dtype.itemsize)
     weight = costs.scale_gradient(shape.codes, shape.width, item_bytes=costs.SINGLE_BYTES)
     return costs.Cost(hidden.bytes_moved + weight.bytes_moved, hidden.flops + weight.flops)

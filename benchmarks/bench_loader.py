@@ -1,8 +1,8 @@
-"""The loader: clips/s by decoder, codec, distance of key frames and threads; and what a training step waits for it.
+"""Loader benchmark: clips/s by decoder, codec, key-frame distance and threads, and how long a step waits for clips.
 
-Beside it decoders alone, without crop and resize: PyAV as one would write it at first, decord2 and torchcodec where
-they are installed. A decoder whose frames are not PyAV's gets no number. On a CPU rates are given in relation to PyAV
-alone on the same files, in turns within one run.
+It also times decoders alone, without crop and resize: PyAV in its simplest use, and decord2 and torchcodec if they are
+installed. A decoder whose frames differ from PyAV's gets no number. On a CPU, rates are relative to PyAV alone on the
+same files, measured in turns within one run.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Settings:
     width: int
     batch: int
     data: Row
-    """Of the clips, where they differ from `mam2-fast`."""
+    """Keys of the config's `data` table that differ from `mam2-fast`."""
     model: Row
-    """Of the model likewise; its parts are as wide and deep."""
+    """Keys of the `model` table that differ from `mam2-fast`; regressor and decoders get the same width and depth."""
     turns: int
     seconds: float
-    """Of each turn."""
+    """Duration of each turn."""
     steps: int
     loaders: tuple[tuple[str, str, int, int], ...]
-    """Decoder, codec, frames between key frames, threads (0: one a core)."""
+    """Decoder, codec, frames between key frames, threads (0: one per core)."""
     views: tuple[int, ...]
 
 
@@ -99,25 +99,25 @@ DRY_RUN = dataclasses.replace(
     loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
     views=(1,),
 )
-"""Goes through all of it on a CPU in seconds."""
+"""Settings that run every part on a CPU in seconds."""
 ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264": ("mp4", "libx264", {"preset": "veryfast", "crf": "23"}),
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b:v": "0"}),
 }
 ALONE = "PyAV alone"
 TOLERANCE = 4.0
-"""Mean difference in grey levels to PyAV's frames; the next frame of these files differs by far more."""
+"""Largest mean difference to PyAV's frames, in gray levels; the next frame of these files differs by far more."""
 CLIP_TOLERANCE = 8.0
-"""The same of cropped and resized clips, whose colors decoders interpolate apart; the next frame's differ by 27."""
+"""The same for cropped and resized clips; decoders interpolate colors differently. The next frame differs by 27."""
 CODES = 8192
 ENOUGH = 0.02
-"""Share of a step spent waiting under which the loader is no limit."""
+"""Share of a step spent waiting for clips below which the loader does not limit training."""
 
 
 def rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
-    """A row for each decoder and each number of views; says so where a package is missing or something cannot run.
+    """Yields a row per decoder and number of views; a row that cannot be measured has a "reason".
 
-    Without DALI its decoders are skipped, and PyAV's frames are cropped by PyTorch.
+    Without DALI, its decoders are skipped, and PyTorch crops PyAV's frames.
     """
     for package in ("av", "tqdm"):
         if not _installed(package):
@@ -134,19 +134,19 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
         return False
 
 
 def moving_noise(frames: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [T,H,W,3]: coarse noise that drifts, so that the encoder has motion to code."""
+    """Returns uint8 [T,H,W,3]: coarse noise that drifts, so that the video encoder has motion to code."""
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     picture = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
     return np.stack([np.roll(picture, (t, 2 * t), (0, 1)) for t in range(frames)])
 
 
 def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
-    """The manifest of videos with a key frame every `gop` frames."""
+    """Writes videos with a key frame every `gop` frames; returns their manifest."""
     from mam2.engine.data.manifest import read_manifest
 
     place = folder / f"{codec}-{gop}"
@@ -183,7 +183,7 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
             labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for front_end, codec, gop, threads in settings.loaders:
-        labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "a core each"})
+        labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "one per core"})
         options = dataclasses.replace(data, front_end=front_end, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
@@ -214,11 +214,11 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
 
 
 class Unmeasured(Exception):
-    """Verdict and reason of what gets no number."""
+    """Raised with the verdict and reason of a decoder that gets no number."""
 
 
 def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
-    """The first batch of a loader, cropped and resized, uint8 on the CPU."""
+    """Returns the first batch of a loader, cropped and resized, uint8 on the CPU."""
     from mam2.engine.data.loader import ClipLoader
 
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
@@ -229,7 +229,7 @@ def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.devi
 
 
 def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
-    """Raises Unmeasured where a decoder's clips are not PyAV's: another frame differs by far more than rounding."""
+    """Raises Unmeasured if a decoder's clips differ from PyAV's by more than rounding, as those of other frames do."""
     if data.front_end == "pyav":
         return
     found = first_clips(manifest, data, settings, device)
@@ -238,11 +238,11 @@ def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.dev
         raise Unmeasured("wrong", f"its clips are {list(found.shape)}, PyAV's {list(expected.shape)}")
     difference = float((found.float() - expected.float()).abs().mean())
     if not difference <= CLIP_TOLERANCE:
-        raise Unmeasured("wrong", f"its clips differ from PyAV's by {difference:.1f} grey levels on average")
+        raise Unmeasured("wrong", f"its clips differ from PyAV's by {difference:.1f} gray levels on average")
 
 
 def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
-    """Clips a second once the batches prepared ahead are used up; of clips that are PyAV's."""
+    """Returns clips per second after the prefetched batches are used up; first checks the clips against PyAV's."""
     from mam2.engine.data.loader import ClipLoader
 
     check_frames(manifest, data, settings, device)
@@ -263,7 +263,7 @@ def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.devi
 
 
 def decoder_rate(decode: Decode, manifest: Any, data: Any, settings: Settings) -> float:
-    """Clips a second of a decoder alone on one thread, of the clips that the loader would draw."""
+    """Returns clips per second of a decoder alone, on one thread and on the clips that the loader would draw."""
     from mam2.engine.data.decoding import decode_frames
     from mam2.engine.data.sampling import draw_clip, sample_at
 
@@ -278,7 +278,7 @@ def decoder_rate(decode: Decode, manifest: Any, data: Any, settings: Settings) -
         raise Unmeasured("wrong", f"its frames are {found.shape}, expected {expected.shape}")
     difference = np.abs(found - expected).mean()
     if difference > TOLERANCE:
-        raise Unmeasured("wrong", f"its frames differ from PyAV's by {difference:.1f} grey levels on average")
+        raise Unmeasured("wrong", f"its frames differ from PyAV's by {difference:.1f} gray levels on average")
     drawn, clips = requests(), 0
     start = time.perf_counter()
     while time.perf_counter() - start < settings.seconds:
@@ -288,7 +288,7 @@ def decoder_rate(decode: Decode, manifest: Any, data: Any, settings: Settings) -
 
 
 def decoders() -> dict[str, Decode]:
-    """Decoders alone; one that is not installed raises as such when it is asked."""
+    """Returns the decoders by name; one that is not installed raises Unmeasured when it is called."""
 
     def pyav(path: str, frames: Sequence[int]) -> np.ndarray:
         import av
@@ -319,11 +319,14 @@ def _peer(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as problem:
-        raise Unmeasured("skipped", f"installed, but does not load: {str(problem).splitlines()[0]}") from problem
+        raise Unmeasured("skipped", f"installed, but fails to load: {str(problem).splitlines()[0]}") from problem
 
 
 def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
-    """Training steps on clips from the loader, with random codes, not compiled; the last row is that of no limit."""
+    """Times uncompiled training steps on clips from the loader, with random codes.
+
+    Stops once the loader is no limit.
+    """
     from mam2.engine.data.loader import ClipLoader
 
     for views in settings.views:
@@ -365,7 +368,7 @@ def tailored(settings: Settings, views: int) -> Any:
 
 
 def training_step(config: Any, batch: int, device: torch.device) -> Callable[[Any], None]:
-    """Forward, backward and AdamW on a batch; waits for the device, or the host would run ahead and wait for clips."""
+    """Returns a step of forward, backward and AdamW; it waits for the device, so that the host does not run ahead."""
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.runtime.device import autocast
     from mam2.engine.train.objective import build_objective

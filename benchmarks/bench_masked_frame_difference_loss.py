@@ -1,4 +1,4 @@
-"""`masked_frame_difference_loss` beside the same in the way of VideoMAE: the whole clip, then a boolean mask."""
+"""`masked_frame_difference_loss`, compared with VideoMAE's way: difference the whole clip, then a boolean mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`masked_pixel_loss` beside VideoMAE's: standardise every cube, take the masked ones, mean squared error."""
+"""`masked_pixel_loss`, compared with VideoMAE's: standardize every cube, select the masked ones, mean squared error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`motion_tube_mask` beside the energy of the whole clip in float32 and a weighted draw of PyTorch."""
+"""`motion_tube_mask`, compared with the energy of the whole clip in float32 and PyTorch's weighted sampling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STRENGTH = 0.5
 
 
 def energies(shape: Shape, video: Tensor) -> Tensor:
-    """Of every token [B,N]: squared differences to the next frame, which the last frame does not have."""
+    """Returns the sum of squared differences to the next frame per token [B,N]; the last frame adds nothing."""
     change = torch.nn.functional.pad(pixels(video).diff(dim=2), (0, 0, 0, 0, 0, 1))
     return cubes(change.square(), shape.patch).sum((2, 3))
 
 
 def weights(shape: Shape, video: Tensor) -> Tensor:
-    """Of every position [B,H'·W'], the chance to be hidden next in relation to the others'."""
+    """Returns the sampling weight of every position [B,H'·W']."""
     energy = energies(shape, video).unflatten(1, (shape.grid[0], -1)).sum(1)
     return 1 - STRENGTH + STRENGTH * energy / energy.mean(1, keepdim=True)
 

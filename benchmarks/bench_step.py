@@ -1,12 +1,12 @@
-"""A training step: forward, backward and AdamW on random clips, with random codes for MAM2; beside it its parts.
+"""Times a training step and its parts: forward, backward and AdamW on random clips, with random codes for MAM2.
 
     python -m benchmarks.bench_step [--compile] [--objective NAME …] [--batch N …]
 
-Every objective runs eager and compiled, each also as one captured CUDA graph; VideoMAE also beside Hugging Face's
-VideoMAEForPreTraining of the same sizes, with the same weights and mask: there the losses must agree before anything is
-timed. A way has its row as soon as it is timed alone; then the ways of one objective take turns, round by round.
-ViT-B on 16 frames of 224² on a GPU; on a CPU a smaller model, whose ratios alone mean something. MFU: FLOPs that
-`mam2.engine.costs` declares, over the rate of a large product measured in the same run.
+Every objective runs eager and compiled, each also as one captured CUDA graph. VideoMAE is also compared with Hugging
+Face's VideoMAEForPreTraining with the same sizes, weights and mask; their losses must agree before anything is timed.
+Each variant is first timed alone and gets a row; then the variants of one objective are timed in turns, round by round.
+The model is ViT-B on 16 frames of 224² on a GPU; on a CPU it is smaller, and only ratios are meaningful. MFU is the
+rate of FLOPs that `mam2.engine.costs` declares, divided by the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ WAYS = (
     *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face")),
     *(("compiled", "ours"), ("compiled graph", "ours"), ("compiled", "hugging_face")),
 )
-"""Steps and providers, what compiles last: a time limit cuts off the slowest to build."""
+"""Steps and providers; compiled ones last, because a time limit should cut off the slowest to build."""
 BATCHES = {"cuda": (64, 16, 128), "cpu": (16,)}
-"""The usual one first: what a time limit cuts off is at the end."""
+"""The usual batch first, because a time limit cuts off the end."""
 CODES = 8192
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""Relative difference of the two losses up to which they count as one objective."""
+"""Largest relative difference at which the two losses count as equal."""
 COLUMNS = (
     *(
         "objective",
@@ -80,12 +80,12 @@ TINY = (
     {"data": {"frames": 4, "size": 32}, "model": {"patch": 8, "width": 48, "depth": 2, "heads": 3}},
     {"depth": 1, "width": 48, "heads": 3},
 )
-"""Values of tables of the config, then of regressor and decoder."""
+"""Changed values of the config's tables, then of the regressor and the decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to take a step. Its inputs stay the same, so that it can be captured."""
+    """One variant of a step. Its inputs stay the same, so that it can be captured."""
 
     provider: str
     step: str
@@ -104,12 +104,12 @@ class Candidate:
 
     @property
     def state_bytes(self) -> int:
-        """Of weights, gradients and moments."""
+        """Returns the bytes of weights, gradients and optimizer moments."""
         return sum(4 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
 
 
 def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | None, precision: str) -> PretrainConfig:
-    """A recipe in a precision, cut down to `sizes` (None: as it is)."""
+    """Returns a recipe with a precision, reduced to `sizes` (None: unchanged)."""
     config = load_recipe(name)
     if sizes:
         tables, part = sizes
@@ -123,14 +123,14 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
 
 
 def build_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
-    """The same weights at every call."""
+    """Builds the model with the same weights at every call."""
     torch.manual_seed(0)
     model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
     return model.to(device)
 
 
 def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple[Tensor, TubeMask, Tensor]:
-    """Random clips [B, 3, T, H, W] uint8, a mask, and codes [B, N]."""
+    """Returns random clips [B, 3, T, H, W] uint8, a mask, and codes [B, N]."""
     torch.manual_seed(1)
     extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
@@ -165,7 +165,7 @@ def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.
 
 
 def captured(candidate: Candidate) -> Callable[[], Tensor]:
-    """The whole step as a CUDA graph; call it to replay it."""
+    """Captures the whole step as a CUDA graph; the returned function replays it."""
     recorder = CudaRecorder()
     recorder.warm_up(candidate)
     replay, values = recorder.record(lambda: {"loss": candidate()})
@@ -188,9 +188,10 @@ def compare(
     deadline: float = math.inf,
     takes: Callable[[str], bool] = lambda way: True,
 ) -> Iterator[Row]:
-    """Rows for the ways to take a step of one objective at one batch: as soon as one is timed alone, then in turns.
+    """Yields rows for the variants of one objective's step at one batch: first each timed alone, then all in turns.
 
-    A way that `deadline` (time.monotonic) leaves no time for is named. `takes`: which steps and providers are wanted.
+    A variant that does not start before `deadline` (time.monotonic) gets a row with the reason. `takes` selects steps
+    and providers.
     """
     dtype = matmul_dtype(config.run, device)
     head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
@@ -212,7 +213,7 @@ def compare(
             expected = loss if expected is None else expected
             row |= {"verdict": "right" if agrees(loss, expected, dtype) else "wrong", "loss": loss}
             if row["verdict"] == "wrong":
-                yield row | {"reason": f"loss {loss:.6g}, the first way's {expected:.6g}"}
+                yield row | {"reason": f"loss {loss:.6g}, that of the first variant {expected:.6g}"}
                 continue
             if provider == "ours":
                 row["launches"] = len(counter.names)
@@ -226,20 +227,20 @@ def compare(
             runs[provider, step] = run, row
             alone = summary([_milliseconds(run, device) for _ in range(2)])
             yield row | {"timed": "alone"} | rates(alone, config, batch, peak)
-        except Exception as problem:  # one that does not fit into memory leaves the others standing
+        except Exception as problem:  # a variant that does not fit into memory must not end the others
             yield row | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
     yield from timed(runs, config, batch, device, rounds, peak)
 
 
 def why_not(provider: str, step: str, device: torch.device, compiled: bool) -> str | None:
-    """What keeps a step from being taken in a way, or None."""
+    """Returns why a variant cannot run here, or None."""
     if provider == "hugging_face" and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     if step.endswith("graph") and device.type != "cuda":
         return "CUDA graphs need a GPU"
     if "compiled" not in step:
         return None
-    return why_not_compile(device) if compiled else "compilation not asked for"
+    return why_not_compile(device) if compiled else "compilation not requested"
 
 
 def agrees(loss: float, expected: float, dtype: torch.dtype) -> bool:
@@ -254,7 +255,7 @@ def timed(
     rounds: int,
     peak: float | None,
 ) -> Iterator[Row]:
-    """The rows with their times, and how many times as fast as the peer in the same way and in its best one."""
+    """Adds times to the rows, and the speed relative to the peer in the same variant and in the peer's best variant."""
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, (run, _) in runs.items():
@@ -270,7 +271,7 @@ def timed(
 
 
 def rates(timing: Timing, config: PretrainConfig, batch: int, peak: float | None) -> Row:
-    """What the time of a step says; peak: FLOP/s of a large product."""
+    """Returns rates and MFU from the time of a step; `peak` is the FLOP/s of a large matrix product."""
     flops = sum(step_flops(config, CODES).values())
     row: Row = {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
     row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops / 1e9}
@@ -278,13 +279,13 @@ def rates(timing: Timing, config: PretrainConfig, batch: int, peak: float | None
 
 
 def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Of a step; on a GPU of five in a row, as in training: the host runs ahead of the device."""
+    """Returns milliseconds per step; on a GPU over five steps in a row, where the host runs ahead as in training."""
     group = 5 if device.type == "cuda" else 1
     return elapsed_ms(lambda: [run() for _ in range(group)], device) / group
 
 
 def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -> list[str]:
-    """Takes the implementations of attention that a run on this device would choose; lines on the choice."""
+    """Selects the attention implementations that a run on this device would choose; returns lines about the choice."""
     if device.type != "cuda":
         return []
     from mam2.engine.model.attention_tuning import shapes_of, use_fastest
@@ -295,7 +296,7 @@ def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -
 def rows(
     device: torch.device, deadline: float, wanted: Selection, *, objectives: Sequence[str] = OBJECTIVES
 ) -> Iterator[Row]:
-    """Every objective and batch until `deadline` (time.monotonic), then the parts of a step; tiny on a CPU."""
+    """Yields rows for every objective and batch until `deadline` (time.monotonic), then the parts; tiny on a CPU."""
     cuda = device.type == "cuda"
     precision = "bfloat16" if cuda else "float32"
     if cuda:
@@ -321,9 +322,9 @@ def rows(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--compile", action="store_true", help="compiled steps too: minutes on a CPU")
+    parser.add_argument("--compile", action="store_true", help="also time compiled steps (takes minutes on a CPU)")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--batch", type=int, nargs="+", help="clips a step; default: 64 on a GPU, 16 on a CPU")
+    parser.add_argument("--batch", type=int, nargs="+", help="clips per step; default: 64 on a GPU, 16 on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = inputs_of(config, batch, device)
         found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
         torch.compiler.reset()
-    note = "" if cuda else " (a CPU: only the ratios mean something)"
+    note = "" if cuda else " (a CPU: only ratios are meaningful)"
     print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")
     parts = ("objective", "batch", "precision", "part", "forward_ms", "backward_ms", "percent", "percent_of_flops")
     print("\nparts", table([row for row in found if "part" in row], parts), sep="\n")

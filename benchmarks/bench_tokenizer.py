@@ -1,4 +1,4 @@
-"""Codes of a batch: milliseconds a clip from the tokenizer in the step, and from a cache."""
+"""Times the codes of a batch: milliseconds per clip from the tokenizer in the step, and from a cache."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
 MODELS = {"cuda": ("gumbel-f8-8192", "f16-1024"), "cpu": ("small",)}
-"""The method's default first: what a time limit cuts off is at the end."""
+"""The method's default first, because a time limit cuts off the end."""
 BATCH = {"cuda": 64, "cpu": 4}
 SIZE = {"cuda": 224, "cpu": 64}
 VIDEOS = {"cuda": 4096, "cpu": 256}
 SMALL = small(32, 1024, 16)
-"""What a run trains for itself."""
+"""A tokenizer of the size that a run trains by default."""
 CACHE_NEEDS = ("av", "tqdm")
 """Packages that the code cache imports."""
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """For each tokenizer a row online and one cached: random weights, random codes, the clips of `mam2-fast`."""
+    """Yields two rows per tokenizer, online and cached: random weights, random codes, the clips of `mam2-fast`."""
     config = load_recipe("mam2-fast")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, recorded=1, size=SIZE[device.type]))
     for name in MODELS[device.type]:
@@ -51,7 +51,7 @@ def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
 
 
 def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    """Milliseconds a clip through the tokenizer, compiled and in bfloat16 on a GPU, as in a run."""
+    """Returns milliseconds per clip for the tokenizer, compiled and in bfloat16 on a GPU, as in a run."""
     precision = "bfloat16" if device.type == "cuda" else "float32"
     compiled = compiler(config.run, device)[0] if device.type == "cuda" else None
     tokenizer = Tokenizer(vqgan, config.grid, precision, compiled=compiled)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -
 
 
 def measure_cached(codes: int, config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    """Milliseconds a clip from a cache in the page cache, random clips, onto the device."""
+    """Returns milliseconds per clip to read codes of random clips to the device; the files are in the page cache."""
     from mam2.engine.data.manifest import Manifest, Video
     from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
 

@@ -1,4 +1,4 @@
-"""`tube_mask` beside VideoMAE's generator, which shuffles each clip's mask with NumPy on the host."""
+"""`tube_mask`, compared with VideoMAE's generator, which shuffles each clip's mask with NumPy on the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mam2.kernels import costs, tube_mask
 
 
 def _hidden(shape: Shape) -> int:
-    """Hidden positions of a slot."""
+    """Returns the number of masked positions per slot."""
     return shape.masked // shape.grid[0]
 
 
@@ -26,7 +26,7 @@ def videomae(shape: Shape, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_order(shape: Shape, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Visible and masked tokens, from the positions [B,H'·W'] in the order in which they are hidden."""
+    """Returns visible and masked tokens from positions [B,H'·W'] in the order in which they are masked."""
     offset = torch.arange(shape.grid[0], device=order.device)[:, None] * order.shape[1]
     parts = order[:, _hidden(shape) :], order[:, : _hidden(shape)]
     visible, masked = ((part.sort(1).values[:, None] + offset).flatten(1) for part in parts)
@@ -39,7 +39,7 @@ def by_sorting(shape: Shape, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_error(shape: Shape, outputs: list[Tensor]) -> float:
-    """0 if every clip hides the same positions in all slots, as many as asked for, each token once and in order."""
+    """Returns 0 if every clip masks the right number of positions, equal in all slots, each token once and in order."""
     visible, masked = outputs
     everything = torch.arange(shape.tokens, device=masked.device).expand(shape.batch, -1)
     if masked.shape != (shape.batch, shape.masked) or visible.shape != (shape.batch, shape.tokens - shape.masked):

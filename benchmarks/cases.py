@@ -1,9 +1,9 @@
-"""What the operators are checked on: clips in every layout, every type, target and reduction, and other odd inputs.
+"""Test cases of the operators: clips in every layout, every type, target and reduction, and unusual inputs.
 
-correctness.py holds the kernels to them on a GPU; the tests do the same in Triton's interpreter, with more inputs.
-Clips lie in the middle of NaN, so that a value that nobody should read shows.
+correctness.py runs them on a GPU; the tests run them in Triton's interpreter, with more inputs. Clips are surrounded by
+NaN in memory, so that a read outside of the clip changes the result.
 
-B clips, C channels, T frames, N tokens, K picked tokens, P values a token, M rows, D width, V codes.
+B clips, C channels, T frames, N tokens, K selected tokens, P values per token, M rows, D width, V codes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EPS = 0.01
 
 
 class Layout(NamedTuple):
-    """How a clip lies in memory: its dimensions from the slowest to the fastest."""
+    """Memory layout of a clip: its dimensions from the slowest to the fastest."""
 
     order: str
     margin: str = ""
@@ -60,7 +60,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """What clips look like; `grid` counts tokens in time, height and width."""
+    """Shape and layout of a clip; `grid` counts tokens in time, height and width."""
 
     patch: tuple[int, int, int]
     layout: str
@@ -79,11 +79,11 @@ class Clip:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Mean and deviation of each channel."""
+        """Returns mean and standard deviation of each channel."""
         return {"mean": MEAN[: self.channels], "std": STD[: self.channels]}
 
     def make(self) -> Tensor:
-        """[B,C,T,H,W] on the CPU."""
+        """Returns a random clip [B,C,T,H,W] on the CPU."""
         layout = LAYOUTS[self.layout]
         extent = (count * edge for count, edge in zip(self.grid, self.patch, strict=True))
         sizes = dict(zip("bcthw", (self.batch, self.channels, *extent), strict=True))
@@ -113,21 +113,21 @@ class Case(NamedTuple):
     dtype: torch.dtype
     """Type of the prediction, or of the output."""
     inputs: dict[str, Tensor]
-    """On the CPU."""
+    """Inputs by name, on the CPU."""
     run: Callable[..., list[Tensor]]
-    """run(dtype, **inputs): the outputs, on the device of the inputs."""
+    """run(dtype, **inputs) returns the outputs, on the device of the inputs."""
     plain: Callable[..., list[Tensor]] | None = None
     """The same in plain PyTorch; None: `run` on the PyTorch path."""
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Operator, target and memory layout, or codes: one group launches the same kernels on clips that lie alike."""
+        """Returns operator, target and memory layout, or codes: the cases of a group launch the same kernels."""
         words = self.name.replace(",", "").split()
         return words[0], *(word for word in words[1:] if word in LAYOUTS or word in TARGETS or word[0] == "V")
 
 
 def few(cases: Iterator[Case]) -> list[Case]:
-    """The first case of each group."""
+    """Returns the first case of each group."""
     found: dict[tuple[str, ...], Case] = {}
     for case in cases:
         found.setdefault(case.group, case)
@@ -145,9 +145,9 @@ def loss_case(
     weighted: bool = False,
     mask: TubeMask | None = None,
 ) -> Case:
-    """A masked loss and its gradient under a random one from upstream; `mask`: half of the tokens where not given.
+    """Returns a case of a masked loss and its gradient, with a random upstream gradient; default mask: half the tokens.
 
-    A float clip counts as normalised, which is to be undone.
+    A float clip counts as normalized, so that the loss must undo it.
     """
     if mask is None:
         mask = random_mask(clip.batch, clip.grid, 0.5, seed=clip.values)
@@ -174,7 +174,7 @@ def loss_case(
 
 
 def gather_case(clip: Clip, dtype: torch.dtype, *, normalized: bool, mask: TubeMask | None = None) -> Case:
-    """The visible tokens; `mask`: half of the tokens where not given."""
+    """Returns a case of `gather_tubes`; default mask: half the tokens."""
     if mask is None:
         mask = random_mask(clip.batch, clip.grid, 0.5, seed=clip.values)
     statistics = clip.statistics if normalized else {}
@@ -187,7 +187,7 @@ def gather_case(clip: Clip, dtype: torch.dtype, *, normalized: bool, mask: TubeM
 
 
 def difference_case(clip: Clip, *, difference: str, normalize: str | None, mask: TubeMask | None = None) -> Case:
-    """The motion target of the masked tokens, of every token without a mask."""
+    """Returns a case of `frame_difference` for the masked tokens, or for every token without a mask."""
     options: dict[str, Any] = {"patch_size": clip.patch, "difference": difference, "normalize": normalize, "eps": EPS}
     options |= {} if clip.dtype == BYTES else clip.statistics
 
@@ -209,7 +209,10 @@ def head_case(
     ignored: Sequence[int] = (),
     bias: bool = True,
 ) -> Case:
-    """linear_cross_entropy and its gradients against PyTorch's cross-entropy of a linear layer."""
+    """Returns a case of linear_cross_entropy and its gradients.
+
+    Reference: PyTorch's cross-entropy of a linear layer.
+    """
     sizes: dict[str, tuple[int, ...]] = {"hidden": (rows, width), "weight": (codes, width)}
     sizes |= {"bias": (codes,)} if bias else {}
     inputs = {name: torch.randn(size).mul(0.5).to(dtype) for name, size in sizes.items()}
@@ -237,7 +240,7 @@ def head_case(
 
 
 def scale_case(shape: Sequence[int], leading: int, dtype: torch.dtype) -> Case:
-    """A gradient times one factor for each index of its `leading` dimensions."""
+    """Returns a case of a gradient times one factor per index of its `leading` dimensions."""
     inputs = {
         "gradient": torch.randn(shape).to(dtype),
         "scale": torch.rand(shape[:leading]).to(torch.promote_types(dtype, SINGLE)),
@@ -250,7 +253,7 @@ def scale_case(shape: Sequence[int], leading: int, dtype: torch.dtype) -> Case:
 
 
 def energy_case(clip: Clip) -> Case:
-    """The motion energies; those of a uint8 clip are integers, which float64 gives exactly."""
+    """Returns a case of motion energies; those of a uint8 clip are integers, which are exact in float64."""
 
     def run(_: torch.dtype, *, video: Tensor) -> list[Tensor]:
         energy = torch.ops.mam2.motion_energy(video, clip.patch)
@@ -261,7 +264,7 @@ def energy_case(clip: Clip) -> Case:
 
 
 def mask_case(seed: int, step: int, sample: int, slots: int, positions: int, hidden: int) -> Case:
-    """Tubes of three clips."""
+    """Returns a case of tube masks of three clips."""
 
     def run(_: torch.dtype, *, step: Tensor) -> list[Tensor]:
         ratio = (hidden + 0.5) / positions
@@ -272,7 +275,7 @@ def mask_case(seed: int, step: int, sample: int, slots: int, positions: int, hid
 
 
 def motion_mask_case(clip: Clip, strength: float) -> Case:
-    """Tubes drawn by motion."""
+    """Returns a case of tube masks drawn by motion."""
 
     def run(_: torch.dtype, *, video: Tensor) -> list[Tensor]:
         return list(motion_tube_mask(video, 0.5, patch_size=clip.patch, strength=strength, **FAR))
@@ -299,7 +302,7 @@ TYPES = (SINGLE, BRAIN, HALF, BRAIN, DOUBLE)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The same on every device; only a mask as large as a clip's would take the interpreter too long."""
+    """All cases, the same on every device, except a mask of a clip's full size, too slow for the interpreter."""
     for place, (clip, target) in enumerate(itertools.product(CLIPS, TARGETS)):
         if clip.patch[0] > 1 or target not in ("intra", "joint"):
             yield loss_case(

@@ -1,6 +1,6 @@
-"""Random inputs of the operators at the shapes that are measured, and the plain PyTorch that their users write.
+"""Random inputs of the operators at the measured shapes, and the plain PyTorch code that their users would write.
 
-B clips, T frames, N tokens, K chosen tokens, P values a token, C channels, D width, V codes.
+B clips, T frames, N tokens, K selected tokens, P values per token, C channels, D width, V codes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A batch of clips in training and the heads on it; the clip is uint8 and channels-last, as the loader gives it.
+    """Shape of a training batch and of the heads; the clip is uint8 and channels-last, as the loader returns it.
 
-    A float clip is normalized by MEAN and STD, and planar [B,3,T,H,W] in memory, as other codebases hand it over.
+    A float clip is normalized by MEAN and STD, and planar [B,3,T,H,W] in memory, as in other codebases.
     """
 
     batch: int
@@ -35,7 +35,7 @@ class Shape:
     clip_dtype: torch.dtype = torch.uint8
     planar: bool = False
     bias: bool = False
-    """Of linear_cross_entropy."""
+    """Whether linear_cross_entropy has a bias."""
     smoothing: float = 0.0
     """Label smoothing of linear_cross_entropy."""
 
@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def statistics(self) -> dict[str, tuple[float, ...]]:
-        """What undoes the normalising of a float clip."""
+        """Returns the keyword arguments by which an operator undoes the normalization of a float clip."""
         return {} if self.clip_dtype == torch.uint8 else {"mean": MEAN, "std": STD}
 
 
@@ -85,23 +85,23 @@ CLIP_VARIANTS = (
     _other(batch=32, frames=32),
     _other(patch=(2, 14, 14)),
 )
-"""The first is what the lines of kernels/README.md hand over in other codebases."""
+"""The first is the clip that other codebases pass in the lines of kernels/README.md."""
 HEAD_VARIANTS = (
     _other(bias=True),
     _other(codes=1024, bias=True, smoothing=0.1),
     _other(batch=4, width=768, codes=32768),
     _other(batch=2, width=2048, codes=131072),
 )
-"""With the bias that the engine's head has; the recipe's own codebook; the vocabularies of language models."""
+"""A bias as in the engine's head; the codebook size of a recipe's tokenizer; vocabularies of language models."""
 SHAPES = {
     "cuda": tuple(Shape(batch=batch) for batch in (64, 8, 16, 32, 128)),
     "cpu": tuple(_small(batch) for batch in (4, 1, 2)),
 }
-"""The batch of the table first, then, on a GPU, one so small that launches show; the rest is for the plots."""
+"""First the batch of the table, then, on a GPU, one so small that launches dominate; the others are for the plots."""
 
 
 def clip(shape: Shape, device: torch.device) -> Tensor:
-    """[B,3,T,H,W], channels-last in memory unless the shape is planar; a float clip is normalized."""
+    """Returns [B,3,T,H,W], channels-last in memory unless the shape is planar; a float clip is normalized."""
     extent = (shape.batch, shape.frames, shape.size, shape.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
     if shape.planar:
@@ -118,7 +118,7 @@ def tubes(shape: Shape, device: torch.device) -> TubeMask:
 
 
 def loss_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """A clip, its mask as token numbers and as VideoMAE's booleans, and predictions of the masked tokens."""
+    """Returns a clip, its mask as token numbers and as VideoMAE's booleans, and predictions of the masked tokens."""
     mask = tubes(shape, device)
     pred = torch.randn(shape.batch, shape.masked, shape.values, device=device).to(shape.dtype)
     inputs = {"video": clip(shape, device), "masked": mask.masked, "booleans": mask.as_bool()}
@@ -126,7 +126,10 @@ def loss_inputs(shape: Shape, device: torch.device) -> dict[str, Tensor]:
 
 
 def pixels(video: Tensor, shape: Shape | None = None) -> Tensor:
-    """[0,1], in float32 from uint8; a float clip of a `shape` with normalized clips is restored, else there already."""
+    """Returns pixels in [0,1], float32 for uint8.
+
+    Undoes the normalization of a float clip if `shape` has normalized ones.
+    """
     if video.dtype == torch.uint8:
         return video.float() / 255
     if shape is None or shape.clip_dtype == torch.uint8:
@@ -145,7 +148,7 @@ def cubes(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """[B,N,…] at int64 [B,K], or where bool [B,N] is set, which waits for the device to learn K -> [B,K,P]."""
+    """Selects from [B,N,…] by int64 [B,K], or by bool [B,N], which waits for the device to learn K -> [B,K,P]."""
     tokens = tokens.flatten(2)
     if index.dtype == torch.bool:
         return tokens[index].view(tokens.shape[0], -1, tokens.shape[2])
@@ -153,12 +156,12 @@ def pick(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def deviation(tokens: Tensor) -> Tensor:
-    """Of each channel of each cube [B,N,τ·p·p,C], as VideoMAE divides by it -> [B,N,1,C]."""
+    """Returns VideoMAE's divisor of each channel of each cube [B,N,τ·p·p,C] -> [B,N,1,C]."""
     return tokens.var(2, unbiased=True, keepdim=True).sqrt() + EPS
 
 
 def differences(video: Tensor, patch: tuple[int, int, int], shape: Shape | None = None) -> Tensor:
-    """The next frame minus this one, 0 for the last, over the deviation of its cube -> [B,N,τ·p·p,C]."""
+    """Returns (next frame − frame, 0 for the last) / the cube's standard deviation -> [B,N,τ·p·p,C]."""
     frames = pixels(video, shape)
     following = torch.cat([frames[:, :, 1:], frames[:, :, -1:]], 2)
     return cubes(following - frames, patch) / deviation(cubes(frames, patch))

@@ -1,4 +1,4 @@
-"""The table and the plots of `make bench`, from what pytest-benchmark timed."""
+"""Prints the table and draws the plots of `make bench`, from pytest-benchmark's times."""
 
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if DEVICE.type == "cuda":
         machine, note = torch.cuda.get_device_name(), ""
     else:
-        machine, note = "CPU", "small shapes on a shared machine: only ratios mean something"
+        machine, note = "CPU", "small shapes on a shared machine: only ratios are meaningful"
     lines.append(draw(rows, config.getoption("plots"), machine=machine, note=note))
     terminalreporter.write_line("\n".join(["", *lines, *([f"A {machine}, {note}."] if note else [])]))
 
 
 def interpret(rows: list[dict[str, Any]]) -> None:
-    """Puts what the times say in the place of the times; on a CPU they are given only in relation to `eager`."""
+    """Replaces the times by the figures derived from them; on a CPU only by ratios to `eager`."""
     operators = {operator.name: operator for operator in OPERATORS}
     peaks = next((row for row in rows if row["operator"] == "ceilings"), None)
     eager = {

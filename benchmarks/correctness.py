@@ -4,12 +4,12 @@ A case is right if, for each of its outputs,
 
     ‖kernel − exact‖ ≤ 2 · ‖plain − exact‖ + floor · ‖exact‖
 
-where `exact` is the PyTorch path in float64 and `plain` is PyTorch in the case's own type, both on the CPU. Integers
-must be equal, and every further run must give the same bits. A structural zero (a gradient of an ignored row, of a
-weight of 0, of a frame without a target) must be exactly 0: it is 0 for other values of the floats too. A difference
-that happens to be 0, such as 102/255 − 0.4, need not be: the GPU rounds a product and a sum once. Memory that an
-operator allocates holds NaN beforehand, so that a value that nobody writes shows. Where Triton should run, a case that
-launches no Triton kernel is wrong.
+where `exact` is the PyTorch path in float64 and `plain` is PyTorch in the case's type, both on the CPU. Integers must
+be equal, and every repeated run must give the same bits. A structural zero (the gradient of an ignored row, of a weight
+of 0, of a frame without a target) is 0 for all values of the inputs, and must be exactly 0. A difference that is 0 only
+for these values, such as 102/255 − 0.4, need not be 0, because the GPU rounds a product and a sum only once. Memory
+that an operator allocates is filled with NaN first, so that an unwritten value is found. Where Triton should run, a
+case that launches no Triton kernel is wrong.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from mam2.kernels import active_path
 
 CPU = torch.device("cpu")
 FLOOR = {SINGLE: 5e-6, HALF: 5e-6, BRAIN: 5e-6, DOUBLE: 1e-12}
-"""Relative error that an output may have where plain PyTorch has none: float32 sums in another order."""
+"""Relative error that an output may have if plain PyTorch has none: float32 sums in another order."""
 if os.environ.get("TRITON_INTERPRET") == "1":
-    FLOOR[BRAIN] = 2**-7  # the interpreter cuts bfloat16 off instead of rounding it
+    FLOOR[BRAIN] = 2**-7  # the interpreter truncates to bfloat16 instead of rounding
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory asked for without a value holds NaN (integers: a huge number), so that a value nobody writes shows."""
+    """Fills uninitialized allocations with NaN (integers: a huge number), so that an unwritten value is found."""
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_poisoned(*arguments: Any, **options: Any) -> Tensor:
@@ -53,20 +53,20 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def in_double(tensor: Tensor) -> Tensor:
-    """Bytes as pixels in [0,1]; integers stay."""
+    """Converts to float64: bytes become pixels in [0,1]; other integers stay unchanged."""
     if tensor.dtype == BYTES:
         return tensor.double() / 255
     return tensor.double() if tensor.dtype.is_floating_point else tensor
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """With its strides and the memory around it, which `.to` alone would leave behind."""
+    """Moves a tensor with its strides and the memory around it, which `.to` alone would drop."""
     flat = tensor.new_empty(0).set_(tensor.untyped_storage())  # type: ignore[call-overload]
     return flat.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def otherwise(tensor: Tensor) -> Tensor:
-    """Other values near these, zeros apart; integers stay."""
+    """Returns other values close to these; zeros and integers stay unchanged."""
     if not tensor.dtype.is_floating_point:
         return tensor
     generator = torch.Generator().manual_seed(7)
@@ -91,25 +91,25 @@ def verdict(case: Case, device: torch.device, runs: int) -> dict[str, Any]:
         reason, error = judge(mine[0].cpu(), other, truth, other_truth)
         row["error"] = max(error, row.get("error", 0.0))
         if not reason and any(not same_bits(mine[0], again) for again in mine[1:]):
-            reason = "another run gave other bits"
+            reason = "a repeated run gave different bits"
         if reason:
             return row | {"error": error, "reason": f"output {place}: {reason}"}
     return row | {"verdict": "right"}
 
 
 def judge(mine: Tensor, other: Tensor, truth: Tensor, other_truth: Tensor) -> tuple[str, float]:
-    """What is wrong with a result ("" if nothing), and its relative error.
+    """Returns what is wrong with a result ("" if nothing), and its relative error.
 
     other: plain PyTorch in the case's type; truth: float64; other_truth: float64 for other values of the floats.
     """
     if mine.shape != truth.shape or mine.dtype != other.dtype:
         return f"{mine.dtype} {list(mine.shape)}, expected {other.dtype} {list(truth.shape)}", float("inf")
     if not mine.dtype.is_floating_point:
-        return ("", 0.0) if torch.equal(mine, truth) else ("other numbers than the definition's", float("inf"))
+        return ("", 0.0) if torch.equal(mine, truth) else ("numbers differ from the definition's", float("inf"))
     if not (mine[(truth == 0) & (other_truth == 0)] == 0).all():
-        return "not 0 where the definition is", float("inf")
+        return "not 0 where the definition is 0", float("inf")
     if not torch.equal(mine.isnan(), truth.isnan()):
-        return "NaN elsewhere than in the definition", float("inf")
+        return "NaN in other places than in the definition", float("inf")
     numbers, usual, truth = (result.double().nan_to_num(0) for result in (mine, other, truth))
     length = truth.norm().item() or 1
     error = (numbers - truth).norm().item() / length
@@ -118,22 +118,22 @@ def judge(mine: Tensor, other: Tensor, truth: Tensor, other_truth: Tensor) -> tu
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal, NaN to NaN."""
+    """Returns whether both are equal; NaN equals NaN."""
     return torch.equal(one.nan_to_num(7), other.nan_to_num(7)) and torch.equal(one.isnan(), other.isnan())
 
 
 def rows(
     device: torch.device, deadline: float, *, runs: int | None = None, subset: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """A verdict for each case; one left out for want of time counts as not checked.
+    """Yields a verdict per case; a case that did not run in time counts as not checked.
 
     On a GPU the kernels of all cases are compiled first, in threads.
 
     Args:
-        device: where the operators run.
-        deadline: time.monotonic() after which no case is started.
-        runs: of each case; default: 20 on a GPU, else 2.
-        subset: one case for each kernel and layout.
+        device: device of the operators.
+        deadline: time.monotonic() after which no case starts.
+        runs: runs of each case; default: 20 on a GPU, else 2.
+        subset: only one case per kernel and layout.
     """
     torch.manual_seed(0)
     path, runs = active_path(device), runs or (20 if device.type == "cuda" else 2)

@@ -1,6 +1,6 @@
-"""Hardware counters of the main kernels at the shapes of mam2-fast, read by Nsight Compute (ncu) where it is there.
+"""Hardware counters of the main kernels at the shapes of mam2-fast, read by Nsight Compute (ncu) if it is installed.
 
-python -m benchmarks.counters        # what is profiled; `make gpu` starts it under ncu
+python -m benchmarks.counters        # the profiled program; `make gpu` starts it under ncu
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": ("percent_of_warps", 1.0),
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio": ("sectors_per_load", 1.0),
 }
-"""What ncu reads in base units (nanoseconds, bytes) -> column and factor."""
+"""ncu's metric in base units (nanoseconds, bytes) -> column and factor."""
 KERNELS = "masked_loss|scale_gradient|gather_tubes|softmax_gradient|motion_energy|frame_difference"
 
 
 def find_ncu() -> str | None:
-    """Its path: on PATH, or in the CUDA toolkit."""
+    """Returns the path of ncu: from PATH, or in the CUDA toolkit."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
     return shutil.which("ncu") or shutil.which("ncu", path=str(toolkit))
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """A row for each profiled kernel; one that says why where there is none."""
+    """Yields a row per profiled kernel, or one row with the reason why there is none."""
     row = {"kernel": "all"}
     if device.type != "cuda":
         yield row | {"verdict": "skipped", "reason": "counters need a GPU"}
@@ -67,9 +67,9 @@ def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
 
 
 def read(text: str) -> Iterator[dict[str, Any]]:
-    """A row for each kernel in ncu's CSV, which gives one metric a line after its own messages.
+    """Returns a row per kernel from ncu's CSV, which has one metric per line after its messages.
 
-    Of launches of one kernel in a row, such as those of one chunk of logits each, the first.
+    Of several successive launches of one kernel, such as one per chunk of logits, it keeps the first.
     """
     lines = text.splitlines()
     start = next((place for place, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
@@ -87,7 +87,7 @@ def read(text: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    """Calls each operator once to warm up and once where ncu looks."""
+    """Calls each operator once to warm up and once under the profiler."""
     from benchmarks.check import outputs, upstream_of
     from benchmarks.clips import Shape
     from benchmarks.operators import OPERATORS

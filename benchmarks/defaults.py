@@ -1,10 +1,10 @@
-"""Tries values of the recipes on labelled real clips, one change at a time: `python -m benchmarks.defaults`.
+"""Compares values of the recipes' keys on labeled real clips, one change at a time: `python -m benchmarks.defaults`.
 
     python -m benchmarks.defaults --train TRAIN.csv --test TEST.csv --out runs/defaults
 
-Each row is one short pre-training of the same tiny model on the training clips and a linear probe of the frozen
-encoder, fitted on the labelled training clips: on the means of each time slot, side by side, and on the mean of all
-tokens. Clips, codes and steps are the same in all rows but those that change them. A finished row is kept in
+Each row is one short pre-training of the same tiny model on the training clips, and two linear probes of the frozen
+encoder, fitted on the labeled training clips: one on the concatenated means of the time slots, one on the mean of all
+tokens. Clips, codes and steps are the same in all rows except those that change them. Finished rows are stored in
 OUT/rows.jsonl.
 """
 
@@ -51,7 +51,7 @@ BASE: Changes = {
     "run.precision": "float32",
     "run.compile": False,
 }
-"""On top of the demo's recipe: the other recipes' values where a tiny model allows them."""
+"""Changes to the demo's recipe: values of the other recipes, where a tiny model allows them."""
 FIXED: Changes = {"loss.balance": "fixed"}
 ROWS: tuple[tuple[str, str, Changes], ...] = (
     ("motion floor", "1e-6", {"loss.motion_eps": 1e-6}),
@@ -79,7 +79,7 @@ ROWS: tuple[tuple[str, str, Changes], ...] = (
     ("method", "VideoMAE", {"model.objective": "videomae", "model.decoder.depth": 2}),
 )
 RECORDED = 2
-"""Crops of each training clip."""
+"""Number of crops of each training clip."""
 
 
 def config_of(changes: Changes, steps: int, train_clips: int) -> PretrainConfig:
@@ -92,7 +92,10 @@ def config_of(changes: Changes, steps: int, train_clips: int) -> PretrainConfig:
 
 @torch.no_grad()
 def accuracies(encoder: Encoder, data: prepared.Prepared, config: PretrainConfig) -> tuple[float, float]:
-    """Of the linear probe on the test clips: from the means of each slot, and from the mean of all tokens."""
+    """Returns two accuracies of linear probes on the test clips.
+
+    On the means of the slots, on the mean of all tokens.
+    """
     encoder.eval()
     device = next(encoder.parameters()).device
     found = {}
@@ -109,7 +112,7 @@ def accuracies(encoder: Encoder, data: prepared.Prepared, config: PretrainConfig
 
 
 def row(changes: Changes, given: Any, clips: int) -> dict[str, Any]:
-    """Trains and probes; `clips`: training clips."""
+    """Trains, probes and returns the row; `clips` is the number of training clips."""
     config = config_of(changes, given.steps, clips)
     rendering = {name: value for name, value in changes.items() if name.startswith(("data.", "tokenizer."))}
     key = ",".join(f"{name}={value}" for name, value in sorted(rendering.items())) or "default"
@@ -125,11 +128,11 @@ def row(changes: Changes, given: Any, clips: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True, help="labelled list or folder")
+    parser.add_argument("--train", type=Path, required=True, help="labeled list or folder")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", nargs="*", metavar="VALUE", help="rows by the names of their values")
+    parser.add_argument("--only", nargs="*", metavar="VALUE", help="only the rows with these names of values")
     given = parser.parse_args()
     default = config_of({}, given.steps, 1)
     sets = {"train": given.train, "test": given.test}

@@ -1,22 +1,22 @@
-"""Everything that needs a GPU, in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
+"""Runs everything that needs a GPU in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
     smoke         tests/kernels/test_gpu.py: compile, capture, autocast, streams
     correctness   every kernel on the device against float64
-    operators     forward and backward at 64 clips beside the original codebases' forms and libraries
-    sweeps        rows a chunk, warps, implementations of attention: what the launch table should say
-    counters      hardware counters of the main kernels, where ncu is there
+    operators     forward and backward at 64 clips, compared with the original codebases' forms and with libraries
+    sweeps        rows per chunk, warps, attention implementations: the best values for the launch table
+    counters      hardware counters of the main kernels, if ncu is installed
     step          a step of mam2-fast: eager, captured, compiled
     variants      operators compiled, at other batches, types and layouts
-    videomae      a step of VideoMAE beside Hugging Face's
+    videomae      a step of VideoMAE, compared with Hugging Face's
     loader        clips/s from encoded files; codes from a tokenizer and from a cache
     pretrain      a real run, killed and resumed
     mam2-cae      a step of mam2-cae
 
-Each section runs in a process of its own with a time limit and is killed with this one. Every row is written at once to
-OUT/running.jsonl; after each section all rows go into one file, OUT/<GPU>/<date>.json, with a page and plots beside it.
-`--seconds` is for all together: a section that does not fit is named as not started. Wheels in .whl/ are put on the
-path. Exit status 1: a kernel was wrong, fell back to PyTorch, or a section broke. `--dry-run` goes through all of it on
-the CPU.
+Each section runs in its own process with a time limit; it is killed if this process dies. Every row is written to
+OUT/running.jsonl immediately. After each section all rows go into one file, OUT/<GPU>/<date>.json, next to a page and
+plots. `--seconds` limits all sections together; a section that does not fit is reported as not started. Wheels in .whl/
+are put on the path. Exit status 1: a kernel was wrong or fell back to PyTorch, or a section failed. `--dry-run` runs
+everything on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.sections import COLUMNS, SECTIONS, Selection, failures, run_sect
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 720
 STARTUP_S = 120
-"""Until a section has imported torch and reached the device."""
+"""Time that a section may take to import torch and reach the device."""
 MARK = "NOT a GPU result"
 LOG_CHARACTERS = 4000
 
@@ -49,13 +49,13 @@ LOG_CHARACTERS = 4000
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; the numbers mean nothing")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all sections; default: {SECONDS}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit for all together; default: {SECONDS}")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--operators", nargs="+", default=[], help="only these operators, such as masked_pixel_loss")
     parser.add_argument("--shapes", nargs="+", default=[], help="only shapes with this in their name: B64, planar, …")
     parser.add_argument("--ways", nargs="+", default=[], help="only these providers or steps: ours, eager, compiled, …")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile would give")
+    parser.add_argument("--no-compile", action="store_true", help="skip everything that needs torch.compile")
     parser.add_argument("--child", nargs=3, metavar=("SECTION", "FILE", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
         return run_section(section, Path(file), float(until), Selection(options.dry_run, compiled, *lists))
     out = options.out or (Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) if options.dry_run else RESULTS)
     if options.dry_run and out.resolve().is_relative_to(RESULTS):
-        parser.error(f"--out {out}: a dry run leaves no file in benchmarks/results")
+        parser.error(f"--out {out}: a dry run writes no file to benchmarks/results; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     given = sys.argv[1:] if arguments is None else arguments
     return measure(options, given, out)
 
 
 def measure(options: argparse.Namespace, given: list[str], out: Path) -> int:
-    """Runs the sections, most important first, and packs their rows; 1 if something is wrong."""
+    """Runs the sections, most important first, and packs their rows; returns 1 if something is wrong."""
     until = time.monotonic() + options.seconds
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *given]),
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, given: list[str], out: Path) -> int:
 def collect(
     name: str, options: argparse.Namespace, given: list[str], out: Path, until: float, environment: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs a section in a process of its own: its status, rows, also those before a break, and the machine."""
+    """Runs a section in its own process; returns its status, its rows (also those before a failure) and the machine."""
     left, limits = until - time.monotonic(), SECTIONS[name]
     if left < limits.least and not options.dry_run:
         status = f"not started: {max(left, 0):.0f} s left, it needs {limits.least}"
@@ -139,7 +139,7 @@ def collect(
 
 
 def whole(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file whose last line may be cut off."""
+    """Returns the rows of a file whose last line may be incomplete."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -148,7 +148,7 @@ def whole(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def new_file(out: Path, dry_run: bool, device: str) -> Path:
-    """<out>/<device>/<date>.json, numbered where there is one of that day; named by the mark after a dry run."""
+    """Returns <out>/<device>/<date>.json, numbered if that file exists; a dry run's name contains the mark."""
     folder = out / slug(MARK if dry_run else device)
     folder.mkdir(parents=True, exist_ok=True)
     day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -163,7 +163,7 @@ def slug(text: str) -> str:
 
 
 def pack(report: dict[str, Any], file: Path, *, marked: bool) -> None:
-    """Writes all rows so far into one file, a page beside it, and the plots of the operators."""
+    """Writes all rows so far into one file, a page next to it, and the plots of the operators."""
     save(json.dumps(report, indent=1) + "\n", file)
     lines = [
         f"# {report['machine']['device']}",
@@ -185,7 +185,7 @@ def pack(report: dict[str, Any], file: Path, *, marked: bool) -> None:
 
 
 def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a step that was timed alone and then in turns the last row only; all others."""
+    """Returns the rows without those of steps timed alone that were timed in turns later."""
     keys = ("objective", "batch", "precision", "provider", "step", "part")
     found: dict[Any, dict[str, Any]] = {}
     for place, row in enumerate(rows):
@@ -194,14 +194,14 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def save(text: str, file: Path) -> None:
-    """Replaces the file at once, so that a run cut off here keeps the one before."""
+    """Replaces the file atomically, so that an interrupted run keeps the previous one."""
     partial = file.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
 def section_text(name: str, section: dict[str, Any], *, marked: bool) -> str:
-    """A title and the section's rows; of the checks, those that are not right."""
+    """Returns a title and the section's rows as text; for checks, only the rows that are not right."""
     rows = latest(section["rows"])
     title = f"{name}: {section['status']}, {section['seconds']} s"
     if name == "correctness":

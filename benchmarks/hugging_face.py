@@ -1,4 +1,4 @@
-"""The peer of the step benchmark: Hugging Face's VideoMAEForPreTraining with the sizes and weights of our VideoMAE.
+"""Peer of the step benchmark: Hugging Face's VideoMAEForPreTraining with the sizes and weights of our VideoMAE.
 
 Shapes: B clips, T frames, N tokens.
 """
@@ -15,7 +15,7 @@ from mam2.engine.model.videomae import VideoMAE
 
 
 def build(config: PretrainConfig, ours: VideoMAE) -> nn.Module:
-    """Their model for a run's config, through PyTorch's fused attention, with a copy of our weights."""
+    """Builds Hugging Face's model for a run's config, with PyTorch's fused attention and a copy of our weights."""
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
     model, decoder = config.model, config.model.decoder
@@ -38,13 +38,16 @@ def build(config: PretrainConfig, ours: VideoMAE) -> nn.Module:
             attn_implementation="sdpa",
         )
     )
-    theirs.decoder.norm.eps = LAYER_NORM_EPS  # VideoMAE's own; Hugging Face leaves PyTorch's 1e-5 in this one place
+    theirs.decoder.norm.eps = LAYER_NORM_EPS  # VideoMAE's value; Hugging Face uses PyTorch's 1e-5 here
     theirs.load_state_dict(weights_for(ours))
     return theirs.train()
 
 
 def weights_for(ours: VideoMAE) -> dict[str, Tensor]:
-    """Our weights under their names; a row of the patch embedding, in (t, h, w, c) order, is a Conv3d filter there."""
+    """Returns our weights under their names.
+
+    Rows of the patch embedding, in (t, h, w, c) order, become Conv3d filters.
+    """
     state = ours.state_dict()
     embed = "videomae.embeddings.patch_embeddings.projection"
     filters = state["encoder.patch_embed.weight"].unflatten(1, (*ours.patch_size, -1)).permute(0, 4, 1, 2, 3)
@@ -81,6 +84,6 @@ def _block(state: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor
 
 
 def pixels(video: Tensor) -> Tensor:
-    """What its processor gives the model: [B, 3, T, H, W] uint8 -> [B, T, 3, H, W] float32, normalised."""
+    """Converts as its image processor does: [B, 3, T, H, W] uint8 -> [B, T, 3, H, W] float32, normalized."""
     mean, std = (torch.tensor(values, device=video.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     return (video.transpose(1, 2) / 255 - mean) / std

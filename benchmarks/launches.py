@@ -1,4 +1,4 @@
-"""Launches of Triton kernels: counted, so that a fallback to PyTorch shows, and compiled ahead in threads."""
+"""Counts launches of Triton kernels, to detect a fallback to PyTorch, and compiles kernels ahead in threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mam2.kernels import active_path, launch
 
 
 class Counter:
-    """Names of the kernels launched, in order."""
+    """The names of the launched kernels, in order."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -23,7 +23,7 @@ class Counter:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter]:
-    """Counts the launches within, also those of the thread in which autograd runs a backward pass."""
+    """Counts the launches inside the context, also those of the thread in which autograd runs a backward pass."""
     original, counter = launch.run, Counter()
 
     def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
@@ -35,16 +35,16 @@ def counted() -> Iterator[Counter]:
 
 
 def fallback(device: torch.device, counter: Counter) -> str:
-    """Says that an operator of ours launched no Triton kernel where it should have; "" if all is well."""
+    """Returns the reason if our operator launched no Triton kernel although it should have; else ""."""
     if active_path(device) != "triton" or counter.names:
         return ""
     return "fell back to PyTorch: it launched no Triton kernel"
 
 
 def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None = None) -> int:
-    """Compiles what `calls` would launch, in threads, without launching anything; the number of distinct kernels.
+    """Compiles the kernels of `calls` in threads, without a launch; returns the number of distinct kernels.
 
-    The outputs of the calls are not computed. A kernel that does not compile raises when it is launched.
+    The outputs of the calls are not computed. A kernel that does not compile raises when it is launched later.
     """
     from triton import AsyncCompileMode
     from triton.runtime import _async_compile
@@ -57,7 +57,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
 
     with mock.patch.object(launch, "run", record):
         for call in calls:
-            with contextlib.suppress(Exception):  # a call that fails says so when it is checked
+            with contextlib.suppress(Exception):  # a failing call is reported when it is checked
                 call()
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         mode = AsyncCompileMode(pool)
@@ -66,6 +66,6 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
                 for kernel, arguments, meta in recorded:
                     with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else contextlib.nullcontext():
                         kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
-        except Exception:  # left to the launch, which names the kernel
+        except Exception:  # the launch raises again and names the kernel
             _async_compile.active_mode.set(None)
     return len(mode.raw_futures)

@@ -1,4 +1,4 @@
-"""The machine that a number belongs to: what it is, what is installed, and what was carried there as wheels."""
+"""Describes the machine that a number belongs to: hardware, installed versions, and wheels brought along."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from benchmarks import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / ".whl"
-"""Wheels for a machine without network; git ignores the folder."""
+"""Wheels for a machine without a network; git ignores the folder."""
 PACKAGES = (
     *("mam2", "torch", "triton", "transformers", "xformers", "liger-kernel", "cut-cross-entropy"),
     *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "tyro", "matplotlib", "pytest", "numpy"),
 )
 COMMIT = "MAM2_COMMIT"
-"""Environment variable that names the commit where the checkout has no history."""
+"""Environment variable that names the commit if the checkout has no history."""
 QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
 
 
 def environment(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment of the sections, and lines on what was found.
+    """Returns the environment variables of the sections, and lines about the wheels.
 
-    Wheels in .whl/ are installed into `folder`. mam2 is the checkout's, installed or not.
+    Wheels in .whl/ are installed into `folder`. mam2 is imported from the checkout, installed or not.
     """
     paths, lines = [str(ROOT)], []
     wheels = sorted(WHEELS.glob("*.whl"))
@@ -54,7 +54,7 @@ def environment(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def describe(device: Any) -> dict[str, Any]:
-    """The machine and the versions that a number depends on."""
+    """Returns the machine and the versions that a number depends on."""
     import torch
 
     from mam2.kernels.launch import table_for
@@ -88,7 +88,10 @@ def describe(device: Any) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with a plus where files differ from it; without history what MAM2_COMMIT says."""
+    """Returns the commit of the checkout, with a plus if files differ from it.
+
+    Without history the value of MAM2_COMMIT.
+    """
     try:
         options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
@@ -98,7 +101,7 @@ def commit() -> str | None:
 
 
 class Clocks:
-    """Clocks, power and temperature of the GPU while a section runs, as nvidia-smi samples them twice a second."""
+    """Clocks, power and temperature of the GPU while a section runs, sampled by nvidia-smi twice per second."""
 
     def __init__(self, wanted: bool) -> None:
         self._file = tempfile.TemporaryFile() if wanted else None  # noqa: SIM115 (closed with this object)
@@ -115,11 +118,11 @@ class Clocks:
             ]
             try:
                 self._child = processes.start(command, stdout=self._file, stderr=subprocess.DEVNULL)
-            except OSError:  # no nvidia-smi: nothing is sampled, and the report says so
+            except OSError:  # no nvidia-smi: no samples, and the report says so
                 self._child = None
 
     def stop(self) -> dict[str, Any]:
-        """{"sm_mhz": [least, median, most], …} of GPU 0; {} where nothing was sampled."""
+        """Stops sampling; returns {"sm_mhz": [minimum, median, maximum], …} of GPU 0, or {} without samples."""
         if self._child is None or self._file is None:
             return {}
         processes.kill_group(self._child)
@@ -128,7 +131,7 @@ class Clocks:
 
 
 def summarize(text: str) -> dict[str, Any]:
-    """Least, median and most of each column that nvidia-smi printed as numbers."""
+    """Returns minimum, median and maximum of each numeric column of nvidia-smi's output."""
     samples: dict[str, list[float]] = {name: [] for name in CLOCKS}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]

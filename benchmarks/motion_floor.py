@@ -1,16 +1,18 @@
-"""What the floor of the motion target's deviation does on real clips: `python -m benchmarks.motion_floor --data CLIPS`.
+"""Effect of the motion target's floor on real clips: `python -m benchmarks.motion_floor --data CLIPS`.
 
-The motion target is d / (s + floor): d the difference to the next frame, s the deviation of a patch's pixels, both in
-the range 0 to 1. A patch of one color has s = 0, and a fade of one gray level then gives 1/255 / floor. For each floor:
+The motion target is d / (s + floor): d is the difference to the next frame, s the standard deviation of a patch's
+pixels, both in the range 0 to 1. A patch of one color has s = 0, and a fade of one gray level then has the target
+1/255 / floor. The columns, for each floor:
 
-    mean, most     mean squared target of a clip: over all clips, and of the worst one
+    mean, most     mean squared target of a clip: mean over all clips, and the largest
     over 100       clips whose mean squared target is above 100
     peak loss      largest motion loss of a step, over the median of all steps
     peak gradient  largest gradient norm of a step, over the median of all steps
-    gray, floored  squared error of the predicted differences of held-out clips over that of predicting none (1: nothing
-                   learned): as gray levels, and divided by s + 0.05, in which patches of little contrast count more
+    gray, floored  squared error of the predicted differences of held-out clips over that of predicting no motion
+                   (1: nothing learned): in gray levels, and divided by s + 0.05, where patches of low contrast count
+                   more
 
-`huber` is a robust loss instead of a floor: squared up to an error of 1, linear beyond, with VideoMAE's 1e-6.
+`huber` is a robust loss instead of a larger floor: squared up to an error of 1, linear beyond, with VideoMAE's 1e-6.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ from mam2.kernels import TubeMask, frame_difference, gather_tubes
 FLOORS = (1e-6, 1 / 255, 0.01, 0.02, 0.05, 0.1, 0.2)
 JUDGED_WITH = 0.05
 HELD_OUT = 5
-"""One of so many clips is not trained on."""
+"""One of this many clips is held out of training."""
 HUGE = 100
 
 
 def read_clips(data: Path, config: PretrainConfig) -> Tensor:
-    """The middle clip of every video that can be decoded: uint8 [B, T, H, W, C]."""
+    """Returns the middle clip of every video that can be decoded: uint8 [B, T, H, W, C]."""
     manifest = read_manifest(data)
     with ClipLoader(manifest, config.data, batch=16, device="cpu", seed=0, train=False) as loader:
         return torch.cat([batch.clip for batch in loader.evaluate()])
 
 
 def squared_targets(clips: Tensor, config: PretrainConfig) -> Tensor:
-    """Mean squared target of each clip: [B]."""
+    """Returns the mean squared target of each clip: [B]."""
     eps = config.loss.motion_eps
     parts = clips.permute(0, 4, 1, 2, 3).split(8)
     targets = (frame_difference(part, patch_size=config.patch_size, eps=eps) for part in parts)
@@ -62,7 +64,7 @@ def squared_targets(clips: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def huber_loss(model: MAM2, config: PretrainConfig) -> None:
-    """Puts it in the place of the model's motion loss."""
+    """Replaces the model's motion loss by the Huber loss."""
 
     def loss(latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         target = frame_difference(video, patch_size=config.patch_size, eps=config.loss.motion_eps, mask=mask)
@@ -74,7 +76,7 @@ def huber_loss(model: MAM2, config: PretrainConfig) -> None:
 def train(
     clips: Tensor, config: PretrainConfig, steps: int, *, huber: bool = False
 ) -> tuple[MAM2, list[float], list[float]]:
-    """The model, and motion loss and gradient norm of every step."""
+    """Returns the model, and the motion loss and gradient norm of every step."""
     torch.manual_seed(config.run.seed)
     model = MAM2(config, 0)
     if huber:
@@ -94,7 +96,7 @@ def train(
 
 @torch.no_grad()
 def errors(model: MAM2, clips: Tensor, config: PretrainConfig) -> tuple[float, float]:
-    """Squared error of the predicted differences over that of none: as gray levels, and floored by `JUDGED_WITH`."""
+    """Returns the squared error relative to predicting no motion: in gray levels, and with the floor `JUDGED_WITH`."""
     model.eval()
     sums = torch.zeros(2, 2, dtype=torch.float64)
     for first in range(0, len(clips), 8):
@@ -119,7 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion_floor", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder or list of videos")
     parser.add_argument("--size", type=int, default=64, help="pixels of a clip's side")
-    parser.add_argument("--steps", type=int, default=250, help="of each training; 0 prints the targets only")
+    parser.add_argument("--steps", type=int, default=250, help="steps of each training; 0 prints only the targets")
     parser.add_argument("--sampling", default="dense", choices=["dense", "uniform"])
     parser.add_argument("--patch", type=int, default=16)
     given = parser.parse_args()

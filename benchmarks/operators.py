@@ -1,8 +1,9 @@
-"""The registry of measured operators, one bench file each, and what compares the providers of one of them.
+"""Registry of the measured operators, one bench file each, and the comparison of their providers.
 
-A provider that is not right by `check.py`'s gate gets no number, nor does ours where it launched no Triton kernel and
-should have. `median_ms` is forward and backward together, `forward_ms` the forward pass alone with its gradient asked
-for, `backward_ms` their difference. Shares of a copy are against a copy of as many bytes, timed in the same rounds.
+A provider that fails `check.py` gets no number; ours gets none either if it launched no Triton kernel although it
+should have. `median_ms` is forward and backward together, `forward_ms` the forward pass alone with its gradient,
+`backward_ms` the difference. Percentages of a copy refer to a copy of the same number of bytes, timed in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ OPERATORS = (
 )
 MOST_INPUT_SETS = 64
 DISPATCH_BATCH = 8
-"""Where launches outweigh the work: the batch at which the host's time for a call is measured."""
+"""Batch at which the host time of a call is measured: so small that launches outweigh the work."""
 
 
 def all_providers(operator: Operator, shape: Shape, device: torch.device, *, compiled: bool) -> dict[str, Function]:
-    """The operator's and, if asked for, its definition under torch.compile."""
+    """Returns the operator's providers and, if requested, its definition under torch.compile."""
     found = operator.providers(shape, device)
     if compiled:
         reason = why_not_compile(device)
@@ -68,7 +69,7 @@ def all_providers(operator: Operator, shape: Shape, device: torch.device, *, com
 
 
 def input_sets(operator: Operator, shape: Shape, device: torch.device) -> list[Inputs]:
-    """Inputs to go through in turn: on a GPU more than twice what its L2 cache holds."""
+    """Returns sets of inputs to use in turn: on a GPU together more than twice the size of its L2 cache."""
     count = 2
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -77,7 +78,7 @@ def input_sets(operator: Operator, shape: Shape, device: torch.device) -> list[I
 
 
 def whole_bytes(operator: Operator, shape: Shape) -> int:
-    """Declared bytes of forward and backward together."""
+    """Returns the declared bytes of forward and backward together."""
     backward = operator.backward_cost(shape).bytes_moved if operator.backward_cost else 0
     return operator.cost(shape).bytes_moved + backward
 
@@ -85,7 +86,10 @@ def whole_bytes(operator: Operator, shape: Shape) -> int:
 def figures(
     operator: Operator, shape: Shape, timing: Timing, device: torch.device, peaks: dict[str, float] | None
 ) -> dict[str, Any]:
-    """What a time says: on a GPU in its units, on either as a share of the device's measured ceilings."""
+    """Returns the figures derived from a time.
+
+    On a GPU with units, on all devices as shares of the measured ceilings.
+    """
     moved, flops = whole_bytes(operator, shape), operator.cost(shape).flops
     rates = {"gb_per_s": moved / timing.median_ms / 1e6, "tflop_per_s": flops / timing.median_ms / 1e9}
     found: dict[str, Any] = {"flops_per_byte": flops / moved}
@@ -98,7 +102,7 @@ def figures(
 
 
 def passes(timings: dict[str, Timing], name: str) -> dict[str, Any]:
-    """Forward and backward of a provider apart, each beside a copy of the bytes that it declares."""
+    """Returns forward and backward times of a provider, each compared with a copy of its declared bytes."""
     whole = timings[name].median_ms
     if f"{name} forward" not in timings:
         return {"forward_ms": whole, "forward_percent_of_copy": 100 * timings["copy forward"].median_ms / whole}
@@ -123,9 +127,9 @@ def compare(
     peaks: dict[str, float] | None = None,
     providers: dict[str, Function] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each provider: its verdict and, if that is "right", its times, in interleaved rounds.
+    """Returns a row per provider: its verdict and, if that is "right", its times, in interleaved rounds.
 
-    peaks: what `timing.ceilings` measured. On a CPU only ratios to `eager` are given.
+    `peaks` is the result of `timing.ceilings`. On a CPU the rows contain only ratios to `eager`.
     """
     providers = providers or all_providers(operator, shape, device, compiled=compiled)
     sets, upstream = input_sets(operator, shape, device), upstream_of(operator, shape, device)
@@ -172,7 +176,7 @@ def _more_calls(
     sets: list[Inputs],
     upstream: torch.Tensor | None,
 ) -> dict[str, list[Callable[[], Any]]]:
-    """What is timed beside the whole: forward alone, ours under an upstream of 1, copies of the declared bytes."""
+    """Returns the additional timed calls: forward alone, ours with an upstream of 1, copies of the declared bytes."""
     if not providers:
         return {}
     found = {"copy forward": copies(operator.cost(shape).bytes_moved, device)}
@@ -192,10 +196,11 @@ def _more_calls(
 def rows(
     device: torch.device, deadline: float, wanted: Selection, *, variants: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The measured ceilings of a GPU, then a row for each operator, shape and provider.
+    """Yields the measured ceilings of a GPU, then a row per operator, shape and provider.
 
-    Without `variants` at the first of the shapes, uncompiled; with them compiled there, in other layouts and types, and
-    at the other batches for the plots. What `deadline` (time.monotonic) leaves no time for is named.
+    Without `variants` only the first shape is measured, uncompiled. With `variants` the first shape is measured
+    compiled, then other layouts and types, then the other batches for the plots. A row that does not start before
+    `deadline` (time.monotonic) is marked as skipped.
     """
     torch.manual_seed(0)
     cuda = device.type == "cuda"
@@ -215,7 +220,7 @@ def rows(
             rounds = 30 if cuda else 5
             found = compare(operator, shape, device, rounds=rounds, peaks=peaks, providers=chosen)
             yield from (row | {"variant": shape in operator.variants} for row in found)
-        except Exception as problem:  # one that does not fit into memory leaves the others standing
+        except Exception as problem:  # a provider that does not fit into memory must not end the others
             yield head | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
         torch.compiler.reset()
         if cuda:
@@ -223,7 +228,7 @@ def rows(
 
 
 def plan(device: torch.device, variants: bool) -> Iterator[tuple[Operator, Shape, bool]]:
-    """Operators, shapes and whether they are compiled too, the most telling first."""
+    """Returns operators, shapes and whether to compile too, the most informative first."""
     first, *others = SHAPES[device.type]
     if not variants:
         yield from ((operator, first, False) for operator in OPERATORS)

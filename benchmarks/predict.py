@@ -1,20 +1,21 @@
-"""What an H200 should need for each operator, from the static table: predicted, not measured.
+"""Predicts the time of each operator on an H200 from the static table: predicted, not measured.
 
     python -m benchmarks.predict      # prints the prediction and writes results/static/predicted-h200.md
 
-A kernel's programs all do the same, in a straight line, so that three bounds follow from its compiled code:
+All programs of a kernel run the same code without branches, so that three lower bounds follow from the compiled code:
 
-    memory     declared bytes / what a copy reaches
+    memory     declared bytes / bandwidth of a copy
     issue      programs · warps · cycles / (SMs · 4 schedulers · clock); the cycles of a warp are its instructions, or
                those of its busiest pipe: 2 for an integer instruction, 4 for a shuffle, 8 for a conversion or a root
-    latency    Little's law: an SM has  resident programs · bytes of one / its round trips  in flight, for one latency
+    latency    Little's law: per latency an SM has  resident programs · bytes per program / round trips  in flight
 
-A round trip is a group of loads that wait for the group before. If the three overlap perfectly, the slowest is the
-time; if not at all, their sum is. Registers, shared memory, warps and blocks limit how many programs are resident.
+A round trip is a group of loads that waits for the previous group. If the three overlap perfectly, the time is the
+largest of them; without any overlap it is their sum. Registers, shared memory, warps and blocks limit the number of
+resident programs.
 
-The head (linear_cross_entropy) is a row of such parts, one after the other, for each chunk of logits.
+The head (linear_cross_entropy) is a sequence of such parts for each chunk of logits.
 
-Figures of the GPU: COPY, GEMM, SMS and CLOCK as known of an H200; LATENCY and GAP are assumed.
+Parameters of the GPU: COPY, GEMM, SMS and CLOCK are known of an H200; LATENCY and GAP are assumed.
 """
 
 import csv
@@ -27,12 +28,12 @@ RESULTS = Path(__file__).parent / "results" / "static"
 TABLE, PREDICTION = RESULTS / "nvidia.csv", RESULTS / "predicted-h200.md"
 
 COPY, GEMM = 4.3e12, 790e12
-"""Bytes and bfloat16 operations a second."""
+"""Bytes and bfloat16 operations per second."""
 SMS, CLOCK = 132, 1.755e9
 REGISTERS, WARPS, BLOCKS, SHARED = 65_536, 64, 32, 233_472
-"""Of an SM; each block takes 1 KB of shared memory besides its own."""
+"""Limits of an SM; each block reserves 1 KB of shared memory in addition to its own."""
 LATENCY, GAP = 0.8e-6, 1.5e-6
-"""Seconds: of a load from busy memory, and between two kernels of which the second waits for the first."""
+"""Seconds: latency of a load from busy memory, and the gap between a kernel and the next one that waits for it."""
 
 BATCH, MASKED, VISIBLE, VALUES = 64, 1408, 160, 1536
 WIDTH, CODES = 384, 8192
@@ -40,14 +41,14 @@ GOAL_HEAD = 3.0e-3
 
 
 class Bounds(NamedTuple):
-    """Seconds, each if nothing else limited a kernel, and what keeps an SM busy."""
+    """Lower bounds in seconds, each as if nothing else limited the kernel, and the load of an SM."""
 
     memory: float
     issue: float
     latency: float
     resident: int
     in_flight: float
-    """Bytes an SM waits for at a time."""
+    """Bytes for which an SM waits at a time."""
 
     @property
     def best(self) -> float:
@@ -63,9 +64,9 @@ class Bounds(NamedTuple):
 
 
 def compiled(name: str) -> dict[str, str]:
-    """Row of the static table for sm_90, by "kernel launch"."""
+    """Returns the row of the static table for sm_90 by "kernel launch"."""
     with TABLE.open(encoding="utf-8", newline="") as file:
-        next(file)  # names the Triton version
+        next(file)  # the first line names the Triton version
         for row in csv.DictReader(file):
             if (f"{row['kernel']} {row['launch']}", row["architecture"]) == (name, "sm_90"):
                 return row
@@ -73,12 +74,12 @@ def compiled(name: str) -> dict[str, str]:
 
 
 def resident_programs(registers: int, warps: int, shared: int) -> int:
-    """Programs that an SM holds at a time; registers come in eights for each thread."""
+    """Returns the programs that an SM holds at a time; registers are allocated in units of eight per thread."""
     return min(BLOCKS, WARPS // warps, REGISTERS // (-(-registers // 8) * 8 * 32 * warps), SHARED // (shared + 1024))
 
 
 def bounds(name: str, programs: int, moved: int) -> Bounds:
-    """Of a kernel of the table, launched with `programs` programs that move `moved` bytes together."""
+    """Returns the bounds of a kernel of the table, for `programs` programs that move `moved` bytes together."""
     row = compiled(name)
     count = {column: int(row[column]) for column in row if row[column].isdigit()}
     warps = count["warps"]
@@ -100,7 +101,7 @@ def bounds(name: str, programs: int, moved: int) -> Bounds:
 
 
 def kernels() -> dict[str, Bounds]:
-    """The memory-bound operators at the shapes of a training step: 64 clips of 16 frames at 224 pixels, bfloat16."""
+    """Returns the bounds of the memory-bound operators in a training step: 64 clips of 16 × 224², bfloat16."""
     clip = "channels_last 2x16x16 uint8 bfloat16"
     tokens = BATCH * MASKED
     loss = costs.masked_loss(BATCH, MASKED, VALUES).bytes_moved
@@ -111,19 +112,19 @@ def kernels() -> dict[str, Bounds]:
         "their backward pass (scale_gradient)": bounds(
             f"scale_gradient {tokens}x{VALUES} bfloat16", tokens, costs.scale_gradient(tokens, VALUES).bytes_moved
         ),
-        "gather_tubes": bounds(f"gather_tubes {clip} normalised", BATCH * VISIBLE, gather),
+        "gather_tubes": bounds(f"gather_tubes {clip} normalized", BATCH * VISIBLE, gather),
     }
 
 
 def head() -> list[tuple[str, float, float]]:
-    """Parts of linear_cross_entropy forward and backward: what, seconds at best, seconds at worst."""
+    """Returns the parts of linear_cross_entropy forward and backward: name, seconds at best, seconds at worst."""
     rows = BATCH * MASKED
     budget = launch.CHUNK_BYTES.get("sm_90", launch.CHUNK_BYTES["default"])
     chunk = budget // (CODES * 2) // 128 * 128
     chunks = -(-rows // chunk)
     product = costs.linear_cross_entropy(rows, WIDTH, CODES).flops / GEMM
     passes = bounds(f"softmax_gradient {CODES} bfloat16", rows, costs.softmax_gradient(rows, CODES).bytes_moved)
-    # the float32 product of a chunk is written, read with the sum so far, and the sum written
+    # the float32 product of a chunk is written, then read together with the running sum, and the sum is written
     adding = chunks * 4 * CODES * WIDTH * 4 / COPY
     return [
         (f"three products at {GEMM / 1e12:.0f} TFLOP/s", product, product),
@@ -134,15 +135,15 @@ def head() -> list[tuple[str, float, float]]:
 
 
 def report() -> str:
-    """The prediction as Markdown."""
+    """Returns the prediction as Markdown."""
     needed = COPY * LATENCY / SMS / 1024
     lines = [
         "# H200: predicted, not measured",
         "",
-        "By `python -m benchmarks.predict` from nvidia.csv (sm_90); the model is in its docstring.",
+        "Written by `python -m benchmarks.predict` from nvidia.csv (sm_90); its docstring describes the model.",
         f"{BATCH} uint8 clips of 16 × 224², {MASKED} masked and {VISIBLE} visible tokens of {VALUES} bfloat16 values.",
-        f"Taken: a copy at {COPY / 1e12:.1f} TB/s, {SMS} SMs at {CLOCK / 1e9:.3f} GHz. Assumed: {LATENCY * 1e6:.1f} µs",
-        f"a load, so that the speed of a copy needs {needed:.0f} KB in flight an SM.",
+        f"Known: a copy at {COPY / 1e12:.1f} TB/s, {SMS} SMs at {CLOCK / 1e9:.3f} GHz. Assumed: {LATENCY * 1e6:.1f} µs",
+        f"per load, so that the speed of a copy needs {needed:.0f} KB in flight per SM.",
         "",
         "| operator | memory µs | issue µs | latency µs | resident | KB in flight | predicted µs | of a copy | limit |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -158,7 +159,7 @@ def report() -> str:
     lines += [
         "",
         f"linear_cross_entropy, forward and backward: {BATCH * MASKED} rows, {WIDTH} wide, {CODES} codes, bfloat16.",
-        "At best the weight's gradient stays in the L2 and no gap shows; logits are taken to be no faster than memory.",
+        "At best the weight's gradient stays in the L2 and gaps are hidden; logits are as slow as memory.",
         "",
         "| part | ms at best | ms at worst |",
         "|---|---|---|",

@@ -1,4 +1,4 @@
-"""Child processes with a time limit that never outlive their parent: each kills its whole group at the end."""
+"""Child processes with a time limit that never outlive their parent: the whole process group is killed at the end."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ POLL_S = 0.05
 
 
 class Ended(NamedTuple):
-    """How a child ended."""
+    """The result of a child process."""
 
     code: int | None
-    """Its exit status; None: it was killed at its limit."""
+    """Exit status; None: the child was killed at its limit."""
     seconds: float
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Starts a child in a process group of its own, in this session; the kernel kills it when this process dies.
+    """Starts a child in a new process group of this session; the kernel kills it when this process dies.
 
-    A session of its own would outlive a caller that ends all processes of its session.
+    In a new session it would survive a caller that ends all processes of its own session.
     """
     parent, prctl = os.getpid(), ctypes.CDLL(None, use_errno=True).prctl
 
     def prepare() -> None:
         os.setpgid(0, 0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before prctl
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return subprocess.Popen(command, preexec_fn=prepare, **options)
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kills the child and what it started, such as a compiler's workers."""
+    """Kills the child and the processes that it started, such as a compiler's workers."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -56,7 +56,7 @@ def run(
     environment: Mapping[str, str],
     output: IO[bytes] | int | None = None,
 ) -> Ended:
-    """Runs a command until it ends or time.monotonic() passes `limit()`, which is asked again and again."""
+    """Runs a command until it ends or time.monotonic() passes `limit()`, which is called repeatedly."""
     began = time.monotonic()
     child = start(command, cwd=cwd, env=dict(environment), stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -1,4 +1,4 @@
-"""A real `mam2 pretrain` on encoded clips: killed with SIGKILL after its first checkpoint, then resumed to its end."""
+"""Runs a real `mam2 pretrain` on encoded clips: kills it after its first checkpoint, then resumes it to its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS = ("av", "tyro", "tqdm", "safetensors", "tensorboard", "matplotlib")
 
 
 class Plan(NamedTuple):
-    """Of a run: its recipe, the clips that it is given, its steps, and when it is killed."""
+    """The plan of a run: its recipe, clips and steps, and when it is killed."""
 
     recipe: str
     clips: int
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    # not compiled: that takes minutes, and the section "step" does it
+    # not compiled: that takes minutes, and the section "step" times it
     "cuda": Plan(
         *("mam2-fast", 128, 150, 50),
         ("--optim.batch", "64", "--data.stride", "1", "--run.no-compile", "--tokenizer.steps", "50"),
@@ -42,7 +42,7 @@ PLANS = {
 
 
 def command(plan: Plan, data: Path, run: Path) -> list[str]:
-    """The command of the run; it resumes where there is a checkpoint."""
+    """Returns the command of the run; it resumes if there is a checkpoint."""
     batch = int(plan.flags[plan.flags.index("--optim.batch") + 1])
     epochs = plan.steps * batch / plan.clips
     flags = [
@@ -60,7 +60,7 @@ def command(plan: Plan, data: Path, run: Path) -> list[str]:
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """One row: whether a killed run resumed from its checkpoint and reached its last step with a finite loss."""
+    """Yields one row: whether a killed run resumed from its checkpoint and reached its last step with a finite loss."""
     plan = PLANS[device.type]
     row: dict[str, Any] = {"run": plan.recipe, "steps": plan.steps}
     missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
@@ -113,13 +113,13 @@ def _killed_and_resumed(
 
 
 def _saved(run: Path) -> int:
-    """Step of the newest checkpoint that is whole; 0: none yet."""
+    """Returns the step of the newest complete checkpoint; 0 if there is none."""
     steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
     return max(steps, default=0)
 
 
 def _log(run: Path) -> list[dict[str, Any]]:
-    """The lines of the run's log that are whole."""
+    """Returns the complete lines of the run's log."""
     found = []
     file = run / "log.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():

@@ -1,4 +1,4 @@
-"""Rows of results as text and as pictures."""
+"""Formats rows of results as text and as plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {"ours": "C3", "eager": "C7", "compiled": "C0", "torch": "C1", "liger"
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Markdown, aligned; only the columns that hold something. Empty without rows."""
+    """Returns an aligned Markdown table of the columns that are not empty; "" without rows."""
     shown = [column for column in columns if any(row.get(column) is not None for row in rows)]
     if not shown:
         return ""
@@ -30,9 +30,9 @@ def _cell(value: Any) -> str:
 
 
 def draw(rows: Sequence[Row], folder: Path, *, machine: str, note: str = "") -> str:
-    """Draws time against batch and the roofline into `folder`; says where they are, or why there are none.
+    """Draws time against batch and the roofline into `folder`; returns a line with their paths or why there are none.
 
-    rows: as of `operators.rows` on a GPU. A row without "median_ms" may have "relative_time" in its place.
+    `rows` are those of `operators.rows` on a GPU; a row may have "relative_time" instead of "median_ms".
     """
     if importlib.util.find_spec("matplotlib") is None:
         return "no plots: matplotlib is not installed"
@@ -49,13 +49,13 @@ def draw(rows: Sequence[Row], folder: Path, *, machine: str, note: str = "") -> 
 
 
 def _time_against_batch(rows: Sequence[Row], file: Path, title: str) -> None:
-    """A panel for each operator, a line for each provider."""
+    """Draws one panel per operator with one line per provider."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(dict.fromkeys(row["operator"] for row in rows))
     key = "median_ms" if "median_ms" in rows[0] else "relative_time"
-    label = "ms a call" if key == "median_ms" else "time (eager, largest batch: 1)"
+    label = "ms per call" if key == "median_ms" else "time (eager, largest batch: 1)"
     columns = min(len(names), 4)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.6), layout="constrained")
@@ -74,7 +74,7 @@ def _time_against_batch(rows: Sequence[Row], file: Path, title: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(title=name, xlabel="clips a batch", ylabel=label)
+        axes.set(title=name, xlabel="clips per batch", ylabel=label)
         axes.grid(which="both", alpha=0.25)
         axes.legend(fontsize=8)
     figure.suptitle(f"Time against batch, forward and backward: {title}")
@@ -82,7 +82,7 @@ def _time_against_batch(rows: Sequence[Row], file: Path, title: str) -> None:
 
 
 def _roofline(rows: Sequence[Row], peaks: Row, file: Path, title: str) -> None:
-    """Rate by operations a declared byte, all providers at the largest batch; ours are filled."""
+    """Draws the rate over operations per declared byte, all providers at the largest batch; ours have filled marks."""
     from matplotlib.figure import Figure
 
     largest = max(row["batch"] for row in rows)
@@ -104,7 +104,7 @@ def _roofline(rows: Sequence[Row], peaks: Row, file: Path, title: str) -> None:
     for provider in dict.fromkeys(row["provider"] for row in shown):
         axes.plot([], [], color=COLOURS.get(provider, "black"), linewidth=6, label=provider)
     axes.set(xscale="log", yscale="log", ylabel="rate, % of a large matrix product's")
-    axes.set(xlabel="operations a declared byte (FLOP/B)", title=f"Roofline at batch {largest}: {title}")
+    axes.set(xlabel="operations per declared byte (FLOP/B)", title=f"Roofline at batch {largest}: {title}")
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="lower right", ncols=2)
     figure.savefig(file, dpi=110)

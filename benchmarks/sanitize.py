@@ -1,8 +1,8 @@
 """Every kernel under NVIDIA's compute-sanitizer: `make sanitize`, or `python -m benchmarks.sanitize`.
 
-memcheck finds accesses outside of a tensor (PyTorch's caching of memory is off, so that every tensor is an allocation),
-racecheck races in shared memory. The kernels run once through one case of correctness.py for each kernel and layout.
-Exit status 1: the tool found something, a case was wrong, or not all of them were reached in time.
+memcheck finds accesses outside of a tensor (PyTorch's memory cache is off, so that every tensor is a separate
+allocation); racecheck finds races in shared memory. Each kernel runs once per layout, on a case of correctness.py.
+Exit status 1: a tool found something, a case was wrong, or the time did not suffice for all cases.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck")
 FOUND = 99
-"""Exit status of the sanitizer for what it finds."""
+"""Exit status of the sanitizer if it finds something."""
 LATE = 3
-"""Exit status of the cases when the time did not reach to all of them."""
+"""Exit status of the cases if the time did not suffice for all of them."""
 VERDICTS = {0: "clean", FOUND: "FOUND something", LATE: "clean so far, but NOT ALL cases were reached"}
 
 
 def find_sanitizer() -> str | None:
-    """Its path: on PATH, or in the CUDA toolkit."""
+    """Returns the path of compute-sanitizer: from PATH, or in the CUDA toolkit."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(toolkit))
 
 
 def check_all(seconds: float, runs: int, subset: bool) -> int:
-    """Runs the cases on the GPU; 0 if all were right, LATE if some were not reached and the others right."""
+    """Runs the cases on the GPU; returns 0 if all are right, LATE if some were not reached and the others are right."""
     import torch
 
     from benchmarks.correctness import rows
@@ -47,9 +47,9 @@ def check_all(seconds: float, runs: int, subset: bool) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS[:1], help=f"default: {TOOLS[0]}")
-    parser.add_argument("--seconds", type=float, default=240, help="for the cases under one tool")
-    parser.add_argument("--runs", type=int, default=1, help="of each case")
-    parser.add_argument("--all", action="store_true", help="every case; default: one for each kernel and layout")
+    parser.add_argument("--seconds", type=float, default=240, help="limit for the cases under one tool")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each case")
+    parser.add_argument("--all", action="store_true", help="every case; default: one per kernel and layout")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("sanitize: torch sees no GPU, and without one there is nothing to check", file=sys.stderr)
+        print("sanitize: torch sees no GPU; this check needs one", file=sys.stderr)
         return 2
     sanitizer = find_sanitizer()
     if sanitizer is None:

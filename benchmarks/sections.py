@@ -1,4 +1,4 @@
-"""The sections of `make gpu`: what each measures, how long it may take, and the rows that it yields."""
+"""The sections of `make gpu`: their time limits, and the rows that each yields."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from benchmarks.machine import ROOT, describe
 
 Row = dict[str, Any]
 SHARE = 0.9
-"""Of a section's time after which it starts nothing new."""
+"""Share of a section's time after which it starts nothing new."""
 TESTS = "tests/kernels/test_gpu.py"
 CASES = "test_every_case_is_right_on_the_gpu"
 """The test of TESTS that repeats the section "correctness"."""
 
 
 class Limits(NamedTuple):
-    """Seconds of a section, counted from when torch is imported and the device has answered."""
+    """Time limits of a section in seconds, counted after torch is imported and the device has answered."""
 
     most: int
     least: int
-    """With less left it is not started."""
+    """The section does not start if less time is left."""
 
 
 SECTIONS = {
@@ -46,7 +46,7 @@ SECTIONS = {
     "pretrain": Limits(150, 60),
     "mam2-cae": Limits(60, 40),
 }
-"""The most important first: what the time does not allow is at the end."""
+"""The most important first, because a time limit cuts off the end."""
 COLUMNS = {
     "smoke": ("check", "passed", "failed", "skipped", "verdict", "reason"),
     "correctness": ("check", "error", "verdict", "reason"),
@@ -77,37 +77,37 @@ COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2
 
 @dataclass(frozen=True)
 class Selection:
-    """What was asked for on the command line."""
+    """The selection on the command line."""
 
     dry_run: bool
     compiled: bool
     operators: tuple[str, ...] = ()
-    """Names; empty: all. So are the others."""
+    """Names of operators; empty: all. The same holds for the other fields."""
     shapes: tuple[str, ...] = ()
     """Parts of a shape's text, such as "B64" or "planar"."""
     ways: tuple[str, ...] = ()
-    """Providers of operators and ways to take a step."""
+    """Providers of operators, and variants of a step."""
 
     def takes(self, choice: str, text: str) -> bool:
-        """Whether a name or text of a `choice` ("operators", "shapes", "ways") is asked for."""
+        """Returns whether a name or text of a `choice` ("operators", "shapes", "ways") is selected."""
         given = getattr(self, choice)
         return not given or any(word in text if choice == "shapes" else word == text for word in given)
 
 
 def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
-    """In the process of a section: writes the machine and then every row to `file` as soon as it is there.
+    """Runs a section in its process: writes the machine to `file`, then every row as soon as it is measured.
 
-    until: time.monotonic() at which the whole call ends. Returns the exit status.
+    `until` is the time.monotonic() at which the whole command ends. Returns the exit status.
     """
     import torch
 
     from mam2.kernels import active_path
 
     if not wanted.dry_run and not torch.cuda.is_available():
-        print("torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
+        print("torch sees no GPU; --dry-run runs the same on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu" if wanted.dry_run else "cuda")
-    torch.ones(1, device=device).sum().item()  # the device is up before the clock starts
+    torch.ones(1, device=device).sum().item()  # initialize the device before the clock starts
     with file.open("a", encoding="utf-8") as stream:
 
         def write(row: Row) -> None:
@@ -125,7 +125,7 @@ def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
 
 
 def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Iterator[Row]:
-    """The rows of a section until `deadline` (time.monotonic)."""
+    """Yields the rows of a section until `deadline` (time.monotonic)."""
     if name == "smoke":
         yield from smoke_rows(device, deadline)
     elif name == "correctness":
@@ -161,9 +161,9 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
 
 
 def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
-    """One row of counts for tests/kernels/test_gpu.py, and one for each test that failed.
+    """Yields one row of counts for tests/kernels/test_gpu.py, and one per failed test.
 
-    Without tests/conftest.py, which imports packages that a GPU machine need not have.
+    pytest runs without tests/conftest.py, which imports packages that a GPU machine may lack.
     """
     row: Row = {"check": TESTS}
     if not (ROOT / TESTS).is_file():
@@ -171,7 +171,7 @@ def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
         return
     command = [sys.executable, "-m", "pytest", TESTS, "--noconftest", "-p", "no:cacheprovider", "-o"]
     command += ["addopts=--import-mode=importlib", "-v", "--tb=short", "--deselect", f"{TESTS}::{CASES}"]
-    if device.type == "cuda":  # the same on a CPU shows nothing here
+    if device.type == "cuda":  # the tests' CPU variants check nothing new here
         command += ["-k", "not cpu"]
     with tempfile.TemporaryFile() as output:
         ended = processes.run(command, limit=lambda: deadline, cwd=ROOT, environment=os.environ, output=output)
@@ -199,7 +199,7 @@ def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
 
 
 def tidy(value: Any) -> Any:
-    """Floats to six digits; those that JSON does not know as words."""
+    """Rounds floats to six digits; NaN and infinities, which JSON lacks, become words."""
     if isinstance(value, dict):
         return {key: tidy(item) for key, item in value.items()}
     if isinstance(value, float):
@@ -208,7 +208,7 @@ def tidy(value: Any) -> Any:
 
 
 def failures(name: str, section: dict[str, Any]) -> list[str]:
-    """What makes a run fail: a broken section, a wrong or unchecked kernel, a fallback, a part of ours that breaks."""
+    """Returns why a run fails: a failed section, a wrong or unchecked kernel, a fallback, an error in our code."""
     rows: Sequence[Row] = section["rows"]
     status = section["status"]
     gate = name == "correctness"

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: forward and backward of each part by itself, AdamW, and a tokenizer."""
+"""Times the parts of a step: forward and backward of each part alone, AdamW, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DECLARED = {
     "decoder and loss": ("decoder", "head and pixel loss"),
     "tokenizer": ("tokenizer",),
 }
-"""The parts that are timed and what `mam2.engine.costs` calls them."""
+"""The timed parts and their names in `mam2.engine.costs`."""
 
 
 def part_rows(
@@ -39,7 +39,7 @@ def part_rows(
     codes: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each part of an eager step: milliseconds, its share of their sum, and of the declared FLOPs."""
+    """Yields a row per part of an eager step: milliseconds, its share of their sum, and its share of declared FLOPs."""
     video = inputs[0]
     times = {
         part: _forward_and_backward(forward, model, config, device) for part, forward in _parts(model, inputs).items()
@@ -73,7 +73,10 @@ def part_rows(
 def _parts(
     model: MAM2 | VideoMAE, inputs: tuple[Tensor, TubeMask, Tensor]
 ) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
-    """Each part's forward pass, from fixed inputs that take a gradient; None as its gradient where it is a loss."""
+    """Returns each part's forward pass on fixed inputs that require gradients.
+
+    The upstream gradient of a loss is None.
+    """
     video, mask, codes = inputs
     encoder = model.encoder
     visible = torch.randn(*mask.visible.shape, encoder.width, device=video.device, requires_grad=True)
@@ -108,7 +111,7 @@ def _forward_and_backward(
     config: PretrainConfig,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Milliseconds, medians; the backward pass writes gradients that were not there."""
+    """Returns median milliseconds; the backward pass allocates its gradients."""
     held: list[tuple[Tensor, Tensor | None]] = []
 
     def forward() -> None:

@@ -1,4 +1,4 @@
-"""`make bench`: the loader beside decoders alone, what a training step waits for it, and codes online and cached."""
+"""`make bench`: the loader and decoders alone, a training step's wait for clips, and codes online and cached."""
 
 import time
 
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_loader(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(rows(DEVICE, time.monotonic() + SECONDS))
     with capsys.disabled():
-        print("\nThe loader, with crop and resize, beside decoders alone on one thread:")
+        print("\nThe loader, with crop and resize, and decoders alone on one thread:")
         print(table(found, COLUMNS))
     bad = [row for row in found if row.get("verdict", "right") != "right" and "provider" not in row]
     assert not [row for row in bad if row["verdict"] != "skipped"]

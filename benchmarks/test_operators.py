@@ -1,4 +1,4 @@
-"""`make bench`: the operators under pytest-benchmark, each provider checked before it is timed."""
+"""`make bench`: the operators under pytest-benchmark; each provider is checked before it is timed."""
 
 import functools
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cases() -> Iterator[Any]:
-    """Every operator × batch × provider; on a CPU, where compiling takes longest, `compiled` at one batch only."""
+    """Returns every operator × batch × provider.
+
+    On a CPU, where compiling takes longest, `compiled` at one batch only.
+    """
     for operator in OPERATORS:
         for place, shape in enumerate(SHAPES[DEVICE.type]):
             for provider in all_providers(operator, shape, DEVICE, compiled=DEVICE.type == "cuda" or place == 0):

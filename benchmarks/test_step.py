@@ -1,4 +1,4 @@
-"""`make bench`: a VideoMAE step of ours beside Hugging Face's of the same model, weights and mask."""
+"""`make bench`: our VideoMAE step, compared with Hugging Face's for the same model, weights and mask."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def test_step_beside_hugging_face(capsys: Any) -> None:
                 for provider in ("ours", "hugging_face")
             )
             fastest = min(ours.values())
-            print(f"each in its fastest way: ours {min(theirs.values()) / fastest:.2f}× as fast as Hugging Face")
+            print(f"each in its fastest variant: ours {min(theirs.values()) / fastest:.2f}× as fast as Hugging Face")
             if not cuda:
                 usual = theirs["float32", "eager"]
-                print(f"Hugging Face as it comes, eager in float32: ours {usual / fastest:.2f}× as fast")
+                print(f"Hugging Face's default, eager in float32: ours {usual / fastest:.2f}× as fast")
     assert all(row["verdict"] == "right" for row in timed), [row.get("reason") for row in timed]

@@ -1,7 +1,7 @@
-"""How things are timed: interleaved rounds, inputs that do not stay in the cache, medians, and ceilings.
+"""Timing: interleaved rounds, inputs that do not stay in the cache, medians, and measured ceilings.
 
-On a GPU the calls are captured in a CUDA graph where that is possible and its replays timed with events, so that the
-gaps between launches are left out. On a CPU only ratios of two candidates of the same run mean something.
+On a GPU the calls are captured in a CUDA graph if possible, and its replays are timed with events, so that gaps between
+launches do not count. On a CPU only ratios of two candidates of the same run are meaningful.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import torch
 
 CEILINGS = {"cuda": (4 << 30, 8192, torch.bfloat16), "cpu": (64 << 20, 1024, torch.float32)}
-"""Bytes copied, and edge and type of the matrices multiplied, for the ceilings of a device."""
+"""For the ceilings of a device: bytes to copy, and edge and type of the matrices to multiply."""
 CALLS = 10
-"""Least number of calls in a timed round on a GPU: launches and events weigh little on it."""
+"""Minimum number of calls in a timed round on a GPU, so that launches and events add little."""
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call over all rounds: the median, and 20 and 80 of 100 are below `p20` and `p80`."""
+    """Milliseconds of one call over all rounds: the median, and the 20th and 80th percentiles."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     replayed: bool
-    """Whether a CUDA graph was replayed; else the calls were launched one by one."""
+    """Whether a CUDA graph was replayed; otherwise the calls were launched one by one."""
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of 100 samples lie, interpolated linearly. ValueError without samples."""
+    """Returns the percentile `percent` of the samples, interpolated linearly; raises ValueError without samples."""
     if not samples:
         raise ValueError("samples: expected at least one, found none")
     ordered = sorted(samples)
@@ -46,7 +46,7 @@ def summary(samples_ms: Sequence[float], *, replayed: bool = False) -> Timing:
 
 
 def ratios(timings: dict[str, Timing], base: str) -> dict[str, float | None]:
-    """How many times as fast as `base` each is, by medians; None for all where `base` was not timed."""
+    """Returns the speed of each relative to `base`, by medians; None for all if `base` was not timed."""
     reference = timings.get(base)
     return {name: reference.median_ms / t.median_ms if reference else None for name, t in timings.items()}
 
@@ -54,7 +54,7 @@ def ratios(timings: dict[str, Timing], base: str) -> dict[str, float | None]:
 def interleaved(
     candidates: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, *, rounds: int
 ) -> dict[str, Timing]:
-    """Times candidates in turn, round by round, so that a change of clocks meets all of them.
+    """Times candidates in turn, round by round, so that a change of clocks affects all of them.
 
     Each candidate is a list of the same call on different inputs; a round goes through the list at least once.
     """
@@ -67,7 +67,7 @@ def interleaved(
 
 
 def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[Callable[[], Any], int, bool]:
-    """A round as one function, its number of calls, and whether it is a captured graph. Warms up."""
+    """Warms up; returns a round as one function, its number of calls, and whether it is a captured graph."""
     repeats = -(-CALLS // len(calls)) if device.type == "cuda" else 1
 
     def launch() -> None:
@@ -78,7 +78,7 @@ def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[C
     if device.type != "cuda":
         launch()
         return launch, len(calls), False
-    side = torch.cuda.Stream()  # capture needs a warm-up on a stream of its own
+    side = torch.cuda.Stream()  # capture needs a warm-up on a separate stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         launch()
@@ -91,8 +91,8 @@ def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[C
     try:
         with torch.cuda.graph(graph):
             launch()
-    except RuntimeError:  # PyTorch does not know of every wait
-        torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
+    except RuntimeError:  # PyTorch does not detect every synchronization
+        torch.cuda.set_stream(stream)  # if a capture cannot be ended, its stream stays current
         torch.cuda.synchronize()
         return launch, repeats * len(calls), False
     graph.replay()
@@ -100,7 +100,10 @@ def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[C
 
 
 def _waits_for_device(launch: Callable[[], Any]) -> bool:
-    """Whether the host waits for the device in it; asked first, as a failed capture leaves random numbers unusable."""
+    """Whether the host waits for the device in `launch`.
+
+    Checked first: a failed capture breaks the random generator.
+    """
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -113,7 +116,7 @@ def _waits_for_device(launch: Callable[[], Any]) -> bool:
 
 
 def dispatch_us(calls: Sequence[Callable[[], Any]], *, rounds: int = 20) -> float:
-    """Microseconds of the host for one call on a GPU, launched and not waited for; the median over rounds."""
+    """Returns the host's microseconds to launch one call on a GPU, without waiting for it; median over the rounds."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -126,7 +129,7 @@ def dispatch_us(calls: Sequence[Callable[[], Any]], *, rounds: int = 20) -> floa
 
 
 def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call of `run`, to the end of its work on the device."""
+    """Returns milliseconds of one call of `run`, until its work on the device ends."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -140,7 +143,7 @@ def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def copies(moved: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Copies that read and write `moved` bytes together, of as many tensors as do not stay in a GPU's cache."""
+    """Returns copies that together read and write `moved` bytes, of enough tensors to exceed a GPU's cache."""
     size = max(moved // 2, 1)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     count = min(2 * cache // max(moved, 1) + 2, 64)
@@ -154,7 +157,7 @@ def copies(moved: int, device: torch.device) -> list[Callable[[], Any]]:
 
 
 def launched_ms(calls: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 5) -> float:
-    """Milliseconds of one call launched kernel by kernel, as a peer that cannot be captured is timed: the median."""
+    """Returns median milliseconds of one call launched kernel by kernel, as for a peer that cannot be captured."""
 
     def run() -> None:
         for call in itertools.islice(itertools.cycle(calls), CALLS):
@@ -165,7 +168,7 @@ def launched_ms(calls: Sequence[Callable[[], Any]], device: torch.device, *, rou
 
 
 def kernels_of(call: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that one call has a GPU do."""
+    """Returns the number of kernels, copies and fills that one call runs on a GPU."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         call()
@@ -174,7 +177,7 @@ def kernels_of(call: Callable[[], Any]) -> int:
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
-    """MiB of tensors that `run` holds at most above what is held before it; on a CPU counted by PyTorch's profiler."""
+    """Returns the peak MiB of tensors that `run` allocates; on a CPU PyTorch's profiler counts them."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -190,7 +193,7 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """GB/s of a large copy, read plus written, and TFLOP/s of a large product; bfloat16 on a GPU, float32 on a CPU."""
+    """Returns GB/s (read + written) of a large copy and TFLOP/s of a large product; bfloat16 on a GPU, else float32."""
     copied, edge, dtype = CEILINGS[device.type]
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

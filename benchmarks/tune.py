@@ -1,10 +1,10 @@
 """Writes the launch table of this GPU into kernels/launch_table.json: `make tune`, or `python -m benchmarks.tune`.
 
-For every kernel and row of the table, the operators that launch it are timed with each number of warps, and
-linear_cross_entropy with each size of its chunks, in interleaved rounds. A candidate whose results are not right by
-check.py's gate is not timed; one takes the place of the present value if it is faster by more than 2 %. `--dry-run`
-goes through all of it on the CPU, where launches have no warps, and leaves the table as it is. `--out` writes the table
-elsewhere. A row of the table is of an architecture: one GPU's choice serves all GPUs of it (an H100's an H200).
+For every kernel and row of the table, it times the operators that launch the kernel with each number of warps, and
+linear_cross_entropy with each chunk size, in interleaved rounds. A candidate that fails check.py is not timed; a
+candidate replaces the current value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where
+launches have no warps, and does not change the table. `--out` writes the table to another file. A row applies to an
+architecture: the values tuned on one GPU serve all GPUs of that architecture (those of an H100 also an H200).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ MARK = "NOT a GPU result"
 TABLE = Path(launch.__file__).with_name("launch_table.json")
 WARPS = (1, 2, 4, 8, 16)
 CHUNK_MIB = (8, 16, 32, 64, 88, 128, 176, 352)
-"""88 and 176: rows of 8192 codes in bfloat16 whose products fill 132 multiprocessors once and twice."""
+"""88 and 176: chunks of 8192 codes in bfloat16 whose products fill 132 multiprocessors once and twice."""
 CHUNKS = "chunk_bytes"
 SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
-"""Of a dry run."""
+"""The shape of a dry run."""
 LEAST_GAIN = 0.02
 EVERY_BLOCK = 1536
-"""Values of a token of 2 frames of 16², from which longer ones are made of more frames."""
+"""Values of a token of 2 frames of 16²; larger blocks come from more frames."""
 
 SCALE_GRADIENT = Operator(
     name="scale_gradient",
@@ -84,13 +84,13 @@ def _more_codes(shape: Shape, block: int) -> Shape:
 
 
 def _more_positions(shape: Shape, block: int) -> Shape:
-    """A square of `block` positions a slot."""
+    """Returns a shape with a square of `block` positions per slot."""
     return replace(shape, size=round(block**0.5) * shape.patch[1])
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """How a kernel is tuned: on these operators, at a shape at which it works on blocks of a size."""
+    """How a kernel is tuned: the operators that launch it, and the shape that gives a block size."""
 
     operators: tuple[Operator, ...]
     shape: Callable[[Shape, int], Shape]
@@ -110,7 +110,7 @@ TUNED = {
 
 @contextlib.contextmanager
 def launched_with(architecture: str, warps: dict[str, int], chunk_bytes: int | None = None) -> Iterator[None]:
-    """Within, these kernels are launched with so many warps whatever the block, and logits come in such chunks."""
+    """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size."""
     rows = {kernel: [[1, count]] for kernel, count in warps.items()}
     changed = {architecture: {**launch.WARPS.get(architecture, {}), **rows}}
     chunk = {} if chunk_bytes is None else {architecture: chunk_bytes}
@@ -121,7 +121,10 @@ def launched_with(architecture: str, warps: dict[str, int], chunk_bytes: int | N
 def times(
     operators: Sequence[Operator], shape: Shape, device: torch.device, candidates: dict[int, Any], *, rounds: int
 ) -> dict[int, float]:
-    """Milliseconds of all operators by value; `candidates` holds their `launched_with`. Wrong ones are left out."""
+    """Returns milliseconds of all operators by candidate.
+
+    `candidates` holds their `launched_with`. Skips wrong ones.
+    """
     sums: dict[int, float] = dict.fromkeys(candidates, 0.0)
     for operator in operators:
         torch.manual_seed(0)
@@ -139,7 +142,7 @@ def times(
 
 
 def better(found: dict[int, float], present: int) -> int:
-    """The fastest value, or the present one if it is about as fast."""
+    """Returns the fastest value, or the current one if it is about as fast."""
     fastest = min(found, key=found.__getitem__, default=present)
     return fastest if present not in found or found[fastest] < (1 - LEAST_GAIN) * found[present] else present
 
@@ -153,15 +156,15 @@ def choices(
     first_blocks: bool = False,
     deadline: float = math.inf,
 ) -> Iterator[Row]:
-    """A row for each choice, as soon as it is made: chunks of logits, then warps of each kernel and block.
+    """Yields a row per choice as soon as it is made: chunks of logits, then warps of each kernel and block.
 
     Args:
-        shape: of the operators that launch the kernels.
-        device: where they run.
-        rounds: of each candidate.
-        kernels: names; default: all, and `chunk_bytes`.
-        first_blocks: only the first block of each kernel, for softmax_gradient its last: those of mam2-fast.
-        deadline: time.monotonic() after which nothing is tuned; such a row is marked "skipped".
+        shape: shape of the operators that launch the kernels.
+        device: device of the operators.
+        rounds: rounds of each candidate.
+        kernels: names of kernels; default: all, and `chunk_bytes`.
+        first_blocks: tune only the blocks of mam2-fast: the first of each kernel, the last of softmax_gradient.
+        deadline: time.monotonic() after which nothing is tuned; the remaining rows are marked "skipped".
     """
     name = launch.architecture(device)
     if not kernels or CHUNKS in kernels:
@@ -173,7 +176,7 @@ def choices(
         if kernels and kernel not in kernels:
             continue
         if kernel not in TUNED:
-            reason = "has no operator here: its row stays"
+            reason = "no operator launches it here: its row stays unchanged"
             yield {"tuned": kernel, "block": None, "verdict": "skipped", "reason": reason}
             continue
         blocks = [block for block, _ in present_rows]
@@ -204,15 +207,15 @@ def _chosen(
     found = times(operators, shape, device, candidates, rounds=rounds)
     row |= {"present": present, "best": better(found, present), "verdict": "right" if found else "wrong"}
     if not found:
-        row["reason"] = "no candidate gives right results"
+        row["reason"] = "no candidate gives correct results"
     if device.type != "cuda":
-        return row  # a launch on a CPU has no warps: its times mean nothing
+        return row  # a launch on a CPU has no warps: its times are meaningless
     row |= {"present_ms": found.get(present), "best_ms": found.get(row["best"])}
     return row | {"candidates_ms": {str(value): ms for value, ms in found.items()}}
 
 
 def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
-    """What decides the speed of mam2-fast: chunks of logits, warps at its blocks, attention at its shapes."""
+    """Yields the choices that decide the speed of mam2-fast: chunks of logits, warps at its blocks, attention."""
     cuda = device.type == "cuda"
     shape = Shape(batch=64) if cuda else SMALL
     kernels = (CHUNKS, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
@@ -237,7 +240,7 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
 
 
 def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
-    """launch_table.json, a kernel a line."""
+    """Returns the text of launch_table.json, one kernel per line."""
 
     def kernels(table: dict[str, list[list[int]]]) -> str:
         return ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(rows)}" for kernel, rows in sorted(table.items()))
@@ -247,7 +250,7 @@ def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str,
 
 
 def write(text: str, path: Path) -> None:
-    """Replaces the file at once."""
+    """Replaces the file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -255,13 +258,13 @@ def write(text: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; the table stays as it is")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; does not change the table")
     parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS], default=[], help="default: all")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="what is not tuned by then stays as it is")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit; the rest stays unchanged")
     parser.add_argument("--out", type=Path, help="file of the table; default: kernels/launch_table.json")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
-        print("tune: torch sees no GPU; --dry-run goes through the same on the CPU", file=sys.stderr)
+        print("tune: torch sees no GPU; --dry-run runs the same on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     if not options.dry_run and launch.active_path(device) != "triton":
@@ -277,14 +280,14 @@ def main(arguments: list[str] | None = None) -> int:
     deadline, rounds = time.monotonic() + options.seconds, 1 if options.dry_run else 20
     for row in choices(shape, device, rounds=rounds, kernels=options.kernels, deadline=deadline):
         rows.append(row)
-        write(text_of(*with_choices(name, rows)), path)  # each choice at once: a call that is cut off keeps them
+        write(text_of(*with_choices(name, rows)), path)  # after each choice, so that an interrupted run keeps them
     columns = ["tuned", "block", *([] if options.dry_run else ["present", "best", "present_ms", "best_ms"]), "verdict"]
     print(f"{table(rows, [*columns, 'reason'])}\n{mark}written to {path}")
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
 
 
 def with_choices(name: str, rows: Sequence[Row]) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int]]:
-    """The launch tables with these rows in that of the architecture `name`; what was not tuned stays."""
+    """Returns the launch tables with these rows in the table of architecture `name`; untuned rows stay unchanged."""
     warps = {kernel: [list(pair) for pair in pairs] for kernel, pairs in launch.WARPS.get(name, {}).items()}
     chunk_bytes = dict(launch.CHUNK_BYTES)
     for row in rows:

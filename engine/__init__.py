@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from mam2.engine.config.pretrain import PretrainConfig
     from mam2.engine.config.recipe import load_recipe
     from mam2.engine.data.indexing import index
+    from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
     from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
@@ -39,7 +41,10 @@ __all__ = [
     "Classifier",
     "Encoder",
     "FinetuneConfig",
+    "Prediction",
+    "Predictor",
     "PretrainConfig",
+    "Skipped",
     "UserError",
     "VideoMAE",
     "evaluate",
@@ -50,6 +55,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "plan",
+    "predict",
     "pretrain",
     "tokenize",
     "visualize",
@@ -60,7 +66,10 @@ _HOMES = {
     "Encoder": "model.encoder",
     "FinetuneConfig": "config.finetune",
     "MAM2": "model.mam2",
+    "Prediction": "evaluation.prediction",
+    "Predictor": "evaluation.prediction",
     "PretrainConfig": "config.pretrain",
+    "Skipped": "data.video",
     "UserError": "errors",
     "VideoMAE": "model.videomae",
     "evaluate": "evaluation.classification",
@@ -71,6 +80,7 @@ _HOMES = {
     "load_model": "checkpoints.load",
     "load_recipe": "config.recipe",
     "plan": "planning",
+    "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
     "tokenize": "tokenizer.precompute",
     "visualize": "evaluation.visualize",

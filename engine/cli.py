@@ -37,6 +37,7 @@ VERBS = {
     "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
     "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
     "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with many views of every video",
+    "predict": "CHECKPOINT --data VIDEOS   the likeliest classes of videos without labels; - reads a stream of names",
     "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """What the help says of each verb; a hyphen in its name is an underscore in its module's."""

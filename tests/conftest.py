@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +20,12 @@ from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.manifest import Manifest, read_manifest
+
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup. A handler ignores it as well here, but unlike SIG_IGN the processes that the tests start do not
+    # inherit it: the tests send them this signal.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def _write_video(

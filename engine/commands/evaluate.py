@@ -46,15 +46,9 @@ def run(arguments: list[str]) -> int:
             device: auto takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.errors import UserError
+        from mam2.engine.commands.options import read_class_names
         from mam2.engine.evaluation.classification import evaluate
 
-        names: tuple[str, ...] = ()
-        if classes:
-            try:
-                names = tuple(line for line in classes.read_text(encoding="utf-8").splitlines() if line)
-            except (OSError, UnicodeError) as error:
-                raise UserError(f"--classes {classes}: cannot be read: {error}") from None
         result = evaluate(
             checkpoint,
             data,
@@ -69,7 +63,7 @@ def run(arguments: list[str]) -> int:
             frames=frames,
             size=size,
             heads=heads,
-            names=names,
+            names=read_class_names(classes),
         )
         if os.environ.get("RANK", "0") == "0":
             print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TypeVar
 
 from mam2.engine.config.finetune import FinetuneConfig
@@ -56,6 +57,14 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
     if known.preset:
         recipe = dataclasses.replace(recipe, model=with_preset(recipe.model, known.preset))
     return recipe
+
+
+def read_class_names(file: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that names classes; none without a file. Raises UserError where it cannot be read."""
+    try:
+        return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line) if file else ()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--classes {file}: cannot be read: {error}") from None
 
 
 def _is_recipe(kind: type, name: str) -> bool:

@@ -9,26 +9,26 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B clips; the views of one decoded clip lie next to each other."""
+    """B clips; the views of one decoded clip are adjacent."""
 
     clip: torch.Tensor
     """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
     index: torch.Tensor
     """int64 [B] on the CPU, indices into `manifest.videos`."""
     label: torch.Tensor
-    """int64 [B] on the CPU, -1 where a video has none."""
+    """int64 [B] on the CPU, -1 for a video without a label."""
     augmentation: torch.Tensor
-    """int64 [B] on the CPU: the epoch, modulo `data.recorded` where that is set; 0 in evaluation."""
+    """int64 [B] on the CPU: the epoch, modulo `data.recorded` if that is set; 0 in evaluation."""
     view: torch.Tensor
     """int64 [B] on the CPU, 0 to views - 1."""
     box: torch.Tensor
-    """float32 [B, 4] on the CPU: the crop's x0, y0, x1, y1 as shares of the upright frame's width and height."""
+    """float32 [B, 4] on the CPU: the crop's x0, y0, x1, y1 as fractions of the upright frame's width and height."""
     flip: torch.Tensor
     """bool [B] on the CPU, whether the crop is mirrored left to right."""
     step: int
     """Number of the batch, from 0."""
     codes: torch.Tensor | None = None
-    """int64 [B, N] or [B, N, tubelet] on the loader's device, of a cache; None where codes come from elsewhere."""
+    """Codes from a cache: int64 [B, N] or [B, N, tubelet] on the loader's device; None if the step computes them."""
 
     @property
     def video(self) -> torch.Tensor:

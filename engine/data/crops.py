@@ -1,9 +1,9 @@
-"""Crop, mirror and resize in PyTorch: what DALI's graph does to PyAV's frames, where DALI is not installed.
+"""Crops, mirrors and resizes in PyTorch; replaces DALI's graph for PyAV's frames if DALI is not installed.
 
-The filter is DALI's: bilinear, widened by the scale where an image shrinks (antialiasing), with the edge of the frame
-repeated beyond it. Both agree to one grey level, of 0 to 255 (tests/engine/data/test_crops.py).
+The filter is DALI's: bilinear, widened by the scale if an image shrinks (antialiasing), with the edge of the frame
+repeated beyond it. Both agree to one gray level, of 0 to 255 (tests/engine/data/test_crops.py).
 
-Legend: S samples in a call, R views of each, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per call, R views per sample, T frames, H = W = the clip's size, C = 3.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 from mam2.engine.data.sampling import View
 
 ROWS = 32
-"""Output rows and columns computed at a time on a CPU: a product with only the inputs that their filters touch. A GPU
-takes all at once: there launches and copies of filters cost more than products with zeros."""
+"""Output rows and columns computed at a time on a CPU, by a product with only the inputs of their filters. A GPU
+computes all at once: there, launches and copies of filters cost more than products with zeros."""
 
 
 class TorchCrops:
-    """Stands in for the `ClipGraph` of front end "pyav". A clip depends on its own frames alone."""
+    """Replaces the `ClipGraph` of front end "pyav". A clip depends only on its own frames."""
 
     def __init__(self, size: int, *, views: int, device: torch.device) -> None:
-        """size: height and width of a clip in pixels. device: where the work is done and results stay."""
+        """size: height and width of a clip in pixels. device: device of the computation and the results."""
         self._size, self._views, self._device = size, views, device
 
     def run(
         self, payloads: Sequence[NDArray[np.uint8]], frames: Sequence[Sequence[int]], views: Sequence[Sequence[View]]
     ) -> list[Tensor]:
-        """Clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C].
+        """Returns the clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C].
 
         payloads: decoded frames uint8 [T, h, w, C]. frames: not used, as the frames are decoded.
         """
@@ -44,7 +44,7 @@ class TorchCrops:
 
 
 def crop(video: Tensor, view: View, size: int) -> Tensor:
-    """A view of uint8 frames [T, h, w, C], resized to uint8 [T, size, size, C] on their device."""
+    """Crops a view from uint8 frames [T, h, w, C] and resizes it to uint8 [T, size, size, C], on their device."""
     height, width = video.shape[1:3]
     per_block = ROWS if video.device.type == "cpu" else size
     rows = _taps(view.y0 * height, view.y1 * height, height, size, video.device, per_block)
@@ -60,10 +60,10 @@ def crop(video: Tensor, view: View, size: int) -> Tensor:
 def _taps(
     begin: float, end: float, length: int, size: int, device: torch.device, per_block: int = ROWS
 ) -> list[tuple[Tensor, int, int]]:
-    """Filters of output pixels between two edges of an input of `length` pixels.
+    """Yields the filters of output pixels between two edges of an input of `length` pixels.
 
-    For every `per_block` of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to high - 1
-    to which they belong.
+    For each group of `per_block` of the `size` outputs: weights float32 [outputs, high - low], and the inputs low to
+    high - 1 to which they apply.
     """
     scale = (end - begin) / size
     radius = max(scale, 1.0)

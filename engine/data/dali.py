@@ -1,10 +1,10 @@
-"""The DALI graph: everything between decoded frames and clips, and DALI's own decoders in front of it.
+"""The DALI graph: all processing between decoded frames and clips, and DALI's own decoders before it.
 
     encoded files → decoders.video (NVDEC or CPU) ┐
-                                                  ├→ crop, mirror and resize in one pass → uint8 [T, H, W, C] a view
+                                                  ├→ crop, mirror and resize in one pass → uint8 [T, H, W, C] per view
     RGB frames from PyAV (→ GPU) ─────────────────┘
 
-Legend: S samples in a call, R views of each, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per call, R views per sample, T frames, H = W = the clip's size, C = 3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mam2.engine.errors import UserError
 
 
 def import_dali() -> ModuleType:
-    """The nvidia.dali package; UserError with what to install where it is absent."""
+    """Returns the nvidia.dali package; raises UserError with the command to install it if it is missing."""
     try:
         import nvidia.dali.fn
     except ImportError as error:
@@ -35,7 +35,7 @@ def import_dali() -> ModuleType:
 
 
 def dali_version() -> str:
-    """Of the nvidia.dali package; empty where it is not installed."""
+    """Returns the version of the nvidia.dali package; empty if it is not installed."""
     try:
         return import_dali().__version__
     except UserError:
@@ -43,22 +43,22 @@ def dali_version() -> str:
 
 
 def with_number(device: torch.device) -> torch.device:
-    """The device; "cuda" alone becomes the current GPU by its number, which DALI and threads of their own need."""
+    """Returns the device; replaces "cuda" by the current GPU with its number, which DALI and other threads need."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 class ClipGraph:
-    """A DALI pipeline for one front end ("nvdec", "dali-cpu", "pyav"), built at first use and again after an error.
+    """A DALI pipeline for one front end ("nvdec", "dali-cpu", "pyav"); built at first use, and rebuilt after an error.
 
-    Results depend on each sample alone: neither on its neighbours in a call nor on the number of threads.
+    The result of a sample depends neither on the other samples of the call nor on the number of threads.
     """
 
     def __init__(
         self, front_end: str, config: DataConfig, *, views: int, samples: int, threads: int, device: torch.device
     ):
-        """samples: the most in one call. On a CUDA device frames are resized there and results stay there."""
+        """samples: maximum per call. On a CUDA device, frames are resized there and results stay there."""
         self._front_end = front_end
         self._config = config
         self._views = views
@@ -67,7 +67,7 @@ class ClipGraph:
             "batch_size": samples,
             "num_threads": threads,
             "device_id": self._device.index if device.type == "cuda" else None,
-            "prefetch_queue_depth": 1,  # the loader runs ahead itself; a second batch here would only cost memory
+            "prefetch_queue_depth": 1,  # the loader prefetches itself; a second batch here would only cost memory
         }
         self._dali = import_dali()
         self._pipeline: Any = None
@@ -75,14 +75,15 @@ class ClipGraph:
     def run(
         self, payloads: Sequence[NDArray[np.uint8]], frames: Sequence[Sequence[int]], views: Sequence[Sequence[View]]
     ) -> list[torch.Tensor]:
-        """Clips of S samples: for each of the R views a tensor uint8 [S, T, H, W, C], valid until the next call.
+        """Returns the clips of S samples.
 
-        payloads: frames [T, h, w, C] for "pyav", else the bytes of a file, of which the frames numbered `frames[s]`
-        are decoded.
+        For each of the R views a tensor uint8 [S, T, H, W, C], valid until the next call. payloads: frames [T, h, w, C]
+        for "pyav", else the bytes of a file, of which the frames numbered `frames[s]` are decoded.
 
         Raises:
-            DecodeError: DALI cannot decode any one of them; the graph stays usable.
-            GpuError: memory, GPU or driver failed; NvdecHangs where NVDEC did not answer within data.timeout_s seconds.
+            DecodeError: DALI cannot decode one of them; the graph stays usable.
+            GpuError: memory, GPU or driver failed.
+            NvdecHangs: NVDEC did not answer within data.timeout_s seconds.
         """
         try:
             if self._front_end == "nvdec":
@@ -90,12 +91,12 @@ class ClipGraph:
             else:
                 outputs = self._run_pipeline(payloads, frames, views)
         except TimeoutError as error:
-            self._pipeline = None  # its thread may come back, but nobody listens
-            raise NvdecHangs(f"NVDEC gave {error} (data.timeout_s) for {len(payloads)} clips") from error
+            self._pipeline = None  # its thread may still return; the result is not used
+            raise NvdecHangs(f"NVDEC: {error} (data.timeout_s) for {len(payloads)} clips") from error
         except RuntimeError as error:
-            self._pipeline = None  # DALI gives up a pipeline after any error
+            self._pipeline = None  # DALI makes a pipeline unusable after any error
             raise error_of(str(error), _reason(str(error))) from error
-        # In this thread: the tensors are ordered after the stream that is current here.
+        # In this thread, because the tensors are ordered after this thread's current stream.
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _run_pipeline(
@@ -143,33 +144,33 @@ class ClipGraph:
         return pipeline
 
     def _frames(self) -> Any:
-        """The graph's front: a node of uint8 frames, FHWC, on the graph's device."""
+        """Builds the graph's input: a node of uint8 frames, FHWC, on the graph's device."""
         fn, types = self._dali.fn, self._dali.types
         if self._front_end == "pyav":
             frames = fn.external_source(name="frames", dtype=types.UINT8, ndim=4, layout="FHWC", no_copy=True)
             return frames.gpu() if self._device.type == "cuda" else frames
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         numbers = fn.external_source(name="numbers", dtype=types.INT32, ndim=1)
-        # On a GPU machine the CPU decoder can be asked for by name; its frames are then uploaded like PyAV's.
+        # On a GPU machine a user can select the CPU decoder; its frames are then uploaded like PyAV's.
         nvdec = self._front_end == "nvdec"
         frames = fn.decoders.video(
             encoded,
             device="mixed" if nvdec else "cpu",
             frames=numbers,
             pad_mode="edge",
-            affine=False,  # pinned threads of several processes would meet on the same cores
+            affine=False,  # pinned threads of several processes would share the same cores
         )
         return frames.gpu() if self._device.type == "cuda" and not nvdec else frames
 
 
 def _corners(view: View) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(y, x) where the output begins and ends in the frame: a mirrored view is read from right to left."""
+    """Returns (y, x) of the output's begin and end in the frame; a mirrored view is read from right to left."""
     left, right = (view.x1, view.x0) if view.flip else (view.x0, view.x1)
     return (view.y0, left), (view.y1, right)
 
 
 def _reason(message: str) -> str:
-    """DALI's own sentence out of a message that also holds a stack trace."""
+    """Returns DALI's own sentence from a message that also contains a stack trace."""
     told = message.partition("encountered:")[2] or message
     first = next((line.strip() for line in told.splitlines() if line.strip()), "unknown error")
     return f"DALI: {first.rpartition(' failed: ')[2]}"

@@ -1,10 +1,10 @@
-"""From a video file to RGB frames with PyAV.
+"""Decodes RGB frames from a video file with PyAV.
 
-Frames are counted in the order in which they are shown. Counting, not timestamps, decides which frame is which, so
-variable frame rates, gaps and wrong clocks do no harm; the timestamps only tell where decoding may start.
+Frames are numbered in display order by counting, not by timestamps, so that variable frame rates, gaps and wrong clocks
+do no harm. Timestamps only determine where decoding may start.
 
-A time limit is looked at between packets and frames, and by FFmpeg while it reads. It cannot end the decoding of a
-single packet, nor a system call on a drive that never answers.
+The time limit is checked between packets and frames, and by FFmpeg while it reads. It cannot interrupt the decoding of
+a single packet, or a system call on a drive that never answers.
 """
 
 from __future__ import annotations
@@ -30,61 +30,64 @@ from numpy.typing import NDArray
 from mam2.engine.data.frame_folders import IMAGE_SUFFIXES, AmbiguousFrames, frame_names
 
 MAX_SIDE = 8192
-"""Larger frames are damaged headers; a clip of them would not fit into memory either."""
+"""Maximum frame side in pixels: larger values come from damaged headers, and such a clip would not fit into memory."""
 TIMEOUT_S = 60.0
-"""Default limit for an open, a read, or a whole clip."""
+"""Default limit in seconds for opening, for a read, and for a whole clip."""
 REORDER = 32
-"""More packets than any decoder holds back before the frame it was given comes out."""
+"""Upper bound on the packets that a decoder holds back before it returns a frame."""
 CUTS_HELD = 3
-"""Key frames to fall back on; the packets before them are forgotten, or an hour of video would be held in memory."""
+"""Number of key frames to fall back on; packets before them are dropped, so that long videos do not fill the memory."""
 SHRINK_FROM = 1.5
-"""Frames this many times larger than needed are worth a second resampling: less than half of the memory is left."""
+"""Frames at least this many times larger than needed are scaled down first, which saves more than half the memory."""
 FRAMES = "frames"
-"""In the place of a codec's name: the path is a folder that holds an image a frame."""
+"""Used as the codec's name for a folder of images, one per frame."""
 
 PYAV = int(av.__version__.split(".")[0])
-# From version 17 on PyAV starts a thread for every core at each conversion: too dear for small frames.
+# From version 17 on, PyAV starts a thread per core at each conversion, which is too expensive for small frames.
 ONE_THREAD = {"threads": 1} if PYAV >= 17 else {}
 READ_OPTIONS: dict[str, Any] = {"metadata_errors": "ignore"} if PYAV < 19 else {}
-"""Of `av.open`, so that names and titles that are not UTF-8 (HMDB51) do not raise; from version 19 on none do."""
+"""Options of `av.open`, so that metadata that is not UTF-8 (HMDB51) does not raise; version 19 never raises for it."""
 FILE_ERRORS = (
     *(av.error.FFmpegError, OSError),
     *(ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError),
 )
-"""What reading a strange file raises in FFmpeg, PyAV and NumPy. Others (TypeError, AttributeError, ImportError) are
-mistakes of a program or its packages: never to be counted as a bad file."""
+"""Exceptions that FFmpeg, PyAV and NumPy raise for an unreadable file. Others (TypeError, AttributeError, ImportError)
+are errors of a program or its packages and must never count as a bad file."""
 
 
 Item = TypeVar("Item")
 
 
 class Cut(NamedTuple):
-    """A key frame at which decoding may start: all packets before it are shown before it, all after it after it."""
+    """A key frame at which decoding may start: packets before it are displayed before it, packets after it after it."""
 
     frame: int
-    """Number of its frame."""
+    """Number of the key frame."""
     pts: int
-    """Its timestamp, in units of the stream."""
+    """Timestamp of the key frame, in units of the stream."""
     packets: int
-    """Number of packets before it."""
+    """Number of packets before the key frame."""
 
 
 class DecodeError(Exception):
-    """A video cannot be decoded; the message is the reason in a few words, without the path."""
+    """Raised if a video cannot be decoded; the message is a short reason without the path."""
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream, ready to decode on one thread; FFmpeg's errors become DecodeError."""
+    """Opens a video; yields the container and its video stream, set to one thread.
+
+    FFmpeg's errors become DecodeError.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DecodeError("not a file")  # to open a pipe would wait for ever
-        only_files = {"protocol_whitelist": "file"}  # a playlist under a video's name must not reach the network
+            raise DecodeError("not a file")  # opening a pipe would wait forever
+        only_files = {"protocol_whitelist": "file"}  # a playlist named like a video must not use the network
         with av.open(path, timeout=timeout_s, options=only_files, **READ_OPTIONS) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
@@ -93,8 +96,10 @@ def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputC
                 raise DecodeError("no decoder for its codec")
             if max(stream.codec_context.width, stream.codec_context.height) > MAX_SIDE:
                 size = f"{stream.codec_context.width}x{stream.codec_context.height}"
-                raise DecodeError(f"frames of {size} pixels, more than {MAX_SIDE} a side")
-            stream.codec_context.thread_count = 1  # clips are decoded side by side; threads within one only cost
+                raise DecodeError(f"frames of {size} pixels; the limit is {MAX_SIDE} per side")
+            stream.codec_context.thread_count = (
+                1  # clips are decoded in parallel; threads inside one decoder only add cost
+            )
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         if os.path.exists(path) and os.path.getsize(path) == 0:
@@ -107,23 +112,25 @@ def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputC
 
 
 def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """All packets of the stream; the last one is empty and flushes the decoder."""
+    """Yields all packets of the stream; the last one is empty and flushes the decoder."""
     try:
         yield from container.demux(stream)
-    except IndexError as error:  # PyAV's, where a damaged transport stream names a new stream in its middle
+    except IndexError as error:  # PyAV raises it if a damaged transport stream announces a new stream in its middle
         raise DecodeError("damaged: a stream without a beginning") from error
 
 
 def decode_packet(stream: VideoStream, packet: Packet | None) -> list[VideoFrame]:
-    """The frames that come out when a packet goes in; none for a damaged one. None as packet flushes the decoder."""
+    """Yields the frames that a packet completes; none for a damaged packet. Packet None flushes the decoder."""
     try:
         return stream.codec_context.decode(packet)
     except av.error.FFmpegError:
         return []
+    except ValueError as error:  # PyAV 19's, from the second packet on, where the decoder refused the stream's header
+        raise DecodeError("damaged: its decoder does not start") from error
 
 
 def frame_files(folder: str) -> list[str]:
-    """Paths of the frames in a folder of images, in order; see `frame_names`. Raises DecodeError."""
+    """Returns the paths of the frames in a folder of images, in order; see `frame_names`. Raises DecodeError."""
     try:
         return [os.path.join(folder, name) for name in frame_names(os.listdir(folder))]
     except AmbiguousFrames as error:
@@ -139,22 +146,22 @@ def decode_frames(
     least_size: tuple[float, float] | None = None,
     pinned: bool = False,
 ) -> NDArray[np.uint8]:
-    """Frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], RGB, upright.
+    """Decodes frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], RGB, upright.
 
-    A video is decoded from the last key frame at or before the first of the frames where the timestamps allow no doubt,
-    otherwise from its first frame. It is read from its beginning, or from the last seek point before them.
+    Decoding starts at the last key frame at or before the first frame if the timestamps are unambiguous, otherwise at
+    the first frame of the video. The file is read from its beginning, or from the last seek point before these frames.
 
     Args:
-        path: of the video, or of the folder of images.
-        frames: ascending, repeats allowed; one past the end is the last one there is.
-        timeout_s: longest time for an open, a read, or the whole clip, in seconds.
+        path: path of the video, or of the folder of images.
+        frames: frame numbers, ascending, repeats allowed; a number past the end returns the last frame.
+        timeout_s: limit in seconds for opening, for a read, and for the whole clip.
         seek_points: `Video.seek_points`, frame numbers and timestamps of key frames, ascending.
-        least_size: width and height in pixels that are enough; frames more than SHRINK_FROM times as large are scaled
-            down to it while they are converted to RGB. They keep their aspect ratio. None for the stored size.
-        pinned: return memory that a GPU copies from without a detour. Needs CUDA.
+        least_size: sufficient width and height in pixels; frames more than SHRINK_FROM times as large are scaled down
+            to it during the conversion to RGB, with their aspect ratio. None for the stored size.
+        pinned: return pinned memory, from which a GPU copies directly. Needs CUDA.
 
     Raises:
-        DecodeError: there is no frame, an image of a folder cannot be decoded, or it takes longer than timeout_s.
+        DecodeError: no frame, an image of a folder cannot be decoded, or decoding takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
     target = _Target(least_size, pinned)
@@ -172,14 +179,14 @@ def decode_frames(
 
 
 class _Target(NamedTuple):
-    """Where decoded frames go; see `decode_frames`."""
+    """Destination of decoded frames; see `decode_frames`."""
 
     least_size: tuple[float, float] | None
     pinned: bool
 
 
 class _Limit:
-    """Ends iterations that go on for too long."""
+    """A time limit for iterations."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -220,9 +227,9 @@ def _decode(
     may_skip: bool = True,
     point: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8] | None:
-    """The clip, or None when no frame came, or reading or decoding did not begin where it was meant to.
+    """Returns the clip, or None if there was no frame, or if reading or decoding did not start at the intended place.
 
-    may_skip: begin to decode at a later key frame than the first. point: the seek point to begin to read at.
+    may_skip: decoding may start at a later key frame than the first. point: the seek point where reading starts.
     """
     with open_video(path, limit.seconds) as (container, stream):
         packets: Iterable[Packet] = limit(read_packets(container, stream))
@@ -256,12 +263,12 @@ def _decode(
 
 
 def is_packed(stream: VideoStream) -> bool:
-    """Whether packets hold several frames and timestamps do not tell: B-frames of MPEG-4 in an AVI."""
+    """Returns whether packets hold several frames without separate timestamps, as B-frames of MPEG-4 in an AVI."""
     return stream.codec_context.name == "mpeg4" and bool(stream.codec_context.has_b_frames)
 
 
 def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit, pts: int) -> Iterator[Packet] | None:
-    """Packets from the key frame with a timestamp on; None where seeking does not lead to it."""
+    """Yields the packets from the key frame with timestamp `pts` on; returns None if seeking does not reach it."""
     try:
         container.seek(pts, stream=stream)
     except av.error.FFmpegError:
@@ -276,7 +283,7 @@ def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit,
 
 
 def _stack(images: list[NDArray[np.uint8]], pinned: bool) -> NDArray[np.uint8]:
-    # DALI takes dense arrays only, and left alone NumPy keeps the memory order of a turned image.
+    # DALI accepts only dense arrays, and by default NumPy keeps the memory order of a rotated image.
     shape = len(images), *images[0].shape
     if pinned:
         import torch
@@ -293,10 +300,10 @@ def _frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFra
 
 
 class CutFinder:
-    """Finds the cuts of a stream in its packets, which it is shown one after the other.
+    """Finds the cuts of a stream from its packets, passed one after the other.
 
-    Key frames that are followed by frames shown earlier (open groups of pictures) are no cuts, and streams in which
-    packets have no timestamps have none.
+    A key frame followed by frames that are displayed earlier (an open group of pictures) is not a cut. A stream with
+    packets without timestamps has no cuts.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -304,14 +311,14 @@ class CutFinder:
         self.index = index
         """Number of the next frame."""
         self.cuts: list[Cut] = []
-        """Ascending; the last ones may yet turn out not to be cuts."""
+        """Cuts found so far, ascending; later packets may still remove the last ones."""
         self.timed = True
         """Whether every packet had a timestamp."""
         self._packets = 0
         self._newest = -math.inf
 
     def see(self, packet: Packet, *, take: bool = True) -> None:
-        """Looks at the next packet that is not empty. take: whether it may become one of the cuts."""
+        """Processes the next non-empty packet. take: whether it may become a cut."""
         if packet.pts is None:
             self.timed = False
         elif self.timed:
@@ -328,10 +335,10 @@ class CutFinder:
 def _packets_for(
     packets: Iterable[Packet], first: int, last: int, index: int = 0
 ) -> tuple[list[Packet], int, int | None]:
-    """The packets to decode for the frames from `first` to `last`, the number of the first frame, and its timestamp.
+    """Returns the packets to decode for frames `first` to `last`, the number of the first frame, and its timestamp.
 
-    index: number of the frame that the packets begin with. Without a cut the result is all packets, 0 and None, or no
-    packet where the first ones are not there: they were not read, or the video was too long to hold them.
+    index: number of the first packet's frame. Without a cut it returns all packets, 0 and None; or no packets if the
+    first ones are missing, because they were not read or the video was too long to keep them.
     """
     finder = CutFinder(index)
     kept: list[Packet] = []
@@ -355,12 +362,12 @@ def _packets_for(
 
 
 class _Converter:
-    """Frame to upright RGB uint8 [H, W, C], in the size and rotation of the first; one swscale context for all."""
+    """Converts frames to upright RGB uint8 [H, W, C] with the first frame's size and rotation; one swscale context."""
 
     def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None) -> None:
         """least_size: see `decode_frames`."""
         if max(first.width, first.height) > MAX_SIDE:
-            raise DecodeError(f"frames of {first.width}x{first.height} pixels, more than {MAX_SIDE} a side")
+            raise DecodeError(f"frames of {first.width}x{first.height} pixels; the limit is {MAX_SIDE} per side")
         self._width, self._height = first.width, first.height
         self._turns = quarter_turns(first.rotation)
         self._reformatter = VideoReformatter()
@@ -377,5 +384,5 @@ class _Converter:
 
 
 def quarter_turns(rotation: float) -> int:
-    """Counter-clockwise quarter turns, 0 to 3, that come nearest to a rotation in degrees."""
+    """Returns the number of counterclockwise quarter turns, 0 to 3, nearest to a rotation in degrees."""
     return round(rotation / 90) % 4

@@ -1,7 +1,7 @@
-"""Folders of images, one a frame: which of the images are the frames, in what order, and when one of them changed.
+"""Folders of images, one per frame: finds the frames among the images, their order, and the time of the last change.
 
-Names that differ only in their numbers are a series (img_00001.jpg, img_00002.jpg, …). Optical flow, thumbnails and
-masks beside the frames are series of their own, and no frames.
+Names that differ only in their numbers form a series (img_00001.jpg, img_00002.jpg, …). Optical flow, thumbnails and
+masks in the same folder form separate series, which are not frames.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Iterable
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FRAME_WORDS = frozenset(("frame", "frames", "im", "image", "img", "rgb"))
-"""Words in the names of frames: where other series are as long as theirs, these are the frames."""
+"""Words in the names of frames: among equally long series, the one with such a word holds the frames."""
 OTHER_WORDS = frozenset(
     (
         *("alpha", "cover", "depth", "disparity", "flow", "flowx", "flowy", "heatmap", "icon", "label", "labels"),
         *("mask", "masks", "matte", "poster", "preview", "seg", "thumb", "thumbnail", "thumbnails", "thumbs"),
     )
 )
-"""Words in the names of what lies beside frames. A series with one of them counts only where there is no other."""
+"""Words in the names of files that accompany frames. A series with such a word counts only if there is no other."""
 
 
 class AmbiguousFrames(ValueError):
-    """Images of which nothing says what the frames are; the message says so in a few words, without the folder."""
+    """Raised if it is not clear which images are the frames; the message is a short reason without the folder."""
 
 
 def frame_names(names: Iterable[str]) -> list[str]:
-    """The frames among the files of a folder, in the order of their numbers, where 10 comes after 9.
+    """Returns the frames among the files of a folder, in the order of their numbers (10 after 9).
 
-    Images without a number count only where none has one. Raises AmbiguousFrames for two equally long series.
+    Images without a number count only if no image has a number. Raises AmbiguousFrames for two equally long series.
     """
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
     series: dict[str, list[str]] = {}
@@ -45,12 +45,12 @@ def frame_names(names: Iterable[str]) -> list[str]:
         longest = [key for key in longest if _words(key) & FRAME_WORDS] or longest
     if len(longest) > 1:
         first, second = sorted(longest)[:2]
-        raise AmbiguousFrames(f"images {first} and {second}, {length} each: one of them in a folder is a video")
+        raise AmbiguousFrames(f"images {first} and {second}, {length} each: a folder must hold only one series")
     return sorted(candidates[longest[0]], key=_natural)
 
 
 def holds_frames(names: Iterable[str]) -> bool:
-    """Whether a folder with these files is a video: several images of a series. One is a poster."""
+    """Returns whether a folder with these files is a video: a series of several images. A single image is a poster."""
     counts: dict[str, int] = {}
     for name in names:
         if name.lower().endswith(IMAGE_SUFFIXES) and "#" in (key := _series(name)):
@@ -59,7 +59,7 @@ def holds_frames(names: Iterable[str]) -> bool:
 
 
 def folder_status(folder: str) -> tuple[int, int]:
-    """Bytes of all images of a folder, and the time in ns at which the folder or one of them changed last."""
+    """Returns the bytes of all images of a folder, and the time in ns of the last change of the folder or an image."""
     size, latest = 0, os.stat(folder).st_mtime_ns
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -71,7 +71,7 @@ def folder_status(folder: str) -> tuple[int, int]:
 
 
 def _series(name: str) -> str:
-    """The name with each number as #; JPEGs count alike under both their suffixes."""
+    """Returns the name with each number replaced by #; .jpg and .jpeg are equivalent."""
     stem, suffix = os.path.splitext(name.lower())
     suffix = {".jpeg": ".jpg", ".tiff": ".tif"}.get(suffix, suffix)
     return re.sub(r"\d+", "#", stem) + suffix

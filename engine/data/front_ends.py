@@ -1,4 +1,4 @@
-"""Which decoder takes which video: NVDEC, DALI on the CPU, or PyAV, which takes them all."""
+"""Chooses the decoder of a video: NVDEC, DALI on the CPU, or PyAV, which decodes all videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mam2.engine.errors import UserError
 
 FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
 AUTOMATIC = ("nvdec", "pyav")
-"""In order of preference. DALI's decoder on the CPU is no faster than PyAV, and no match for damaged files."""
+"""In order of preference. DALI's CPU decoder is not faster than PyAV and less robust to damaged files."""
 DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")
 NVDEC_SIZES = {
     "h264": ((48, 16), (4096, 4096)),
@@ -20,12 +20,12 @@ NVDEC_SIZES = {
     "mjpeg": ((64, 64), (32768, 16384)),
 }
 """Codecs that NVDEC decodes, each with the smallest and the largest width and height in pixels (NVIDIA's NVDEC
-application note, Ampere to Hopper). Left out of DALI's list: AV1, which Ampere's and Hopper's data-centre chips do not
-decode, and MPEG-4, whose packed AVIs (HMDB51) hold another number of frames than packets."""
+application note, Ampere to Hopper). Two codecs of DALI's list are left out: AV1, which the data-center chips of Ampere
+and Hopper do not decode, and MPEG-4, whose packed AVIs (HMDB51) have different numbers of frames and packets."""
 NVDEC_PIXELS = ("yuv420p", "yuvj420p", "nv12")
 NVDEC_TEN_BIT = ("hevc", "vp9")
 MOST_BYTES_READ = 64 * 2**20
-"""DALI gets the bytes of a whole file for each clip. PyAV seeks in a larger one."""
+"""Maximum file size in bytes for DALI, which reads the whole file for each clip. In larger files PyAV seeks."""
 
 
 def choose_front_end(
@@ -41,18 +41,19 @@ def choose_front_end(
     dali: bool = True,
     broken: Mapping[str, str] | None = None,
 ) -> str:
-    """The decoder for a video: "nvdec" on a GPU where it can, else "pyav"; or the forced one.
+    """Returns the decoder of a video: "nvdec" if a GPU can decode it, else "pyav"; or the forced one.
 
     Args:
-        codec: FFmpeg's name, as is pixel_format.
-        device: of the run.
+        codec: FFmpeg's name.
+        device: the run's device.
         forced: one of FRONT_ENDS, or "auto".
+        pixel_format: FFmpeg's name.
         rotation: in degrees.
-        size: width and height of the stored frame in pixels; None where they are not known.
+        size: width and height of the stored frame in pixels; None if unknown.
         interlaced: frames consist of two fields.
-        bytes: of the file; 0 where it is not known.
+        bytes: size of the file; 0 if unknown.
         dali: whether the nvidia.dali package is installed.
-        broken: codecs that NVDEC does not decode on this machine, and why.
+        broken: codecs that NVDEC does not decode on this machine, with the reasons.
 
     Raises:
         UserError: the forced decoder cannot decode the video.
@@ -71,7 +72,7 @@ def choose_front_end(
     if forced not in problems:
         raise UserError(f"data.front_end: expected auto, {', '.join(FRONT_ENDS)}; found {forced}")
     if problems[forced]:
-        raise UserError(f"{problems[forced]}: use front_end=pyav, or auto")
+        raise UserError(f"{problems[forced]}: use data.front_end=pyav or auto")
     return forced
 
 
@@ -87,23 +88,23 @@ def _nvdec_problem(
     if device.type != "cuda":
         return f"nvdec needs an NVIDIA GPU, the device is {device.type}"
     if codec not in NVDEC_SIZES:
-        return f"codec {codec} cannot be decoded by nvdec ({', '.join(NVDEC_SIZES)} only)"
+        return f"codec {codec} cannot be decoded by nvdec (only {', '.join(NVDEC_SIZES)})"
     if codec in broken:
         return f"codec {codec} cannot be decoded by nvdec on this machine ({broken[codec]})"
     if pixel_format not in NVDEC_PIXELS and not (pixel_format == "yuv420p10le" and codec in NVDEC_TEN_BIT):
         return f"pixel format {pixel_format} of codec {codec} cannot be decoded by nvdec"
     if interlaced:
-        return "interlaced frames are decoded field by field by nvdec"
+        return "nvdec decodes interlaced frames field by field"
     (least_width, least_height), (most_width, most_height) = NVDEC_SIZES[codec]
     if size and not (least_width <= size[0] <= most_width and least_height <= size[1] <= most_height):
         return (
             f"frames of {size[0]}x{size[1]} pixels cannot be decoded by nvdec "
             f"({codec}: {least_width}x{least_height} to {most_width}x{most_height})"
         )
-    return f"a video rotated by {rotation} degrees is not turned upright by nvdec" if rotation else ""
+    return f"nvdec does not turn a video rotated by {rotation} degrees upright" if rotation else ""
 
 
 def _dali_cpu_problem(codec: str, rotation: int) -> str:
     if codec not in DALI_CPU_CODECS:
-        return f"codec {codec} cannot be decoded by dali-cpu (VP8, VP9, MJPEG only)"
-    return f"a video rotated by {rotation} degrees is not turned upright by dali-cpu" if rotation else ""
+        return f"codec {codec} cannot be decoded by dali-cpu (only VP8, VP9, MJPEG)"
+    return f"dali-cpu does not turn a video rotated by {rotation} degrees upright" if rotation else ""

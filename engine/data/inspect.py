@@ -1,4 +1,4 @@
-"""What an index tells a person: codecs, lengths, sizes, rates, who can decode it and how fast, and what to change."""
+"""The summary of an index: codecs, lengths, sizes, rates, decoders and their speed, and advice."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from mam2.engine.data.video import HDR
 from mam2.engine.files import one_line, write_whole
 
 CLIP = tuple(range(0, 64, 4))
-"""Frames of the clip by which decoding is measured: 16, 4 apart, from the start that was drawn."""
+"""Frames of the clip for the measurement of decoding: 16 frames at stride 4, from a random start."""
 RATE_FILES = 12
-"""Videos decoded to measure the rate, evenly spaced in the manifest."""
+"""Number of videos decoded to measure the rate, evenly spaced in the manifest."""
 DENSE_KEYS = 60
-"""Key frames further apart than this, about the length of a clip, make decoding slower than the clip itself."""
+"""If key frames are further apart than this, about the length of a clip, most decoded frames are not used."""
 LARGE_SIDE = 480
-"""A shorter side above this is mostly thrown away by a clip of 224 pixels."""
+"""If the shorter side is larger than this, a clip of 224 pixels discards most of the pixels."""
 MEASURED_BYTES = 2**29
-"""Videos of which a clip takes more memory than this when it is decoded are left out of the measurement of the rate."""
+"""The measurement of the rate skips videos whose decoded clip takes more bytes than this."""
 NVDEC_MULTIPLE = 16
-"""DALI keeps an NVDEC decoder for the next clip only where both sides are multiples of this (frames_decoder_gpu.cc)."""
+"""DALI reuses an NVDEC decoder for the next clip only if both sides are multiples of this (frames_decoder_gpu.cc)."""
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 AV1_GPUS = "A10, A40, L4, L40, RTX 30 and newer"
-"""GPUs whose NVDEC takes AV1; A100, H100 and H200 do not (NVIDIA's NVDEC application note)."""
+"""GPUs whose NVDEC decodes AV1; A100, H100 and H200 do not (NVIDIA's NVDEC application note)."""
 REASONS = 8
 EXAMPLES = 3
 
 
 def measure_clips_per_s(videos: Sequence[Video], seed: int = 0) -> tuple[float, int]:
-    """Random clips per second that one thread of this machine decodes with PyAV, and of how many videos."""
+    """Returns the random clips per second that one thread decodes here with PyAV, and the number of videos used."""
     generator = np.random.default_rng(seed)
     fit = [video for video in videos if video.width * video.height * 3 * len(CLIP) <= MEASURED_BYTES]
     chosen = [fit[int(place)] for place in np.linspace(0, len(fit) - 1, min(RATE_FILES, len(fit)))]
@@ -53,7 +53,7 @@ def measure_clips_per_s(videos: Sequence[Video], seed: int = 0) -> tuple[float, 
 
 
 def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
-    """Lines for a person. rate: what `measure_clips_per_s` returned."""
+    """Returns the summary's lines. rate: the result of `measure_clips_per_s`."""
     videos = manifest.videos
     frames = np.array([video.frames for video in videos])
     sides = np.array([min(video.shown_size) for video in videos])
@@ -76,27 +76,27 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
         ("pixels", _counted(Counter(video.pixel_format for video in videos))),
         (
             "frames",
-            f"{_spread(frames)}; {int((frames <= CLIP[-1]).sum())} videos have fewer than a clip of 16, 4 apart",
+            f"{_spread(frames)}; {int((frames <= CLIP[-1]).sum())} videos are shorter than 16 frames at stride 4",
         ),
         ("short side", f"{_spread(sides)} pixels; {sum(video.rotation > 0 for video in videos)} videos are rotated"),
         (
             "rate",
-            f"{_spread(fps)} frames/s; {sum(video.variable_rate for video in videos)} vary, "
-            f"{len(videos) - len(fps)} do not say",
+            f"{_spread(fps)} frames/s; {sum(video.variable_rate for video in videos)} have a variable rate, "
+            f"{len(videos) - len(fps)} state no rate",
         ),
-        ("key frames", f"{_spread(keys)} frames between the two furthest apart of a video"),
+        ("key frames", f"{_spread(keys)} frames in the longest key-frame interval per video"),
     ]
     front_ends = Counter(front_end for video in videos for front_end in video.front_ends)
     av1 = sum(video.codec == "av1" for video in videos)
     hdr = sum(video.transfer in HDR.values() for video in videos)
     interlaced = sum(video.interlaced for video in videos)
     if hdr:
-        rows.append(("HDR", f"{hdr} videos are decoded as they are, without tone mapping: their colors look pale"))
+        rows.append(("HDR", f"{hdr} videos are decoded without tone mapping and look pale"))
     if interlaced:
-        rows.append(("interlaced", f"{interlaced} videos are decoded as they are: edges that move look like combs"))
+        rows.append(("interlaced", f"{interlaced} videos are not deinterlaced: moving edges look like combs"))
     speed = f"{rate[0]:.1f} clips/s per thread, measured here on {rate[1]} of them"
     if not rate[1]:
-        speed = f"speed not measured: none decodes, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
+        speed = f"speed not measured: no video can be decoded, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
     rows += [
         (
             "NVDEC",
@@ -119,13 +119,13 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
                 f"  {count} × {one_line(reason)}: {', '.join(examples)}{', …' if count > len(examples) else ''}"
             )
         if len(reasons) > REASONS:
-            lines.append(f"  … and {len(reasons) - REASONS} other reasons; the index has every file")
+            lines.append(f"  … and {len(reasons) - REASONS} other reasons; the index lists every file")
     hints = advice(videos)
     return "\n".join([*lines, *(["", "advice"] if hints else []), *(f"  {hint}" for hint in hints)])
 
 
 def advice(videos: Sequence[Video]) -> list[str]:
-    """What would make training on these videos faster or sounder, each in a line; empty where nothing would."""
+    """Returns advice that makes training on these videos faster or more reliable, one item per line; empty if none."""
     count = len(videos)
     sparse = [video for video in videos if video.keyframe_max > DENSE_KEYS]
     large = [video for video in videos if min(video.shown_size) > LARGE_SIDE]
@@ -140,8 +140,8 @@ def advice(videos: Sequence[Video]) -> list[str]:
     if len(sparse) > count / 10:
         apart = int(np.median([video.keyframe_max for video in sparse]))
         found.append(
-            f"{len(sparse)} of {count} videos have key frames up to {apart} frames apart (median); all frames since "
-            "the last one are decoded for a clip: mam2 transcode DATA --out FOLDER --gop 30"
+            f"{len(sparse)} of {count} videos have key frames up to {apart} frames apart (median); each clip needs "
+            "all frames since the key frame before it: mam2 transcode DATA --out FOLDER --gop 30"
         )
     if len(large) > count / 10:
         found.append(
@@ -150,7 +150,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
         )
     if no_nvdec > count / 10:
         found.append(
-            f"{no_nvdec} of {count} videos are not for NVDEC (codec, pixel format or rotation): "
+            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format or rotation): "
             "mam2 transcode DATA --out FOLDER --codec h264"
         )
     if odd > count / 10:
@@ -169,12 +169,12 @@ def advice(videos: Sequence[Video]) -> list[str]:
             "--data.fps 7.5 --data.stride 0 (or another rate) instead of a stride"
         )
     if copies:
-        found.append(f"{copies} videos are copies of others: leave them out, above all between training and test")
+        found.append(f"{copies} videos are copies of others: remove them, above all copies between training and test")
     return found
 
 
 def draw(videos: Sequence[Video], path: Path) -> None:
-    """Histograms of lengths, sizes and key-frame distances as a picture; path ends in one of PICTURE_SUFFIXES."""
+    """Draws histograms of lengths, sizes and key-frame intervals to `path`, which ends in one of PICTURE_SUFFIXES."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")

@@ -1,9 +1,9 @@
-"""From a manifest to batches of clips on the device, prepared ahead of the step by threads of their own.
+"""Loads batches of clips from a manifest to the device, in threads that run ahead of the step.
 
-Batch k of rank r is a pure function of (seed, k, r, ranks): a run may stop and go on at any step, with any number of
-threads, and sees the same bits. Two exceptions: after NVDEC failed on a file PyAV decodes it, and a restarted run asks
-NVDEC again; where the damage lies in some frames only, the others may then differ by a few grey levels. And a file that
-comes close to `data.timeout_s` may pass it in one run and not in another.
+Batch k of rank r is a pure function of (seed, k, r, ranks): a run may stop and continue at any step, with any number of
+threads, and sees the same bits. There are two exceptions. If NVDEC fails on a file, PyAV decodes it, but a restarted
+run tries NVDEC again; if only some frames are damaged, the others may then differ by a few gray levels. And a file
+whose decoding takes about `data.timeout_s` may exceed it in one run and not in another.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
 
 CHUNK_BYTES = 2**29
-"""Decoded frames are held in at most two chunks of this size: a batch of large videos is worked off in parts."""
+"""Decoded frames are held in at most two chunks of this size; a batch of large videos is processed in parts."""
 MOST_ATTEMPTS = 100
 FIRST_FILES = 16
-"""So many files that fail for one reason before any file is decoded end the run."""
+"""The run ends if this many first files all fail for the same reason and no file was decoded."""
 
 
 CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From place in manifest.videos, recorded augmentation and view, int64 [B] on the CPU, to codes int64 [B, N, …]."""
+"""From index in manifest.videos, recorded augmentation and view, int64 [B] on the CPU, to codes int64 [B, N, …]."""
 Plan = tuple[int, list[tuple[int, int]]]
-"""A step and its samples: epoch and place among the usable videos."""
+"""A step and its samples: epoch and index among the usable videos."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class _Way:
     """How planned samples become clips."""
 
     draw: Callable[[int, Video, int, int], ClipRequest]
-    """From the place in the manifest, its video, epoch and attempt."""
+    """Draws a clip from the index in the manifest, the video, the epoch and the attempt."""
     views: int
     replace: bool
-    """Show another video for one that cannot be decoded, instead of none."""
+    """Replace a video that cannot be decoded by another one, instead of leaving it out."""
     period: int = 0
-    """Number of recorded augmentations; 0 for epochs without end."""
+    """Number of recorded augmentations; 0: every epoch draws new ones."""
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A clip in the making."""
+    """A clip being prepared."""
 
     epoch: int
     place: int
-    """Among the usable videos, as the order of the epoch has it; a replacement does not change it."""
+    """Index among the usable videos, from the order of the epoch; a replacement does not change it."""
     attempt: int
     job: Job
 
@@ -75,7 +75,7 @@ class _Chunk:
     clip: torch.Tensor
     """The batch, uint8 [S, R, T, H, W, C] of S samples and R views; its chunks share it."""
     shown: list[_Sample | None]
-    """Of each sample of the batch the one that was decoded in the end; None for one left out."""
+    """For each sample of the batch, the one that was finally decoded; None if it was left out."""
     samples: list[_Sample]
     last: bool
 
@@ -84,7 +84,7 @@ class ClipLoader:
     """Endless batches of random clips (`stream`), or one pass over the middle clips (`evaluate`).
 
     A video that cannot be decoded is replaced by another one drawn from (seed, epoch, video, attempt); evaluation
-    leaves it out. Either way it is reported once through `on_skip`, from a loader thread, and listed in `skipped`.
+    leaves it out. In both cases it is reported once through `on_skip`, from a loader thread, and listed in `skipped`.
     """
 
     def __init__(
@@ -102,19 +102,19 @@ class ClipLoader:
         available: Callable[[int, int], bool] | None = None,
         info: Callable[[str], None] = tqdm.write,
     ):
-        """batch: clips a step of this rank, all views counted. train=False: `stream` gives middle clips in one view.
+        """batch: clips per step of this rank, including all views.
 
-        available(place in manifest.videos, recorded augmentation): False has `stream` replace the clip as if it could
-        not be decoded; for clips without codes in a cache. info: gets lines for the log, also from loader threads.
-        Raises UserError if the config does not fit together, or too many videos cannot be used.
+        available(index in manifest.videos, recorded augmentation) returns False for clips without codes in a cache;
+        `stream` then replaces the clip as if it could not be decoded. info: receives lines for the log, also from
+        loader threads. Raises UserError if config values contradict each other, or too many videos cannot be used.
         """
         self._views = config.views if train else 1
         _check(config, batch, self._views)
         self.skipped: list[Skipped] = []
-        """Videos that turned out to be unusable after the manifest was made."""
+        """Videos found to be unusable after the manifest was written."""
         self._told: set[str] = set()
         self.wait_s = 0.0
-        """Seconds in which a consumer waited for a batch."""
+        """Seconds that the consumer waited for batches."""
         self.decoded_frames = 0
         """Frames decoded into clips."""
         self._manifest, self._config = manifest, config
@@ -132,25 +132,25 @@ class ClipLoader:
 
     @property
     def front_ends(self) -> dict[str, int]:
-        """Number of videos that each front end decodes."""
+        """Returns the number of videos that each front end decodes."""
         return dict(Counter(self._front_end_of.values()))
 
     @property
     def cropper(self) -> str:
-        """What crops, mirrors and resizes, for the log."""
+        """Returns the name of the library that crops, mirrors and resizes, for the log."""
         return self._renderer.cropper
 
     def fetch_codes(self, codes: CodesOf) -> None:
-        """Has a loader thread put the codes of recorded clips into the batches of streams opened from now on."""
+        """Makes a loader thread add the codes of recorded clips to the batches of streams opened after this call."""
         self._codes = codes
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which all ranks together see every usable video once, in all its views."""
+        """Returns the steps in which all ranks together see every usable video once, in all its views."""
         return len(self._usable) * self._views / (self._batch * self._world)
 
     def stream(self, first_step: int = 0) -> Prefetcher[Batch]:
-        """Batches first_step, first_step + 1, … without end. Preparation starts at once."""
+        """Returns the endless batches first_step, first_step + 1, …; their preparation starts immediately."""
         samples = self._batch // self._views
 
         def plans() -> Iterator[Plan]:
@@ -163,7 +163,8 @@ class ClipLoader:
         return self._prefetch(self._produce(plans(), way))
 
     def evaluate(self) -> Prefetcher[Batch]:
-        """Every usable video once and in order, the centre square of its middle clip; the last batch may be short."""
+        """Yields the center square of every usable video's middle clip, once and in order; the last batch may be
+        short."""
         plans = (
             (step, [(0, place) for place in range(first, min(first + self._batch, len(self._usable)))])
             for step, first in enumerate(range(0, len(self._usable), self._batch))
@@ -171,9 +172,9 @@ class ClipLoader:
         return self._prefetch(self._produce(plans, self._middle))
 
     def recorded(self, clips: Iterable[tuple[int, int]]) -> Prefetcher[Batch]:
-        """Chosen clips as `stream` shows them, in order: each a recorded augmentation and a place in manifest.videos.
+        """Yields selected clips as `stream` does, in order; each is (recorded augmentation, index in manifest.videos).
 
-        One that cannot be decoded is left out; the last batch may be short.
+        A clip that cannot be decoded is left out; the last batch may be short.
         """
         places = {video: place for place, video in enumerate(self._usable)}
         known = ((augmentation, places[video]) for augmentation, video in clips if video in places)
@@ -183,13 +184,13 @@ class ClipLoader:
     def chosen(
         self, clips: Iterable[tuple[int, int]], draw: Callable[[int, Video, int], ClipRequest], views: int
     ) -> Prefetcher[Batch]:
-        """Clips of the caller's choice, in order: each a place in manifest.videos and a number.
+        """Yields clips selected by the caller, in order; each is (index in manifest.videos, number).
 
-        draw: what a clip shows, from place, video and number, in `views` crops, of which a batch holds all. A clip that
-        cannot be decoded is left out; the last batch may be short. `Batch.augmentation` is the number.
+        draw(index, video, number) returns the frames and `views` crops of a clip; a batch contains all views of a clip.
+        A clip that cannot be decoded is left out; the last batch may be short. `Batch.augmentation` is the number.
         """
         if self._batch < views:
-            raise UserError(f"expected a batch of at least {views} clips, the views of one; found {self._batch}")
+            raise UserError(f"expected a batch of at least {views} clips, the views of one video; found {self._batch}")
         places = {video: place for place, video in enumerate(self._usable)}
         known = ((number, places[video]) for video, number in clips if video in places)
         way = _Way(lambda index, video, number, _: draw(index, video, number), views, replace=False)
@@ -197,11 +198,11 @@ class ClipLoader:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the videos that the clips are taken from."""
+        """The manifest of the loader's videos."""
         return self._manifest
 
     def close(self) -> None:
-        """End all threads; open streams stop."""
+        """Ends all threads; open streams stop."""
         for stream in list(self._streams):
             stream.close()
         self._renderer.close()
@@ -245,13 +246,13 @@ class ClipLoader:
             there = {video.codec for video in self._manifest.videos}
             broken = broken_codecs(there.intersection(NVDEC_SIZES), device, self._config)
             for codec, problem in broken.items():
-                self._info(f"data    NVDEC does not decode {codec} here ({problem}): PyAV takes it")
+                self._info(f"data    NVDEC does not decode {codec} here ({problem}): PyAV decodes it")
         chosen: dict[int, str] = {}
         refusal = UserError("the manifest holds no videos")
         for index, video in enumerate(self._manifest.videos):
             try:
                 if self._config.sampling == "dense":
-                    frame_step(video, self._config)  # which needs a frame rate for data.fps
+                    frame_step(video, self._config)  # raises if data.fps is set and the video has no frame rate
                 chosen[index] = choose_front_end(
                     video.codec,
                     device,
@@ -269,7 +270,7 @@ class ClipLoader:
         return chosen
 
     def _produce(self, plans: Iterable[Plan], way: _Way) -> Generator[Batch, None, None]:
-        """The planned batches. While one chunk is resized, the next is being decoded."""
+        """Yields the planned batches. While one chunk is resized, the next is being decoded."""
         ahead: _Chunk | None = None
         for chunk in self._decoding(plans, way):
             if ahead:
@@ -279,7 +280,7 @@ class ClipLoader:
             yield from self._finished(ahead, way)
 
     def _decoding(self, plans: Iterable[Plan], way: _Way) -> Iterator[_Chunk]:
-        """The planned batches in chunks; asking for one sets the decoding threads to work on it."""
+        """Yields the planned batches in chunks; each request starts the decoding of the next chunk."""
         for step, planned in plans:
             clip = self._renderer.empty(len(planned), way.views)
             shown: list[_Sample | None] = [None] * len(planned)
@@ -288,7 +289,7 @@ class ClipLoader:
                 yield _Chunk(step, clip, shown, samples, last=rows[-1] == len(planned) - 1)
 
     def _split(self, planned: list[tuple[int, int]]) -> Iterator[list[int]]:
-        """Rows of a batch in runs whose decoded frames fit into CHUNK_BYTES, at least one a run."""
+        """Splits a batch into chunks of at least one row whose decoded frames fit into CHUNK_BYTES."""
         rows: list[int] = []
         size = 0
         for row, (_, place) in enumerate(planned):
@@ -314,14 +315,14 @@ class ClipLoader:
         return _Sample(epoch, place, attempt, job)
 
     def _finished(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
-        """Finish the samples of a chunk, trying again what failed; the batch after its last chunk."""
+        """Finishes the samples of a chunk and retries failed ones; yields the batch after its last chunk."""
         samples = chunk.samples
         while samples:
             reasons = self._renderer.finish([sample.job for sample in samples], chunk.clip)
             again = []
             for sample, reason in zip(samples, reasons, strict=True):
                 if sample.job.front_end == "nvdec" and self._record.note(reason is None):
-                    self._give_nvdec_up(f"it failed on {MOST_FAILURES} files one after the other, last: {reason}")
+                    self._give_nvdec_up(f"it failed on {MOST_FAILURES} files in a row, last: {reason}")
                 self._decoded_any |= reason is None
                 if reason is None:
                     chunk.shown[sample.job.row] = sample
@@ -334,12 +335,12 @@ class ClipLoader:
             yield from self._batch_of(chunk, way)
 
     def _try_again(self, sample: _Sample, reason: str, way: _Way) -> list[_Sample]:
-        """The sample with PyAV, then another video in its place; nothing if it is to be left out."""
+        """Retries a sample with PyAV, then replaces it by another video; returns None if it is to be left out."""
         job = sample.job
         video = self._manifest.videos[job.request.video]
         if job.front_end != "pyav" and self._config.front_end == "auto":
             if job.front_end == "nvdec":
-                # Building its graph anew at every visit would starve the step.
+                # Rebuilding its graph for every such file would make the step wait.
                 self._front_end_of[job.request.video] = "pyav"
             job = self._renderer.start(job.row, video.path, job.request, "pyav", video.seek_points)
             return [dataclasses.replace(sample, job=job)]
@@ -352,22 +353,22 @@ class ClipLoader:
         return [self._sample(job.row, sample.epoch, sample.place, way, attempt)]
 
     def _give_nvdec_up(self, why: str) -> None:
-        """PyAV decodes everything from now on."""
+        """Switches to PyAV for all following clips."""
         given = [index for index, front_end in self._front_end_of.items() if front_end == "nvdec"]
         if given and self._config.front_end == "auto":
             self._front_end_of.update(dict.fromkeys(given, "pyav"))
             self._info(
-                f"data    NVDEC is given up for this run: {why}. PyAV decodes all videos; mam2 doctor tries NVDEC"
+                f"data    NVDEC is switched off for this run: {why}. PyAV decodes all videos; mam2 doctor tests NVDEC"
             )
 
     def _next_attempt(self, attempt: int, video: int) -> int:
         if attempt == MOST_ATTEMPTS:
             path = self._manifest.videos[video].path
-            raise UserError(f"{MOST_ATTEMPTS} videos drawn one after the other cannot be used; the last is {path}")
+            raise UserError(f"{MOST_ATTEMPTS} videos drawn in a row cannot be used; the last is {path}")
         return attempt + 1
 
     def _batch_of(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
-        """The finished batch; none if every sample was left out."""
+        """Returns the finished batch; None if every sample was left out."""
         samples = [sample for sample in chunk.shown if sample is not None]
         if not samples:
             return
@@ -400,13 +401,13 @@ class ClipLoader:
                 self._on_skip(self.skipped[-1])
 
     def _check_first(self) -> None:
-        """UserError where the first files all fail for one reason: that is no matter of single files."""
+        """Raises UserError if the first files all fail for the same reason: then the cause is not a single file."""
         reasons = {entry.reason for entry in self.skipped}
         if self._decoded_any or self._config.max_unusable >= 1 or len(self.skipped) < FIRST_FILES or len(reasons) > 1:
             return
         raise UserError(
-            f"no video can be decoded: the first {len(self.skipped)} that were tried all failed for one reason, "
-            f"{reasons.pop()}; the last is {self.skipped[-1].path}. mam2 doctor decodes clips of its own"
+            f"no video can be decoded: the first {len(self.skipped)} videos all failed for the same reason, "
+            f"{reasons.pop()}; the last is {self.skipped[-1].path}. mam2 doctor tests each decoder with its own clips"
         )
 
     def _check_share(self) -> None:
@@ -424,12 +425,12 @@ def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[Plan]
 
 
 def _each(values: list[int], views: int) -> torch.Tensor:
-    """int64 [S * views], each value for all views of its sample."""
+    """Returns int64 [S * views]: each value repeated for all views of its sample."""
     return torch.tensor(values).repeat_interleave(views)
 
 
 def _check(config: DataConfig, batch: int, views: int) -> None:
-    """Raises UserError for values out of range, or that do not fit together."""
+    """Raises UserError for values that are out of range or contradict each other."""
     check_data(config)
     if batch < 1 or batch % views:
-        raise UserError(f"expected data.views that divides the batch of {batch}; found {views}")
+        raise UserError(f"data.views: expected a divisor of the batch of {batch}; found {views}")

@@ -1,7 +1,7 @@
-"""The videos a run uses, each opened once; and the index, where what was found is kept for the next time.
+"""The manifest of a run's videos, each opened once, and the index that stores it for later runs.
 
-`DATA.index.jsonl` beside a folder or list DATA is its index: `mam2 index` writes it, every later reading of DATA opens
-only files whose size or time of change differs from it. Nothing but `mam2 index` writes beside the data.
+`DATA.index.jsonl`, next to a folder or list DATA, is its index. `mam2 index` writes it; later reads of DATA open only
+files whose size or modification time differs from the index. Only `mam2 index` writes next to the data.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mam2.engine.runtime.progress import Progress
 
 INDEX_SUFFIX = ".index.jsonl"
 DERIVED = ("duration_s", "front_ends")
-"""Written for whoever reads the file; they follow from the other fields."""
+"""Fields written for human readers; they follow from the other fields."""
 AT_ONCE = 4096
-"""Files handed to the threads at a time: a future for each of millions would take memory for nothing."""
+"""Files passed to the threads at a time: one future per file would waste memory for millions of files."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Manifest:
     videos: tuple[Video, ...]
     skipped: tuple[Skipped, ...] = ()
     classes: tuple[str, ...] = ()
-    """Name of each label; empty where there are no labels."""
+    """Name of each label; empty without labels."""
 
 
 class Changes(NamedTuple):
-    """Files against those of the index: opened were the new and the changed ones."""
+    """Changes of the files since the index was written; new and changed files were opened."""
 
     unchanged: int
     new: int
@@ -51,13 +51,12 @@ class Changes(NamedTuple):
 
 
 def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True) -> Manifest:
-    """The usable videos of a folder, an annotation list or a single file, in a fixed order.
+    """Returns the usable videos of a folder, an annotation list or a single file, in a fixed order.
 
-    source: see `mam2.engine.data.sources`; where an index lies beside it, only what changed since is opened. For
-    LIST:SPLIT the index of LIST serves too. Or the index itself (.jsonl), which is taken as it stands: no file is
-    looked at.
-    threads: files opened at once, 0 for twice the cores. progress: draw a bar when the output is a terminal.
-    Raises UserError when there is nothing to use; single files that cannot be used are in `skipped`.
+    source: see `mam2.engine.data.sources`. If it has an index, only files that changed since are opened; LIST:SPLIT
+    uses the index of LIST. `source` may also be an index (.jsonl), which is read without checking any file.
+    threads: files opened at once, 0 for twice the cores. progress: draw a bar if the output is a terminal.
+    Raises UserError if no video is usable; single unusable files are listed in `skipped`.
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
         return read_saved_manifest(source)
@@ -66,19 +65,19 @@ def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True
     try:
         known = read_saved_manifest(index) if index else Manifest(())
     except UserError as error:
-        raise UserError(f"{error}; `mam2 index {source}` writes it anew") from error
+        raise UserError(f"{error}; `mam2 index {source}` writes it again") from error
     return scan(source, known, threads=threads, progress=progress)[0]
 
 
 def index_path(source: str | Path) -> Path:
-    """Where the index of a folder, a list or a video lies: beside it."""
+    """Returns the path of the index of a folder, a list or a video: next to it."""
     return Path(os.path.abspath(source) + INDEX_SUFFIX)
 
 
 def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: bool = True) -> tuple[Manifest, Changes]:
-    """`read_manifest` with what is known from an earlier scan; also how much of it still held."""
+    """Does the work of `read_manifest`, with an earlier scan `known`; also returns the changes since then."""
     listing = read_source(source)
-    paths = list(dict.fromkeys(entry.path for entry in listing.entries))  # a list may name a video twice
+    paths = list(dict.fromkeys(entry.path for entry in listing.entries))  # a list may contain a video twice
     earlier: tuple[Video | Skipped, ...] = (*known.videos, *known.skipped)
     before = {entry.path: entry for entry in earlier}
     found: dict[str, Video | Skipped] = {}
@@ -90,7 +89,7 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
                     found[result.path] = result
                     bar.update()
         finally:
-            pool.shutdown(cancel_futures=True)  # an interrupted scan does not go on to its end
+            pool.shutdown(cancel_futures=True)  # an interrupted scan stops here
     changes = Changes(
         unchanged=sum(found[path] is before.get(path) for path in paths),
         new=sum(path not in before for path in paths),
@@ -105,7 +104,7 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     if not videos and all(entry.reason == "does not exist" for entry in skipped):
         raise UserError(
             f"{source}: none of the {len(skipped)} listed videos exists, the first is {skipped[0].path}; "
-            f"relative paths start at the list's folder"
+            f"relative paths are relative to the list's folder"
         )
     if not videos:
         reason = f"the first, {skipped[0].path}: {skipped[0].reason}"
@@ -114,9 +113,9 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
 
 
 def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
-    """What is known of a file if that still holds, else what it turns out to be."""
+    """Returns the known entry of a file if the file is unchanged, else opens the file."""
     earlier = before.get(path)
-    # An index of an earlier version lacks some of what is written today.
+    # An index of an earlier version lacks some of today's fields.
     if earlier is None or (isinstance(earlier, Video) and not (earlier.content and earlier.transfer)):
         return probe(path)
     try:
@@ -134,11 +133,14 @@ def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """JSON lines: the class names, one line per video, one line per skipped file. Replaces the file whole."""
+    """Writes JSON lines: the class names, one line per video, one line per skipped file.
+
+    Replaces the file atomically.
+    """
     with whole_file(Path(path)) as file:
 
         def write(record: dict[str, Any]) -> None:
-            # ASCII escapes carry every path, also one that is not UTF-8.
+            # ASCII escapes represent every path, also one that is not UTF-8.
             file.write(json.dumps(record).encode("ascii") + b"\n")
 
         write({"classes": manifest.classes})
@@ -150,7 +152,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
 
 
 def read_saved_manifest(path: str | Path) -> Manifest:
-    """What `write_manifest` wrote. Raises UserError for anything else."""
+    """Reads a file of `write_manifest`; raises UserError for any other file."""
     try:
         with open(path, encoding="ascii") as file:
             classes = json.loads(next(file))["classes"]

@@ -1,4 +1,4 @@
-"""The videos of a run that is resumed, where they are now: the same content at another place is the same data."""
+"""Finds the moved videos of a resumed run: the same content at another path is the same data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mam2.engine.errors import UserError
 def follow(
     saved: Manifest, data: Path, *, threads: int = 0, progress: bool = True, max_missing: float = 0.0
 ) -> tuple[Manifest, str]:
-    """The saved videos in their order, with the paths that `data` has for them; and a line for the log, or "".
+    """Returns the saved videos in their order with their paths in `data`, and a line for the log, or "".
 
-    Nothing is opened where `data` still lists the same paths. Else videos are found by the hash of their content.
-    max_missing: share of the videos that `data` may lack; those keep their old paths.
-    Raises UserError where it lacks more, or cannot be read.
+    If `data` still lists the same paths, no file is opened. Otherwise videos are found by the hash of their content.
+    max_missing: share of the videos that `data` may lack; these keep their old paths.
+    Raises UserError if `data` lacks more, or cannot be read.
     """
     scanned = read_manifest(data) if data.suffix == ".jsonl" and data.is_file() else None
     entries = scanned.videos if scanned else read_source(data).entries
@@ -32,7 +32,7 @@ def follow(
         moved_all = len(absent) == len(saved.videos)
         scanned = (
             read_manifest(data, threads=threads, progress=progress)
-            if moved_all  # an index beside the new place saves opening them
+            if moved_all  # with an index at the new place, files are not opened
             else scan(data, saved, threads=threads, progress=progress)[0]
         )
     places: dict[str, list[Video]] = defaultdict(list)
@@ -50,11 +50,11 @@ def follow(
         now[video.path] = dataclasses.replace(video, path=copy.path, mtime_ns=copy.mtime_ns)
     if len(missing) > max_missing * len(saved.videos):
         raise UserError(
-            f"--data {data} lacks {len(missing)} of the {len(saved.videos)} videos that the run has been trained on, "
-            f"the first is {missing[0].path}: name the place where they are now, or start a new run with another --out"
+            f"--data {data} lacks {len(missing)} of the {len(saved.videos)} videos on which the run was trained; "
+            f"the first is {missing[0].path}: pass the place where they are now, or start a new run with another --out"
         )
     videos = tuple(now.get(video.path, video) for video in saved.videos)
     lacking = f"; {len(missing)} are missing" if missing else ""
     return dataclasses.replace(saved, videos=videos), (
-        f"{len(now)} of {len(videos)} videos were found at other places by their content{lacking}"
+        f"{len(now)} of {len(videos)} videos were found at other paths by their content{lacking}"
     )

@@ -1,4 +1,4 @@
-"""Whether NVDEC works: whose fault a failure of DALI is, a trial of each codec, and when to give NVDEC up."""
+"""Tests whether NVDEC works: classifies DALI's errors, tries each codec, and decides when to stop using NVDEC."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mam2.engine.data.synthetic import write_trial
 from mam2.engine.errors import UserError
 
 MOST_FAILURES = 20
-"""So many failures of NVDEC one after the other tell of the machine and not of the files."""
+"""After this many failures of NVDEC in a row, the cause is the machine and not the files."""
 TRIAL_FRAMES, TRIAL_SIDE = 16, 256
 TRIAL_TOLERANCE = 6.0
-"""Mean difference to PyAV's frames in grey levels; the next frame of the trial clip differs by 10."""
+"""Largest mean difference to PyAV's frames in gray levels; the next frame of the trial clip differs by 10."""
 DRIVER = re.compile(r"nvcuvid|cuInit|CUDA (driver|runtime)|driver version|no kernel image|NVML", re.IGNORECASE)
 MEMORY = re.compile(r"out of memory|bad_alloc|cannot allocate memory|memory allocation", re.IGNORECASE)
 CUDA = re.compile(r"\bCUDA (API )?error|\bCUDA_ERROR|\bcuda[A-Z]\w+|\bcu[A-Z]\w+|illegal memory access|device-side")
@@ -33,17 +33,17 @@ Value = TypeVar("Value")
 
 
 class GpuError(UserError):
-    """A driver or a GPU does not do what it is asked; no file is at fault."""
+    """Raised if the driver or the GPU failed; no file is the cause."""
 
 
 class NvdecHangs(GpuError):
-    """NVDEC does not answer."""
+    """Raised if NVDEC does not answer."""
 
 
 def fault(message: str) -> Literal["memory", "driver", "gpu", "file", "program"]:
-    """Whose fault a RuntimeError of DALI is.
+    """Returns the cause of a RuntimeError of DALI.
 
-    message: all of it. DALI names the operator that failed; only the decoder's own messages are a file's fault.
+    message: the whole message. DALI names the operator that failed; only messages of the decoder blame the file.
     """
     if MEMORY.search(message):
         return "memory"
@@ -56,19 +56,22 @@ def fault(message: str) -> Literal["memory", "driver", "gpu", "file", "program"]
 
 
 def error_of(message: str, reason: str) -> Exception:
-    """What to raise for a RuntimeError of DALI with a message, of which `reason` is the sentence that matters."""
+    """Returns the error to raise for a RuntimeError of DALI; `reason` is the relevant sentence of its message."""
     kind = fault(message)
     if kind == "file":
         return DecodeError(reason)
     if kind == "memory":
         return GpuError(f"no memory left for the clips: {reason}; use a smaller optim.micro_batch or data.prefetch")
     if kind in ("driver", "gpu"):
-        return GpuError(f"the GPU or its driver failed: {reason}; mam2 doctor tries each decoder")
+        return GpuError(f"the GPU or its driver failed: {reason}; mam2 doctor tests each decoder")
     return RuntimeError(message)
 
 
 def within(seconds: float, work: Callable[[], Value]) -> Value:
-    """What `work` returns, in a thread of its own. Raises TimeoutError after `seconds`; the thread is left behind."""
+    """Runs `work` in a new thread and returns its result. Raises TimeoutError after `seconds`.
+
+    The thread keeps running.
+    """
     box: list[Any] = []
 
     def run() -> None:
@@ -94,20 +97,20 @@ class Record:
         self.in_a_row = 0
 
     def note(self, worked: bool) -> bool:
-        """Notes a clip. Returns True once, when NVDEC is to be given up."""
+        """Records the result of a clip. Returns True once, when NVDEC must not be used any more."""
         self.in_a_row = 0 if worked else self.in_a_row + 1
         return self.in_a_row == MOST_FAILURES
 
 
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""From the bytes of a file to its frames 0 to 15, uint8 [T, H, W, C] of the stored size."""
+"""Decodes frames 0 to 15 from the bytes of a file: uint8 [T, H, W, C] in the stored size."""
 
 
 def try_codec(codec: str, decode: Decode) -> str:
-    """Decodes a made clip and compares it with PyAV's frames; why NVDEC cannot be used for a codec, or empty."""
+    """Decodes a synthetic clip and compares it with PyAV's frames; returns why NVDEC cannot decode a codec, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_trial(Path(folder), codec, frames=TRIAL_FRAMES, side=TRIAL_SIDE)
-        if path is None:  # this build of PyAV has no encoder for it: the files themselves will tell
+        if path is None:  # this build of PyAV has no encoder for it: NVDEC is tested on the files themselves
             return ""
         expected = decode_frames(str(path), range(TRIAL_FRAMES))
         try:
@@ -115,20 +118,20 @@ def try_codec(codec: str, decode: Decode) -> str:
         except (DecodeError, UserError, TimeoutError, *FILE_ERRORS) as error:
             return str(error).splitlines()[0] if str(error) else type(error).__name__
     if found.shape != expected.shape:
-        return f"a clip of shape {expected.shape} came out as {found.shape}"
+        return f"a clip of shape {expected.shape} was decoded to {found.shape}"
     difference = float(np.abs(found.astype(np.float32) - expected.astype(np.float32)).mean())
     if difference > TRIAL_TOLERANCE:
-        return f"its frames differ by {difference:.1f} grey levels on average from PyAV's"
+        return f"its frames differ by {difference:.1f} gray levels on average from PyAV's"
     return ""
 
 
 def try_codecs(codecs: Iterable[str], decode: Decode) -> dict[str, str]:
-    """Codecs that NVDEC does not decode here, with the reason."""
+    """Returns the codecs that NVDEC does not decode here, with the reasons."""
     return {codec: problem for codec in sorted(set(codecs)) if (problem := try_codec(codec, decode))}
 
 
 def broken_codecs(codecs: Collection[str], device: torch.device, config: DataConfig) -> dict[str, str]:
-    """`try_codecs` on a GPU, once per process and codec."""
+    """Runs `try_codecs` on a GPU, once per process and codec."""
     found = {codec: _tried(codec, device, config.timeout_s) for codec in sorted(set(codecs))}
     return {codec: problem for codec, problem in found.items() if problem}
 

@@ -1,7 +1,7 @@
-"""Waits for data that is away: a drive that is not mounted or an I/O error is no fault of a file.
+"""Waits for unavailable data: an unmounted drive or an I/O error does not make a file unusable.
 
-Reading is tried again after growing pauses. A run whose data stays away ends with an error; it does not replace one
-video after the other. A single file or folder that stays unreadable while the rest is there counts as unusable.
+Reading is retried after growing pauses. A run whose data stays unavailable ends with an error; it does not replace one
+video after the other. A single file or folder that stays unreadable while the rest is available counts as unusable.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ TRANSIENT = frozenset(
     )
     if hasattr(errno, name)
 )
-"""Error numbers that tell of a drive, a network or this process, and may be gone at the next try."""
+"""Error numbers caused by a drive, a network or this process, which may be gone at the next try."""
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 15.0
 ALONE_S = 20.0
-"""Longest wait for a file or folder while most others are there."""
+"""Longest wait in seconds for a file or folder while most others are available."""
 SAMPLES = 16
-"""Videos looked at to tell whether the data or one file is away."""
+"""Number of videos checked to find out whether all data or one file is unavailable."""
 BLOCK = 2**16
 
 Value = TypeVar("Value")
 
 
 def why_away(path: str, error: BaseException) -> str:
-    """What keeps a file from being read that is not the fault of the file; empty where the file itself is at fault.
+    """Returns why a file cannot be read if the cause is not the file itself; "" if it is.
 
-    error: what reading raised, by itself or as the cause of another exception.
+    error: the exception of the read; it may also be the cause of another exception.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, (OSError, av.error.FFmpegError)):
         cause = cause.__cause__
     number = getattr(cause, "errno", None)
     if number is not None and number in TRANSIENT:
-        # FFmpeg also returns EIO for damaged content.
+        # FFmpeg returns EIO for damaged content too.
         if isinstance(cause, av.error.FFmpegError) and _can_be_read(path):
             return ""
         return os.strerror(number)
@@ -58,26 +58,26 @@ def why_away(path: str, error: BaseException) -> str:
 
 
 class Patience:
-    """Calls functions that read a file, again and again while the file is away. Threads may share one."""
+    """Calls functions that read a file, and retries while the file is unavailable. Threads may share one object."""
 
     def __init__(self, wait_s: float, info: Callable[[str], None], paths: Sequence[str] = ()) -> None:
-        """wait_s: longest wait in seconds. info: gets the lines for the log. paths: of the data that is read."""
+        """wait_s: longest wait in seconds. info: receives lines for the log. paths: the paths of the data."""
         self._wait_s, self._info = wait_s, info
         chosen = sorted({int(place) for place in np.linspace(0, len(paths) - 1, SAMPLES)}) if paths else []
         self._samples = [paths[place] for place in chosen]
         self._lock = threading.Lock()
         self._told: set[str] = set()
-        """Outages that the log names and that are not over."""
+        """Ongoing outages that have been logged."""
         self._given_up: set[str] = set()
-        """Outages of single files and folders that were waited for in vain."""
+        """Outages of single files and folders for which waiting did not help."""
         self._closing = threading.Event()
 
     def __call__(self, path: str, read: Callable[[], Value]) -> Value:
-        """What `read` returns.
+        """Calls `read` and returns its result; retries while the data is unavailable.
 
         Raises:
-            UserError: most of the data was away for wait_s seconds.
-            Exception: whatever `read` raises that waiting does not mend.
+            UserError: most of the data was unavailable for wait_s seconds.
+            Exception: an exception of `read` that waiting does not resolve.
         """
         begun, pause, outage = time.monotonic(), FIRST_PAUSE_S, ""
         while True:
@@ -97,14 +97,14 @@ class Patience:
                     self._given_up.add(outage)
                     if widespread and self._samples:
                         raise UserError(
-                            f"the data is away: {outage}, for {waited:.0f} s; bring it back and start again with "
+                            f"the data is unavailable: {outage}, for {waited:.0f} s; restore it and start again with "
                             "--resume, or wait longer with data.wait_s"
                         ) from error
                     raise
                 with self._lock:
                     if outage not in self._told:
                         self._told.add(outage)
-                        self._info(f"data    {outage}; trying again for up to {limit:g} s")
+                        self._info(f"data    {outage}; retrying for up to {limit:g} s")
                 self._closing.wait(min(pause, limit - waited))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
@@ -115,7 +115,7 @@ class Patience:
                 return value
 
     def close(self) -> None:
-        """Ends all waiting: what is away now counts as failed."""
+        """Ends all waiting: data that is unavailable now counts as failed."""
         self._closing.set()
 
     def _most_are_away(self) -> bool:
@@ -124,7 +124,7 @@ class Patience:
 
 
 def _is_gone(folder: str) -> bool:
-    """Whether a folder is missing or empty: where a drive is not mounted, its mount point is an empty folder."""
+    """Returns whether a folder is missing or empty: the mount point of an unmounted drive is an empty folder."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None
@@ -133,7 +133,7 @@ def _is_gone(folder: str) -> bool:
 
 
 def _can_be_read(path: str) -> bool:
-    """Whether the operating system reads beginning, middle and end of a file, or of the first file of a folder."""
+    """Returns whether beginning, middle and end of a file, or of a folder's first file, can be read."""
     try:
         if os.path.isdir(path):
             path = min(entry.path for entry in os.scandir(path) if entry.is_file())

@@ -1,4 +1,4 @@
-"""An iterator that is worked off by a thread, a few items ahead of its consumer."""
+"""Iterates a generator in a background thread, a few items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _JOIN_S = 10.0
 
 
 class Prefetcher(Generic[Item]):
-    """Runs a generator in a daemon thread; an exception there is raised here, at the place of the item it prevented.
+    """Runs a generator in a daemon thread; its exception is raised in the consumer, in place of the missing item.
 
-    Ends with `close()`, when it is no longer referenced, and at the interpreter's exit: no thread is left behind in
-    native code, where it would crash the exit.
+    The thread ends with `close()`, when the object is no longer referenced, and at the interpreter's exit: a thread
+    that stays in native code would crash the exit.
     """
 
     def __init__(self, items: Generator[Item, None, None], depth: int, on_take: Callable[[Item, float], None]):
@@ -33,7 +33,7 @@ class Prefetcher(Generic[Item]):
         self._thread = threading.Thread(target=_work, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, _finish, self._stop, self._ready, self._thread)
-        # weakref's own exit hook may run after DALI's, which refuses to end while a thread builds a pipeline.
+        # weakref's exit hook may run after DALI's, which does not end while a thread builds a pipeline.
         atexit.register(self._finalizer)
 
     def __iter__(self) -> Iterator[Item]:
@@ -51,7 +51,7 @@ class Prefetcher(Generic[Item]):
         raise self._end
 
     def close(self) -> None:
-        """Stop the thread and drop what is ready."""
+        """Stops the thread and drops the prepared items."""
         self._end = self._end or StopIteration()
         self._finalizer()
         atexit.unregister(self._finalizer)
@@ -72,7 +72,7 @@ def _work(items: Generator[Item, None, None], ready: queue.Queue[tuple[str, obje
                 break
         else:
             _put(("end", None), ready, stop)
-    except BaseException as error:  # the consumer must hear of everything, or it waits for ever
+    except BaseException as error:  # without any of these, the consumer would wait forever
         _put(("error", error), ready, stop)
     finally:
         items.close()

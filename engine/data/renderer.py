@@ -1,6 +1,6 @@
-"""From clip requests to pixels on the device: decoding threads, and the graphs that crop, mirror and resize.
+"""Turns clip requests into pixels on the device: decoding threads, and the graphs that crop, mirror and resize.
 
-Legend: S samples of a batch, R views of each, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per batch, R views per sample, T frames, H = W = the clip's size, C = 3.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from mam2.engine.data.vetting import read_vetted
 
 @dataclass(frozen=True)
 class Job:
-    """A clip on its way into row `row` of a batch."""
+    """A clip that will become row `row` of a batch."""
 
     row: int
     request: ClipRequest
     front_end: str
     payload: Future[NDArray[np.uint8]]
-    """Frames [T, h, w, C] of a clip that PyAV decodes, else the bytes of the file."""
+    """Frames [T, h, w, C] if PyAV decodes the clip, else the bytes of the file."""
 
 
 class Renderer:
-    """`start` sets a thread to work on a clip, `finish` puts started clips into a batch. Threads may share one."""
+    """`start` decodes a clip in a thread, `finish` writes started clips into a batch. Threads may share one object."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Renderer:
         info: Callable[[str], None],
         paths: Sequence[str] = (),
     ):
-        """samples: the most in one batch. info: gets lines for the log. paths: of the data; see `Patience`."""
+        """samples: maximum per batch. info: receives lines for the log. paths: the paths of the data; see `Patience`."""
         device = with_number(device)
         self._config = config
         self._samples = samples
@@ -63,17 +63,17 @@ class Renderer:
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
         self.hangs = ""
-        """What a call of NVDEC that never ended says; such a call must not be made again."""
+        """Message of a call of NVDEC that never ended; NVDEC must not be called again. Else empty."""
 
     @property
     def cropper(self) -> str:
-        """What crops, mirrors and resizes, for the log."""
+        """Returns the name of the library that crops, mirrors and resizes, for the log."""
         return f"DALI {self._dali}" if self._dali else "PyTorch (DALI is not installed)"
 
     def start(
         self, row: int, path: str, request: ClipRequest, front_end: str, seek_points: Sequence[tuple[int, int]] = ()
     ) -> Job:
-        """Decode a clip, or read the file for a graph that decodes, in a thread. seek_points: see `Video`."""
+        """Decodes a clip, or reads the file for a graph that decodes, in a thread. seek_points: see `Video`."""
         if front_end == "pyav":
             payload = self._pool.submit(self._decode, path, request, seek_points)
         else:
@@ -95,15 +95,15 @@ class Renderer:
             return self._patience(path, read)
         except DecodeError:
             raise
-        except FILE_ERRORS as error:  # one strange file must not end a run of days: it is named, counted and left out
+        except FILE_ERRORS as error:  # one bad file must not end a run: it is reported, counted and left out
             if isinstance(error, RuntimeError) and fault(str(error)) in ("memory", "driver", "gpu"):
                 raise error_of(str(error), str(error).splitlines()[0]) from error
             raise DecodeError(f"{type(error).__name__}: {error}") from error
 
     def finish(self, jobs: Sequence[Job], clip: torch.Tensor) -> list[str | None]:
-        """Wait for jobs and resize them into their rows of a batch; None for each that is there, else why it is not.
+        """Waits for jobs and resizes them into their rows of a batch.
 
-        clip: from `empty`.
+        Returns for each None, or the reason of its failure. clip: a batch from `empty`.
         """
         reasons: dict[int, str] = {}
         groups: dict[str, list[Job]] = {}
@@ -125,21 +125,21 @@ class Renderer:
         return [reasons.get(job.row) for job in jobs]
 
     def empty(self, samples: int, views: int) -> torch.Tensor:
-        """A batch to fill, uint8 [S, R, T, H, W, C]."""
+        """Returns an uninitialized batch, uint8 [S, R, T, H, W, C]."""
         config = self._config
         with self._copying():
             shape = (samples, views, config.frames, config.size, config.size, 3)
             return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
     def keep_rows(self, clip: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Some samples of a batch, copied."""
+        """Returns a copy of some samples of a batch."""
         with self._copying():
             kept = clip[rows]
             self._wait()
             return kept
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
-        """A small tensor, on the device."""
+        """Copies a small tensor to the device."""
         if not self._copies:
             return values
         with self._copying():
@@ -148,19 +148,19 @@ class Renderer:
             return there
 
     def hand_over(self, *tensors: torch.Tensor) -> None:
-        """To be called by the consumer's thread: its stream uses these tensors of a batch from now on."""
+        """Passes the tensors of a batch to the stream of the consumer's thread, which must call this."""
         if self._copies:
             for tensor in tensors:
-                # The memory belongs to the copying stream, which must not reuse it before the consumer's is done.
+                # The copying stream owns the memory and must not reuse it before the consumer's stream is done.
                 tensor.record_stream(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
-        """End the threads; what is not begun is dropped."""
+        """Ends the threads; drops jobs that have not started."""
         self._patience.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _resize(self, graph: ClipGraph | TorchCrops, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
-        """Run jobs of one front end through its graph; the rows that failed, with the reason."""
+        """Runs the jobs of one front end through its graph; returns the failed rows with the reasons."""
         payloads = [job.payload.result() for job in group]
         requests = [job.request for job in group]
         try:
@@ -171,11 +171,11 @@ class Renderer:
                 for place, job in enumerate(group):
                     for number, clips in enumerate(views):
                         clip[job.row, number].copy_(clips[place], non_blocking=True)
-                self._wait()  # the graph's next run overwrites what is being copied
+                self._wait()  # the graph's next run overwrites the buffer that is being copied
         except DecodeError as error:
             if len(group) == 1:
                 return {group[0].row: str(error)}
-            # DALI does not say which one it was: halve the group until it is alone.
+            # DALI does not name the failed sample: halve the group until one is left.
             half = len(group) // 2
             return self._resize(graph, group[:half], clip) | self._resize(graph, group[half:], clip)
         return {}
@@ -194,7 +194,7 @@ class Renderer:
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
-        """Work on the device, on a GPU on the copying stream. Raises GpuError where the GPU's memory is full."""
+        """Runs the body on the copying stream if the device is a GPU. Raises GpuError if the GPU's memory is full."""
         try:
             with torch.cuda.stream(self._copies) if self._copies else nullcontext():
                 yield
@@ -207,5 +207,5 @@ class Renderer:
 
 
 def threads_of_a_process() -> int:
-    """Cores that this process may use, divided by the processes that torchrun started on this machine."""
+    """Returns the cores that this process may use, divided by the processes that torchrun started on this machine."""
     return max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

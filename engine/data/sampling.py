@@ -1,11 +1,11 @@
-"""Which clip and which crops a step sees: pure functions of (seed, step), so any rank can start anywhere.
+"""Draws the clips and crops of a step: pure functions of (seed, step), so that any rank can start at any step.
 
-Every draw comes from Philox, a counter-based generator, keyed by what is drawn. No draw depends on an earlier one:
-a resumed run, another number of threads or ranks, or a skipped file changes nothing else.
+Every draw comes from Philox, a counter-based generator, with a key that names the draw. No draw depends on an earlier
+one: a resumed run, another number of threads or ranks, or a skipped file does not change any other draw.
 
-VideoMAE's options by ours: `--num_frames` is data.frames, `--sampling_rate` data.stride, `--input_size` data.size; its
-GroupMultiScaleCrop is data.crop = "multi-scale", without mirroring (data.flip = false). Its pre-training is dense; the
-segments by which it samples SSv2 in fine-tuning are data.sampling = "uniform".
+VideoMAE's options: `--num_frames` is data.frames, `--sampling_rate` is data.stride, `--input_size` is data.size; its
+GroupMultiScaleCrop is data.crop = "multi-scale" without mirroring (data.flip = false). Its pre-training samples
+densely; the segments by which it samples SSv2 in fine-tuning are data.sampling = "uniform".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mam2.engine.errors import UserError
 
 CROP_TRIES = 10
 CROP_MARGIN = 1.4
-"""Pixels of a crop over those of a clip that leave the second resampling of a scaled frame enough to filter."""
+"""Ratio of a crop's to the clip's pixels that a pre-scaled frame must keep for the second resampling."""
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 CROP_SCALES = [(wide, high) for i, high in enumerate(_SCALES) for wide in _SCALES[max(i - 1, 0) : i + 2]]
 """Width and height of a multi-scale crop over the shorter side: at most one step apart (`max_distort` = 1)."""
@@ -33,12 +33,12 @@ CROP_PLACES = [
     *((x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0)),
     *((x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)),
 ]
-"""Where it lies in the room that is left: corners, edges, centre, quarters (`fix_crop` and `more_fix_crop`)."""
+"""Position of a multi-scale crop in the free space: corners, edges, center, quarters (`fix_crop`, `more_fix_crop`)."""
 _ORDER, _CLIP, _REPLACEMENT = range(3)
 
 
 class View(NamedTuple):
-    """A crop of the frame as it is shown: corners as shares of its width and height, 0 to 1, mirrored or not."""
+    """A crop of the displayed frame: corners as fractions of its width and height, 0 to 1, mirrored or not."""
 
     x0: float
     y0: float
@@ -49,42 +49,42 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """T frames of a video, by its place in the manifest, seen in one or more crops."""
+    """T frames of a video, given by its index in the manifest, in one or more crops."""
 
     video: int
     frames: tuple[int, ...]
-    """Ascending frame numbers. They may repeat and pass the end: decoding repeats the last frame there is."""
+    """Ascending frame numbers. They may repeat and exceed the end: decoding then repeats the last frame."""
     views: tuple[View, ...]
 
 
 def least_size(views: Sequence[View], size: int) -> tuple[float, float]:
-    """Width and height of a frame, in pixels, of which every crop is CROP_MARGIN times as wide and high as a clip."""
+    """The frame width and height at which every crop is at least CROP_MARGIN times as wide and high as a clip."""
     wanted = CROP_MARGIN * size
     return wanted / min(view.x1 - view.x0 for view in views), wanted / min(view.y1 - view.y0 for view in views)
 
 
 def sample_at(counter: int, n: int, seed: int) -> tuple[int, int]:
-    """Epoch and video (0 to n - 1) of the sample `counter` of an endless stream of shuffled passes over n videos.
+    """Returns epoch and video (0 to n - 1) of sample `counter` in an endless stream of shuffled passes over n videos.
 
-    The stream runs on over the end of a pass, so no batch is ever short and no video is ever left out.
+    A batch may span the end of a pass, so that no batch is short and no video is left out.
     """
     epoch, place = divmod(counter, n)
     return epoch, int(_order(n, seed, epoch)[place])
 
 
 def replacement(video: int, n: int, epoch: int, seed: int, attempt: int) -> int:
-    """The video (0 to n - 1) shown instead of one that cannot be decoded, at the attempt 1, 2, …"""
+    """Draws the video (0 to n - 1) that replaces one that cannot be decoded, at attempt 1, 2, …"""
     return int(_generator(_REPLACEMENT, seed, epoch, video, attempt).integers(n))
 
 
 def draw_clip(
     index: int, video: Video, epoch: int, config: DataConfig, seed: int, *, train: bool = True, attempt: int = 0
 ) -> ClipRequest:
-    """A random clip in `config.views` random crops; with train=False the middle clip, its centre square.
+    """Draws a random clip in `config.views` random crops.
 
-    Dense clips lie evenly over the whole video; in one shorter than the clip they start at frame 0. With
-    `config.recorded` the epochs repeat that many draws, also where the video stands in for another one (attempt > 0),
-    so that codes which were computed once are found again.
+    With train=False returns the center square of the middle clip. Dense clips start uniformly over the whole video; in
+    a video shorter than the clip they start at frame 0. With `config.recorded` the epochs repeat that many draws, also
+    if the video replaces another one (attempt > 0), so that cached codes can be found.
     """
     width, height = video.shown_size
     if not train:
@@ -102,10 +102,10 @@ def draw_clip(
 
 
 def frame_step(video: Video, config: DataConfig) -> float:
-    """Distance of two sampled frames of a dense clip, in frames of the file.
+    """Returns the distance of two sampled frames of a dense clip, in frames of the file.
 
-    With `config.fps` it comes from the file's average rate, for a variable rate too: there the frames are as many a
-    second on the whole, not from each to the next. Raises UserError for a file that states no rate.
+    With `config.fps` it is computed from the file's average rate, also for a variable rate: the frames per second are
+    then right on average, not between single frames. Raises UserError for a file without a known rate.
     """
     if not config.fps:
         return config.stride
@@ -115,10 +115,10 @@ def frame_step(video: Video, config: DataConfig) -> float:
 
 
 def _frames(video: Video, config: DataConfig, generator: np.random.Generator | None) -> tuple[int, ...]:
-    """Frame numbers of a random clip, without a generator of the middle one."""
+    """Returns the frame numbers of a random clip; without a generator those of the middle clip."""
     count = config.frames
     if config.sampling == "uniform":
-        # Temporal segment networks: T equal parts of the video, a frame of each; a part of a short video may be empty.
+        # Temporal segment networks: T equal parts of the video, one frame per part; a short video may have empty parts.
         part = video.frames / count
         if generator is None:
             return tuple(int(part / 2 + part * k) for k in range(count))
@@ -133,7 +133,7 @@ def _frames(video: Video, config: DataConfig, generator: np.random.Generator | N
 
 
 def _random_resized_crop(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
-    """Area uniform, aspect ratio log-uniform; a centre crop if none fits in ten tries."""
+    """Draws a crop with uniform area and log-uniform aspect ratio; returns a center crop if none of ten fits."""
     limit = math.log(config.max_aspect)
     for _ in range(CROP_TRIES):
         area = generator.uniform(config.min_area, config.max_area)
@@ -146,7 +146,10 @@ def _random_resized_crop(generator: np.random.Generator, width: int, height: int
 
 
 def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
-    """VideoMAE's `GroupMultiScaleCrop`: two neighbouring (or equal) scales of the shorter side, one of 13 places."""
+    """Draws VideoMAE's `GroupMultiScaleCrop`.
+
+    Two adjacent (or equal) scales of the shorter side, one of 13 positions.
+    """
     wide_scale, high_scale = CROP_SCALES[generator.integers(len(CROP_SCALES))]
     x_share, y_share = CROP_PLACES[generator.integers(len(CROP_PLACES))]
     side = min(width, height)
@@ -156,7 +159,7 @@ def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, c
 
 
 def _centre_crop(width: int, height: int, max_aspect: float) -> View:
-    """The largest centre crop with an aspect ratio from 1/max_aspect to max_aspect."""
+    """Returns the largest center crop with an aspect ratio from 1/max_aspect to max_aspect."""
     wide, high = min(1.0, height * max_aspect / width), min(1.0, width * max_aspect / height)
     return View((1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2, False)
 
@@ -167,6 +170,6 @@ def _order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def _generator(purpose: int, seed: int, epoch: int, video: int = 0, attempt: int = 0) -> np.random.Generator:
-    # The first counter word is Philox's own: it counts the numbers drawn here.
+    # Philox increments the first counter word with every number drawn here.
     counter = np.array([0, epoch, video, attempt], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))

@@ -1,23 +1,25 @@
-"""From what a user has, a folder, an annotation list or a single video, to paths and labels; no video is opened.
+"""Reads a folder, an annotation list or a single video into paths and labels; opens no video.
 
 Folders:
 - a folder with one folder per class: the labels are the class folders in the order of their names, or of their numbers
-  where all names are numbers;
+  if all names are numbers;
 - any other folder: every video in it, at any depth, without labels.
-A folder with nothing below it that holds numbered images (img_00001.jpg …) and no videos is one video of these frames.
-A folder that links lead to twice is read once.
+A folder without subfolders and videos that holds numbered images (img_00001.jpg …) is one video of these frames.
+A folder that can be reached through several links is read once.
 
-Lists, one line per video; relative paths start at the list's folder:
-- `path label`, VideoMAE's, parted by the last space, tab or comma, so paths may hold spaces; a label may be missing;
-- `folder frames label`, VideoMAE's for folders of images, and `path 0 -1` of its second version: a whole number between
-  path and label is left out, images are counted;
-- `"path" label`, quoted as CSV files are;
-- `path::label`, V-JEPA's;
-- a header, columns parted by tabs or commas: the path under "path", "file", "filename", "video", …, the label, if any,
-  under "label", "class", "category", …; with a column "split" or "subset", LIST:train takes the rows of one split;
-- Kinetics' own (label, youtube_id, time_start, time_end, split): the videos are looked for below the list's folder by
-  their usual names, youtube_id_000010_000020 or youtube_id.
-A label is a number from 0 or a name; -1 and nothing stand for none. Names count in alphabetical order.
+Lists, one line per video; relative paths are relative to the list's folder:
+- `path label`, VideoMAE's format, separated at the last space, tab or comma, so that paths may contain spaces; the
+  label is optional;
+- `folder frames label`, VideoMAE's format for folders of images, and `path 0 -1` of its second version: an integer
+  between path and label is ignored, and the images are counted;
+- `"path" label`, quoted as in CSV files;
+- `path::label`, V-JEPA's format;
+- a header and columns separated by tabs or commas: the path in the column "path", "file", "filename", "video", …, the
+  optional label in "label", "class", "category", …; with a column "split" or "subset", LIST:train selects the rows of
+  one split;
+- Kinetics' official format (label, youtube_id, time_start, time_end, split): the videos are searched below the list's
+  folder by their usual names, youtube_id_000010_000020 or youtube_id.
+A label is a number from 0 or a name; -1 or an empty label means none. Names are numbered in alphabetical order.
 """
 
 from __future__ import annotations
@@ -56,48 +58,48 @@ _NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?: *, 
 
 class Entry(NamedTuple):
     path: str
-    """Absolute."""
+    """Absolute path of the video."""
     label: int
-    """Class, 0 and up; -1 where there is none."""
+    """Class number from 0; -1 without a label."""
     split: str = ""
-    """As a list's column says; empty where there is none."""
+    """Split from the list's column; empty without such a column."""
 
 
 class Listing(NamedTuple):
     entries: list[Entry]
-    """In a fixed order; a list may name a video more than once."""
+    """Videos in a fixed order; a list may contain a video more than once."""
     classes: tuple[str, ...]
-    """Name of each label; empty where there are no labels."""
+    """Name of each label; empty without labels."""
     notes: tuple[str, ...] = ()
-    """What a user should know of how the source was read, a line each."""
+    """Remarks for the user on how the source was read, one per line."""
 
 
 class _Row(NamedTuple):
     number: int
-    """Of the line, from 1."""
+    """Line number, from 1."""
     path: str
     label: str
-    """Empty where there is none."""
+    """Label as text; empty without a label."""
     split: str = ""
 
 
 def list_and_split(source: str | Path) -> tuple[Path, str]:
-    """LIST:SPLIT as the list and the split; any other source as it is, and no split."""
+    """Splits LIST:SPLIT into the list and the split; returns any other source unchanged, with an empty split."""
     path = Path(source)
     before, _, split = str(source).rpartition(":")
     return (Path(before), split) if split and not path.exists() and Path(before).is_file() else (path, "")
 
 
 def check_source(source: str | Path) -> None:
-    """Raises UserError where a source does not exist; to be asked before work that would be for nothing."""
+    """Raises UserError if a source does not exist; call it before expensive work."""
     if not list_and_split(source)[0].exists():
         raise UserError(f"{source}: no such file or folder; expected a folder of videos or an annotation list")
 
 
 def read_source(source: str | Path) -> Listing:
-    """The videos of a folder, an annotation list or a single file. Raises UserError, for a list with the line.
+    """Returns the videos of a folder, an annotation list or a single file. A UserError for a list names the line.
 
-    source: LIST:SPLIT stands for the rows of a list whose split column says SPLIT.
+    source: LIST:SPLIT selects the rows of a list with SPLIT in their split column.
     """
     check_source(source)
     source, split = list_and_split(source)
@@ -107,7 +109,7 @@ def read_source(source: str | Path) -> Listing:
         listing = Listing([Entry(str(source), -1)], ())
     else:
         listing = _read_list(source, split)
-    # Absolute, so that a saved manifest holds in any working directory, and no name is taken for a URL by FFmpeg.
+    # Absolute, so that a saved manifest is valid in any working directory, and FFmpeg does not read a name as a URL.
     return listing._replace(entries=[entry._replace(path=os.path.abspath(entry.path)) for entry in listing.entries])
 
 
@@ -133,12 +135,11 @@ def read_column(table: Path, column: str) -> dict[str, str]:
 
 def _read_folder(folder: Path) -> Listing:
     twins: list[tuple[Path, Path]] = []
-    # The order of the videos, by which code caches and runs number them, is that of their paths.
+    # Code caches and runs number the videos in this order, the order of their paths.
     paths = sorted(_find_videos(folder, twins))
     if not paths:
         raise UserError(
-            f"{folder}: no videos in this folder (looked for {', '.join(VIDEO_SUFFIXES)} "
-            "and folders of numbered images)"
+            f"{folder}: no videos in this folder (expected {', '.join(VIDEO_SUFFIXES)} and folders of numbered images)"
         )
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) != 2 for part in parts):
@@ -155,28 +156,28 @@ def _read_folder(folder: Path) -> Listing:
 
 
 def _find_videos(folder: Path, twins: list[tuple[Path, Path]]) -> Iterator[Path]:
-    """Videos at any depth. Folders that are the same as an earlier one are added to `twins`, with that one."""
+    """Finds videos at any depth. A folder identical to an earlier one is added to `twins`, together with that one."""
     seen: dict[str, str] = {}
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # two links to one folder, or a link back to a folder above
+        if real in seen:  # two links to one folder, or a link to a parent folder
             twins.append((Path(parent), Path(seen[real])))
             folders.clear()
             continue
         seen[real] = parent
-        # A link comes after the folders, so that it is never the one that is kept.
+        # Links come after folders, so that of a folder and a link to it the folder is kept.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith(".")]
         videos = [name for name in files if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
         yield from (Path(parent, name) for name in videos)
-        # Images above other folders are no frames.
+        # Images next to other folders are not frames.
         if not videos and not folders and holds_frames(files):
             yield Path(parent)
 
 
 def _read_text(source: Path) -> str:
-    # File names need not be UTF-8; surrogates carry their bytes back to the file system.
+    # File names need not be UTF-8; surrogates preserve their bytes.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         text = file.read()
     if "\0" in text:
@@ -206,7 +207,7 @@ def _read_list(source: Path, split: str) -> Listing:
 
 
 def _of_split(source: Path, rows: list[_Row], split: str, notes: list[str]) -> list[_Row]:
-    """The rows of a split, or all where none is named; then a note says which there are."""
+    """Returns the rows of a split, or all rows without a split; then a note lists the splits."""
     counts = Counter(row.split for row in rows if row.split)
     there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     if split and not counts:
@@ -216,16 +217,19 @@ def _of_split(source: Path, rows: list[_Row], split: str, notes: list[str]) -> l
     if split:
         return [row for row in rows if row.split == split]
     if len(counts) > 1:
-        notes.append(f"{source}: rows of all splits are used: {there}; {source}:{min(counts)} takes those of one")
+        notes.append(f"{source}: rows of all splits are used: {there}; {source}:{min(counts)} selects one split")
     return rows
 
 
 def _read_cells(source: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]], bool]:
-    """The cells of a table: those of its first line in lower case, the others with their line's number from 1, and
-    whether spaces around a cell are no part of it."""
+    """Reads the cells of a table.
+
+    Returns those of its first line in lower case, the others with their line number from 1, and whether spaces around a
+    cell are ignored.
+    """
     first = text.lstrip().split("\n")[0]
     delimiter = "\t" if "\t" in first else ","
-    spaced = delimiter == ","  # "a.mp4", "run": the space is no part of the cell
+    spaced = delimiter == ","  # "a.mp4", "run": the space is not part of the cell
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced)
     try:
         table = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
@@ -278,16 +282,16 @@ def _read_table(source: Path, text: str, notes: list[str]) -> list[_Row] | None:
 
 
 def _is_header(folder: Path, cells: Sequence[str]) -> bool:
-    """Whether a first line without a path column is still a header: it names another column, and no file."""
+    """Returns whether a first line without a path column is still a header: it names another column and no file."""
     named = set(cells) & {*LABEL_COLUMNS, *SPLIT_COLUMNS, *KINETICS_COLUMNS}
     plain = not any(mark in cell for cell in cells for mark in "./")
     return len(cells) > 1 and bool(named) and plain and not os.path.exists(os.path.join(folder, cells[0]))
 
 
 def _kinetics_paths(source: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Paths of the rows of Kinetics' own list: videos below its folder, by their usual names.
+    """Returns the paths for the rows of an official Kinetics list: videos below its folder with the usual names.
 
-    Many of its clips are no longer published: one that is not there keeps its usual name. UserError where none is.
+    Many clips are no longer published: a missing one gets its usual name. Raises UserError if all are missing.
     """
     there = {path.stem: path for path in sorted(_find_videos(source.parent, []))}
     there |= {path.name: path for path in there.values() if path.is_dir()}
@@ -297,21 +301,21 @@ def _kinetics_paths(source: Path, header: Sequence[str], rows: Sequence[Sequence
         try:
             start, end = (int(float(time)) for time in times)
         except ValueError:
-            raise UserError(f"{source}: row {number}: the times {', '.join(times)} are no numbers") from None
+            raise UserError(f"{source}: row {number}: expected numbers as times, found {', '.join(times)}") from None
         usual = f"{video}_{start:06d}_{end:06d}"
         path = there.get(usual) or there.get(f"{video}_{start}_{end}") or there.get(video)
         found += path is not None
         paths.append(str(path) if path else f"{usual}.mp4")
     if not found:
         raise UserError(
-            f"{source}: Kinetics' own list, which names no files, and none of its {len(rows)} videos ({paths[0]}, …) "
-            f"lies below {source.parent}; put the list there, or write lines of `path label`"
+            f"{source}: an official Kinetics list without file names; none of its {len(rows)} videos ({paths[0]}, …) "
+            f"is below {source.parent}; move the list to the videos' folder, or write lines of `path label`"
         )
     return paths
 
 
 def _unquoted(cell: str) -> str:
-    """A cell without the quotes of CSV files."""
+    """Removes the quotes of a CSV cell."""
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
 
@@ -321,7 +325,7 @@ def _split_colons(line: str, folder: Path) -> tuple[str, str]:
 
 
 def _split_line(line: str, folder: Path) -> tuple[str, str]:
-    """Path and label of a line without a header; the label is empty where there is none."""
+    """Returns path and label of a line in a list without a header; the label may be empty."""
     if quoted := _QUOTED.match(line):
         path, *rest = next(csv.reader([line], delimiter=quoted[1] or ",", skipinitialspace=True))
         return path, rest[-1].strip() if rest else ""
@@ -340,14 +344,14 @@ def _split_line(line: str, folder: Path) -> tuple[str, str]:
 
 
 def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    """Labels as numbers and the name of each: numbers stay what they are, names count in alphabetical order."""
+    """Returns labels as numbers, and their names: numbers stay unchanged, names are numbered alphabetically."""
     labelled = [row for row in rows if row.label]
     numbers = [row for row in labelled if re.fullmatch(r"-?\d+", row.label)]
     names = [row for row in labelled if not re.fullmatch(r"-?\d+", row.label)]
     if numbers and names:
         raise UserError(
             f"{source}: line {numbers[0].number} has the label {numbers[0].label}, line {names[0].number} the label "
-            f"{names[0].label!r}; expected numbers or names throughout"
+            f"{names[0].label!r}; expected only numbers or only names"
         )
     if names:
         classes = tuple(sorted({row.label for row in names}))
@@ -364,6 +368,6 @@ def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tupl
     if highest + 1 > 2 * present > 0:
         notes.append(
             f"{source}: the labels go up to {highest}, of which {present} occur: {highest + 1} classes; "
-            "number them from 0 without gaps if that is not meant"
+            "if that is not intended, number them from 0 without gaps"
         )
     return values, tuple(str(number) for number in range(max(values) + 1))

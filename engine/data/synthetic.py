@@ -1,9 +1,9 @@
-"""A labelled set of short synthetic clips as real encoded files, whose class is the motion alone.
+"""A labeled set of short synthetic clips as encoded files; the class depends only on the motion.
 
-A bright shape moves over a dim background: left, right, up, down, clockwise, counter-clockwise, growing or
-shrinking. Shape, colours, size, place, speed and background are drawn independently of the class. The classes come
-in pairs that are each other's reverse in time, so the frames of a clip without their order cannot tell the two
-apart. Half of the files are mp4/H.264, half webm/VP9.
+A bright shape moves over a dim background: left, right, up, down, clockwise, counterclockwise, growing or shrinking.
+Shape, colors, size, position, speed and background are drawn independently of the class. The classes form pairs that
+are time reversals of each other, so that the frames of a clip without their order do not reveal the class. Half of the
+files are mp4/H.264, half webm/VP9.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SIZE = 64
 FRAMES = 24
 FPS = 12
 QUALITY = 18
-"""Constant rate factor."""
+"""Constant rate factor of the encoders."""
 STREAMS = {"train": 0, "test": 2}
-"""Random streams of the splits. The test clips of stream 1 were looked at while the demo's settings were chosen."""
+"""Random streams of the splits. The test clips of stream 1 were used to choose the demo's settings."""
 
 
 def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
-    """One clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. The same key gives any motion the same look."""
+    """Renders a clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. With equal `rng`, all motions look the same."""
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
     colour = bright_colour(rng)
@@ -43,9 +43,9 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
 def draw_coverage(
     motion: str, shape: str, rng: np.random.Generator, *, camera: np.ndarray | float = 0.0, size: int = SIZE
 ) -> np.ndarray:
-    """How much of each pixel a moving shape covers: float [FRAMES, size, size, 1], 0 to 1.
+    """Returns the share of each pixel that a moving shape covers: float [FRAMES, size, size, 1], 0 to 1.
 
-    camera: [FRAMES, 2], pixels of a frame of SIZE to the right and down by which all of it is shifted.
+    camera: [FRAMES, 2], shift of everything to the right and down, in pixels of a frame of SIZE.
     """
     radius = rng.uniform(13, 20)
     angle = rng.uniform(0, 2 * np.pi)
@@ -70,7 +70,7 @@ def draw_coverage(
         raise ValueError(f"motion: expected one of {', '.join(MOTIONS)}, found {motion!r}")
 
     y, x = np.mgrid[:size, :size].astype(np.float32) * (SIZE / size)
-    # What leaves on one side comes back on the other, so no place in the frame goes with a direction.
+    # A shape that leaves on one side returns on the other, so that positions do not reveal the direction.
     dx, dy = (_wrapped(a[None] - centre[:, i, None, None]) for i, a in enumerate((x, y)))
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     radii = radii[:, None, None]
@@ -80,7 +80,7 @@ def draw_coverage(
 
 
 def as_pixels(clip: np.ndarray) -> np.ndarray:
-    """0 to 1 -> uint8"""
+    """Converts 0 to 1 to uint8."""
     return np.clip(clip * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -89,7 +89,10 @@ def _wrapped(offset: np.ndarray) -> np.ndarray:
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape of radius about 1, negative inside; none looks the same after the turns drawn here."""
+    """Returns the signed distance to a shape of radius about 1, negative inside.
+
+    No shape is symmetric under the rotations drawn here.
+    """
 
     def box(cu: float, cv: float, half_u: float, half_v: float) -> np.ndarray:
         return np.maximum(np.abs(u - cu) - half_u, np.abs(v - cv) - half_v)
@@ -106,14 +109,14 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def bright_colour(rng: np.random.Generator) -> np.ndarray:
-    """RGB in 0.4 to 1 with one channel at 1."""
+    """Draws an RGB color in 0.4 to 1 with one channel at 1."""
     colour = rng.uniform(0.4, 1.0, size=3)
     colour[rng.integers(3)] = 1.0
     return colour
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A dim gradient between two colours in a random direction, with a static disc: [SIZE, SIZE, 3], 0 to 0.25."""
+    """Draws a dim gradient between two colors in a random direction, with a static disc: [SIZE, SIZE, 3], 0 to 0.25."""
     first, second = rng.uniform(0.0, 0.25, size=(2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
@@ -125,16 +128,18 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = QUALITY) -> None:
-    """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), a key frame every 12 frames.
+    """Encodes uint8 [T, H, W, 3] as H.264 (.mp4) or VP9 (.webm), with a key frame every 12 frames.
 
-    quality: the constant rate factor; 18 is nearly lossless, 30 leaves blocks. The same frames give the same bytes.
+    quality: the constant rate factor; 18 is nearly lossless, 30 shows blocks. The same frames give the same bytes.
     """
     codec, options = {
-        # without the macroblock tree: on frames this small x264's differs from call to call
+        # without the macroblock tree, whose result on such small frames differs from call to call
         ".mp4": ("libx264", {"preset": "veryfast", "crf": str(quality), "x264-params": "mbtree=0:rc-lookahead=0"}),
         ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": str(quality), "b:v": "0"}),
     }[path.suffix]
-    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:  # WebM has a random number otherwise
+    with av.open(
+        str(path), "w", options={"fflags": "bitexact"}
+    ) as container:  # otherwise WebM contains a random number
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -159,12 +164,12 @@ TRIALS = {
 
 
 def write_trial(folder: Path, codec: str, *, frames: int, side: int) -> Path | None:
-    """A clip to try a decoder with: frame t is gray, 10·t + 5 bright. None where PyAV has no encoder for the codec."""
+    """Writes a clip to test a decoder: frame t is gray with value 10·t + 5. Returns None without an encoder in PyAV."""
     suffix, encoder, pixels = TRIALS[codec]
     if encoder not in av.codecs_available:
         return None
     path = folder / f"{codec}{suffix}"
-    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 reads there that only errors are to be printed
+    os.environ.setdefault("SVT_LOG", "1")  # makes libsvtav1 print errors only
     options = {"libx265": {"x265-params": "log-level=none"}}.get(encoder, {})
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25, options=options)
@@ -177,11 +182,11 @@ def write_trial(folder: Path, codec: str, *, frames: int, side: int) -> Path | N
 
 
 Render = Callable[[str, str, int], tuple[np.ndarray, int]]
-"""From split, motion and number to a clip, uint8 [T, H, W, 3], and the quality it is encoded with. Can be pickled."""
+"""From split, motion and number to a clip, uint8 [T, H, W, 3], and its encoding quality. Must be picklable."""
 
 
 def write_dataset(folder: str | Path, *, train: int, test: int, seed: int = 0, progress: bool = True) -> None:
-    """Writes `folder/train/<motion>/*` and `folder/test/<motion>/*`, as many clips as told; see `write_clips`.
+    """Writes `train` clips to `folder/train/<motion>/` and `test` clips to `folder/test/<motion>/`; see `write_clips`.
 
     Train and test clips come from separate random streams.
     """
@@ -193,9 +198,9 @@ def _render(seed: int, split: str, motion: str, index: int) -> tuple[np.ndarray,
 
 
 def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, progress: bool = True) -> None:
-    """Writes `folder/<split>/<motion>/*`, as many clips of each split as `counts` says, classes in equal shares.
+    """Writes `counts[split]` clips to `folder/<split>/<motion>/`, with equal numbers per class.
 
-    Half are mp4, half webm. Files that are there already are kept, so an interrupted call goes on where it stopped.
+    Half are mp4, half webm. Existing files are kept, so that an interrupted call continues where it stopped.
     """
     jobs = []
     for path, split, motion, index in clip_paths(folder, counts):
@@ -205,7 +210,7 @@ def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, prog
     if not jobs:
         return
     workers = min(len(os.sched_getaffinity(0)), 16)
-    # Spawned, not forked: the caller may hold threads (torch, DALI).
+    # Spawned, not forked: the caller may have threads (torch, DALI).
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         done = pool.map(_write_one, jobs, chunksize=32)
         for _ in tqdm(done, total=len(jobs), desc="writing clips", unit="clip", disable=None if progress else True):
@@ -224,6 +229,6 @@ def clip_paths(folder: Path, counts: Mapping[str, int]) -> Iterator[tuple[Path, 
 def _write_one(job: tuple[Path, Render, str, str, int]) -> None:
     path, render, split, motion, index = job
     clip, quality = render(split, motion, index)
-    aside = path.with_name(f".part-{path.name}")  # a file that was cut off must not be taken for a whole one
+    aside = path.with_name(f".part-{path.name}")  # an incomplete file must not count as complete
     write_clip(aside, clip, quality=quality)
     aside.replace(path)

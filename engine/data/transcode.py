@@ -1,9 +1,9 @@
-"""Re-encoding for training: a small shorter side, key frames close together, one codec, upright, without sound.
+"""Re-encodes videos for training: a small shorter side, frequent key frames, one codec, upright, without sound.
 
-Every decoded frame becomes one frame of the output, at a constant rate: the average of the source. So a frame keeps its
-number, also in a video of variable rate, whose frames are then shown at other times than before. A file is written
-aside, decoded again to count its frames, and renamed: what lies under its final name is whole. Pixels that are not
-square stay so. A folder of images becomes a video.
+Every decoded frame becomes one frame of the output at a constant rate, the average of the source. A frame therefore
+keeps its number; in a video of variable rate it is displayed at another time than before. A file is written under a
+temporary name, decoded to count its frames, and renamed: a file with the final name is complete. Non-square pixels stay
+non-square. A folder of images becomes a video.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from mam2.engine.files import (
 class Encoder(NamedTuple):
     suffix: str
     name: str
-    """FFmpeg's."""
+    """FFmpeg's name of the encoder."""
     options: dict[str, str]
     container_options: dict[str, str]
 
@@ -77,15 +77,15 @@ ENCODERS = {
     ),
     "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
 }
-"""H.264 and HEVC without B-frames: DALI waits for every picture that NVDEC gives out of order. HEVC with closed groups
-of pictures, so that decoding can start at each key frame."""
+"""H.264 and HEVC without B-frames, because DALI waits for every picture that NVDEC returns out of order. HEVC with
+closed groups of pictures, so that decoding can start at each key frame."""
 MULTIPLE = 16
-"""Of which both sides are multiples: DALI then keeps an NVDEC decoder from one video to the next of the same size."""
+"""Both sides are multiples of this: DALI then reuses an NVDEC decoder for the next video of the same size."""
 UNSTATED_RATE = 25.0
-"""Frames a second where the source does not say; folders of images never do."""
+"""Frames per second for a source without a stated rate, such as a folder of images."""
 MOST_LOST = 0.1
-"""Share of the counted frames that may be missing, and one more, when a source is decoded: packed B-frames and edit
-lists count too many. More are damage, and the source counts as failed."""
+"""Share of the counted frames, plus one frame, that may be missing when a source is decoded: packed B-frames and edit
+lists make the count too large. If more are missing, the source is damaged and counts as failed."""
 SETTINGS = "transcode.json"
 FAILURES = "transcode.failed.tsv"
 
@@ -93,16 +93,16 @@ FAILURES = "transcode.failed.tsv"
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     codec: str = "h264"
-    """`h264` or `hevc`, which NVDEC decodes, or `vp9`, which DALI on a CPU decodes too."""
+    """`h264` or `hevc`, which NVDEC decodes, or `vp9`, which DALI also decodes on a CPU."""
     short_side: int = 320
-    """Pixels; a smaller video keeps its size. Both sides are then rounded to multiples of 16: at 320 pixels, that
-    stretches a picture by less than 3 %."""
+    """Shorter side in pixels; a smaller video keeps its size. Both sides are then rounded to multiples of 16: at 320
+    pixels, that stretches a frame by less than 3 %."""
     gop: int = 30
-    """The most frames from a key frame to the next."""
+    """Largest distance of key frames, in frames."""
 
 
 class Written(NamedTuple):
-    """A file that was made: bytes of the source and of the output."""
+    """A written file: bytes of the source and of the output."""
 
     before: int
     after: int
@@ -111,7 +111,7 @@ class Written(NamedTuple):
 class Outcome(NamedTuple):
     written: tuple[Written, ...]
     kept: int
-    """Files that were there already and newer than their source."""
+    """Existing files that are newer than their source."""
     failed: tuple[Skipped, ...]
 
 
@@ -123,12 +123,12 @@ class _Job(NamedTuple):
 def transcode(
     source: str | Path, out: str | Path, settings: Settings, *, jobs: int = 0, progress: bool = True
 ) -> Outcome:
-    """Re-encodes the videos of a folder, list or file into the folder `out`; what is there already stays.
+    """Re-encodes the videos of a folder, list or file into the folder `out`; existing files are kept.
 
-    Files keep their place in the folder, those of a list their place in the folder that all of them share. For a list,
-    `out` gets one under the same name with the new paths and the old labels, without what failed (tabs, a header).
-    `out/transcode.failed.tsv` names failures. jobs: files at once, 0 for as many as cores.
-    Raises UserError for values that cannot be, and where `out` holds files made with other ones.
+    Files keep their path relative to the source folder; files of a list keep their path relative to their common
+    folder. For a list, a list of the same name in `out` has the new paths and the old labels, without failed files
+    (tab-separated, with a header). `out/transcode.failed.tsv` lists failures. jobs: files at once, 0 for one per core.
+    Raises UserError for invalid values, and if `out` holds files of other settings.
     """
     out = Path(out).absolute()
     _check(settings, jobs)
@@ -144,7 +144,7 @@ def transcode(
             found = pool.map(lambda job: _transcode_one(job, settings, stop), plan)
             results = list(tqdm(found, "transcoding", len(plan), unit="file", disable=None if progress else True))
         except BaseException:
-            stop.set()  # files that are being written are dropped, those not begun are left
+            stop.set()  # drops files that are being written and does not start others
             pool.shutdown(cancel_futures=True)
             raise
     done = list(zip(plan, results, strict=True))
@@ -168,7 +168,7 @@ def _check(settings: Settings, jobs: int) -> None:
 
 
 def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list[_Job]:
-    """Where each source goes; two that differ by their suffix alone keep it before the new one."""
+    """Returns the target of each source; sources that differ only by their suffix keep it before the new suffix."""
     sources = list(dict.fromkeys(entry.path for entry in listing.entries))
     if source.is_dir():
         root = os.path.abspath(source)
@@ -176,7 +176,7 @@ def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list
     else:
         root = os.path.commonpath([os.path.dirname(path) for path in sources])
     suffix = ENCODERS[settings.codec].suffix
-    # A folder of images may be the data folder itself.
+    # The data folder itself may be a folder of images.
     names = [os.path.relpath(path, root) if path != root else os.path.basename(path) for path in sources]
     bare = [
         name if os.path.isdir(path) else os.path.splitext(name)[0] for path, name in zip(sources, names, strict=True)
@@ -195,7 +195,7 @@ def _plan(source: Path, listing: Listing, out: Path, settings: Settings) -> list
 
 
 def _claim(out: Path, settings: Settings) -> None:
-    """Makes the folder and notes the settings in it; UserError where it holds files made with other ones."""
+    """Creates the folder and stores the settings in it; raises UserError if it holds files of other settings."""
     file, values = out / SETTINGS, dataclasses.asdict(settings) | {"multiple": MULTIPLE, "b_frames": 0}
     make_folder(out)
     try:
@@ -204,13 +204,13 @@ def _claim(out: Path, settings: Settings) -> None:
                 write_whole(file, json.dumps(values) + "\n")
             before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: not the settings of a transcoding ({error}); choose another folder") from error
+        raise UserError(f"{file}: not a settings file of mam2 transcode ({error}); choose another folder") from error
     if before != values:
-        raise UserError(f"--out {out} holds files made with {before}, asked for now is {values}; choose another folder")
+        raise UserError(f"--out {out} holds files made with {before}, now {values} is requested; choose another folder")
 
 
 def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Written | str | None:
-    """What was written, None for a file that is there already, or why it failed."""
+    """Returns the written file, None for an existing file, or the reason of a failure."""
     if _is_newer(job.target, job.source):
         return None
     video = probe(job.source)
@@ -230,14 +230,14 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
     except DecodeError as error:
         return str(error)
     except OSError as error:
-        # av's errors are OSErrors too. A full or read-only disk is nothing that the next file does without.
+        # av's errors are OSErrors too. A full or read-only disk also affects all following files.
         if error.errno in FULL_OR_FORBIDDEN and not isinstance(error, av.error.InvalidDataError):
             raise unwritable(job.target.parent, error) from error
         return f"{type(error).__name__}: {error}"
-    except FILE_ERRORS as error:  # one strange file must not end the run: it is named, and the others go on
+    except FILE_ERRORS as error:  # one bad file must not end the run: it is reported, and the others continue
         return f"{type(error).__name__}: {error}"
     finally:
-        with suppress(OSError):  # renamed, or never made
+        with suppress(OSError):  # renamed, or never written
             aside.unlink()
 
 
@@ -250,7 +250,7 @@ def _is_newer(target: Path, source: str) -> bool:
 
 
 def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event) -> int:
-    """Writes all frames of a video; their number."""
+    """Writes all frames of a video; returns their number."""
     encoder = ENCODERS[settings.codec]
     rate = Fraction(video.fps or UNSTATED_RATE).limit_denominator(1001)
     width, height = _coded_size(*video.shown_size, settings.short_side)
@@ -264,10 +264,10 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
         context.time_base = 1 / rate
         context.gop_size = settings.gop
-        context.thread_count = 1  # files are encoded side by side
+        context.thread_count = 1  # files are encoded in parallel
         for frame in _decoded(sources, stop):
             if not count and not frame.format.is_rgb:
-                # The matrix stays what it is: a way through RGB would darken the frames by a level or two.
+                # Keeps the color matrix: a conversion through RGB would darken the frames by a level or two.
                 context.colorspace, context.color_range = frame.colorspace, ColorRange.MPEG
             small = reformatter.reformat(
                 frame,
@@ -287,7 +287,7 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
 
 
 def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
-    """A yuv420p frame, both sides even, after quarter turns counter-clockwise."""
+    """Returns a yuv420p frame, both sides even, after counterclockwise quarter turns."""
     if not turns:
         return frame
     height, width = frame.height, frame.width
@@ -299,7 +299,7 @@ def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
 
 
 def _decoded(paths: Iterable[str], stop: threading.Event) -> Iterator[VideoFrame]:
-    """All frames of files, one after the other."""
+    """Yields all frames of the files, one after the other."""
     for path in paths:
         with open_video(path) as (container, stream):
             for packet in container.demux(stream):
@@ -311,7 +311,10 @@ def _decoded(paths: Iterable[str], stop: threading.Event) -> Iterator[VideoFrame
 
 
 def _coded_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """The size with a shorter side of about `short_side` or less, both sides the nearest multiples of 16."""
+    """Returns the size with a shorter side of about `short_side` or less.
+
+    Both sides are the nearest multiples of 16.
+    """
     scale = min(1.0, short_side / min(width, height))
     wide, high = (max(MULTIPLE, MULTIPLE * round(side * scale / MULTIPLE)) for side in (width, height))
     return wide, high

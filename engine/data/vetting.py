@@ -1,7 +1,7 @@
-"""What DALI may see of a file: its decoders trust what a file says of itself, and end the process where that is wrong.
+"""Validates files before DALI reads them: its decoders crash the process on inconsistent metadata.
 
-DALI 2.4 follows every offset in a file held in memory, also those past 2 GiB, which it wraps to before its beginning;
-and it writes frames into buffers of the size that the container states. Both are looked at here first.
+DALI 2.4 follows every offset in a file held in memory, also offsets past 2 GiB, which wrap to addresses before the
+file; and it writes frames into buffers of the size that the container states. Both are checked here first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_BYTES = 2**31 - 1
 
 
 def read_vetted(path: str, vetted: set[tuple[str, int, int]]) -> NDArray[np.uint8]:
-    """The bytes of a file that DALI may decode, else DecodeError. `vetted` remembers those, until they change."""
+    """Returns the bytes of a file that DALI may decode, else raises DecodeError. `vetted` caches checked files."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_BYTES:
@@ -36,7 +36,7 @@ def read_vetted(path: str, vetted: set[tuple[str, int, int]]) -> NDArray[np.uint
 
 
 def vet(content: NDArray[np.uint8]) -> None:
-    """Reads all packets and decodes the key frames, as only they may change the size. Raises DecodeError for damage."""
+    """Reads all packets and decodes the key frames, since only these may change the size. Raises DecodeError."""
     file = _Watched(content)
     try:
         with av.open(file, **READ_OPTIONS) as container:
@@ -49,15 +49,15 @@ def vet(content: NDArray[np.uint8]) -> None:
             for packet in read_packets(container, stream):
                 for frame in decode_packet(stream, packet if packet.size else None):
                     if (frame.width, frame.height) != size:
-                        raise DecodeError(f"a frame of {frame.width}x{frame.height} where the header says {size}")
+                        raise DecodeError(f"a frame of {frame.width}x{frame.height}, but the header says {size}")
     except (av.error.FFmpegError, OSError) as error:
         raise DecodeError("damaged") from error
     if file.left:
-        raise DecodeError("an offset in it points outside of it")
+        raise DecodeError("an offset points outside of the file")
 
 
 class _Watched:
-    """A file in memory that remembers whether a reader wanted to go to a place outside of it."""
+    """A file in memory that records whether a reader tried to seek outside of it."""
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
         self._content = content

@@ -1,4 +1,4 @@
-"""What is known of one video without decoding it: opened once, its packets counted, its first frame decoded."""
+"""Metadata of one video: the file is opened once, its packets are counted, its first frame is decoded."""
 
 from __future__ import annotations
 
@@ -32,62 +32,63 @@ from mam2.engine.errors import UserError
 
 HASH_BLOCK = 2**16
 HDR = {16: "pq", 18: "hlg"}
-"""Transfer functions of high dynamic range by their numbers in ITU-T H.273."""
+"""Transfer functions of high dynamic range, by their numbers in ITU-T H.273."""
 RATE_TOLERANCE = 0.05
-"""Stated and measured rates differ by this much where timestamps are rounded or the last frame is shown for longer."""
+"""Stated and measured rates differ by up to this if timestamps are rounded or the last frame is displayed longer."""
 INTERVAL_TOLERANCE = 0.4
-"""Of the median. Rounding to milliseconds moves an interval by a quarter at 240 frames a second, a lost frame by 1."""
+"""Allowed deviation of an interval, relative to the median. At 240 frames/s, rounding to milliseconds changes an
+interval by a quarter, a lost frame by 1."""
 SEEK_FROM = 64 * 2**20
-"""Bytes. A smaller file is read from its beginning: to note seek points of all videos would make manifests large."""
+"""Minimum bytes of a file with seek points. Smaller files are read from the beginning, which keeps manifests small."""
 SEEK_SPACING = 4 * 2**20
-"""Bytes of video between two seek points, which are read in vain at most."""
+"""Bytes of video between two seek points: the most that is read unnecessarily."""
 UNEVEN_SHARE = 0.01
-"""A single gap in a long video does not make its rate variable."""
+"""Share of uneven intervals from which a rate is variable: a single gap in a long video does not count."""
 _PATIENCE = Patience(ALONE_S, lambda line: tqdm.write(line, file=sys.stderr))
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video that opens: its frames are counted without decoding them, so a damaged one may have fewer.
+    """A video that can be opened. Its frames are counted without decoding, so that a damaged video may have fewer.
 
-    A folder of images, one a frame, is a video whose codec is "frames".
+    A folder of images, one per frame, is a video with the codec "frames".
     """
 
     path: str
     label: int
-    """Class, 0 and up; -1 where there is none."""
+    """Class number from 0; -1 without a label."""
     frames: int
     width: int
-    """Of the stored frame in pixels; see `shown_size`."""
+    """Width of the stored frame in pixels; see `shown_size`."""
     height: int
     codec: str
     """FFmpeg's name: h264, hevc, vp9, …"""
     fps: float
-    """Average frames per second, from the timestamps where the file states another rate; 0 where neither is known."""
+    """Average frames per second; from the timestamps if these contradict the stated rate; 0 if unknown."""
     rotation: int
-    """Degrees by which a player turns the frames counter-clockwise: 0, 90, 180 or 270."""
+    """Degrees by which a player rotates the frames counterclockwise: 0, 90, 180 or 270."""
     pixel_format: str = "yuv420p"
     """FFmpeg's name."""
     variable_rate: bool = False
-    """More than 1 % of the frames are shown for a time of their own."""
+    """More than 1 % of the frames have an irregular duration."""
     keyframe_median: int = 0
-    """Frames from a key frame to the next, or to the end; 0 in manifests that were saved without it."""
+    """Median frames from a key frame to the next, or to the end; 0 in manifests saved without it."""
     keyframe_max: int = 0
-    """The most frames from a key frame to the next, or to the end."""
+    """Maximum frames from a key frame to the next, or to the end."""
     bytes: int = 0
-    """Of the file, or of all images of a folder."""
+    """Size of the file, or of all images of a folder."""
     mtime_ns: int = 0
-    """When the file changed last, or the folder or one of its images."""
+    """Time of the last change of the file, or of the folder or one of its images."""
     content: str = ""
     """Hash of size, head, middle and tail; see `content_hash`."""
     b_frames: bool = False
-    """Frames are decoded in another order than they are shown."""
+    """Frames are decoded in another order than they are displayed."""
     interlaced: bool = False
-    """A frame holds two half pictures of different times, as the first one says."""
+    """Frames consist of two fields of different times, according to the first frame."""
     transfer: str = ""
-    """How values stand for light: "pq" and "hlg" are HDR, else "sdr"; empty in manifests that were saved without it."""
+    """Transfer function: "pq" and "hlg" are HDR, else "sdr"; empty in manifests saved without it."""
     seek_points: tuple[tuple[int, int], ...] = ()
-    """Frame number and timestamp of key frames at which reading may begin, SEEK_SPACING apart; empty for files that
+    """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING apart; empty for files that
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
 
     def __post_init__(self) -> None:
@@ -97,17 +98,17 @@ class Video:
 
     @property
     def shown_size(self) -> tuple[int, int]:
-        """Width and height in pixels after the rotation."""
+        """Returns width and height in pixels after the rotation."""
         return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
 
     @property
     def duration_s(self) -> float:
-        """Seconds, 0 where the rate is not known."""
+        """Returns the duration in seconds; 0 if the rate is unknown."""
         return self.frames / self.fps if self.fps else 0.0
 
     @property
     def traits(self) -> dict[str, Any]:
-        """What `choose_front_end` asks for beside the codec."""
+        """Returns the arguments of `choose_front_end` other than the codec."""
         return {
             "pixel_format": self.pixel_format,
             "rotation": self.rotation,
@@ -118,7 +119,7 @@ class Video:
 
     @property
     def front_ends(self) -> tuple[str, ...]:
-        """Those that decode it where their machine is there."""
+        """Returns the front ends that can decode the video on a suitable machine."""
         return tuple(front_end for front_end in FRONT_ENDS if self._suits(front_end))
 
     def _suits(self, front_end: str) -> bool:
@@ -132,7 +133,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A video that cannot be used, and why in a few words."""
+    """A video that cannot be used, with a short reason."""
 
     path: str
     reason: str
@@ -141,7 +142,7 @@ class Skipped:
 
 
 def probe(path: str, label: int = -1) -> Video | Skipped:
-    """Open a video, or a folder of images, decode its first frame and count the rest."""
+    """Opens a video or a folder of images, decodes its first frame and counts the others."""
     size, mtime_ns = 0, 0
 
     def look() -> Video | Skipped:
@@ -160,17 +161,19 @@ def probe(path: str, label: int = -1) -> Video | Skipped:
         return _PATIENCE(path, look)
     except DecodeError as error:
         found, cause = Skipped(path, str(error), size, mtime_ns), error.__cause__
-    except FILE_ERRORS as error:  # one strange file must not end the scan of a data set: it is named and left out
+    except FILE_ERRORS as error:  # one bad file must not end the scan of a data set: it is reported and left out
         found, cause = Skipped(path, f"{type(error).__name__}: {error}", size, mtime_ns), error
-    if isinstance(cause, (OSError, av.error.ExitError)):  # not the file's fault: to be tried again
+    if isinstance(
+        cause, (OSError, av.error.ExitError)
+    ):  # the file is not the cause: raise, so that the read is retried
         return Skipped(path, found.reason)
     return found
 
 
 def content_hash(paths: Sequence[str], size: int) -> str:
-    """BLAKE2b, 32 hex digits, of the size and of 64 KiB each at the beginning, middle and end of every file.
+    """Returns BLAKE2b, 32 hex digits, of the size and of 64 KiB each at the beginning, middle and end of every file.
 
-    It tells videos apart and finds copies at three reads a file. It does not see damage between the three.
+    It distinguishes videos and finds copies with three reads per file. It does not detect damage between the three.
     """
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     for path in paths:
@@ -204,12 +207,12 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             finder.see(packet, take=since >= SEEK_SPACING)
             since = packet.size if len(finder.cuts) > cuts else since + packet.size
         count = finder.index
-        if first is None:  # the decoder may have held it back
+        if first is None:  # the decoder may still hold the frame
             first = next(iter(decode_packet(stream, None)), None)
         if first is None:
             raise DecodeError("no decodable frame")
         intervals = np.zeros(0)
-        if stream.time_base and len(times) == count:  # where some frames have no time, the others tell nothing
+        if stream.time_base and len(times) == count:  # if some frames have no timestamp, the others are of no use
             intervals = np.diff(np.sort(times)) * float(stream.time_base)
         may_seek = size > SEEK_FROM and finder.timed and not is_packed(stream)
         gaps = np.diff(sorted({0, *keys, max(count, 1)}))
@@ -261,7 +264,7 @@ def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
 
 
 def _average_rate(stated: float, intervals: np.ndarray) -> float:
-    """Frames a second as the file states, or from its timestamps where these tell otherwise (Matroska without rate)."""
+    """Returns the stated frames per second, or those of the timestamps if they disagree (Matroska without a rate)."""
     span = float(intervals.sum())
     measured = len(intervals) / span if span > 0 else 0.0
     if not measured or abs(stated - measured) <= RATE_TOLERANCE * measured:

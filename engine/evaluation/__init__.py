@@ -4,6 +4,7 @@ features.py, feature_files.py             frozen features, kept by the hash of t
 pools.py                                  over which tokens of a clip a feature is taken
 probe_run.py                              all probes: linear_probe.py, attentive.py, knn.py
 classification.py, views.py, accuracy.py  a classifier on many views of every video
+prediction.py, prediction_files.py        classes of videos without labels, as files and pictures
 pretext.py                                codes and motion predicted on unseen clips
 visualize.py, visualize_page.py           predictions on a page; pixel_*.py, motion_pictures.py: the pictures
 report.py, plots.py                       the demo's page; curves of runs

@@ -25,7 +25,7 @@ from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.sources import read_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation import accuracy
-from mam2.engine.evaluation.views import predict
+from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart, make_folder, unwritable, write_table, write_whole
 from mam2.engine.model.classifier import logits_of
 from mam2.engine.runtime.device import autocast, pick_device
@@ -132,7 +132,7 @@ def evaluate(
         manifest = world.broadcast(lambda: relabelled(manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:
-            predictions = predict(
+            predictions = classify_videos(
                 model.to(where).eval(),
                 loader,
                 manifest,

@@ -9,7 +9,7 @@ Shapes: B clips, V classes, n videos.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -62,7 +62,46 @@ def _frames(video: Video, number: int, data: DataConfig, temporal: int) -> tuple
 
 
 @torch.no_grad()
-def predict(
+def classify_views(
+    classify: Callable[[Tensor], Tensor],
+    loader: ClipLoader,
+    places: Sequence[int],
+    data: DataConfig,
+    *,
+    temporal: int,
+    spatial: int,
+    precision: Callable[[], AbstractContextManager[object]],
+) -> Iterator[tuple[int, Tensor, int]]:
+    """Videos in the order of `places`, as soon as their views are classified.
+
+    classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: its batch is at least `spatial`. places: of videos
+    in the loader's manifest, without repeats. precision: makes the autocast context to classify in.
+
+    Yields a video's place, the sum of its views' probabilities (float64 [V], on the CPU) and the number of views. A
+    video without a view that can be decoded is left out.
+    """
+
+    def draw(place: int, video: Video, number: int) -> ClipRequest:
+        return view_clip(place, video, number, data, temporal=temporal, spatial=spatial)
+
+    current, total, count = -1, torch.empty(0), 0
+    for batch in loader.chosen(((place, number) for place in places for number in range(temporal)), draw, spatial):
+        with precision():
+            logits = classify(batch.video)
+        shares = logits.double().softmax(-1).unflatten(0, (-1, spatial)).sum(1).cpu()
+        # in the order of the views, whatever the batch
+        for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
+            if place == current:
+                total, count = total + share, count + spatial
+                continue
+            if count:
+                yield current, total, count
+            current, total, count = place, share, spatial
+    if count:
+        yield current, total, count
+
+
+def classify_videos(
     classify: Callable[[Tensor], Tensor],
     loader: ClipLoader,
     manifest: Manifest,
@@ -76,31 +115,18 @@ def predict(
 ) -> Predictions:
     """What a classifier says of all videos of a manifest; each rank looks at every so-many-th, all get the whole.
 
-    classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: of this manifest, its batch at least `spatial`.
-    precision: makes the autocast context to classify in.
+    classify, precision: as in `classify_views`. loader: of this manifest, its batch at least `spatial`.
     """
     mine = range(world.rank, len(manifest.videos), world.size)
-
-    def clips() -> Iterator[tuple[int, int]]:
-        return ((place, number) for place in mine for number in range(temporal))
-
-    def draw(place: int, video: Video, number: int) -> ClipRequest:
-        return view_clip(place, video, number, data, temporal=temporal, spatial=spatial)
-
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    sums: dict[int, tuple[Tensor, int]] = {}
     with Progress(total=len(mine), desc="evaluation", unit="video", leave=False, shown=progress) as bar:
-        for batch in loader.chosen(clips(), draw, spatial):
-            with precision():
-                logits = classify(batch.video)
-            shares = logits.double().softmax(-1).unflatten(0, (-1, spatial)).sum(1).cpu()
-            for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
-                # in the order of the views, whatever the batch
-                sums[place] = sums[place] + share if place in sums else share
-                counts[place] = counts.get(place, 0) + spatial
-            bar.update(len(sums) - bar.n)
+        for place, total, count in classify_views(
+            classify, loader, mine, data, temporal=temporal, spatial=spatial, precision=precision
+        ):
+            sums[place] = total, count
+            bar.update()
     found: dict[int, tuple[Tensor, int]] = {}
-    for part in world.all_gather({place: (sums[place].numpy(), counts[place]) for place in sums}):
+    for part in world.all_gather({place: (total.numpy(), count) for place, (total, count) in sums.items()}):
         found |= {place: (torch.from_numpy(total), count) for place, (total, count) in part.items()}
     places = sorted(found)
     views = torch.tensor([found[place][1] for place in places])

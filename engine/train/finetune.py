@@ -30,7 +30,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import top_k
-from mam2.engine.evaluation.views import predict
+from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
 from mam2.engine.model.classifier import Classifier
@@ -187,7 +187,7 @@ class _Finetuning:
             self._judge.load_state_dict(whole)
         # a signal need not wait for the whole of it, where no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
-            predictions = predict(
+            predictions = classify_videos(
                 self._judge,
                 self.val_loader,
                 self._val,

@@ -96,7 +96,7 @@ def judged(mine: list[float], truth: list[float], other_truth: list[float]) -> A
 def test_only_structural_zeros_must_be_zero() -> None:
     """102/255 − 0.4 is 0 with two roundings and −2.4e-8 with one, as a GPU computes it."""
     assert judged([1.0, -2.4e-8], [1.0, 0.0], [1.1, 0.001]) == ""
-    assert judged([1.0, -2.4e-8], [1.0, 0.0], [1.1, 0.0]) == "not 0 where the definition is"
+    assert judged([1.0, -2.4e-8], [1.0, 0.0], [1.1, 0.0]) == "not 0 where the definition is 0"
 
 
 def test_zeros_of_weights_and_missing_frames_are_structural() -> None:
@@ -106,7 +106,7 @@ def test_zeros_of_weights_and_missing_frames_are_structural() -> None:
     case = cases.loss_case(clip, torch.float32, target="adjacent", normalize=None, weighted=True, every_token=True)
     wrong = case._replace(run=lambda dtype, **inputs: [tensor + 1e-9 for tensor in case.run(dtype, **inputs)])
     row = correctness.verdict(wrong._replace(plain=case.run), CPU, 1)
-    assert row["reason"].endswith("not 0 where the definition is")
+    assert row["reason"].endswith("not 0 where the definition is 0")
     assert correctness.verdict(case, CPU, 1)["verdict"] == "right"
 
 

@@ -74,7 +74,7 @@ def test_the_example_pre_trains_probes_and_plots(
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
-VERBS = ("evaluate", "export", "finetune", "index", "plan", "pretrain", "tokenize", "visualize")
+VERBS = ("evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "tokenize", "visualize")
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {
     # load_recipe
@@ -83,6 +83,7 @@ OTHERWISE = {
     },  # load_recipe
     ("plan", "videos"): "gpus",  # Plan.hours and Plan.report
     ("evaluate", "classes"): "names",
+    ("predict", "classes"): "names",
     ("finetune", "checkpoint"): "encoder",
     ("finetune", "scratch"): "encoder",
     ("finetune", "frames"): "encoder_options",

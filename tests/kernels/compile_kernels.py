@@ -112,7 +112,7 @@ CODES = [
     for smoothing in (0.0, 0.1)
 ]
 PREDICTED = {
-    f"gather_tubes {PLAIN} normalised",
+    f"gather_tubes {PLAIN} normalized",
     f"masked_loss {PLAIN} pixel channel",
     f"masked_loss {PLAIN} adjacent channel",
     "softmax_gradient 8192 bfloat16",
@@ -179,7 +179,7 @@ def record(architecture: str) -> dict[str, Launch]:
         values = patch[0] * patch[1] * patch[2] * clip.channels
         some = statistics[: clip.channels]
         for affine in (None, some):
-            label = f"{clip}{' normalised' if affine else ''}"
+            label = f"{clip}{' normalized' if affine else ''}"
             gather_tubes._launch(video, index, patch, affine, affine, clip.pred)
         if clip.pred in (BRAIN, clip.video):
             label = str(clip)

@@ -1,7 +1,7 @@
 """The declared costs against what every kernel loads, stores and computes in Triton's interpreter.
 
 Collected by test_in_interpreter.py in a process of its own. Bytes must match to the last one: each address
-counts once for its loads and once for its stores. Operations are counted where the cube is float and normalised as a
+counts once for its loads and once for its stores. Operations are counted where the cube is float and normalized as a
 patch, and may exceed the declaration by the work on padding and on the zeros from which sums start.
 
 B clips, Nm masked tokens, P values a token.

@@ -50,7 +50,7 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
 ]
 """Kernel and launches → how many loads and stores of a thread may be narrower than 128 bits; None: nothing promised.
 
-Narrow loads: the token's number, and the means and deviations of a normalised clip; a row's target, its logit and its
+Narrow loads: the token's number, and the means and deviations of a normalized clip; a row's target, its logit and its
 weight; a row's factor. Narrow stores: the token's error; the row's loss.
 From planes, a pixel's channels come from three places, so the clip is read value by value. Rows of 14 or 8 pixels, or
 of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows. draw_mask scatters.

@@ -38,8 +38,8 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
         ({"width": 1920, "height": 1088}, "20 of 20 videos have a shorter side above 480"),
         ({"width": 340, "height": 256}, "20 of 20 videos have sides that are not multiples of 16"),
         ({"b_frames": True}, "20 of 20 videos have B-frames"),
-        ({"codec": "mpeg4"}, "20 of 20 videos are not for NVDEC"),
-        ({"rotation": 90}, "20 of 20 videos are not for NVDEC"),
+        ({"codec": "mpeg4"}, "20 of 20 videos cannot be decoded by NVDEC"),
+        ({"rotation": 90}, "20 of 20 videos cannot be decoded by NVDEC"),
     ],
 )
 def test_advice_names_what_is_wrong_and_the_command(values, told):
@@ -73,9 +73,9 @@ def test_the_summary_counts_what_is_there():
     assert told["videos"] == "5 usable, 5 skipped; 3.00 GB, 0.00 hours"
     assert told["classes"] == "2 with 1 to 3 videos, 1 videos without a label"
     assert told["codecs"] == "h264 3, av1 1, vp9 1"
-    assert told["frames"] == "30 to 100, median 100; 1 videos have fewer than a clip of 16, 4 apart"
+    assert told["frames"] == "30 to 100, median 100; 1 videos are shorter than 16 frames at stride 4"
     assert told["short side"] == "240 to 480, median 240 pixels; 3 videos are rotated"
-    assert told["rate"] == "30 to 30, median 30 frames/s; 1 vary, 1 do not say"
+    assert told["rate"] == "30 to 30, median 30 frames/s; 1 have a variable rate, 1 state no rate"
     assert told["NVDEC"].startswith("1 videos on every GPU since Turing; AV1 (1 videos) only on")
     assert told["DALI on CPU"] == "1 videos"
     assert told["PyAV"] == "5 videos; 12.3 clips/s per thread, measured here on 4 of them"
@@ -86,9 +86,9 @@ def test_the_summary_counts_what_is_there():
 def test_the_summary_tells_what_is_decoded_as_it_is():
     videos = [*many(2, transfer="pq"), *many(1, transfer="hlg", interlaced=True), *many(1, transfer="sdr")]
     told = index.summary(Manifest(tuple(videos)), (0.0, 0))
-    assert "HDR         3 videos are decoded as they are, without tone mapping" in told
-    assert "interlaced  1 videos are decoded as they are" in told
-    assert "speed not measured: none decodes, or a clip takes more than 0.5 GiB" in told
+    assert "HDR         3 videos are decoded without tone mapping" in told
+    assert "interlaced  1 videos are not deinterlaced" in told
+    assert "speed not measured: no video can be decoded, or a clip takes more than 0.5 GiB" in told
 
 
 def test_advice_on_nvdec_is_for_what_nvdec_decodes():

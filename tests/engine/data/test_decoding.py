@@ -78,7 +78,7 @@ def test_auto_takes_the_first_front_end_that_can(codec, device, pixel_format, ro
             "h264",
             "dali-cpu",
             0,
-            r"h264 cannot be decoded by dali-cpu \(VP8, VP9, MJPEG only\): use front_end=pyav",
+            r"h264 cannot be decoded by dali-cpu \(only VP8, VP9, MJPEG\): use data.front_end=pyav",
         ),
         ("vp9", "dali-cpu", 90, "rotated by 90 degrees"),
         ("h264", "nvdec", 0, "nvdec needs an NVIDIA GPU"),
@@ -220,7 +220,7 @@ def test_a_file_without_frames_is_a_decode_error(tmp_path, write_video, numbered
 def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkeypatch):
     path = write_video(tmp_path / "a.mp4", numbered_frames(2))
     monkeypatch.setattr(decoding, "MAX_SIDE", 60)
-    with pytest.raises(DecodeError, match="frames of 64x48 pixels, more than 60 a side"):
+    with pytest.raises(DecodeError, match="frames of 64x48 pixels; the limit is 60 per side"):
         decode_frames(str(path), [0])
 
 
@@ -295,3 +295,13 @@ def test_rotated_clips_stand_upright():
         # Counter-clockwise: the stored right edge is the upper one after a quarter turn.
         corners = {90: stored[:, -1], 180: stored[-1, ::-1], 270: stored[::-1, 0]}
         assert np.array_equal(clip[0, 0], corners[video.rotation])
+
+
+def test_a_header_that_its_decoder_refuses_is_damage(tmp_path, write_video, numbered_frames):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(8), "libx265")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"hvcC") + 4
+    content[place + 22 : place + 60] = b"\xff" * 38  # its parameter sets
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match="damaged|no decodable frame"):
+        decode_frames(str(path), [0, 4])

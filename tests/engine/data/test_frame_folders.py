@@ -34,7 +34,7 @@ def test_the_frames_are_the_longest_series_that_is_not_made_of_something_else(fr
 
 @pytest.mark.parametrize("second", ["b_{}.jpg", "a_{}.png"])
 def test_two_series_of_one_length_are_refused(second):
-    with pytest.raises(AmbiguousFrames, match="3 each: one of them in a folder is a video"):
+    with pytest.raises(AmbiguousFrames, match="3 each: a folder must hold only one series"):
         frame_names([*numbered("a_{}.jpg", 3), *numbered(second, 3)])
 
 

@@ -117,7 +117,7 @@ def test_a_forced_front_end_decodes_what_it_can(videos):
     with pytest.raises(UserError, match="7 of 10 videos cannot be used"):
         open_loader(videos, dataclasses.replace(config, max_unusable=0.5))
     avc = dataclasses.replace(videos, videos=tuple(video for video in videos.videos if video.codec == "h264"))
-    with pytest.raises(UserError, match="use front_end=pyav"):
+    with pytest.raises(UserError, match="use data.front_end=pyav"):
         open_loader(avc, config)
 
 
@@ -193,8 +193,8 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "batch", "told"),
     [
-        ({"views": 3}, 4, "data.views that divides the batch of 4; found 3"),
-        ({}, 0, "divides the batch of 0"),
+        ({"views": 3}, 4, "data.views: expected a divisor of the batch of 4; found 3"),
+        ({}, 0, "divisor of the batch of 0"),
         ({"frames": 0}, 4, "data.frames 0: expected at least 1"),
         ({"fps": 8.0}, 4, "data.stride 2, data.fps 8: dense sampling takes exactly one"),
         ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area 0.8 is above data.max_area 0.5"),
@@ -219,7 +219,7 @@ def test_without_dali_pytorch_crops_the_same(videos, monkeypatch):
         assert clips.cropper == "PyTorch (DALI is not installed)"
         for one, other in zip(expected, itertools.islice(clips.stream(), 2), strict=True):
             assert (one.clip.int() - other.clip.int()).abs().max() <= 1
-    with pytest.raises(UserError, match="needs NVIDIA DALI, which is not installed: use front_end=pyav"):
+    with pytest.raises(UserError, match="needs NVIDIA DALI, which is not installed: use data.front_end=pyav"):
         open_loader(videos, dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0))
 
 
@@ -256,7 +256,7 @@ def test_first_files_that_fail_for_one_reason_end_the_run(videos, monkeypatch):
         videos, videos=tuple(dataclasses.replace(videos.videos[0], path=f"/nowhere/{k}.mp4") for k in range(100))
     )
     monkeypatch.setattr(renderer, "decode_frames", refuse)
-    with open_loader(many) as clips, pytest.raises(UserError, match=r"first 16 .* one reason, Permission denied"):
+    with open_loader(many) as clips, pytest.raises(UserError, match=r"first 16 .* the same reason, Permission denied"):
         next(clips.stream())
 
 
@@ -283,7 +283,7 @@ def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
         assert clips.front_ends == {"pyav": 60}
         assert clips.skipped == []
     assert len(said) == 1
-    assert "NVDEC is given up for this run: it failed on 20 files one after the other" in said[0]
+    assert "NVDEC is switched off for this run: it failed on 20 files in a row" in said[0]
 
 
 def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
@@ -302,7 +302,7 @@ def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
             assert_same(one, other)
     free.set()
     assert len(said) == 1
-    assert "NVDEC gave no answer within 0.2 s" in said[0]
+    assert "NVDEC: no answer within 0.2 s" in said[0]
 
 
 @pytest.mark.parametrize("bad", [0, 37, 63])

@@ -171,7 +171,7 @@ def test_two_series_of_images_are_not_shuffled_into_one_video(tmp_path, write_fr
         image.with_name(f"flow_x_{number}.jpg").write_bytes(image.read_bytes())
         image.rename(image.with_name(f"flow_y_{number}.jpg"))
     (entry,) = read_manifest(tmp_path).skipped
-    assert entry.reason == "images flow_x_#.jpg and flow_y_#.jpg, 2 each: one of them in a folder is a video"
+    assert entry.reason == "images flow_x_#.jpg and flow_y_#.jpg, 2 each: a folder must hold only one series"
 
 
 def test_labels_come_from_the_source_not_from_the_index(tmp_path, clip_bytes):
@@ -222,7 +222,7 @@ def test_a_split_of_a_list_uses_the_index_of_the_list(tmp_path, clip_bytes, open
     listed.write_text("path,split\na.mp4,train\nb.mp4,val\n")
     write_manifest(read_manifest(listed), index_path(listed))
     assert (
-        f"rows of all splits are used: train (1), val (1); {listed}:train takes those of one" in capsys.readouterr().err
+        f"rows of all splits are used: train (1), val (1); {listed}:train selects one split" in capsys.readouterr().err
     )
     opened.clear()
     assert names(read_manifest(f"{listed}:val")) == ["b.mp4"]

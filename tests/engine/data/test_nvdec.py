@@ -58,8 +58,8 @@ def test_a_trial_accepts_right_frames_only(tmp_path):
 
     for codec in ("h264", "hevc", "vp9", "mjpeg"):
         assert nvdec.try_codec(codec, decode) == ""
-    assert "grey levels" in nvdec.try_codec("h264", late)
-    assert "came out as" in nvdec.try_codec("h264", lambda content: decode(content)[:-1])
+    assert "gray levels" in nvdec.try_codec("h264", late)
+    assert "was decoded to" in nvdec.try_codec("h264", lambda content: decode(content)[:-1])
     assert set(nvdec.try_codecs(["h264", "vp9"], no_library)) == {"h264", "vp9"}
     assert "libnvcuvid" in nvdec.try_codec("h264", no_library)
 

@@ -76,7 +76,7 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
     assert told == []
     for one, other in zip(expected, got, strict=True):
         assert_same(one, other)
-    assert any("is missing or empty; trying again for up to 60 s" in line for line in said)
+    assert any("is missing or empty; retrying for up to 60 s" in line for line in said)
     assert any("can be read again after" in line for line in said)
 
 
@@ -87,7 +87,7 @@ def test_data_that_stays_away_ends_the_run_and_burns_no_video(videos, tmp_path):
     )
     told = []
     with open_loader(away, dataclasses.replace(CONFIG, wait_s=0.1), info=told.append, on_skip=told.append) as clips:
-        with pytest.raises(UserError, match=r"the data is away: folder .*/gone is missing or empty.*--resume"):
+        with pytest.raises(UserError, match=r"the data is unavailable: folder .*/gone is missing or empty.*--resume"):
             next(clips.stream())
         assert clips.skipped == []
 

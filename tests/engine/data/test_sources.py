@@ -186,7 +186,7 @@ def test_a_split_column_chooses_rows_and_without_a_choice_a_line_says_so(tmp_pat
     assert read(tmp_path, SPLITS)[0] == [("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 0)]
     listed = tmp_path / "list.csv"
     (note,) = read_source(listed).notes
-    assert note == (f"{listed}: rows of all splits are used: train (2), val (1); {listed}:train takes those of one")
+    assert note == (f"{listed}: rows of all splits are used: train (2), val (1); {listed}:train selects one split")
     entries, classes, notes = read_source(f"{listed}:train")
     assert [(os.path.basename(entry.path), entry.label) for entry in entries] == [("a.mp4", 1), ("c.mp4", 0)]
     assert (classes, notes) == (("archery", "wave"), ())
@@ -218,9 +218,9 @@ def test_kinetics_own_list_finds_videos_by_their_usual_names(tmp_path):
 
 
 def test_kinetics_own_list_without_its_videos_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"Kinetics' own list.*none of its 3 videos \(-aB_0_000001_000011\.mp4"):
+    with pytest.raises(UserError, match=r"official Kinetics list.*none of its 3 videos \(-aB_0_000001_000011\.mp4"):
         read(tmp_path, KINETICS)
-    with pytest.raises(UserError, match="row 2: the times soon, 11 are no numbers"):
+    with pytest.raises(UserError, match="row 2: expected numbers as times, found soon, 11"):
         read(tmp_path, KINETICS.replace(",1,11", ",soon,11"))
 
 

@@ -221,8 +221,10 @@ def test_a_validation_that_was_interrupted_is_made_up_for(
 
     forward = module.Classifier.forward
     monkeypatch.setattr(FinetuneStep, "__call__", step)
-    predict = module.predict
-    monkeypatch.setattr(module, "predict", lambda judge, *a, **o: predict(lambda v: classify(judge, v), *a, **o))
+    original_classify = module.classify_videos
+    monkeypatch.setattr(
+        module, "classify_videos", lambda judge, *a, **o: original_classify(lambda v: classify(judge, v), *a, **o)
+    )
     config, val = small_finetuning(**EVERYTHING), clips / "test"
     result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)

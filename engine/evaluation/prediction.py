@@ -1,0 +1,266 @@
+"""`predict`: a classifier's classes of videos without labels, of a folder at once or of a stream one by one.
+
+Shapes: V classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mam2.engine.checkpoints.load import load_any_classifier
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.prediction_files import PredictionFiles
+from mam2.engine.evaluation.views import classify_views
+from mam2.engine.model.classifier import logits_of
+from mam2.engine.runtime.device import autocast, pick_device
+from mam2.engine.runtime.progress import Progress
+
+BATCH = 32
+"""Clips in a forward pass where nothing else is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """What a classifier says of one video."""
+
+    path: str
+    """Absolute."""
+    probabilities: NDArray[np.float64]
+    """[V], the mean over the views."""
+    classes: tuple[str, ...]
+    """Their names."""
+    views: int
+    """How many clips and crops were seen; fewer than asked for where some could not be decoded."""
+
+    def top(self, count: int = 5) -> list[tuple[str, float]]:
+        """The `count` likeliest classes with their probabilities, the likeliest first; 0 for all classes."""
+        order = np.argsort(-self.probabilities, kind="stable")[: count or None]
+        return [(self.classes[place], float(self.probabilities[place])) for place in order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictResult:
+    predictions: tuple[Prediction, ...]
+    """In the order of the videos."""
+    skipped: tuple[Skipped, ...]
+    """Videos that cannot be decoded, with the reason of each."""
+    classes: tuple[str, ...]
+    """In the order of `Prediction.probabilities`."""
+
+
+class Predictor:
+    """A classifier that is loaded once and asked for as many videos as there are.
+
+    predictor = Predictor("runs/ft")
+    for found in predictor.stream(paths):       # any iterable of paths, also one without end
+        if isinstance(found, Prediction):       # otherwise a Skipped: a video that cannot be decoded
+            print(found.path, found.top(1))
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        temporal: int = 0,
+        spatial: int = 0,
+        batch: int = 0,
+        frames: int | None = None,
+        size: int | None = None,
+        heads: int | None = None,
+        names: Sequence[str] = (),
+        threads: int = 0,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    ) -> None:
+        """Takes the arguments of `predict`, and raises the same errors for them."""
+        check_flags(
+            temporal=(temporal, COUNT_OR_NONE),
+            spatial=(spatial, COUNT_OR_NONE),
+            batch=(batch, BATCH_OR_NONE),
+            frames=(frames, COUNT),
+            size=(size, COUNT),
+            heads=(heads, COUNT),
+            threads=(threads, COUNT_OR_NONE),
+        )
+        model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
+        if names and len(names) != logits_of(model):
+            raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {logits_of(model)} apart")
+        self.classes = tuple(names) or classes or tuple(map(str, range(logits_of(model))))
+        """Names of the classes in the order of the probabilities; numbers where nothing says the names."""
+        self.checkpoint, self.weights = Path(checkpoint), find_weights(checkpoint) or Path(checkpoint)
+        """The checkpoint as it was named, and the file or folder that was read."""
+        self.temporal, self.spatial = temporal or config.test.temporal, spatial or config.test.spatial
+        """Clips of a video, and crops of a clip."""
+        self._run = RunConfig(device=device, precision=precision)
+        self._device = pick_device(self._run)
+        self._model = model.to(self._device).eval()
+        self._data = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
+        self._batch = max(batch or config.test.batch or BATCH, self.spatial)
+
+    def predict(self, data: str | Path, *, progress: bool = True) -> Iterator[Prediction | Skipped]:
+        """The videos of a folder or list in order, each as soon as it is classified; what cannot be decoded as Skipped.
+
+        data: a folder of videos, an annotation list, whose labels are not read, or a video. progress: draw a bar (only
+        on a terminal). Raises UserError where there is no usable video.
+        """
+        manifest = read_manifest(data, threads=self._data.threads, progress=progress)
+        yield from manifest.skipped
+        with Progress(total=len(manifest.videos), desc="predicting", unit="video", leave=False, shown=progress) as bar:
+            for found in self._classified(manifest.videos):
+                yield found
+                bar.update()
+
+    def stream(self, paths: Iterable[str | Path], *, group: int = 1) -> Iterator[Prediction | Skipped]:
+        """The videos of an iterable in order; what cannot be opened or decoded comes as Skipped.
+
+        group: so many paths are taken from the iterable before the first of them is decoded. Larger groups use more
+        cores and fill the batches, a group of one answers at once.
+        """
+        if group < 1:
+            raise ValueError(f"group: expected at least 1, found {group}")
+        waiting = iter(paths)
+        with ThreadPoolExecutor(min(group, 8)) as pool:
+            while taken := list(islice(waiting, group)):
+                looked_at = list(pool.map(lambda path: probe(str(Path(path).absolute())), taken))
+                found = self._classified(tuple(video for video in looked_at if isinstance(video, Video)))
+                for one in looked_at:
+                    yield one if isinstance(one, Skipped) else next(found)
+
+    def _classified(self, videos: tuple[Video, ...]) -> Iterator[Prediction | Skipped]:
+        """One result for every video, in order."""
+        if not videos:
+            return
+        reasons: dict[str, str] = {}
+
+        def skip(skipped: Skipped) -> None:
+            reasons[skipped.path] = skipped.reason
+
+        manifest = Manifest(videos)
+        try:
+            loader = ClipLoader(
+                manifest, self._data, batch=self._batch, device=self._device, seed=0, train=False, on_skip=skip
+            )
+        except UserError:
+            if any(video.path not in reasons for video in videos):
+                raise
+            yield from (Skipped(video.path, reasons[video.path]) for video in videos)
+            return
+        done = 0
+        with loader:
+            views = classify_views(
+                self._model,
+                loader,
+                range(len(videos)),
+                self._data,
+                temporal=self.temporal,
+                spatial=self.spatial,
+                precision=lambda: autocast(self._run, self._device),
+            )
+            for place, total, count in views:
+                yield from (Skipped(video.path, reasons[video.path]) for video in videos[done:place])
+                yield Prediction(
+                    path=videos[place].path, probabilities=(total / count).numpy(), classes=self.classes, views=count
+                )
+                done = place + 1
+        yield from (Skipped(video.path, reasons[video.path]) for video in videos[done:])
+
+
+def predict(
+    checkpoint: str | Path,
+    data: str | Path | Iterable[str | Path],
+    *,
+    out: str | Path | None = None,
+    draw: str | Path | None = None,
+    top: int = 5,
+    temporal: int = 0,
+    spatial: int = 0,
+    batch: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    names: Sequence[str] = (),
+    threads: int = 0,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    on_result: Callable[[Prediction | Skipped], None] | None = None,
+    progress: bool = True,
+) -> PredictResult:
+    """Classifies videos that need no labels.
+
+    Args:
+        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
+            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
+        data: a folder of videos, an annotation list, whose labels are not read, or a video; or an iterable of videos:
+            of a list or tuple all are classified together, of any other iterable one after the other as they come.
+        out: a file to write: .json holds everything, .csv a row per class and video, .jsonl a line per video, written
+            as soon as it is classified.
+        draw: a folder for a picture of every video: four frames and its likeliest classes.
+        top: classes of a video that are written and drawn, the likeliest first; 0 for all.
+        temporal, spatial: clips of a video and crops of a clip, whose probabilities are averaged; 0 takes the recipe's.
+        batch: most clips in a forward pass; 0 takes the recipe's, or 32.
+        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
+        names: of the classes, in the order of the logits, for a checkpoint that does not say them.
+        threads: decoding threads; 0 for as many as this process may use cores.
+        device: auto takes a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+        on_result: called with every prediction, and every video that is skipped, as soon as it is known.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for checkpoints, data and places that cannot be used. A single video that cannot be decoded is no
+            error: it is in `skipped`, and in the file.
+    """
+    check_flags(top=(top, COUNT_OR_NONE))
+    predictor = Predictor(
+        checkpoint,
+        temporal=temporal,
+        spatial=spatial,
+        batch=batch,
+        frames=frames,
+        size=size,
+        heads=heads,
+        names=names,
+        threads=threads,
+        device=device,
+        precision=precision,
+    )
+    if isinstance(data, str | Path):
+        results = predictor.predict(data, progress=progress)
+    else:
+        results = predictor.stream(data, group=max(len(data), 1) if isinstance(data, list | tuple) else 1)
+    about = {
+        "checkpoint": str(checkpoint),
+        "weights": str(predictor.weights),
+        "temporal": predictor.temporal,
+        "spatial": predictor.spatial,
+        "classes": predictor.classes,
+    }
+    predictions: list[Prediction] = []
+    skipped: list[Skipped] = []
+    source = data if isinstance(data, str | Path) else None
+    with PredictionFiles(out, draw, about, top=top, source=source) as files:
+        for found in results:
+            if isinstance(found, Skipped):
+                skipped.append(found)
+                files.add_skipped(found)
+            else:
+                predictions.append(found)
+                files.add(found.path, found.top(top), found.views)
+            if on_result:
+                on_result(found)
+    return PredictResult(predictions=tuple(predictions), skipped=tuple(skipped), classes=predictor.classes)

@@ -1,0 +1,167 @@
+"""Predictions as files: JSON, CSV or JSON lines, and a picture of every video with its likeliest classes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.errors import UserError
+from mam2.engine.files import check_apart, check_folder, make_folder, printable, write_whole, writing
+
+SUFFIXES = (".json", ".csv", ".jsonl")
+DRAWN_FRAMES = 4
+"""Frames of a picture, evenly spread over the video."""
+FRAME_HEIGHT = 240
+"""Pixels that the frames of a picture are decoded at, at least."""
+DRAWN_CLASSES = 10
+"""Classes of a picture at most."""
+
+Top = Sequence[tuple[str, float]]
+"""Names of the likeliest classes with their probabilities, the likeliest first."""
+
+
+class PredictionFiles:
+    """Writes predictions while they come. What is there when the block ends, by an error too, is in the files."""
+
+    def __init__(
+        self,
+        out: str | Path | None,
+        draw: str | Path | None,
+        about: Mapping[str, Any],
+        *,
+        top: int,
+        source: str | Path | None,
+    ) -> None:
+        """out: the file, by whose suffix its format goes. draw: folder of the pictures. about: what the JSON file says
+        beside the predictions. top: classes of a video. source: the data, which must be at another place.
+
+        Raises UserError where they cannot be written, before anything is classified.
+        """
+        self._out, self._draw = (Path(place) if place else None for place in (out, draw))
+        self._about, self._top = about, top
+        self._rows: list[dict[str, Any]] = []
+        self._lines: IO[str] | None = None
+        self._drawn = 0
+        if self._out and self._out.suffix.lower() not in SUFFIXES:
+            raise UserError(f"--out {self._out}: expected a name that ends in {', '.join(SUFFIXES)}")
+        for place in (self._out, self._draw):
+            if place and source is not None:
+                check_apart(source, place)
+        if self._out:
+            with writing(self._out):
+                check_folder(self._out.absolute().parent)
+        if self._draw:
+            make_folder(self._draw, "--draw")
+
+    def __enter__(self) -> PredictionFiles:
+        if self._out and self._out.suffix.lower() == ".jsonl":
+            with writing(self._out):
+                self._lines = self._out.open("w", encoding="ascii")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lines:
+            self._lines.close()
+        elif self._out:
+            with writing(self._out):
+                write_whole(self._out, self._as_csv() if self._out.suffix.lower() == ".csv" else self._as_json())
+
+    def add(self, path: str, top: Top, views: int) -> None:
+        """A video that was classified."""
+        self._write({"path": path, "views": views, "top": [{"class": name, "probability": p} for name, p in top]})
+        if self._draw and (picture := draw_prediction(path, top[:DRAWN_CLASSES])):
+            self._drawn += 1
+            stem = re.sub(r"[^\w.-]+", "-", printable(Path(path).stem))[:60]
+            place = self._draw / f"{self._drawn:05d}-{stem}.png"
+            with writing(self._draw, "--draw"):
+                write_whole(place, picture)
+
+    def add_skipped(self, skipped: Skipped) -> None:
+        """A video that cannot be decoded."""
+        self._write({"path": skipped.path, "reason": skipped.reason})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._lines:
+            # ASCII escapes carry every path, also one that is not UTF-8
+            with writing(self._out or ""):
+                self._lines.write(json.dumps(row) + "\n")
+                self._lines.flush()
+        elif self._out:
+            self._rows.append(row)
+
+    def _as_json(self) -> str:
+        predictions = [row for row in self._rows if "top" in row]
+        skipped = [row for row in self._rows if "top" not in row]
+        return json.dumps(dict(self._about) | {"predictions": predictions, "skipped": skipped}, indent=1) + "\n"
+
+    def _as_csv(self) -> str:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("path", "rank", "class", "probability", "problem"))
+        for row in self._rows:
+            if "top" not in row:
+                table.writerow((row["path"], "", "", "", row["reason"]))
+            for rank, found in enumerate(row.get("top", ()), 1):
+                table.writerow((row["path"], rank, found["class"], f"{found['probability']:.6f}", ""))
+        return text.getvalue()
+
+
+def draw_prediction(path: str, top: Top) -> bytes | None:
+    """PNG: frames of a video from its start to its end, and bars of its likeliest classes. None where no frame can be
+    decoded any more."""
+    from matplotlib.figure import Figure  # imported here: predictions without pictures need none
+
+    video = probe(path)
+    if isinstance(video, Skipped):
+        return None
+    try:
+        frames = _spread_frames(video)
+    except DecodeError:
+        return None
+    height, width = frames.shape[1:3]
+    side = 2.2
+    shown = len(frames) * side * width / height
+    figure = Figure(figsize=(shown + 3.2, max(side, 0.24 * len(top) + 0.4)), layout="constrained")
+    *panels, chart = figure.subplots(1, len(frames) + 1, width_ratios=[width / height] * len(frames) + [3.2 / side])
+    name, chance = top[0]
+    figure.suptitle(f"{_plain(name)} {100 * chance:.1f} %   {_plain(Path(path).name)}", fontsize=10, x=0.01, ha="left")
+    for panel, frame in zip(panels, frames, strict=True):
+        panel.imshow(frame)
+        panel.set_axis_off()
+    places = range(len(top))
+    chart.barh(places, [100 * chance for _, chance in top], height=0.7)
+    chart.set_yticks(places, [_plain(name) for name, _ in top], fontsize=8)
+    chart.invert_yaxis()
+    chart.set_xlim(0, 100)
+    chart.set_xlabel("%", fontsize=8)
+    chart.tick_params(axis="x", labelsize=8)
+    chart.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _spread_frames(video: Video) -> NDArray[np.uint8]:
+    """Frames from the first to the last of a video: uint8 [DRAWN_FRAMES, H, W, 3]."""
+    numbers = np.linspace(0, max(video.frames - 1, 0), DRAWN_FRAMES).round().astype(int).tolist()
+    width, height = video.shown_size
+    least = (FRAME_HEIGHT * width / height, float(FRAME_HEIGHT))
+    return decode_frames(video.path, numbers, seek_points=video.seek_points, least_size=least)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it stands."""
+    return printable(text).replace("$", r"\$")
