@@ -369,6 +369,9 @@ def main() -> int:
         "--real-pretrain", type=Path, help="real clips to pre-train on; the first --real-train if not given"
     )
     parser.add_argument(
+        "--real-shots", action="append", metavar="NAME=COUNT", help="fit a question on so many clips of each class"
+    )
+    parser.add_argument(
         "--real-group", default="", metavar="TABLE:COLUMN", help="what a clip belongs to (a speaker), for the intervals"
     )
     parser.add_argument(
