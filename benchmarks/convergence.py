@@ -114,15 +114,10 @@ class Run:
         try:
             rates = self.sweep(wanted)
             self.prepare_real()
-            main = plan.main_jobs(setting, rates)
-            first = [job for job in main if job.seed < setting.first_seeds]
-            families = [plan.ablation_jobs(setting, rates, [family]) for family in setting.families]
-            on_real = plan.real_jobs(setting, rates) if self.real else []
-            untrained = plan.random_jobs(setting, ["synthetic", *(["real"] if self.real else [])])
-            others = [job for family in families[1:] for job in family]
+            trained = plan.all_jobs(setting, rates, real=bool(self.real))
             finetuned = plan.finetune_jobs(setting, rates)
-            wanted += [*first, *untrained, *families[0], *on_real, *main[len(first) :], *finetuned, *others]
-            self.train([job for job in wanted if job.group not in ("sweep", "finetune")])
+            wanted += [*trained, *finetuned]
+            self.train(trained)
             self.train(finetuned)
         except OutOfTime:
             pass

@@ -63,13 +63,31 @@ def main_job(setting: Setting, variant: str, epochs: float, rate: float, seed: i
 
 
 def main_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
-    """Seed after seed, so that what is done at any time holds the same seeds of every variant."""
+    """The small budgets first, each with all seeds, so that what is done at any time can be compared."""
     return [
         main_job(setting, variant, epochs, rates[variant], seed)
-        for seed in range(setting.seeds)
         for epochs in sorted(setting.budgets)
+        for seed in range(setting.seeds)
         for variant in setting.variants
     ]
+
+
+def all_jobs(setting: Setting, rates: Mapping[str, float], *, real: bool) -> list[Job]:
+    """All trainings but the sweep's, the important ones first."""
+    main = main_jobs(setting, rates)
+    first = [job for job in main if job.seed < setting.first_seeds]
+    early = [job for job in first if job.epochs <= setting.ablation_epochs]
+    targets, *others = (ablation_jobs(setting, rates, [family]) for family in setting.families)
+    ordered = [
+        *early,
+        *random_jobs(setting, ["synthetic", *(["real"] if real else [])]),
+        *(real_jobs(setting, rates) if real else []),
+        *targets,
+        *first,
+        *main,
+        *(job for jobs in others for job in jobs),
+    ]
+    return list(dict.fromkeys(ordered))
 
 
 def random_jobs(setting: Setting, data: Sequence[str]) -> list[Job]:

@@ -42,7 +42,7 @@ class Setting:
     """Epochs of the main comparison, each a training with its own schedule."""
     seeds: int
     first_seeds: int
-    """Seeds of the main comparison that are trained before anything else but the sweep."""
+    """Seeds of the main comparison whose budgets up to `ablation_epochs` are trained before all but the sweep."""
     default: str = "mam2-muon"
     """Variant that the ablations change."""
     families: tuple[str, ...] = ("targets", "loss balance", "regressor", "mask", "motion target")
@@ -61,7 +61,7 @@ class Setting:
     real: Changes = dataclasses.field(default_factory=lambda: {"data.sampling": "uniform", "data.stride": 0})
     """Of the pre-training on real clips, which may be shorter than the synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
-    real_epochs: float = 20
+    real_epochs: float = 10
     real_seeds: int = 2
     rounds: int = 20
     """In which a step of every variant is timed."""
@@ -126,7 +126,7 @@ CPU = Setting(
     sweep_seeds=1,
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
-    first_seeds=2,
+    first_seeds=3,
     ablation_epochs=10,
     finetune={"data.size": 40, "optim.epochs": 16, "run.precision": "bfloat16", "run.compile": False},
     labelled=400,
@@ -180,7 +180,7 @@ GPU = Setting(
     sweep_seeds=1,
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
-    first_seeds=2,
+    first_seeds=3,
     ablation_epochs=10,
     finetune={"data.frames": 16, "data.stride": 1, "data.size": 112, "data.threads": 0, "optim.batch": 256,
               "optim.base_lr": 1e-3, "optim.epochs": 10, "optim.drop_path": 0.1},

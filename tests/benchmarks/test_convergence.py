@@ -18,6 +18,7 @@ from benchmarks.trials.clips import COLORS, STREAMS, TEXTURES, render_hard_clip,
 from benchmarks.trials.jobs import (
     Job,
     ablation_jobs,
+    all_jobs,
     at_an_end,
     finetune_jobs,
     main_jobs,
@@ -172,13 +173,13 @@ def test_every_training_of_every_setting_is_possible(name):
     tried = {len(setting.rates[optimizer]) for optimizer in ("adamw", "muon")}
     assert len(tried) == 1, "as many rates for each optimizer"
     main, ablations = main_jobs(setting, rates), ablation_jobs(setting, rates)
-    on_real = real_jobs(setting, rates)
+    on_real, untrained = real_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
     jobs = [
         *sweep_jobs(setting, dict.fromkeys(setting.variants, (1e-3, 2e-3))),
         *main,
         *ablations,
         *on_real,
-        *random_jobs(setting, ["synthetic", "real"]),
+        *untrained,
     ]
     finetuned = finetune_jobs(setting, rates)
     assert len({job.key for job in [*jobs, *finetuned]}) == len(jobs) + len(finetuned)
@@ -192,7 +193,11 @@ def test_every_training_of_every_setting_is_possible(name):
     finetuning(setting, pretraining(setting, {})).check()
     assert setting.ablation_epochs in setting.budgets
     assert {job.variant for job in main} == set(setting.variants)
-    assert [job.seed for job in main] == sorted(job.seed for job in main), "whole seeds are done first"
+    ordered = all_jobs(setting, rates, real=True)
+    assert {job.key for job in ordered} == {job.key for job in [*main, *ablations, *on_real, *untrained]}
+    assert len(ordered) == len({job.key for job in ordered})
+    early = [job for job in main if job.epochs <= setting.ablation_epochs and job.seed < setting.first_seeds]
+    assert ordered[: len(early)] == early
     assert {job.family for job in ablations} == set(setting.families)
     assert {job.variant for job in on_real} == set(setting.real_variants)
     assert setting.seeds >= (2 if name == "quick" else 5)
