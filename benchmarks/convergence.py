@@ -180,7 +180,7 @@ class Run:
         with (
             self._pool(self.workers) as pool,
             (self.out / "trials.jsonl").open("a", encoding="utf-8") as file,
-            tqdm(total=len(left), desc="trainings", unit="training") as bar,
+            tqdm(total=len(left), desc="trainings", unit="training", disable=not left) as bar,
         ):
             while True:
                 # no more than are run at once: what is not begun when the time is over is left
