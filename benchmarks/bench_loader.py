@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +152,12 @@ def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
     place.mkdir()
 
     def write(number: int) -> None:
-        import av
+        from mam2.engine.data.encoding import encode_frames
 
         suffix, encoder, options = ENCODERS[codec]
         noise = moving_noise(settings.frames, settings.height, settings.width, np.random.default_rng(number))
-        with av.open(str(place / f"{number:03d}.{suffix}"), "w") as container:
-            stream = container.add_stream(encoder, rate=25, options=options)
-            stream.height, stream.width, stream.pix_fmt = settings.height, settings.width, "yuv420p"
-            stream.codec_context.gop_size = gop
-            stream.codec_context.time_base = Fraction(1, 25)
-            stream.codec_context.thread_count = 1
-            for image in noise:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        path = place / f"{number:03d}.{suffix}"
+        encode_frames(path, noise, encoder, (settings.width, settings.height), gop=gop, options=options)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(settings.files)))
@@ -184,7 +176,7 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for front_end, codec, gop, threads in settings.loaders:
         labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "one per core"})
-        options = dataclasses.replace(data, front_end=front_end, threads=threads)
+        options = dataclasses.replace(data, decoder=front_end, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]
@@ -230,10 +222,10 @@ def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.devi
 
 def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
     """Raises Unmeasured if a decoder's clips differ from PyAV's by more than rounding, as those of other frames do."""
-    if data.front_end == "pyav":
+    if data.decoder == "pyav":
         return
     found = first_clips(manifest, data, settings, device)
-    expected = first_clips(manifest, dataclasses.replace(data, front_end="pyav"), settings, device)
+    expected = first_clips(manifest, dataclasses.replace(data, decoder="pyav"), settings, device)
     if found.shape != expected.shape:
         raise Unmeasured("wrong", f"its clips are {list(found.shape)}, PyAV's {list(expected.shape)}")
     difference = float((found.float() - expected.float()).abs().mean())

@@ -32,7 +32,9 @@ from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
+from mam2.engine.model.build import build_model
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import keep_decoded
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.cuda import CudaRecorder
 from mam2.engine.runtime.device import autocast, matmul_dtype, why_not_compile
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
     from benchmarks.sections import Selection
 
 Row = dict[str, Any]
-OBJECTIVES = ("mam2-fast", "videomae", "mam2-cae")
+OBJECTIVES = ("mam2-fast", "mam2-fast half decoded", "videomae", "mam2-cae")
+"""Recipes; `half decoded` sets mask.decoded to 0.5."""
 WAYS = (
     *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face")),
     *(("compiled", "ours"), ("compiled graph", "ours"), ("compiled", "hugging_face")),
@@ -90,7 +93,7 @@ class Candidate:
     provider: str
     step: str
     loss: Callable[[], Tensor]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     config: PretrainConfig
     device: torch.device
 
@@ -110,7 +113,10 @@ class Candidate:
 
 def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | None, precision: str) -> PretrainConfig:
     """Returns a recipe with a precision, reduced to `sizes` (None: unchanged)."""
-    config = load_recipe(name)
+    recipe, half, _ = name.partition(" half decoded")
+    config = load_recipe(recipe)
+    if half:
+        config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, decoded=0.5))
     if sizes:
         tables, part = sizes
         config = dataclasses.replace(
@@ -122,10 +128,10 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 
-def build_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
+def seeded_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
     """Builds the model with the same weights at every call."""
     torch.manual_seed(0)
-    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
+    model = build_model(config, CODES)
     return model.to(device)
 
 
@@ -135,19 +141,20 @@ def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple
     extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
     mask = tube_mask(batch, config.grid, config.mask.ratio, seed=0, device=device)
-    return video, mask, torch.randint(CODES, (batch, mask.as_bool().shape[1]), device=device)
+    codes = torch.randint(CODES, (batch, math.prod(config.grid)), device=device)
+    return video, keep_decoded(mask, config, step=0), codes
 
 
 def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
     compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if "compiled" in step else (lambda f: f)
-    model = build_model(config, device)
+    model = seeded_model(config, device)
     objective = build_objective(model, config, compiled)
     inputs = inputs_of(config, batch, device)
     return Candidate("ours", step, lambda: objective(*inputs)[0], optimizer_of(model, config), config, device)
 
 
 def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
-    model = hugging_face.build(config, build_model(config, device)).to(device)  # type: ignore[arg-type]
+    model = hugging_face.build(config, seeded_model(config, device)).to(device)  # type: ignore[arg-type]
     forward = torch.compile(model, dynamic=False) if "compiled" in step else model
     video, mask, _ = inputs_of(config, batch, device)
     pixels, hidden = hugging_face.pixels(video), mask.as_bool()
@@ -157,7 +164,7 @@ def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) 
     )
 
 
-def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     optimizer = build_optimizer(model, config.optim)
     for group in optimizer.param_groups:
         group |= {"lr": 1e-5, "capturable": next(model.parameters()).is_cuda}
@@ -313,7 +320,7 @@ def rows(
         ways = {"compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
         yield from compare(name, config, batch, device, takes=lambda way: wanted.takes("ways", way), **ways)
         if batch == batches[0] and time.monotonic() < deadline:
-            model = build_model(config, device)
+            model = seeded_model(config, device)
             yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
         torch.compiler.reset()
         if cuda:
@@ -337,11 +344,12 @@ def main(arguments: list[str] | None = None) -> int:
         ways = compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
         found += [row for row in ways if row.get("timed") != "alone"]
         inputs = inputs_of(config, batch, device)
-        found += part_rows(name, build_model(config, device), config, inputs, CODES, device)
+        found += part_rows(name, seeded_model(config, device), config, inputs, CODES, device)
         torch.compiler.reset()
     note = "" if cuda else " (a CPU: only ratios are meaningful)"
     print(f"steps{note}", table([row for row in found if "part" not in row], COLUMNS), sep="\n")
     parts = ("objective", "batch", "precision", "part", "forward_ms", "backward_ms", "percent", "percent_of_flops")
+    parts += ("median_ms",)
     print("\nparts", table([row for row in found if "part" in row], parts), sep="\n")
     return int(any(row.get("verdict") in ("wrong", "failed") for row in found))
 

@@ -38,7 +38,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.optimizer import learning_rate
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import TubeMask, frame_difference, gather_tubes
 
 FLOORS = (1e-6, 1 / 255, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -81,7 +81,7 @@ def train(
     model = MAM2(config, 0)
     if huber:
         huber_loss(model, config)
-    take = TrainStep(config, model, pick_device(config.run), World())
+    take = PretrainStep(config, model, pick_device(config.run), World())
     order = torch.Generator().manual_seed(config.run.seed)
     losses, norms = [], []
     for step in range(steps):

@@ -156,8 +156,8 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
     else:
         from benchmarks import bench_step
 
-        objective = "mam2-fast" if name == "step" else name
-        yield from bench_step.rows(device, deadline, wanted, objectives=(objective,))
+        objectives = ("mam2-fast", "mam2-fast half decoded") if name == "step" else (name,)
+        yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 
 
 def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:

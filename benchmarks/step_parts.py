@@ -1,12 +1,16 @@
-"""Times the parts of a step: forward and backward of each part alone, AdamW, and a tokenizer."""
+"""Times the parts of a step: forward and backward of each part alone, AdamW, and a tokenizer.
+
+Beside them, without a share: the update by Muon with AdamW, and the same by PyTorch's Muon, matrix by matrix.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.timing import elapsed_ms, percentile
 from mam2.engine.config.pretrain import PretrainConfig
@@ -16,7 +20,7 @@ from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, matmul_dtype
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
-from mam2.engine.train.optimizer import build_optimizer
+from mam2.engine.train.optimizer import build_optimizer, hidden_matrices
 from mam2.kernels import TubeMask
 
 ROUNDS = 5
@@ -39,12 +43,13 @@ def part_rows(
     codes: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row per part of an eager step: milliseconds, its share of their sum, and its share of declared FLOPs."""
+    """Yields a row per part of an eager step: milliseconds, its share of their sum, and its share of declared FLOPs;
+    then one per way to update with Muon."""
     video = inputs[0]
     times = {
         part: _forward_and_backward(forward, model, config, device) for part, forward in _parts(model, inputs).items()
     }
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, dataclasses.replace(config.optim, name="adamw"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     times["AdamW"] = _median(optimizer.step, device), 0.0
@@ -57,17 +62,33 @@ def part_rows(
         times["tokenizer"] = _median(lambda: frozen.codes(video), device), 0.0
     flops = step_flops(config, codes, tokenizer)
     whole = sum(forward + backward for forward, backward in times.values())
+    precision = str(matmul_dtype(config.run, device)).removeprefix("torch.")
+    head = {"objective": name, "batch": len(video), "precision": precision}
     for part, (forward, backward) in times.items():
-        yield {
-            "objective": name,
-            "batch": len(video),
-            "precision": str(matmul_dtype(config.run, device)).removeprefix("torch."),
+        yield head | {
             "part": part,
             "forward_ms": forward,
             "backward_ms": backward,
             "percent": 100 * (forward + backward) / whole,
             "percent_of_flops": 100 * sum(flops[name] for name in DECLARED.get(part, ())) / sum(flops.values()),
         }
+    for part, update in muon_updates(model, config).items():
+        yield head | {"part": part, "median_ms": _median(update, device)}
+
+
+def muon_updates(model: nn.Module, config: PretrainConfig) -> dict[str, Callable[[], Any]]:
+    """Ways to update all parameters, whose gradients are set: ours, and PyTorch's Muon beside its AdamW."""
+    optimizer = build_optimizer(model, dataclasses.replace(config.optim, name="muon"))
+    matrices = hidden_matrices(model)
+    parts = []
+    for matrix, count in matrices.items():
+        assert matrix.grad is not None
+        for part, gradient in zip(matrix.detach().chunk(count), matrix.grad.chunk(count), strict=True):
+            parts.append(nn.Parameter(part))
+            parts[-1].grad = gradient
+    rest = torch.optim.AdamW([p for p in model.parameters() if p not in matrices], lr=0.0, fused=True)
+    each = torch.optim.Muon(parts, lr=0.0, adjust_lr_fn="match_rms_adamw")
+    return {"Muon and AdamW": optimizer.step, "torch.optim.Muon and AdamW": lambda: (each.step(), rest.step())}
 
 
 def _parts(

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
+    from mam2.engine.evaluation.embedding import embed
+    from mam2.engine.evaluation.neighbors import neighbors
     from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
+    from mam2.engine.evaluation.probing import probe
     from mam2.engine.evaluation.visualize import visualize
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
@@ -47,6 +50,7 @@ __all__ = [
     "Skipped",
     "UserError",
     "VideoMAE",
+    "embed",
     "evaluate",
     "export",
     "finetune",
@@ -54,9 +58,11 @@ __all__ = [
     "load_encoder",
     "load_model",
     "load_recipe",
+    "neighbors",
     "plan",
     "predict",
     "pretrain",
+    "probe",
     "tokenize",
     "visualize",
 ]
@@ -72,6 +78,7 @@ _HOMES = {
     "Skipped": "data.video",
     "UserError": "errors",
     "VideoMAE": "model.videomae",
+    "embed": "evaluation.embedding",
     "evaluate": "evaluation.classification",
     "export": "checkpoints.exporting",
     "finetune": "train.finetune",
@@ -79,9 +86,11 @@ _HOMES = {
     "load_encoder": "checkpoints.load",
     "load_model": "checkpoints.load",
     "load_recipe": "config.recipe",
+    "neighbors": "evaluation.neighbors",
     "plan": "planning",
     "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
+    "probe": "evaluation.probing",
     "tokenize": "tokenizer.precompute",
     "visualize": "evaluation.visualize",
 }

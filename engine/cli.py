@@ -34,6 +34,7 @@ VERBS = {
     "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
     "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, a page",
     "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
+    "neighbors": "CHECKPOINT [CHECKPOINT …] --data LIST --out FOLDER   retrieval and mask propagation, no training",
     "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
     "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
     "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with many views of every video",
@@ -44,6 +45,7 @@ VERBS = {
 EXTRAS = {
     "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
     "flow": ("cv2",),
+    "hub": ("huggingface_hub",),
     "onnx": ("onnx", "onnxscript"),
 }
 """Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
@@ -82,7 +84,9 @@ def _run(arguments: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
             raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
-        return verb.run(arguments[1:])
+        from mam2.engine.commands.options import with_present_flags  # imports torch, which takes seconds
+
+        return verb.run(with_present_flags(arguments[1:]))
     except UserError as error:
         # What every process of a run sees, the first one says.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):

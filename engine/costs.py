@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import mlp_width
@@ -22,6 +23,7 @@ from mam2.kernels import costs as operators
 
 SINGLE = 4
 """Bytes of a float32."""
+MUON_ITERATIONS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ def part_costs(
         tokenizer: what computes the codes within the step; None where they are read from a cache.
         item_bytes: of what the matrix products read and write.
     """
-    masked = config.masked_tokens
-    visible = math.prod(config.grid) - masked
+    masked = config.decoded_tokens
+    visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
     values = math.prod(config.patch_size) * CHANNELS
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
@@ -116,10 +118,54 @@ def step_flops(config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | 
     return {name: cost.flops for name, cost in part_costs(config, codes, tokenizer).items()}
 
 
-def step_bytes(parameters: int, item_bytes: int) -> int:
-    """Bytes of a step that do not depend on its clips: weights read by both passes (and cast), gradients, AdamW."""
+def step_bytes(config: PretrainConfig, parameters: int, item_bytes: int) -> int:
+    """Bytes of a step that do not depend on its clips: weights read by both passes (and cast), gradients, optimizer."""
     cast = SINGLE + item_bytes if item_bytes != SINGLE else 0
-    return parameters * (cast + 2 * item_bytes + SINGLE + 7 * SINGLE)
+    by_muon = muon(config, item_bytes)
+    adamw = 7 * SINGLE * (parameters - by_muon.parameters)
+    return parameters * (cast + 2 * item_bytes + SINGLE) + adamw + by_muon.bytes_moved
+
+
+def state_bytes(config: PretrainConfig, parameters: int) -> int:
+    """Bytes of the optimizer's state: two moments of AdamW, one of Muon."""
+    return SINGLE * (2 * parameters - muon(config, SINGLE).parameters)
+
+
+def muon(config: PretrainConfig, item_bytes: int) -> Cost:
+    """Of Muon's part of an optimizer step, whatever the batch; each process of a run does all of it. Nothing for AdamW.
+
+    An iteration on [m, n], m ≤ n, is two products of m·m·n and one of m·m·m multiply-adds.
+    """
+    total = Cost()
+    if config.optim.name != "muon":
+        return total
+    for (rows, columns), count in hidden_matrices(config).items():
+        short, values = min(rows, columns), rows * columns
+        gram = short**2
+        iteration = Cost(
+            forward_flops=4 * short * values + 2 * short**3,
+            bytes_moved=item_bytes * (3 * values + 4 * gram),
+        )
+        around = Cost(parameters=values, bytes_moved=values * (24 * SINGLE + 5 * item_bytes))
+        total += (iteration * MUON_ITERATIONS + around) * count
+    return total
+
+
+def hidden_matrices(config: PretrainConfig) -> Counter[tuple[int, int]]:
+    """How many matrices of each shape [rows, columns] the blocks have, a fused projection counted as its three."""
+    model, found = config.model, Counter[tuple[int, int]]()
+    decoders = 1
+    if model.objective == "mam2":
+        decoders = sum(target != "none" for target in (config.loss.appearance_target, config.loss.motion_target))
+    depths = [(model.width, model.depth), (model.decoder.width, decoders * model.decoder.depth)]
+    if model.objective == "mam2":
+        depths.append((model.regressor.width, model.regressor.depth))
+    for width, depth in depths:
+        inner = mlp_width(width, model.mlp_ratio)
+        found.update({(width, width): 4 * depth})
+        found.update({(inner, width): depth})
+        found.update({(width, inner): depth})
+    return found
 
 
 def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost:

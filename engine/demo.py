@@ -101,7 +101,7 @@ def decoding_for(config: PretrainConfig) -> PretrainConfig:
     """On a GPU PyAV decodes the small clips, half of which are too small for NVDEC, on all cores."""
     if pick_device(config.run).type != "cuda":
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, front_end="pyav", threads=0))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder="pyav", threads=0))
 
 
 def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult, bytes]:

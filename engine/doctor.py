@@ -74,13 +74,13 @@ def try_decoding(device: torch.device) -> list[str]:
                 manifest = read_manifest(path, progress=False)
                 with ClipLoader(manifest, config, batch=1, device=device, seed=0, info=lines.append) as loader:
                     (batch,) = loader.evaluate()
-                    (front_end,) = loader.front_ends
+                    (decoder,) = loader.decoders
                     cropper = loader.cropper
                 found = ((batch.clip.float().mean((0, 2, 3, 4)) - 5) / 10).round().tolist()
                 if found != list(range(0, 16, 2)):
-                    lines.append(f"{codec:<6} WRONG: frames {found} by {front_end} instead of 0, 2, … 14")
+                    lines.append(f"{codec:<6} WRONG: frames {found} by {decoder} instead of 0, 2, … 14")
                 else:
-                    lines.append(f"{codec:<6} right by {front_end}, cropped by {cropper} on {device.type}")
+                    lines.append(f"{codec:<6} right by {decoder}, cropped by {cropper} on {device.type}")
             except Exception as error:  # whatever it is, a doctor has to name it and go on
                 lines.append(f"{codec:<6} NOT POSSIBLE: {type(error).__name__}: {error}".splitlines()[0])
     return lines

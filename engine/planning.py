@@ -135,7 +135,7 @@ class Plan:
         return {
             "weights": state + tokenizer.parameters * costs.SINGLE,
             "gradients": state,
-            "AdamW's moments": 2 * state,
+            "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
@@ -165,11 +165,12 @@ class Plan:
 
     @property
     def _seconds_of_arithmetic(self) -> float:
-        return sum(cost.flops for cost in self.parts.values()) / (self.utilisation * self.peak_flops)
+        step = costs.muon(self.config, self.dtype.itemsize).flops * self.gpus / self.config.optim.batch
+        return (sum(cost.flops for cost in self.parts.values()) + step) / (self.utilisation * self.peak_flops)
 
     @property
     def _seconds_of_memory(self) -> float:
-        step = costs.step_bytes(self.parameters, self.dtype.itemsize) * self.gpus / self.config.optim.batch
+        step = costs.step_bytes(self.config, self.parameters, self.dtype.itemsize) * self.gpus / self.config.optim.batch
         return (sum(cost.bytes_moved for cost in self.parts.values()) + step) / self.bytes_per_s
 
     def hours(self, videos: int) -> float:
@@ -182,11 +183,12 @@ class Plan:
         config = self.config
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
-        masked = config.masked_tokens
+        visible = tokens - config.masked_tokens
+        some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
         dtype = str(self.dtype).removeprefix("torch.")
         count = micro_batches_per_step(config, self.gpus)
         lines = [
-            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {tokens - masked} visible",
+            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
             f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]
@@ -200,7 +202,9 @@ class Plan:
         totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.Cost())
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
         lines.append(_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
-        step = costs.step_bytes(self.parameters, self.dtype.itemsize)
+        step = costs.step_bytes(self.config, self.parameters, self.dtype.itemsize)
+        muon = costs.muon(config, self.dtype.itemsize)
+        by_muon = f"; Muon on {_count(muon.parameters)}parameters, {_count(muon.flops)}FLOP per step" * bool(muon.flops)
         memory = self.memory
         total = sum(memory.values())
         parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
@@ -211,7 +215,7 @@ class Plan:
         lines += [
             "(the tokenizer is frozen: it is not among all parameters; its activations are held "
             f"{'beside' if self.cuda else 'before'} the others)",
-            f"AdamW    {_bytes(step)} of memory traffic per step, weights and gradients included",
+            f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",

@@ -1,9 +1,10 @@
-"""Small video files for the tests, written on the spot: no footage is part of the repository."""
+"""Fixtures for everybody: small video files, synthetic clips, small configurations, a finished run."""
 
 from __future__ import annotations
 
 import dataclasses
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,8 +20,13 @@ from numpy.typing import NDArray
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
-
+from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.train.loop import TrainResult
+from mam2.engine.train.pretrain import pretrain
+from tests.helpers.clip_sets import ClipSet
+from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # Under nohup. A handler ignores it as well here, but unlike SIG_IGN the processes that the tests start do not
@@ -33,14 +39,9 @@ def _write_video(
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     full_range = codec == "mjpeg"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if full_range else "yuv420p"
-        stream.codec_context.gop_size = gop
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    height, width = frames.shape[1:3]
+    pixels = "yuvj420p" if full_range else "yuv420p"
+    encode_frames(path, frames, codec, (width, height), gop=gop, pixel_format=pixels, options=options)
     return path
 
 
@@ -128,6 +129,59 @@ def videos(
         frames = numbered_frames(6 + 2 * number, 48 + 16 * (number % 2), 64)
         write_video(folder / f"class {number % 4}" / f"{number}.{suffix}", frames, encoder)
     return read_manifest(folder, progress=False)
+
+
+@pytest.fixture(scope="session", params=[CLIPS, pytest.param(REAL_CLIPS, marks=needs_real_clips)], ids=["made", "real"])
+def clip_set(request: pytest.FixtureRequest) -> ClipSet:
+    """Clips in many formats, once those of the repository and once real ones. Do not change; copy."""
+    return ClipSet(request.param)
+
+
+@pytest.fixture(scope="session")
+def rendered_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic set of `write_dataset`: train/ with 32 clips, test/ with 16. Do not change; copy."""
+    folder = tmp_path_factory.mktemp("rendered")
+    write_dataset(folder, train=32, test=16, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_clips(rendered_clips: Path) -> Callable[..., None]:
+    """synthetic_clips(folder, train=…, test=…): what `write_dataset` writes there, copied from clips rendered once."""
+
+    def copy(folder: Path, *, train: int, test: int = 0) -> None:
+        for split, count in (("train", train), ("test", test)):
+            files = [path for path in (rendered_clips / split).rglob("*.*") if int(path.stem) < count]
+            assert len(files) == count, f"{split}: {len(files)} clips are rendered, {count} are asked for"
+            for path in files:
+                target = folder / path.relative_to(rendered_clips)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..., None]) -> Path:
+    """A folder of 32 synthetic clips with labels. Do not change; copy."""
+    folder = tmp_path_factory.mktemp("clips")
+    synthetic_clips(folder, train=32)
+    return folder / "train"
+
+
+@pytest.fixture(scope="session")
+def finished_result(
+    clips: Path, tmp_path_factory: pytest.TempPathFactory, small: Callable[..., PretrainConfig]
+) -> TrainResult:
+    """What a whole pre-training of small() on `clips` returns."""
+    return pretrain(small(), clips, tmp_path_factory.mktemp("finished"), progress=False)
+
+
+@pytest.fixture(scope="session")
+def finished(finished_result: TrainResult) -> Path:
+    """Its run folder: 8 steps. Do not change; copy."""
+    assert finished_result.checkpoint is not None
+    return finished_result.checkpoint.parents[1]
 
 
 def _small_config(**tables: dict[str, Any]) -> PretrainConfig:

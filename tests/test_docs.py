@@ -20,7 +20,7 @@ from mam2.engine import cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/**/*.md", "tests/**/*.md")
     for path in ROOT.glob(pattern)
 )
 

@@ -27,9 +27,9 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import World
-from mam2.engine.train.finetune import FinetuneStep
+from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.optimizer import learning_rate
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 
 EVALUATED = 200
 """Clips that go through an encoder at once where nothing is learned."""
@@ -43,11 +43,11 @@ class Pretrained:
     """Means over the last tenth of the steps."""
 
 
-def pretraining(config: PretrainConfig, prepared: Prepared) -> TrainStep:
+def pretraining(config: PretrainConfig, prepared: Prepared) -> PretrainStep:
     """A new model with its step."""
     torch.manual_seed(config.run.seed)
     model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, prepared.codebook_size)
-    return TrainStep(config, model, pick_device(config.run), World())
+    return PretrainStep(config, model, pick_device(config.run), World())
 
 
 def batches(config: PretrainConfig, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae
+from mam2.engine.checkpoints.weight_files import open_safetensors, sort_metadata
+from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.recipe import shareable
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 from mam2.engine.model.blocks import Block, sincos_positions
@@ -23,6 +28,8 @@ from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.videomae import VideoMAE
 
+TOKENIZER = "tokenizer.safetensors"
+"""In a run folder; `mam2.engine.tokenizer` writes it."""
 BILINEAR = 2
 """PIL's number for it."""
 
@@ -101,6 +108,30 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return config["architectures"][0]
+
+
+def write_mam2(path: str | Path, folder: Path) -> None:
+    """Writes a checkpoint of ours without its optimizer, and the tokenizer of its run, for other machines.
+
+    The config in it has no paths of this machine any more. Raises UserError where `path` is no checkpoint of ours.
+    """
+    weights = find_weights(path)
+    if weights is None:
+        raise UserError(f"{path}: is no checkpoint of mam2, which --to mam2 copies; use --to huggingface")
+    metadata = checkpoint.read_metadata(weights)
+    metadata["config"] = json.dumps(shareable(json.loads(metadata["config"])))
+    if "start" in metadata:
+        start = json.loads(metadata["start"])
+        metadata["start"] = json.dumps({"checkpoint": Path(start["checkpoint"]).name, "step": start["step"]})
+    with open_safetensors(weights) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    (folder / checkpoint.WEIGHTS).write_bytes(save(tensors, metadata))
+    sort_metadata(folder / checkpoint.WEIGHTS)
+    (folder / checkpoint.STATE).write_text(json.dumps({"step": int(metadata["step"])}) + "\n", encoding="utf-8")
+    for place in list(weights.absolute().parents)[:3]:
+        if (place / TOKENIZER).is_file():
+            shutil.copyfile(place / TOKENIZER, folder / TOKENIZER)
+            break
 
 
 def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> str:

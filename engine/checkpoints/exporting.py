@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
 
-from mam2.engine.checkpoints.export import decoder_is_videomaes, write_hugging_face, write_videomae
+from mam2.engine.checkpoints import hub
+from mam2.engine.checkpoints.export import decoder_is_videomaes, write_hugging_face, write_mam2, write_videomae
 from mam2.engine.checkpoints.load import class_names, encoder_of, load_model
+from mam2.engine.checkpoints.model_card import check_license, model_card
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
 from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.errors import UserError
-from mam2.engine.files import make_folder
+from mam2.engine.files import make_folder, write_whole
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 
-Format = Literal["huggingface", "videomae", "torch", "onnx"]
+Format = Literal["huggingface", "mam2", "videomae", "torch", "onnx"]
+FOLDERS = ("huggingface", "mam2")
+"""Formats that are a folder, which can have a model card and be pushed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    path: Path
-    """The folder or file that was written."""
+    path: Path | None
+    """The folder or file that was written; None where it was only pushed."""
     model: str
-    """Name of the class in the other project, or of ours where the format is a graph."""
+    """Name of the class in the other project, or of ours."""
     clip: tuple[int, int, int]
     """Frames, height and width of the clips that it takes."""
     classes: tuple[str, ...]
     """Names of a classifier's classes in the order of its logits; empty for other models."""
     decoder_left_out: str
     """Why a decoder is not in what was written; empty where it is, and where there is none."""
+    address: str
+    """Of the repository that it was pushed to; empty otherwise."""
 
 
 def export(
     checkpoint: str | Path,
     to: Format,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    push: str = "",
+    private: bool = False,
+    license: str = "",
+    scores: Sequence[str | Path] = (),
     frames: int | None = None,
     size: int | None = None,
     heads: int | None = None,
@@ -50,22 +63,68 @@ def export(
     Args:
         checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
         to: `huggingface` writes a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
-            `videomae` a .pth for the --finetune option of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx` a
-            graph that takes uint8 clips [B, 3, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
-        out: the folder or file to write; must not exist.
+            `mam2` a folder with everything that a checkpoint of ours holds, tokenizer included; `videomae` a .pth for
+            the --finetune option of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx` a graph that takes
+            uint8 clips [B, 3, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
+        out: the folder or file to write; must not exist. None only with `push`.
+        push: OWNER/NAME of a repository on the hub that the folder is uploaded to with a model card (`huggingface` and
+            `mam2`). `load_encoder("hub:OWNER/NAME")` reads it. Whoever is logged in to the hub must own it.
+        private: the repository, where it is made, can only be seen by its owner.
+        license: identifier of the license, such as apache-2.0; with it the folder gets a model card, README.md, written
+            from the files of the run. `push` needs it.
+        scores: files that `mam2 probe` and `mam2 evaluate` wrote, for the card; those in the run folder are found.
         frames, size: of the clips that it takes, where the checkpoint does not say them; height and width in pixels.
         heads, decoder_heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
 
     Raises:
-        UserError: for a checkpoint that cannot be read or has no place in the format, and a place that cannot be
-            written.
+        UserError: for a checkpoint that cannot be read or has no place in the format, a place that cannot be written,
+            and a hub that refuses the upload.
     """
     check_flags(frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT), decoder_heads=(decoder_heads, COUNT))
+    _check_sharing(to, out, push, license)
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "model"
+            result = _export(checkpoint, to, place, push, license, scores, frames, size, heads, decoder_heads)
+            address = hub.push(place, push, private=private, message=f"mam2 export --to {to}")
+        return dataclasses.replace(result, path=None, address=address)
     out = Path(out)
     if out.exists():
         raise UserError(f"--out {out}: is there already; name another one")
     # Before the model is read and traced, which takes minutes.
     make_folder(out.absolute().parent)
+    result = _export(checkpoint, to, out, push, license, scores, frames, size, heads, decoder_heads)
+    if push:
+        address = hub.push(out, push, private=private, message=f"mam2 export --to {to}")
+        result = dataclasses.replace(result, address=address)
+    return result
+
+
+def _check_sharing(to: Format, out: str | Path | None, push: str, license: str) -> None:
+    if (push or license) and to not in FOLDERS:
+        raise UserError(f"--to {to}: a model card and --push are for the folders of {' and '.join(FOLDERS)}")
+    if push and not license:
+        raise UserError(f"--push {push}: name the license of the weights, such as --license apache-2.0 (or other)")
+    if license:
+        check_license(license)
+    if push:
+        hub.check_push(push)
+    if out is None and not push:
+        raise UserError("export: name the folder or file to write with --out, or a repository with --push")
+
+
+def _export(
+    checkpoint: str | Path,
+    to: Format,
+    out: Path,
+    push: str,
+    license: str,
+    scores: Sequence[str | Path],
+    frames: int | None,
+    size: int | None,
+    heads: int | None,
+    decoder_heads: int | None,
+) -> ExportResult:
     model = load_model(checkpoint, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     classes = class_names(checkpoint) if isinstance(model, Classifier) else ()
     encoder = encoder_of(model)
@@ -75,8 +134,16 @@ def export(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if to == "huggingface":
-            written = write_hugging_face(weights, aside, classes)
+        if to in FOLDERS:
+            if to == "huggingface":
+                written = write_hugging_face(weights, aside, classes)
+            else:
+                write_mam2(checkpoint, aside)
+                written = type(model).__name__
+            if license:
+                name, files = push or out.name, [Path(file) for file in scores]
+                card = model_card(checkpoint, model, name=name, license=license, to=to, classes=classes, scores=files)
+                write_whole(aside / "README.md", card)
             aside.rename(out)
         else:
             if to == "videomae":
@@ -104,4 +171,5 @@ def export(
         clip=(slots * tubelet, rows * height, columns * width),
         classes=classes,
         decoder_left_out=left_out,
+        address="",
     )

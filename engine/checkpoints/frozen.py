@@ -116,7 +116,7 @@ def clips_for(encoder: Encoder, data: DataConfig, stride: int = 0) -> DataConfig
         data,
         frames=encoder.grid[0] * tubelet,
         size=encoder.grid[1] * patch,
-        front_end="auto",
+        decoder="auto",
         threads=0,
         views=1,
         recorded=0,

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.names import Tensors
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig
 from mam2.engine.errors import UserError
+from mam2.engine.model.build import build_model
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
@@ -61,7 +63,8 @@ def load_encoder(
 
     Args:
         path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
-            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification.
+            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification; or
+            `hub:OWNER/NAME`, a repository of such a folder or of a MAM2 checkpoint (see hub.py).
         frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
             resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
             Without them such a file counts as one of 16 frames of 224², and a warning is logged.
@@ -79,7 +82,7 @@ def load_encoder(
     if own is not None:
         encoder = _own(own).encoder
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         encoder = _filled_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
@@ -110,7 +113,7 @@ def load_model(
     """
     own = find_weights(path)
     model: Model = (
-        _own(own) if own is not None else _foreign_model(_read(Path(path), frames, size), heads, decoder_heads)
+        _own(own) if own is not None else _foreign_model(_read(local_path(path), frames, size), heads, decoder_heads)
     )
     _resized(path, model, frames, size)
     return model.eval()
@@ -137,7 +140,7 @@ def load_any_classifier(
             raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
         model, config, classes = load_classifier(own)
     else:
-        weights = _read(Path(path), frames, size)
+        weights = _read(local_path(path), frames, size)
         found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
         if not isinstance(found, Classifier):
             raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
@@ -187,7 +190,7 @@ def encoder_of(model: Model) -> Encoder:
 
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The names of a classifier's classes, in order; none where the file has none."""
-    path = Path(path)
+    path = local_path(path)
     own = find_weights(path)
     if own is not None:
         return tuple(json.loads(checkpoint.read_metadata(own).get(CLASSES, "[]")))
@@ -267,15 +270,12 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
     if is_classifier(file):
         return load_classifier(file)[0]
     config = checkpoint.read_config(file)
-    if config.model.objective == "mam2":
-        codes = 0
-        if config.needs_codes:
-            with safe_open(file, framework="pt") as tensors:
-                rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
-            codes = rows // math.prod(config.code_shape)
-        model: MAM2 | VideoMAE = MAM2(config, codes)
-    else:
-        model = VideoMAE(config)
+    codebook_size = 0
+    if config.needs_codes:
+        with safe_open(file, framework="pt") as tensors:
+            rows = tensors.get_slice("appearance_decoder.head.weight").get_shape()[0]
+        codebook_size = rows // math.prod(config.code_shape)
+    model = build_model(config, codebook_size)
     checkpoint.load_weights(model, file)
     return model
 

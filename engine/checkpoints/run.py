@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors and JSON that is either whole or not there.
 
     RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
-                                  optimizer.safetensors   AdamW's moments and step, `<parameter>.<name>`;
+                                  optimizer.safetensors   the optimizer's state, `<parameter>.<name>`;
                                                           `rng.<device>`; `extra.<name>`
                                   state.json              step, config, versions, SHA-256 of the other two files
                     latest                                name of the newest folder

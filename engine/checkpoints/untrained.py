@@ -110,7 +110,7 @@ def _like(frozen: FrozenEncoder) -> FrozenEncoder:
             mlp_ratio=block.mlp.fc1.out_features / other.width,
             layer_scale=LAYER_SCALE if block.gamma_1 is not None else 0.0,
         )
-    encoder.positions = other.positions.cpu()
+    encoder.positions, encoder.trained_grid = other.positions.cpu(), other.trained_grid
     return _frozen(encoder, frozen.data, other.positions.device)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.weight_files import open_safetensors
 from mam2.engine.errors import UserError
 
@@ -17,12 +18,13 @@ def find_weights(path: str | Path) -> Path | None:
     """The safetensors file of MAM2's that `path` stands for, or None where `path` is another project's file or folder.
 
     Args:
-        path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, or a weights file.
+        path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, a weights file, or
+            the name of a repository on the hub, which is downloaded (`hub:OWNER/NAME`, see hub.py).
 
     Raises:
         UserError: there is nothing at `path`, a run without a checkpoint, or a file that cannot be read.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder; expected a run, a checkpoint, a .pth file or a Hugging Face folder"

@@ -14,8 +14,12 @@ SHOWN = 10
 def run(arguments: list[str]) -> int:
     def export(
         checkpoint: tyro.conf.Positional[Path],
-        to: Literal["huggingface", "videomae", "torch", "onnx"],
-        out: Path,
+        to: Literal["huggingface", "mam2", "videomae", "torch", "onnx"],
+        out: Path | None = None,
+        push: str = "",
+        private: bool = False,
+        license: str = "",
+        scores: tuple[Path, ...] = (),
         frames: int | None = None,
         size: int | None = None,
         heads: int | None = None,
@@ -26,9 +30,16 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
             to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
-                `videomae`: a .pth for the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`:
-                a graph that takes uint8 clips [B, 3, T, H, W] and gives tokens [B, N, D], or a classifier's logits.
-            out: the folder or file to write.
+                `mam2`: a folder with all that a checkpoint of ours holds, tokenizer included; `videomae`: a .pth for
+                the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`: a graph that takes uint8
+                clips [B, 3, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
+            out: the folder or file to write; not needed with --push.
+            push: OWNER/NAME of a repository on the hub (Hugging Face's, or HF_ENDPOINT's) to upload the folder to, with
+                a model card; every verb then takes hub:OWNER/NAME as a checkpoint. Log in first: hf auth login.
+            private: the repository, where it is made, can only be seen by its owner.
+            license: identifier of the license of the weights, such as apache-2.0, cc-by-nc-4.0 or other; with it the
+                folder gets a model card, written from the files of the run. --push needs it.
+            scores: files of mam2 probe and mam2 evaluate for the card, beside those in the run folder.
             frames: frames of the clips that it takes, where the checkpoint does not say them.
             size: height and width of these clips, pixels.
             heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
@@ -36,11 +47,25 @@ def run(arguments: list[str]) -> int:
         """
         from mam2.engine.checkpoints.exporting import export
 
-        result = export(checkpoint, to, out, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
+        result = export(
+            checkpoint,
+            to,
+            out,
+            push=push,
+            private=private,
+            license=license,
+            scores=scores,
+            frames=frames,
+            size=size,
+            heads=heads,
+            decoder_heads=decoder_heads,
+        )
         clip = ", ".join(map(str, result.clip))
-        print(f"{out}: {result.model}, for clips [B, 3, {clip}] (frames, height, width)")
+        print(f"{result.path or push}: {result.model}, for clips [B, 3, {clip}] (frames, height, width)")
         if result.decoder_left_out:
             print(f"without the decoder: {result.decoder_left_out}")
+        if result.address:
+            print(f"pushed to {result.address}; load it as hub:{push}")
         if classes := result.classes:
             first = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:SHOWN]))
             print(f"classes, in the order of the logits: {first}{', …' * (len(classes) > SHOWN)} ({len(classes)})")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TypeVar
 
 from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.limits import renamed_keys
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.config.sizes import PRESETS, SIZES, resized, with_preset
@@ -57,6 +59,21 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
     if known.preset:
         recipe = dataclasses.replace(recipe, model=with_preset(recipe.model, known.preset))
     return recipe
+
+
+def with_present_flags(arguments: list[str]) -> list[str]:
+    """The arguments of a verb; flags of config keys that were renamed are replaced, with a warning for each."""
+    flags: dict[str, str] = {}
+    for kind in (PretrainConfig, FinetuneConfig):
+        for earlier, now in renamed_keys(kind).items():
+            flags |= {f"--{earlier}": f"--{now}", f"--{earlier}".replace("_", "-"): f"--{now}"}
+    present = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            logging.getLogger("mam2").warning("the flag %s is now called %s", flag, flags[flag])
+        present.append(f"{flags.get(flag, flag)}{equals}{value}")
+    return present
 
 
 def read_class_names(file: Path | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.options import named_pretraining
+from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.config.pretrain import PretrainConfig, check
 
 
@@ -19,6 +20,12 @@ def run(arguments: list[str]) -> int:
         data: Path,
         out: Path,
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = recipe,
+        checkpoint: Path | None = None,
+        checkpoint_frames: int | None = None,
+        checkpoint_size: int | None = None,
+        checkpoint_heads: int | None = None,
+        checkpoint_decoder_heads: int | None = None,
+        val: Path | None = None,
         resume: bool = False,
         size: str | None = None,
         preset: str | None = None,
@@ -30,6 +37,13 @@ def run(arguments: list[str]) -> int:
             data: folder of videos, with or without class folders, or an annotation list.
             out: run folder for checkpoints and logs.
             config: values of the recipe.
+            checkpoint: start from its weights: a run or checkpoint of mam2, of VideoMAE or VideoMAE v2, or a folder of
+                Hugging Face. The encoder has to be the recipe's; regressor and decoders are taken where they fit.
+            checkpoint_frames: frames of the clips that the checkpoint was trained on, where it does not say them.
+            checkpoint_size: height and width of these clips, pixels.
+            checkpoint_heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
+            checkpoint_decoder_heads: the same of its decoder.
+            val: folder or list of videos that are not trained on: their losses are logged, see [validation].
             resume: go on from the newest checkpoint in the run folder.
             size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
@@ -37,7 +51,15 @@ def run(arguments: list[str]) -> int:
         check(config)
         from mam2.engine.train.pretrain import pretrain
 
-        result = pretrain(config, data, out, resume=resume)
+        said = {
+            "frames": checkpoint_frames,
+            "size": checkpoint_size,
+            "heads": checkpoint_heads,
+            "decoder_heads": checkpoint_decoder_heads,
+        }
+        for name, value in said.items():
+            check_flags(**{f"checkpoint_{name}": (value, COUNT)})
+        result = pretrain(config, data, out, checkpoint=checkpoint, checkpoint_options=said, val=val, resume=resume)
         return 128 + result.signal if result.signal else 0
 
     return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
-
-from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
-from mam2.engine.config.pretrain import RunConfig
-from mam2.engine.errors import UserError
-from mam2.engine.files import check_apart, check_folder, write_whole, writing
 
 if TYPE_CHECKING:
     from mam2.engine.evaluation.probe_run import ProbeReport, Score
@@ -66,53 +59,27 @@ def run(arguments: list[str]) -> int:
             device: `auto` takes a GPU if there is one.
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
         """
-        from mam2.engine.checkpoints.untrained import load_all_frozen
-        from mam2.engine.data.sources import check_source
-        from mam2.engine.evaluation.probe_run import probe_encoders
-        from mam2.engine.runtime.device import pick_device
+        from mam2.engine.evaluation.probing import probe
 
-        check_flags(
-            stride=(stride, COUNT_OR_NONE),
-            frames=(frames, COUNT),
-            size=(size, COUNT),
-            heads=(heads, COUNT),
-            batch=(batch, BATCH),
-        )
-        for layer in layers:
-            check_value("--layers", layer, COUNT)
-        if not checkpoints or not probes or not pools:
-            raise UserError("probe: name at least a checkpoint, a probe and a pool: mam2 probe CHECKPOINT --data LIST")
-        for source in (data, val or data):
-            check_apart(source, out)
-        with writing(out):
-            check_folder(out.absolute().parent)
-        for source in (data, val or data):
-            check_source(source)
-        settings = RunConfig(device=device, precision=precision)
-        where = pick_device(settings)
-        encoders = load_all_frozen(
-            list(dict.fromkeys(checkpoints)),
-            where,
+        result = probe(
+            checkpoints,
+            data,
+            val,
             recipe=recipe,
+            probes=probes,
+            pools=pools,
+            layers=layers,
+            group=group,
+            out=out,
+            cache=cache,
             stride=stride,
             frames=frames,
             size=size,
             heads=heads,
-        )
-        result = probe_encoders(
-            encoders,
-            data,
-            val,
-            probes=tuple(dict.fromkeys(probes)),
-            pools=tuple(dict.fromkeys(pools)),
-            layers=layers,
-            group=group,
-            cache=cache,
             batch=batch,
-            run=settings,
+            device=device,
+            precision=precision,
         )
-        with writing(out):
-            write_whole(out, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
         print(table(result))
         print(out)
         return 0

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mam2.engine.config.limits import BELOW_ONE, COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, Limits, limited
+from mam2.engine.config.limits import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RESUMABLE,
+    SHARE,
+    Limits,
+    limited,
+)
 from mam2.engine.config.pretrain import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
 
@@ -108,18 +118,19 @@ class ViewsConfig:
 
     every: float = limited(1.0, POSITIVE)
     """Epochs between two validations of a fine-tuning run; there is always one at the end."""
-    temporal: int = limited(5, COUNT)
+    temporal: int = limited(5, COUNT, resumable=True)
     """Clips of a video: dense ones evenly from its start to its end, uniform ones interleaved."""
-    spatial: int = limited(3, COUNT)
+    spatial: int = limited(3, COUNT, resumable=True)
     """Square crops of a clip at full short side, evenly along the longer side."""
-    batch: int = limited(0, COUNT_OR_NONE)
+    batch: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Most clips in a forward pass; 0: as many as a training pass has, in `mam2 evaluate` 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TokenGrid):
     data: DataConfig = field(default_factory=DataConfig)
-    model: EncoderConfig = field(default_factory=EncoderConfig)
+    model: EncoderConfig = field(default_factory=EncoderConfig, metadata={RESUMABLE: True})
+    """A resumed run reads this table from its checkpoint."""
     head: HeadConfig = field(default_factory=HeadConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)

@@ -1,14 +1,17 @@
-"""Allowed values of config fields: declared on the field itself, checked for a whole config at once."""
+"""What a config field declares: its limits, its earlier name, and whether a resumed run may have another value."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mam2.engine.errors import UserError
 
 KEY = "limits"
+RESUMABLE = "resumable"
+EARLIER = "earlier"
 
 
 class Limits(NamedTuple):
@@ -49,9 +52,66 @@ BATCH = Limits(at_least=1, at_most=2**17)
 BATCH_OR_NONE = Limits(at_least=0, at_most=2**17)
 
 
-def limited(default: Any, limits: Limits) -> Any:
-    """A dataclass field with a default and the interval that its values must lie in."""
-    return dataclasses.field(default=default, metadata={KEY: limits})
+def limited(default: Any, limits: Limits, *, resumable: bool = False) -> Any:
+    """A dataclass field with a default and the interval that its values must lie in.
+
+    resumable: a resumed run may have another value, because the field does not change what the run learns.
+    """
+    return dataclasses.field(default=default, metadata={KEY: limits, RESUMABLE: resumable})
+
+
+def resumable(default: Any) -> Any:
+    """A dataclass field without limits, of which a resumed run may have another value."""
+    return dataclasses.field(default=default, metadata={RESUMABLE: True})
+
+
+def renamed(default: Any, *, earlier: str) -> Any:
+    """A dataclass field without limits that had the name `earlier` before; files and flags may still use it."""
+    return dataclasses.field(default=default, metadata={EARLIER: earlier})
+
+
+def renamed_keys(kind: type, prefix: str = "") -> dict[str, str]:
+    """Returns the earlier names of a config's keys and their present names, both as in "data.decoder"."""
+    keys: dict[str, str] = {}
+    for item in dataclasses.fields(kind):
+        value = getattr(kind(), item.name)
+        if dataclasses.is_dataclass(value):
+            keys |= renamed_keys(type(value), f"{prefix}{item.name}.")
+        elif EARLIER in item.metadata:
+            keys[f"{prefix}{item.metadata[EARLIER]}"] = f"{prefix}{item.name}"
+    return keys
+
+
+def with_present_names(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of a config of an earlier version with its keys renamed as they are called now."""
+    names = {item.metadata.get(EARLIER): item.name for item in dataclasses.fields(kind)}
+    present = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        part = getattr(kind(), name, None)
+        nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+        present[name] = with_present_names(type(part), value) if nested else value
+    return present
+
+
+def resumable_keys(kind: type) -> set[str]:
+    """The keys of a config class, as in "run.device", of which a resumed run may have other values.
+
+    A nested table is one key, "model.decoder" say. A field of a subclass that is declared again keeps the flag of its
+    base class.
+    """
+    keys = set()
+    for table in dataclasses.fields(kind):
+        part = type(getattr(kind(), table.name))
+        whole = bool(table.metadata.get(RESUMABLE))
+        names = {item.name for item in dataclasses.fields(part)} if whole else resumable_fields(part)
+        keys |= {f"{table.name}.{name}" for name in names}
+    return keys
+
+
+def resumable_fields(table: type) -> set[str]:
+    """The same of one table of a config, without its name."""
+    return {item.name for item in dataclasses.fields(table) if _metadata(table, item.name, RESUMABLE)}
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
@@ -85,8 +145,13 @@ def check_flags(**flags: tuple[float | None, Limits]) -> None:
 
 def declared(kind: type, name: str) -> Limits:
     """Limits of a field; those of a base class where a subclass declares the field again with another default."""
+    return _metadata(kind, name, KEY) or Limits()
+
+
+def _metadata(kind: type, name: str, key: str) -> Any:
+    """What a field says under `key`, in the class or the nearest base class that says it; None where none does."""
     for cls in kind.__mro__:
         fields = cls.__dict__.get("__dataclass_fields__", {})
-        if name in fields and KEY in fields[name].metadata:
-            return fields[name].metadata[KEY]
-    return Limits()
+        if name in fields and key in fields[name].metadata:
+            return fields[name].metadata[key]
+    return None

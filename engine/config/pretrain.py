@@ -18,6 +18,8 @@ from mam2.engine.config.limits import (
     Limits,
     check_limits,
     limited,
+    renamed,
+    resumable,
 )
 from mam2.engine.errors import UserError
 
@@ -50,21 +52,21 @@ class DataConfig:
     recorded: int = limited(0, COUNT_OR_NONE)
     """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
     (`mam2 tokenize`). 0: new ones in every epoch."""
-    front_end: Literal["auto", "nvdec", "dali-cpu", "pyav"] = "auto"
+    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
     """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
     files known to be sound: damage that a look at packets and key frames does not find may end the process."""
-    threads: int = limited(0, COUNT_OR_NONE)
+    threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0 means as many as this process may use cores, shared with the other processes of a node."""
-    nvdec_threads: int = limited(32, COUNT)
+    nvdec_threads: int = limited(32, COUNT, resumable=True)
     """Threads that feed NVDEC; they wait more than they compute, so they may be more than the cores."""
-    prefetch: int = limited(2, COUNT)
+    prefetch: int = limited(2, COUNT, resumable=True)
     """Batches prepared ahead of the step."""
-    timeout_s: float = limited(60.0, POSITIVE)
+    timeout_s: float = limited(60.0, POSITIVE, resumable=True)
     """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
-    wait_s: float = limited(300.0, NOT_NEGATIVE)
+    wait_s: float = limited(300.0, NOT_NEGATIVE, resumable=True)
     """Seconds to wait for data that is away (a folder that is missing, an I/O error) before the run ends. Below the 10
     minutes after which the other processes of a run give up."""
-    max_unusable: float = limited(0.5, SHARE)
+    max_unusable: float = limited(0.5, SHARE, resumable=True)
     """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
 
 
@@ -77,6 +79,12 @@ class MaskConfig:
     """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
     strength: float = limited(0.5, SHARE)
     """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
+    decoded: float = limited(1.0, Limits(above=0, at_most=1))
+    """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
+    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
+    decoded_kind: Literal["cell", "random"] = "cell"
+    """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
+    space and time evenly; `random` draws it anew for each clip without regard to the place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +136,18 @@ class ModelConfig:
     """MAM2 only."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Each of MAM2's two decoders, or the one of the other objectives."""
+    frames: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Frames of the clips that the weights of `--checkpoint` were trained on, which sets it: positions are resampled
+    from theirs. 0: as `data.frames`."""
+    size: int = limited(0, COUNT_OR_NONE, resumable=True)
+    """Height and width of those clips in pixels; 0: as `data.size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     path: str = ""
     """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
-    cache: str = ""
+    cache: str = resumable("")
     """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
     frames: Literal["first", "all"] = "first"
     """Of each token the code of its first frame, or one of each of its frames, all to be predicted."""
@@ -183,7 +196,7 @@ class OptimConfig:
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE)
+    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
     0: its whole share of the batch."""
     epochs: float = limited(400, POSITIVE)
@@ -210,36 +223,46 @@ class OptimConfig:
 class RunConfig:
     seed: int = limited(0, SEED)
     """Of weights, order, clips and masks."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = resumable("auto")
     """`auto` takes a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs that multiply it
     (AVX512-BF16, AMX), else float32."""
-    compile: bool = True
+    compile: bool = resumable(True)
     """Compile the step with torch.compile; said in the log when it cannot be."""
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Literal["auto", "on", "off"] = resumable("auto")
     """On a GPU take the whole step as one CUDA graph: where that is measured to be faster (one process, one pass a
     step), always (not compared; an error where it cannot be), or never."""
     deterministic: bool = False
     """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
-    recompute: bool = False
+    recompute: bool = resumable(False)
     """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
-    log_every: int = limited(20, COUNT)
+    log_every: int = limited(20, COUNT, resumable=True)
     """Steps between two lines of the log."""
-    save_every: int = limited(1000, COUNT)
+    save_every: int = limited(1000, COUNT, resumable=True)
     """Steps between two checkpoints; one is always written at the end."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Literal["ddp", "fsdp"] = resumable("ddp")
     """Of several processes: `ddp` gives each a whole model, `fsdp` spreads weights, gradients and moments over them."""
-    keep: int = limited(3, COUNT)
+    keep: int = limited(3, COUNT, resumable=True)
     """Newest checkpoints kept."""
-    keep_every: int = limited(0, COUNT_OR_NONE)
+    keep_every: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
-    max_nonfinite: int = limited(20, COUNT)
+    max_nonfinite: int = limited(20, COUNT, resumable=True)
     """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
-    profile: int = limited(0, COUNT_OR_NONE)
+    profile: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Steps to profile, from the sixth of this call on: a trace and a table of operators in RUN/profile/."""
-    tracker: Literal["none", "wandb", "trackio"] = "none"
+    tracker: Literal["none", "wandb", "trackio"] = resumable("none")
     """A service that gets the numbers of the log as well; its package has to be installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+
+    every: float = limited(1.0, POSITIVE, resumable=True)
+    """Epochs between two measurements of the held-out losses; there is always one at the end."""
+    videos: int = limited(512, COUNT_OR_NONE, resumable=True)
+    """At most so many of the videos, evenly spread over the list; 0: all."""
 
 
 class TokenGrid:
@@ -253,6 +276,12 @@ class TokenGrid:
         """Tokens along time, height and width."""
         side = self.data.size // self.model.patch
         return self.data.frames // self.model.tubelet, side, side
+
+    @property
+    def trained_grid(self) -> tuple[int, int, int]:
+        """The token grid of the clips that the weights were trained on, whose positions are resampled to `grid`."""
+        side = (self.model.size or self.data.size) // self.model.patch
+        return (self.model.frames or self.data.frames) // self.model.tubelet, side, side
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -269,6 +298,7 @@ class PretrainConfig(TokenGrid):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def masked_tokens(self) -> int:
@@ -277,6 +307,11 @@ class PretrainConfig(TokenGrid):
         if self.mask.kind == "random":
             return int(self.mask.ratio * slots * rows * columns)
         return slots * int(self.mask.ratio * rows * columns)
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Hidden tokens of a clip that are predicted in training."""
+        return int(self.mask.decoded * self.masked_tokens)
 
     @property
     def needs_codes(self) -> bool:
@@ -335,11 +370,21 @@ def check(config: PretrainConfig) -> None:
     """Raises UserError for values that are out of range or cannot work together, naming key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
+    if model.frames % model.tubelet or model.size % model.patch:
+        raise UserError(
+            f"model.frames {model.frames}, model.size {model.size}: expected multiples of model.tubelet "
+            f"{model.tubelet} and model.patch {model.patch}; leave both out, --checkpoint sets them"
+        )
     tokens = math.prod(config.grid)
     if not 0 < config.masked_tokens < tokens:
         raise UserError(
             f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
             "it must hide at least one and leave at least one visible"
+        )
+    if not config.decoded_tokens:
+        raise UserError(
+            f"mask.decoded {mask.decoded} leaves none of {config.masked_tokens} hidden tokens to predict; "
+            f"it must be at least {1 / config.masked_tokens:.2g}"
         )
     parts: dict[str, Any] = {"model": model, "model.regressor": model.regressor, "model.decoder": model.decoder}
     for name, part in parts.items():

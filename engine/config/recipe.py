@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints, overload
 
+from mam2.engine.config.limits import renamed_keys, with_present_names
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
 
@@ -24,6 +26,9 @@ except ModuleNotFoundError:  # Python 3.10
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FINETUNE = "finetune"
 """File name of the shipped recipes that fine-tune; all others pre-train."""
+
+_PATHS = {"tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
+"""Keys whose values are paths of the machine that trained."""
 
 Config = TypeVar("Config")
 
@@ -108,6 +113,11 @@ def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) 
     extended = values.pop("extends", [])
     if not isinstance(extended, list) or not all(isinstance(other, str) for other in extended):
         raise UserError(f"recipe {path.name}: 'extends' expects a list of recipes, found {extended!r}")
+    for earlier, now in renamed_keys(kind).items():
+        table, _, key = earlier.partition(".")
+        if isinstance(values.get(table), dict) and key in values[table]:
+            logging.getLogger("mam2").warning("recipe %s: the key %s is now called %s", path.name, earlier, now)
+    values = with_present_names(kind, values)
     from_dict(kind, values, where=f"recipe {path.name}")  # a wrong key is named with the file it is in
     merged: dict[str, Any] = {}
     for other in extended:
@@ -128,7 +138,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
     fields = [f.name for f in dataclasses.fields(cls)]
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in with_present_names(cls, values).items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
@@ -151,3 +161,11 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, the inverse of `from_dict`."""
     return dataclasses.asdict(config)
+
+
+def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the paths of the machine that trained."""
+    return {
+        table: {key: "" if key in _PATHS.get(table, ()) else value for key, value in values.items()}
+        for table, values in config.items()
+    }

@@ -23,7 +23,7 @@ computes all at once: there, launches and copies of filters cost more than produ
 
 
 class TorchCrops:
-    """Replaces the `ClipGraph` of front end "pyav". A clip depends only on its own frames."""
+    """Replaces the `ClipGraph` of the decoder "pyav". A clip depends only on its own frames."""
 
     def __init__(self, size: int, *, views: int, device: torch.device) -> None:
         """size: height and width of a clip in pixels. device: device of the computation and the results."""

@@ -50,16 +50,16 @@ def with_number(device: torch.device) -> torch.device:
 
 
 class ClipGraph:
-    """A DALI pipeline for one front end ("nvdec", "dali-cpu", "pyav"); built at first use, and rebuilt after an error.
+    """A DALI pipeline for one decoder ("nvdec", "dali-cpu", "pyav"); built at first use, and rebuilt after an error.
 
     The result of a sample depends neither on the other samples of the call nor on the number of threads.
     """
 
     def __init__(
-        self, front_end: str, config: DataConfig, *, views: int, samples: int, threads: int, device: torch.device
+        self, decoder: str, config: DataConfig, *, views: int, samples: int, threads: int, device: torch.device
     ):
         """samples: maximum per call. On a CUDA device, frames are resized there and results stay there."""
-        self._front_end = front_end
+        self._decoder = decoder
         self._config = config
         self._views = views
         self._device = with_number(device)
@@ -86,7 +86,7 @@ class ClipGraph:
             NvdecHangs: NVDEC did not answer within data.timeout_s seconds.
         """
         try:
-            if self._front_end == "nvdec":
+            if self._decoder == "nvdec":
                 outputs = within(self._config.timeout_s, lambda: self._run_pipeline(payloads, frames, views))
             else:
                 outputs = self._run_pipeline(payloads, frames, views)
@@ -105,7 +105,7 @@ class ClipGraph:
         if self._pipeline is None:
             self._pipeline = self._build()
         pipeline = self._pipeline
-        if self._front_end == "pyav":
+        if self._decoder == "pyav":
             pipeline.feed_input("frames", list(payloads))
         else:
             pipeline.feed_input("encoded", list(payloads))
@@ -146,13 +146,13 @@ class ClipGraph:
     def _frames(self) -> Any:
         """Builds the graph's input: a node of uint8 frames, FHWC, on the graph's device."""
         fn, types = self._dali.fn, self._dali.types
-        if self._front_end == "pyav":
+        if self._decoder == "pyav":
             frames = fn.external_source(name="frames", dtype=types.UINT8, ndim=4, layout="FHWC", no_copy=True)
             return frames.gpu() if self._device.type == "cuda" else frames
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         numbers = fn.external_source(name="numbers", dtype=types.INT32, ndim=1)
         # On a GPU machine a user can select the CPU decoder; its frames are then uploaded like PyAV's.
-        nvdec = self._front_end == "nvdec"
+        nvdec = self._decoder == "nvdec"
         frames = fn.decoders.video(
             encoded,
             device="mixed" if nvdec else "cpu",

@@ -203,17 +203,17 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _T
     files = frame_files(folder)
     if not files:
         raise DecodeError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    convert: _Converter | None = None
+    convert: FrameConverter | None = None
     images: list[NDArray[np.uint8]] = []
     for file in limit(files[min(number, len(files) - 1)] for number in frames):
         try:
             with open_video(file, limit.seconds) as (container, stream):
-                image = next(_frames(stream, read_packets(container, stream)), None)
+                image = next(decoded_frames(stream, read_packets(container, stream)), None)
         except DecodeError as error:
             raise DecodeError(f"{os.path.basename(file)}: {error}") from error
         if image is None:
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
-        convert = convert or _Converter(image, target.least_size)
+        convert = convert or FrameConverter(image, target.least_size)
         images.append(convert(image))
     return _stack(images, target.pinned)
 
@@ -241,13 +241,13 @@ def _decode(
             packets = sought
         if may_skip and not is_packed(stream):
             packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1], point[0] if point else 0)
-        convert: _Converter | None = None
+        convert: FrameConverter | None = None
         images: list[NDArray[np.uint8]] = []
-        for frame in limit(_frames(stream, packets)):
+        for frame in limit(decoded_frames(stream, packets)):
             if convert is None:
                 if first_pts is not None and frame.pts != first_pts:
                     return None
-                convert = _Converter(frame, target.least_size)
+                convert = FrameConverter(frame, target.least_size)
             if index == wanted[len(images)]:
                 image = convert(frame)
                 while len(images) < len(wanted) and wanted[len(images)] == index:
@@ -292,7 +292,8 @@ def _stack(images: list[NDArray[np.uint8]], pinned: bool) -> NDArray[np.uint8]:
     return np.stack(images, out=np.empty(shape, np.uint8))
 
 
-def _frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+def decoded_frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+    """Every frame that comes out of the packets, in the order in which they are shown."""
     for packet in packets:
         if packet.size:
             yield from decode_packet(stream, packet)
@@ -361,7 +362,7 @@ def _packets_for(
     return kept[cut.packets - dropped :], cut.frame, cut.pts
 
 
-class _Converter:
+class FrameConverter:
     """Converts frames to upright RGB uint8 [H, W, C] with the first frame's size and rotation; one swscale context."""
 
     def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None) -> None:

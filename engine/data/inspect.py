@@ -86,7 +86,7 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
         ),
         ("key frames", f"{_spread(keys)} frames in the longest key-frame interval per video"),
     ]
-    front_ends = Counter(front_end for video in videos for front_end in video.front_ends)
+    decoders = Counter(decoder for video in videos for decoder in video.decoders)
     av1 = sum(video.codec == "av1" for video in videos)
     hdr = sum(video.transfer in HDR.values() for video in videos)
     interlaced = sum(video.interlaced for video in videos)
@@ -100,13 +100,13 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     rows += [
         (
             "NVDEC",
-            f"{front_ends['nvdec']} videos on every GPU since Turing; AV1 ({av1} videos) only on {AV1_GPUS}, "
+            f"{decoders['nvdec']} videos on every GPU since Turing; AV1 ({av1} videos) only on {AV1_GPUS}, "
             "so PyAV decodes it here",
         ),
-        ("DALI on CPU", f"{front_ends['dali-cpu']} videos"),
+        ("DALI on CPU", f"{decoders['dali-cpu']} videos"),
         (
             "PyAV",
-            f"{front_ends['pyav']} videos; {speed}",
+            f"{decoders['pyav']} videos; {speed}",
         ),
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]
@@ -129,7 +129,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
     count = len(videos)
     sparse = [video for video in videos if video.keyframe_max > DENSE_KEYS]
     large = [video for video in videos if min(video.shown_size) > LARGE_SIDE]
-    nvdec = [video for video in videos if "nvdec" in video.front_ends]
+    nvdec = [video for video in videos if "nvdec" in video.decoders]
     no_nvdec = count - len(nvdec)
     odd = sum(video.width % NVDEC_MULTIPLE > 0 or video.height % NVDEC_MULTIPLE > 0 for video in nvdec)
     reordered = sum(video.b_frames for video in nvdec)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,22 +18,19 @@ import torch
 from tqdm import tqdm
 
 from mam2.engine.config.pretrain import DataConfig, check_data
+from mam2.engine.data.assigned_decoders import AssignedDecoders
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.dali import dali_version
-from mam2.engine.data.front_ends import NVDEC_SIZES, choose_front_end
-from mam2.engine.data.manifest import Manifest, Skipped
-from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
+from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
-from mam2.engine.data.sampling import ClipRequest, draw_clip, frame_step, replacement, sample_at
-from mam2.engine.data.video import Video
+from mam2.engine.data.sampling import ClipRequest, draw_clip, replacement, sample_at
+from mam2.engine.data.unusable import UnusableVideos
+from mam2.engine.data.video import Skipped, Video
 from mam2.engine.errors import UserError
 
 CHUNK_BYTES = 2**29
 """Decoded frames are held in at most two chunks of this size; a batch of large videos is processed in parts."""
 MOST_ATTEMPTS = 100
-FIRST_FILES = 16
-"""The run ends if this many first files all fail for the same reason and no file was decoded."""
 
 
 CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -110,9 +106,6 @@ class ClipLoader:
         """
         self._views = config.views if train else 1
         _check(config, batch, self._views)
-        self.skipped: list[Skipped] = []
-        """Videos found to be unusable after the manifest was written."""
-        self._told: set[str] = set()
         self.wait_s = 0.0
         """Seconds that the consumer waited for batches."""
         self.decoded_frames = 0
@@ -120,20 +113,26 @@ class ClipLoader:
         self._manifest, self._config = manifest, config
         self._batch, self._train = batch, train
         self._seed, self._rank, self._world = seed, rank, world
-        self._on_skip, self._available, self._info = on_skip, available, info
+        self._unusable = UnusableVideos(manifest, config.max_unusable, on_skip)
+        self._available, self._info = available, info
         self._codes: CodesOf | None = None
-        self._record = Record()
         self._decoded_any = False
-        self._front_end_of = self._choose_front_ends(torch.device(device))
-        self._usable = sorted(self._front_end_of)
+        self._decoders = AssignedDecoders(manifest, config, torch.device(device), info=info, refuse=self._skip)
+        self._check_share()
+        self._usable = self._decoders.usable
         paths = [video.path for video in manifest.videos]
         self._renderer = Renderer(config, samples=batch, device=torch.device(device), info=info, paths=paths)
         self._streams: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     @property
-    def front_ends(self) -> dict[str, int]:
-        """Returns the number of videos that each front end decodes."""
-        return dict(Counter(self._front_end_of.values()))
+    def decoders(self) -> dict[str, int]:
+        """Returns the number of videos per decoder."""
+        return self._decoders.count()
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Videos that turned out to be unusable after the manifest was made."""
+        return self._unusable.found
 
     @property
     def cropper(self) -> str:
@@ -240,35 +239,6 @@ class ClipLoader:
         self.wait_s += waited_s
         self._renderer.hand_over(batch.clip, *([] if batch.codes is None else [batch.codes]))
 
-    def _choose_front_ends(self, device: torch.device) -> dict[int, str]:
-        dali, broken = bool(dali_version()), {}
-        if device.type == "cuda" and dali and self._config.front_end in ("auto", "nvdec"):
-            there = {video.codec for video in self._manifest.videos}
-            broken = broken_codecs(there.intersection(NVDEC_SIZES), device, self._config)
-            for codec, problem in broken.items():
-                self._info(f"data    NVDEC does not decode {codec} here ({problem}): PyAV decodes it")
-        chosen: dict[int, str] = {}
-        refusal = UserError("the manifest holds no videos")
-        for index, video in enumerate(self._manifest.videos):
-            try:
-                if self._config.sampling == "dense":
-                    frame_step(video, self._config)  # raises if data.fps is set and the video has no frame rate
-                chosen[index] = choose_front_end(
-                    video.codec,
-                    device,
-                    self._config.front_end,
-                    dali=dali,
-                    broken=broken,
-                    **video.traits,
-                )
-            except UserError as error:
-                refusal = error
-                self._skip(index, str(error))
-        if not chosen:
-            raise refusal
-        self._check_share()
-        return chosen
-
     def _produce(self, plans: Iterable[Plan], way: _Way) -> Generator[Batch, None, None]:
         """Yields the planned batches. While one chunk is resized, the next is being decoded."""
         ahead: _Chunk | None = None
@@ -311,7 +281,7 @@ class ClipLoader:
             return self._sample(row, epoch, place, way, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
         request = way.draw(index, video, epoch, attempt)
-        job = self._renderer.start(row, video.path, request, self._front_end_of[index], video.seek_points)
+        job = self._renderer.start(row, video.path, request, self._decoders[index], video.seek_points)
         return _Sample(epoch, place, attempt, job)
 
     def _finished(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
@@ -321,8 +291,7 @@ class ClipLoader:
             reasons = self._renderer.finish([sample.job for sample in samples], chunk.clip)
             again = []
             for sample, reason in zip(samples, reasons, strict=True):
-                if sample.job.front_end == "nvdec" and self._record.note(reason is None):
-                    self._give_nvdec_up(f"it failed on {MOST_FAILURES} files in a row, last: {reason}")
+                self._decoders.record(sample.job.decoder, reason)
                 self._decoded_any |= reason is None
                 if reason is None:
                     chunk.shown[sample.job.row] = sample
@@ -330,7 +299,7 @@ class ClipLoader:
                     again += self._try_again(sample, reason, way)
             samples = again
             if self._renderer.hangs:
-                self._give_nvdec_up(self._renderer.hangs)
+                self._decoders.switch_nvdec_off(self._renderer.hangs)
         if chunk.last:
             yield from self._batch_of(chunk, way)
 
@@ -338,28 +307,17 @@ class ClipLoader:
         """Retries a sample with PyAV, then replaces it by another video; returns None if it is to be left out."""
         job = sample.job
         video = self._manifest.videos[job.request.video]
-        if job.front_end != "pyav" and self._config.front_end == "auto":
-            if job.front_end == "nvdec":
-                # Rebuilding its graph for every such file would make the step wait.
-                self._front_end_of[job.request.video] = "pyav"
+        if self._decoders.fall_back(job.request.video, job.decoder):
             job = self._renderer.start(job.row, video.path, job.request, "pyav", video.seek_points)
             return [dataclasses.replace(sample, job=job)]
         self._skip(job.request.video, reason)
-        self._check_first()
+        if not self._decoded_any and (problem := self._unusable.all_alike()):
+            raise UserError(problem)
         self._check_share()
         if not way.replace:
             return []
         attempt = self._next_attempt(sample.attempt, job.request.video)
         return [self._sample(job.row, sample.epoch, sample.place, way, attempt)]
-
-    def _give_nvdec_up(self, why: str) -> None:
-        """Switches to PyAV for all following clips."""
-        given = [index for index, front_end in self._front_end_of.items() if front_end == "nvdec"]
-        if given and self._config.front_end == "auto":
-            self._front_end_of.update(dict.fromkeys(given, "pyav"))
-            self._info(
-                f"data    NVDEC is switched off for this run: {why}. PyAV decodes all videos; mam2 doctor tests NVDEC"
-            )
 
     def _next_attempt(self, attempt: int, video: int) -> int:
         if attempt == MOST_ATTEMPTS:
@@ -393,31 +351,11 @@ class ClipLoader:
         )
 
     def _skip(self, video: int, reason: str) -> None:
-        path = self._manifest.videos[video].path
-        if path not in self._told:
-            self._told.add(path)
-            self.skipped.append(Skipped(path, reason))
-            if self._on_skip:
-                self._on_skip(self.skipped[-1])
-
-    def _check_first(self) -> None:
-        """Raises UserError if the first files all fail for the same reason: then the cause is not a single file."""
-        reasons = {entry.reason for entry in self.skipped}
-        if self._decoded_any or self._config.max_unusable >= 1 or len(self.skipped) < FIRST_FILES or len(reasons) > 1:
-            return
-        raise UserError(
-            f"no video can be decoded: the first {len(self.skipped)} videos all failed for the same reason, "
-            f"{reasons.pop()}; the last is {self.skipped[-1].path}. mam2 doctor tests each decoder with its own clips"
-        )
+        self._unusable.add(Skipped(self._manifest.videos[video].path, reason))
 
     def _check_share(self) -> None:
-        unusable = [*self._manifest.skipped, *self.skipped]
-        total = len(self._manifest.videos) + len(self._manifest.skipped)
-        if len(unusable) > self._config.max_unusable * total:
-            raise UserError(
-                f"{len(unusable)} of {total} videos cannot be used, more than data.max_unusable="
-                f"{self._config.max_unusable:g} allows; the last is {unusable[-1].path}: {unusable[-1].reason}"
-            )
+        if problem := self._unusable.too_many():
+            raise UserError(problem)
 
 
 def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[Plan]:

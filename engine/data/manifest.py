@@ -145,7 +145,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
 
         write({"classes": manifest.classes})
         for video in manifest.videos:
-            derived = {"duration_s": round(video.duration_s, 3), "front_ends": video.front_ends}
+            derived = {"duration_s": round(video.duration_s, 3), "front_ends": video.decoders}
             write(dataclasses.asdict(video) | derived)
         for skipped in manifest.skipped:
             write(dataclasses.asdict(skipped))

@@ -32,7 +32,7 @@ class Job:
 
     row: int
     request: ClipRequest
-    front_end: str
+    decoder: str
     payload: Future[NDArray[np.uint8]]
     """Frames [T, h, w, C] if PyAV decodes the clip, else the bytes of the file."""
 
@@ -49,7 +49,7 @@ class Renderer:
         info: Callable[[str], None],
         paths: Sequence[str] = (),
     ):
-        """samples: maximum per batch. info: receives lines for the log. paths: the paths of the data; see `Patience`."""
+        """samples: maximum per batch. info: receives lines for the log. paths: of the data; see `Patience`."""
         device = with_number(device)
         self._config = config
         self._samples = samples
@@ -71,14 +71,14 @@ class Renderer:
         return f"DALI {self._dali}" if self._dali else "PyTorch (DALI is not installed)"
 
     def start(
-        self, row: int, path: str, request: ClipRequest, front_end: str, seek_points: Sequence[tuple[int, int]] = ()
+        self, row: int, path: str, request: ClipRequest, decoder: str, seek_points: Sequence[tuple[int, int]] = ()
     ) -> Job:
         """Decodes a clip, or reads the file for a graph that decodes, in a thread. seek_points: see `Video`."""
-        if front_end == "pyav":
+        if decoder == "pyav":
             payload = self._pool.submit(self._decode, path, request, seek_points)
         else:
             payload = self._pool.submit(self._patience, path, lambda: read_vetted(path, self._vetted))
-        return Job(row, request, front_end, payload)
+        return Job(row, request, decoder, payload)
 
     def _decode(self, path: str, request: ClipRequest, seek_points: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
         def read() -> NDArray[np.uint8]:
@@ -110,15 +110,15 @@ class Renderer:
         for job in jobs:
             try:
                 job.payload.result()
-                groups.setdefault(job.front_end, []).append(job)
+                groups.setdefault(job.decoder, []).append(job)
             except DecodeError as error:
                 reasons[job.row] = str(error)
-        for front_end, group in groups.items():
+        for decoder, group in groups.items():
             with self._lock:
                 try:
-                    reasons.update(self._resize(self._graph(front_end, clip.shape[1]), group, clip))
+                    reasons.update(self._resize(self._graph(decoder, clip.shape[1]), group, clip))
                 except NvdecHangs as error:
-                    if self._config.front_end != "auto":
+                    if self._config.decoder != "auto":
                         raise
                     self.hangs = str(error)
                     reasons.update({job.row: self.hangs for job in group})
@@ -160,7 +160,7 @@ class Renderer:
         self._pool.shutdown(cancel_futures=True)
 
     def _resize(self, graph: ClipGraph | TorchCrops, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
-        """Runs the jobs of one front end through its graph; returns the failed rows with the reasons."""
+        """Runs the jobs of one decoder through its graph; returns the failed rows with the reasons."""
         payloads = [job.payload.result() for job in group]
         requests = [job.request for job in group]
         try:
@@ -180,13 +180,13 @@ class Renderer:
             return self._resize(graph, group[:half], clip) | self._resize(graph, group[half:], clip)
         return {}
 
-    def _graph(self, front_end: str, views: int) -> ClipGraph | TorchCrops:
-        key = front_end, views
+    def _graph(self, decoder: str, views: int) -> ClipGraph | TorchCrops:
+        key = decoder, views
         if key not in self._graphs:
             if self._dali:
-                threads = self._config.nvdec_threads if front_end == "nvdec" else self._threads
+                threads = self._config.nvdec_threads if decoder == "nvdec" else self._threads
                 self._graphs[key] = ClipGraph(
-                    front_end, self._config, views=views, samples=self._samples, threads=threads, device=self._device
+                    decoder, self._config, views=views, samples=self._samples, threads=threads, device=self._device
                 )
             else:
                 self._graphs[key] = TorchCrops(self._config.size, views=views, device=self._device)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.data.draws import Draw, generator_of
 from mam2.engine.data.manifest import Video
 from mam2.engine.errors import UserError
 
@@ -34,7 +35,6 @@ CROP_PLACES = [
     *((x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)),
 ]
 """Position of a multi-scale crop in the free space: corners, edges, center, quarters (`fix_crop`, `more_fix_crop`)."""
-_ORDER, _CLIP, _REPLACEMENT = range(3)
 
 
 class View(NamedTuple):
@@ -74,7 +74,7 @@ def sample_at(counter: int, n: int, seed: int) -> tuple[int, int]:
 
 def replacement(video: int, n: int, epoch: int, seed: int, attempt: int) -> int:
     """Draws the video (0 to n - 1) that replaces one that cannot be decoded, at attempt 1, 2, …"""
-    return int(_generator(_REPLACEMENT, seed, epoch, video, attempt).integers(n))
+    return int(generator_of(Draw.REPLACEMENT, seed, epoch, video, attempt).integers(n))
 
 
 def draw_clip(
@@ -91,7 +91,7 @@ def draw_clip(
         return ClipRequest(index, _frames(video, config, None), (_centre_crop(width, height, 1.0),))
     if config.recorded:
         epoch, attempt = epoch % config.recorded, 0
-    generator = _generator(_CLIP, seed, epoch, index, attempt)
+    generator = generator_of(Draw.CLIP, seed, epoch, index, attempt)
     frames = _frames(video, config, generator)
     crop = _multi_scale_crop if config.crop == "multi-scale" else _random_resized_crop
     views = []
@@ -158,6 +158,11 @@ def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, c
     return View(x, y, x + wide, y + high, False)
 
 
+def middle_square(video: Video) -> View:
+    """The largest square in the middle of a video's frames."""
+    return _centre_crop(*video.shown_size, 1.0)
+
+
 def _centre_crop(width: int, height: int, max_aspect: float) -> View:
     """Returns the largest center crop with an aspect ratio from 1/max_aspect to max_aspect."""
     wide, high = min(1.0, height * max_aspect / width), min(1.0, width * max_aspect / height)
@@ -166,10 +171,4 @@ def _centre_crop(width: int, height: int, max_aspect: float) -> View:
 
 @functools.lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return _generator(_ORDER, seed, epoch).permutation(n)
-
-
-def _generator(purpose: int, seed: int, epoch: int, video: int = 0, attempt: int = 0) -> np.random.Generator:
-    # Philox increments the first counter word with every number drawn here.
-    counter = np.array([0, epoch, video, attempt], np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))
+    return generator_of(Draw.ORDER, seed, epoch).permutation(n)

@@ -13,12 +13,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
+
+from mam2.engine.data.encoding import encode_frames
 
 MOTIONS = ("clockwise", "counterclockwise", "down", "grow", "left", "right", "shrink", "up")
 SHAPES = ("bar", "triangle", "cross", "half-disc", "corner")
@@ -137,18 +138,9 @@ def write_clip(path: Path, clip: np.ndarray, *, fps: int = FPS, quality: int = Q
         ".mp4": ("libx264", {"preset": "veryfast", "crf": str(quality), "x264-params": "mbtree=0:rc-lookahead=0"}),
         ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": str(quality), "b:v": "0"}),
     }[path.suffix]
-    with av.open(
-        str(path), "w", options={"fflags": "bitexact"}
-    ) as container:  # otherwise WebM contains a random number
-        stream = container.add_stream(codec, rate=fps, options=options)
-        stream.height, stream.width = clip.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = 12
-        stream.codec_context.thread_count = 1
-        stream.time_base = Fraction(1, fps)
-        for image in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    height, width = clip.shape[1:3]
+    exact = {"fflags": "bitexact"}  # otherwise WebM contains a random number
+    encode_frames(path, clip, codec, (width, height), rate=fps, gop=12, options=options, container_options=exact)
 
 
 TRIALS = {
@@ -171,13 +163,8 @@ def write_trial(folder: Path, codec: str, *, frames: int, side: int) -> Path | N
     path = folder / f"{codec}{suffix}"
     os.environ.setdefault("SVT_LOG", "1")  # makes libsvtav1 print errors only
     options = {"libx265": {"x265-params": "log-level=none"}}.get(encoder, {})
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(encoder, rate=25, options=options)
-        stream.height, stream.width, stream.pix_fmt = side, side, pixels
-        for number in range(frames):
-            image = np.full((side, side, 3), 10 * number + 5, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    images = (np.full((side, side, 3), 10 * number + 5, np.uint8) for number in range(frames))
+    encode_frames(path, images, encoder, (side, side), pixel_format=pixels, options=options)
     return path
 
 

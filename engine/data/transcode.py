@@ -38,6 +38,7 @@ from mam2.engine.data.decoding import (
     frame_files,
     open_video,
 )
+from mam2.engine.data.encoding import video_writer
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import Listing, list_and_split, read_source
 from mam2.engine.data.video import Skipped, Video, probe
@@ -258,13 +259,16 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
     reformatter = VideoReformatter()
     sources = frame_files(video.path) if video.codec == FRAMES else [video.path]
     count = 0
-    with av.open(str(path), "w", container_options=encoder.container_options) as container:
-        stream = container.add_stream(encoder.name, rate=rate, options=encoder.options)
+    with video_writer(
+        path,
+        encoder.name,
+        (width, height),
+        rate=rate,
+        gop=settings.gop,
+        options=encoder.options,
+        container_options=encoder.container_options,
+    ) as (container, stream):
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-        context.time_base = 1 / rate
-        context.gop_size = settings.gop
-        context.thread_count = 1  # files are encoded in parallel
         for frame in _decoded(sources, stop):
             if not count and not frame.format.is_rgb:
                 # Keeps the color matrix: a conversion through RGB would darken the frames by a level or two.
@@ -282,7 +286,6 @@ def _encode(video: Video, path: Path, settings: Settings, stop: threading.Event)
             picture.pts, picture.time_base = count, 1 / rate
             container.mux(stream.encode(picture))
             count += 1
-        container.mux(stream.encode())
     return count
 
 

@@ -26,8 +26,8 @@ from mam2.engine.data.decoding import (
     read_packets,
 )
 from mam2.engine.data.frame_folders import folder_status
-from mam2.engine.data.front_ends import FRONT_ENDS, choose_front_end
 from mam2.engine.data.outage import ALONE_S, Patience
+from mam2.engine.data.video_decoders import VIDEO_DECODERS, choose_decoder
 from mam2.engine.errors import UserError
 
 HASH_BLOCK = 2**16
@@ -108,7 +108,7 @@ class Video:
 
     @property
     def traits(self) -> dict[str, Any]:
-        """Returns the arguments of `choose_front_end` other than the codec."""
+        """Returns the arguments of `choose_decoder` other than the codec."""
         return {
             "pixel_format": self.pixel_format,
             "rotation": self.rotation,
@@ -118,14 +118,14 @@ class Video:
         }
 
     @property
-    def front_ends(self) -> tuple[str, ...]:
-        """Returns the front ends that can decode the video on a suitable machine."""
-        return tuple(front_end for front_end in FRONT_ENDS if self._suits(front_end))
+    def decoders(self) -> tuple[str, ...]:
+        """Returns the decoders that can decode the video on a suitable machine."""
+        return tuple(decoder for decoder in VIDEO_DECODERS if self._suits(decoder))
 
-    def _suits(self, front_end: str) -> bool:
-        device = "cuda" if front_end == "nvdec" else "cpu"
+    def _suits(self, decoder: str) -> bool:
+        device = "cuda" if decoder == "nvdec" else "cpu"
         try:
-            choose_front_end(self.codec, device, front_end, **self.traits)
+            choose_decoder(self.codec, device, decoder, **self.traits)
         except UserError:
             return False
         return True

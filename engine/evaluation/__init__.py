@@ -2,7 +2,10 @@
 
 features.py, feature_files.py             frozen features, kept by the hash of the encoder
 pools.py                                  over which tokens of a clip a feature is taken
-probe_run.py                              all probes: linear_probe.py, attentive.py, knn.py
+embedding.py, embedding_files.py          features of videos, and of windows over long ones, as files
+probing.py, probe_run.py                  all probes: linear_probe.py, attentive.py, knn.py
+neighbors.py                              without training: retrieval.py; mask_propagation.py, propagation.py,
+                                          mask_clips.py
 classification.py, views.py, accuracy.py  a classifier on many views of every video
 prediction.py, prediction_files.py        classes of videos without labels, as files and pictures
 pretext.py                                codes and motion predicted on unseen clips

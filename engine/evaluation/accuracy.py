@@ -47,13 +47,16 @@ def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
     """PNG of what `confusion` counted, each row as shares of its videos."""
     # Imported here: fine-tuning, which only counts, needs no pictures.
-    from mam2.engine.evaluation.plots import plt, png
+    from matplotlib.figure import Figure
+
+    from mam2.engine.evaluation.plots import png
 
     names = [printable(name).replace("$", r"\$") for name in classes]
     shares = matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
     named = len(classes) <= NAMED_CLASSES
     edge = max(4.0, 0.22 * len(classes)) if named else 9.0
-    figure, axis = plt.subplots(figsize=(edge + 2.2, edge + 1.6), layout="constrained")
+    figure = Figure(figsize=(edge + 2.2, edge + 1.6), layout="constrained")
+    axis = figure.subplots()
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if named:
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)

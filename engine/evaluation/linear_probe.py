@@ -33,8 +33,11 @@ def linear_probe(
 
     held: bool [n], the training features by which the penalty is chosen, from `held_out`; None: a fifth at random.
     """
-    mean, std = train.double().mean(0), train.double().std(0) + 1e-6
-    train, test = (train.double() - mean) / std, (test.double() - mean) / std
+    # one copy in double precision: those of a pool with many groups are large
+    train, test = (features.to(torch.float64, copy=True) for features in (train, test))
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    for features in (train, test):
+        features.sub_(mean).div_(std)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     held = held_out(len(train)) if held is None else held
 

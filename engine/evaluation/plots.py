@@ -8,10 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 Lines = Sequence[Mapping[str, Any]]
 """Of a log, as `mam2.engine.runtime.log.read_log` gives them."""
@@ -43,6 +41,14 @@ PANELS = (
         {"gradient/appearance": "appearance", "gradient/motion": "motion"},
         logarithmic=True,
     ),
+    Panel("held-out loss, all together", {"validation/loss": ""}),
+    Panel("held-out motion loss / that of no motion", {"validation/motion_relative": ""}, reference=1),
+    Panel(
+        "held-out right codes (%)",
+        {"validation/codes": "model", "validation/commonest_code": "always the commonest"},
+        percent=True,
+    ),
+    Panel("held-out pixel loss / that of the mean color", {"validation/pixels_relative": ""}, reference=1),
     Panel("classification loss", {"loss/training": "training (soft targets)", "loss/validation": "validation"}),
     Panel(
         "validation accuracy (%)",
@@ -81,16 +87,15 @@ def draw_logs(logs: Mapping[str, Lines], *, against: Sequence[Literal["step", "h
         raise ValueError("logs: expected lines with at least one of the quantities that are drawn, found none")
     columns = min(len(panels), 3) if len(against) == 1 else 2 * min(len(panels), 2)
     rows = -(-len(panels) * len(against) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.3 * columns, 2.3 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3.3 * columns, 2.3 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     places = [(panel, over) for panel in panels for over in against]
     for axis in axes.flat[len(places) :]:
         axis.axis("off")
     for axis, (panel, over) in zip(axes.flat, places, strict=False):
         _draw_panel(axis, panel, logs, over)
     if len(logs) > 1:
-        handles = [plt.Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)]
+        handles = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(len(logs), 4), frameon=False)
     return png(figure)
 
@@ -113,7 +118,7 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
     if panel.logarithmic:
         axis.set_yscale("log")
     if any(panel.columns.values()):
-        names = [plt.Line2D([], [], color="grey", linestyle=style) for style in STYLES] if several else None
+        names = [Line2D([], [], color="grey", linestyle=style) for style in STYLES] if several else None
         labels = list(panel.columns.values())
         axis.legend(*((names, labels) if names else ()), frameon=False, fontsize=8)
     axis.set_title(panel.title, fontsize=10)
@@ -137,9 +142,8 @@ def hours(lines: Lines) -> list[float]:
 
 
 def png(figure: Any) -> bytes:
-    """The picture of a figure, which is closed."""
+    """The picture of a figure."""
     buffer = io.BytesIO()
     # tight: the layout can leave too little room for a long label beside pictures of a fixed aspect
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
     return buffer.getvalue()

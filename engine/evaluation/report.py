@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mam2.engine.evaluation.plots import draw_logs, png
@@ -44,13 +44,9 @@ def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inch
     """
     clips, slots = len(titles), max(pictures.shape[1] for _, pictures in rows)
     label_inches = 0.1 + 0.07 * max(len(line) for label, _ in rows for line in label.split("\n"))
-    figure, axes = plt.subplots(
-        len(rows),
-        clips,
-        figsize=(inches * slots * clips + label_inches, 1.1 * inches * len(rows) + 0.3),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = inches * slots * clips + label_inches, 1.1 * inches * len(rows) + 0.3
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), clips, squeeze=False)
     for column in range(clips):
         axes[0, column].set_title(titles[column], fontsize=9)
         for row, (label, batch) in enumerate(rows):

@@ -58,8 +58,8 @@ class Choice(NamedTuple):
 def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
     """The attentions of a forward pass on `batch` clips, by the part of the model they are in."""
     model, (slots, rows, columns) = config.model, config.grid
-    masked = config.masked_tokens
-    visible = slots * rows * columns - masked
+    masked = config.decoded_tokens
+    visible = slots * rows * columns - config.masked_tokens
     parts = {"encoder": Shape(batch, visible, visible, model.heads, model.width // model.heads)}
     if config.loss.alignment:
         parts["alignment"] = parts["encoder"]._replace(queries=masked, keys=masked)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import Block, initialize, layer_norm, sincos_positions
+from mam2.engine.model.positions import set_clip_size
 from mam2.kernels import gather_tubes
 
 CHANNELS = 3
@@ -48,6 +49,8 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
+        self.trained_grid = grid
+        """Token grid whose sin-cos table the positions are, or are resampled from."""
         self.patch_size = patch_size
         self.width = width
         self.patch_embed = nn.Linear(math.prod(patch_size) * CHANNELS, width)
@@ -59,8 +62,8 @@ class Encoder(nn.Module):
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> Encoder:
         model = cfg.model
-        return cls(
-            cfg.grid,
+        encoder = cls(
+            cfg.trained_grid,
             cfg.patch_size,
             width=model.width,
             depth=model.depth,
@@ -68,6 +71,8 @@ class Encoder(nn.Module):
             mlp_ratio=model.mlp_ratio,
             layer_scale=model.layer_scale,
         )
+        set_clip_size(encoder, cfg.data.frames, cfg.data.size)
+        return encoder
 
     def forward(self, tokens: Tensor, index: Tensor | None = None, path_scales: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
+from mam2.engine.model.positions import position_table
 from mam2.engine.model.regressor import Regressor
 from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
 
@@ -91,7 +91,8 @@ class MAM2(nn.Module):
             self.appearance_decoder = decode(outputs[appearance])
         if motion != "none":
             self.motion_decoder = decode(motion_values(motion, cfg.patch_size))
-        self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), regressor.width), persistent=False)
+        positions = position_table(cfg.grid, cfg.trained_grid, regressor.width)
+        self.register_buffer("positions", positions, persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
         """Latents of the hidden tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nl, Dr].

@@ -1,11 +1,19 @@
-"""The mask that a run's config asks for."""
+"""The mask that a run's config asks for, and which of the hidden tokens are predicted."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask, motion_tube_mask, random_mask, tube_mask
+from mam2.kernels.reference import philox
+
+DECODED_STREAM = 1 << 62
+"""Is added to the seed for the choice of tokens to predict: with the mask's own keys, both draws would depend on each
+other."""
+CELL = 4
+"""Patches of a cell of 2×2."""
 
 
 def draw_mask(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
@@ -28,3 +36,25 @@ def draw_mask(video: Tensor, config: PretrainConfig, *, step: int, first_sample:
     return draw(
         len(video), config.grid, mask.ratio, seed=seed, step=step, first_sample=first_sample, device=video.device
     )
+
+
+def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
+    """Keeps of the hidden tokens only those that are predicted, `mask.decoded` of them, ascending.
+
+    Drawn from (run.seed, step, sample) on the mask's device. The other hidden tokens are in neither part of the result.
+    """
+    count = config.decoded_tokens
+    if count == mask.masked.shape[1]:
+        return mask
+    hidden, device = mask.masked, mask.masked.device
+    sample = torch.arange(first_sample, first_sample + len(hidden), device=device)[:, None]
+    now = torch.full((), step, dtype=torch.int64, device=device)
+    order = philox(config.run.seed + DECODED_STREAM, (hidden, sample, sample >> 32, now))
+    if config.mask.decoded_kind == "cell":
+        _, rows, columns = config.grid
+        slot, row, column = hidden // (rows * columns), hidden // columns % rows, hidden % columns
+        # clockwise from the upper left patch, so that neighboring slots choose neighboring patches
+        place = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
+        order = order + (((place - slot - now - sample) % CELL) << 32)
+    kept = order.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    return mask._replace(masked=hidden.gather(1, kept))

@@ -12,13 +12,15 @@ trained with, and the encoder can be used as it is.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mam2.engine.model.blocks import sincos_positions
-from mam2.engine.model.encoder import Encoder
+
+if TYPE_CHECKING:
+    from mam2.engine.model.encoder import Encoder
 
 Positions = Literal["resample", "recompute"]
 
@@ -27,6 +29,12 @@ def resample_positions(table: Tensor, grid: tuple[int, int, int], onto: tuple[in
     """A table [N, D] of `grid` read at the tokens of the grid `onto`: [N', D]."""
     volume = table.unflatten(0, grid).permute(3, 0, 1, 2)[None]
     return F.interpolate(volume, size=onto, mode="trilinear", align_corners=False)[0].flatten(1).T.contiguous()
+
+
+def position_table(grid: tuple[int, int, int], trained: tuple[int, int, int], width: int) -> Tensor:
+    """Positions [N, D] of the tokens of `grid`: the sin-cos table of the grid `trained`, resampled if they differ."""
+    table = sincos_positions(math.prod(trained), width)
+    return table if grid == trained else resample_positions(table, trained, grid)
 
 
 def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions = "resample") -> None:
@@ -51,8 +59,8 @@ def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions
     grid = (frames // tubelet, size // patch[0], size // patch[1])
     if grid == encoder.grid:
         return
-    if positions == "resample":
-        encoder.positions = resample_positions(encoder.positions, encoder.grid, grid)
-    else:
-        encoder.positions = sincos_positions(math.prod(grid), encoder.width).to(encoder.positions)
+    if positions == "recompute":
+        encoder.trained_grid = grid
+    # From the table that was trained, not from one that was resampled before: each time loses detail.
+    encoder.positions = position_table(grid, encoder.trained_grid, encoder.width).to(encoder.positions)
     encoder.grid = grid

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token, sincos_positions
+from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.positions import position_table
 from mam2.kernels import TubeMask, masked_pixel_loss
 
 
@@ -42,7 +43,8 @@ class VideoMAE(nn.Module):
             mlp_ratio=decoder_mlp_ratio or cfg.model.mlp_ratio,
             layer_scale=cfg.model.layer_scale,
         )
-        self.register_buffer("positions", sincos_positions(math.prod(cfg.grid), decoder.width), persistent=False)
+        positions = position_table(cfg.grid, cfg.trained_grid, decoder.width)
+        self.register_buffer("positions", positions, persistent=False)
         self._initialize()
 
     def _initialize(self) -> None:

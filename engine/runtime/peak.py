@@ -15,7 +15,9 @@ ROUNDS = 8
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few square products in `dtype`; measured once a process, in under a second."""
     edge = EDGES[device.type]
-    left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # a run's draws do not depend on the measurement
+        left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = left @ right  # to warm up
     seconds = []
     for _ in range(ROUNDS):

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.limits import resumable_fields
+from mam2.engine.config.pretrain import DataConfig, PretrainConfig
 from mam2.engine.data.manifest import Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
@@ -42,8 +43,8 @@ SHARD_VIDEOS = 1024
 """Videos of a shard: what a killed `mam2 tokenize` loses at most."""
 DRAWN_VIDEOS = 16
 """Of which the key holds what is drawn, since another version of this program or of NumPy might draw otherwise."""
-INDIFFERENT = ("front_end", "threads", "nvdec_threads", "prefetch", "timeout_s", "wait_s", "max_unusable")
-"""Fields of the data config that decide how a clip is read and not which it is."""
+IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder"}
+"""Fields of the data config that decide how a clip is read, and not which clip it is."""
 
 
 def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dic
         with contextlib.suppress(UserError):  # a video of unknown frame rate under data.fps: no clip is drawn of it
             draws.update(repr(draw_clip(place, video, 0, config.data, config.run.seed)).encode())
     return {
-        **{f"data.{name}": value for name, value in data.items() if name not in INDIFFERENT},
+        **{f"data.{name}": value for name, value in data.items() if name not in IGNORED_IN_KEY},
         "run.seed": config.run.seed,
         "model.patch": config.model.patch,
         "model.tubelet": config.model.tubelet,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
@@ -48,13 +49,18 @@ def prepare_tokenizer(
 
     It is kept in RUN/tokenizer.safetensors and belongs to the run's checkpoints. One that an attempt without a
     checkpoint left there is taken only where RUN/tokenizer.json says that the same training on the same videos made it.
-    named: the one of `config.tokenizer.path`, where it is loaded already.
+    named: the one of `config.tokenizer.path`, where it is loaded already; without a path, one to use instead of
+        training one.
     """
     options = config.tokenizer
     own = run / FILE
     training = _training(config, loader.manifest)
     if options.path:
         vqgan, source = load_for_run(Path(options.path), run, named), options.path
+    elif named is not None and not _begun(run):
+        (run / TRAINING).unlink(missing_ok=True)
+        save_vqgan(named, own)
+        vqgan, source = named, str(own)
     elif own.is_file() and (_begun(run) or _read_training(run) == training):
         vqgan, source = load_vqgan(own), str(own)
     else:
@@ -98,9 +104,8 @@ def _begun(run: Path) -> bool:
 
 def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What decides the tokenizer that is trained on the data: plain values, as JSON gives them back."""
-    data = dataclasses.asdict(config.data)
-    for name in ("threads", "prefetch", "timeout_s", "max_unusable"):
-        data.pop(name)
+    ignored = resumable_fields(type(config.data))
+    data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in ignored}
     videos = hashlib.sha256()
     for video in manifest.videos:
         videos.update(f"{video.content} {video.frames}\n".encode())

@@ -13,6 +13,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import compiler
 from mam2.engine.runtime.distributed import World
@@ -114,27 +115,6 @@ def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
 def with_codes(
     batches: Iterator[Batch], source: CodeSource | None, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches with their codes, or with None where there is no source.
-
-    On a GPU they are computed on a stream of their own. It does not wait for the step before, which the host has only
-    queued when the next batch is asked for: so the two run side by side.
-    """
-    if source is None or device.type != "cuda":
-        for batch in batches:
-            yield batch, source.codes(batch) if source else None
-        return
-    side_stream = torch.cuda.Stream(device)
-    side_stream.wait_stream(torch.cuda.current_stream(device))  # which has put the tokenizer's weights into place
-    while True:
-        step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(side_stream):
-            # The loader notes the current stream as a user of the clip's memory.
-            taken = next(batches, None)
-            if taken is None:
-                return
-            codes = source.codes(taken)
-        step.wait_stream(side_stream)
-        # Both were allocated on other streams, which must not reuse their memory before the step is done with them.
-        taken.clip.record_stream(step)
-        codes.record_stream(step)
-        yield taken, codes
+    """Batches with their codes, or with None where there is no source. On a GPU they are computed on a side stream."""
+    pairs = ((batch, source.codes(batch) if source else None) for batch in batches)
+    return on_side_stream(pairs, device) if source else pairs

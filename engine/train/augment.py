@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config.finetune import AugmentConfig, FinetuneConfig
+from mam2.engine.data.draws import Draw, generator_of
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 
-_RAND_AUGMENT, _ERASE, _MIX, _DROP = range(16, 20)  # beside those of mam2.engine.data.sampling
 ERASED_AREA = (0.02, 1 / 3)
 """Smallest and largest share of the frame that is erased."""
 ERASED_ASPECT = 10 / 3
@@ -110,7 +110,7 @@ def _draw_augmentation(
     config: AugmentConfig, size: tuple[int, int], count: int, seed: int, step: int, first_sample: int
 ) -> Drawn:
     samples = range(first_sample, first_sample + count)
-    plans = [_plan(config, _generator(_RAND_AUGMENT, seed, step, sample)) for sample in samples]
+    plans = [_plan(config, generator_of(Draw.RAND_AUGMENT, seed, step, sample)) for sample in samples]
     operations: list[Operation] = []
     arrays: list[Any] = []
     for number in range(config.operations):
@@ -120,7 +120,7 @@ def _draw_augmentation(
                 operations.append(operation)
                 strengths = [plans[row][number][1] for row in rows]
                 arrays += [np.array(rows, np.int64), np.array(strengths, np.float32)]
-    boxes = [_draw_box(size, config.erase, _generator(_ERASE, seed, step, sample)) for sample in samples]
+    boxes = [_draw_box(size, config.erase, generator_of(Draw.ERASE, seed, step, sample)) for sample in samples]
 
     def apply(sent: Sequence[Tensor], video: Tensor) -> Tensor:
         video = video.clone(memory_format=torch.preserve_format)
@@ -225,7 +225,7 @@ def _draw_mixing(
         return Drawn([], lambda _, video, labels: (video, smoothed(labels, classes, config.label_smoothing)))
     partner = np.arange(count).reshape(-1, 2, views)[:, ::-1].reshape(-1)
     draws = [
-        _mixture(config, size, _generator(_MIX, seed, step, first_sample + min(row, int(other))))
+        _mixture(config, size, generator_of(Draw.MIX, seed, step, first_sample + min(row, int(other))))
         for row, other in enumerate(partner)
     ]
 
@@ -285,7 +285,8 @@ def _draw_paths(clips: int, depth: int, drop_path: float, seed: int, step: int, 
         return Drawn([], lambda _: None)
     stay = 1 - np.linspace(0, drop_path, depth)[:, None]
     drawn = [
-        _generator(_DROP, seed, step, sample).random((depth, 2)) for sample in range(first_sample, first_sample + clips)
+        generator_of(Draw.DROP, seed, step, sample).random((depth, 2))
+        for sample in range(first_sample, first_sample + clips)
     ]
     scales = np.stack([(draw < stay) / stay for draw in drawn], axis=-1)
     return Drawn([scales.astype(np.float32)], lambda sent: sent[0])
@@ -303,13 +304,7 @@ def _draw_features(clips: int, width: int, dropout: float, seed: int, step: int,
     if not dropout:
         return Drawn([], lambda _: None)
     drawn = [
-        _generator(_DROP, seed, step, sample, part=1).random(width)
+        generator_of(Draw.DROP, seed, step, sample, 1).random(width)
         for sample in range(first_sample, first_sample + clips)
     ]
     return Drawn([((np.stack(drawn) >= dropout) / (1 - dropout)).astype(np.float32)], lambda sent: sent[0])
-
-
-def _generator(purpose: int, seed: int, step: int, sample: int, part: int = 0) -> np.random.Generator:
-    # The first counter word is Philox's own: it counts the numbers drawn here.
-    counter = np.array([0, step, sample, part], np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, purpose], np.uint64), counter=counter))

@@ -8,47 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine import costs
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
-from mam2.engine.config.pretrain import micro_batches_per_step
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
+from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
-from mam2.engine.model.classifier import Classifier
-from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.runtime.device import autocast, matmul_dtype
-from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
-from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
+from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
+from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.objective import Compile, Objective, Values
-from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
-from mam2.engine.train.session import MANIFEST, Session, open_session
-from mam2.engine.train.step import Step
+from mam2.engine.train.session import MANIFEST, RunContext, Session, Setup, open_session
 
 ACCURACY = "accuracy/validation"
-SHOWN = {"loss/training": "loss {:.3f}"}
 
 
 def finetune(
@@ -84,79 +77,99 @@ def finetune(
         check_apart(labelled, out)
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
-    with open_session(config, out, resume=resume, progress=progress, derived_tables=("model",)) as session:
-        task = _Finetuning(session, Path(data), Path(val), encoder, encoder_options or {})
-        with task.val_loader:
-            return Loop(session, task).train()
+    setup = _FinetuneSetup(Path(data), Path(val), encoder, encoder_options or {})
+    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
+        return Loop(session, _Finetuning(session, setup)).train()
+
+
+class _FinetuneSetup(Setup[FinetuneConfig]):
+    """Reads the classes, the encoder to start from and the validation videos."""
+
+    def __init__(self, data: Path, val: Path, encoder: str | Path | None, options: Mapping[str, int | None]) -> None:
+        self._data, self._val, self._path, self._options = data, val, encoder, options
+        self.encoder: Encoder | None = None
+        self.embeddings: Tensor | None = None
+        """Of the classes; of a resumed run both are in its checkpoint."""
+        self.val_manifest = Manifest(())
+
+    def check(self, run: RunContext[FinetuneConfig]) -> None:
+        path = self._path
+        if path is not None and not run.saved:
+            run.world.broadcast(lambda: find_weights(path))
+
+    def complete(self, run: RunContext[FinetuneConfig], manifest: Manifest) -> tuple[FinetuneConfig, Manifest]:
+        world, threads = run.world, run.config.data.threads
+        world.broadcast(lambda: check_labelled(manifest, self._data))
+        if run.saved:
+            manifest = world.broadcast(lambda: _numbered_as_before(run, manifest, self._data))
+        run.log.info(describe_classes(manifest))
+        classes = manifest.classes
+        self.val_manifest = world.broadcast(
+            lambda: relabelled(read_manifest(self._val, threads=threads, progress=run.progress), self._val, classes)
+        )
+        config, self.encoder, self.embeddings = world.broadcast(
+            lambda: _resolved(run, classes, self._path, self._options)
+        )
+        return config, manifest
 
 
 class _Finetuning:
-    """The task of a loop that fine-tunes."""
+    """The task of a loop that fine-tunes: its extras are what `prepare` draws for a batch."""
 
-    def __init__(
-        self,
-        session: Session[FinetuneConfig],
-        data: Path,
-        val: Path,
-        encoder: str | Path | None,
-        options: Mapping[str, int | None],
-    ) -> None:
-        self._session, world = session, session.world
-        self.title, self.shown = "fine-tuning", SHOWN
-        if encoder is not None and not session.saved:
-            start = Path(encoder)
-            world.broadcast(lambda: find_weights(start))  # before the videos are opened, which can take hours
-        manifest = session.read_videos(data)
-        world.broadcast(lambda: check_labelled(manifest, data))
-        if session.saved:
-            manifest = session.manifest = world.broadcast(lambda: _numbered_as_before(session, data))
-        session.log.info(describe_classes(manifest))
-        classes, threads = manifest.classes, session.config.data.threads
-        self._val = world.broadcast(
-            lambda: relabelled(read_manifest(val, threads=threads, progress=session.progress), val, classes)
+    def __init__(self, session: Session[FinetuneConfig], setup: _FinetuneSetup) -> None:
+        self._session, world, config = session, session.world, session.config
+        self._metadata = {CLASSES: json.dumps(session.manifest.classes)}
+        dtype, shapes = (
+            matmul_dtype(config.run, session.device),
+            classifier_shapes(config, session.clips_per_micro_batch),
         )
-        self.metadata = {CLASSES: json.dumps(classes)}
-        self.loader = session.open_loader()
-        config, pretrained, embeddings = world.broadcast(lambda: _resolved(session, classes, encoder, options))
-        session.config = config
-        clips = config.optim.batch // (world.size * micro_batches_per_step(config, world.size))
-        dtype, shapes = matmul_dtype(config.run, session.device), classifier_shapes(config, clips)
         for line in use_fastest(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast):
             session.log.info(line)
         torch.manual_seed(config.run.seed)
-        model = build_classifier(config, embeddings)
-        if pretrained:
-            weights = {name: t for name, t in pretrained.state_dict().items() if not name.startswith("norm.")}
+        model = build_classifier(config, setup.embeddings)
+        if setup.encoder:
+            weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
         self.train_step = FinetuneStep(config, model, session.device, world)
-        self.flops = _flops(config)
 
         # validated apart: an averaged, compiled or sharded model needs no other way
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
-        batch = config.test.batch or config.optim.batch // (world.size * self.train_step.micro_batches)
-        self.val_loader = ClipLoader(
-            self._val,
-            dataclasses.replace(config.data, max_unusable=1.0),  # the log names them
-            batch=batch,
-            device=session.device,
-            seed=0,
-            train=False,
+        self._val = setup.val_manifest
+        self._val_loader = session.own(
+            ClipLoader(
+                self._val,
+                dataclasses.replace(config.data, max_unusable=1.0),  # the log names them
+                batch=config.test.batch or session.clips_per_micro_batch,
+                device=session.device,
+                seed=0,
+                train=False,
+            )
         )
         self._told: set[str] = set()
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
 
-    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Prepared]]:
+    def describe(self) -> Description:
+        return describe_task(
+            "fine-tuning",
+            self._session,
+            self.train_step,
+            flops_per_clip=classifier_flops(self._session.config),
+            progress_format={"loss/training": "loss {:.3f}"},
+            metadata=self._metadata,
+        )
+
+    def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Prepared]]:
         prepared = (
             (batch, self.train_step.prepare(number, batch.video, batch.label))
-            for number, batch in enumerate(self.loader.stream(first_step=first_pass), first_pass)
+            for number, batch in enumerate(self._session.loader.stream(first_step=first_micro_batch), first_micro_batch)
         )
-        return _on_side_stream(prepared, self._session.device)
+        return on_side_stream(prepared, self._session.device)
 
     def after_step(self, step: int, steps: int) -> None:
         """Validates each `test.every` epochs and at the end, but no step twice."""
-        per_epoch = self.loader.steps_per_epoch / self.train_step.micro_batches
-        due = step % max(round(self._session.config.test.every * per_epoch), 1) == 0 or step == steps
+        every = round(self._session.config.test.every * self._session.steps_per_epoch)
+        due = step % max(every, 1) == 0 or step == steps
         if not due or step in self._validated:
             return
         found = self._validate()
@@ -189,7 +202,7 @@ class _Finetuning:
         with session.stop.interruptible(session.world.size == 1):
             predictions = classify_videos(
                 self._judge,
-                self.val_loader,
+                self._val_loader,
                 self._val,
                 config.data,
                 temporal=1,
@@ -213,13 +226,13 @@ class _Finetuning:
         session = self._session
         try:
             weights = checkpoint.copies(self._judge.state_dict(), keep=True)
-            checkpoint.write_best(session.folder, step, weights, session.config, dict(self.metadata), found)
+            checkpoint.write_best(session.folder, step, weights, session.config, dict(self._metadata), found)
         except OSError as error:
             session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run goes on")
 
     def _note_unusable(self) -> None:
         """Names validation videos that cannot be used, once, in the log."""
-        loader = self.val_loader
+        loader = self._val_loader
         for skipped in [
             *self._val.skipped,
             *(s for part in self._session.world.all_gather(loader.skipped) for s in part),
@@ -229,30 +242,30 @@ class _Finetuning:
                 self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
 
 
-def _numbered_as_before(session: Session[FinetuneConfig], data: Path) -> Manifest:
+def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) -> Manifest:
     """The videos with labels in the order of the checkpoint's logits, also where RUN/manifest.jsonl was made anew.
 
     Raises UserError where the classes are others than the checkpoint's.
     """
-    assert session.saved
-    before = tuple(json.loads(checkpoint.read_metadata(session.saved)[CLASSES]))
-    now = session.manifest.classes
+    assert run.saved
+    before = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES]))
+    now = manifest.classes
     if now == before:
-        return session.manifest
+        return manifest
     others = [name for name in (*before, *now) if name not in before or name not in now]
     if others:
         lacking = "lacks the class" if others[0] in before else "has the class"
         raise UserError(
-            f"--data {data} {lacking} {others[0]!r}: expected the {len(before)} classes of {session.saved}; "
+            f"--data {data} {lacking} {others[0]!r}: expected the {len(before)} classes of {run.saved}; "
             "name the data that the run was started with, or start a new run"
         )
-    manifest = relabelled(session.manifest, data, before)
-    write_manifest(manifest, session.folder / MANIFEST)
+    manifest = relabelled(manifest, data, before)
+    write_manifest(manifest, run.folder / MANIFEST)
     return manifest
 
 
 def _resolved(
-    session: Session[FinetuneConfig],
+    run: RunContext[FinetuneConfig],
     classes: tuple[str, ...],
     path: str | Path | None,
     options: Mapping[str, int | None],
@@ -261,9 +274,9 @@ def _resolved(
 
     A resumed run has the last two in its checkpoint.
     """
-    config, info = session.config, session.log.info
-    if session.saved:
-        saved = checkpoint.read_state(session.saved)["config"]["model"]
+    config, info = run.config, run.log.info
+    if run.saved:
+        saved = checkpoint.read_state(run.saved)["config"]["model"]
         return dataclasses.replace(config, model=from_dict(EncoderConfig, saved)), None, None
     encoder, model = None, config.model
     if path is not None:
@@ -297,108 +310,6 @@ def _described(encoder: Encoder) -> EncoderConfig:
         heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / encoder.width,
         layer_scale=0.0 if block.gamma_1 is None else 1.0,
-        frames=encoder.grid[0] * tubelet,
-        size=encoder.grid[1] * patch,
+        frames=encoder.trained_grid[0] * tubelet,
+        size=encoder.trained_grid[1] * patch,
     )
-
-
-def _on_side_stream(
-    prepared: Iterator[tuple[Batch, Prepared]], device: torch.device
-) -> Iterator[tuple[Batch, Prepared]]:
-    """The same pairs. On a GPU they are made on a side stream, which does not wait for the step before: while
-    that one runs, the next batch is augmented."""
-    if device.type != "cuda":
-        yield from prepared
-        return
-    side_stream = torch.cuda.Stream(device)
-    while True:
-        step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(side_stream):
-            # The loader notes the current stream as a user of the clip's memory.
-            taken = next(prepared, None)
-        if taken is None:
-            return
-        step.wait_stream(side_stream)
-        # Allocated on other streams, which must not reuse the memory before the step is done with it.
-        for tensor in (taken[0].clip, *taken[1]):
-            if tensor is not None:
-                tensor.record_stream(step)
-        yield taken
-
-
-def _flops(config: FinetuneConfig) -> float:
-    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
-    model, (slots, rows, columns) = config.model, config.grid
-    tokens = slots * rows * columns
-    pixels = model.tubelet * model.patch**2 * CHANNELS
-    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    return embedding.flops + model.depth * block.flops
-
-
-class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets. Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped."""
-
-    def __init__(self, model: Classifier, compiled: Compile) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = compiled(self._cross_entropy)
-
-    def forward(
-        self,
-        video: Tensor,
-        targets: Tensor,
-        path_scales: Tensor | None,
-        feature_scales: Tensor | None,
-        *,
-        inspect: bool = False,
-    ) -> tuple[Tensor, Values, Values]:
-        loss = self._loss(video, targets, path_scales, feature_scales)
-        return loss, {"loss/training": loss.detach()}, {}
-
-    def _cross_entropy(
-        self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
-    ) -> Tensor:
-        logits = self.model(video, path_scales, feature_scales)
-        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
-
-
-class FinetuneStep(Step):
-    """A step of fine-tuning: what goes with a video is what `prepare` made of it and its labels."""
-
-    config: FinetuneConfig
-    model: Classifier
-
-    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
-        super().__init__(config, model, device, world)
-        self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
-        self.average: dict[str, Tensor] = {}
-        """Moving average of the trained parameters; empty without `optim.ema`."""
-        if config.optim.ema:
-            self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def build_objective(self, compiled: Compile) -> Objective:
-        return ClassifierObjective(self.model, compiled)
-
-    def build_optimizer(self) -> Optimizer:
-        dtype = matmul_dtype(self.config.run, self.device)
-        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
-
-    def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
-        """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
-        step, index = divmod(number, self.micro_batches)
-        first_sample = (index * self.world.size + self.world.rank) * len(video)
-        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
-
-    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
-        return tuple(extras)
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        return self.average
-
-    def __call__(self, *args: Any, **options: Any) -> dict[str, Tensor]:
-        values = super().__call__(*args, **options)
-        if self.average:
-            trained = dict(self.model.named_parameters())
-            self._blend(list(self.average.values()), [trained[name].detach() for name in self.average], None)
-        return values

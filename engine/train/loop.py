@@ -9,32 +9,29 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.config.sizes import parameters_by_part
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
-from mam2.engine.files import append_rows
-from mam2.engine.model.attention import active_backend
-from mam2.engine.runtime.device import compile_problem, matmul_dtype, paused_gc, profiled
+from mam2.engine.runtime.device import compile_problem, paused_gc, profiled
 from mam2.engine.runtime.distributed import StopConsensus, first_line
-from mam2.engine.runtime.log import Line, Readout
-from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
+from mam2.engine.train.description import Description
 from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
 from mam2.engine.train.session import Session
-from mam2.engine.train.spikes import Spikes
 from mam2.engine.train.step import Step, out_of_memory
-from mam2.kernels import active_path
+from mam2.engine.train.step_log import StepLog
+
+Extras = TypeVar("Extras")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,95 +50,64 @@ class TrainResult:
     """Number of the signal that ended the run early, or 0."""
 
 
-class Task(Protocol):
-    """What a loop trains."""
+class Task(Protocol[Extras]):
+    """What a loop trains. `Extras` is what goes with each batch into the step: codes, or targets and drop masks."""
 
     @property
-    def title(self) -> str:
-        """Of the progress bar."""
+    def train_step(self) -> Step[Extras]: ...
 
-    @property
-    def train_step(self) -> Step: ...
-
-    @property
-    def loader(self) -> ClipLoader: ...
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of a clip in a step."""
-
-    @property
-    def shown(self) -> Mapping[str, str]:
-        """Numbers of a log line that the progress bar shows, and how: the format of each."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Further metadata of its checkpoints."""
-
-    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Any]]:
-        """What the passes from `first_pass` on see: batches, and what goes with each into the step."""
+    def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Extras]]:
+        """Batches of the session's loader with their extras, without end, from micro-batch `first_micro_batch` on."""
 
     def after_step(self, step: int, steps: int) -> None:
-        """Called after each of the `steps` steps, before its checkpoint, and where a resumed run begins, with the steps
-        done. Work for which it is not to wait for is done in `session.stop.interruptible`."""
+        """Called with the number of steps done, of `steps` in all: after each step before its checkpoint is written,
+        and where a resumed run begins. Wrap long work in `session.stop.interruptible()`, so that a signal can end it.
+        """
 
-
-SHOWN = {"clips_per_s": "{:.0f} clips/s", "data_wait": "data wait {:.0%}"}
+    def describe(self) -> Description:
+        """Returns what the log, the progress bar and the checkpoints say of the task."""
 
 
 class Loop:
     """One call of `train`, set up by the constructor."""
 
-    def __init__(self, session: Session[Any], task: Task) -> None:
+    def __init__(self, session: Session[Any], task: Task[Any]) -> None:
         self.session, self.task, self.train_step = session, task, task.train_step
         config, world, train_step = session.config, session.world, task.train_step
         self.first = 0
+        """Steps done before this call."""
         if session.saved:
             self.first = checkpoint.restore(
                 session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
             )
-        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=task.metadata)
+        self.description = task.describe()
+        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=self.description.metadata)
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after as many."""
         self.updates, self.recorded = 0, False
         """Updates that the optimizer told of; a recorded step (CUDA graph) tells of none."""
         train_step.optimizer.register_step_pre_hook(self._note_update)
-        self.readout = Readout(session.device)
-        self.spikes = Spikes()
-        self.in_a_row = 0
-        self.last = ""
-        """Numbers of the newest log line, in words."""
-        self.steps_per_epoch = task.loader.steps_per_epoch / train_step.micro_batches
+        self.step_log = StepLog(session, self.description.progress_format)
+        self.steps_per_epoch = session.steps_per_epoch
         self.steps = max(round(config.optim.epochs * self.steps_per_epoch), 1)
-        dtype = matmul_dtype(config.run, session.device)
-        devices = [session.device] if session.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # the measurement draws numbers, and checkpoints hold the generators
-            peak = measured_peak_flops(session.device, dtype)
-        self.full_clips_per_s = peak * world.size / task.flops
-        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(train_step.model).items())
-        info = session.log.info
-        info(f"model   {task.title}: {parts} parameters")
-        info(
-            f"paths   kernels: {active_path(session.device)}; "
-            f"attention: {active_backend(session.device, dtype)}{' where not measured' * bool(devices)}; "
-            f"step: {train_step.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s"
-        )
+        for line in self.description.lines:
+            session.log.info(line)
         shared = (
             ""
             if train_step.micro_batches == world.size == 1
             else f" ({world.size} processes in {train_step.micro_batches} passes)"
         )
-        info(
+        session.log.info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
             f"{config.optim.batch} clips a step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
-            info(f"warning: {problem}")
+            session.log.info(f"warning: {problem}")
         session.write_config()
 
     def train(self) -> TrainResult:
         """Runs the steps that are left, or as many as a signal allows. Whatever ends them, what is sound is saved."""
-        session, task = self.session, self.task
+        session = self.session
         ended = 0
         try:
             with session.stop.looping():
@@ -153,26 +119,22 @@ class Loop:
                         raise
                     raise told from error
                 self._save(self.step, last=True)
-                session.exchange_skips(task.loader)
-                result = self._result(ended)
+                session.exchange_skips()
+                return self._result(ended)
         finally:
             if ended:
                 end_soon(ended)  # what is new is on the disk: decoding threads need not be waited for
-            task.loader.close()
-        return result
 
     def _run(self) -> int:
         """The steps; the signal that ended them early, or 0."""
-        session, task = self.session, self.task
+        session, step_log = self.session, self.step_log
         config, stop, info = session.config, session.stop, session.log.info
         ended = 0
-        window = _Window(task.loader)
+        window = _Window(session.loader)
         stop_consensus = StopConsensus(session.world)
-        videos: list[Tensor] = []
-        flags: list[Tensor] = []
-        stream = task.batches(self.first * self.train_step.micro_batches)
+        stream = self.task.batches(self.first * self.train_step.micro_batches)
         bar = Progress(
-            desc=task.title,
+            desc=self.description.title,
             total=self.steps,
             initial=self.first,
             unit="step",
@@ -198,8 +160,7 @@ class Loop:
                     except Interrupted:  # a loader that hangs must not keep what is done from being saved
                         return int(stop.received or 0)
                     except torch.OutOfMemoryError as error:  # of the tokenizer or the augmentation, beside the step
-                        clips_a_pass = config.optim.batch // (session.world.size * self.train_step.micro_batches)
-                        raise out_of_memory(config, clips_a_pass, error) from error
+                        raise out_of_memory(config, session.clips_per_micro_batch, error) from error
                     logged = (self.step + 1) % config.run.log_every == 0 or self.step + 1 == self.steps
                     rate = learning_rate(
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
@@ -211,25 +172,21 @@ class Loop:
                     compiles = False
                 profiler_step()
                 bar.update()
-                flags.append(values.pop("bad"))
-                self.spikes.see(values)
-                videos.append(torch.stack([batch.index for batch, _ in batches]))
-                self._write(bar)
+                step_log.add(values, [batch for batch, _ in batches])
+                step_log.write(bar)
                 if logged:
-                    session.exchange_skips(task.loader)
+                    session.exchange_skips()
                     numbers = window.close(self.step, config.optim.batch)
                     if "clips_per_s" in numbers:
-                        numbers["mfu"] = numbers["clips_per_s"] / self.full_clips_per_s
+                        numbers["mfu"] = numbers["clips_per_s"] / self.description.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
-                    values |= self.spikes.peak()
-                    self.readout.put(self.step, values, torch.stack(flags), numbers, videos, session.world)
-                    flags, videos = [], []
+                    step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
                 if self.step % config.run.save_every == 0 and self.step < self.steps:
-                    self._write(bar, wait=True)  # a run that goes on from here does not log these steps again
+                    step_log.write(bar, wait=True)  # a run that goes on from here does not log these steps again
                     self._save(self.step)
                 ended = ended or stop_consensus(int(stop.received or 0))
-            self._write(bar, wait=True)
+            step_log.write(bar, wait=True)
         return ended
 
     def _run_step(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
@@ -255,7 +212,7 @@ class Loop:
         told = ""
         if self.step > self.first:
             with contextlib.suppress(Exception):  # they are only log lines
-                self._write_lines(self.readout.collect(wait=True))
+                self.step_log.write_lines(wait=True)
             place = self._save_before_end(error)
             self.session.log.info(f"error   {place}")
             told = f"; {place}"
@@ -294,53 +251,6 @@ class Loop:
         window.leave_out(time.perf_counter() - start)
         return 0
 
-    def _write(self, bar: Progress, *, wait: bool = False) -> None:
-        """Writes the log lines whose numbers have come from the device. Raises UserError after too many bad steps."""
-        shown = self._write_lines(self.readout.collect(wait=wait))
-        if shown:
-            bar.show(shown)
-        if self.in_a_row >= self.session.config.run.max_nonfinite:
-            raise self.session.world.error(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite and were left out. Begin a "
-                "new run with a lower optim.base_lr, with optim.clip_norm, or with run.precision=float32"
-            )
-
-    def _write_lines(self, lines: Iterable[Line]) -> list[str]:
-        """Writes log lines; numbers of the newest one in words, as the progress bar shows them."""
-        session = self.session
-        words: list[str] = []
-        for line in lines:
-            bad = [step for step, flag in zip(line.steps, line.bad, strict=True) if flag]
-            numbers = line.numbers
-            if bad:
-                numbers["skipped_steps"] = len(bad)
-                self._name_clips(bad, line.videos)
-            if problem := self.spikes.warning(line.steps, numbers):
-                session.log.info(f"warning: {problem}")
-            for flag in line.bad:
-                self.in_a_row = self.in_a_row + 1 if flag else 0
-            if session.device.type == "cuda":
-                numbers["memory_gib"] = used_gib(session.device)
-            session.log.write(line.steps[-1], numbers)
-            shown = {**self.task.shown, **SHOWN}
-            words = [form.format(numbers[name]) for name, form in shown.items() if name in numbers]
-            self.last = " ".join(words)
-        return words
-
-    def _name_clips(self, bad: list[int], videos: dict[int, list[int]]) -> None:
-        """Lists the clips of steps that were left out in nonfinite.tsv."""
-        session = self.session
-        mine = [(step, session.manifest.videos[place].path) for step in bad for place in sorted(set(videos[step]))]
-        rows = [row for part in session.world.all_gather(mine) for row in part]
-        file = session.folder / "nonfinite.tsv"
-        numbers = ", ".join(map(str, bad))
-        session.log.info(f"step {numbers}: loss or gradient not finite, left out; the clips are named in {file}")
-        if session.world.main:
-            try:
-                append_rows(file, sorted(rows))
-            except OSError as error:
-                session.log.info(f"log     {file} cannot be written: {error.strerror}. The run goes on")
-
     def _save(self, step: int, *, last: bool = False) -> None:
         """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
         session = self.session
@@ -364,13 +274,13 @@ class Loop:
     def _result(self, ended: int) -> TrainResult:
         session, step = self.session, self.step
         unusable = len(session.unusable)
-        used = len(session.manifest.videos) + len(session.manifest.skipped) - unusable
+        used = session.unusable.total - unusable
         where = f" (named in {session.folder / 'skipped.tsv'})" if unusable else ""
         name = signal.Signals(ended).name if ended else ""
         how = f"stopped by {name} after step {step}; --resume goes on" if ended else f"done: {step} steps"
         folder = checkpoint.folder_of(session.folder, step)
-        if self.last:
-            session.log.info(f"last    {self.last}")
+        if self.step_log.last:
+            session.log.info(f"last    {self.step_log.last}")
         best = session.folder / checkpoint.BEST
         if session.world.main and best.is_dir():
             found = checkpoint.read_state(best)

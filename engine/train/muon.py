@@ -2,7 +2,7 @@
 
 The update is that of `torch.optim.Muon` (Jordan et al., https://kellerjordan.github.io/posts/muon/) with
 `adjust_lr_fn="match_rms_adamw"` ("Muon is Scalable for LLM Training", arXiv 2502.16982). PyTorch's goes matrix by
-matrix, which takes several times as long where they are small, and reads the learning rate on the host. Here matrices
+matrix, which is slower where they are small, and reads the learning rate on the host. Here matrices
 of one shape go through together, and nothing waits for the device: so it can leave out a step, and be a CUDA graph.
 """
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from mam2.engine.costs import MUON_ITERATIONS
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial, as in Jordan's code: steep at 0; leaves singular values between about 0.7 and 1.2."""
-ITERATIONS = 5
 EPS = 1e-7
 """Smallest norm that a matrix is divided by."""
 RMS = 0.2
@@ -82,9 +83,9 @@ class MuonAdamW(torch.optim.Optimizer):
             gradient = torch.where(self.found_inf.bool(), average, gradient)  # an average of equals stays what it is
             rate = rate * (1 - self.found_inf)
         average.lerp_(gradient, 1 - momentum)
-        update = _whole(gradient.lerp_(average, momentum), parameters[0])
+        update = _whole(gradient.lerp_(average, momentum).to(self.dtype), parameters[0])
         parts = update.view(-1, rows // group["parts"], columns)
-        direction = orthogonal(parts.to(self.dtype)).reshape(update.shape)
+        direction = orthogonal(parts).reshape(update.shape)
         adjusted = rate * (RMS * math.sqrt(max(parts.shape[1:])))
         torch._foreach_copy_(buffers, average.unbind())
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
@@ -100,7 +101,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    for _ in range(ITERATIONS):
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -7,29 +7,43 @@ run has, as `tokenizer.safetensors`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.checkpoints.run import read_config
+from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, use_fastest
-from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import matmul_dtype
-from mam2.engine.tokenizer.cache import check_cache
-from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.cache import CodeCache, check_cache
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan
+from mam2.engine.tokenizer.prepare import FILE
 from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
+from mam2.engine.train.description import Description, describe_task
+from mam2.engine.train.held_out import HeldOut
+from mam2.engine.train.initial_weights import (
+    InitialWeights,
+    complete_config,
+    describe_schedule,
+    metadata_of,
+    read_initial_weights,
+    take_weights,
+)
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.session import Session, open_session
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.session import Available, RunContext, Session, Setup, open_session
+from mam2.engine.train.step import PretrainStep
 
-SHOWN = {
+PROGRESS_FORMAT = {
     "loss/appearance": "codes {:.2f}",
     "loss/motion": "motion {:.4g}",
     "loss/motion_relative": "({:.0%} of no motion)",
@@ -39,7 +53,15 @@ SHOWN = {
 
 
 def pretrain(
-    config: PretrainConfig, data: str | Path, out: str | Path, *, resume: bool = False, progress: bool = True
+    config: PretrainConfig,
+    data: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    checkpoint_options: Mapping[str, int | None] | None = None,
+    val: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
 ) -> TrainResult:
     """Pre-trains an encoder on the videos of a folder or list and leaves checkpoints and logs in `out`.
 
@@ -48,6 +70,12 @@ def pretrain(
         data: a folder (with or without class folders) or an annotation list.
         out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`. Several
             machines must share it.
+        checkpoint: start from the weights of a run or checkpoint of ours, of VideoMAE or VideoMAE v2 (.pth), or of a
+            Hugging Face folder; None draws them at random. The encoder has to be the config's; regressor and decoders
+            are taken where they fit; positions are resampled; optimizer and schedule begin anew. The log says what was
+            taken. A resumed run does not read it.
+        checkpoint_options: frames, size, heads and decoder_heads for `load_model`, of a file that does not say them.
+        val: videos, as `data`, that are not trained on: their losses are logged as `config.validation` says.
         resume: go on from the newest whole checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
@@ -57,55 +85,122 @@ def pretrain(
     """
     check(config)
     check_apart(data, out)
-    with open_session(config, out, resume=resume, progress=progress) as session:
-        return Loop(session, _Pretraining(session, Path(data))).train()
+    if val is not None:
+        check_source(val)
+        check_apart(val, out)
+    setup = _PretrainSetup(checkpoint, checkpoint_options or {})
+    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
+        return Loop(session, _Pretraining(session, setup, None if val is None else Path(val))).train()
+
+
+class _PretrainSetup(Setup[PretrainConfig]):
+    """Reads the weights to start from, and opens the tokenizer and the cache of codes."""
+
+    start: InitialWeights | None = None
+    """What a new run starts from, where that is not random."""
+
+    vqgan: VQGAN | None = None
+    """On rank 0: the tokenizer that the config names, where codes are predicted."""
+    cache: CodeCache | None = None
+
+    def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None]) -> None:
+        self._checkpoint, self._options = checkpoint, options
+
+    def check(self, run: RunContext[PretrainConfig]) -> None:
+        options, path = run.config.tokenizer, self._checkpoint
+        if path is not None and not run.saved:
+            self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options))
+            run.world.broadcast(lambda: check(complete_config(run.config, self.start)) if self.start else None)
+            own = self.start.tokenizer
+            if own and run.config.needs_codes and not (options.path or options.cache):
+                run.log.info(f"codes   from the tokenizer that the checkpoint was trained with, {own}")
+                run.world.broadcast(lambda: self._load(str(own)))
+        if run.config.needs_codes and options.path:
+            run.world.broadcast(lambda: self._load(options.path))
+        if run.config.needs_codes and options.cache:
+            run.world.broadcast(lambda: check_cache(options.cache))
+
+    def _load(self, path: str) -> None:
+        self.vqgan = load_vqgan(path)
+
+    def complete(self, run: RunContext[PretrainConfig], manifest: Manifest) -> tuple[PretrainConfig, Manifest]:
+        config = run.config
+        if self.start:
+            config = complete_config(config, self.start)
+        elif run.saved:
+            model = read_config(run.saved).model
+            trained = dataclasses.replace(config.model, frames=model.frames, size=model.size)
+            config = dataclasses.replace(config, model=trained)
+        return config, manifest
+
+    def available(self, run: RunContext[PretrainConfig], manifest: Manifest) -> Available | None:
+        self.cache = open_cache(run.config, manifest, run.world, progress=run.progress)
+        return self.cache.has if self.cache else None
 
 
 class _Pretraining:
-    """The task of a loop that pre-trains."""
+    """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""
 
-    def __init__(self, session: Session[PretrainConfig], data: Path) -> None:
+    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup, val: Path | None) -> None:
         config, world, device = session.config, session.world, session.device
-        self.title, self.shown = "pre-training", SHOWN
-        if config.loss.appearance_target == "pixels":
-            self.shown = SHOWN | {"loss/appearance": SHOWN["loss/pixels"]}
-        self.metadata: dict[str, str] = {}
-        named: list[VQGAN] = []  # of rank 0, before the videos are opened, which can take hours
-        if config.tokenizer.path and config.needs_codes:
-            world.broadcast(lambda: named.append(load_vqgan(config.tokenizer.path)))
-        if config.tokenizer.cache and config.needs_codes:
-            world.broadcast(lambda: check_cache(config.tokenizer.cache))
-        manifest = session.read_videos(data)
-        cache = open_cache(config, manifest, world, progress=session.progress)
-        self.loader = session.open_loader(cache.has if cache else None)
-        self._device = device
+        self._session = session
         self._codes = None
         if config.needs_codes:
             self._codes = prepare_codes(
                 config,
-                self.loader,
-                cache,
+                session.loader,
+                setup.cache,
                 session.folder,
                 device,
                 world,
                 session.log.info,
-                named=named[0] if named else None,
+                named=setup.vqgan,
                 progress=session.progress,
             )
-        source = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
-        self.flops = sum(step_flops(config, *source).values())
-        clips = config.optim.batch // (world.size * micro_batches_per_step(config, world.size))
-        dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, clips)
+        dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
         for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
             session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the generator as well.
         torch.manual_seed(config.run.seed)
-        codes = self._codes.codebook_size if self._codes else 0
-        model = MAM2(config, codes) if config.model.objective == "mam2" else VideoMAE(config)
-        self.train_step = TrainStep(config, model, device, world)
+        codebook_size = self._codes.codebook_size if self._codes else 0
+        model = build_model(config, codebook_size)
+        start = setup.start
+        if start:
+            same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
+            for line in take_weights(model, config, start, same_tokenizer=same):
+                session.log.info(line)
+            session.log.info(describe_schedule(config))
+        self._metadata = metadata_of(start, session.saved)
+        self.train_step = PretrainStep(config, model, device, world)
+        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
 
-    def batches(self, first_pass: int) -> Iterator[tuple[Batch, Tensor | None]]:
-        return with_codes(self.loader.stream(first_step=first_pass), self._codes, self._device)
+    def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
+        session = self._session
+        return with_codes(session.loader.stream(first_step=first_micro_batch), self._codes, session.device)
 
     def after_step(self, step: int, steps: int) -> None:
-        pass
+        if self._held_out:
+            self._held_out.measure_if_due(self.train_step.model, step, steps)
+
+    def describe(self) -> Description:
+        config = self._session.config
+        tokenizer = (self._codes.codebook_size, self._codes.tokenizer) if self._codes else ()
+        formats = PROGRESS_FORMAT
+        if config.loss.appearance_target == "pixels":
+            formats = formats | {"loss/appearance": formats["loss/pixels"]}
+        return describe_task(
+            "pre-training",
+            self._session,
+            self.train_step,
+            flops_per_clip=sum(step_flops(config, *tokenizer).values()),
+            progress_format=formats,
+            metadata=self._metadata,
+        )
+
+
+def _same_tokenizer(start: InitialWeights, folder: Path) -> bool:
+    """Whether a run's codes are those that its first weights were trained to predict."""
+    own = folder / FILE
+    if not (start.tokenizer and own.is_file()):
+        return False
+    return fingerprint(load_vqgan(start.tokenizer)) == fingerprint(load_vqgan(own))

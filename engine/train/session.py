@@ -1,4 +1,4 @@
-"""What every training run has around its loop: its folder and log, what it resumes from, its videos and the bad ones.
+"""Everything around the training loop: run folder, log, resume state, manifest, loaders, unusable videos.
 
 RUN/config.json  manifest.jsonl  skipped.tsv  log.jsonl  log.txt  tensorboard/
     nonfinite.tsv  checkpoints/latest  checkpoints/step-…/  lock
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,12 +19,14 @@ from tqdm import tqdm
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
+from mam2.engine.config.limits import resumable_keys, with_present_names
 from mam2.engine.config.pretrain import TrainConfig, micro_batches_per_step
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.moved import follow
+from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.data.video import Skipped
 from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows, write_whole
@@ -33,185 +36,140 @@ from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
 
 MANIFEST, SKIPPED = "manifest.jsonl", "skipped.tsv"
-FREE = {
-    "run": {
-        "log_every",
-        "save_every",
-        "keep",
-        "keep_every",
-        "compile",
-        "graph",
-        "device",
-        "sharding",
-        "recompute",
-        "max_nonfinite",
-        "profile",
-        "tracker",
-    },
-    "data": {"threads", "nvdec_threads", "prefetch", "max_unusable", "timeout_s", "wait_s"},
-    "optim": {"micro_batch"},
-    "tokenizer": {"cache"},
-    "test": {"temporal", "spatial", "batch"},
-}
-"""What a resumed run may have other values of than the run it goes on with."""
 
 Config = TypeVar("Config", bound=TrainConfig)
+Available = Callable[[int, int], bool]
+"""Whether a clip can be used: index in manifest.videos, recorded augmentation."""
 
 
-class Session(Generic[Config]):
-    """A run that has begun, seen from one of its processes."""
+@dataclass(frozen=True, kw_only=True)
+class RunContext(Generic[Config]):
+    """A run that has begun, seen from one of its processes. Its videos need not be read yet."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        device: torch.device,
-        world: World,
-        log: Log,
-        stop: StopSignal,
-        lock: RunLock | None = None,
-        *,
-        resume: bool,
-        progress: bool,
-        derived_tables: Collection[str],
-    ) -> None:
-        """lock: of the process that writes. See `open_session` for the rest."""
-        self.lock = lock
-        self.config, self.folder, self.device, self.world = config, folder, device, world
-        self.log, self.stop, self.progress = log, stop, progress
-        self.unusable: dict[str, str] = {}
-        """Path of each video that cannot be used, and why."""
-        self.manifest = Manifest(())
-        """Of the videos trained on, once `read_videos` has run."""
-        self.saved = world.broadcast(lambda: checkpoint.newest_whole(folder, log.info) if resume else None)
-        """The checkpoint that the run goes on from, None for a new run."""
-        if self.saved:
-            self._check_continues(self.saved, derived_tables)
-        else:
-            log.begin_anew()
-        ranks = f", {world.size} processes" if world.size > 1 else ""
-        log.info(f"run     {folder} on {_machine(device)}{ranks}")
-        if self.saved:
-            log.info(f"resume  from {self.saved}")
-        elif resume:
-            log.info(f"resume  {folder} holds no whole checkpoint: the run begins anew")
+    config: Config
+    folder: Path
+    device: torch.device
+    world: World
+    log: Log
+    stop: StopSignal
+    lock: RunLock | None
+    """Held by rank 0."""
+    saved: Path | None
+    """The checkpoint that the run continues from; None for a new run."""
+    progress: bool
+    """Whether to draw progress bars."""
 
-    def read_videos(self, data: Path) -> Manifest:
-        """Scans the data. A run that is resumed keeps its own list, whose order decides the clips, also where `data`
-        has the same videos at another place now."""
-        self.manifest = self.world.broadcast(lambda: self._manifest(data))
-        if self.world.main:  # begun anew also when a run is resumed: what can be read again is no longer in it
-            (self.folder / SKIPPED).unlink(missing_ok=True)
-        self.note(self.manifest.skipped)
-        return self.manifest
+    @property
+    def clips_per_micro_batch(self) -> int:
+        """Clips of one forward pass of one process."""
+        return self.config.optim.batch // (self.world.size * self.micro_batches)
 
-    def _manifest(self, data: Path) -> Manifest:
-        path = self.folder / MANIFEST
-        if self.saved and path.is_file():
-            config = self.config.data
-            saved = read_saved_manifest(path)
-            manifest, found = follow(
-                saved, data, threads=config.threads, progress=self.progress, max_missing=config.max_unusable
-            )
-            self.log.info(f"resume  with the run's own list of videos ({path})")
-            if found:
-                self.log.info(f"resume  {found}")
-                write_manifest(manifest, path)
-            return manifest
-        if self.saved:
-            self.log.info(
-                f"resume  {path} is gone: the videos are those of {data} now, and the clips of a step may be others"
-            )
-        manifest = read_manifest(data, threads=self.config.data.threads, progress=self.progress)
-        write_manifest(manifest, path)
-        return manifest
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of each process per optimizer step."""
+        return micro_batches_per_step(self.config, self.world.size)
 
-    def open_loader(self, available: Callable[[int, int], bool] | None = None) -> ClipLoader:
-        """Clips of the videos read, a pass of this process in each batch. available: see `ClipLoader`."""
-        world, config = self.world, self.config
-        loader = ClipLoader(
-            self.manifest,
-            config.data,
-            batch=config.optim.batch // (world.size * micro_batches_per_step(config, world.size)),
-            device=self.device,
-            seed=config.run.seed,
-            rank=world.rank,
-            world=world.size,
-            # several processes tell each other when the log is written, so that each file is named once
-            on_skip=(lambda skipped: self.note([skipped])) if world.size == 1 else None,
-            available=available,
-            info=self.log.info if world.main else lambda line: tqdm.write(f"rank {world.rank}: {line}"),
-        )
-        self.exchange_skips(loader)
-        front_ends = ", ".join(f"{count} by {name}" for name, count in loader.front_ends.items())
-        used = sum(loader.front_ends.values())
-        self.log.info(
-            f"data    {used} videos, decoded {front_ends}, cropped by {loader.cropper}; {len(self.unusable)} unusable"
-        )
-        return loader
 
-    def exchange_skips(self, loader: ClipLoader) -> None:
-        """Every rank learns of the files that the others found unusable; too many of them end the run everywhere."""
-        for found in self.world.all_gather(list(loader.skipped)):
-            self.note(found)
-        total = len(self.manifest.videos) + len(self.manifest.skipped)
-        if len(self.unusable) > self.config.data.max_unusable * total:
-            path, reason = list(self.unusable.items())[-1]
-            raise self.world.error(
-                f"{len(self.unusable)} of {total} videos cannot be used, more than data.max_unusable="
-                f"{self.config.data.max_unusable:g} allows; the last is {path}: {reason}"
-            )
+@dataclass(frozen=True, kw_only=True)
+class Session(RunContext[Config]):
+    """A run whose videos are read and whose training loader is open. It closes all its loaders at its end."""
 
-    def note(self, found: Iterable[Skipped]) -> None:
-        """Names files that cannot be used, once, in the log and in skipped.tsv."""
-        for skipped in found:
-            if skipped.path in self.unusable:
-                continue
-            self.unusable[skipped.path] = skipped.reason
-            self.log.info(f"unusable: {skipped.path}: {skipped.reason}")
-            if self.world.main:
-                try:
-                    append_rows(self.folder / SKIPPED, [(skipped.path, skipped.reason)])
-                except OSError as error:
-                    self.log.info(f"log     {self.folder / SKIPPED} cannot be written: {error.strerror}")
+    manifest: Manifest
+    """The videos that are trained on."""
+    loader: ClipLoader
+    """Training clips: each batch is one micro-batch of this process."""
+    unusable: UnusableVideos
+    """Of `manifest`, as far as all ranks know of them; see `exchange_skips`."""
+    resources: ExitStack
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which all ranks together see every usable video once, in all its views."""
+        return self.loader.steps_per_epoch / self.micro_batches
+
+    def own(self, loader: ClipLoader) -> ClipLoader:
+        """Closes a further loader, for validation, together with the session."""
+        return self.resources.enter_context(loader)
+
+    def exchange_skips(self) -> None:
+        """Tells every rank which files the others found unusable. Raises on all ranks where they are too many."""
+        for found in self.world.all_gather(list(self.loader.skipped)):
+            for skipped in found:
+                self.unusable.add(skipped)
+        if problem := self.unusable.too_many():
+            raise self.world.error(problem)
 
     def write_config(self) -> None:
-        """The config as it is now, into RUN/config.json."""
+        """Writes the config into RUN/config.json."""
         if self.world.main:
             write_whole(self.folder / "config.json", json.dumps(to_dict(self.config), indent=1) + "\n")
 
-    def _check_continues(self, saved: Path, derived_tables: Collection[str]) -> None:
-        """Raises UserError where a resumed run would not continue the saved one; says what may change its bits."""
-        state, now = checkpoint.read_state(saved), to_dict(self.config)
-        foreign = [table for table in state["config"] if table not in now]
-        if foreign:
-            raise self.world.error(f"{self.folder} holds a run of another kind: its config has [{foreign[0]}]")
-        defaults = to_dict(type(self.config)())  # a key that came later had its default
-        for table, values in state["config"].items():
-            for key, old in (defaults[table] | values).items():
-                compared = table not in derived_tables and key not in FREE.get(table, ()) and key in now[table]
-                if compared and old != now[table][key]:
-                    raise self.world.error(
-                        f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
-                        f"use the saved values ({self.folder / 'config.json'}) or start a new run"
-                    )
-        for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
-            if state.get(name, mine) != mine:
-                self.log.info(f"resume  written by {name} {state[name]}, this is {mine}: the bits may differ from here")
+
+class Setup(Generic[Config]):
+    """What a kind of training adds while its session opens. Every rank calls the methods, in this order."""
+
+    def check(self, run: RunContext[Config]) -> None:
+        """Checks inputs before the videos are opened, which can take hours. Raises UserError."""
+
+    def complete(self, run: RunContext[Config], manifest: Manifest) -> tuple[Config, Manifest]:
+        """Returns the config and the manifest with what the data and other files determine."""
+        return run.config, manifest
+
+    def available(self, run: RunContext[Config], manifest: Manifest) -> Available | None:
+        """Returns which clips can be used, None for all."""
+        return None
 
 
 @contextmanager
 def open_session(
-    config: Config, out: str | Path, *, resume: bool, progress: bool, derived_tables: Collection[str] = ()
+    config: Config,
+    data: str | Path,
+    out: str | Path,
+    *,
+    setup: Setup[Config] | None = None,
+    resume: bool,
+    progress: bool,
 ) -> Iterator[Session[Config]]:
-    """Begins a run in the folder `out` on every process that torchrun started; it ends with the block.
+    """Opens a run in the folder `out` on every process that torchrun started; it ends with the block.
 
-    resume: go on from the newest whole checkpoint in `out`, if there is one. derived_tables: tables of the config
-    whose values come from data and checkpoints, so that a resumed run need not name them.
-    Raises UserError where the folder holds a run and resume is not asked for, cannot be written, or belongs to a run
-    with other values.
+    Args:
+        config: as the user asked for it; `setup` may complete it.
+        data: the training videos. A resumed run keeps its own list, whose order decides the clips, also where `data`
+            has the same videos at another place now.
+        out: the run folder.
+        setup: what the kind of training adds.
+        resume: continue from the newest whole checkpoint in `out`, if there is one.
+        progress: draw progress bars.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is not set, cannot be written, or belongs to a run with other
+            values; or the videos cannot be used.
     """
-    folder = Path(out)
+    setup = setup or Setup()
+    with _open_run(config, Path(out), resume=resume, progress=progress) as run, ExitStack() as resources:
+        setup.check(run)
+        manifest = run.world.broadcast(lambda: _read_manifest(run, Path(data)))
+        if run.world.main:  # emptied also when a run is resumed: what can be read again is no longer in it
+            (run.folder / SKIPPED).unlink(missing_ok=True)
+        for skipped in manifest.skipped:
+            _report(run, skipped)
+        config, manifest = setup.complete(run, manifest)
+        unusable = UnusableVideos(manifest, config.data.max_unusable, lambda skipped: _report(run, skipped))
+        loader = resources.enter_context(_open_loader(run, manifest, unusable, setup.available(run, manifest)))
+        parts = vars(run) | {"config": config}
+        session = Session(**parts, manifest=manifest, loader=loader, unusable=unusable, resources=resources)
+        session.exchange_skips()
+        decoders = ", ".join(f"{count} by {name}" for name, count in loader.decoders.items())
+        run.log.info(
+            f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
+            f"{len(unusable)} unusable"
+        )
+        yield session
+
+
+@contextmanager
+def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> Iterator[RunContext[Config]]:
+    """The run before its videos are read. Raises UserError where the folder cannot be used."""
     if checkpoint.newest(folder) and not resume:
         raise UserError(f"{folder} holds a run: add --resume to go on with it, or name another folder with --out")
     device = pick_device(config.run)
@@ -219,21 +177,104 @@ def open_session(
         micro_batches_per_step(config, world.size)
         log, lock = opened
         try:
-            yield Session(
-                config,
-                folder,
-                device,
-                world,
-                log,
-                stop,
-                lock,
-                resume=resume,
+            saved = world.broadcast(lambda: checkpoint.newest_whole(folder, log.info) if resume else None)
+            run = RunContext(
+                config=config,
+                folder=folder,
+                device=device,
+                world=world,
+                log=log,
+                stop=stop,
+                lock=lock,
+                saved=saved,
                 progress=progress and world.main,
-                derived_tables=derived_tables,
             )
+            if saved:
+                _check_continues(run, saved)
+            else:
+                log.begin_anew()
+            ranks = f", {world.size} processes" if world.size > 1 else ""
+            log.info(f"run     {folder} on {_machine(device)}{ranks}")
+            if saved:
+                log.info(f"resume  from {saved}")
+            elif resume:
+                log.info(f"resume  {folder} holds no whole checkpoint: the run begins anew")
+            yield run
         except BaseException as error:
             log.note(f"ended   {type(error).__name__}: {error}")
             raise
+
+
+def _read_manifest(run: RunContext[Config], data: Path) -> Manifest:
+    """The saved list of a resumed run, else a new one of `data`; written into the run folder."""
+    path, config = run.folder / MANIFEST, run.config.data
+    if run.saved and path.is_file():
+        saved = read_saved_manifest(path)
+        manifest, found = follow(
+            saved, data, threads=config.threads, progress=run.progress, max_missing=config.max_unusable
+        )
+        run.log.info(f"resume  with the run's own list of videos ({path})")
+        if found:
+            run.log.info(f"resume  {found}")
+            write_manifest(manifest, path)
+        return manifest
+    if run.saved:
+        run.log.info(
+            f"resume  {path} is gone: the videos are those of {data} now, and the clips of a step may be others"
+        )
+    manifest = read_manifest(data, threads=config.threads, progress=run.progress)
+    write_manifest(manifest, path)
+    return manifest
+
+
+def _open_loader(
+    run: RunContext[Config], manifest: Manifest, unusable: UnusableVideos, available: Available | None
+) -> ClipLoader:
+    config, world = run.config, run.world
+    return ClipLoader(
+        manifest,
+        config.data,
+        batch=run.clips_per_micro_batch,
+        device=run.device,
+        seed=config.run.seed,
+        rank=world.rank,
+        world=world.size,
+        # several processes tell each other when the log is written, so that each file is named once
+        on_skip=unusable.add if world.size == 1 else None,
+        available=available,
+        info=run.log.info if world.main else lambda line: tqdm.write(f"rank {world.rank}: {line}"),
+    )
+
+
+def _report(run: RunContext[Config], skipped: Skipped) -> None:
+    """Names a file that cannot be used in the log and in skipped.tsv."""
+    run.log.info(f"unusable: {skipped.path}: {skipped.reason}")
+    if run.world.main:
+        try:
+            append_rows(run.folder / SKIPPED, [(skipped.path, skipped.reason)])
+        except OSError as error:
+            run.log.info(f"log     {run.folder / SKIPPED} cannot be written: {error.strerror}")
+
+
+def _check_continues(run: RunContext[Config], saved: Path) -> None:
+    """Raises UserError where a resumed run would not continue the saved one; logs what may change its bits."""
+    state, now = checkpoint.read_state(saved), to_dict(run.config)
+    foreign = [table for table in state["config"] if table not in now]
+    if foreign:
+        raise run.world.error(f"{run.folder} holds a run of another kind: its config has [{foreign[0]}]")
+    free = resumable_keys(type(run.config))
+    defaults = to_dict(type(run.config)())  # a key that is newer than the checkpoint had its default
+    for table, values in with_present_names(type(run.config), state["config"]).items():
+        for key, old in (defaults[table] | values).items():
+            if f"{table}.{key}" not in free and key in now[table] and old != now[table][key]:
+                raise run.world.error(
+                    f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
+                    f"use the saved values ({run.folder / 'config.json'}) or start a new run; "
+                    f"--checkpoint {run.folder} starts it from these weights"
+                )
+    for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
+        if state.get(name, mine) != mine:
+            run.log.info(f"resume  written by {name} {state[name]}, this is {mine}: the bits may differ from here")
 
 
 @contextmanager
@@ -247,15 +288,15 @@ def _opened(folder: Path, config: TrainConfig, world: World) -> Iterator[tuple[L
 
     def open_here() -> None:
         lock = RunLock(folder)
-        told: list[str] = []
+        messages: list[str] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(told.append)
+            lock.acquire(messages.append)
             held.append(lock)
             logs.append(RunLog(folder, config.run.tracker))
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
-        for line in told:
+        for line in messages:
             logs[0].info(line)
 
     try:

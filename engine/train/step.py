@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batch
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask
+from mam2.engine.model.masking import draw_mask, keep_decoded
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -28,8 +28,11 @@ from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
 
+Extras = TypeVar("Extras")
+"""What goes with a video into its step: codes, or targets and drop masks."""
 
-class Step(ABC):
+
+class Step(ABC, Generic[Extras]):
     """The model of a run, spread over its processes and compiled as its config says, with its optimiser.
 
     Ranks take neighbouring parts of each pass, and what is drawn for a clip belongs to its place among all: so any
@@ -79,7 +82,7 @@ class Step(ABC):
         """Of the model's parameters; a group's `scale` multiplies the step's learning rate."""
 
     @abstractmethod
-    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Any) -> tuple[Any, ...]:
+    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
         """What the objective takes of one pass of step `step`; its first clip is the step's `first_sample`th."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
@@ -87,7 +90,7 @@ class Step(ABC):
         return {}
 
     def __call__(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], rate: float, *, inspect: bool
+        self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], rate: float, *, inspect: bool
     ) -> dict[str, Tensor]:
         """Takes step `step` on pairs of a video [B, C, T, H, W] uint8 and what goes with it, one for each pass.
 
@@ -106,13 +109,13 @@ class Step(ABC):
             self._lead.queued()
         return values
 
-    def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], inspect: bool) -> dict[str, Tensor]:
+    def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], inspect: bool) -> dict[str, Tensor]:
         if len(micro_batches) == 1:
             return self._run(self._arguments(step, micro_batches, 0), inspect)
         arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
         return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
 
-    def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]]) -> str | None:
+    def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
         """Before the first step, with what it will see: measures whether it is to be a CUDA graph.
 
         Returns what was found, for the log; None where there is no choice. Weights and moments stay as they are.
@@ -139,7 +142,7 @@ class Step(ABC):
             )
         return reason
 
-    def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Any]], index: int) -> tuple[Any, ...]:
+    def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
         """What the objective takes of a pass of this process."""
         video, extras = micro_batches[index]
         return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, extras)
@@ -185,7 +188,7 @@ class Step(ABC):
         return {**norms, "gradient/norm": norm, "bad": bad}
 
 
-class TrainStep(Step):
+class PretrainStep(Step[Tensor | None]):
     """A step of pre-training: what goes with a video are its codes [B, N]; a mask is drawn for each clip."""
 
     config: PretrainConfig
@@ -198,7 +201,8 @@ class TrainStep(Step):
         return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
-        return video, draw_mask(video, self.config, step=step, first_sample=first_sample), extras
+        mask = draw_mask(video, self.config, step=step, first_sample=first_sample)
+        return video, keep_decoded(mask, self.config, step=step, first_sample=first_sample), extras
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:

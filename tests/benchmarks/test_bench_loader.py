@@ -108,13 +108,13 @@ def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monk
 
     settings = bench.SETTINGS["cpu"]
     manifest = bench.write_files(tmp_path, "vp9", 30, settings)
-    data = dataclasses.replace(load_recipe("mam2-fast").data, front_end="dali-cpu", **settings.data)
+    data = dataclasses.replace(load_recipe("mam2-fast").data, decoder="dali-cpu", **settings.data)
     bench.check_frames(manifest, data, settings, CPU)
     first_clips = bench.first_clips
 
     def off_by_one(manifest, data, settings, device):
         clips = first_clips(manifest, data, settings, device)
-        return clips.roll(1, 1) if data.front_end == "dali-cpu" else clips
+        return clips.roll(1, 1) if data.decoder == "dali-cpu" else clips
 
     monkeypatch.setattr(bench, "first_clips", off_by_one)
     settings = dataclasses.replace(settings, loaders=(("dali-cpu", "vp9", 30, 1),), turns=1)

@@ -74,13 +74,20 @@ def test_the_example_pre_trains_probes_and_plots(
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
-VERBS = ("evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "tokenize", "visualize")
+VERBS = (
+    *("embed", "evaluate", "export", "finetune", "index", "plan", "predict", "pretrain", "probe", "tokenize"),
+    *("visualize", "neighbors"),
+)
 """Verbs of the command line that are functions of `mam2.engine`."""
 OTHERWISE = {
     # load_recipe
     **{
         (verb, flag): "config" for verb in ("plan", "pretrain", "tokenize") for flag in ("size", "preset")
     },  # load_recipe
+    **{
+        ("pretrain", f"checkpoint_{name}"): "checkpoint_options"
+        for name in ("frames", "size", "heads", "decoder_heads")
+    },
     ("plan", "videos"): "gpus",  # Plan.hours and Plan.report
     ("evaluate", "classes"): "names",
     ("predict", "classes"): "names",

@@ -1,32 +1,25 @@
 """The command line: help, one-line errors, exit statuses."""
 
-import subprocess
 import sys
 
 import pytest
 
 from mam2.engine import cli
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(list(arguments))
-    told = capsys.readouterr()
-    return stop.value.code, told.out, told.err
+from tests.helpers.commands import MAM2_COMMAND, exit_status, outcome, run_program
 
 
 def test_help_names_verbs_and_recipes(capsys):
-    status, out, _ = run(capsys, "--help")
+    status, out, _ = outcome(capsys, "--help")
     assert status == 0
     assert all(word in out for word in ("pretrain", "demo", "doctor", "mam2-fast", "mam2-cae", "videomae"))
 
 
 def test_no_verb_shows_the_help(capsys):
-    assert run(capsys)[0] == 2
+    assert outcome(capsys)[0] == 2
 
 
 def test_pretrain_help_documents_every_field(capsys):
-    status, out, _ = run(capsys, "pretrain", "--help")
+    status, out, _ = outcome(capsys, "pretrain", "--help")
     assert status == 0
     assert "--data.frames" in out
     assert "--loss.balance" in out
@@ -76,7 +69,7 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, t
 
         if torch.cuda.is_available():
             pytest.skip("needs a machine without a CUDA GPU")
-    status, _, err = run(capsys, *(a.format(tmp_path / "run") for a in arguments))
+    status, _, err = outcome(capsys, *(a.format(tmp_path / "run") for a in arguments))
     assert status == 2
     assert told in err
     assert err.startswith("mam2: error: ")
@@ -86,7 +79,7 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, t
 def test_an_empty_folder_is_one_line(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     data, out = str(tmp_path / "empty"), str(tmp_path / "run")
-    status, _, err = run(capsys, "pretrain", "demo", "--data", data, "--out", out)
+    status, _, err = outcome(capsys, "pretrain", "demo", "--data", data, "--out", out)
     assert status == 2
     assert data in err
     assert err.count("\n") == 1
@@ -101,7 +94,7 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch, tmp_path):
 
     for verb in (lambda *_, **__: torch.empty(2**60, dtype=torch.uint8), no_gpu_memory):
         monkeypatch.setattr("mam2.engine.train.pretrain.pretrain", verb)
-        status, _, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run"))
+        status, _, err = outcome(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "run"))
         assert status == 2
         assert err.startswith("mam2: error: out of memory (")
         assert "optim.micro_batch" in err
@@ -118,14 +111,16 @@ def test_another_error_of_the_program_stays_what_it_is(capsys, monkeypatch, tmp_
 
 
 def test_an_unknown_flag_names_the_nearest(capsys, tmp_path):
-    status, out, err = run(capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8")
+    status, out, err = outcome(
+        capsys, "pretrain", "demo", "--data", ".", "--out", str(tmp_path / "r"), "--data.frame", "8"
+    )
     assert status == 2
     assert "--data.frames" in out + err
 
 
 def test_several_processes_are_refused_clearly_where_they_make_no_sense(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, err = run(capsys, "doctor")
+    status, _, err = outcome(capsys, "doctor")
     assert status == 2
     assert "one process" in err
 
@@ -134,7 +129,7 @@ def test_of_several_processes_one_reports_a_mistake_that_all_make(capsys, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        status, _, err = run(capsys, "pretrain", "nothing", "--data", ".", "--out", "x")
+        status, _, err = outcome(capsys, "pretrain", "nothing", "--data", ".", "--out", "x")
         assert status == 2
         assert err.count("\n") == lines
 
@@ -144,12 +139,8 @@ def test_size_and_preset_replace_the_recipes(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "mam2.engine.train.pretrain.pretrain", lambda config, *_, **__: seen.append(config) or _result()
     )
-    with pytest.raises(SystemExit) as stop:
-        cli.main(
-            ["pretrain", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small", "--preset", "cae",
-             "--optim.batch", "128", "--model.depth", "6"]
-        )  # fmt: skip
-    assert stop.value.code == 0
+    options = ["--size", "small", "--preset", "cae", "--optim.batch", "128", "--model.depth", "6"]
+    assert exit_status("pretrain", "mam2-fast", "--data", ".", "--out", tmp_path, *options) == 0
     model = seen[0].model
     assert (model.width, model.depth, model.heads) == (384, 6, 6)
     assert (model.regressor.width, model.regressor.keys, model.decoder.width) == (384, "all", 384)
@@ -161,9 +152,7 @@ def test_tokenize_takes_the_size_that_pretrain_takes(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "mam2.engine.tokenizer.precompute.tokenize", lambda config, *_, **__: seen.append(config) or sys.exit(0)
     )
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["tokenize", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small"])
-    assert stop.value.code == 0
+    assert exit_status("tokenize", "mam2-fast", "--data", ".", "--out", str(tmp_path), "--size", "small") == 0
     assert seen[0].model.width == 384
 
 
@@ -175,13 +164,13 @@ def _result():
 
 @pytest.mark.slow
 def test_doctor_says_which_path_each_part_takes(capsys):
-    status, out, _ = run(capsys, "doctor")
+    status, out, _ = outcome(capsys, "doctor")
     assert status == 0
     for word in ("versions", "torch", "kernels", "attention", "decoding", "step", "to go faster"):
         assert word in out
 
 
 def test_the_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "mam2.engine", "--help"], capture_output=True, text=True, timeout=60)
+    done = run_program([*MAM2_COMMAND, "--help"])
     assert done.returncode == 0
     assert "pretrain" in done.stdout

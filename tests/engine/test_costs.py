@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import keep_decoded
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 from mam2.engine.train.objective import build_objective
+from mam2.engine.train.optimizer import build_optimizer, hidden_matrices
 from mam2.kernels import tube_mask
 
 CODES = 24
@@ -136,6 +139,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"appearance_target": "pixels"},
     },
     "videomae": {"model": {"objective": "videomae"}},
+    "half decoded": {"mask": {"decoded": 0.5}, "loss": {"alignment": 2.0}},
+    "half decoded, all keys": {"mask": {"decoded": 0.5}, "regressor": {"keys": "all"}},
+    "half decoded, no regressor": {"mask": {"decoded": 0.5}, "regressor": {"depth": 0}},
+    "half decoded, videomae": {"mask": {"decoded": 0.5}, "model": {"objective": "videomae"}},
     "layer scale": {
         "model": {"layer_scale": 0.1, "projection_norm": True},
         "regressor": {"width": 32, "heads": 2},
@@ -163,6 +170,7 @@ def forward(config: PretrainConfig, batch: int) -> tuple[torch.Tensor, VideoMAE 
     extent = (batch, config.data.frames, config.data.size, config.data.size, 3)
     video = torch.randint(0, 256, extent, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
     codes = torch.randint(CODES, (batch, mask.as_bool().shape[1], *config.code_shape))
+    mask = keep_decoded(mask, config, step=0)
     return objective(video, mask, codes)[0], model
 
 
@@ -194,6 +202,7 @@ HELD = (
     "all frames",
     "no regressor",
     "videomae",
+    "half decoded",
     "layer scale",
 )
 
@@ -223,3 +232,28 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
         assert sum(held.values()) / batch < declared
     else:
         assert declared == pytest.approx(sum(held.values()) / batch, rel=0.15)
+
+
+@pytest.mark.parametrize("recipe", ["mam2-fast", "videomae", "laptop"])
+def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> None:
+    """Shapes and values of the model of that recipe; FLOPs as PyTorch counts them of an update, small enough to run."""
+    config = changed(load_recipe(recipe), optim={"name": "muon"})
+    with torch.device("meta"):
+        model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
+    found: Counter[tuple[int, ...]] = Counter()
+    for matrix, parts in hidden_matrices(model).items():
+        found[len(matrix) // parts, matrix.shape[1]] += parts
+    assert costs.hidden_matrices(config) == found
+    assert costs.muon(config, 2).parameters == sum(matrix.numel() for matrix in hidden_matrices(model))
+    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.Cost()
+
+
+def test_muons_flops_are_those_counted() -> None:
+    config = changed(load_recipe("demo"), optim={"name": "muon"}, model={"mlp_ratio": 2.5})
+    model = MAM2(config, CODES)
+    optimizer = build_optimizer(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == costs.muon(config, 2).flops > 0

@@ -112,4 +112,4 @@ def test_on_a_gpu_pyav_decodes_the_small_clips_on_all_cores(monkeypatch, small):
     assert demos.decoding_for(config) == config
     monkeypatch.setattr(demos, "pick_device", lambda _: torch.device("cuda"))
     data = demos.decoding_for(config).data
-    assert (data.front_end, data.threads) == ("pyav", 0)
+    assert (data.decoder, data.threads) == ("pyav", 0)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.cli import main
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig
+from tests.helpers.commands import exit_status
 
 SMALL = VQGANConfig(
     codes=24, embed_dim=8, z_channels=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(1,)
@@ -65,18 +65,11 @@ def small_state() -> dict[str, Tensor]:
     return dict(VQGAN(SMALL).state_dict())
 
 
-def convert(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["convert-tokenizer", *map(str, arguments)])
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_published_models_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lightning(tmp_path / "last.ckpt", published_state(name))
-    assert convert(path, "--out", tmp_path / "vqgan.safetensors") == 0
+    assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 0
     out = capsys.readouterr().out
     config = CONFIGS[name]
     assert f"{name}: {config.codes} codes, quantizer {config.quantizer}, {config.factor} pixels a code" in out
@@ -87,7 +80,7 @@ def test_the_published_models_are_named(name: str, tmp_path: Path, capsys: pytes
 def test_the_weights_are_those_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = small_state()
     out = tmp_path / "new" / "vqgan.safetensors"
-    assert convert(lightning(tmp_path / "last.ckpt", state), "--out", out) == 0
+    assert exit_status("convert-tokenizer", lightning(tmp_path / "last.ckpt", state), "--out", out) == 0
     printed = capsys.readouterr().out
     assert "none of the published models: 24 codes" in printed
     converted = load_vqgan(out)
@@ -111,7 +104,7 @@ class Malicious:
 
 def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lightning(tmp_path / "last.ckpt", small_state(), hyper_parameters=Malicious(tmp_path / "made"))
-    assert convert(path, "--out", tmp_path / "vqgan.safetensors") == 2
+    assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 2
     error = capsys.readouterr().err
     assert "last.ckpt: expected tensors only, found a pickle that asks for" in error
     assert "mkdir; not loaded" in error
@@ -144,7 +137,8 @@ def test_what_stands_in_for_a_framework_runs_none_of_its_code(tmp_path: Path, mo
 def test_a_wrong_shape_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = small_state()
     state[name] = state[name][..., :1]
-    assert convert(lightning(tmp_path / "last.ckpt", state), "--out", tmp_path / "vqgan.safetensors") == 2
+    path = lightning(tmp_path / "last.ckpt", state)
+    assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 2
     assert f"last.ckpt: expected {name} of shape" in capsys.readouterr().err
     assert not (tmp_path / "vqgan.safetensors").exists()
 
@@ -152,15 +146,16 @@ def test_a_wrong_shape_is_named(name: str, tmp_path: Path, capsys: pytest.Captur
 def test_a_missing_parameter_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = small_state()
     del state["decoder.mid.block_1.conv1.bias"]
-    assert convert(lightning(tmp_path / "last.ckpt", state), "--out", tmp_path / "vqgan.safetensors") == 2
+    path = lightning(tmp_path / "last.ckpt", state)
+    assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 2
     assert "expected decoder.mid.block_1.conv1.bias of shape (64,), found none" in capsys.readouterr().err
 
 
 def test_wrong_paths_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert(tmp_path / "none.ckpt", "--out", tmp_path / "vqgan.safetensors") == 2
+    assert exit_status("convert-tokenizer", tmp_path / "none.ckpt", "--out", tmp_path / "vqgan.safetensors") == 2
     assert "none.ckpt: expected a VQGAN checkpoint" in capsys.readouterr().err
     path = lightning(tmp_path / "last.ckpt", small_state())
-    assert convert(path, "--out", tmp_path / "vqgan.ckpt") == 2
+    assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.ckpt") == 2
     assert "expected a name that ends in .safetensors" in capsys.readouterr().err
-    assert convert(path, "--out", path / "vqgan.safetensors") == 2
+    assert exit_status("convert-tokenizer", path, "--out", path / "vqgan.safetensors") == 2
     assert "cannot be written" in capsys.readouterr().err

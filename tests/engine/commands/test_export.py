@@ -14,12 +14,12 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import set_clip_size
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder, shaken
 
 CONFIG = PretrainConfig(
@@ -49,17 +49,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def export(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["export", *map(str, arguments)])
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
 @torch.no_grad()
 def test_to_hugging_face(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
-    assert export(run, "--to", "huggingface", "--out", tmp_path / "new" / "hf") == 0
+    assert exit_status("export", run, "--to", "huggingface", "--out", tmp_path / "new" / "hf") == 0
     assert "hf: VideoMAEModel, for clips [B, 3, 4, 24, 24]" in capsys.readouterr().out
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     theirs = transformers.VideoMAEModel.from_pretrained(tmp_path / "new" / "hf").eval()
@@ -80,9 +73,9 @@ def test_from_hugging_face_to_videomae(run: Path, tmp_path: Path, capsys: pytest
     classifier = shaken(Classifier(encoder(), linear_head(48, 3)))
     (tmp_path / "hf").mkdir()
     write_hugging_face(classifier, tmp_path / "hf", ("walk", "run", "jump"))
-    assert export(tmp_path / "hf", "--to", "videomae", "--out", tmp_path / "checkpoint.pth") == 0
+    assert exit_status("export", tmp_path / "hf", "--to", "videomae", "--out", tmp_path / "checkpoint.pth") == 0
     assert "checkpoint.pth: Classifier, for" in capsys.readouterr().out
-    assert export(run, "--to", "videomae", "--out", tmp_path / "encoder.pth") == 0
+    assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "encoder.pth") == 0
     for path, expected in (
         (tmp_path / "checkpoint.pth", classifier.encoder),
         (tmp_path / "encoder.pth", load_encoder(run)),
@@ -98,7 +91,7 @@ def test_from_hugging_face_to_videomae(run: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.slow
 @torch.no_grad()
 def test_to_torch_without_this_project(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(run, "--to", "torch", "--out", tmp_path / "encoder.pt2") == 0
+    assert exit_status("export", run, "--to", "torch", "--out", tmp_path / "encoder.pt2") == 0
     assert "encoder.pt2: Encoder" in capsys.readouterr().out
     torch.save(clip(), tmp_path / "clip.pt")
     code = (
@@ -119,7 +112,7 @@ def test_to_torch_without_this_project(run: Path, tmp_path: Path, capsys: pytest
 def test_to_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    assert export(run, "--to", "onnx", "--out", tmp_path / "encoder.onnx") == 0
+    assert exit_status("export", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx") == 0
     assert "encoder.onnx: Encoder" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
     session = runtime.InferenceSession(str(tmp_path / "encoder.onnx"))
@@ -152,18 +145,18 @@ def test_a_missing_package_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
-    assert export(run, "--to", "onnx", "--out", tmp_path / "encoder.onnx") == 2
+    assert exit_status("export", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx") == 2
     assert "export to ONNX needs onnxscript: pip install onnxscript" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(tmp_path / "none", "--to", "torch", "--out", tmp_path / "out") == 2
+    assert exit_status("export", tmp_path / "none", "--to", "torch", "--out", tmp_path / "out") == 2
     assert "none: no such file or folder" in capsys.readouterr().err
     (tmp_path / "there").write_text("mine")
-    assert export(run, "--to", "videomae", "--out", tmp_path / "there") == 2
+    assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there") == 2
     assert "there: is there already" in capsys.readouterr().err
-    assert export(run, "--to", "videomae", "--out", tmp_path / "there" / "out.pth") == 2
+    assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there" / "out.pth") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there").read_text() == "mine"

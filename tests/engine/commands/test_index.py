@@ -1,18 +1,17 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import av
 import pytest
 
-from mam2.engine import cli
 from mam2.engine.data import inspect as index
 from mam2.engine.data.manifest import Manifest, Skipped, Video, read_manifest, read_saved_manifest
-from tests.helpers.paths import CLIPS
+from tests.helpers.commands import MAM2_COMMAND, outcome
 
 GOOD = Video("a.mp4", -1, 100, 320, 240, "h264", 30.0, 0, keyframe_median=30, keyframe_max=30, content="a")
 
@@ -22,13 +21,6 @@ def many(count: int, **values: object) -> list[Video]:
         dataclasses.replace(GOOD, path=f"{number}.mp4", content=str(number), **values)  # type: ignore[arg-type]
         for number in range(count)
     ]
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    told = capsys.readouterr()
-    return stop.value.code, told.out, told.err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +136,7 @@ def test_the_verb_writes_beside_the_data_and_looks_again_only_at_changes(
     for name in ("x/a.mp4", "y/b.mp4"):
         write_video(tmp_path / "data" / name, numbered_frames(6))
     (tmp_path / "data" / "y" / "c.mp4").write_bytes(b"")
-    status, out, _ = run(capsys, "index", tmp_path / "data", "--plot", tmp_path / "plot.png")
+    status, out, _ = outcome(capsys, "index", tmp_path / "data", "--plot", tmp_path / "plot.png")
     written = tmp_path / "data.index.jsonl"
     assert status == 0
     assert "2 usable, 1 skipped" in out
@@ -155,13 +147,13 @@ def test_the_verb_writes_beside_the_data_and_looks_again_only_at_changes(
 
     (tmp_path / "data" / "x" / "a.mp4").unlink()
     os.utime(tmp_path / "data" / "y" / "b.mp4", ns=(1, 1))
-    out = run(capsys, "index", tmp_path / "data")[1]
+    out = outcome(capsys, "index", tmp_path / "data")[1]
     assert f"{written}: 0 files new, 1 changed, 1 gone, 1 unchanged and not opened" in out
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["b.mp4"]
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_scan(tmp_path, capsys):
-    status, _, err = run(capsys, "index", tmp_path, "--out", tmp_path / "no" / "folder.jsonl")
+    status, _, err = outcome(capsys, "index", tmp_path, "--out", tmp_path / "no" / "folder.jsonl")
     assert status == 2
     assert err == (
         f"mam2: error: --out {tmp_path / 'no' / 'folder.jsonl'}: cannot be written: No such file or directory "
@@ -176,30 +168,30 @@ def test_a_broken_index_is_written_anew_and_a_foreign_file_is_left_alone(
     broken, foreign = tmp_path / "data.index.jsonl", tmp_path / "notes.jsonl"
     for file in (broken, foreign):
         file.write_text("{}\n")
-    status, out, _ = run(capsys, "index", tmp_path / "data")
+    status, out, _ = outcome(capsys, "index", tmp_path / "data")
     assert status == 0
     assert f"{broken}: not a saved manifest (KeyError: 'classes'): it is written anew" in out
     assert len(read_saved_manifest(broken).videos) == 1
-    status, _, err = run(capsys, "index", tmp_path / "data", "--out", foreign)
+    status, _, err = outcome(capsys, "index", tmp_path / "data", "--out", foreign)
     assert status == 2
     assert "name another file, or remove this one" in err
     assert foreign.read_text() == "{}\n"
     list_of_one = tmp_path / "list.csv"
     list_of_one.write_text("data/a.mp4 0\n")
-    status, _, err = run(capsys, "index", list_of_one, "--out", list_of_one)
+    status, _, err = outcome(capsys, "index", list_of_one, "--out", list_of_one)
     assert (status, list_of_one.read_text()) == (2, "data/a.mp4 0\n")
     assert "is the data itself" in err
-    assert run(capsys, "index", tmp_path / "data", "--plot", "plot.doc")[0] == 2
+    assert outcome(capsys, "index", tmp_path / "data", "--plot", "plot.doc")[0] == 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_index_as_it_was(
     tmp_path, capsys, write_video, numbered_frames, full_disk
 ):
     write_video(tmp_path / "data" / "a.mp4", numbered_frames(6))
-    run(capsys, "index", tmp_path / "data")
+    outcome(capsys, "index", tmp_path / "data")
     before = (tmp_path / "data.index.jsonl").read_bytes()
     with full_disk(20):
-        status, _, err = run(capsys, "index", tmp_path / "data")
+        status, _, err = outcome(capsys, "index", tmp_path / "data")
     assert (status, err.count("\n")) == (2, 1)
     assert f"--out {tmp_path / 'data.index.jsonl'}: cannot be written: File too large" in err
     assert (tmp_path / "data.index.jsonl").read_bytes() == before
@@ -213,7 +205,7 @@ def test_names_that_are_not_utf_8_reach_a_strict_output(tmp_path, encoding, writ
     write_video(data / "a.mp4", numbered_frames(6))
     (data / os.fsdecode(b"caf\xe9\n.mp4")).write_bytes(b"")
     environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "LC_ALL": "C.UTF-8"}
-    command = [sys.executable, "-m", "mam2.engine", "index", data]
+    command = [*MAM2_COMMAND, "index", data]
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert b"d\xe9/caf\xe9\\n.mp4\n" in done.stdout
@@ -222,11 +214,13 @@ def test_names_that_are_not_utf_8_reach_a_strict_output(tmp_path, encoding, writ
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips(tmp_path, capsys):
-    status, out, _ = run(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")
+def test_every_format_is_counted(tmp_path, capsys, clip_set):
+    arguments = ("index", clip_set.folder, "--out", tmp_path / "clips.jsonl")
+    status, out, _ = outcome(capsys, *arguments)
     assert status == 0
-    assert "84 usable, 7 skipped" in out
-    for word in ("h264 42", "mpeg4 15", "vp9 14", "no video stream", "12336x12336", "--gop 30"):
-        assert word in out
-    assert "0 changed, 0 gone, 91 unchanged" in run(capsys, "index", CLIPS, "--out", tmp_path / "clips.jsonl")[1]
+    usable = clip_set.listed.keys() - clip_set.broken
+    assert f"{len(usable)} usable, {len(clip_set.broken)} skipped" in out
+    for codec, count in collections.Counter(clip_set.listed[name]["codec"] for name in usable).items():
+        assert f"{codec} {count}" in out
+    assert "no video stream" in out
+    assert f"0 changed, 0 gone, {len(clip_set.listed)} unchanged" in outcome(capsys, *arguments)[1]

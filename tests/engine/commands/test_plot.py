@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from matplotlib import pyplot as plt
 
-from mam2.engine import cli
 from mam2.engine.evaluation import plots, report
 from mam2.engine.runtime.log import read_log
+from tests.helpers.commands import outcome
 
 MAM2 = {"loss/appearance": 6.0, "loss/motion_relative": 0.9, "accuracy/codes": 0.1, "accuracy/commonest_code": 0.03}
 
@@ -27,20 +28,12 @@ def write_run(folder: Path, values: dict[str, float], steps: int = 5) -> Path:
     return folder
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["plot", *map(str, arguments)])
-    told = capsys.readouterr()
-    return int(stop.value.code or 0), told.err
-
-
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, kept open."""
+    """The figures that are drawn."""
     figures: list[Any] = []
     monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
-    yield figures
-    plt.close("all")
+    return figures
 
 
 def titles(figure: Any) -> list[str]:
@@ -94,7 +87,7 @@ def test_a_run_that_still_writes_and_was_resumed(
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 100, "time": 9000.0, "loss/appearance": 3.0}) + "\n")  # logged once more
         file.write('{"step": 120, "loss/appe')
-    assert run(capsys, folder, "--out", tmp_path / "run.png")[0] == 0
+    assert outcome(capsys, "plot", folder, "--out", tmp_path / "run.png")[0] == 0
     line = drawn[0].axes[0].lines[0]
     np.testing.assert_allclose(line.get_xdata(), [20, 40, 60, 80, 100])
     np.testing.assert_allclose(line.get_ydata(), [6, 6, 6, 6, 3])
@@ -103,7 +96,8 @@ def test_a_run_that_still_writes_and_was_resumed(
 def test_the_picture_is_a_png_of_page_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path / name / "run", MAM2) for name in ("a", "b")]
     out = tmp_path / "both.png"
-    assert run(capsys, *folders, "--out", out) == (0, "")
+    status, _, err = outcome(capsys, "plot", *folders, "--out", out)
+    assert (status, err) == (0, "")
     picture = image.imread(io.BytesIO(out.read_bytes()), format="png")
     assert 1500 < picture.shape[1] < 2200
     assert picture[..., :3].std() > 0.01
@@ -111,20 +105,20 @@ def test_the_picture_is_a_png_of_page_width(tmp_path: Path, capsys: pytest.Captu
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path / name / "run", MAM2) for name in ("a", "b")]
-    run(capsys, *folders, "--out", tmp_path / "x.png")
+    outcome(capsys, "plot", *folders, "--out", tmp_path / "x.png")
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a/run", "b/run"]
 
 
 def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, err = run(capsys, tmp_path)
+    status, _, err = outcome(capsys, "plot", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
     assert "holds no log.jsonl" in err
     (tmp_path / "log.jsonl").touch()
-    status, err = run(capsys, tmp_path, "--out", tmp_path / "x.png")
+    status, _, err = outcome(capsys, "plot", tmp_path, "--out", tmp_path / "x.png")
     assert (status, err.count("\n")) == (2, 1)
     assert "nothing has been logged yet" in err
     full = write_run(tmp_path / "full", MAM2)
-    status, err = run(capsys, full, "--out", tmp_path / "nowhere" / "x.png")
+    status, _, err = outcome(capsys, "plot", full, "--out", tmp_path / "nowhere" / "x.png")
     assert (status, err.count("\n")) == (2, 1)
     assert "cannot be written" in err
 
@@ -134,3 +128,15 @@ def test_the_motion_loss_itself_is_drawn_with_its_peaks(tmp_path: Path, drawn: l
     (axis,) = (axis for axis in drawn[0].axes if axis.get_title() == "motion loss")
     assert axis.get_yscale() == "log"
     assert [line.get_ydata()[0] for line in axis.lines] == [0.2, 30.0]
+
+
+def test_drawing_leaves_the_plotting_backend_alone() -> None:
+    """A notebook's backend stays: no module of the engine uses pyplot, whose import chooses one for the process."""
+    code = (
+        "import sys, mam2.engine.evaluation.plots, mam2.engine.evaluation.report, mam2.engine.evaluation.visualize\n"
+        "from mam2.engine.evaluation.accuracy import draw_confusion\n"
+        "import torch; draw_confusion(torch.eye(2), ('a', 'b'))\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

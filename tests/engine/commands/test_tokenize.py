@@ -11,14 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.manifest import read_manifest, write_manifest
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer import cache as code_cache
@@ -27,12 +23,14 @@ from mam2.engine.tokenizer.files import fingerprint, load_vqgan, save_vqgan
 from mam2.engine.tokenizer.precompute import tokenize
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
+from tests.helpers.runs import newest_weights
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=16, test=0, progress=False)
+    synthetic_clips(folder, train=16)
     return folder / "train"
 
 
@@ -56,15 +54,9 @@ def with_tokenizer(config: PretrainConfig, **values: str) -> PretrainConfig:
     return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, **values))
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    folder = checkpoint.newest(run)
-    assert folder is not None
-    return load_file(folder / checkpoint.WEIGHTS)
-
-
 def assert_same_run(first: Path, second: Path) -> None:
     """Equal weights, and equal losses in every line of the log."""
-    one, two = weights(first), weights(second)
+    one, two = newest_weights(first), newest_weights(second)
     assert one.keys() == two.keys()
     for name in one:
         assert torch.equal(one[name], two[name]), name
@@ -236,16 +228,12 @@ def test_the_verb_says_what_it_did(
 ) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
     arguments = ["tokenize", str(tmp_path / "recipe.json"), "--data", str(clips), "--out", str(codes)]
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 0
+    assert exit_status(*arguments) == 0
     out = capsys.readouterr().out
     assert "0 clips tokenized" in out
     used = re.search(r"(\d+) of 16 codes used, perplexity", out)
     assert used is not None
     assert int(used[1]) == int((CodeCache(codes, progress=False).histogram() > 0).sum())
     assert f"--tokenizer.cache {codes} --data.recorded 2" in out
-    with pytest.raises(SystemExit) as end:
-        main([*arguments, "--data.size", "64"])
-    assert end.value.code == 2
+    assert exit_status(*arguments, "--data.size", "64") == 2
     assert "data.size = 32, this run says 64" in capsys.readouterr().err

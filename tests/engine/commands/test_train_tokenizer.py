@@ -11,32 +11,28 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from mam2.engine.cli import main
 from mam2.engine.commands.train_tokenizer import verdict
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data import loader as loaders
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.tokenizer import prepare as training
 from mam2.engine.tokenizer.quality import Reconstruction, measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, small
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 
 OPTIONS = ("--codes", "16", "--channels", "8", "--factor", "4", "--size", "32", "--steps", "40", "--batch", "8")
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=24, test=0, progress=False)
+    synthetic_clips(folder, train=24)
     return folder / "train"
 
 
 def train(data: Path, out: Path, *options: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["train-tokenizer", str(data), "--out", str(out), *OPTIONS, "--threads", "1", *options])
-    assert isinstance(end.value.code, int)
-    return end.value.code
+    return exit_status("train-tokenizer", data, "--out", out, *OPTIONS, "--threads", "1", *options)
 
 
 @pytest.mark.slow

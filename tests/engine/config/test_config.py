@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from mam2.engine.commands.options import with_present_flags
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import KEY, check_limits
 from mam2.engine.config.pretrain import PretrainConfig, check
@@ -40,7 +41,7 @@ def test_a_recipe_file_and_a_saved_config_are_read(tmp_path):
         ("[modle]\nwidth = 8", "unknown key 'modle'; did you mean 'model'?"),
         ("[data]\nframes = 8.5", "'frames' expects int, found 8.5"),
         ("[data]\nflip = 1", "'flip' expects bool, found 1"),
-        ("[data]\nfront_end = 'ffmpeg'", "'front_end' expects 'auto' or 'nvdec'"),
+        ("[data]\ndecoder = 'ffmpeg'", "'decoder' expects 'auto' or 'nvdec'"),
         ("[optim]\nbase_lr = true", "'base_lr' expects float, found True"),
         ("data = 3", "'data' is a table of keys, found 3"),
         ("[data", "not a TOML file"),
@@ -159,3 +160,24 @@ def test_values_that_broke_a_run_with_a_stack_trace_are_refused(tables, told):
     with pytest.raises(UserError) as error:
         check(_changed(**tables))
     assert told in str(error.value)
+
+
+def test_a_renamed_key_is_still_read_with_one_warning(tmp_path, caplog):
+    (tmp_path / "old.toml").write_text('[data]\nfront_end = "pyav"\n')
+    (tmp_path / "new.toml").write_text('extends = ["old.toml"]\n[data]\ndecoder = "nvdec"\n')
+    assert load_recipe(str(tmp_path / "old.toml")).data.decoder == "pyav"
+    assert [record.getMessage() for record in caplog.records] == [
+        "recipe old.toml: the key data.front_end is now called data.decoder"
+    ]
+    assert load_recipe(str(tmp_path / "new.toml")).data.decoder == "nvdec"
+    saved = to_dict(PretrainConfig())
+    saved["data"]["front_end"] = saved["data"].pop("decoder")
+    assert from_dict(PretrainConfig, saved) == PretrainConfig()  # a checkpoint of that time
+
+
+@pytest.mark.parametrize("flag", ["--data.front-end", "--data.front_end"])
+def test_a_flag_of_a_renamed_key_is_still_read_with_one_warning(flag, caplog):
+    assert with_present_flags([flag, "pyav", f"{flag}=pyav", "--data.frames", "8"]) == [
+        *("--data.decoder", "pyav", "--data.decoder=pyav", "--data.frames", "8")
+    ]
+    assert {record.getMessage() for record in caplog.records} == {f"the flag {flag} is now called --data.decoder"}

@@ -31,11 +31,11 @@ import torch
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames
-from mam2.engine.data.front_ends import DALI_CPU_CODECS
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Video, probe
 from mam2.engine.data.sampling import View
 from mam2.engine.data.vetting import vet
+from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 
 LIMIT_S = 30
 """A mutant that takes longer is a hang; a sound one of these takes milliseconds."""
@@ -220,14 +220,14 @@ class Loader:
         return "decoded"
 
 
-FRONT_ENDS = {"pyav": PyAV, "dali-cpu": DaliCPU, "loader": Loader}
+VIDEO_DECODERS = {"pyav": PyAV, "dali-cpu": DaliCPU, "loader": Loader}
 
 
-def work(sources: list[Path], front_end: str, seed: int, first: int, last: int) -> None:
+def work(sources: list[Path], decoder: str, seed: int, first: int, last: int) -> None:
     """Mutants `first` to `last` - 1: a line for each, before and after it; the process may end in between."""
     faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
-        judge = FRONT_ENDS[front_end](sources, Path(folder))
+        judge = VIDEO_DECODERS[decoder](sources, Path(folder))
         for number in range(first, last):
             print(number, flush=True)
             signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # its signal ends the process, also in native code
@@ -236,7 +236,7 @@ def work(sources: list[Path], front_end: str, seed: int, first: int, last: int) 
         print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}")
 
 
-def hunt(sources: Path | None, front_end: str, seed: int, first: int, last: int) -> dict[str, object]:
+def hunt(sources: Path | None, decoder: str, seed: int, first: int, last: int) -> dict[str, object]:
     """What became of mutants `first` to `last` - 1: counts of outcomes, and the numbers of the bad ones."""
     outcomes: collections.Counter[str] = collections.Counter()
     bad: dict[int, str] = {}
@@ -245,8 +245,8 @@ def hunt(sources: Path | None, front_end: str, seed: int, first: int, last: int)
         command = [
             sys.executable,
             __file__,
-            "--front-end",
-            front_end,
+            "--decoder",
+            decoder,
             "--seed",
             str(seed),
             "--child",
@@ -282,7 +282,7 @@ def main() -> int:
     parser.add_argument(
         "sources", nargs="?", type=Path, help="folder of videos to damage; small ones are made if absent"
     )
-    parser.add_argument("--front-end", choices=FRONT_ENDS, default="pyav")
+    parser.add_argument("--decoder", choices=VIDEO_DECODERS, default="pyav")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant: to see one again")
     parser.add_argument("--seed", type=int, default=0)
@@ -290,7 +290,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.child:
         last = options.first + options.count
-        report = hunt(options.sources, options.front_end, options.seed, options.first, last)
+        report = hunt(options.sources, options.decoder, options.seed, options.first, last)
         print(json.dumps(report, indent=1))
         return 1 if report["bad"] else 0
     first, last = map(int, options.child.split(":"))
@@ -299,7 +299,7 @@ def main() -> int:
         if not options.sources:
             write_sources(folder)
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 400_000)
-        work(paths, options.front_end, options.seed, first, last)
+        work(paths, options.decoder, options.seed, first, last)
     return 0
 
 

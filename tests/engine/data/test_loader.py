@@ -11,10 +11,9 @@ import torch
 
 from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import loader
-from mam2.engine.data.manifest import Skipped, read_manifest
+from mam2.engine.data.manifest import Skipped
 from mam2.engine.data.sampling import draw_clip, sample_at
 from tests.helpers.loaders import CONFIG, assert_same, damaged, open_loader, take
-from tests.helpers.paths import CLIPS
 
 
 def test_a_batch_is_what_it_says(videos, frame_numbers):
@@ -160,7 +159,7 @@ def test_training_goes_on_while_another_pass_evaluates(videos):
 
 def test_the_log_can_tell_which_decoder_and_how_much(videos):
     with open_loader(videos) as clips:
-        assert clips.front_ends == {"pyav": 10}
+        assert clips.decoders == {"pyav": 10}
         stream = clips.stream()
         for _ in range(3):
             next(stream)
@@ -170,9 +169,8 @@ def test_the_log_can_tell_which_decoder_and_how_much(videos):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_every_real_clip_gives_a_clip_and_every_broken_file_is_named():
-    found = read_manifest(CLIPS, progress=False)
+def test_every_format_gives_a_clip_and_every_broken_file_is_named(clip_set):
+    found = clip_set.found
     small = tuple(video for video in found.videos if video.width * video.height <= 500_000)
     config = DataConfig(frames=4, stride=4, size=48, threads=2)
     told: list[Skipped] = []
@@ -180,10 +178,10 @@ def test_every_real_clip_gives_a_clip_and_every_broken_file_is_named():
         batches = list(clips.evaluate())
         stream = itertools.islice(clips.stream(), 3)
         assert all(batch.clip.shape == (16, 4, 48, 48, 3) for batch in stream)
-        assert clips.front_ends == {"pyav": len(small)}
+        assert clips.decoders == {"pyav": len(small)}
     assert told == []
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(small)))
-    assert len(found.skipped) == 7
+    assert {clip_set.name(entry.path) for entry in found.skipped} == clip_set.broken
     moving = torch.cat([batch.clip for batch in batches]).float()
     assert (moving.std((1, 2, 3, 4)) > 1).float().mean() > 0.95  # pictures, not blanks
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.data import decoding, loader, manifest, renderer
+from mam2.engine.data import assigned_decoders, decoding, loader, manifest, renderer
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.manifest import Skipped
 from mam2.engine.data.sampling import draw_clip, replacement
@@ -51,17 +51,19 @@ def test_what_dali_cannot_decode_goes_to_pyav(videos, monkeypatch):
     run = ClipGraph.run
 
     def fail_late(self: ClipGraph, payloads, frames, views):
-        if self._front_end != "pyav" and max(numbers[0] for numbers in frames) > 2:
+        if self._decoder != "pyav" and max(numbers[0] for numbers in frames) > 2:
             raise decoding.DecodeError("damage in the middle")
         return run(self, payloads, frames, views)
 
     expected = take(videos, 5)
     monkeypatch.setattr(ClipGraph, "run", fail_late)
-    monkeypatch.setattr(loader, "choose_front_end", lambda codec, *_, **__: "dali-cpu" if codec == "vp9" else "pyav")
+    monkeypatch.setattr(
+        assigned_decoders, "choose_decoder", lambda codec, *_, **__: "dali-cpu" if codec == "vp9" else "pyav"
+    )
     with open_loader(videos) as clips:
         got = list(itertools.islice(clips.stream(), 5))
         assert clips.skipped == []
-        assert clips.front_ends == {"pyav": 7, "dali-cpu": 3}
+        assert clips.decoders == {"pyav": 7, "dali-cpu": 3}
     for one, other in zip(expected, got, strict=True):
         assert torch.equal(one.index, other.index)
         difference = (one.clip.int() - other.clip.int()).abs()
@@ -73,18 +75,20 @@ def test_nvdec_is_not_asked_twice_for_a_file_it_failed_on(videos, monkeypatch):
     asked: list[int] = []
 
     def no_gpu(self: ClipGraph, payloads, frames, views):
-        if self._front_end == "nvdec":
+        if self._decoder == "nvdec":
             asked.append(len(payloads))
             raise decoding.DecodeError("unsupported profile")
         return run(self, payloads, frames, views)
 
     expected = take(videos, 8)
     monkeypatch.setattr(ClipGraph, "run", no_gpu)
-    monkeypatch.setattr(loader, "choose_front_end", lambda codec, *_, **__: "nvdec" if codec == "vp9" else "pyav")
+    monkeypatch.setattr(
+        assigned_decoders, "choose_decoder", lambda codec, *_, **__: "nvdec" if codec == "vp9" else "pyav"
+    )
     with open_loader(videos) as clips:
         for one, other in zip(expected, clips.stream(), strict=False):
             assert_same(one, other)
-        assert clips.front_ends == {"pyav": 10}
+        assert clips.decoders == {"pyav": 10}
     assert 3 <= len(asked) < 12
 
 
@@ -107,8 +111,8 @@ def test_too_many_damaged_videos_end_the_run(videos, tmp_path):
         open_loader(dataclasses.replace(videos, skipped=skipped))
 
 
-def test_a_forced_front_end_decodes_what_it_can(videos):
-    config = dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0)
+def test_a_forced_decoder_decodes_what_it_can(videos):
+    config = dataclasses.replace(CONFIG, decoder="dali-cpu", max_unusable=1.0)
     told: list[Skipped] = []
     (batch,) = take(videos, 1, config, on_skip=told.append)
     assert {videos.videos[video].codec for video in batch.index} == {"vp9"}
@@ -117,7 +121,7 @@ def test_a_forced_front_end_decodes_what_it_can(videos):
     with pytest.raises(UserError, match="7 of 10 videos cannot be used"):
         open_loader(videos, dataclasses.replace(config, max_unusable=0.5))
     avc = dataclasses.replace(videos, videos=tuple(video for video in videos.videos if video.codec == "h264"))
-    with pytest.raises(UserError, match="use data.front_end=pyav"):
+    with pytest.raises(UserError, match=r"use data\.decoder=pyav"):
         open_loader(avc, config)
 
 
@@ -213,14 +217,14 @@ def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, to
 
 def test_without_dali_pytorch_crops_the_same(videos, monkeypatch):
     expected = take(videos, 2)
-    monkeypatch.setattr(loader, "dali_version", lambda: "")
+    monkeypatch.setattr(assigned_decoders, "dali_version", lambda: "")
     monkeypatch.setattr(renderer, "dali_version", lambda: "")
     with open_loader(videos) as clips:
         assert clips.cropper == "PyTorch (DALI is not installed)"
         for one, other in zip(expected, itertools.islice(clips.stream(), 2), strict=True):
             assert (one.clip.int() - other.clip.int()).abs().max() <= 1
-    with pytest.raises(UserError, match="needs NVIDIA DALI, which is not installed: use data.front_end=pyav"):
-        open_loader(videos, dataclasses.replace(CONFIG, front_end="dali-cpu", max_unusable=1.0))
+    with pytest.raises(UserError, match=r"needs NVIDIA DALI, which is not installed: use data\.decoder=pyav"):
+        open_loader(videos, dataclasses.replace(CONFIG, decoder="dali-cpu", max_unusable=1.0))
 
 
 def test_a_gpu_whose_memory_is_full_is_no_bad_file(videos, monkeypatch):
@@ -243,7 +247,7 @@ def test_a_mistake_of_a_program_is_no_bad_file(videos, monkeypatch):
     with open_loader(videos) as clips, pytest.raises(TypeError, match="unexpected keyword"):
         next(clips.stream())
     monkeypatch.setattr(renderer, "read_vetted", removed)
-    monkeypatch.setattr(loader, "choose_front_end", lambda *_, **__: "dali-cpu")
+    monkeypatch.setattr(assigned_decoders, "choose_decoder", lambda *_, **__: "dali-cpu")
     with open_loader(videos) as clips, pytest.raises(TypeError, match="unexpected keyword"):
         next(clips.stream())
 
@@ -268,19 +272,19 @@ def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
     run = ClipGraph.run
 
     def no_gpu(self: ClipGraph, payloads, frames, views):
-        if self._front_end == "nvdec":
+        if self._decoder == "nvdec":
             raise decoding.DecodeError("unsupported")
         return run(self, payloads, frames, views)
 
     monkeypatch.setattr(ClipGraph, "run", no_gpu)
-    monkeypatch.setattr(loader, "choose_front_end", nvdec_for_vp9)
+    monkeypatch.setattr(assigned_decoders, "choose_decoder", nvdec_for_vp9)
     vp9 = next(video for video in videos.videos if video.codec == "vp9")
     many = dataclasses.replace(videos, videos=(vp9,) * 60)
     said: list[str] = []
     with open_loader(many, info=said.append) as clips:
         for _ in zip(range(7), clips.stream(), strict=False):
             pass
-        assert clips.front_ends == {"pyav": 60}
+        assert clips.decoders == {"pyav": 60}
         assert clips.skipped == []
     assert len(said) == 1
     assert "NVDEC is switched off for this run: it failed on 20 files in a row" in said[0]
@@ -292,10 +296,10 @@ def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
     run = ClipGraph._run_pipeline
 
     def hang(self: ClipGraph, payloads, frames, views):
-        return free.wait(60) if self._front_end == "nvdec" else run(self, payloads, frames, views)
+        return free.wait(60) if self._decoder == "nvdec" else run(self, payloads, frames, views)
 
     monkeypatch.setattr(ClipGraph, "_run_pipeline", hang)
-    monkeypatch.setattr(loader, "choose_front_end", nvdec_for_vp9)
+    monkeypatch.setattr(assigned_decoders, "choose_decoder", nvdec_for_vp9)
     said: list[str] = []
     with open_loader(videos, dataclasses.replace(CONFIG, timeout_s=0.2), info=said.append) as clips:
         for one, other in zip(expected, clips.stream(), strict=False):

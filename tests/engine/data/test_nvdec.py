@@ -9,7 +9,7 @@ import pytest
 
 from mam2.engine.data import nvdec
 from mam2.engine.data.decoding import DecodeError, decode_frames
-from mam2.engine.data.front_ends import MOST_BYTES_READ, choose_front_end
+from mam2.engine.data.video_decoders import MOST_BYTES_READ, choose_decoder
 from mam2.engine.errors import UserError
 
 HEAD = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.video`,\nencountered:\n\n"
@@ -90,9 +90,9 @@ def test_work_that_does_not_end_is_left_behind():
     ],
 )
 def test_nvdec_gets_only_what_it_can_decode(codec, traits, expected):
-    assert choose_front_end(codec, "cuda", **traits) == expected
+    assert choose_decoder(codec, "cuda", **traits) == expected
 
 
 def test_a_forced_nvdec_that_fails_its_trial_says_why():
     with pytest.raises(UserError, match=r"h264 cannot be decoded by nvdec on this machine \(no library\)"):
-        choose_front_end("h264", "cuda", "nvdec", broken={"h264": "no library"})
+        choose_decoder("h264", "cuda", "nvdec", broken={"h264": "no library"})

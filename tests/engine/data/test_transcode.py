@@ -9,14 +9,13 @@ import av
 import numpy as np
 import pytest
 
-from mam2.engine import cli
 from mam2.engine.data import transcode as module
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.transcode import FAILURES, Settings, transcode
 from mam2.engine.data.video import Video, probe
 from mam2.engine.errors import UserError
-from tests.helpers.paths import CLIPS
+from tests.helpers.commands import exit_status
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +102,9 @@ def test_scenes_that_move_get_no_b_frames_and_closed_groups(tmp_path, codec):
 def test_a_full_disk_ends_the_run_with_one_line(tmp_path, clip_bytes, capsys, full_disk):
     place(clip_bytes, *(tmp_path / "in" / f"{number}.mp4" for number in range(3)))
     arguments = ["transcode", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--short-side", "48"]
-    with full_disk(200), pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+    with full_disk(200):
+        assert exit_status(*arguments) == 2
     told = capsys.readouterr().err
-    assert stop.value.code == 2
     assert told.splitlines()[-1].startswith(f"mam2: error: --out {tmp_path / 'out'}: cannot be written: File too large")
     assert files(tmp_path / "out") == [module.SETTINGS]
 
@@ -248,18 +246,14 @@ def test_what_fails_is_named_and_the_status_is_1(tmp_path, clip_bytes, capsys):
     place(clip_bytes, tmp_path / "in" / "a.mp4")
     place(clip_bytes[: len(clip_bytes) // 2], tmp_path / "in" / "cut.mp4")
     arguments = ["transcode", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--short-side", "32"]
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 1
+    assert exit_status(*arguments) == 1
     assert "1 written" in capsys.readouterr().out
     assert (tmp_path / "out" / FAILURES).read_text().splitlines() == [
         "path\treason",
         f"{tmp_path / 'in' / 'cut.mp4'}\tdamaged, or not a video",
     ]
     (tmp_path / "in" / "cut.mp4").unlink()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 0
+    assert exit_status(*arguments) == 0
     assert "0 written (0.0 MB became 0.0 MB), 1 were there, 0 failed" in capsys.readouterr().out
 
 
@@ -316,19 +310,19 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips_look_and_count_the_same(tmp_path):
+def test_every_format_looks_and_counts_the_same(tmp_path, clip_set):
     """Formats, rotations, ranges, depths and rates as they come; damage is either taken over in part or named."""
-    outcome = transcode(CLIPS, tmp_path / "out", Settings(short_side=64))
-    assert len(outcome.written) == 84
-    assert len(outcome.failed) == 7
+    folder = clip_set.folder
+    outcome = transcode(folder, tmp_path / "out", Settings(short_side=64))
+    assert len(outcome.written) == len(clip_set.found.videos)
+    assert {clip_set.name(entry.path) for entry in outcome.failed} == clip_set.broken
     targets = {
-        job.source: job.target for job in module._plan(CLIPS, module.read_source(CLIPS), tmp_path / "out", Settings())
+        job.source: job.target for job in module._plan(folder, module.read_source(folder), tmp_path / "out", Settings())
     }
-    for video in read_manifest(CLIPS, progress=False).videos:
+    for video in clip_set.found.videos:
         after = good(targets[video.path])
         assert after.keyframe_max <= 30, video.path
-        assert after.fps == pytest.approx(video.fps, rel=1e-3), video.path
+        assert after.fps == pytest.approx(video.fps or module.UNSTATED_RATE, rel=1e-3), video.path
         assert not after.rotation, video.path
         assert not after.variable_rate, video.path
         assert video.frames * 0.9 - 1 <= after.frames <= video.frames, video.path

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 from fractions import Fraction
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 
 from mam2.engine.data.video import HASH_BLOCK, Skipped, Video, content_hash, probe
-from tests.helpers.paths import CLIPS
+from tests.helpers.clip_sets import ClipSet
+from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
 
 def write_at_times(path: Path, times_ms: list[int]) -> Path:
@@ -29,7 +29,7 @@ def write_at_times(path: Path, times_ms: list[int]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "encoder", "codec", "pixel_format", "front_ends"),
+    ("suffix", "encoder", "codec", "pixel_format", "decoders"),
     [
         ("mp4", "libx264", "h264", "yuv420p", ("nvdec", "pyav")),
         ("webm", "libvpx-vp9", "vp9", "yuv420p", ("dali-cpu", "pyav")),  # too small for NVDEC, as is the next
@@ -38,7 +38,7 @@ def write_at_times(path: Path, times_ms: list[int]) -> Path:
     ],
 )
 def test_it_reports_what_the_file_holds(
-    tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format, front_ends
+    tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format, decoders
 ):
     path = write_video(tmp_path / f"a.{suffix}", numbered_frames(7, 48, 64), encoder, gop=3)
     found = probe(str(path), 3)
@@ -56,7 +56,7 @@ def test_it_reports_what_the_file_holds(
         transfer="sdr",
     )
     assert found.duration_s == pytest.approx(0.28)
-    assert found.front_ends == front_ends
+    assert found.decoders == decoders
 
 
 def test_the_last_key_frame_counts_to_the_end(tmp_path, write_video, numbered_frames):
@@ -84,7 +84,7 @@ def test_a_folder_of_images_is_a_video_of_frames(tmp_path, numbered_frames, writ
     expected = Video(str(folder), 2, 12, 64, 48, "frames", 0.0, 0, "yuvj420p", False, 1, 1, size)
     facts = {"mtime_ns": folder.stat().st_mtime_ns, "content": found.content, "transfer": "sdr"}
     assert found == dataclasses.replace(expected, **facts)
-    assert found.front_ends == ("pyav",)
+    assert found.decoders == ("pyav",)
     assert found.duration_s == 0
     (folder / "img_00001.jpg").write_bytes(b"")
     assert probe(str(folder)).reason == "empty file"
@@ -129,20 +129,14 @@ def test_the_hash_sees_head_middle_tail_and_length(tmp_path, size):
     assert len(others) == len({0, size // 2, size - 1}) + 1
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips_agree_with_their_list():
-    with open(CLIPS / "manifest.csv", newline="") as file:
-        listed = {row["file"]: row for row in csv.DictReader(file)}
-    found = {name: probe(str(CLIPS / name)) for name in listed}
-    broken = {name for name, entry in found.items() if isinstance(entry, Skipped)}
-    assert broken == {name for name, row in listed.items() if row["frames_decoded"] in ("", "0")}
+def test_clips_agree_with_their_list(clip_set):
+    found = {clip_set.name(video.path): video for video in clip_set.found.videos}
+    assert found.keys() == clip_set.listed.keys() - clip_set.broken
     for name, video in found.items():
         if name == "torchcodec/nasa_13013.mp4":  # two video streams; the list tells of the first, we take the larger
             assert (video.width, video.height) == (480, 270)
             continue
-        if isinstance(video, Skipped):
-            continue
-        row = listed[name]
+        row = clip_set.listed[name]
         assert (video.codec, f"{video.width}x{video.height}") == (row["codec"], row["size"]), name
         assert bool(video.rotation) == (row["rotation"] not in ("", "0")), name
         if "corrupt" not in name:
@@ -150,7 +144,13 @@ def test_real_clips_agree_with_their_list():
             assert 0 <= video.frames - int(row["frames_decoded"]) <= 1, name
         if row["vfr"] == "CFR" and "corrupt" not in name:
             assert not video.variable_rate, name
-    vary = {name for name, video in found.items() if isinstance(video, Video) and video.variable_rate}
+
+
+@needs_real_clips
+def test_rates_and_key_frames_of_real_clips():
+    real = ClipSet(REAL_CLIPS)
+    found = {real.name(video.path): video for video in real.found.videos}
+    vary = {name for name, video in found.items() if video.variable_rate}
     assert vary == {
         "mmaction2/part_0.mp4",
         "androidx/sample.avi",  # one gap, of 96 frames
@@ -162,3 +162,18 @@ def test_real_clips_agree_with_their_list():
     assert found["derived/bikes_vp9_vfr.webm"].fps == pytest.approx(14.96)  # the file says 25
     assert found["moviepy/chaplin.mp4"].keyframe_max == 241
     assert found["derived/nasa_h264_g16.mp4"].keyframe_max == 16
+
+
+def test_the_clips_of_the_repository_are_seen_as_they_were_made():
+    """All of what the script asked of the encoder; the set is small, and every file of it is in its list."""
+    made = ClipSet(CLIPS)
+    for video in made.found.videos:
+        row = made.listed[made.name(video.path)]
+        found = video.rotation, video.pixel_format, video.variable_rate, video.interlaced
+        made_as = int(row["rotation"]), row["pixel_format"], row["vfr"] == "VFR", row["interlaced"] == "1"
+        assert found == made_as or "corrupt_bitrot" in video.path, video.path  # its times are damaged too
+        assert made.found.classes[video.label] == made.name(video.path).split("/")[0]
+    paths = [path for path in CLIPS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in paths) < 2**20
+    clips = {made.name(path if path.suffix != ".jpg" else path.parent) for path in paths if path.parent != CLIPS}
+    assert clips == made.listed.keys()

@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.evaluation import accuracy
 from mam2.engine.evaluation.classification import evaluate
 from mam2.engine.evaluation.views import view_clip
+from tests.helpers.commands import torchrun
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
@@ -176,10 +175,8 @@ def test_evaluation_leaves_what_it_promises(result):
 @pytest.mark.slow
 def test_three_processes_count_every_video_once(result, saved, clips, tmp_path):
     """Five videos on three ranks: none shown twice to fill up, none left out."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command += ["-m", "mam2.engine", "evaluate", saved, "--data", clips, "--out", tmp_path, "--device", "cpu"]
-    command += ["--precision", "float32"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    arguments = ["-m", "mam2.engine", "evaluate", saved, "--data", clips, "--out", tmp_path, "--device", "cpu"]
+    done = torchrun(3, *arguments, "--precision", "float32")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("top-1") == 1
     assert (tmp_path / "predictions.tsv").read_text() == (result[1] / "predictions.tsv").read_text()

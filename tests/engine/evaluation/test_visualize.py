@@ -14,11 +14,9 @@ from PIL import Image
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.load import load_model
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import DecoderConfig, RegressorConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.regressor_attention import regressor_attention
@@ -29,13 +27,14 @@ from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.engine.train.pretrain import pretrain
 from mam2.kernels import reference, tube_mask
+from tests.helpers.commands import exit_status
 from tests.helpers.paths import CLIPS
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
+def videos(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=16, test=0, progress=False)
+    synthetic_clips(folder, train=16)
     return folder / "train"
 
 
@@ -48,16 +47,10 @@ def runs(videos, tmp_path_factory, small):
     return found
 
 
-def visualize(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["visualize", *map(str, arguments)])
-    return end.value.code
-
-
 @pytest.mark.slow
 def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
     out = tmp_path / "seen"
-    assert visualize(*runs, "--data", videos, "--out", out, "--clips", 3) == 0
+    assert exit_status("visualize", *runs, "--data", videos, "--out", out, "--clips", 3) == 0
     assert capsys.readouterr().out.strip() == str(out / "index.html")
     files = sorted(path.name for path in out.iterdir())
     assert len(files) == 1 + 3 * 3
@@ -93,7 +86,7 @@ def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_path):
     """The numbers of the demo's measurement over the same clips and masks; a dash where nothing is predicted."""
-    assert visualize(*runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0
+    assert exit_status("visualize", *runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0
     page = (tmp_path / "index.html").read_text()
     rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", page)[1:]
     told = {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
@@ -132,10 +125,10 @@ def test_a_checkpoint_away_from_its_run_asks_for_the_tokenizer(videos, runs, tmp
     file.parent.mkdir(parents=True)
     file.write_bytes((checkpoint.newest(runs[0]) / checkpoint.WEIGHTS).read_bytes())
     video = next(path for path in videos.rglob("*.mp4"))
-    assert visualize(file, "--data", video, "--out", tmp_path / "seen") == 2
+    assert exit_status("visualize", file, "--data", video, "--out", tmp_path / "seen") == 2
     assert "--tokenizer" in capsys.readouterr().err
     own = runs[0] / "tokenizer.safetensors"
-    assert visualize(file, "--data", video, "--out", tmp_path / "seen", "--tokenizer", own) == 0
+    assert exit_status("visualize", file, "--data", video, "--out", tmp_path / "seen", "--tokenizer", own) == 0
     assert len(list((tmp_path / "seen").glob("*.mp4"))) == 1
 
 
@@ -144,16 +137,15 @@ def test_names_in_any_script_are_kept(videos, runs, tmp_path):
     (tmp_path / "clips").mkdir()
     video = next(path for path in videos.rglob("*.mp4"))
     shutil.copy(video, tmp_path / "clips" / "прыжок 跳ぶ é.mp4")
-    assert visualize(runs[1], "--data", tmp_path / "clips", "--out", tmp_path / "seen") == 0
+    assert exit_status("visualize", runs[1], "--data", tmp_path / "clips", "--out", tmp_path / "seen") == 0
     names = {path.name for path in (tmp_path / "seen").iterdir()}
     assert names == {"index.html", *(f"01-прыжок-跳ぶ-é.{suffix}" for suffix in ("png", "gif", "mp4"))}
     assert "01-прыжок-跳ぶ-é" in (tmp_path / "seen" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is not here")
-def test_real_clips(runs, tmp_path):
-    assert visualize(runs[1], "--data", CLIPS / "mini5_train.csv", "--out", tmp_path, "--clips", 2) == 0
+def test_clips_of_many_formats(runs, tmp_path):
+    assert exit_status("visualize", runs[1], "--data", CLIPS / "train.csv", "--out", tmp_path, "--clips", 2) == 0
     assert len(list(tmp_path.glob("*.gif"))) == 2
 
 

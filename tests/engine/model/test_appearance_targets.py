@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from mam2.engine.checkpoints.load import load_model
 from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import load_recipe
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.pretext import measure_pretext, reconstruct
 from mam2.engine.evaluation.regressor_attention import regressor_attention
@@ -24,7 +23,7 @@ from mam2.engine.tokenizer.precompute import tokenize
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import reference
 
 CODES = 16
@@ -132,7 +131,7 @@ def test_a_step_learns_logs_and_balances_what_there_is(small, option, regressed)
     config = small(**OPTIONS.get(option, {}))
     config = config if regressed else without_regressor(config)
     check(config)
-    step = TrainStep(config, build(config), torch.device("cpu"), World())
+    step = PretrainStep(config, build(config), torch.device("cpu"), World())
     logged = [step(0, [(clips(4), codes_for(config, 4))], 3e-3, inspect=True) for _ in range(20)]
     appearance = {"loss/appearance", "gradient/appearance", "gradient/appearance_decoder"}
     assert {"loss/motion", "gradient/motion", "loss/motion_relative"} <= logged[0].keys()
@@ -246,9 +245,9 @@ def test_a_plan_counts_the_frames_that_are_tokenized():
 
 
 @pytest.mark.slow
-def test_runs_of_each_option(tmp_path, small, monkeypatch):
+def test_runs_of_each_option(tmp_path, small, monkeypatch, synthetic_clips):
     """Through pre-training on files, loading, and pictures."""
-    write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
+    synthetic_clips(tmp_path / "clips", train=16)
     videos = tmp_path / "clips" / "train"
     tokenized = Tokenizer.codes
 
@@ -275,8 +274,8 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch):
 
 
 @pytest.mark.slow
-def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small):
-    write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
+def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small, synthetic_clips):
+    synthetic_clips(tmp_path / "clips", train=16)
     videos, sizes = tmp_path / "clips" / "train", {"data": {"recorded": 2}, "optim": {"epochs": 2.0}}
     made = tokenize(small(**ALL_FRAMES, **sizes), videos, tmp_path / "codes", progress=False)
     assert made.cache.codes(*torch.zeros(3, 1, dtype=torch.int64)).shape == (1, 64, 2)

@@ -14,7 +14,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
-from mam2.engine.train.finetune import ClassifierObjective
+from mam2.engine.train.classifier_step import ClassifierObjective
 from mam2.engine.train.optimizer import build_layered_optimizer
 
 DEPTH, WIDTH, CLASSES = 3, 24, 5

@@ -16,7 +16,7 @@ from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.spikes import FACTOR, PEAK, Spikes
 from mam2.kernels import MaskedFrameDifferenceLoss, frame_difference, masked_frame_difference_loss, tube_mask
-from tests.helpers.paths import CLIPS
+from tests.helpers.paths import REAL_CLIPS, needs_real_clips
 
 GRID, PATCH = (4, 2, 2), (2, 8, 8)
 LARGEST = (1 / 255 / 0.05) ** 2 * (1 + 1e-6)
@@ -103,11 +103,11 @@ def test_a_run_logs_the_peak_of_its_motion_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="needs the real clips of ../shared/clips")
+@needs_real_clips
 def test_the_motion_loss_of_real_clips_stays_small(tmp_path: Path, small: Callable[..., PretrainConfig]) -> None:
     names = ["moviepy/transparent.webm", "moviepy/big_buck_bunny_432_433.webm", "torchvision/R6llTwEh07w.mp4"]
     names += ["libwebm/test_stereo_left_right.webm", "libwebm/bbb_480p_vp9_opus_1second.webm"]
-    (tmp_path / "clips.csv").write_text("".join(f"{CLIPS / name} 0\n" for name in names), encoding="utf-8")
+    (tmp_path / "clips.csv").write_text("".join(f"{REAL_CLIPS / name} 0\n" for name in names), encoding="utf-8")
     config = small(
         data={"size": 64, "stride": 1, "views": 1},
         model={"patch": 16},

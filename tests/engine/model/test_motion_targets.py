@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mam2.engine.config.pretrain import check
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.model.mam2 import MAM2
@@ -203,8 +202,8 @@ def test_a_perfect_prediction_looks_like_the_truth(small, target):
 
 
 @pytest.mark.slow
-def test_runs_of_other_targets_objectives_and_masks(tmp_path, small):
-    write_dataset(tmp_path, train=16, test=0, progress=False)
+def test_runs_of_other_targets_objectives_and_masks(tmp_path, small, synthetic_clips):
+    synthetic_clips(tmp_path, train=16)
     for name, tables in {
         "hog": {"loss": {"motion_target": "hog"}, "mask": {"kind": "random"}},
         "none": {"loss": {"motion_target": "none", "balance": "fixed"}},

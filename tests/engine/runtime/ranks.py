@@ -1,6 +1,7 @@
 """The gradients of a step on several processes: started by test_distributed.py through torchrun.
 
-`ranks.py OUT SHARDING BALANCE MICRO_BATCH`: rank 0 writes losses, gradients and, after three steps, weights to OUT.
+`ranks.py OUT SHARDING BALANCE MICRO_BATCH [OPTIMIZER]`: rank 0 writes losses, gradients and, after three
+steps, weights to OUT. The encoder's width is odd, so that FSDP2's shards of a matrix differ in size.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.distributed import join
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 
 BATCH, STEPS = 8, 3
 
@@ -21,20 +22,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def main(out: str, sharding: str, balance: str, micro_batch: str) -> None:
+def main(out: str, sharding: str, balance: str, micro_batch: str, optimizer: str = "adamw") -> None:
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, views=1),
-        model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
+        model=dataclasses.replace(recipe.model, width=27, depth=2, heads=3),
         loss=dataclasses.replace(recipe.loss, balance=balance, appearance=0.3, alignment=0.5),
-        optim=dataclasses.replace(recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5),
+        optim=dataclasses.replace(
+            recipe.optim, batch=BATCH, micro_batch=int(micro_batch), clip_norm=0.5, name=optimizer
+        ),
         run=dataclasses.replace(recipe.run, precision="float32", compile=False, sharding=sharding),
     )
     with join(torch.device("cpu")) as world:
         torch.manual_seed(0)
         model = MAM2(config, 16)
-        step = TrainStep(config, model, torch.device("cpu"), world)
+        step = PretrainStep(config, model, torch.device("cpu"), world)
         clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
         codes = torch.randint(0, 16, (STEPS, BATCH, 64))
         clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still

@@ -2,62 +2,60 @@
 
 import dataclasses
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import micro_batches_per_step
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
+from tests.helpers.commands import (
+    ENVIRONMENT,
+    MAM2_COMMAND,
+    TORCHRUN,
+    free_port,
+    run_program,
+    torchrun,
+    wait_for_first_step,
+)
+from tests.helpers.runs import newest_weights
 
 RANKS = Path(__file__).with_name("ranks.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def torchrun(processes, *arguments, **options):
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Results of one process, by balance."""
+    """Results of one process, by balance and optimizer."""
     found = {}
-    for balance in ("fixed", "gradient"):
+    for balance, optimizer in (("fixed", "adamw"), ("gradient", "adamw"), ("gradient", "muon")):
         out = tmp_path_factory.mktemp("alone") / balance
-        done = subprocess.run([sys.executable, RANKS, out, "ddp", balance, "0"], env=ENVIRONMENT, check=False)
-        assert done.returncode == 0
-        found[balance] = torch.load(out)
+        done = run_program([sys.executable, RANKS, out, "ddp", balance, "0", optimizer])
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[balance, optimizer] = torch.load(out)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "balance", "micro_batch"), [("ddp", "gradient", 0), ("ddp", "fixed", 2), ("fsdp", "gradient", 0)]
+    ("sharding", "balance", "micro_batch", "optimizer"),
+    [
+        ("ddp", "gradient", 0, "adamw"),
+        ("ddp", "fixed", 2, "adamw"),
+        ("fsdp", "gradient", 0, "adamw"),
+        ("ddp", "gradient", 2, "muon"),
+        ("fsdp", "gradient", 0, "muon"),
+    ],
 )
-def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, alone, tmp_path):
+def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, optimizer, alone, tmp_path):
     """Losses, gradient norms, every gradient, and the weights after three clipped steps."""
-    done = torchrun(2, RANKS, tmp_path / "out", sharding, balance, micro_batch)
+    done = torchrun(2, RANKS, tmp_path / "out", sharding, balance, micro_batch, optimizer)
     assert done.returncode == 0, done.stderr[-3000:]
-    together, single = torch.load(tmp_path / "out"), alone[balance]
+    together, single = torch.load(tmp_path / "out"), alone[balance, optimizer]
     assert together.keys() == single.keys()
     for name, value in single.items():
         if micro_batch and name.startswith("gradient/"):
@@ -68,11 +66,11 @@ def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, alo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_a_run_of_two_goes_on_alone(sharding, clips, tmp_path, small):
+@pytest.mark.parametrize(("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
+def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, tmp_path, small):
     """Two processes train, stop at a checkpoint, and one goes on: the log is that of one process from the start."""
     config = small(
-        optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5},
+        optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5, "name": optimizer},
         run={"precision": "float32", "compile": False, "log_every": 1, "save_every": 4, "sharding": sharding},
         loss={"balance": "gradient"},
     )
@@ -87,23 +85,17 @@ def test_a_run_of_two_goes_on_alone(sharding, clips, tmp_path, small):
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    again = subprocess.run(
-        [sys.executable, "-m", "mam2.engine", *pretrain, tmp_path / "two", "--resume"],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    again = run_program([*MAM2_COMMAND, *pretrain, tmp_path / "two", "--resume"])
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resume  from" in again.stdout
     assert "8 done of 12" in again.stdout
     config = ["--tokenizer.path", tmp_path / "two" / "tokenizer.safetensors"]
-    single = subprocess.run(
-        [sys.executable, "-m", "mam2.engine", *pretrain, tmp_path / "one", *config],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    single = run_program([*MAM2_COMMAND, *pretrain, tmp_path / "one", *config])
     assert single.returncode == 0, single.stderr[-3000:]
     for ours, theirs in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
         for name in ("loss/appearance", "loss/motion", "gradient/appearance", "learning_rate"):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (ours["step"], name)
-    weights = [load_file(checkpoint.newest(tmp_path / run) / checkpoint.WEIGHTS) for run in ("two", "one")]
+    weights = [newest_weights(tmp_path / run) for run in ("two", "one")]
     for name in weights[0]:
         close = torch.isclose(weights[0][name], weights[1][name], rtol=2e-2, atol=2e-4).float().mean()
         assert close > 0.95, name
@@ -114,10 +106,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(clips, tmp_path, 
     config = small(optim={"batch": 16, "epochs": 5000.0}, run={"compile": False, "log_every": 1, "save_every": 1000})
     recipe, run = tmp_path / "recipe.json", tmp_path / "run"
     recipe.write_text(json.dumps(dataclasses.asdict(config)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mam2.engine", "pretrain", recipe, "--data", clips, "--out", run]
+    port = free_port()
+    command = [*MAM2_COMMAND, "pretrain", recipe, "--data", clips, "--out", run]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
@@ -130,9 +120,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(clips, tmp_path, 
         for rank in range(2)
     ]
     try:
-        log, deadline = run / "log.jsonl", time.monotonic() + 120
-        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_first_step(run, processes[0])
         processes[1].send_signal(signal.SIGTERM)
         told = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -150,13 +138,13 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     (tmp_path / "fails.py").write_text(
         "import os, sys, torch\n"
         "from mam2.engine import cli\n"
-        "from mam2.engine.train.step import TrainStep\n"
-        "original = TrainStep.arguments\n"
+        "from mam2.engine.train.step import PretrainStep\n"
+        "original = PretrainStep.arguments\n"
         "def arguments(self, step, *rest):\n"
         "    if step == 3 and os.environ['RANK'] == '1':\n"
         "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
         "    return original(self, step, *rest)\n"
-        "TrainStep.arguments = arguments\n"
+        "PretrainStep.arguments = arguments\n"
         "cli.main(sys.argv[1:])\n"
     )
     arguments = ["pretrain", tmp_path / "recipe.json", "--data", clips, "--out", tmp_path / "run"]
@@ -193,9 +181,7 @@ def test_ranks_name_each_unusable_file_once(clips, tmp_path, small):
 @pytest.mark.slow
 def test_two_nodes_meet_by_the_documented_command(tmp_path):
     """Two launchers with a rendezvous, as on two machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "mam2"]
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     nodes = [

@@ -192,15 +192,15 @@ def test_another_config_is_an_error_that_names_the_value(tmp_path: Path, config:
 
 
 def test_every_field_that_decides_a_clip_is_in_the_key(config: PretrainConfig) -> None:
-    """A field that is added to the data config counts until it is declared indifferent."""
+    """A field that is added to the data config counts until it is declared resumable."""
     fields = {field.name for field in dataclasses.fields(config.data)}
     keys = {name.removeprefix("data.") for name in cache_key(manifest(), config, TOKENIZER) if name.startswith("data.")}
-    assert fields - keys == set(code_cache.INDIFFERENT)
+    assert fields - keys == set(code_cache.IGNORED_IN_KEY)
 
 
 def test_how_files_are_read_does_not_matter(tmp_path: Path, config: PretrainConfig) -> None:
     cache = written(tmp_path, config)
-    data = dataclasses.replace(config.data, threads=7, prefetch=3, front_end="pyav", timeout_s=1.0, max_unusable=0.1)
+    data = dataclasses.replace(config.data, threads=7, prefetch=3, decoder="pyav", timeout_s=1.0, max_unusable=0.1)
     cache.check(manifest(folder="/elsewhere"), dataclasses.replace(config, data=data), TOKENIZER)
 
 

@@ -18,7 +18,7 @@ from mam2.engine.runtime.distributed import World
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.cuda_graph import StepGraph
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 
 CODES, BATCH = 16, 4
 
@@ -56,16 +56,16 @@ class Replayer:
         pass
 
 
-def build(device="cpu", **run):
+def build(device="cpu", optimizer="adamw", **run):
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, width=24, depth=2, heads=2),
-        optim=dataclasses.replace(recipe.optim, batch=BATCH),
+        optim=dataclasses.replace(recipe.optim, batch=BATCH, name=optimizer),
         run=dataclasses.replace(recipe.run, **{"compile": False, **run}),
     )
     torch.manual_seed(0)
-    return TrainStep(config, MAM2(config, CODES), torch.device(device), World())
+    return PretrainStep(config, MAM2(config, CODES), torch.device(device), World())
 
 
 def batch(number, device="cpu"):
@@ -98,8 +98,9 @@ def equal(left, right):
 
 
 @pytest.mark.slow
-def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
-    plain, replayed = build(), build()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch, optimizer):
+    plain, replayed = build(optimizer=optimizer), build(optimizer=optimizer)
     choice = choose(replayed, Replayer(monkeypatch))
     assert isinstance(choice.step_function, StepGraph)
     assert choice.reason == "one CUDA graph: a step of 1000 ms replayed, 2000 ms launched kernel by kernel"
@@ -111,9 +112,9 @@ def test_a_replayed_run_has_the_bits_of_a_launched_one(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replayed", [1.0, 3.0])
-def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed):
-    plain, chosen = build(), build()
+@pytest.mark.parametrize(("replayed", "optimizer"), [(1.0, "adamw"), (3.0, "adamw"), (1.0, "muon"), (3.0, "muon")])
+def test_a_choice_in_the_middle_of_a_run_changes_nothing(monkeypatch, replayed, optimizer):
+    plain, chosen = build(optimizer=optimizer), build(optimizer=optimizer)
     run_steps(plain, last=2), run_steps(chosen, last=2)
     before = state(chosen)
     choice = choose(chosen, Replayer(monkeypatch, replayed=replayed))
@@ -343,10 +344,9 @@ def test_a_loss_that_is_not_finite_is_left_out_by_a_replay_too(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
-    from mam2.engine.data.synthetic import write_dataset
+def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path, synthetic_clips):
 
-    write_dataset(tmp_path / "clips", train=16, test=0, progress=False)
+    synthetic_clips(tmp_path / "clips", train=16)
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,
@@ -364,7 +364,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path):
         )
         return reason
 
-    monkeypatch.setattr(TrainStep, "maybe_capture_cuda_graph", maybe_capture_cuda_graph)
+    monkeypatch.setattr(PretrainStep, "maybe_capture_cuda_graph", maybe_capture_cuda_graph)
     replayed = pretrain(config, tmp_path / "clips" / "train", tmp_path / "replayed", progress=False)
     weights = [load_file(result.checkpoint / "model.safetensors") for result in (plain, replayed)]
     for name, expected in weights[0].items():
@@ -377,10 +377,10 @@ def test_a_cpu_has_nothing_to_choose():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled):
+@pytest.mark.parametrize(("compiled", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "muon")])
+def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled, optimizer):
     monkeypatch.setattr(cuda_graph, "MARGIN", math.inf)  # taken if it is right, however long it needs
-    plain, replayed = (build("cuda:0", compile=compiled, precision="float32") for _ in range(2))
+    plain, replayed = (build("cuda:0", optimizer, compile=compiled, precision="float32") for _ in range(2))
     arguments = replayed._arguments(0, [batch(0, "cuda:0")], 0)
     choice = cuda_graph.choose(replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder())
     assert isinstance(choice.step_function, StepGraph), choice.reason

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.runtime.log import read_log
 
 KILLS = 12
@@ -20,8 +19,8 @@ TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", 
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_changes_no_bit(tmp_path, small):
-    write_dataset(tmp_path / "clips", train=32, test=0, progress=False)
+def test_kill_9_at_random_moments_changes_no_bit(tmp_path, small, synthetic_clips):
+    synthetic_clips(tmp_path / "clips", train=32)
     config = small(
         optim={"batch": 16, "epochs": 20.0},
         run={"compile": False, "log_every": 1, "save_every": 2, "keep": 2},

@@ -24,7 +24,7 @@ from mam2.engine.train import muon
 from mam2.engine.train.muon import MuonAdamW, orthogonal
 from mam2.engine.train.optimizer import build_layered_optimizer, build_optimizer, hidden_matrices
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from tests.helpers.small_models import classifier
 
 CONFIG = OptimConfig(name="muon", weight_decay=0.1, momentum=0.9, muon_rate=0.5)
@@ -173,7 +173,7 @@ def test_a_matrix_that_does_not_consist_of_equal_parts_is_refused():
 
 def step_of(**loss):
     model, config = small_model(**loss)
-    return TrainStep(config, model, torch.device("cpu"), World())
+    return PretrainStep(config, model, torch.device("cpu"), World())
 
 
 def batch(number):
@@ -232,7 +232,7 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
     """Weights and state have the bits of a run that did not stop; with AdamW it is not gone on with."""
     config = small(optim={"name": "muon"}, run={"log_every": 1})
     pretrain(config, clips, tmp_path / "whole", progress=False)
-    original, calls = TrainStep.__call__, []
+    original, calls = PretrainStep.__call__, []
 
     def step(self, *args, **options):
         calls.append(None)
@@ -240,7 +240,7 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **options)
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(PretrainStep, "__call__", step)
     assert pretrain(config, clips, tmp_path / "run", progress=False).step == 3
     with pytest.raises(UserError, match=r"optim\.name = 'muon', this call says 'adamw'"):
         pretrain(small(run={"log_every": 1}), clips, tmp_path / "run", resume=True, progress=False)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from mam2.engine import cli
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, write_manifest
 from mam2.engine.data.sources import read_source
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.tokenizer.cache import CodeCache
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.session import SKIPPED, open_session
+from tests.helpers.commands import outcome
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
+def clips(tmp_path_factory, synthetic_clips) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=8, test=0, progress=False)
+    synthetic_clips(folder, train=8)
     return folder / "train"
 
 
@@ -36,11 +37,9 @@ def run(tmp_path_factory, clips, small) -> Path:
 
 def told(capsys, *arguments: object) -> str:
     """The one line of an error with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mam2: ")]
-    assert stop.value.code == 2
+    status, _, error = outcome(capsys, *arguments)
+    lines = [line for line in error.splitlines() if line.startswith("mam2: ")]
+    assert status == 2
     assert len(lines) == 1
     return lines[0]
 
@@ -133,17 +132,15 @@ def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, sm
     (data / "broken\t.mp4").write_bytes(b"")
     run = tmp_path / "run"
     config = small()
-    with open_session(config, run, resume=False, progress=False) as session:
-        session.read_videos(data)
-        session.note([Skipped(str(data / "0.mp4"), "away for a while")])
+    with open_session(config, data, run, resume=False, progress=False) as session:
+        session.unusable.add(Skipped(str(data / "0.mp4"), "away for a while"))
         tensors = {"a": torch.zeros(1)}
         checkpoint.write(run, 1, tensors, tensors, config, {})
     row = f'"{data}/broken\t.mp4"\tempty file\n'
     assert (run / SKIPPED).read_text() == f"{row}{data}/0.mp4\taway for a while\n"
     for _ in range(2):
-        with open_session(config, run, resume=True, progress=False) as session:
+        with open_session(config, data, run, resume=True, progress=False) as session:
             assert session.saved
-            session.read_videos(data)
         assert (run / SKIPPED).read_text() == row
 
 
@@ -154,15 +151,15 @@ def test_a_resumed_run_keeps_the_order_of_its_classes(clips, tmp_path, small):
     for name in ("0", "2", "10"):
         (data / name).mkdir(parents=True)
         (data / name / "a.mp4").write_bytes(source.read_bytes())
-    with open_session(config, run, resume=False, progress=False) as session:
-        assert session.read_videos(data).classes == ("0", "2", "10")
+    with open_session(config, data, run, resume=False, progress=False) as session:
         now = session.manifest
+        assert now.classes == ("0", "2", "10")
         earlier = Manifest(now.videos, now.skipped, ("0", "10", "2"))
         write_manifest(earlier, run / "manifest.jsonl")
         tensors = {"a": torch.zeros(1)}
         checkpoint.write(run, 1, tensors, tensors, config, {})
-    with open_session(config, run, resume=True, progress=False) as session:
-        assert session.read_videos(data).classes == ("0", "10", "2")
+    with open_session(config, data, run, resume=True, progress=False) as session:
+        assert session.manifest.classes == ("0", "10", "2")
 
 
 def test_a_result_never_replaces_what_it_is_made_from(tmp_path, capsys):
@@ -178,3 +175,36 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, capsys):
     ):
         assert expected in told(capsys, *arguments)
     assert [file.read_text() for file in (listing, log, weights)] == ["kept"] * 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_session_closes_every_loader_it_owns(clips, tmp_path, small, fails):
+    closed = []
+
+    class Loader(contextlib.AbstractContextManager):
+        def __exit__(self, *_):
+            closed.append(self)
+
+    loader = Loader()
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        open_session(small(), clips, tmp_path / "run", resume=False, progress=False) as session,
+    ):
+        session.own(loader)
+        stream = session.loader.stream()
+        next(stream)
+        if fails:
+            raise ZeroDivisionError
+    assert closed == [loader]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_failing_setup_leaves_no_open_loader(clips, tmp_path, small, monkeypatch):
+    """What fails after the training loader is open, closes it: no thread of it is left."""
+    closed, close = [], ClipLoader.close
+    monkeypatch.setattr(ClipLoader, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(ClipLoader, "cropper", property(lambda self: 1 / 0))
+    with pytest.raises(ZeroDivisionError), open_session(small(), clips, tmp_path / "run", resume=False, progress=False):
+        pass
+    assert len(closed) == 1

@@ -5,18 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.recipe import load_recipe
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -25,35 +21,15 @@ from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import tube_mask
-from tests.helpers.paths import CLIPS
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory, small):
-    run = tmp_path_factory.mktemp("run")
-    return run, pretrain(small(), clips, run, progress=False)
-
-
-def weights(run):
-    return load_file(checkpoint.newest(run) / checkpoint.WEIGHTS)
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+from tests.helpers.commands import MAM2_COMMAND, wait_for_first_step
+from tests.helpers.runs import newest_weights, same_tensors, same_weights
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_it_promises(finished, small):
-    run, result = finished
+def test_a_run_leaves_what_it_promises(finished, finished_result, small):
+    run, result = finished, finished_result
     assert (result.step, result.steps, result.used, result.skipped, result.signal) == (8, 8, 32, 0, 0)
     assert result.checkpoint.name == "step-00000008"
     names = {path.name for path in run.iterdir()}
@@ -76,13 +52,13 @@ def test_a_run_leaves_what_it_promises(finished, small):
 @pytest.mark.slow
 def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
     pretrain(small(data={"views": 2, "threads": 2}), clips, tmp_path, progress=False)
-    assert same(weights(finished[0]), weights(tmp_path))
+    assert same_weights(finished, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
     """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
-    original, calls = TrainStep.__call__, []
+    original, calls = PretrainStep.__call__, []
 
     def step(self, *args, **options):
         calls.append(None)
@@ -90,7 +66,7 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **options)
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(PretrainStep, "__call__", step)
     result = pretrain(small(), clips, tmp_path, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
     assert result.checkpoint.name == "step-00000003"
@@ -99,14 +75,14 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
     result = pretrain(small(), clips, tmp_path, resume=True, progress=False)
     assert result.step == 8
     assert len(calls) == 8
-    assert same(weights(finished[0]), weights(tmp_path))
+    assert same_weights(finished, tmp_path)
     assert [line["step"] for line in read_log(tmp_path)] == [2, 4, 6, 8]
 
 
 @pytest.mark.slow
 def test_resuming_with_other_values_is_refused(finished, clips, small):
     with pytest.raises(UserError, match=r"mask\.ratio = 0\.5, this call says 0\.75"):
-        pretrain(small(mask={"ratio": 0.75}), clips, finished[0], resume=True, progress=False)
+        pretrain(small(mask={"ratio": 0.75}), clips, finished, resume=True, progress=False)
 
 
 def test_a_wrong_tokenizer_is_told_before_the_videos_are_opened(tmp_path, small):
@@ -122,9 +98,9 @@ def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
 
 @pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
-    before = weights(finished[0])
-    assert pretrain(small(), clips, finished[0], resume=True, progress=False).step == 8
-    assert same(before, weights(finished[0]))
+    before = newest_weights(finished)
+    assert pretrain(small(), clips, finished, resume=True, progress=False).step == 8
+    assert same_tensors(before, newest_weights(finished))
 
 
 @pytest.mark.slow
@@ -139,7 +115,7 @@ def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
             tokenizer={"path": str(tmp_path / "16" / "tokenizer.safetensors") if most == 8 else ""},
         )
         pretrain(config, clips, tmp_path / str(most), progress=False)
-        runs.append(weights(tmp_path / str(most)))
+        runs.append(newest_weights(tmp_path / str(most)))
     for name in runs[0]:
         # Adam's first steps are near sign(gradient): rounding shows where a gradient is almost zero.
         close = torch.isclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-5).float().mean()
@@ -189,21 +165,23 @@ def test_balanced_gradients_have_the_ratio_asked_for(small):
     assert float(appearance.norm()) == pytest.approx(0.25 * float(norms["gradient/motion"]), rel=1e-3)
 
 
-@pytest.mark.parametrize("objective", ["mam2", "videomae"])
-def test_a_step_reads_nothing_back_from_the_device(objective, small):
+@pytest.mark.parametrize(("objective", "optimizer"), [("mam2", "adamw"), ("videomae", "adamw"), ("mam2", "muon")])
+def test_a_step_reads_nothing_back_from_the_device(objective, optimizer, small):
     """Traced on tensors without values: whatever needs one (a size, a branch, a number to print) raises there."""
     config = small(
         model={"objective": objective, "width": 24, "depth": 1, "heads": 2},
         loss={"balance": "gradient", "alignment": 1.0},
-        optim={"batch": 8, "micro_batch": 4, "clip_norm": 1.0},
+        optim={"batch": 8, "micro_batch": 4, "clip_norm": 1.0, "name": optimizer},
     )
     model = MAM2(config, 16) if objective == "mam2" else VideoMAE(config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        step = TrainStep(config, fake_copy(model, fake), torch.device("cpu"), World())
+        step = PretrainStep(config, fake_copy(model, fake), torch.device("cpu"), World())
         clips = [
             (torch.empty(4, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(4, 64, dtype=torch.int64)) for _ in range(2)
         ]
+        for group in step.optimizer.param_groups:
+            group["lr"] = torch.zeros(())  # as in a CUDA graph
         values = step(0, clips, 1e-3, inspect=True)
     assert values.keys() >= {"gradient/norm", "bad"}
     assert all(value.shape == () for value in values.values())
@@ -248,7 +226,7 @@ def spoil(monkeypatch, step, value):
 def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value, clips, tmp_path, monkeypatch, small):
     spoil(monkeypatch, -3, value)
     pretrain(small(), clips, tmp_path, progress=False)
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+    assert all(tensor.isfinite().all() for tensor in newest_weights(tmp_path).values())
     assert [line.get("skipped_steps", 0) for line in read_log(tmp_path)] == [0, 1, 0, 0]
     assert "step 3: loss or gradient not finite, left out" in (tmp_path / "log.txt").read_text()
     named = [line.split("\t") for line in (tmp_path / "nonfinite.tsv").read_text().splitlines()]
@@ -270,7 +248,7 @@ def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, sm
     saved = checkpoint.newest(tmp_path)
     assert str(saved) in str(stop.value)  # no checkpoint was due before
     assert checkpoint.why_damaged(saved) is None
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+    assert all(tensor.isfinite().all() for tensor in newest_weights(tmp_path).values())
 
 
 @pytest.mark.slow
@@ -297,7 +275,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path
     run = {"save_every": 2, "log_every": 2, "compile": False}
     result = pretrain(small(run=run), clips, tmp_path, progress=False)
     assert result.step == 8
-    assert same(weights(finished[0]), weights(tmp_path))
+    assert same_weights(finished, tmp_path)
     assert "No space left on device; there is none yet. The run goes on" in (tmp_path / "log.txt").read_text()
 
 
@@ -306,7 +284,7 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monk
     def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
-    monkeypatch.setattr(TrainStep, "_gradients", full)
+    monkeypatch.setattr(PretrainStep, "_gradients", full)
     with pytest.raises(
         UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
     ):
@@ -326,7 +304,7 @@ def test_a_tokenizer_that_runs_out_of_memory_says_what_to_change(clips, tmp_path
 @pytest.mark.slow
 def test_recomputed_activations_change_no_bit(finished, clips, tmp_path, small):
     pretrain(small(run={"recompute": True, "compile": False, "log_every": 2}), clips, tmp_path, progress=False)
-    assert same(weights(finished[0]), weights(tmp_path))
+    assert same_weights(finished, tmp_path)
 
 
 @pytest.mark.slow
@@ -345,7 +323,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, clip
     assert "resume  from" in text
     assert "step-00000006" in text
     assert result.step == 8
-    assert same(weights(finished[0]), weights(tmp_path))
+    assert same_weights(finished, tmp_path)
 
 
 @pytest.mark.slow
@@ -353,11 +331,9 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
     """SIGINT to `python -m mam2.engine pretrain`: exit status 130, a checkpoint, no stack trace."""
     values = json.dumps(dataclasses.asdict(small(optim={"batch": 16, "epochs": 5000.0})))
     (tmp_path / "recipe.json").write_text(values)
-    command = [sys.executable, "-m", "mam2.engine", "pretrain", tmp_path / "recipe.json", "--data", clips]
+    command = [*MAM2_COMMAND, "pretrain", tmp_path / "recipe.json", "--data", clips]
     process = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
+    wait_for_first_step(tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130, output
@@ -367,22 +343,17 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")
-def test_a_folder_of_real_clips_is_taken_as_it_is(tmp_path, small):
+def test_a_folder_of_every_format_is_taken_as_it_is(tmp_path, small, clip_set):
     """Many codecs, odd sizes, variable rates, short and broken files: it finishes and names each unusable file once."""
     config = small(optim={"batch": 16, "epochs": 2.0}, data={"views": 1, "threads": 2})
-    result = pretrain(config, CLIPS, tmp_path, progress=False)
+    result = pretrain(config, clip_set.folder, tmp_path, progress=False)
     lines = [line.split("\t") for line in (tmp_path / "skipped.tsv").read_text().splitlines()]
-    named = {Path(path).name: reason for path, reason in lines}
+    named = {clip_set.name(path): reason for path, reason in lines}
     assert len(lines) == len(named) == result.skipped
-    broken = {
-        "audio_only.mp4", "corrupt_empty.mp4", "corrupt_garbage.mp4", "corrupt_h264_no_moov.mp4",
-        "corrupt_text_renamed.mp4", "chunk_out_of_range.mp4", "invalid_vp9_bitstream-bug_1416.webm",
-    }  # fmt: skip
+    broken = clip_set.broken
     assert set(named) == broken
     assert all(reason.strip() for reason in named.values())
-    files = [path for path in CLIPS.rglob("*") if path.suffix not in ("", ".csv", ".md")]
-    assert result.used == len(files) - len(broken)
+    assert result.used == len(clip_set.listed) - len(broken)
     text = (tmp_path / "log.txt").read_text()
-    assert all(text.count(f"{name}:") == 1 for name in broken)
+    assert all(text.count(f"{clip_set.folder / name}:") == 1 for name in broken)
     assert f"{result.used} videos used, {len(broken)} unusable" in text

@@ -8,45 +8,25 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import device as runtime
 from mam2.engine.runtime import distributed, signals
 from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer import prepare as tokenizers
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
+from tests.helpers.runs import same_weights
 
 RUN = {"compile": False, "log_every": 1}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory, small):
-    run = tmp_path_factory.mktemp("run")
-    pretrain(small(run=RUN), clips, run, progress=False)
-    return run
 
 
 @pytest.fixture
 def config(finished, small):
     return small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
-
-
-def same_weights(first, second):
-    one, other = (load_file(checkpoint.newest(run) / checkpoint.WEIGHTS) for run in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def failing(original, number, error):
@@ -68,8 +48,8 @@ def failing(original, number, error):
     [
         (Prefetcher, "__next__", UserError("too many videos"), "too many videos; the state after step 3 is saved in "),
         (Prefetcher, "__next__", ZeroDivisionError("a mistake"), "a mistake"),
-        (TrainStep, "_gradients", MemoryError("no room"), "no room"),
-        (TrainStep, "_gradients", torch.OutOfMemoryError("CUDA out of memory.\nMore"), "is saved in "),
+        (PretrainStep, "_gradients", MemoryError("no room"), "no room"),
+        (PretrainStep, "_gradients", torch.OutOfMemoryError("CUDA out of memory.\nMore"), "is saved in "),
     ],
 )
 def test_an_error_saves_the_last_whole_step_first(
@@ -105,7 +85,7 @@ def test_half_a_step_is_not_saved(config, clips, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_path, monkeypatch):
     """A CUDA graph does not call the optimizer's hooks: nobody knows whether its update was done."""
-    original, calls = TrainStep._update, []
+    original, calls = PretrainStep._update, []
 
     def replayed(self, inspect=False):
         hooks = dict(self.optimizer._optimizer_step_pre_hooks)
@@ -117,7 +97,7 @@ def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_pa
             raise RuntimeError("after the replay")
         return values
 
-    monkeypatch.setattr(TrainStep, "_update", replayed)
+    monkeypatch.setattr(PretrainStep, "_update", replayed)
     with pytest.raises(RuntimeError, match="after the replay"):
         pretrain(config, clips, tmp_path, progress=False)
     assert checkpoint.newest(tmp_path) is None
@@ -125,7 +105,7 @@ def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_that_lost_its_folder_writes_nothing_more(config, clips, tmp_path, monkeypatch):
-    original, calls = TrainStep._gradients, []
+    original, calls = PretrainStep._gradients, []
     locks = []
     acquire = RunLock.acquire
     monkeypatch.setattr(RunLock, "acquire", lambda self, info: locks.append(self) or acquire(self, info))
@@ -137,7 +117,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(config, clips, tmp_path,
             raise ZeroDivisionError
         return original(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "_gradients", step)
+    monkeypatch.setattr(PretrainStep, "_gradients", step)
     with pytest.raises(ZeroDivisionError):
         pretrain(config, clips, tmp_path, progress=False)
     assert checkpoint.newest(tmp_path) is None
@@ -163,7 +143,7 @@ def test_a_package_that_is_not_installed_writes_checkpoints_too(monkeypatch):
 
 
 @pytest.mark.slow
-def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, monkeypatch, small):
+def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, monkeypatch, small, synthetic_clips):
     run, there, moved = tmp_path / "run", tmp_path / "there", tmp_path / "elsewhere" / "new"
     shutil.copytree(clips, there)
     with monkeypatch.context() as patch:
@@ -175,7 +155,7 @@ def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, m
     with pytest.raises(UserError, match="there: no such file or folder"):
         pretrain(config, there, run, resume=True, progress=False)
     other = tmp_path / "other"
-    write_dataset(other, train=8, test=0, progress=False)
+    synthetic_clips(other, train=8)
     for file in sorted((other / "train").rglob("*.*"))[:20]:
         if file.is_file():
             file.write_bytes(file.read_bytes() + b"other")
@@ -194,7 +174,7 @@ def test_a_tokenizer_of_a_killed_run_is_taken_for_the_same_settings_only(clips, 
     monkeypatch.setattr(tokenizers, "train_vqgan", lambda *a, **k: trained.append(None) or original(*a, **k))
     for codes, expected in ((16, 1), (16, 1), (32, 2)):
         with monkeypatch.context() as patch:
-            patch.setattr(TrainStep, "_gradients", failing(None, 1, ZeroDivisionError()))
+            patch.setattr(PretrainStep, "_gradients", failing(None, 1, ZeroDivisionError()))
             with pytest.raises(ZeroDivisionError):
                 pretrain(small(run=RUN, tokenizer={"codes": codes}), clips, tmp_path / "run", progress=False)
         assert len(trained) == expected

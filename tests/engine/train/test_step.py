@@ -12,7 +12,7 @@ from mam2.engine.runtime.distributed import World
 from mam2.engine.train import objective as objectives
 from mam2.engine.train import step as steps
 from mam2.engine.train.objective import Balance, build_objective
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
 from mam2.kernels import TubeMask, tube_mask
 
 CODES, CPU = 16, torch.device("cpu")
@@ -32,7 +32,7 @@ def config(width=24, loss=None, **run):
 def build(given=None, world=None):
     given = given or config()
     torch.manual_seed(0)
-    return TrainStep(given, MAM2(given, CODES), CPU, world or World())
+    return PretrainStep(given, MAM2(given, CODES), CPU, world or World())
 
 
 def batch(clips=4):

@@ -10,38 +10,18 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import lock
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import signals
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
-from mam2.engine.train.step import TrainStep
+from mam2.engine.train.step import PretrainStep
+from tests.helpers.runs import same_weights
 
-RUN = {"compile": False, "log_every": 2}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory, small):
-    run = tmp_path_factory.mktemp("run")
-    pretrain(small(run=RUN), clips, run, progress=False)
-    return run
-
-
-def same_weights(first, second):
-    one, other = (load_file(checkpoint.newest(run) / checkpoint.WEIGHTS) for run in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+RUN = {"compile": False, "log_every": 2}  # as in `finished`
 
 
 @pytest.mark.slow
@@ -114,7 +94,7 @@ def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp
 def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monkeypatch, small):
     """Which compiles for minutes, and nothing would be lost: there is no step to save yet."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
-    monkeypatch.setattr(TrainStep, "_gradients", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(PretrainStep, "_gradients", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(signals.Stopped, match="SIGTERM"):
         pretrain(config, clips, tmp_path, progress=False)
     assert checkpoint.newest(tmp_path) is None
@@ -126,7 +106,7 @@ def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monk
 def test_every_signal_that_ends_saves_first(number, finished, clips, tmp_path, monkeypatch, small):
     """Sent twice, as torchrun does: the terminal's signal, and its own."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
-    original, calls = TrainStep._gradients, []
+    original, calls = PretrainStep._gradients, []
 
     def interrupted(self, *arguments):
         calls.append(None)
@@ -135,7 +115,7 @@ def test_every_signal_that_ends_saves_first(number, finished, clips, tmp_path, m
             os.kill(os.getpid(), number)
         return original(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "_gradients", interrupted)
+    monkeypatch.setattr(PretrainStep, "_gradients", interrupted)
     result = pretrain(config, clips, tmp_path, progress=False)
     assert (result.step, result.signal) == (2, number)
     assert checkpoint.why_damaged(result.checkpoint) is None
@@ -221,7 +201,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(small):
 
     config = small(loss={"balance": "gradient"}, optim={"batch": 4, "clip_norm": 1.0})
     device = torch.device("cuda")
-    step = TrainStep(config, MAM2(config, 16), device, World())
+    step = PretrainStep(config, MAM2(config, 16), device, World())
     video = torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8, device=device)
     codes = torch.zeros(4, 64, dtype=torch.int64, device=device)
     step(0, [(video, codes)], 1e-3, inspect=True)

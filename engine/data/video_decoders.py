@@ -8,7 +8,7 @@ import torch
 
 from mam2.engine.errors import UserError
 
-FRONT_ENDS = ("nvdec", "dali-cpu", "pyav")
+VIDEO_DECODERS = ("nvdec", "dali-cpu", "pyav")
 AUTOMATIC = ("nvdec", "pyav")
 """In order of preference. DALI's CPU decoder is not faster than PyAV and less robust to damaged files."""
 DALI_CPU_CODECS = ("vp8", "vp9", "mjpeg")
@@ -28,7 +28,7 @@ MOST_BYTES_READ = 64 * 2**20
 """Maximum file size in bytes for DALI, which reads the whole file for each clip. In larger files PyAV seeks."""
 
 
-def choose_front_end(
+def choose_decoder(
     codec: str,
     device: torch.device | str,
     forced: str = "auto",
@@ -46,7 +46,7 @@ def choose_front_end(
     Args:
         codec: FFmpeg's name.
         device: the run's device.
-        forced: one of FRONT_ENDS, or "auto".
+        forced: one of VIDEO_DECODERS, or "auto".
         pixel_format: FFmpeg's name.
         rotation: in degrees.
         size: width and height of the stored frame in pixels; None if unknown.
@@ -68,11 +68,11 @@ def choose_front_end(
     if forced == "auto":
         if bytes > MOST_BYTES_READ:
             return "pyav"
-        return next(front_end for front_end in AUTOMATIC if not problems[front_end])
+        return next(decoder for decoder in AUTOMATIC if not problems[decoder])
     if forced not in problems:
-        raise UserError(f"data.front_end: expected auto, {', '.join(FRONT_ENDS)}; found {forced}")
+        raise UserError(f"data.decoder: expected auto, {', '.join(VIDEO_DECODERS)}; found {forced}")
     if problems[forced]:
-        raise UserError(f"{problems[forced]}: use data.front_end=pyav or auto")
+        raise UserError(f"{problems[forced]}: use data.decoder=pyav or auto")
     return forced
 
 

@@ -1,0 +1,65 @@
+"""The videos that cannot be used: each is reported once, and too many of them end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.video import Skipped
+
+FIRST_FILES = 16
+"""The run ends if this many first files all fail for the same reason and no file was decoded."""
+
+
+class UnusableVideos:
+    """Videos of a manifest that turned out to be unusable after it was made. Threads may add to it."""
+
+    def __init__(
+        self, manifest: Manifest, max_unusable: float, report: Callable[[Skipped], None] | None = None
+    ) -> None:
+        """max_unusable: largest share of the videos, 0 to 1. report: called once per video, by the adding thread."""
+        self._manifest, self._max_unusable, self._report = manifest, max_unusable, report
+        self._paths = {skipped.path for skipped in manifest.skipped}
+        self.found: list[Skipped] = []
+        """In the order in which they were found."""
+
+    def __len__(self) -> int:
+        """Of all unusable videos, those that the manifest names included."""
+        return len(self._paths)
+
+    @property
+    def total(self) -> int:
+        """Usable and unusable videos."""
+        return len(self._manifest.videos) + len(self._manifest.skipped)
+
+    def add(self, skipped: Skipped) -> None:
+        """Reports and keeps a video, unless it is known already."""
+        if skipped.path in self._paths:
+            return
+        self._paths.add(skipped.path)
+        self.found.append(skipped)
+        if self._report:
+            self._report(skipped)
+
+    def too_many(self) -> str | None:
+        """The error message where more than `max_unusable` of all videos are unusable."""
+        if len(self) <= self._max_unusable * self.total:
+            return None
+        last = [*self._manifest.skipped, *self.found][-1]
+        return (
+            f"{len(self)} of {self.total} videos cannot be used, more than data.max_unusable="
+            f"{self._max_unusable:g} allows; the last is {last.path}: {last.reason}"
+        )
+
+    def all_alike(self) -> str | None:
+        """The error message where many videos failed, all for the same reason: then the cause is not in the videos.
+
+        For a loader that has decoded nothing yet.
+        """
+        reasons = {skipped.reason for skipped in self.found}
+        if self._max_unusable >= 1 or len(self.found) < FIRST_FILES or len(reasons) > 1:
+            return None
+        return (
+            f"no video can be decoded: the first {len(self.found)} videos all failed for the same reason, "
+            f"{reasons.pop()}; the last is {self.found[-1].path}. mam2 doctor tests each decoder with its own clips"
+        )

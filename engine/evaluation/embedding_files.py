@@ -1,0 +1,129 @@
+"""Features of videos and windows as files that other programs read.
+
+.npy          float32 [n, values]; .json beside it says what each row is
+.npz          the arrays features, video, label and of windows start_s, end_s; paths and about are JSON
+.safetensors  the same as tensors; paths and about are in its metadata
+.parquet      a row per feature; about is in the metadata of its schema
+.csv          of windows, beside each of them: a row per feature with path, label, start_s, end_s
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mam2.engine.errors import UserError
+from mam2.engine.files import NAMES, whole_file, write_whole
+
+if TYPE_CHECKING:
+    from mam2.engine.evaluation.embedding import Embedding
+
+SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet")
+ROWS_AT_ONCE = 65536
+"""Rows of a group in a parquet file; one group is in memory while it is written."""
+
+
+def check_embedding_file(out: Path) -> None:
+    """Raises UserError for a name of no known format, and where a package is missing."""
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"--out {out}: parquet needs pyarrow (pip install pyarrow); .npy, .npz do not")
+
+
+def write_embedding(out: Path, embedding: Embedding) -> None:
+    """Writes the file and what lies beside it, each whole. Raises OSError."""
+    {".npy": _write_npy, ".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[
+        out.suffix
+    ](out, embedding)
+    if embedding.start_s is not None:
+        write_whole(out.with_suffix(".csv"), _table(embedding))
+
+
+def _write_npy(out: Path, embedding: Embedding) -> None:
+    with whole_file(out) as file:
+        np.save(file, embedding.features)
+    index = embedding.about | {"skipped": embedding.skipped, "paths": embedding.paths}
+    index |= {name: array.tolist() for name, array in _columns(embedding).items()}
+    index["labels"] = index.pop("label")
+    # ASCII escapes carry every path, also one that is not UTF-8
+    write_whole(out.with_suffix(".json"), json.dumps(index, indent=1) + "\n")
+
+
+def _write_npz(out: Path, embedding: Embedding) -> None:
+    videos, places = _videos(embedding)
+    with whole_file(out) as file:
+        np.savez(
+            file,
+            features=embedding.features,
+            video=places,
+            **_columns(embedding),
+            paths=np.array(json.dumps(videos)),
+            about=np.array(json.dumps(_about(embedding))),
+        )
+
+
+def _write_safetensors(out: Path, embedding: Embedding) -> None:
+    from safetensors.numpy import save
+
+    videos, places = _videos(embedding)
+    arrays = {"features": np.asarray(embedding.features), "video": places, **_columns(embedding)}
+    write_whole(out, save(arrays, {"paths": json.dumps(videos), "about": json.dumps(_about(embedding))}))
+
+
+def _write_parquet(out: Path, embedding: Embedding) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = embedding.features.shape[1]
+    columns = _columns(embedding)
+    types = {name: pyarrow.from_numpy_dtype(array.dtype) for name, array in columns.items()}
+    schema = pyarrow.schema(
+        {"path": pyarrow.string(), **types, "feature": pyarrow.list_(pyarrow.float32(), values)},
+        metadata={"mam2": json.dumps(_about(embedding))},
+    )
+    names = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in embedding.paths]
+    with whole_file(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for first in range(0, len(names), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            flat = pyarrow.array(np.ascontiguousarray(embedding.features[rows]).ravel())
+            arrays = [pyarrow.array(names[rows]), *(pyarrow.array(array[rows]) for array in columns.values())]
+            arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, values))
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
+def _table(embedding: Embedding) -> bytes:
+    """CSV: number of the row, path, name of the class, start and end in seconds."""
+    assert embedding.start_s is not None
+    assert embedding.end_s is not None
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("row", "path", "label", "start_s", "end_s"))
+    classes = embedding.about["classes"]
+    rows = zip(embedding.paths, embedding.labels, embedding.start_s, embedding.end_s, strict=True)
+    for number, (path, label, start_s, end_s) in enumerate(rows):
+        table.writerow((number, path, classes[label] if label >= 0 else "", f"{start_s:.3f}", f"{end_s:.3f}"))
+    return text.getvalue().encode("utf-8", NAMES)
+
+
+def _columns(embedding: Embedding) -> dict[str, Any]:
+    """Arrays with an entry per feature, by their names in a file."""
+    times = {"start_s": embedding.start_s, "end_s": embedding.end_s}
+    return {"label": embedding.labels} | {name: array for name, array in times.items() if array is not None}
+
+
+def _about(embedding: Embedding) -> dict[str, Any]:
+    return embedding.about | {"skipped": embedding.skipped}
+
+
+def _videos(embedding: Embedding) -> tuple[list[str], Any]:
+    """The videos, each once, and int64 [n], the place of each row's video among them."""
+    places = {path: place for place, path in enumerate(dict.fromkeys(embedding.paths))}
+    return list(places), np.array([places[path] for path in embedding.paths], np.int64)

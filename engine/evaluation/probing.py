@@ -1,0 +1,113 @@
+"""`probe`: loads checkpoints, probes them on labeled videos, and writes the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mam2.engine.checkpoints.untrained import load_all_frozen
+from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
+from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.data.sources import check_source
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.pools import Pool
+from mam2.engine.evaluation.probe_run import Probe, ProbeReport, probe_encoders
+from mam2.engine.files import check_apart, check_folder, write_whole, writing
+from mam2.engine.runtime.device import pick_device
+
+
+def probe(
+    checkpoints: Sequence[str | Path],
+    data: str | Path,
+    val: str | Path | None = None,
+    *,
+    recipe: str = "",
+    probes: Sequence[Probe] = ("linear", "attentive", "knn"),
+    pools: Sequence[Pool] = ("mean", "time"),
+    layers: Sequence[int] = (),
+    group: str = "",
+    out: str | Path | None = None,
+    cache: str | Path = "features",
+    stride: int = 0,
+    frames: int | None = None,
+    size: int | None = None,
+    heads: int | None = None,
+    batch: int = 32,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    precision: Literal["auto", "bfloat16", "float32"] = "auto",
+    progress: bool = True,
+) -> ProbeReport:
+    """Probes frozen encoders: one clip per video, features computed once and kept.
+
+    Args:
+        checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
+            `random` is an encoder with random weights, like the first of the others, or of `recipe`.
+        data: a labeled folder or list to train the probes on.
+        val: one to test on; None: a fifth of each class of `data`, or of its groups.
+        recipe: of pre-training: model and clips of the checkpoint `random`.
+        probes: linear (logistic regression), attentive (learned queries over the tokens), knn (nearest neighbors).
+        pools: over what of a clip features are taken, see `mam2.engine.evaluation.pools`.
+        layers: blocks of the encoder whose tokens are probed, from 1; none for the last.
+        group: a column of the lists, or TABLE:COLUMN of another table, that names what belongs together; intervals are
+            then over groups.
+        out: a file for the scores as JSON; None writes none.
+        cache: folder of features, by the hash of weights and videos; delete it at will.
+        stride: distance of two sampled frames instead of the checkpoints'.
+        frames, size, heads: of checkpoints that do not say them, see `load_encoder`.
+        batch: clips that go through an encoder at once.
+        device: auto takes a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for checkpoints, data and files that cannot be used, data without labels, and too few videos.
+    """
+    check_flags(
+        stride=(stride, COUNT_OR_NONE),
+        frames=(frames, COUNT),
+        size=(size, COUNT),
+        heads=(heads, COUNT),
+        batch=(batch, BATCH),
+    )
+    for layer in layers:
+        check_value("--layers", layer, COUNT)
+    if not checkpoints or not probes or not pools:
+        raise UserError("probe: name at least a checkpoint, a probe and a pool: mam2 probe CHECKPOINT --data LIST")
+    data, val = Path(data), Path(val) if val is not None else None
+    if out is not None:
+        for source in (data, val or data):
+            check_apart(source, out)
+        with writing(out):
+            check_folder(Path(out).absolute().parent)
+    for source in (data, val or data):
+        check_source(source)
+    run = RunConfig(device=device, precision=precision)
+    encoders = load_all_frozen(
+        list(dict.fromkeys(map(Path, checkpoints))),
+        pick_device(run),
+        recipe=recipe,
+        stride=stride,
+        frames=frames,
+        size=size,
+        heads=heads,
+    )
+    result = probe_encoders(
+        encoders,
+        data,
+        val,
+        probes=tuple(dict.fromkeys(probes)),
+        pools=tuple(dict.fromkeys(pools)),
+        layers=layers,
+        group=group,
+        cache=Path(cache),
+        batch=batch,
+        run=run,
+        progress=progress,
+    )
+    if out is not None:
+        with writing(out):
+            write_whole(Path(out), json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    return result

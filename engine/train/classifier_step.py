@@ -1,0 +1,100 @@
+"""The objective and the step of fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mam2.engine import costs
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.encoder import CHANNELS
+from mam2.engine.runtime.device import matmul_dtype
+from mam2.engine.runtime.distributed import World
+from mam2.engine.train import augment
+from mam2.engine.train.augment import Prepared
+from mam2.engine.train.objective import Compile, Objective, Values
+from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
+from mam2.engine.train.step import Step
+
+
+def classifier_flops(config: FinetuneConfig) -> float:
+    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
+    model, (slots, rows, columns) = config.model, config.grid
+    tokens = slots * rows * columns
+    pixels = model.tubelet * model.patch**2 * CHANNELS
+    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
+    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
+    return embedding.flops + model.depth * block.flops
+
+
+class ClassifierObjective(Objective):
+    """Cross-entropy with soft targets. Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped."""
+
+    def __init__(self, model: Classifier, compiled: Compile) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = compiled(self._cross_entropy)
+
+    def forward(
+        self,
+        video: Tensor,
+        targets: Tensor,
+        path_scales: Tensor | None,
+        feature_scales: Tensor | None,
+        *,
+        inspect: bool = False,
+    ) -> tuple[Tensor, Values, Values]:
+        loss = self._loss(video, targets, path_scales, feature_scales)
+        return loss, {"loss/training": loss.detach()}, {}
+
+    def _cross_entropy(
+        self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
+    ) -> Tensor:
+        logits = self.model(video, path_scales, feature_scales)
+        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+class FinetuneStep(Step[Prepared]):
+    """A step of fine-tuning: what goes with a video is what `prepare` made of it and its labels."""
+
+    config: FinetuneConfig
+    model: Classifier
+
+    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
+        super().__init__(config, model, device, world)
+        self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
+        self.average: dict[str, Tensor] = {}
+        """Moving average of the trained parameters; empty without `optim.ema`."""
+        if config.optim.ema:
+            self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def build_objective(self, compiled: Compile) -> Objective:
+        return ClassifierObjective(self.model, compiled)
+
+    def build_optimizer(self) -> Optimizer:
+        dtype = matmul_dtype(self.config.run, self.device)
+        return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
+
+    def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
+        """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
+        step, index = divmod(number, self.micro_batches)
+        first_sample = (index * self.world.size + self.world.rank) * len(video)
+        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
+
+    def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
+        return tuple(extras)
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return self.average
+
+    def __call__(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        values = super().__call__(*args, **options)
+        if self.average:
+            trained = dict(self.model.named_parameters())
+            self._blend(list(self.average.values()), [trained[name].detach() for name in self.average], None)
+        return values

@@ -1,0 +1,168 @@
+"""The pretext task on held-out videos while a run pre-trains: the same clips and masks each time.
+
+Training does not notice: nothing here draws from the generators that it uses, and its model is only read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.batch import Batch
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.evaluation.pretext import evaluation_mask
+from mam2.engine.evaluation.scores import Scores, joined, score
+from mam2.engine.model.build import build_model
+from mam2.engine.runtime.device import autocast
+from mam2.engine.runtime.log import read_log
+from mam2.engine.runtime.progress import Progress
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import FILE, build_tokenizer
+from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.train.objective import build_objective
+from mam2.engine.train.session import Session
+from mam2.kernels import TubeMask
+
+LOSS = "validation/loss"
+SCORES = {
+    "validation/motion_relative": "relative_motion",
+    "validation/pixels_relative": "relative_pixels",
+    "validation/codes": "code_accuracy",
+    "validation/commonest_code": "commonest_code",
+}
+"""Numbers of the log, and the properties of `Scores` that they are."""
+WORDS = {
+    LOSS: "loss {:.4g}",
+    "validation/motion_relative": "motion {:.1%} of no motion",
+    "validation/pixels_relative": "pixels {:.1%} of the mean color",
+    "validation/codes": "right codes {:.1%}",
+}
+
+
+class HeldOut:
+    """Measures a model that is being trained on the middle clips of held-out videos."""
+
+    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
+        """videos: folder or list. codebook_size: of the run's tokenizer, 0 where no codes are predicted.
+
+        Raises UserError where the videos cannot be read.
+        """
+        self._session = session
+        config, world, device = session.config, session.world, session.device
+        threads = config.data.threads
+        manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
+        used = _spread(len(manifest.videos), config.validation.videos)
+        self._numbers = used[world.rank :: world.size]
+        """Of this rank's videos: a clip's mask depends on the number of its video alone."""
+        own = Manifest(tuple(manifest.videos[number] for number in self._numbers))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model = build_model(config, codebook_size)
+            self._tokenizer: Tokenizer | None = None
+            if config.needs_codes:
+                self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
+        # measured apart: a compiled or sharded model needs no other way
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._objective = build_objective(self._model, config, lambda part: part)
+        self._loader: ClipLoader | None = None
+        if own.videos:
+            data = dataclasses.replace(config.data, views=1, recorded=0, max_unusable=1.0)  # the log names them
+            batch = session.clips_per_micro_batch
+            self._loader = session.own(ClipLoader(own, data, batch=batch, device=device, seed=0, train=False))
+        self._named: set[str] = set()
+        """Paths of videos that cannot be used."""
+        self._name([(skipped.path, skipped.reason) for skipped in manifest.skipped])
+        self._measured = world.broadcast(self._measured_before)
+        trained_on = {video.content or video.path for video in session.manifest.videos}
+        both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
+        session.log.info(
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"every {config.validation.every:g} epochs"
+        )
+        if both:
+            session.log.info(f"warning: {both} of the videos of --val are trained on as well: their loss is too low")
+
+    def measure_if_due(self, model: torch.nn.Module, step: int, steps: int) -> None:
+        """Writes the held-out losses of a model after `step` of `steps` steps to the log, every `validation.every`
+        epochs and at the end, but no step twice."""
+        session = self._session
+        every = max(round(session.config.validation.every * session.steps_per_epoch), 1)
+        if (step % every and step != steps) or step in self._measured:
+            return
+        with torch.no_grad():
+            self._model.load_state_dict(checkpoint.copies(model.state_dict(), keep=True))
+        # a signal need not wait for the whole of it, where no other process waits for this one
+        with session.stop.interruptible(session.world.size == 1):
+            numbers, clips = self._measure()
+        self._measured.add(step)
+        session.log.write(step, numbers)
+        words = ", ".join(form.format(numbers[name]) for name, form in WORDS.items() if name in numbers)
+        session.log.info(f"step {step}: held out ({clips} clips): {words}")
+
+    def _measured_before(self) -> set[int]:
+        """Steps measured before a run was stopped."""
+        session = self._session
+        return {line["step"] for line in read_log(session.folder) if LOSS in line} if session.saved else set()
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[dict[str, float], int]:
+        """Numbers for the log, over the clips of all ranks, and how many clips these are."""
+        session = self._session
+        sums: dict[str, float] = defaultdict(float)
+        parts: list[Scores] = []
+        clips = 0
+        if self._loader:
+            total = len(self._numbers)
+            with Progress(total=total, desc="held out", unit="clip", leave=False, shown=session.progress) as bar:
+                for batch in self._loader.evaluate():
+                    losses, scores = self._of_batch(batch)
+                    for name, loss in losses.items():
+                        sums[name] += float(loss) * len(batch.clip)
+                    parts.append(scores)
+                    clips += len(batch.clip)
+                    bar.update(len(batch.clip))
+        everything = session.world.all_gather((dict(sums), parts, clips, self._skipped()))
+        for _, _, _, skipped in everything:
+            self._name(skipped)
+        clips = sum(count for _, _, count, _ in everything)
+        if not clips:
+            raise session.world.error("none of the videos of --val can be decoded; name others")
+        names = dict.fromkeys(name for losses, _, _, _ in everything for name in losses)
+        numbers = {name: sum(losses.get(name, 0.0) for losses, _, _, _ in everything) / clips for name in names}
+        scores = joined([part for _, found, _, _ in everything for part in found])
+        found = {name: getattr(scores, key) for name, key in SCORES.items()}
+        return numbers | {name: value for name, value in found.items() if value is not None}, clips
+
+    def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores]:
+        """Means of the losses over a batch, under their names in the log, and the scores of its clips."""
+        config, video = self._session.config, batch.video
+        numbers = [int(self._numbers[place]) for place in batch.index.tolist()]
+        masks = [evaluation_mask(clip[None], config, number) for clip, number in zip(batch.clip, numbers, strict=True)]
+        mask = TubeMask(torch.cat([one.visible for one in masks]), torch.cat([one.masked for one in masks]))
+        codes = self._tokenizer.codes(video) if self._tokenizer else None
+        with autocast(config.run, self._session.device):
+            total, losses, _ = self._objective(video, mask, codes)
+            scores = score(self._model, self._tokenizer, batch.clip, mask, config)
+        return {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}, scores
+
+    def _name(self, skipped: list[tuple[str, str]]) -> None:
+        """Names videos that cannot be used, once, in the log."""
+        for path, reason in skipped:
+            if path not in self._named:
+                self._named.add(path)
+                self._session.log.info(f"unusable for validation: {path}: {reason}")
+
+    def _skipped(self) -> list[tuple[str, str]]:
+        return [(skipped.path, skipped.reason) for skipped in self._loader.skipped] if self._loader else []
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, evenly spread; all for 0."""
+    return np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist()

@@ -1,0 +1,35 @@
+"""What config fields declare of themselves: which keys a resumed run may change."""
+
+import pytest
+
+from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
+from mam2.engine.config.limits import resumable_keys
+from mam2.engine.config.pretrain import PretrainConfig
+
+RUN = "log_every save_every keep keep_every compile graph device sharding recompute max_nonfinite profile tracker"
+DATA = "threads nvdec_threads prefetch max_unusable timeout_s wait_s"
+SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DATA.split()), "optim.micro_batch"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (
+            PretrainConfig,
+            {
+                *("tokenizer.cache", "validation.every", "validation.videos"),
+                *("model.frames", "model.size"),  # of the checkpoint
+            },
+        ),
+        (
+            FinetuneConfig,
+            {
+                *(f"model.{name}" for name in EncoderConfig.__dataclass_fields__),  # of the checkpoint
+                *(f"test.{name}" for name in ("temporal", "spatial", "batch")),
+            },
+        ),
+    ],
+)
+def test_only_what_does_not_change_the_result_may_differ_when_a_run_is_resumed(kind, own):
+    """A key that joins or leaves this list is a decision: what it changes must not change what a run learns."""
+    assert resumable_keys(kind) == SHARED | own

@@ -1,0 +1,60 @@
+"""The command line, in this process and in others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
+"""One thread per process, which waits without spinning: several processes share few cores."""
+MAM2_COMMAND = [sys.executable, "-m", "mam2.engine"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def exit_status(*arguments: object) -> int:
+    """What `mam2 ARGUMENTS` ends with, run in this process."""
+    from mam2.engine import cli
+
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `mam2 ARGUMENTS`, run in this process."""
+    capsys.readouterr()
+    status = exit_status(*arguments)
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def run_program(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, with its output as text. Options are those of subprocess.run."""
+    given = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300, "check": False, **options}
+    return subprocess.run([str(word) for word in command], **given)
+
+
+def torchrun(processes: int, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run_program([*TORCHRUN, "--standalone", "--nproc-per-node", processes, *arguments], **options)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for_first_step(run: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+    """Returns when the run's log has a line, or its process has ended. AssertionError after so many seconds."""
+    log, deadline = run / "log.jsonl", time.monotonic() + seconds
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline, f"{run}: no step in {seconds:.0f} s"
+        time.sleep(0.1)
