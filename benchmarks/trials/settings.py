@@ -45,7 +45,7 @@ class Setting:
     """Seeds of the main comparison whose budgets up to `ablation_epochs` are trained before all but the sweep."""
     default: str = "mam2-muon"
     """Variant that the ablations change."""
-    families: tuple[str, ...] = ("targets", "loss balance", "regressor", "mask", "motion target")
+    families: tuple[str, ...] = ("targets", "precision", "loss balance", "regressor", "mask", "motion target")
     """Of ablations, the important ones first."""
     ablation_epochs: float
     """One of the budgets, whose trainings of the default are what the ablations are compared with."""
@@ -100,6 +100,7 @@ ABLATIONS = (
     Ablation("motion target", "hog", {"loss.motion_target": "hog"}),
     Ablation("mask", "ratio 0.9", {"mask.ratio": 0.9}),
     Ablation("mask", "random", {"mask.kind": "random"}),
+    Ablation("precision", "float32", {"run.precision": "float32"}),
     Ablation("loss balance", "fixed, codes × 1", {"loss.balance": "fixed", "loss.appearance": 1.0}),
     Ablation("loss balance", "gradients, codes × 1", {"loss.appearance": 1.0}),
 )
