@@ -39,7 +39,7 @@ from benchmarks.trials import prepared, real, worker
 from benchmarks.trials.clips import LABELS, write_hard_dataset
 from benchmarks.trials.jobs import Job, ranked_rates
 from benchmarks.trials.report import around, write_page
-from benchmarks.trials.settings import SETTINGS, Changes, Setting, changed, pretraining
+from benchmarks.trials.settings import SETTINGS, Setting, changed, optimizer_of, pretraining
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.costs import step_flops
 from mam2.engine.errors import UserError
@@ -114,15 +114,20 @@ class Run:
         try:
             rates = self.sweep(wanted)
             self.prepare_real()
-            trained = plan.all_jobs(setting, rates, real=bool(self.real))
-            finetuned = plan.finetune_jobs(setting, rates)
-            wanted += [*trained, *finetuned]
-            self.train(trained)
+            early, final = plan.early_jobs(setting, rates, real=bool(self.real)), plan.final_jobs(setting)
+            wanted += early
+            self.train([*early, *final])
+            long_rates = {variant: ranked[0] for variant, ranked in ranked_rates(self.train(final)).items()}
+            later = plan.later_jobs(setting, rates, long_rates)
+            finetuned = plan.finetune_jobs(setting, rates, long_rates)
+            wanted += [job for job in [*later, *finetuned] if job not in early]
+            self.train(later)
             self.train(finetuned)
         except OutOfTime:
             pass
         self.measure()
-        return self.results([job for job in wanted if job.key in self.done])
+        final = [job for job in plan.final_jobs(setting) if job.key in self.done]
+        return self.results([job for job in wanted if job.key in self.done], final)
 
     def sweep(self, wanted: list[Job]) -> dict[str, float]:
         """The best learning rate of each variant. Its trainings are added to `wanted` before they are done.
@@ -216,14 +221,15 @@ class Run:
             os.environ.setdefault(name, value)  # read when a process starts
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.begin)
 
-    def results(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """What the report is made of."""
+    def results(self, jobs: Sequence[Job], final: Sequence[Job]) -> dict[str, Any]:
+        """What the report is made of. final: the sweep's second round, of which the best are among the jobs, too."""
         there = self.real and (self.out / "real" / prepared.PREPARED).is_file()
         names = ("synthetic", *(["real"] if there else []))
         facts = {name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
         tuned = {plan.trained_by(job).key: self.done[job.key] for job in jobs if job.group == "finetune"}
         trained = [job for job in jobs if job.group != "finetune"]
         trials = [self._trial(job, facts[job.data], tuned) for job in trained if job.group != "random"]
+        trials += [{**self._trial(job, facts[job.data], {}), "group": "sweep"} for job in final]
         trials += [
             {**trial, "group": "ablation", "family": "default", "label": "default"}
             for trial in trials
@@ -295,10 +301,6 @@ class Run:
             "preparation_s": facts["tokenizer_s"] + tokenize["s"] if codes else 0.0,
             "preparation_flops": facts["tokenizer_flops"] + tokenize["flops"] if codes else 0.0,
         }
-
-
-def optimizer_of(changes: Changes) -> str:
-    return changes.get("optim.name", "adamw")
 
 
 def _shown(trial: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.trials.selection import JUDGED, grouped, values
-from benchmarks.trials.settings import ABLATIONS, Setting, base_of
+from benchmarks.trials.settings import ABLATIONS, Setting, base_of, optimizer_of
 
 SWEEP_SEED = 100
 """Of the first training of a sweep, so that no seed that is reported chose anything."""
@@ -62,32 +62,46 @@ def main_job(setting: Setting, variant: str, epochs: float, rate: float, seed: i
     return Job("main", variant, tuple(setting.variants[variant].items()), epochs, rate, seed)
 
 
-def main_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
-    """The small budgets first, each with all seeds, so that what is done at any time can be compared."""
+def final_jobs(setting: Setting) -> list[Job]:
+    """The sweep's second round, for the larger budgets: trainings with the main comparison's first seed. Those at the
+    best rates are a part of that."""
     return [
-        main_job(setting, variant, epochs, rates[variant], seed)
+        main_job(setting, variant, setting.long_epochs, rate, 0)
+        for variant, changes in setting.variants.items()
+        for rate in setting.long_rates[optimizer_of(changes)]
+    ]
+
+
+def main_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
+    """The small budgets first, each with all seeds, so that what is done at any time can be compared.
+
+    rates: of the budgets below `long_epochs`, by variant; long_rates: of the others.
+    """
+    return [
+        main_job(setting, variant, epochs, (rates if epochs < setting.long_epochs else long_rates)[variant], seed)
         for epochs in sorted(setting.budgets)
         for seed in range(setting.seeds)
         for variant in setting.variants
     ]
 
 
-def all_jobs(setting: Setting, rates: Mapping[str, float], *, real: bool) -> list[Job]:
-    """All trainings but the sweep's, the important ones first."""
-    main = main_jobs(setting, rates)
-    first = [job for job in main if job.seed < setting.first_seeds]
-    early = [job for job in first if job.epochs <= setting.ablation_epochs]
-    targets, *others = (ablation_jobs(setting, rates, [family]) for family in setting.families)
-    ordered = [
-        *early,
+def early_jobs(setting: Setting, rates: Mapping[str, float], *, real: bool) -> list[Job]:
+    """The first trainings after the sweep: the small budgets, untrained encoders and real clips."""
+    main = main_jobs(setting, rates, rates)
+    return [
+        *(job for job in main if job.seed < setting.first_seeds and job.epochs < setting.long_epochs),
         *random_jobs(setting, ["synthetic", *(["real"] if real else [])]),
         *(real_jobs(setting, rates) if real else []),
-        *targets,
-        *first,
-        *main,
-        *(job for jobs in others for job in jobs),
     ]
-    return list(dict.fromkeys(ordered))
+
+
+def later_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
+    """All others but fine-tuning, the important ones first."""
+    main = main_jobs(setting, rates, long_rates)
+    first = [job for job in main if job.seed < setting.first_seeds]
+    at_once = [job for job in first if job.epochs == setting.long_epochs]
+    targets, *others = (ablation_jobs(setting, rates, [family]) for family in setting.families)
+    return list(dict.fromkeys([*at_once, *targets, *first, *main, *(job for jobs in others for job in jobs)]))
 
 
 def random_jobs(setting: Setting, data: Sequence[str]) -> list[Job]:
@@ -124,9 +138,9 @@ def real_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
     return jobs
 
 
-def finetune_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
+def finetune_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
     """Of the encoders that `main_jobs` left, and of random ones."""
-    main = [job for job in main_jobs(setting, rates) if job.seed < setting.finetune_seeds]
+    main = [job for job in main_jobs(setting, rates, long_rates) if job.seed < setting.finetune_seeds]
     random = [job for job in random_jobs(setting, ["synthetic"]) if job.seed < setting.finetune_seeds]
     return [dataclasses.replace(job, group="finetune") for job in [*random, *main]]
 

@@ -38,11 +38,15 @@ class Setting:
     """Base learning rates tried, by optimizer: as many for each."""
     sweep_epochs: float
     sweep_seeds: int
+    long_rates: Mapping[str, tuple[float, ...]]
+    """Those tried once more at `long_epochs`, by optimizer."""
+    long_epochs: float
+    """Budget from which on the rates are those that are best at it."""
     budgets: tuple[float, ...]
     """Epochs of the main comparison, each a training with its own schedule."""
     seeds: int
     first_seeds: int
-    """Seeds of the main comparison whose budgets up to `ablation_epochs` are trained before all but the sweep."""
+    """Seeds of the main comparison whose budgets below `long_epochs` are trained before all but the sweep."""
     default: str = "mam2-muon"
     """Variant that the ablations change."""
     families: tuple[str, ...] = ("targets", "precision", "loss balance", "regressor", "mask", "motion target")
@@ -125,6 +129,8 @@ CPU = Setting(
     rates={"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)},
     sweep_epochs=5,
     sweep_seeds=1,
+    long_rates={"adamw": (8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2)},
+    long_epochs=20,
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
     first_seeds=2,
@@ -142,6 +148,8 @@ QUICK = dataclasses.replace(
     rates={"adamw": (8e-3,), "muon": (3.2e-2,)},
     sweep_epochs=1,
     sweep_seeds=1,
+    long_rates={"adamw": (8e-3,), "muon": (3.2e-2, 1.6e-2)},
+    long_epochs=2,
     budgets=(1, 2),
     seeds=2,
     first_seeds=1,
@@ -179,6 +187,8 @@ GPU = Setting(
     rates={"adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3), "muon": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)},
     sweep_epochs=10,
     sweep_seeds=1,
+    long_rates={"adamw": (6e-4, 1.2e-3, 2.4e-3), "muon": (2.4e-3, 4.8e-3, 9.6e-3)},
+    long_epochs=20,
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
     first_seeds=3,
@@ -198,6 +208,10 @@ def changed(config: Any, changes: Changes) -> Any:
         head, _, rest = name.partition(".")
         config = dataclasses.replace(config, **{head: changed(getattr(config, head), {rest: value}) if rest else value})
     return config
+
+
+def optimizer_of(changes: Changes) -> str:
+    return changes.get("optim.name", "adamw")
 
 
 def base_of(setting: Setting, variant: str) -> str:

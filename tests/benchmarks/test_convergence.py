@@ -18,9 +18,11 @@ from benchmarks.trials.clips import COLORS, STREAMS, TEXTURES, render_hard_clip,
 from benchmarks.trials.jobs import (
     Job,
     ablation_jobs,
-    all_jobs,
     at_an_end,
+    early_jobs,
+    final_jobs,
     finetune_jobs,
+    later_jobs,
     main_jobs,
     random_jobs,
     ranked_rates,
@@ -172,7 +174,8 @@ def test_every_training_of_every_setting_is_possible(name):
     rates = dict.fromkeys(setting.variants, 1e-3)
     tried = {len(setting.rates[optimizer]) for optimizer in ("adamw", "muon")}
     assert len(tried) == 1, "as many rates for each optimizer"
-    main, ablations = main_jobs(setting, rates), ablation_jobs(setting, rates)
+    long_rates = dict.fromkeys(setting.variants, 2e-3)
+    main, ablations = main_jobs(setting, rates, long_rates), ablation_jobs(setting, rates)
     on_real, untrained = real_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
     jobs = [
         *sweep_jobs(setting, dict.fromkeys(setting.variants, (1e-3, 2e-3))),
@@ -181,7 +184,7 @@ def test_every_training_of_every_setting_is_possible(name):
         *on_real,
         *untrained,
     ]
-    finetuned = finetune_jobs(setting, rates)
+    finetuned = finetune_jobs(setting, rates, long_rates)
     assert len({job.key for job in [*jobs, *finetuned]}) == len(jobs) + len(finetuned)
     assert {trained_by(job).key for job in finetuned} <= {job.key for job in jobs}
     for job in jobs:
@@ -193,11 +196,16 @@ def test_every_training_of_every_setting_is_possible(name):
     finetuning(setting, pretraining(setting, {})).check()
     assert setting.ablation_epochs in setting.budgets
     assert {job.variant for job in main} == set(setting.variants)
-    ordered = all_jobs(setting, rates, real=True)
-    assert {job.key for job in ordered} == {job.key for job in [*main, *ablations, *on_real, *untrained]}
-    assert len(ordered) == len({job.key for job in ordered})
-    early = [job for job in main if job.epochs <= setting.ablation_epochs and job.seed < setting.first_seeds]
-    assert ordered[: len(early)] == early
+    early, later = early_jobs(setting, rates, real=True), later_jobs(setting, rates, long_rates)
+    assert {job.key for job in [*early, *later]} == {job.key for job in [*main, *ablations, *on_real, *untrained]}
+    assert {job.base_lr for job in main if job.epochs >= setting.long_epochs} == {2e-3}
+    assert {job.base_lr for job in main if job.epochs < setting.long_epochs} == {1e-3}
+    assert setting.ablation_epochs < setting.long_epochs
+    assert setting.long_epochs in setting.budgets
+    best = {job.variant: job.base_lr for job in final_jobs(setting)}
+    of_final = {job.key for job in final_jobs(setting)}
+    shared = {job.key for job in main_jobs(setting, rates, best)} & of_final
+    assert len(shared) == len(setting.variants), "the best trainings of the last round are not done again"
     assert {job.family for job in ablations} == set(setting.families)
     assert {job.variant for job in on_real} == set(setting.real_variants)
     assert setting.seeds >= (2 if name == "quick" else 5)
@@ -255,8 +263,9 @@ def test_where_a_best_rate_is_at_an_end_every_variant_gets_one_more(tmp_path, mo
 
 def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     run = Run(QUICK, tmp_path, None, minutes=1e-9)
+    rates = dict.fromkeys(QUICK.variants, 1e-3)
     with pytest.raises(OutOfTime):
-        run.train(main_jobs(QUICK, dict.fromkeys(QUICK.variants, 1e-3)))
+        run.train(main_jobs(QUICK, rates, rates))
     assert run.done == {}
 
 
