@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     """A quick run's folder."""
     out, clips = tmp_path_factory.mktemp("convergence"), tmp_path_factory.mktemp("real")
     write_hard_dataset(clips, {"train": 16, "test": 8})
-    lines = [f"{file.relative_to(clips)},{file.parent.name}" for file in sorted(clips.glob("*/*/*"))]
+    lines = [f"{file.relative_to(clips)},{file.parent.name[0]}" for file in sorted(clips.glob("*/*/*"))]
     (clips / "groups.csv").write_text("\n".join(["path,way", *lines]))
     _run(out, clips)
     return out
@@ -295,7 +295,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
     labels = {a.label for a in ABLATIONS}
     assert {label for group, label in trained if group == "ablation"} == {"mam2-muon", *labels}
     page = (finished / "convergence.md").read_text()
-    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 8 groups", *labels):
+    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", *labels):
         assert text in page
     assert "were not done" not in page.partition("numbers: begin")[2]
     for picture in ("convergence.png", "convergence-ablations.png"):
