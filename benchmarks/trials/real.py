@@ -150,7 +150,7 @@ def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, 
 
 def pixel_answers(real: RealClips) -> dict[str, Answer]:
     """Those of `COMPONENTS` principal components of the gray pixels of all frames, without any encoder."""
-    gray = torch.from_numpy(np.ascontiguousarray(real.clips[:, 0, 0])).float().mean(-1).flatten(1)
+    gray = torch.from_numpy(np.array(real.clips[:, 0, 0])).float().mean(-1).flatten(1)
     found = {}
     for name, asked in real.questions.items():
         train, test = gray[asked.train], gray[asked.test]
