@@ -21,12 +21,16 @@ endif
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
 
+# A process per core, up to eight; a file's tests stay in one process, which shares what they set up. JOBS=0: in this process.
+JOBS ?= auto --maxprocesses 8
+XDIST := -n $(JOBS) --dist loadfile
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(XDIST)
 
 # The fast tier, before each commit: under 3 minutes on 2 idle cores.
 check: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(XDIST) -m "not slow"
 	$(MAKE) lint type
 
 lint: $(VENV)/installed

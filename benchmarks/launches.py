@@ -24,13 +24,13 @@ class Counter:
 @contextlib.contextmanager
 def counted() -> Iterator[Counter]:
     """Counts the launches inside the context, also those of the thread in which autograd runs a backward pass."""
-    original, counter = launch.run, Counter()
+    original, counter = launch.run_kernel, Counter()
 
     def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         original(kernel, programs, *arguments, **meta)
         counter.names.append(getattr(kernel, "__name__", str(kernel)).strip("_").removesuffix("_kernel"))
 
-    with mock.patch.object(launch, "run", run):
+    with mock.patch.object(launch, "run_kernel", run):
         yield counter
 
 
@@ -55,7 +55,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
         if programs:
             recorded.append((kernel, arguments, meta))
 
-    with mock.patch.object(launch, "run", record):
+    with mock.patch.object(launch, "run_kernel", record):
         for call in calls:
             with contextlib.suppress(Exception):  # a failing call is reported when it is checked
                 call()

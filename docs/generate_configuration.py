@@ -6,14 +6,13 @@ Keys, types and defaults come from the dataclasses, the meaning from the docstri
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import json
-import textwrap
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from mam2.engine.config.describe import field_texts
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import Limits, declared
 from mam2.engine.config.pretrain import PretrainConfig
@@ -110,7 +109,9 @@ def _tables(owner: type, kind: str, *, skip: dict[str, type] | None = None, pref
 
 def _intro(owner: type, cls: type, field: str) -> list[str]:
     own = inspect.getdoc(cls) or ""
-    texts = [text for text in (_texts(owner).get(field), "" if own.startswith(f"{cls.__name__}(") else own) if text]
+    texts = [
+        text for text in (field_texts(owner).get(field), "" if own.startswith(f"{cls.__name__}(") else own) if text
+    ]
     return [f"{_one_line(text)}\n" for text in texts]
 
 
@@ -125,21 +126,8 @@ def _row(cls: type, field: dataclasses.Field[Any], table: str) -> str:
     else:
         words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
         values = f"{words}, {limits}" if limits != Limits() else words
-    text = _texts(cls)[field.name].replace("|", "\\|")
+    text = field_texts(cls)[field.name].replace("|", "\\|")
     return f"| `{table}.{field.name}` | {values} | `{json.dumps(field.default)}` | {_one_line(text)} |"
-
-
-def _texts(cls: type) -> dict[str, str]:
-    """The docstring under each field of a class, those of its base classes included."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                assert isinstance(field.target, ast.Name)
-                found[field.target.id] = str(text.value.value)
-    return found
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The engine from Python: every verb of the command line is a function here, with the same name and the same options.
+"""The engine's Python API: every verb of the command line is a function with the same name and options.
 
     from mam2.engine import embed, load_encoder, load_recipe, pretrain
 
@@ -6,8 +6,8 @@
     encoder = load_encoder("runs/first")              # or VideoMAE's .pth, or a Hugging Face folder
     features = encoder.encode(video).mean(1)          # video [B, 3, T, H, W] uint8 -> [B, D]
 
-Results are returned as objects, mistakes raise `UserError`, and nothing ends the process. Names are imported when they
-are used. docs/python.md shows them; `examples/` has scripts that use them.
+Functions return results as objects, raise `UserError` for errors of the user, and never end the process. Names are
+imported at their first use. docs/python.md describes them; `examples/` has scripts that use them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from mam2.engine.config.pretrain import PretrainConfig
     from mam2.engine.config.recipe import load_recipe
     from mam2.engine.data.indexing import index
+    from mam2.engine.data.transcode import transcode
     from mam2.engine.data.video import Skipped
     from mam2.engine.errors import UserError
     from mam2.engine.evaluation.classification import evaluate
     from mam2.engine.evaluation.embedding import embed
     from mam2.engine.evaluation.neighbors import neighbors
+    from mam2.engine.evaluation.plots import plot
     from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
     from mam2.engine.evaluation.probing import probe
     from mam2.engine.evaluation.visualize import visualize
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mam2.engine.model.mam2 import MAM2
     from mam2.engine.model.videomae import VideoMAE
     from mam2.engine.planning import plan
+    from mam2.engine.tokenizer.from_videos import train_tokenizer
     from mam2.engine.tokenizer.precompute import tokenize
     from mam2.engine.train.finetune import finetune
     from mam2.engine.train.pretrain import pretrain
@@ -60,10 +63,13 @@ __all__ = [
     "load_recipe",
     "neighbors",
     "plan",
+    "plot",
     "predict",
     "pretrain",
     "probe",
     "tokenize",
+    "train_tokenizer",
+    "transcode",
     "visualize",
 ]
 
@@ -88,10 +94,13 @@ _HOMES = {
     "load_recipe": "config.recipe",
     "neighbors": "evaluation.neighbors",
     "plan": "planning",
+    "plot": "evaluation.plots",
     "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",
     "probe": "evaluation.probing",
     "tokenize": "tokenizer.precompute",
+    "train_tokenizer": "tokenizer.from_videos",
+    "transcode": "data.transcode",
     "visualize": "evaluation.visualize",
 }
 """The module below `mam2.engine` that defines each name."""

@@ -1,4 +1,4 @@
-"""`python -m mam2.engine`, the same as `mam2`."""
+"""Runs `mam2` as `python -m mam2.engine`."""
 
 from mam2.engine.cli import main
 

@@ -1,7 +1,7 @@
-"""The command line: `mam2 VERB …`; each verb is a module of `mam2.engine.commands`, imported when it is asked for.
+"""The command line: `mam2 VERB …`; each verb is a module of `mam2.engine.commands`, imported when it is used.
 
-Recipes carry the values, flags change single ones (`--optim.batch 128`). A user's mistake ends in one line and
-exit status 2; a run that a signal ended exits with 128 + its number, as a shell expects.
+Recipes set the values, flags override single ones (`--optim.batch 128`). An error of the user prints one line and exits
+with status 2; a run ended by a signal exits with 128 + its number, as usual in a shell.
 """
 
 from __future__ import annotations
@@ -15,51 +15,31 @@ import signal
 import sys
 
 import mam2
+from mam2.engine.commands import VERBS
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import recipe_names
 from mam2.engine.errors import PeerFailed, RankError, UserError
 from mam2.engine.files import FULL_OR_FORBIDDEN, accept_names, one_line
 from mam2.engine.runtime import signals
 
-VERBS = {
-    "demo": "make clips, pre-train on them, measure, draw a report",
-    "doctor": "which path each part takes on this machine",
-    "index": "DATA   open every video once: what it holds, who decodes it, what to change",
-    "transcode": "DATA --out FOLDER   re-encode for fast decoding: small, key frames close together",
-    "train-tokenizer": "DATA --out FOLDER   train a VQ model on your own clips, measured on held-out ones",
-    "convert-tokenizer": "CHECKPOINT --out FILE   a VQGAN of taming-transformers to safetensors",
-    "tokenize": "RECIPE --data PATH --out CODES   compute the codes of recorded augmentations once",
-    "plan": "RECIPE   before a run: parameters, FLOPs, bytes, memory; clips/s and hours estimated",
-    "pretrain": "RECIPE --data PATH --out RUN   pre-train on a folder or a list of videos",
-    "plot": "RUN [RUN …] --out FILE   draw the logs of one run or compare several",
-    "visualize": "CHECKPOINT [CHECKPOINT …] --data CLIPS --out FOLDER   what models predict: pictures, a page",
-    "probe": "CHECKPOINT [CHECKPOINT …] --data LIST   linear, attentive and k-NN probes of frozen encoders",
-    "neighbors": "CHECKPOINT [CHECKPOINT …] --data LIST --out FOLDER   retrieval and mask propagation, no training",
-    "embed": "CHECKPOINT --data FOLDER --out FILE   a feature for each video, as .npy or .parquet",
-    "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
-    "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with many views of every video",
-    "predict": "CHECKPOINT --data VIDEOS   the likeliest classes of videos without labels; - reads a stream of names",
-    "export": "CHECKPOINT --to FORMAT --out PATH   to Hugging Face, VideoMAE's code, torch or ONNX",
-}
-"""What the help says of each verb; a hyphen in its name is an underscore in its module's."""
 EXTRAS = {
     "engine": ("av", "tyro", "safetensors", "tensorboard", "matplotlib", "PIL", "tqdm", "tomli"),
     "flow": ("cv2",),
     "hub": ("huggingface_hub",),
     "onnx": ("onnx", "onnxscript"),
 }
-"""Import names of what each extra of the package installs; `pip install mam2` alone installs the losses' needs."""
+"""Import names of the packages that each extra installs; `pip install mam2` without extras serves only the losses."""
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-"""What PyTorch says where the memory of a GPU or of the machine does not suffice."""
+"""PyTorch's messages if the memory of a GPU or of the machine is exhausted."""
 DISTRIBUTED = ("pretrain", "finetune", "evaluate")
-"""Verbs that several processes can work on together, started by torchrun."""
+"""Verbs that can run in several processes, started by torchrun."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the verb of a command line (default: this program's) and exits."""
-    # OpenMP's threads spin for milliseconds while they wait, which slows a step badly as soon as anything else wants
-    # the core, the decoders of this very process included; without any spinning, waking them up costs too much.
-    # Read when torch is first imported, which no import above does.
+    # OpenMP's threads spin for milliseconds while they wait, which slows a step down as soon as another thread needs
+    # the core, for example this process's decoders; without any spinning, waking them up costs too much. The variable
+    # is read when torch is first imported, and no import above imports torch.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     arguments = sys.argv[1:] if arguments is None else arguments
     accept_names(sys.stdout, sys.stderr)
@@ -74,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Exit status of a command line; whatever went wrong by the user's or a signal's doing is said."""
+    """Runs a command line and returns its exit status; prints errors of the user and ends by signals."""
     try:
         name = arguments[0]
         if name not in VERBS:
@@ -82,13 +62,13 @@ def _run(arguments: list[str]) -> int:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown verb {name!r}; expected one of {', '.join(VERBS)}{hint}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
-            raise UserError(f"{name} runs in one process, and WORLD_SIZE is above 1: start it without torchrun")
+            raise UserError(f"{name} runs in one process, but WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
         from mam2.engine.commands.options import with_present_flags  # imports torch, which takes seconds
 
         return verb.run(with_present_flags(arguments[1:]))
     except UserError as error:
-        # What every process of a run sees, the first one says.
+        # Rank 0 prints an error that all processes of a run raise.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mam2: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -96,7 +76,7 @@ def _run(arguments: list[str]) -> int:
         if error.errno not in FULL_OR_FORBIDDEN:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"mam2: error: {one_line(place)}{error.strerror}; make room or name another place", file=sys.stderr)
+        print(f"mam2: error: {one_line(place)}{error.strerror}; free space or choose another path", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
@@ -117,8 +97,8 @@ def _run(arguments: list[str]) -> int:
             raise
         told = one_line(str(error).partition("\n")[0])
         print(
-            f"mam2: error: out of memory{f' ({told})' if told else ''}: fewer clips at once (--batch, "
-            "optim.micro_batch), smaller or shorter clips, or a smaller model need less",
+            f"mam2: error: out of memory{f' ({told})' if told else ''}: use fewer clips at once (--batch, "
+            "optim.micro_batch), smaller or shorter clips, or a smaller model",
             file=sys.stderr,
         )
         return 2

@@ -1,11 +1,11 @@
-"""What each part of a training step costs a clip, from the config alone: parameters, FLOPs, bytes, held activations.
+"""Costs per clip of each part of a training step, from the config alone: parameters, FLOPs, bytes, held activations.
 
-FLOPs are two a multiply-add of the matrix products and convolutions; what a step computes twice to save memory counts
-once. Bytes are those of activations through memory, each operator reading its inputs and writing its outputs once, as
-in a compiled step; weights are apart (`step_bytes`). Attention never writes its scores. The residual stream and what a
-LayerNorm reads are float32, the rest has the item size of the precision: 4, or 2 under autocast.
+FLOPs are two per multiply-add of the matrix products and convolutions; recomputation to save memory counts once. Bytes
+are the memory traffic of activations: each operator reads its inputs and writes its outputs once, as in a compiled
+step; weights are counted separately (`step_bytes`). Attention never writes its scores. The residual stream and the
+inputs of LayerNorms are float32, all others have the item size of the precision: 4, or 2 under autocast.
 
-T'×H'×W' the token grid, Nv/Nm visible/masked tokens, P values a token, D width, V codes.
+T'×H'×W' the token grid, Nv/Nm visible/masked tokens, P values per token, D width, V codes.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ MUON_ITERATIONS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Of one clip; parameters are the part's own."""
+class PartCost:
+    """PartCost of a part for one clip; the parameters are those of the part."""
 
     parameters: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
     bytes_moved: int = 0
-    """Of activations, forward and backward."""
+    """Memory traffic of activations, forward and backward."""
     held_bytes: int = 0
-    """Of activations, from the forward to the backward pass."""
+    """Bytes of activations held from the forward to the backward pass."""
 
     @property
     def flops(self) -> int:
         return self.forward_flops + self.backward_flops
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: PartCost) -> PartCost:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Cost(**dict(zip(_FIELDS, (a + b for a, b in zip(mine, others, strict=True)), strict=True)))
+        return PartCost(**dict(zip(_FIELDS, (a + b for a, b in zip(mine, others, strict=True)), strict=True)))
 
-    def __mul__(self, times: int) -> Cost:
-        return Cost(**{name: times * getattr(self, name) for name in _FIELDS})
+    def __mul__(self, times: int) -> PartCost:
+        return PartCost(**{name: times * getattr(self, name) for name in _FIELDS})
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Cost))
+_FIELDS = tuple(field.name for field in dataclasses.fields(PartCost))
 
 
 def part_costs(
     config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None, *, item_bytes: int = 2
-) -> dict[str, Cost]:
-    """Every part of a step by name, in order.
+) -> dict[str, PartCost]:
+    """Returns the cost of every part of a step by name, in order.
 
     Args:
         config: a run's config.
-        codes: codebook size V; only where codes are predicted.
-        tokenizer: what computes the codes within the step; None where they are read from a cache.
-        item_bytes: of what the matrix products read and write.
+        codes: codebook size V; needed only if codes are predicted.
+        tokenizer: the tokenizer that computes the codes in the step; None if they come from a cache.
+        item_bytes: item size of the inputs and outputs of matrix products.
     """
     masked = config.decoded_tokens
     visible = math.prod(config.grid) - config.masked_tokens
@@ -71,22 +71,22 @@ def part_costs(
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
     parts = {
         "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
-        + Cost(bytes_moved=read)
+        + PartCost(bytes_moved=read)
         + encoder_blocks(config, visible, item_bytes)
     }
 
-    def decoder(tokens: int) -> Cost:
+    def decoder(tokens: int) -> PartCost:
         one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
         return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
 
-    def pixel_head(outputs: int) -> Cost:
+    def pixel_head(outputs: int) -> PartCost:
         loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
-        gradient = Cost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
+        gradient = PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
         return linear(masked, width, outputs, item_bytes) + gradient
 
     tokens = visible + masked
     if model.objective != "mam2":
-        project = linear(visible, model.width, width, item_bytes, bias=False) + Cost(parameters=width)
+        project = linear(visible, model.width, width, item_bytes, bias=False) + PartCost(parameters=width)
         return parts | {"decoder": project + decoder(tokens), "head and pixel loss": pixel_head(values)}
     decoded = masked
     if model.regressor.depth:
@@ -104,7 +104,7 @@ def part_costs(
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)
-        parts["alignment"] = Cost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
+        parts["alignment"] = PartCost(forward_flops=target.forward_flops, bytes_moved=target.bytes_moved // 3)
     if tokenizer:
         parts["tokenizer"] = tokenizer_image(tokenizer, config.grid[1:], item_bytes) * config.tokenized_frames
         parts["tokenizer"] = dataclasses.replace(
@@ -114,12 +114,12 @@ def part_costs(
 
 
 def step_flops(config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | None = None) -> dict[str, int]:
-    """FLOPs a clip of each part, forward and backward; arguments as of `part_costs`."""
+    """Returns the FLOPs per clip of each part, forward and backward; arguments as in `part_costs`."""
     return {name: cost.flops for name, cost in part_costs(config, codes, tokenizer).items()}
 
 
 def step_bytes(config: PretrainConfig, parameters: int, item_bytes: int) -> int:
-    """Bytes of a step that do not depend on its clips: weights read by both passes (and cast), gradients, optimizer."""
+    """Returns the bytes per step that do not depend on clips: weights (read twice, and cast), gradients, optimizer."""
     cast = SINGLE + item_bytes if item_bytes != SINGLE else 0
     by_muon = muon(config, item_bytes)
     adamw = 7 * SINGLE * (parameters - by_muon.parameters)
@@ -131,27 +131,27 @@ def state_bytes(config: PretrainConfig, parameters: int) -> int:
     return SINGLE * (2 * parameters - muon(config, SINGLE).parameters)
 
 
-def muon(config: PretrainConfig, item_bytes: int) -> Cost:
+def muon(config: PretrainConfig, item_bytes: int) -> PartCost:
     """Of Muon's part of an optimizer step, whatever the batch; each process of a run does all of it. Nothing for AdamW.
 
     An iteration on [m, n], m ≤ n, is two products of m·m·n and one of m·m·m multiply-adds.
     """
-    total = Cost()
+    total = PartCost()
     if config.optim.name != "muon":
         return total
-    for (rows, columns), count in hidden_matrices(config).items():
+    for (rows, columns), count in hidden_matrix_shapes(config).items():
         short, values = min(rows, columns), rows * columns
         gram = short**2
-        iteration = Cost(
+        iteration = PartCost(
             forward_flops=4 * short * values + 2 * short**3,
             bytes_moved=item_bytes * (3 * values + 4 * gram),
         )
-        around = Cost(parameters=values, bytes_moved=values * (24 * SINGLE + 5 * item_bytes))
+        around = PartCost(parameters=values, bytes_moved=values * (24 * SINGLE + 5 * item_bytes))
         total += (iteration * MUON_ITERATIONS + around) * count
     return total
 
 
-def hidden_matrices(config: PretrainConfig) -> Counter[tuple[int, int]]:
+def hidden_matrix_shapes(config: PretrainConfig) -> Counter[tuple[int, int]]:
     """How many matrices of each shape [rows, columns] the blocks have, a fused projection counted as its three."""
     model, found = config.model, Counter[tuple[int, int]]()
     decoders = 1
@@ -168,15 +168,16 @@ def hidden_matrices(config: PretrainConfig) -> Counter[tuple[int, int]]:
     return found
 
 
-def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Cost:
-    """The encoder without its patch embedding, on so many tokens."""
+def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> PartCost:
+    """Returns the cost of the encoder without its patch embedding, on `tokens` tokens."""
     model = config.model
     one = block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
-def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
-    """Blocks in a row, each with so many input values: they hold all, or if recomputed the inputs and one block's."""
+def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
+    """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
+    one block's activations."""
     total = one * depth
     if config.run.recompute:
         inputs_and_one = depth * inputs * SINGLE + one.held_bytes
@@ -184,10 +185,10 @@ def stack(config: PretrainConfig, one: Cost, depth: int, inputs: int) -> Cost:
     return total
 
 
-def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
-    """From the encoder's width to the regressor's, where they differ, and the mask token."""
+def projection(config: PretrainConfig, visible: int, item_bytes: int) -> PartCost:
+    """Returns the cost of the projection to the regressor's width, if it differs, and of the mask token."""
     model, width = config.model, config.model.regressor.width
-    cost = Cost(parameters=width)
+    cost = PartCost(parameters=width)
     if model.width != width:
         cost += linear(visible, model.width, width, item_bytes)
         if model.projection_norm:
@@ -195,7 +196,7 @@ def projection(config: PretrainConfig, visible: int, item_bytes: int) -> Cost:
     return cost
 
 
-def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> Cost:
+def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int) -> PartCost:
     sizes = config.model.regressor
     width, everything = sizes.width, sizes.keys == "all"
     keys = visible + masked if everything else visible
@@ -212,15 +213,15 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
     )
     inputs = (masked + (keys if everything else 0)) * width
     total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
-    if not everything and not config.run.recompute:  # every block's values start from the same visible latents
-        total += Cost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
+    if not everything and not config.run.recompute:  # all blocks share the same visible latents
+        total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
     return total + projection(config, visible, item_bytes)
 
 
-def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
-    """Head and cross-entropy, which hold their gradients instead of the logits."""
+def code_head(rows: int, width: int, codes: int, item_bytes: int) -> PartCost:
+    """Returns the cost of head and cross-entropy, which hold their gradients instead of the logits."""
     product = 2 * rows * width * codes
-    return Cost(
+    return PartCost(
         parameters=(width + 1) * codes,
         forward_flops=product,
         backward_flops=2 * product,
@@ -229,13 +230,13 @@ def code_head(rows: int, width: int, codes: int, item_bytes: int) -> Cost:
     )
 
 
-def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> Cost:
-    """A self-attention block."""
+def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> PartCost:
+    """Returns the cost of a self-attention block."""
     return (
         norm(tokens, width, item_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
-        + Cost(parameters=2 * width)  # the biases of queries and values
-        + Cost(held_bytes=_centred(tokens, width, item_bytes))  # beside the projection they were a part of
+        + PartCost(parameters=2 * width)  # biases of queries and values
+        + PartCost(held_bytes=_centred(tokens, width, item_bytes))  # in addition to the projection that contains them
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
@@ -243,29 +244,32 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale
     )
 
 
-def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Cost:
-    """LayerScale on a block's two branches: holds both, reads them once more and writes the gradients before it."""
+def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> PartCost:
+    """Returns the cost of LayerScale on a block's two branches.
+
+    Holds both, reads them again, writes their gradients.
+    """
     if not layer_scale:
-        return Cost()
+        return PartCost()
     branches = 2 * tokens * width * item_bytes
-    return Cost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
+    return PartCost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
 
 
-def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> Cost:
-    """LayerNorm, linear, GELU, linear."""
+def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> PartCost:
+    """Returns the cost of LayerNorm, linear, GELU, linear."""
     inner = mlp_width(width, ratio)
-    gelu = Cost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
+    gelu = PartCost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
     layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
     return norm(tokens, width, item_bytes) + layers
 
 
-def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
-    """The two products of all heads; their backward pass is four. What it returns is held by the layer that follows.
+def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
+    """Returns the cost of the two products of all heads, and of four in backward. The next layer holds the result.
 
-    In 16 bits the keys are read twice and written once to centre them.
+    In 16 bits the keys are read twice and written once to center them.
     """
     products = 4 * queries * keys * width
-    return Cost(
+    return PartCost(
         forward_flops=products,
         backward_flops=2 * products,
         bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centred(keys, width, item_bytes),
@@ -274,17 +278,20 @@ def attention(queries: int, keys: int, width: int, item_bytes: int) -> Cost:
 
 
 def _centred(keys: int, width: int, item_bytes: int) -> int:
-    """Bytes of a block's centred keys; there are none in float32."""
+    """Returns the bytes of a block's centered keys; 0 in float32."""
     return keys * width * item_bytes if item_bytes == 2 else 0
 
 
 def linear(
     rows: int, inputs: int, outputs: int, item_bytes: int, *, bias: bool = True, input_gradient: bool = True
-) -> Cost:
-    """Holds its input. Backward: the weight's gradient, and the input's where it is asked for."""
+) -> PartCost:
+    """Returns the cost of a linear layer, which holds its input.
+
+    Backward: gradients of the weight and, if asked, the input.
+    """
     product = 2 * rows * inputs * outputs
     backward = 2 if input_gradient else 1
-    return Cost(
+    return PartCost(
         parameters=(inputs + bias) * outputs,
         forward_flops=product,
         backward_flops=backward * product,
@@ -293,30 +300,32 @@ def linear(
     )
 
 
-def norm(rows: int, width: int, item_bytes: int) -> Cost:
-    """LayerNorm with the addition before it: reads both summands, writes the sum and the normalised; holds the sum."""
+def norm(rows: int, width: int, item_bytes: int) -> PartCost:
+    """Returns the cost of an addition and LayerNorm: reads both summands, writes sum and result; holds the sum."""
     forward = 2 * SINGLE + 2 * item_bytes
     backward = 3 * SINGLE + item_bytes
-    return Cost(parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE)
+    return PartCost(
+        parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE
+    )
 
 
-def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> Cost:
-    """Codes of one image whose code map is h×w: encoder and quantizer, forward only. Holds what is largest at once."""
+def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: int) -> PartCost:
+    """Returns the forward cost of the codes of one image with an h×w code map; holds the largest set of activations."""
     pixels = math.prod(code_map) * config.factor**2
-    total = Cost()
+    total = PartCost()
     largest = 0
 
     def conv(width_in: int, width_out: int, kernel: int, *, normed: bool = True) -> None:
         nonlocal total, largest
         weights = width_in * width_out * kernel**2
-        # a normalisation before it reads and writes the input once more
+        # a preceding normalization reads and writes the input once more
         moved = pixels * (width_in * (3 if normed else 1) + width_out) * item_bytes
-        total += Cost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
+        total += PartCost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
         largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)
 
     def normalisation(width: int) -> None:
         nonlocal total
-        total += Cost(parameters=2 * width)
+        total += PartCost(parameters=2 * width)
 
     def residual(width_in: int, width_out: int) -> None:
         for width in (width_in, width_out):
@@ -330,7 +339,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         normalisation(width)
         for _ in range(4):
             conv(width, width, 1, normed=False)
-        total += Cost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
+        total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
 
     width = config.channels
     conv(CHANNELS, width, 3, normed=False)
@@ -350,8 +359,12 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     normalisation(width)
     conv(width, config.z_channels, 3)
     conv(config.z_channels, config.embed_dim, 1, normed=False)
+    if config.patch_path:
+        inward = CHANNELS * config.factor**2 * config.embed_dim
+        moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
+        total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
-    total += Cost(parameters=codebook, forward_flops=2 * codebook * pixels)
-    if config.quantizer == "gumbel":  # logits of a convolution, beside the codebook
-        total += Cost(parameters=codebook + config.codes)
+    total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)
+    if config.quantizer == "gumbel":  # a convolution for the logits, in addition to the codebook
+        total += PartCost(parameters=codebook + config.codes)
     return dataclasses.replace(total, held_bytes=largest)

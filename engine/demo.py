@@ -1,4 +1,4 @@
-"""The demo: synthetic clips → pre-training → proof on clips it has not seen → a page to look at."""
+"""The demo: synthetic clips → pre-training → measurements on unseen clips → a report page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHOWN = ("clockwise", "down", "grow", "left")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo measured on test clips; accuracies in 0 to 1."""
+    """The demo's measurements on test clips; accuracies from 0 to 1."""
 
     pretext: PretextResult
     probe_pretrained: float
@@ -45,10 +45,10 @@ class DemoResult:
     probe_random: float
     probe_random_interval: tuple[float, float]
     probe_gain_interval: tuple[float, float]
-    """95 % bootstrap interval of the difference, the clips paired."""
+    """95 % paired bootstrap interval of the difference."""
 
     def verdicts(self) -> dict[str, bool]:
-        """What the demo sets out to show, and whether it holds."""
+        """Returns the demo's claims, and whether each holds."""
         return {
             "probe: pre-trained beats random by 10 points": self.probe_pretrained - self.probe_random >= 0.10,
             "codes: at least twice the commonest code": self.pretext.code_accuracy >= 2 * self.pretext.commonest_code,
@@ -59,7 +59,7 @@ class DemoResult:
 def demo(
     out: Path, *, train_clips: int = TRAIN_CLIPS, test_clips: int = TEST_CLIPS, config: PretrainConfig | None = None
 ) -> tuple[TrainResult, DemoResult | None]:
-    """Runs the whole demo in `out` (clips, run, report). The result is None when a signal ended pre-training."""
+    """Runs the whole demo in `out` (clips, run, report). Returns None if a signal ended pre-training."""
     start = time.perf_counter()
     config = decoding_for(config or load_recipe("demo"))
     data, run = out / "clips", out / "run"
@@ -75,7 +75,7 @@ def _demo(
     trained = pretrain(config, data / "train", run, resume=True)
     if trained.signal:
         return trained, None
-    # The run decides what is measured: an earlier call may have left a finished one here.
+    # Uses the run's config: an earlier call may have left a finished run here.
     result, strips = _measure(config, data, run)
     rows = _rows(result)
     write_whole(run / "demo.json", json.dumps(asdict(result) | {"verdicts": result.verdicts()}, indent=1))
@@ -86,8 +86,8 @@ def _demo(
         verdicts=result.verdicts(),
         strips=strips,
         config=json.loads((run / "config.json").read_text(encoding="utf-8")),
-        notes=f"Pre-trained for {trained.step} steps on {trained.used} synthetic clips whose class is the motion; "
-        f"measured on {test_clips} clips it has not seen.",
+        notes=f"Pre-trained for {trained.step} steps on {trained.used} synthetic clips whose class is their motion; "
+        f"measured on {test_clips} unseen clips.",
     )
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -98,7 +98,7 @@ def _demo(
 
 
 def decoding_for(config: PretrainConfig) -> PretrainConfig:
-    """On a GPU PyAV decodes the small clips, half of which are too small for NVDEC, on all cores."""
+    """Returns the data config with PyAV on all cores on a GPU: half of the clips are too small for NVDEC."""
     if pick_device(config.run).type != "cuda":
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder="pyav", threads=0))
@@ -145,7 +145,7 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
 
 
 def _one_of_each(manifest: Manifest, loader: ClipLoader) -> Tensor:
-    """The first test clip of each motion in `SHOWN`: uint8 [B, T, H, W, C]."""
+    """Returns the first test clip of each motion in `SHOWN`: uint8 [B, T, H, W, C]."""
     found: dict[int, Tensor] = {}
     for batch in loader.evaluate():
         for clip, label in zip(batch.clip, batch.label.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Which path each part of the engine takes on this machine, and what to install for a faster one."""
+"""Reports which implementations the engine uses on this machine, and what to install for faster ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CODECS = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mjpeg", "av1")
 
 
 def report() -> str:
-    """The lines that `mam2 doctor` prints."""
+    """Returns the text that `mam2 doctor` prints."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = ["machine", f"  {platform.platform()}, Python {platform.python_version()}, {available_cores()} CPU cores"]
     if device.type == "cuda":
@@ -54,14 +54,14 @@ def report() -> str:
     if not dali_version():
         advice.append("DALI: pip install '.[cpu]' (no GPU), '.[cuda13]' or '.[cuda12]' in the checkout")
     if tuple(map(int, av.__version__.split(".")[:2])) < SOUND_PYAV:
-        advice.append("PyAV: pip install 'av>=17.1'; older ones end the process at some files")
+        advice.append("PyAV: pip install 'av>=17.1'; older versions crash on some files")
     if device.type != "cuda":
-        advice.append("a GPU: with a CUDA build of torch and pip install '.[cuda13]' it runs Triton kernels and NVDEC")
+        advice.append("a GPU: with a CUDA build of torch and pip install '.[cuda13]', it runs Triton kernels and NVDEC")
     return "\n".join([*lines, "to go faster", *(f"  {line}" for line in advice or ["nothing to install"])])
 
 
 def try_decoding(device: torch.device) -> list[str]:
-    """Decodes a made clip of each codec as a run does: who did it, or what failed."""
+    """Decodes a synthetic clip of each codec as a run does; returns the decoder, or what failed."""
     lines: list[str] = []
     config = DataConfig(frames=8, stride=2, size=64)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def try_decoding(device: torch.device) -> list[str]:
             try:
                 path = write_trial(Path(folder), codec, frames=16, side=160)
                 if path is None:
-                    lines.append(f"{codec:<6} not tried: this PyAV has no encoder for a trial clip")
+                    lines.append(f"{codec:<6} not tested: this PyAV has no encoder for a trial clip")
                     continue
                 manifest = read_manifest(path, progress=False)
                 with ClipLoader(manifest, config, batch=1, device=device, seed=0, info=lines.append) as loader:
@@ -81,13 +81,13 @@ def try_decoding(device: torch.device) -> list[str]:
                     lines.append(f"{codec:<6} WRONG: frames {found} by {decoder} instead of 0, 2, … 14")
                 else:
                     lines.append(f"{codec:<6} right by {decoder}, cropped by {cropper} on {device.type}")
-            except Exception as error:  # whatever it is, a doctor has to name it and go on
+            except Exception as error:  # the report must show any error and continue
                 lines.append(f"{codec:<6} NOT POSSIBLE: {type(error).__name__}: {error}".splitlines()[0])
     return lines
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What runs for the shapes of mam2-fast, and how long each implementation takes for them here."""
+    """Returns the attention used for the shapes of mam2-fast, and the time of each implementation here."""
     unmeasured = active_backend(device, dtype)
     yes = f"measured for a run and kept, else {unmeasured}" if device.type == "cuda" else f"a run takes {unmeasured}"
     lines = [f"{str(dtype).removeprefix('torch.')}; {yes}"]

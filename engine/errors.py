@@ -4,20 +4,20 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user: the command line prints it as one line and exits with status 2."""
+    """An error of the user: the command line prints it as one line and exits with status 2."""
 
     everywhere = False
     """Whether every process of the run raised at this place."""
 
 
 class RankError(UserError):
-    """A mistake that only one process of several has met; its message names the process."""
+    """A UserError that occurs in only one of several processes; its message names the process."""
 
 
 class PeerFailed(Exception):
-    """Another process of the run has failed and prints why; this one exits with status 1.
+    """Raised if another process of the run has failed, which prints the reason; this process exits with status 1.
 
-    The text, if any, says how this one noticed.
+    The optional text describes how this process noticed.
     """
 
     everywhere = False

@@ -1,7 +1,7 @@
-"""How the engine writes files and names: whole or not at all, errors in one line, file names that need not be UTF-8.
+"""Writes files atomically, with one-line errors and support for file names that are not UTF-8.
 
-On Linux a file name is bytes. Python carries those that are not UTF-8 as surrogates, which a strict encoder refuses:
-`NAMES` is the error handler that turns them back into their bytes.
+On Linux a file name is a byte string. Python represents bytes that are not UTF-8 as surrogates, for which a strict
+encoder raises; `NAMES` is an error handler that converts them back to their bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import IO, TextIO
 from mam2.engine.errors import UserError
 
 NAMES = "mam2.names"
-"""Error handler of an encoder: surrogates become the bytes they stand for, what the encoding lacks an escape."""
+"""Error handler of an encoder: surrogates become the bytes that they represent; other characters become escapes."""
 FULL_OR_FORBIDDEN = frozenset(
     (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE)
 )
-"""Numbers of errors that only the place can cause that is written to or read, never a mistake in the program."""
+"""Error numbers that only the storage can cause, never an error in the program."""
 PLACE_ERRORS = FULL_OR_FORBIDDEN | {
     *(errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.ETXTBSY)
 }
-"""Those of a place that a user named to write to."""
+"""Error numbers of an output path given by a user."""
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)}
 
@@ -44,24 +44,30 @@ codecs.register_error(NAMES, _encode_name)
 
 
 def accept_names(*streams: TextIO) -> None:
-    """Lets text streams (standard output) take every file name, whatever their encoding."""
+    """Makes text streams (standard output) accept every file name, whatever their encoding."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=NAMES)
 
 
 def one_line(text: object) -> str:
-    """The text with control characters and line ends as escapes: a file name can hold them, a line of a log cannot."""
+    """Returns the text with control characters and line ends escaped.
+
+    File names may contain them, log lines must not.
+    """
     return str(text).translate(_CONTROLS)
 
 
 def printable(name: str) -> str:
-    """A name for pictures, pages and other programs' formats, which take only valid Unicode: bytes as `\\xe9`."""
+    """Returns a name in valid Unicode, for pictures, pages and other programs' formats.
+
+    Invalid bytes become `\\xe9`.
+    """
     return one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def table_line(cells: Sequence[object]) -> str:
-    """A line of a tab-separated file. A cell that holds a tab, a line end or a quote is quoted as in CSV files."""
+    """Returns a line of a tab-separated file. A cell with a tab, a line end or a quote is quoted as in CSV files."""
     return "\t".join(map(_cell, cells)) + "\n"
 
 
@@ -71,18 +77,18 @@ def _cell(value: object) -> str:
 
 
 def write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Writes a tab-separated file whole: UTF-8, names that are not UTF-8 as their bytes. Raises OSError."""
+    """Writes a tab-separated file atomically in UTF-8; names that are not UTF-8 as their bytes. Raises OSError."""
     write_whole(path, "".join(map(table_line, rows)))
 
 
 def append_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Adds lines to a tab-separated file, which is made where it is missing. Raises OSError."""
+    """Appends lines to a tab-separated file; creates it if missing. Raises OSError."""
     with path.open("ab") as file:
         file.write("".join(map(table_line, rows)).encode("utf-8", NAMES))
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Replaces a file whole: after a crash or on a full disk it holds the old content or the new. Raises OSError.
+    """Replaces a file atomically: after a crash or a full disk it has the old or the new content. Raises OSError.
 
     Text is written as UTF-8, names that are not UTF-8 as their bytes.
     """
@@ -92,7 +98,7 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into, which takes its name when the block ends without an error and is removed otherwise."""
+    """Yields a temporary file to write to; renames it if the block ends without an error, else removes it."""
     aside = path.with_name(f".part-{path.name}")
     try:
         with aside.open("wb") as file:
@@ -108,7 +114,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def writing(place: str | Path, argument: str = "--out") -> Iterator[None]:
-    """Turns an error of a place that is full, read-only or not a folder into a UserError that names the argument."""
+    """Converts an error of an output path (full, read-only, not a folder) to a UserError that names the argument."""
     try:
         yield
     except OSError as error:
@@ -118,23 +124,23 @@ def writing(place: str | Path, argument: str = "--out") -> Iterator[None]:
 
 
 def _concerns(error: OSError, place: Path) -> bool:
-    """Whether an error is of the place, of a file in it or beside it (written aside), or of a folder above it."""
+    """Returns whether an error concerns the path, a file in it or next to it (a temporary file), or a parent folder."""
     if not isinstance(error.filename, (str, bytes, os.PathLike)):
-        return True  # of a write or a sync, which do not tell
+        return True  # an error of a write or a sync does not contain the path
     path, place = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.abspath(place))
     return path.is_relative_to(place.parent) or place.is_relative_to(path)
 
 
 def unwritable(place: str | Path, error: OSError, argument: str = "--out") -> UserError:
-    """The error for a place that cannot be written."""
+    """Returns the error for a path that cannot be written."""
     of = f" ({error.filename})" if error.filename and str(error.filename) != str(place) else ""
     return UserError(
-        f"{argument} {place}: cannot be written: {error.strerror or error}{of}; make room or name another place"
+        f"{argument} {place}: cannot be written: {error.strerror or error}{of}; free space or choose another path"
     )
 
 
 def make_folder(folder: str | Path, argument: str = "--out") -> Path:
-    """The folder, made where it is missing; UserError where no file can be written into it."""
+    """Creates the folder if it is missing and returns it; raises UserError if no file can be written into it."""
     folder = Path(folder)
     with writing(folder, argument):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,19 +149,19 @@ def make_folder(folder: str | Path, argument: str = "--out") -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError where no file can be made in a folder: tried, since permissions do not tell of read-only disks."""
+    """Raises OSError if no file can be created in a folder. It tries, since permissions do not show read-only disks."""
     probe = folder / f".part-{os.getpid()}"
     probe.touch()
     probe.unlink()
 
 
 def check_apart(data: str | Path, out: str | Path, *, inside: bool = True) -> None:
-    """Raises UserError where the place to write is the data itself. inside=False: or lies in the data folder."""
+    """Raises UserError if the output path is the data itself, or, with inside=False, is in the data folder."""
     listing = os.fspath(data)
     if not os.path.exists(listing) and ":" in listing:  # LIST:SPLIT
         listing = listing.rpartition(":")[0]
     source, target = Path(os.path.realpath(listing)), Path(os.path.realpath(out))
     if source == target:
-        raise UserError(f"--out {out}: is the data itself; name a place outside of it")
+        raise UserError(f"--out {out}: is the data itself; choose a path outside of it")
     if not inside and source.is_dir() and target.is_relative_to(source):
-        raise UserError(f"--out {out} lies in the data folder {source}; name a place outside of it")
+        raise UserError(f"--out {out} is in the data folder {source}; choose a path outside of it")

@@ -1,4 +1,4 @@
-"""What a run takes, before it runs: parameters, FLOPs, bytes and memory from the config; speed and hours estimated."""
+"""Plans a run before it starts: computes parameters, FLOPs, bytes and memory from the config; estimates its speed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mam2.engine.tokenizer.vqgan import VQGANConfig, small
 
 
 class GPU(NamedTuple):
-    """Of one GPU, by its maker's data sheet."""
+    """Specifications of a GPU from its data sheet."""
 
     name: str
     bf16_tflop_per_s: float
-    """Dense bfloat16 products, without sparsity."""
+    """Rate of dense bfloat16 products, without sparsity."""
     gb_per_s: float
     memory_gb: float
 
@@ -74,60 +74,60 @@ WITHOUT_BFLOAT16 = {
     "gtx1080ti",
     "gtx1080",
 }
-"""NVIDIA's cards from before Ampere: a training there has to be float32, for which there is no estimate."""
+"""NVIDIA's cards before Ampere: training there needs float32, for which there is no estimate."""
 MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
 UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
-"""Share of the peak that a step is assumed to reach where nothing else is said; not measured.
+"""Default assumption for the share of the peak that a step reaches; not measured.
 
-On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, add up to 37 to 41 % of
-what a large product reaches there; that product itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
+On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
+% of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
 """
 IMAGES_PER_PASS = 64
-"""Frames that the tokenizer takes at once."""
+"""Frames per pass of the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     config: PretrainConfig
-    parts: dict[str, costs.Cost]
+    parts: dict[str, costs.PartCost]
     dtype: torch.dtype
     machine: str
-    """Its name and where its rates come from."""
+    """Name of the machine, and the source of its rates."""
     peak_flops: float
     """FLOP/s of products in `dtype`."""
     bytes_per_s: float
-    """Of memory; infinite where it is not known."""
+    """Memory bandwidth; infinite if unknown."""
     memory_gib: float
-    """Of one device; infinite where it is not known."""
+    """Memory of one device; infinite if unknown."""
     utilisation: float
     gpus: int
     source: str
-    """Where the tokenizer's size comes from."""
+    """Source of the tokenizer's size."""
     cuda: bool
     """Whether the devices are GPUs."""
 
     @property
     def clips_a_pass(self) -> int:
-        """Clips that one device takes at once."""
+        """Returns the clips per pass on one device."""
         return self.config.optim.batch // (self.gpus * micro_batches_per_step(self.config, self.gpus))
 
     @property
     def parameters(self) -> int:
-        """That are trained."""
+        """Returns the number of trained parameters."""
         return sum(cost.parameters for name, cost in self.parts.items() if name != "tokenizer")
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes held at the peak of a step on one device.
+        """Returns the bytes held at the peak of a step on one device.
 
-        The tokenizer's activations are held beside the others on a GPU, where it works on the next batch during the
-        step, in memory of its own; before them on a CPU.
+        On a GPU the tokenizer's activations are held in addition to the others, because it processes the next batch
+        during the step, in separate memory. On a CPU they are held before the others.
         """
         clips, item = self.clips_a_pass, self.dtype.itemsize
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
-        tokenizer = self.parts.get("tokenizer", costs.Cost())
+        tokenizer = self.parts.get("tokenizer", costs.PartCost())
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
@@ -143,11 +143,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether nine tenths of a device's memory hold a step."""
+        """Returns whether a step fits into nine tenths of a device's memory."""
         return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
 
     def remedy(self) -> str:
-        """What makes a plan fit that does not: the largest `optim.micro_batch`, if there is one, or other settings."""
+        """Returns a remedy for a plan that does not fit.
+
+        The largest `optim.micro_batch` that fits, or other settings.
+        """
         config = self.config
         for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
             optim = dataclasses.replace(config.optim, micro_batch=clips)
@@ -160,7 +163,10 @@ class Plan:
 
     @property
     def clips_per_s(self) -> float:
-        """Of all devices: bound by arithmetic at the assumed utilisation, or by memory."""
+        """Returns the clips per second of all devices.
+
+        Limited by arithmetic at the assumed utilization, or by memory.
+        """
         return self.gpus / max(self._seconds_of_arithmetic, self._seconds_of_memory)
 
     @property
@@ -174,12 +180,12 @@ class Plan:
         return (sum(cost.bytes_moved for cost in self.parts.values()) + step) / self.bytes_per_s
 
     def hours(self, videos: int) -> float:
-        """Of training on so many videos."""
+        """Returns the hours of training on `videos` videos."""
         clips = videos * self.config.optim.epochs * self.config.data.views
         return clips / self.clips_per_s / 3600
 
     def report(self, videos: int = 0) -> str:
-        """The lines that `mam2 plan` prints."""
+        """Returns the text that `mam2 plan` prints."""
         config = self.config
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
@@ -199,7 +205,7 @@ class Plan:
             "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
         ]
         lines += [_row(name, cost) for name, cost in self.parts.items()]
-        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.Cost())
+        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.PartCost())
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
         lines.append(_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
         step = costs.step_bytes(self.config, self.parameters, self.dtype.itemsize)
@@ -213,8 +219,8 @@ class Plan:
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
         lines += [
-            "(the tokenizer is frozen: it is not among all parameters; its activations are held "
-            f"{'beside' if self.cuda else 'before'} the others)",
+            "(the tokenizer is frozen: all parameters exclude it; its activations are held "
+            f"{'in addition to' if self.cuda else 'before'} the others)",
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
@@ -231,17 +237,17 @@ class Plan:
 
 
 def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
-    """The plan of a run.
+    """Returns the plan of a run.
 
     Args:
         config: a run's config.
-        gpu: a name of `GPUS` in any spelling ("RTX 4090", "H100-PCIe"), or empty for this machine, whose products are
-            then measured.
-        gpus: devices of one run.
+        gpu: a name of `GPUS` in any spelling ("RTX 4090", "H100-PCIe"), or empty for this machine, whose rate of
+            matrix products is then measured.
+        gpus: number of devices of the run.
         utilisation: share of the peak that the step reaches, 0 to 1; 0 assumes `UTILISATION`.
 
     Raises:
-        UserError: for values that cannot be used, and a batch that cannot be shared out.
+        UserError: a value is invalid, or the batch cannot be divided among the devices.
     """
     check(config)
     if not 0 <= utilisation <= 1:
@@ -255,7 +261,7 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
     if gpu:
         name, tflop_per_s, gb_per_s, memory_gb = GPUS[known]
         if dtype == torch.float32:
-            raise UserError("--gpu: its rate is known for bfloat16 only; leave run.precision at auto")
+            raise UserError("--gpu: its rate is known only for bfloat16; leave run.precision at auto")
         peak, rate, memory = tflop_per_s * 1e12, gb_per_s * 1e9, memory_gb * 1e9 / 2**30
         machine = f"{name} (data sheet)"
     else:
@@ -291,18 +297,18 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
         found = load_vqgan(options.path).config
         return found, f"{found.codes} codes of {options.path}"
     own = small(options.channels, options.codes, code_factor(config))
-    return own, f"{own.codes} codes of a small VQ model that is trained on the data first (its training not counted)"
+    return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
 
 
 def _known(gpu: str) -> str:
-    """The key of `GPUS` that a user means; UserError with the nearest ones where there is none."""
+    """Returns the key of `GPUS` for a user's spelling; raises UserError with the nearest keys if there is none."""
     name = re.sub(r"[^a-z0-9]", "", gpu.lower())
     for maker in MAKERS:
         name = name.replace(maker, "")
     name = name if name in GPUS or f"rtx{name}" not in GPUS else f"rtx{name}"
     if name in WITHOUT_BFLOAT16:
         raise UserError(
-            f"--gpu {gpu}: it has no bfloat16 products, and only those are estimated; cards from Ampere (2020) on have "
+            f"--gpu {gpu}: it has no bfloat16 products, and only these are estimated; cards from Ampere (2020) on have "
             "them. A run there takes --run.precision float32"
         )
     if name not in GPUS:
@@ -312,14 +318,14 @@ def _known(gpu: str) -> str:
     return name
 
 
-def _row(name: str, cost: costs.Cost) -> str:
+def _row(name: str, cost: costs.PartCost) -> str:
     flops = f"{_count(cost.forward_flops):>12}  {_count(cost.backward_flops) if cost.backward_flops else '-':>13}"
     moved, held = _bytes(cost.bytes_moved), _bytes(cost.held_bytes)
     return f"  {name:<21} {_count(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"
 
 
 def _plain(value: float) -> str:
-    """Three digits, without an exponent: 0.0123, 1.23, 1,230."""
+    """Formats three digits without an exponent: 0.0123, 1.23, 1,230."""
     if value < 1:
         return f"{value:.3g}"
     rounded = round(value, 2 - math.floor(math.log10(value)))
@@ -327,7 +333,7 @@ def _plain(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    """With a prefix: 86.2 M, 117 G."""
+    """Formats a number with a prefix: 86.2 M, 117 G."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{_plain(value / factor)} {prefix}"
@@ -335,12 +341,12 @@ def _count(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    """In MiB or GiB."""
+    """Formats bytes in MiB or GiB."""
     return f"{_plain(value / 2**30)} GiB" if value >= 2**30 else f"{_plain(value / 2**20)} MiB"
 
 
 def _duration(hours: float) -> str:
-    """In seconds, minutes, hours or days, whichever is read at a glance."""
+    """Formats a duration in seconds, minutes, hours or days, whichever suits."""
     for least, unit, name in ((100, 24, "days"), (1, 1, "hours"), (1 / 30, 1 / 60, "minutes")):
         if hours >= least:
             return f"{_plain(hours / unit)} {name}"

@@ -140,7 +140,7 @@ def spread(pointer, channel, CHANNELS: tl.constexpr):
 
 
 @jit
-def choose(options, group, GROUPS: tl.constexpr):
+def select_group(options, group, GROUPS: tl.constexpr):
     """Returns the values [1,RUN] of a tuple, indexed by group."""
     values = tl.zeros_like(group).to(options[0].dtype) + options[0]
     for g in tl.static_range(1, GROUPS):
@@ -278,15 +278,15 @@ def cube_target(
         if KIND == 0:
             goal = cube[segment].to(DTYPE)
             if NORMALIZE:
-                goal -= choose(means, group, GROUPS)
+                goal -= select_group(means, group, GROUPS)
         elif KIND == 3:
             goal = (cube[segment] - other[segment]).to(DTYPE)
             if NORMALIZE:
-                goal -= tl.where(frame > 0, 0.0, choose(means, group, GROUPS))
+                goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))
         else:
             goal = (other[segment] - cube[segment]).to(DTYPE)
         if NORMALIZE:
-            goal *= choose(inverses, group, GROUPS)
+            goal *= select_group(inverses, group, GROUPS)
         elif INTEGER:
             goal *= 1.0 / UNIT
         target = target + (goal,)

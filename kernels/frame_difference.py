@@ -129,7 +129,7 @@ def _launch(
     out = video.new_empty(*index.shape, values, dtype=dtype)
     table = restoring_table(video, mean, std, dtype)
     meta = cube_meta(video, patch_size, dtype)
-    launch.run(
+    launch.run_kernel(
         _frame_difference_kernel,
         index.numel(),
         out,

@@ -100,7 +100,7 @@ def _launch(
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     table = normalizing_table(video, mean, std, compute)
     meta = cube_meta(video, patch_size, compute)
-    launch.run(
+    launch.run_kernel(
         _gather_tubes_kernel,
         batch * count,
         out,

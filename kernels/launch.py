@@ -133,7 +133,7 @@ def triton_type(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
+def run_kernel(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
     """Launches `programs` programs on the device of the first argument, a tensor; 0 programs launch nothing."""
     if programs == 0:
         return

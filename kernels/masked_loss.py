@@ -150,7 +150,7 @@ def _launch(
         pred = pred.contiguous()
     table = restoring_table(video, mean, std, dtype)
     meta = cube_meta(video, patch_size, dtype)
-    launch.run(
+    launch.run_kernel(
         _masked_loss_kernel,
         masked.numel(),
         error,

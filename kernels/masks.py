@@ -157,7 +157,7 @@ def _launch(
     block = launch.power_of_two(positions)
     meta = {"GUIDED": energy is not None, "BLOCK": block, "num_warps": launch.warps("draw_mask", block, step.device)}
     arguments = (visible, masked, step, energy, seed, first_sample, slots, positions, hidden, strength)
-    launch.run(_draw_mask_kernel, batch, *arguments, **meta)
+    launch.run_kernel(_draw_mask_kernel, batch, *arguments, **meta)
     return visible, masked
 
 
@@ -192,7 +192,7 @@ def _(
     return step.new_empty(batch, slots * (positions - hidden)), step.new_empty(batch, slots * hidden)
 
 
-def draw(
+def draw_positions(
     batch: int,
     slots: int,
     positions: int,
@@ -253,7 +253,7 @@ def tube_mask(
     """
     check_grid(grid)
     slots, rows, columns = grid
-    return draw(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
+    return draw_positions(batch, slots, rows * columns, ratio, seed, step, first_sample, device)
 
 
 def random_mask(
@@ -269,4 +269,4 @@ def random_mask(
     """Masks int(ratio·T'·H'·W') tokens drawn anywhere in space and time (mae_st). Arguments as in `tube_mask`."""
     check_grid(grid)
     slots, rows, columns = grid
-    return draw(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)
+    return draw_positions(batch, 1, slots * rows * columns, ratio, seed, step, first_sample, device)

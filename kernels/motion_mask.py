@@ -20,7 +20,7 @@ import torch
 from . import launch, reference
 from .cube import cube_meta, cube_place, has_target, load_cube, row_offsets
 from .launch import jit, tl
-from .masks import TubeMask, draw
+from .masks import TubeMask, draw_positions
 from .shapes import check_video, token_grid
 
 
@@ -86,7 +86,7 @@ def _launch(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     dtype = reference.compute_dtype(video)
     energy = video.new_empty(video.shape[0], grid.tokens, dtype=reference.energy_dtype(video))
     meta = cube_meta(video, patch_size, dtype)
-    launch.run(
+    launch.run_kernel(
         _motion_energy_kernel,
         energy.numel(),
         energy,
@@ -141,6 +141,6 @@ def motion_tube_mask(
         raise ValueError(f"strength: expected 0 to 1, found {strength}")
     energy = _motion_energy(video, list(patch_size))
     where = step, first_sample, video.device
-    return draw(
+    return draw_positions(
         video.shape[0], grid.slots, grid.rows * grid.columns, ratio, seed, *where, energy, round(strength * 65536)
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .masks import TubeMask, draw, order_by
+from .masks import TubeMask, draw_positions, order_by
 from .shapes import check_grid
 
 STREAM = 0x52756E6E696E6743
@@ -46,7 +46,7 @@ def _decoded(
 ) -> torch.Tensor:
     """Returns which tokens are decoded: bool [B,N]."""
     slots, rows, columns = grid
-    phase = draw(batch, 1, 4, 0.25, seed ^ STREAM, step, first_sample, device).masked
+    phase = draw_positions(batch, 1, 4, 0.25, seed ^ STREAM, step, first_sample, device).masked
     slot, row, column = (torch.arange(size, device=phase.device) for size in (slots, rows, columns))
     turn = slot[:, None, None] + 1 + row[:, None] % 2 * 2 + column % 2
     return (turn.flatten() + phase) % 4 >= left_out

@@ -30,7 +30,7 @@ def _launch(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     block = min(launch.power_of_two(length), 4096)
     blocks = -(-length // block)
     meta = {"BLOCK": block, "num_warps": launch.warps("scale_gradient", block, gradient.device)}
-    launch.run(_scale_gradient_kernel, scale.numel() * blocks, out, gradient, scale, blocks, length, **meta)
+    launch.run_kernel(_scale_gradient_kernel, scale.numel() * blocks, out, gradient, scale, blocks, length, **meta)
     return out
 
 

@@ -110,7 +110,7 @@ def softmax_gradient_(
     wide = accumulation_dtype(logits.dtype)
     loss = logits.new_empty(rows, dtype=wide)
     block = min(launch.power_of_two(codes), 8192)
-    launch.run(
+    launch.run_kernel(
         _softmax_gradient_kernel,
         rows,
         loss,

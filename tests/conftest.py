@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported, and for the processes that tests start: models this small gain nothing from a second
+# thread, and threads of several processes that wait for each other take minutes on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import av
 import numpy as np
@@ -43,6 +49,14 @@ def _write_video(
     pixels = "yuvj420p" if full_range else "yuv420p"
     encode_frames(path, frames, codec, (width, height), gop=gop, pixel_format=pixels, options=options)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_compiled_is_left() -> Iterator[None]:
+    """What a file's tests leave in torch.compile (shapes, recompilations) does not change what the next file's meet."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

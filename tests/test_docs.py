@@ -67,6 +67,11 @@ def problem(page: str, link: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_no_merge_conflict_is_left(page: str) -> None:
+    assert re.findall(r"^(?:<{7}|>{7}) .*", text(page), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_anchors_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     assert [found for link in links if (found := problem(page, link))] == []

@@ -78,6 +78,16 @@ def test_every_package_says_what_it_holds():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
+def test_the_tests_mirror_the_packages():
+    """tests/engine/data/ tests engine/data/. At the top lies what is about the repository as a whole."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {folder.parts[0] for folder in folders if folder.parts} == {"benchmarks", "engine", "kernels"}
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+    modules = {path.stem for package in ("benchmarks", "engine", "kernels") for path in (ROOT / package).rglob("*.py")}
+    whole = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert whole & modules == set()
+
+
 def test_every_name_that_programs_import_exists():
     """Benchmarks, examples and programs under tests/ that no test imports would otherwise keep a module's old name."""
     missing = []

@@ -35,7 +35,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
-from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, code_factor, train_tokenizer
+from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, code_factor, train_with_progress
 from mam2.engine.tokenizer.training import CROP_CODES
 from mam2.engine.tokenizer.vqgan import small
 
@@ -173,7 +173,7 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
     start = clock()
     with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
         frames = clip_frames(loader, options.batch)
-        vqgan, _ = train_tokenizer(frames, architecture, options.steps, device, seed=config.run.seed)
+        vqgan, _ = train_with_progress(frames, architecture, options.steps, device, seed=config.run.seed)
     trained_s = clock() - start
     save_vqgan(vqgan, folder / FILE)
     every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))

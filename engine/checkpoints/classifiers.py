@@ -1,4 +1,4 @@
-"""Classifiers from and to files: what a fine-tuning run's config describes, and a checkpoint's names of the classes."""
+"""Builds and loads classifiers: from a fine-tuning run's config, with the class names of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def check_labelled(manifest: Manifest, source: str | Path) -> None:
     unlabelled = next((video.path for video in manifest.videos if video.label < 0), None)
     if unlabelled is not None:
         raise UserError(
-            f"{source}: no label for {unlabelled}; expected a folder a class, or a list of `path label` lines"
+            f"{source}: no label for {unlabelled}; expected one folder per class, or a list of `path label` lines"
         )
 
 
 def describe_classes(manifest: Manifest) -> str:
-    """A line for the log: how many classes there are, and a warning where some have no video."""
+    """Returns lines for the log: the number of classes, and a warning if some have no video."""
     told, used = len(manifest.classes), {video.label for video in manifest.videos}
     if len(used) == told:
         return f"classes {told}"
@@ -45,10 +45,10 @@ def describe_classes(manifest: Manifest) -> str:
 
 
 def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -> Manifest:
-    """The manifest with its labels numbered as in `classes`.
+    """Returns the manifest with its labels numbered as in `classes`.
 
-    Lists and folders number their classes by the names they hold, so that a list that lacks one counts on differently.
-    Raises UserError for a video without a label, or with one that is not in `classes`.
+    Lists and folders number their classes by the names that occur, so that a list that lacks a class numbers the others
+    differently. Raises UserError for a video without a label, or with a label that is not in `classes`.
     """
     check_labelled(manifest, source)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -56,8 +56,8 @@ def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -
     unknown = [name for name in used if name not in numbers]
     if unknown:
         raise UserError(
-            f"{source}: the class {unknown[0]!r} is not one of the {len(classes)} that the classifier knows "
-            f"({', '.join(classes[:3])}, …); lists for training and test must name the classes alike"
+            f"{source}: the class {unknown[0]!r} is not one of the classifier's {len(classes)} classes "
+            f"({', '.join(classes[:3])}, …); lists for training and test must use the same class names"
         )
     videos = tuple(
         dataclasses.replace(video, label=numbers[manifest.classes[video.label]]) for video in manifest.videos
@@ -66,14 +66,14 @@ def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -
 
 
 def is_classifier(path: Path) -> bool:
-    """Whether a checkpoint of MAM2's is one of `mam2 finetune`."""
+    """Returns whether a checkpoint of MAM2 was written by `mam2 finetune`."""
     return CLASSES in checkpoint.read_metadata(path)
 
 
 def build_encoder(config: FinetuneConfig) -> Encoder:
-    """An encoder for the clips of `config.data`, drawn at random, on the CPU.
+    """Builds a randomly initialized encoder for the clips of `config.data`, on the CPU.
 
-    Its positions are those of the size it was pre-trained at, resampled.
+    Its positions are resampled from the clip size of its pre-training.
     """
     model, data = config.model, config.data
     frames, size = model.frames or data.frames, model.size or data.size
@@ -91,9 +91,9 @@ def build_encoder(config: FinetuneConfig) -> Encoder:
 
 
 def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = None) -> Classifier:
-    """The classifier that a config describes, drawn at random, on the CPU.
+    """Builds the randomly initialized classifier of a config, on the CPU.
 
-    embeddings: [V, E] float, of the classes, where `config.model.text_width` is E; None leaves zeros in their place.
+    embeddings: [V, E] float, the text embeddings of the classes if `config.model.text_width` is E; None uses zeros.
     """
     model = config.model
     head: nn.Module
@@ -107,13 +107,13 @@ def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = N
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
-    """The classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
+    """Returns the classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
 
     path: a run folder, a checkpoint folder or a weights file, see `find_weights`. Raises UserError for anything else.
     """
     weights = find_weights(path)
     if weights is None or not is_classifier(weights):
-        raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+        raise UserError(f"{path}: contains no classifier; expected a run of mam2 finetune, or one of its checkpoints")
     config = checkpoint.read_config(weights, FinetuneConfig)
     classifier = build_classifier(config)
     checkpoint.load_weights(classifier, weights)

@@ -1,6 +1,6 @@
-"""Models for elsewhere: a Hugging Face folder, and a checkpoint for VideoMAE's code.
+"""Exports models: to a Hugging Face folder, and to a checkpoint for VideoMAE's code.
 
-Both recompute the positions from the size of the clip, so what they get has to have the table of its own size.
+Both recompute the positions from the clip size, so that an exported model must use the position table of its clip size.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from mam2.engine.model.videomae import VideoMAE
 TOKENIZER = "tokenizer.safetensors"
 """In a run folder; `mam2.engine.tokenizer` writes it."""
 BILINEAR = 2
-"""PIL's number for it."""
+"""PIL's number of the bilinear filter."""
 
 
 def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()) -> str:
     """Writes config.json, model.safetensors and preprocessor_config.json for `from_pretrained`.
 
-    A classifier becomes a VideoMAEForVideoClassification, VideoMAE a VideoMAEForPreTraining if that class computes its
-    loss (see `decoder_is_videomaes`), and of anything else the encoder a VideoMAEModel. Their encoders give what ours
-    give. The LayerNorm before a head has an epsilon of 1e-5 in Hugging Face's code and of 1e-6 in ours: logits and
-    predicted pixels differ by as much. To fine-tune one there:
+    A classifier becomes a VideoMAEForVideoClassification. VideoMAE becomes a VideoMAEForPreTraining if that class
+    computes its loss (see `decoder_is_videomaes`). Of any other model the encoder becomes a VideoMAEModel. The
+    encoders' outputs equal ours. The LayerNorm before a head has an epsilon of 1e-5 in Hugging Face's code and of 1e-6
+    in ours, so that logits and predicted pixels differ slightly. To fine-tune an encoder there:
     `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=…)`.
 
     Args:
-        model: any of ours.
-        folder: is there already, and empty.
+        model: any model of MAM2.
+        folder: an existing, empty folder.
         classes: names of a classifier's classes.
 
     Returns:
@@ -102,7 +102,7 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "image_mean": list(PIXEL_MEAN),
         "image_std": list(PIXEL_STD),
     }
-    # not save_file, which lets nobody else read what it writes
+    # not save_file, whose files other users cannot read
     weights = save(to_hugging_face(tensors, encoder.patch_size), {"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
@@ -135,13 +135,13 @@ def write_mam2(path: str | Path, folder: Path) -> None:
 
 
 def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> str:
-    """Writes a .pth that VideoMAE's and VideoMAE v2's `--finetune` takes: weights under `model`, as they name them.
+    """Writes a .pth for `--finetune` of VideoMAE and VideoMAE v2: the weights under `model`, with their names.
 
-    Beside the weights, under `args`, what `load_model` cannot read from their shapes, and under `classes` the names of
-    a classifier's classes. A decoder is left out where VideoMAE's loss is another one, see `decoder_is_videomaes`.
+    `args` contains what `load_model` cannot infer from the shapes, and `classes` the names of a classifier's classes. A
+    decoder is left out if VideoMAE's loss differs from the model's, see `decoder_is_videomaes`.
 
     Returns:
-        The name of our class that the weights belong to.
+        The name of our class of the exported weights.
     """
     if isinstance(model, VideoMAE) and not (
         decoder_is_videomaes(model) and isinstance(model.encoder.norm, nn.LayerNorm)
@@ -151,9 +151,9 @@ def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> s
     tubelet, patch, _ = encoder.patch_size
     args: dict[str, Any] = {"num_frames": encoder.grid[0] * tubelet, "input_size": encoder.grid[1] * patch}
     if isinstance(model, VideoMAE):
-        args["normlize_target"] = model.normalize is not None  # the spelling is VideoMAE's
+        args["normlize_target"] = model.normalize is not None  # VideoMAE's spelling
     written: dict[str, Any] = {"model": to_videomae(_tensors(model), encoder.patch_size), "args": args}
-    # torch.save into a file turns a full disk into a RuntimeError without the reason
+    # on a full disk, torch.save to a file raises a RuntimeError without the reason
     buffer = io.BytesIO()
     torch.save(written | ({"classes": list(classes)} if classes else {}), buffer)
     write_whole(path, buffer.getbuffer())
@@ -161,34 +161,39 @@ def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> s
 
 
 def decoder_is_videomaes(model: VideoMAE) -> bool:
-    """Whether VideoMAE's loss on the decoder is the model's: of pixels, standardized per channel or not at all.
+    """Returns whether VideoMAE's loss equals the model's: on pixels that are standardized per channel, or not at all.
 
     The objective `joint` and `loss.pixel_normalize = "patch"` have other targets, which neither VideoMAE's code nor
-    Hugging Face's can be told.
+    Hugging Face's supports.
     """
     return model.target == "pixel" and model.normalize in ("channel", None)
 
 
 def _tensors(model: Model) -> Tensors:
-    """What others have a place for, under our names. Raises UserError where that is not what the model computes."""
+    """Returns the exportable tensors under our names.
+
+    Raises UserError if they would not reproduce the model's outputs.
+    """
     encoder = encoder_of(model)
     if not torch.equal(encoder.positions, sincos_positions(len(encoder.positions), encoder.width)):
         tubelet, patch, _ = encoder.patch_size
         raise UserError(
-            f"the model takes {encoder.grid[0] * tubelet} frames of {encoder.grid[1] * patch}², another clip size than "
-            "it was pre-trained at, with position embeddings interpolated from that size; VideoMAE's code and Hugging "
+            f"the model takes {encoder.grid[0] * tubelet} frames of {encoder.grid[1] * patch}², not the clip size "
+            "of its pre-training, with position embeddings interpolated from that size; VideoMAE's code and Hugging "
             "Face compute the position embeddings from the clip size, so their outputs would be wrong. "
-            "Use --to torch or --to onnx, which keep them"
+            "Use --to torch or --to onnx, which store the interpolated ones"
         )
     if isinstance(model, Classifier) and not isinstance(model.head, nn.Linear):
-        raise UserError("the head compares with text embeddings, others have a linear one; use --to torch or --to onnx")
+        raise UserError(
+            "the head compares with text embeddings, but the format needs a linear one; use --to torch or --to onnx"
+        )
     if isinstance(model, VideoMAE | Classifier):
         return _without_layer_scale(dict(model.state_dict()))
     return _without_layer_scale({f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
 
 
 def _without_layer_scale(tensors: Tensors) -> Tensors:
-    """The same function without LayerScale: γ·(Wx + b) = (γW)x + γb, in the layers that end each branch."""
+    """Merges LayerScale into the layers that end each branch: γ·(Wx + b) = (γW)x + γb."""
     for name in [name for name in tensors if name.endswith((".gamma_1", ".gamma_2"))]:
         gamma, block = tensors.pop(name), name.removesuffix(".gamma_1").removesuffix(".gamma_2")
         last = f"{block}.attn.proj" if name.endswith(".gamma_1") else f"{block}.mlp.fc2"

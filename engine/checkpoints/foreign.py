@@ -1,7 +1,7 @@
-"""Weights that others have written: VideoMAE's and VideoMAE v2's checkpoints, and folders of Hugging Face.
+"""Reads weights of other projects: checkpoints of VideoMAE and VideoMAE v2, and Hugging Face folders.
 
-A checkpoint of VideoMAE's code says little about the model: sizes are read from the shapes, the heads from the width,
-and the clip from the arguments that are pickled beside the weights, where there are any. P values per token.
+A checkpoint of VideoMAE's code describes the model only in part: sizes are inferred from the shapes, the number of
+heads from the width, and the clip from the arguments that may be pickled with the weights. P values per token.
 """
 
 from __future__ import annotations
@@ -21,63 +21,66 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
-"""Of VideoMAE's encoders by width."""
+"""Attention heads of VideoMAE's encoders by width."""
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
-"""Of VideoMAE's decoders by width."""
+"""Attention heads of VideoMAE's decoders by width."""
 WHOLE_NUMBERS = (
     "num_frames",
     "tubelet_size",
     "num_attention_heads",
     "decoder_num_attention_heads",
 )
-"""What a Hugging Face config has to give as positive whole numbers, beside the sides of clip and patch."""
+"""Keys of a Hugging Face config that must be positive integers, in addition to the sides of clip and patch."""
 ARGUMENTS = ("num_frames", "num_segments", "input_size", "sampling_rate")
-"""Settings of VideoMAE's code that say what its clips are."""
+"""Arguments of VideoMAE's code that describe its clips."""
 EMBEDDING = "patch_embed.proj.weight"
-"""How the name of a VideoMAE's first layer ends."""
+"""Suffix of the name of VideoMAE's first layer."""
 STATES = ("model", "module", "state_dict")
-"""Where the weights are in a checkpoint: of VideoMAE, of DeepSpeed, of others."""
+"""Keys under which checkpoints hold the weights: VideoMAE's, DeepSpeed's, others'."""
 HEAD_NORM_EPS = 1e-5
-"""PyTorch's default, which Hugging Face leaves in the LayerNorm before a head; VideoMAE has 1e-6 everywhere."""
+"""Epsilon of Hugging Face's LayerNorm before a head, PyTorch's default; VideoMAE has 1e-6 everywhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A model of others under our names (see `mam2.engine.checkpoints.names`)."""
+    """Weights of another project under our names (see `mam2.engine.checkpoints.names`)."""
 
     path: Path
     tensors: Tensors
-    """float32, on the CPU."""
+    """Tensors by name, float32, on the CPU."""
     frames: int | None
     size: int | None
-    """Of the clips it takes; None where nothing says it."""
+    """Height and width of the model's clips; None if unknown."""
     patch_size: tuple[int, int, int]
     """Frames, height and width of a token."""
     heads: int | None
     decoder_heads: int | None
-    """None where nothing says it."""
+    """Attention heads of the decoder; None if unknown."""
     eps: float = LAYER_NORM_EPS
     head_eps: float = LAYER_NORM_EPS
-    """Of the LayerNorms, and of the one after encoder or decoder blocks where Hugging Face has another."""
+    """Epsilon of the LayerNorm before a head, after the encoder's or decoder's blocks.
+
+    Hugging Face uses another one.
+    """
     normalized_pixels: bool = True
     """Whether the decoder predicts standardized pixels."""
     mean_pooling: bool = False
-    """Whether the encoder ends without a LayerNorm, before a mean over tokens."""
+    """Whether the encoder ends without a LayerNorm and a mean over tokens follows."""
     stride: int = 0
-    """Distance of two sampled frames; 0 where nothing says it."""
+    """Distance of two sampled frames; 0 if unknown."""
     classes: tuple[str, ...] = ()
-    """Names of a classifier's classes, in the order of its logits; empty where nothing says them."""
+    """Names of a classifier's classes, in the order of its logits; empty if unknown."""
     uniform: bool = False
-    """Whether its clips are spread over the whole video (TSN), as VideoMAE's on Something-Something V2."""
+    """Whether clips are sampled over the whole video (TSN), as VideoMAE's on Something-Something V2."""
 
 
 def read_hugging_face(folder: Path) -> Weights:
-    """A folder that `save_pretrained` of a VideoMAE of Hugging Face has written, or a copy of one from its hub."""
+    """Reads a VideoMAE folder written by Hugging Face's `save_pretrained`, or a copy of one from its hub."""
     config = _config(folder)
     if config.get("model_type") != "videomae":
         raise UserError(
-            f"{folder}: expected config.json to say model_type 'videomae', found {config.get('model_type')!r}; "
-            "where the weights are those of VideoMAE's own code, name their file"
+            f"{folder}: config.json: expected model_type 'videomae', found {config.get('model_type')!r}; "
+            "for weights of VideoMAE's own code, pass their file"
         )
     for key, (default, expected) in {"hidden_act": ("gelu", "gelu"), "num_channels": (3, 3)}.items():
         if config.get(key, default) != expected:
@@ -104,7 +107,7 @@ def read_hugging_face(folder: Path) -> Weights:
 
 
 def read_videomae(path: Path) -> Weights:
-    """A checkpoint of VideoMAE's or VideoMAE v2's code (.pth, or safetensors with its names); nothing in it runs."""
+    """Reads a checkpoint of VideoMAE's or VideoMAE v2's code (.pth, or safetensors with its names); runs no code."""
     arguments: Any = None
     classes: Any = None
     if path.suffix == ".safetensors" or kind_of(path) == "safetensors":
@@ -122,7 +125,7 @@ def read_videomae(path: Path) -> Weights:
     tensors = from_videomae({name: tensor.float() for name, tensor in found.items()})
     convolution = next((tensor for name, tensor in found.items() if name.endswith("patch_embed.proj.weight")), None)
     if convolution is None or convolution.ndim != 5 or "encoder.patch_embed.weight" not in tensors:
-        hint = "; of Hugging Face's, name the folder" if any("embeddings.patch_embeddings." in n for n in found) else ""
+        hint = "; of Hugging Face's, pass the folder" if any("embeddings.patch_embeddings." in n for n in found) else ""
         raise UserError(
             f"{path}: expected the weights of a VideoMAE (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "
             f"found {', '.join(sorted(found)[:3]) or 'no tensors'}{hint}"
@@ -149,18 +152,18 @@ def read_videomae(path: Path) -> Weights:
 
 
 def hugging_face_classes(folder: Path) -> tuple[str, ...]:
-    """The names of a folder's classes in the order of the logits; none where nobody has named them."""
+    """Returns the names of a folder's classes in the order of the logits; empty if the classes have no names."""
     labels = _config(folder).get("id2label", {})
     try:
         names = tuple(str(labels[number]) for number in sorted(labels, key=int))
     except (TypeError, ValueError):
         raise UserError(f"{folder}: config.json: expected id2label to map numbers to names, found {labels}") from None
-    # transformers' own stand-ins where nobody named the classes
+    # placeholders of transformers for classes without names
     return () if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 def _state_in(path: Path, checkpoint: dict[str, Any]) -> Any:
-    """The weights in a checkpoint, under whichever key they are. Raises UserError where two keys hold some."""
+    """Returns the weights in a checkpoint, under any of the known keys. Raises UserError if two keys hold weights."""
     for key in STATES:
         if isinstance(checkpoint.get(key), dict):
             return checkpoint[key]
@@ -168,13 +171,13 @@ def _state_in(path: Path, checkpoint: dict[str, Any]) -> Any:
     holding = [key for key in tables if any(str(name).endswith(EMBEDDING) for name in checkpoint[key])]
     if len(holding) > 1:
         raise UserError(
-            f"{path}: holds the weights of several models ({', '.join(map(repr, holding))}); save one of them as "
+            f"{path}: contains the weights of several models ({', '.join(map(repr, holding))}); save one of them as "
             "{'model': checkpoint['" + str(holding[-1]) + "']}"
         )
     if not holding and tables and not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise UserError(
             f"{path}: expected the weights of a VideoMAE under one of {', '.join(map(repr, STATES))}, found the keys "
-            f"{', '.join(map(repr, list(checkpoint)[:8]))}, none of which holds a {EMBEDDING}"
+            f"{', '.join(map(repr, list(checkpoint)[:8]))}, none of which contains a {EMBEDDING}"
         )
     return checkpoint[holding[0]] if holding else checkpoint
 
@@ -183,7 +186,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: expected a folder of Hugging Face, config.json cannot be read: {error}") from None
+        raise UserError(f"{folder}: expected a Hugging Face folder, but config.json cannot be read: {error}") from None
 
 
 def _folder_tensors(folder: Path) -> Tensors:
@@ -196,7 +199,7 @@ def _folder_tensors(folder: Path) -> Tensors:
         else:
             continue
         return {key: tensor.float() for file in files for key, tensor in read(folder / file).items()}
-    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
+    raise UserError(f"{folder}: expected model.safetensors or pytorch_model.bin next to config.json, found neither")
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -206,7 +209,7 @@ def _safetensors(path: Path) -> Tensors:
 
 def _whole(path: Path, key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: expected {key} to be a whole number of at least 1, found {value!r}")
+        raise UserError(f"{path}: expected {key} to be an integer of at least 1, found {value!r}")
     return value
 
 

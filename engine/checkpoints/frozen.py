@@ -1,4 +1,4 @@
-"""Checkpoints as they are evaluated: frozen, with the clips that they were trained on."""
+"""Loads checkpoints for evaluation: frozen, with the data settings of their training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mam2.engine.model.videomae import VideoMAE
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenEncoder:
-    """An encoder in evaluation, without gradients."""
+    """An encoder in evaluation mode, without gradients."""
 
     name: str
-    """The path it was loaded from, as it was given."""
+    """The path as the caller passed it."""
     encoder: Encoder
     data: DataConfig
-    """Frames, size and sampling of its clips; decoders and threads are those that suit this machine."""
+    """Frames, size and sampling of its clips; decoder and threads are chosen for this machine."""
     weights: Path
     """The file that the encoder was loaded from, or another project's folder."""
     digest: str
@@ -39,7 +39,7 @@ class FrozenEncoder:
 
     @property
     def depth(self) -> int:
-        """Number of the last layer; layers count from 1."""
+        """Number of the last layer; layers are numbered from 1."""
         return len(self.encoder.blocks)
 
 
@@ -52,15 +52,15 @@ def load_frozen(
     size: int | None = None,
     heads: int | None = None,
 ) -> FrozenEncoder:
-    """The encoder of whatever `load_encoder` reads, in evaluation.
+    """Loads the encoder of any path that `load_encoder` reads, in evaluation mode.
 
-    stride: distance of two sampled frames instead of the checkpoint's; 0 keeps that, and `DataConfig`'s default where
-        the checkpoint says nothing of its clips.
+    stride: distance of two sampled frames instead of the checkpoint's; 0 keeps the checkpoint's, or `DataConfig`'s
+        default if the checkpoint does not describe its clips.
     frames, size, heads: see `load_encoder`.
 
-    Raises UserError where it cannot be read.
+    Raises UserError if the path cannot be read.
     """
-    weights = find_weights(path)  # once: a run that goes on may get a newer one at any time
+    weights = find_weights(path)  # only once, because a running training may write a newer one at any time
     encoder = load_encoder(weights or path, frames=frames, size=size, heads=heads)
     return FrozenEncoder(
         name=str(path),
@@ -81,23 +81,23 @@ def load_pretrained(
     heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> tuple[MAM2 | VideoMAE, PretrainConfig]:
-    """The whole model of whatever `load_model` reads, and its config with `data` as in `FrozenEncoder`.
+    """Loads the whole model of any path that `load_model` reads, and its config with `data` as in `FrozenEncoder`.
 
-    A checkpoint of others gets VideoMAE's mask. Raises UserError where there is no decoder.
+    A checkpoint of another project gets VideoMAE's mask. Raises UserError if there is no decoder.
     """
     weights = find_weights(path)
     model = load_model(weights or path, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     if not isinstance(model, MAM2 | VideoMAE):
-        raise UserError(f"{path}: holds no decoder, so it predicts nothing; name a checkpoint of pre-training")
+        raise UserError(f"{path}: contains no decoder, so it cannot predict; pass a checkpoint of pre-training")
     config = checkpoint.read_config(weights) if weights else _foreign_config(model)
     data = _clips_of(model.encoder, weights, stride)
     return model.to(device).requires_grad_(False), dataclasses.replace(config, data=data)
 
 
 def _clips_of(encoder: Encoder, weights: Path | None, stride: int) -> DataConfig:
-    """The clips an encoder takes, as its checkpoint says if it is ours, with decoders that suit this machine.
+    """Returns an encoder's clip settings, from the checkpoint if it is ours, with decoders chosen for this machine.
 
-    A video that cannot be decoded is left out and named, however many there are.
+    Every video that cannot be decoded is left out and reported, without a limit on their number.
     """
     data = DataConfig()
     if weights:
@@ -133,9 +133,10 @@ def _foreign_config(model: MAM2 | VideoMAE) -> PretrainConfig:
 
 
 def digest(encoder: Encoder) -> str:
-    """SHA-256 (hexadecimal) of all that an encoder's outputs depend on: its weights, positions, sizes and epsilons.
+    """Returns the SHA-256 (hexadecimal) of everything that affects an encoder's outputs.
 
-    Two encoders with one digest compute the same features, whatever files they came from.
+    Weights, positions, sizes, epsilons. Two encoders with the same digest compute the same features, whatever files
+    they came from.
     """
     heads = [module.heads for module in encoder.modules() if isinstance(module, Attention)]
     norms = [module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)]

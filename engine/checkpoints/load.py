@@ -1,8 +1,8 @@
-"""Models from files: MAM2's own runs and checkpoints, VideoMAE's, VideoMAE v2's and Hugging Face's.
+"""Loads models from files: runs and checkpoints of MAM2, VideoMAE, VideoMAE v2 and Hugging Face.
 
-A classifier's encoder ends without a LayerNorm (`encoder.norm` is the identity), as in VideoMAE's fine-tuning and where
-Hugging Face says `use_mean_pooling`: its norm comes after the mean over tokens. Hugging Face's LayerNorms have another
-epsilon (1e-12, and 1e-5 before a head) than VideoMAE's (1e-6); a model read from its folder keeps what the folder says.
+A classifier's encoder ends without a LayerNorm (`encoder.norm` is the identity), as in VideoMAE's fine-tuning and with
+Hugging Face's `use_mean_pooling`: the norm comes after the mean over tokens. The epsilons of Hugging Face's LayerNorms
+(1e-12, and 1e-5 before a head) differ from VideoMAE's (1e-6); a model from a Hugging Face folder keeps the folder's.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from mam2.engine.model.videomae import VideoMAE
 Model = MAM2 | VideoMAE | Classifier | Encoder
 ModelKind = TypeVar("ModelKind", MAM2, VideoMAE, Classifier, Encoder, Model)
 FRAMES, SIZE = 16, 224
-"""Of the clips of a file that says nothing of them: those of nearly all that VideoMAE published."""
+"""Clips of a file that does not describe them: those of nearly all models that VideoMAE published."""
 MOST_TOKENS = 2**20
-"""Of a clip; a million positions of a ViT-B take 3 GB."""
+"""Maximum tokens of a clip; a million positions of a ViT-B take 3 GB."""
 BESIDE_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
-"""How the parameters of a decoder and of a classifier's head begin."""
+"""Prefixes of the parameters of a decoder and of a classifier's head."""
 MOST_NAMED = 12
-"""Tensors that an error names."""
+"""Maximum number of tensors that an error lists."""
 
 
 def load_encoder(
@@ -56,7 +56,7 @@ def load_encoder(
     heads: int | None = None,
     positions: Positions = "resample",
 ) -> Encoder:
-    """A pre-trained or fine-tuned encoder, on the CPU, in evaluation.
+    """Loads a pre-trained or fine-tuned encoder, on the CPU, in evaluation mode.
 
         encoder = load_encoder("runs/first")
         features = encoder.encode(video).mean(1)   # video [B, 3, T, H, W] uint8 -> [B, D]
@@ -72,11 +72,11 @@ def load_encoder(
         positions: what becomes of the positions at another size, see `mam2.engine.model.positions`.
 
     Returns:
-        The encoder; `encode` gives [B, N, D]. Where path is a classifier, these are its blocks' outputs, as of Hugging
-        Face's VideoMAEModel with `use_mean_pooling`, else they have passed the encoder's LayerNorm.
+        The encoder; `encode` returns [B, N, D]. For a classifier, these are the outputs of its blocks, as in Hugging
+        Face's VideoMAEModel with `use_mean_pooling`; otherwise the encoder's LayerNorm has been applied.
 
     Raises:
-        UserError: for what cannot be read, and tensors that are missing, unknown or of another shape, by name.
+        UserError: the path cannot be read, or tensors are missing, unknown or of another shape; the error names them.
     """
     own = find_weights(path)
     if own is not None:
@@ -95,21 +95,21 @@ def load_model(
     heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> Model:
-    """Everything a file holds, on the CPU, in evaluation.
+    """Loads the complete model of a file, on the CPU, in evaluation mode.
 
         probabilities = load_model("videomae-base-finetuned-kinetics")(video).softmax(-1)
 
     Args:
         path: as in `load_encoder`.
-        frames, size: as in `load_encoder`; a model with a decoder takes no other clips than it was trained on.
-        heads, decoder_heads: as in `load_encoder`, of the encoder and of VideoMAE's decoder.
+        frames, size: as in `load_encoder`; a model with a decoder accepts only the clip size of its training.
+        heads, decoder_heads: as in `load_encoder`, for the encoder and for VideoMAE's decoder.
 
     Returns:
-        A `Classifier` where there is a head, `VideoMAE` where there is its decoder, `MAM2` of a run of MAM2, else an
+        A `Classifier` if the file has a head, `VideoMAE` if it has its decoder, `MAM2` for a run of MAM2, else an
         `Encoder`.
 
     Raises:
-        UserError: as `load_encoder`.
+        UserError: as in `load_encoder`.
     """
     own = find_weights(path)
     model: Model = (
@@ -122,28 +122,31 @@ def load_model(
 def load_any_classifier(
     path: str | Path, *, frames: int | None = None, size: int | None = None, heads: int | None = None
 ) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
-    """A classifier of any kind that `load_model` reads, on the CPU, in evaluation.
+    """Loads a classifier of any kind that `load_model` reads, on the CPU, in evaluation mode.
 
     Args:
         path, frames, size, heads: as in `load_encoder`.
 
     Returns:
-        The classifier; a config whose `data` and `test` say its clips and views (of another project's: those its file
-        says, and VideoMAE's); and the names of its classes in the order of the logits, none where nothing says them.
+        The classifier; a config whose `data` and `test` describe its clips and views (for another project: the clips
+        that the file states, and VideoMAE's views); and the names of its classes in the order of the logits, empty if
+        unknown.
 
     Raises:
-        UserError: as `load_encoder`, and for a file without a classifier.
+        UserError: as in `load_encoder`, or the file contains no classifier.
     """
     own = find_weights(path)
     if own is not None:
         if not is_classifier(own):
-            raise UserError(f"{path}: holds no classifier; expected a run of mam2 finetune, or one of its checkpoints")
+            raise UserError(
+                f"{path}: contains no classifier; expected a run of mam2 finetune, or one of its checkpoints"
+            )
         model, config, classes = load_classifier(own)
     else:
         weights = _read(local_path(path), frames, size)
         found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
         if not isinstance(found, Classifier):
-            raise UserError(f"{path}: holds no classifier (no head), only an encoder; fine-tune it first")
+            raise UserError(f"{path}: contains no classifier (no head), only an encoder; fine-tune it first")
         model, classes = found, weights.classes
         if classes and len(classes) != len(weights.tensors["head.weight"]):
             raise UserError(f"{path}: names {len(classes)} classes for a head of {len(weights.tensors['head.weight'])}")
@@ -158,13 +161,13 @@ def load_any_classifier(
 
 
 def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | None) -> Classifier | VideoMAE | Encoder:
-    """Everything in another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
+    """Builds the complete model of another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
     model: Classifier | VideoMAE | Encoder
     if "head.weight" in weights.tensors:
         if "norm.weight" not in weights.tensors:
             raise UserError(
                 f"{weights.path}: its head reads the first token, not the mean over tokens (no fc_norm); "
-                "such a classifier is not supported, load_encoder takes the encoder"
+                "such a classifier is not supported; load_encoder reads its encoder"
             )
         encoder = _encoder(weights, heads)
         model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])))
@@ -184,12 +187,12 @@ def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | Non
 
 
 def encoder_of(model: Model) -> Encoder:
-    """The encoder of any model."""
+    """Returns the encoder of any model."""
     return model if isinstance(model, Encoder) else model.encoder
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
-    """The names of a classifier's classes, in order; none where the file has none."""
+    """Returns the names of a classifier's classes, in order; empty if the file has none."""
     path = local_path(path)
     own = find_weights(path)
     if own is not None:
@@ -198,7 +201,7 @@ def class_names(path: str | Path) -> tuple[str, ...]:
 
 
 def _read(path: Path, frames: int | None, size: int | None) -> Weights:
-    """Another project's weights, with a clip size: the file's, else the caller's, else VideoMAE's usual one."""
+    """Reads another project's weights and sets their clip size: the file's, the caller's, or VideoMAE's usual one."""
     weights = read_hugging_face(path) if path.is_dir() else read_videomae(path)
     unknown = [
         name
@@ -207,7 +210,7 @@ def _read(path: Path, frames: int | None, size: int | None) -> Weights:
     ]
     if unknown:
         logging.getLogger("mam2").warning(
-            "%s: does not say the %s of its clips; %d frames of %d² are assumed: pass what it was trained on (%s)",
+            "%s: does not state the %s of its clips; %d frames of %d² are assumed; if that is wrong, pass %s",
             path,
             " and the ".join(unknown),
             FRAMES if "frames" in unknown else weights.frames or frames,
@@ -231,7 +234,7 @@ def _read(path: Path, frames: int | None, size: int | None) -> Weights:
 
 
 def _frames(weights: Weights) -> int:
-    assert weights.frames is not None  # `_read` fills it in
+    assert weights.frames is not None  # `_read` has set it
     return weights.frames
 
 
@@ -243,14 +246,14 @@ def _size(weights: Weights) -> int:
 def _resized(
     path: str | Path, model: ModelKind, frames: int | None, size: int | None, positions: Positions = "resample"
 ) -> ModelKind:
-    """The model for clips of another size, changed in place; None keeps its own frames or size."""
+    """Adapts the model to clips of another size, in place; None keeps its frames or size."""
     encoder = encoder_of(model)
     own_frames, own_size, _ = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
     frames, size = own_frames if frames is None else frames, own_size if size is None else size
     if isinstance(model, MAM2 | VideoMAE) and (frames, size) != (own_frames, own_size):
         raise UserError(
             f"{path}: its decoder predicts clips of {own_frames} frames of {own_size}², not {frames} of {size}²; "
-            "leave frames and size out"
+            "omit frames and size"
         )
     try:
         set_clip_size(encoder, frames, size, positions)
@@ -260,7 +263,7 @@ def _resized(
 
 
 def _ends_without_norm(weights: Weights) -> bool:
-    """Whether the encoder has no LayerNorm at its end: what comes after it is a mean over tokens."""
+    """Returns whether the encoder ends without a LayerNorm, so that a mean over tokens follows."""
     return "encoder.norm.weight" not in weights.tensors and (
         weights.mean_pooling or "mask_token" not in weights.tensors
     )
@@ -281,7 +284,7 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
 
 
 def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
-    """The encoder of another project's file, without the head or the decoder that may be there."""
+    """Returns the encoder of another project's file, without a head or decoder."""
     encoder = _encoder(weights, heads)
     others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
     _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
@@ -289,12 +292,12 @@ def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
 
 
 def _encoder(weights: Weights, heads: int | None) -> Encoder:
-    """An encoder of the weights' sizes, not filled yet."""
+    """Returns an encoder with the sizes of the weights, before loading them."""
     config = _model_config(weights, heads)
     tubelet, height, width = weights.patch_size
     frames, size = _frames(weights), _size(weights)
     if frames % tubelet or size % height or size % width:
-        raise UserError(f"{weights.path}: {frames} frames of {size}² make no whole tokens of {weights.patch_size}")
+        raise UserError(f"{weights.path}: {frames} frames of {size}² do not divide into tokens of {weights.patch_size}")
     encoder = Encoder(
         (frames // tubelet, size // height, size // width),
         weights.patch_size,
@@ -347,7 +350,7 @@ def _heads(weights: Weights, name: str, heads: int | None, width: int) -> int:
     if heads is None:
         option = f"--{name.replace('_', '-')}"
         raise UserError(
-            f"{weights.path}: nothing says how many attention heads a width of {width} has; pass {option} or {name}="
+            f"{weights.path}: unknown number of attention heads for the width {width}; pass {option} or {name}="
         )
     if heads < 1 or width % heads:
         raise UserError(f"{weights.path}: {name}: {heads} heads do not divide a width of {width}")
@@ -366,13 +369,13 @@ def _set_eps(model: nn.Module, eps: float) -> None:
 
 
 def _fill(model: nn.Module, weights: Weights, left_out: Set[str] = frozenset()) -> None:
-    """Puts all weights but those left out into a model that must have just these."""
+    """Loads all weights, except those left out, into a model; names and shapes must equal the model's."""
     expected = model.state_dict()
     found: dict[str, Tensor] = {name: t for name, t in weights.tensors.items() if name not in left_out}
     problems = {
         "lacks": [name for name in expected if name not in found],
-        "holds, and the model has no place for,": [name for name in found if name not in expected],
-        "holds in another shape": [
+        "contains unexpected": [name for name in found if name not in expected],
+        "contains with another shape": [
             f"{name} {list(found[name].shape)}, expected {list(tensor.shape)}"
             for name, tensor in expected.items()
             if name in found and found[name].shape != tensor.shape

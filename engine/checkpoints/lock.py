@@ -1,7 +1,7 @@
-"""One process at a time writes a run folder: RUN/lock names it, and its file time says that it still lives.
+"""Locks a run folder for one process: RUN/lock names the process, and its file time shows that the process is alive.
 
-It works on network file systems: the file is created exclusively, and its time is renewed by a thread and compared with
-the file server's own clock. A lock that kill -9 left behind on this machine is recognized by its process; one of
+The lock works on network file systems: the file is created exclusively; a thread renews its time, which is compared
+with the file server's clock. A lock left behind by kill -9 on this machine is detected by its missing process; one of
 another machine by a file time that has not been renewed for STALE_S.
 """
 
@@ -25,7 +25,7 @@ FILE = "lock"
 RENEW_S = 10.0
 STALE_S = 60.0
 SETTLE_S = 0.5
-"""After taking over, so that of two processes that do so together one sees the other."""
+"""Seconds to wait after taking over a stale lock, so that two processes that do so at once detect each other."""
 FIELDS = ("host", "pid", "started", "machine", "process", "token")
 
 
@@ -39,11 +39,15 @@ class RunLock:
         self._owner = os.getpid()
         self._text = ""
         self.lost = False
-        """Whether another process has taken the folder over: nothing may be written then."""
+        """Whether another process has taken over the folder; then nothing may be written."""
 
     def acquire(self, info: Callable[[str], None]) -> None:
-        """Takes the lock; `info` hears where a stale one is taken over. Raises UserError, which names the process that
-        holds it, and OSError where the folder cannot be written."""
+        """Takes the lock; reports to `info` if it takes over a stale one.
+
+        Raises:
+            UserError: another process holds it; the message names the process.
+            OSError: the folder cannot be written.
+        """
         mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -61,7 +65,7 @@ class RunLock:
         threading.Thread(target=self._renew, name="lock", daemon=True).start()
 
     def release(self) -> None:
-        """Removes the lock, if it is still this process's."""
+        """Removes the lock if this process still holds it."""
         self._ended.set()
         with contextlib.suppress(ValueError):
             signals.last_acts.remove(self.release)
@@ -70,7 +74,7 @@ class RunLock:
                 self._file.unlink(missing_ok=True)
 
     def _create(self) -> None:
-        """Writes the lock; FileExistsError where there is one."""
+        """Writes the lock; raises FileExistsError if there is one."""
         with self._file.open("x", encoding="utf-8") as file:
             try:
                 file.write(self._text)
@@ -85,13 +89,13 @@ class RunLock:
         who = f"process {held.get('pid', '?')} on {held.get('host', '?')}, started {held.get('started', '?')}"
         if held.get("machine") == _machine() and held["process"]:
             alive = _process_start(int(held["pid"])) == held["process"]
-            remedy = "wait for its end, or end it"
+            remedy = "wait until it ends, or end it"
         else:
             alive = age < STALE_S
-            remedy = f"wait for its end; if it has died, its lock ends {max(STALE_S - age, 1):.0f} s from now"
+            remedy = f"wait until it ends; if it has died, its lock expires in {max(STALE_S - age, 1):.0f} s"
         if alive:
             raise UserError(
-                f"{self._file.parent} is being written by {who} (says {self._file}): {remedy}, or name another folder "
+                f"{self._file.parent} is being written by {who} (see {self._file}): {remedy}, or choose another folder "
                 "with --out"
             )
         partial = self._file.with_name(f".{FILE}-{self._token}")
@@ -99,7 +103,7 @@ class RunLock:
         partial.replace(self._file)
         time.sleep(SETTLE_S)
         if not self._is_mine():
-            raise UserError(f"{self._file.parent}: another process took it over at the same moment ({self._file})")
+            raise UserError(f"{self._file.parent}: another process took it over at the same time ({self._file})")
         info(f"lock    taken over from {who}, which no longer runs")
 
     def _renew(self) -> None:
@@ -109,17 +113,17 @@ class RunLock:
                     self.lost = True
                     return
                 os.utime(self._file)
-            except FileNotFoundError:  # the file system is away, or somebody removed it by hand
+            except FileNotFoundError:  # the file system is unavailable, or somebody removed the file
                 with contextlib.suppress(OSError):
                     self._create()
-            except (OSError, ValueError):  # the file server is away: it is asked again
+            except (OSError, ValueError):  # the file server is unavailable: retry
                 continue
 
     def _is_mine(self) -> bool:
         return self._read().get("token") == self._token
 
     def _read(self, *, strict: bool = False) -> dict[str, Any]:
-        """What the lock says; empty while its holder is writing it, or where it is not one of ours."""
+        """Reads the lock; returns {} while its holder is writing it, or if it is not a lock of MAM2."""
         try:
             held = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -129,19 +133,19 @@ class RunLock:
         return held if isinstance(held, dict) and held.keys() >= set(FIELDS) else {}
 
     def _age(self) -> float:
-        """Seconds since the lock was renewed, by the clock of the machine that keeps the files."""
+        """Returns the seconds since the lock was renewed, by the file server's clock."""
         probe = self._file.with_name(f".{FILE}-{self._token}")
         probe.touch()
         try:
             return probe.stat().st_mtime - self._file.stat().st_mtime
-        except FileNotFoundError:  # released a moment ago
+        except FileNotFoundError:  # just released
             return STALE_S
         finally:
             probe.unlink(missing_ok=True)
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: this boot of this machine, this container."""
+    """Returns an identifier of the scope of process numbers: this boot of this machine, this container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -150,9 +154,9 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """When a process began, in the kernel's ticks since the boot; empty for one that has ended.
+    """Returns the start time of a process in the kernel's ticks since the boot; empty for a process that has ended.
 
-    Tells a process from a later one of the same number.
+    It distinguishes a process from a later one with the same number.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()

@@ -1,11 +1,12 @@
-"""The parameters of VideoMAE's own code and of Hugging Face's VideoMAE under our names, and back.
+"""Converts parameter names between VideoMAE's code, Hugging Face's VideoMAE and ours.
 
-Ours are `encoder.…`, `encoder_to_decoder.weight`, `mask_token`, `decoder.…`, and of a classifier `norm.…`, `head.…`: as
-VideoMAE's, except that a patch embedding is a matrix [D, P] over the pixels in (t, h, w, c) order, where theirs is a
-convolution [D, 3, t, h, w]. VideoMAE's fine-tuning leaves out `encoder.` and calls the classifier's norm `fc_norm`.
-Hugging Face has query, key and value apart. Position tables are fixed, so no checkpoint holds them.
+Our names are `encoder.…`, `encoder_to_decoder.weight`, `mask_token`, `decoder.…`, and for a classifier `norm.…`,
+`head.…`. They are VideoMAE's, except that our patch embedding is a matrix [D, P] over the pixels in (t, h, w, c) order,
+where theirs is a convolution [D, 3, t, h, w]. VideoMAE's fine-tuning omits `encoder.` and names the classifier's norm
+`fc_norm`. Hugging Face stores query, key and value separately. Position tables are fixed, so that no checkpoint has
+them.
 
-D width, P values a token.
+D width, P values per token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mam2.engine.model.encoder import CHANNELS
 Tensors = dict[str, Tensor]
 
 WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|model|backbone)\.)+")
-"""What torch.compile, DistributedDataParallel and modules around the model put before its names."""
+"""Prefixes that torch.compile, DistributedDataParallel and modules around the model add to its names."""
 FINE_TUNED = (
     ("patch_embed.", "encoder.patch_embed."),
     ("blocks.", "encoder.blocks."),
@@ -46,12 +47,12 @@ INSIDES = (
 """Theirs and ours: how VideoMAE's fine-tuning begins a name, how Hugging Face does, and what the latter has within."""
 PROJECTIONS = ("query", "key", "value")
 BIASES = {"q_bias": ("q_bias", "query.bias"), "v_bias": ("v_bias", "value.bias")}
-"""Our name and theirs. transformers 4 and all published checkpoints say `q_bias`, transformers 5 says `query.bias`.
-Version 4 leaves the new name out and version 5, up to 5.5 at least, the old one, without an error: both are written."""
+"""Our name and theirs. transformers 4 and all published checkpoints use `q_bias`, transformers 5 uses `query.bias`.
+Version 4 ignores the new name, and version 5 (at least up to 5.5) the old one, without an error: both are written."""
 
 
 def from_videomae(state: Tensors) -> Tensors:
-    """Parameters of VideoMAE's or VideoMAE v2's code, pre-training or fine-tuning, under our names."""
+    """Converts parameters of VideoMAE's or VideoMAE v2's code, pre-training or fine-tuning, to our names."""
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     if not any(name.startswith("encoder.") for name in state):
         state = {_begun(name, FINE_TUNED): tensor for name, tensor in state.items()}
@@ -59,7 +60,7 @@ def from_videomae(state: Tensors) -> Tensors:
 
 
 def to_videomae(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
-    """Ours as VideoMAE's code names them: a classifier's as in its fine-tuning, others as in its pre-training."""
+    """Converts our names to VideoMAE's: a classifier's to those of its fine-tuning, others to its pre-training's."""
     state = _convolved(tensors, patch_size)
     if "head.weight" in state:
         state = {_begun(name, _reversed(FINE_TUNED)): tensor for name, tensor in state.items()}
@@ -67,7 +68,7 @@ def to_videomae(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
 
 
 def from_hugging_face(state: Tensors) -> Tensors:
-    """Parameters of Hugging Face's VideoMAEModel, -ForPreTraining or -ForVideoClassification under our names."""
+    """Converts parameters of Hugging Face's VideoMAEModel, -ForPreTraining or -ForVideoClassification to our names."""
     found = {}
     for name, tensor in state.items():
         name = _begun(name.removeprefix("videomae."), BEGINNINGS)
@@ -83,7 +84,7 @@ def from_hugging_face(state: Tensors) -> Tensors:
 
 
 def to_hugging_face(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
-    """Ours as Hugging Face names them."""
+    """Converts our names to Hugging Face's."""
     found: Tensors = {}
     for ours, tensor in _convolved(tensors, patch_size).items():
         name = _replaced(_begun(ours, _reversed(BEGINNINGS)), _reversed(INSIDES))

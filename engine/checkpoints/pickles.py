@@ -1,7 +1,7 @@
-"""Checkpoints of other projects are pickles: their tensors are read, and no code from the file or for the file runs.
+"""Reads the tensors of other projects' checkpoints, which are pickles, without executing code that the file names.
 
-`torch.load(weights_only=True)` does the reading. Classes of training frameworks that a checkpoint mentions besides its
-tensors are replaced by empty stand-ins; anything else it asks for is refused.
+`torch.load(weights_only=True)` reads the file. Classes of training frameworks that a checkpoint contains in addition to
+tensors are replaced by empty placeholders; any other class or function is refused.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from mam2.engine.checkpoints.weight_files import check_whole, kind_of
 from mam2.engine.errors import UserError
 
 STOOD_IN_FOR = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "deepspeed", "numpy")
-"""Packages whose classes a checkpoint may mention: training frameworks, and NumPy for a scalar among their records."""
+"""Packages whose classes a checkpoint may contain: training frameworks, and NumPy for scalars in their records."""
 HARMLESS = {
     "argparse.Namespace": argparse.Namespace,
     "collections.defaultdict": collections.defaultdict,
     "typing.Any": typing.Any,
     **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str, tuple)},
 }
-"""What else its settings may mention."""
+"""Other classes that a checkpoint's settings may contain."""
 CHECKED_BY_TORCH = ("collections.OrderedDict", "_codecs.encode")
 LEGACY_PICKLES = 5
-"""Of a file from before PyTorch 1.6, in a row: magic number, version, machine, the content, keys of the tensors."""
+"""Number of pickles in a file of PyTorch before 1.6: magic number, version, machine, content, keys of the tensors."""
 
 
 def load_pickle(path: Path) -> Any:
-    """What a `torch.save` file holds: tensors on the CPU, plain values, and stand-ins without content.
+    """Reads a `torch.save` file: tensors on the CPU, plain values, and empty placeholders.
 
-    Raises UserError: another kind of file, a broken one, or one that asks for other classes or functions.
+    Raises UserError for another kind of file, a broken file, or a file that contains other classes or functions.
     """
     check_whole(path)
     kind = kind_of(path)
@@ -52,7 +52,7 @@ def load_pickle(path: Path) -> Any:
     refused = [name for name in mentioned if name not in HARMLESS and name.split(".")[0] not in STOOD_IN_FOR]
     if refused:
         raise UserError(
-            f"{path}: expected tensors only, found a pickle that asks for {', '.join(sorted(refused))}; not loaded"
+            f"{path}: expected only tensors, found a pickle that needs {', '.join(sorted(refused))}; not loaded"
         )
     stand_ins: list[Any] = [(HARMLESS.get(name) or _stand_in(), name) for name in mentioned]
     with torch.serialization.safe_globals(stand_ins):
@@ -64,20 +64,20 @@ def load_pickle(path: Path) -> Any:
 
 
 def _legacy_globals(path: Path) -> list[str]:
-    """What a file of `torch.save` from before PyTorch 1.6 asks for beside what torch itself checks while it loads."""
+    """The classes and functions of a `torch.save` file of PyTorch before 1.6 that torch does not check itself."""
     found: dict[str, None] = {}
     with path.open("rb") as file:
         for _ in range(LEGACY_PICKLES):
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "STACK_GLOBAL":
-                    raise ValueError("written with a pickle protocol that PyTorch did not use then")
+                    raise ValueError("written with a pickle protocol that these versions of PyTorch did not use")
                 if opcode.name in ("GLOBAL", "INST"):
                     found[str(argument).replace(" ", ".")] = None
     return [name for name in found if name.split(".")[0] != "torch" and name not in CHECKED_BY_TORCH]
 
 
 def _stand_in() -> type:
-    """A class that takes any arguments and any state and does nothing with them."""
+    """Returns a class that accepts and ignores any arguments and state."""
 
     class StandIn:
         def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:

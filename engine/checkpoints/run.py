@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON that is either whole or not there.
+"""Checkpoints of a run: a folder of safetensors and JSON that is either complete or absent.
 
     RUN/checkpoints/step-00001000/model.safetensors       weights; the config as JSON in the metadata
                                   optimizer.safetensors   the optimizer's state, `<parameter>.<name>`;
@@ -7,9 +7,10 @@
                     latest                                name of the newest folder
         best/                                             model.safetensors and state.json of the best validated step
 
-The step says where schedule, clips and masks go on: they are functions of it. A checkpoint is written aside, synced to
-disk and renamed; only then `latest` is replaced and old ones are removed. Reading one executes nothing: no pickle.
-Tensors that FSDP2 has spread over processes are gathered, so that any number of processes can read them.
+Schedule, clips and masks are functions of the step, so that the step is enough to resume them. A checkpoint is written
+to a temporary folder, synced to disk and renamed; only then `latest` is replaced and old checkpoints are removed.
+Reading a checkpoint executes no code (no pickle). Tensors that FSDP2 shards over processes are gathered, so that any
+number of processes can read them.
 """
 
 from __future__ import annotations
@@ -51,26 +52,26 @@ Config = TypeVar("Config")
 
 
 class Saver:
-    """Writes checkpoints beside the run: `save` copies the tensors and returns, a thread does the rest."""
+    """Writes checkpoints in the background: `save` copies the tensors and returns, a thread writes them."""
 
     def __init__(
         self, run: Path, config: TrainConfig, *, main: bool = True, metadata: Mapping[str, str] | None = None
     ) -> None:
-        """main: False on the ranks that only help to gather tensors. metadata: further metadata of the weights."""
+        """main: False on ranks that only take part in gathering tensors. metadata: further metadata of the weights."""
         self._run, self._config, self._main, self._metadata = run, config, main, dict(metadata or {})
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         if main:
-            code_version()  # which fails now or never
-            for left in (run / FOLDER).glob(".part-*"):  # of a process that was killed
+            code_version()  # an error here should come now, not at the first save
+            for left in (run / FOLDER).glob(".part-*"):  # left behind by a killed process
                 shutil.rmtree(left, ignore_errors=True)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
     ) -> OSError | None:
-        """Takes the state after `step` steps, once the checkpoint before is written. Returns what `wait` does.
+        """Copies the state after `step` steps, after the previous checkpoint is written. Returns the result of `wait`.
 
-        extra: tensors beside the model's and the optimiser's without which the run could not go on.
+        extra: further tensors that the run needs to resume.
         """
         problem = self.wait()
         weights = copies(model.state_dict(), keep=self._main)
@@ -82,9 +83,9 @@ class Saver:
         return problem
 
     def wait(self) -> OSError | None:
-        """Until the last one is on the disk. Returns what kept it from there (disk full, no permission), or None.
+        """Waits until the last checkpoint is on disk. Returns the OSError that prevented it (disk full, …), or None.
 
-        Raises what else went wrong in the thread: then it is not on the disk either.
+        Raises any other exception of the thread; the checkpoint is then not on disk either.
         """
         if self._thread:
             self._thread.join()
@@ -97,7 +98,7 @@ class Saver:
     def _write(self, *arguments: Any) -> None:
         try:
             write(*arguments)
-        except BaseException as error:  # the run must hear of everything, or it would say "done"
+        except BaseException as error:  # without any of these, the run would report success
             self._problem = error
 
 
@@ -109,12 +110,12 @@ def write(
     config: TrainConfig,
     metadata: dict[str, str],
 ) -> Path:
-    """Puts a checkpoint's tensors on the disk; removes the old ones that `run.keep` and `run.keep_every` do not hold.
+    """Writes a checkpoint's tensors; removes old checkpoints that `run.keep` and `run.keep_every` do not keep.
 
-    Raises OSError (disk full, no permission); the older checkpoints are then still there.
+    Raises OSError (disk full, no permission); the older checkpoints are then kept.
     """
     final = folder_of(run, step)
-    if final.is_dir():  # steps are deterministic: the same step was saved before
+    if final.is_dir():  # steps are deterministic: this step has been saved before
         return final
     state = {"step": step, "config": to_dict(config), "torch": torch.__version__, "code": code_version()}
     metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | metadata
@@ -140,7 +141,7 @@ def write_best(
     metadata: dict[str, str],
     found: dict[str, float],
 ) -> Path:
-    """Replaces RUN/best by the weights after `step` steps; `found` is what was measured of them. Raises OSError."""
+    """Replaces RUN/best by the weights after `step` steps; `found` are their measured results. Raises OSError."""
     final = run / BEST
     metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | metadata
     with _written_aside(final, {"step": step, **found}, weights) as aside:
@@ -150,14 +151,16 @@ def write_best(
 
 
 def remove_best(run: Path) -> None:
-    """Removes RUN/best, of a run that starts anew."""
+    """Removes RUN/best, for a run that starts from the beginning."""
     shutil.rmtree(run / BEST, ignore_errors=True)
 
 
 @contextmanager
 def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tensor]) -> Iterator[Path]:
-    """A folder beside `final` to put files with these tensors in; then `state` with the files' hashes, all of it synced
-    to the disk, and the folder takes its place. Nothing is left of it where that fails."""
+    """Yields a temporary folder for files; then adds `state` with their hashes, syncs all and renames it to `final`.
+
+    If anything fails, the temporary folder is removed.
+    """
     aside = final.with_name(f".part-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -171,7 +174,7 @@ def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tenso
         hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
         (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
         for file in aside.iterdir():
-            file.chmod((aside / STATE).stat().st_mode)  # safetensors lets nobody else read what it writes
+            file.chmod((aside / STATE).stat().st_mode)  # other users cannot read safetensors' files by default
             _sync(file)
         _sync(aside)
         replaced = final.with_name(f".old-{final.name}")
@@ -181,7 +184,7 @@ def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tenso
         aside.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         _sync(final.parent)
-    except SafetensorError as error:  # the library's word for what the operating system refused
+    except SafetensorError as error:  # the library's exception for an error of the operating system
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(errno.EIO, str(error), str(aside)) from error
     except BaseException:
@@ -191,7 +194,7 @@ def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tenso
 
 @functools.cache
 def code_version() -> str:
-    """Version of the package and a digest of its sources: which code wrote a checkpoint."""
+    """Returns the package's version and a digest of its sources, to identify the code that wrote a checkpoint."""
     digest = hashlib.sha256()
     for package in ("engine", "kernels"):
         root = Path(__file__).resolve().parents[2] / package
@@ -205,7 +208,7 @@ def code_version() -> str:
 
 
 def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are as they were written, or None. Damaged ones are named and set aside."""
+    """Returns the newest undamaged checkpoint, or None. Damaged ones are reported and renamed."""
     for folder in reversed(_all(run)):
         damage = why_damaged(folder)
         if not damage:
@@ -213,12 +216,12 @@ def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        info(f"resume  checkpoint {folder} is damaged ({damage}): now {aside.name}; going back to the one before")
+        info(f"resume  checkpoint {folder} is damaged ({damage}); renamed it to {aside.name}, using the previous one")
     return None
 
 
 def why_damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """Returns what is wrong with a checkpoint's files, or None."""
     try:
         hashes = read_state(folder).get("sha256", {})
     except UserError as error:
@@ -227,17 +230,17 @@ def why_damaged(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if name in hashes and _hash(folder / name) != hashes[name]:
-            return f"{name} has another SHA-256 than when it was written"
+            return f"SHA-256 mismatch: {name} changed after it was written"
     return None
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is, or would be."""
+    """Returns the path of the checkpoint after `step` steps, whether it exists or not."""
     return run / FOLDER / f"step-{step:08d}"
 
 
 def newest(run: Path) -> Path | None:
-    """The folder of the newest checkpoint of a run, or None."""
+    """Returns the folder of the newest checkpoint of a run, or None."""
     found = _all(run)
     return found[-1] if found else None
 
@@ -249,9 +252,9 @@ def _all(run: Path) -> list[Path]:
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None
 ) -> int:
-    """Loads a checkpoint into model, optimiser, random generators and what was saved as `extra`. Returns its step.
+    """Loads a checkpoint into model, optimizer, random generators and the tensors of `extra`. Returns its step.
 
-    Raises UserError where it does not fit.
+    Raises UserError if it does not fit the model.
     """
     state = read_state(folder)
     load_weights(model, folder / WEIGHTS)
@@ -272,12 +275,12 @@ def restore(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint folder."""
+    """Reads `state.json` of a checkpoint folder."""
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to go back"
+            f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to use the previous one"
         ) from None
 
 
@@ -286,14 +289,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     weights, own = _load(path), model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
-            raise UserError(f"checkpoint {path}: lacks {name}; was it written with another model config?")
+            raise UserError(f"checkpoint {path}: lacks {name}; use the config it was written with")
         if name not in own:
             raise UserError(
-                f"checkpoint {path}: holds {name}, which this model lacks; use the config it was written with"
+                f"checkpoint {path}: contains {name}, which this model lacks; use the config it was written with"
             )
         if own[name].shape != weights[name].shape:
             raise UserError(
-                f"checkpoint {path}: {name} has shape {list(weights[name].shape)}, this model {list(own[name].shape)}; "
+                f"checkpoint {path}: {name} has shape {list(weights[name].shape)}, the model {list(own[name].shape)}; "
                 "use the config it was written with"
             )
     with torch.no_grad():
@@ -306,12 +309,12 @@ def read_config(path: Path) -> PretrainConfig: ...
 @overload
 def read_config(path: Path, kind: type[Config]) -> Config: ...
 def read_config(path: Path, kind: type = PretrainConfig) -> Any:
-    """The config a checkpoint (its folder or its weights file) was written with: pre-training's, or of another kind."""
+    """Returns the config stored in a checkpoint (its folder or its weights file), of pre-training or another `kind`."""
     return from_dict(kind, json.loads(read_metadata(path)["config"]), where=f"checkpoint {path}")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a checkpoint (its folder or its weights file) says beside its weights: `config`, `step` and metadata."""
+    """Returns the metadata of a checkpoint (its folder or its weights file), including `config` and `step`."""
     path = path / WEIGHTS if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
@@ -319,7 +322,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
     if "config" not in metadata:
-        raise UserError(f"checkpoint {path}: carries no config; was it written by mam2 pretrain or mam2 finetune?")
+        raise UserError(f"checkpoint {path}: contains no config; expected one of mam2 pretrain or mam2 finetune")
     return metadata
 
 
@@ -346,7 +349,7 @@ def _moments(
 
 
 def copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, whole and contiguous. Every rank has to call it; only those that keep them hold them."""
+    """Returns complete, contiguous copies on the CPU. Every rank must call it; ranks with keep=False get no copies."""
     copied = {}
     for name, tensor in tensors.items():
         whole = tensor.detach()
@@ -358,7 +361,7 @@ def copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def _placed_like(own: Tensor, whole: Tensor) -> Tensor:
-    """A whole tensor on the device of `own`; its part of it where `own` is spread over processes."""
+    """Returns a complete tensor on the device of `own`, or this rank's shard of it if `own` is sharded."""
     if isinstance(own, DTensor):
         return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
     return whole.to(own.device)

@@ -1,10 +1,10 @@
-"""A model as a graph of plain operators, for programs without this project: torch.export's .pt2, and ONNX.
+"""Exports a model as a graph of standard operators, for programs without this project: torch.export's .pt2, and ONNX.
 
     video [B, 3, T, H, W] uint8, RGB -> tokens [B, N, D], or logits [B, V] of a classifier; any batch B >= 1, float32
 
-Normalizing and cutting into tokens are part of the graph. The names of a classifier's classes, in the order of its
-logits, are JSON in the file: in .pt2 the extra file `classes.json`, in ONNX the metadata property `classes`.
-B clips, T frames, N tokens, D width, V classes.
+The graph contains the normalization and the cutting into tokens. The names of a classifier's classes, in the order of
+its logits, are stored in the file as JSON: in .pt2 as the extra file `classes.json`, in ONNX as the metadata property
+`classes`. B clips, T frames, N tokens, D width, V classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mam2.engine.model.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder
 
 ONNX_NEEDS = ("onnx", "onnxscript")
 CLASSES_FILE, CLASSES_PROPERTY = "classes.json", "classes"
-"""Where a .pt2 and an ONNX file hold the names of the classes."""
+"""Names of the classes' entries in a .pt2 and an ONNX file."""
 LARGEST_FILE = 2**31
-"""Bytes of a protocol buffer; larger weights go into a file beside it."""
+"""Maximum bytes of a protocol buffer; larger weights go into a separate file."""
 
 
 class Plain(nn.Module):
-    """An encoder or a classifier without this project's operators."""
+    """An encoder or a classifier that uses only standard operators."""
 
     mean: Tensor
     std: Tensor
@@ -56,20 +56,21 @@ class Plain(nn.Module):
 
 
 def write_torch(model: Encoder | Classifier, path: Path, classes: tuple[str, ...] = ()) -> None:
-    """A program of torch.export, for `torch.export.load(path).module()(video)`.
+    """Writes a program of torch.export, for `torch.export.load(path).module()(video)`.
 
-    `torch.export.load(path, extra_files=files)` with `files = {"classes.json": ""}` puts the classes' names there.
+    `torch.export.load(path, extra_files=files)` with `files = {"classes.json": ""}` fills in the names of the classes.
     """
-    # torch.export.save into a file turns a full disk into a RuntimeError without the reason
+    # on a full disk, torch.export.save to a file raises a RuntimeError without the reason
     buffer = io.BytesIO()
     torch.export.save(_program(model), buffer, extra_files={CLASSES_FILE: json.dumps(classes)} if classes else None)
     write_whole(path, buffer.getbuffer())
 
 
 def write_onnx(model: Encoder | Classifier, path: Path, classes: tuple[str, ...] = ()) -> None:
-    """An ONNX file, input `video`, output `tokens` or `logits`; weights of almost 2 GiB and more in `<path>.data`.
+    """Writes an ONNX file, input `video`, output `tokens` or `logits`.
 
-    Raises UserError where a package that torch's exporter needs is missing.
+    Weights of almost 2 GiB or more go to `<path>.data`. Raises UserError if a package that torch's exporter needs is
+    missing.
     """
     missing = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
@@ -79,11 +80,11 @@ def write_onnx(model: Encoder | Classifier, path: Path, classes: tuple[str, ...]
         _program(model),
         input_names=["video"],
         output_names=[output],
-        dynamic_shapes={"video": {0: "batch"}},  # the program has it already, without its name
+        dynamic_shapes={"video": {0: "batch"}},  # the program already has this dimension, without its name
         dynamo=True,
         verbose=False,
     )
-    assert program is not None  # with dynamo=True
+    assert program is not None  # never None with dynamo=True
     if classes:
         program.model.metadata_props[CLASSES_PROPERTY] = json.dumps(classes)
     program.save(path, external_data=sum(t.nbytes for t in model.state_dict().values()) > 0.9 * LARGEST_FILE)
@@ -92,7 +93,7 @@ def write_onnx(model: Encoder | Classifier, path: Path, classes: tuple[str, ...]
 def _program(model: Encoder | Classifier) -> torch.export.ExportedProgram:
     encoder = encoder_of(model)
     frames, height, width = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
-    # Two clips: torch.export would take a batch of one for a fixed size.
+    # Two clips, because torch.export treats a batch of one as a fixed size.
     video = torch.zeros(2, CHANNELS, frames, height, width, dtype=torch.uint8)
     with torch.no_grad():
         return torch.export.export(Plain(model).eval(), (video,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -1,7 +1,7 @@
-"""Which weights a path stands for: one answer for loading, hashing and everything that reads a checkpoint.
+"""Finds the weights file of a path: the same for loading, hashing and everything that reads a checkpoint.
 
-RUN/best/model.safetensors                  of a run that validates: what the run stands for
-    checkpoints/step-…/model.safetensors    else the newest of these
+RUN/best/model.safetensors                  of a run that validates
+    checkpoints/step-…/model.safetensors    otherwise the newest of these
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mam2.engine.errors import UserError
 
 
 def find_weights(path: str | Path) -> Path | None:
-    """The safetensors file of MAM2's that `path` stands for, or None where `path` is another project's file or folder.
+    """Returns MAM2's safetensors file for `path`, or None if `path` is another project's file or folder.
 
     Args:
         path: a run folder (its best validated checkpoint, else its newest), a checkpoint folder, a weights file, or
             the name of a repository on the hub, which is downloaded (`hub:OWNER/NAME`, see hub.py).
 
     Raises:
-        UserError: there is nothing at `path`, a run without a checkpoint, or a file that cannot be read.
+        UserError: `path` does not exist, is a run without a checkpoint, or is a file that cannot be read.
     """
     path = local_path(path)
     if not path.exists():
@@ -34,14 +34,14 @@ def find_weights(path: str | Path) -> Path | None:
     elif (path / checkpoint.FOLDER).is_dir():
         newest = checkpoint.newest(path)
         if newest is None:
-            raise UserError(f"{path}: a run without a checkpoint yet")
+            raise UserError(f"{path}: this run has no checkpoint yet")
         path = newest
     if path.is_dir():
         if not (path / checkpoint.STATE).is_file():
             return None
         path = path / checkpoint.WEIGHTS
         if not path.is_file():
-            raise UserError(f"checkpoint {path.parent}: {checkpoint.WEIGHTS} is missing; name another checkpoint")
+            raise UserError(f"checkpoint {path.parent}: {checkpoint.WEIGHTS} is missing; choose another checkpoint")
     if path.suffix != ".safetensors":
         return None
     with open_safetensors(path) as file:

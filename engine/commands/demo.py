@@ -1,4 +1,4 @@
-"""`mam2 demo`: clips, pre-training, measurement and report in one go."""
+"""`mam2 demo`: runs clips, pre-training, measurement and report in one command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tyro
 
 def run(arguments: list[str]) -> int:
     def demo(out: Path = Path("runs/demo")) -> int:
-        """Make synthetic clips, pre-train on them, measure on clips not seen, and draw a report.
+        """Write synthetic clips, pre-train on them, measure on unseen clips, and write a report.
 
         Args:
-            out: folder for clips, run and report; an interrupted demo goes on from there.
+            out: folder for clips, run and report; an interrupted demo continues there.
         """
         from mam2.engine.demo import demo
 

@@ -1,4 +1,4 @@
-"""`mam2 doctor`: what runs how on this machine."""
+"""`mam2 doctor`: reports which implementations run on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tyro
 
 def run(arguments: list[str]) -> int:
     def doctor() -> int:
-        """Print machine, versions, the path that each part takes, and what to install for a faster one."""
+        """Print the machine, versions, the implementation of each part, and what to install for faster ones."""
         from mam2.engine.doctor import report
 
         print(report())

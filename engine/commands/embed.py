@@ -1,4 +1,4 @@
-"""`mam2 embed`: a feature for each video of a folder, for search or clustering."""
+"""`mam2 embed`: computes one feature vector per video, for search or clustering."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Write a feature of the middle clip of every video, or with --window or --hop of every part of it in order.
+        """Write a feature vector of the middle clip of every video, or with --window or --hop of all its parts.
 
         Args:
-            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is an encoder with
-                random weights, the model of --recipe.
+            checkpoint: a run folder, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is the
+                encoder of --recipe with random weights.
             data: folder of videos, an annotation list, or a video.
-            out: features.npy (float32 [videos, D]; features.json beside it says which row is which video, which file
-                of weights was read and the SHA-256 of the encoder in it), .npz, .safetensors or .parquet (needs
-                pyarrow). Of windows, a table .csv beside it names video, start and end of each row.
-            window: length of a window: frames of the file (16) or seconds (2s); the encoder's frames are spread over
-                it. By default, with --hop, the length of the clips that the checkpoint was trained on.
-            hop: from the start of a window to the start of the next: frames of the file (8) or seconds (1s); by default
-                the length of a window.
-            layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
-            recipe: of pre-training: model and clips of the checkpoint `random`.
-            pool: mean: over all tokens, D values. time: over the tokens of each time slot, slots × D values one after
-                the other. time-center, time-space: see mam2 probe.
-            stride: distance of two sampled frames instead of the checkpoint's.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            batch: clips that go through the encoder at once.
-            device: `auto` takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            out: features.npy (float32 [videos, D]; features.json next to it lists the video of each row, the weights
+                file and the SHA-256 of its encoder), .npz, .safetensors or .parquet (needs pyarrow). For windows, a
+                .csv table next to it lists video, start and end of each row.
+            window: length of a window in frames of the file (16) or seconds (2s); the encoder's frames are evenly
+                spaced in it. Default, with --hop: the length of the checkpoint's training clips.
+            hop: distance of the starts of two windows, in frames of the file (8) or seconds (1s); default: the length
+                of a window.
+            layer: encoder block whose tokens are averaged, from 1; 0 is the last.
+            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+            pool: mean: average over all tokens, D values. time: average per time slot, slots × D concatenated values.
+                time-center, time-space: see mam2 probe.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            batch: clips per forward pass.
+            device: `auto` uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.evaluation.embedding import embed
         from mam2.engine.files import one_line

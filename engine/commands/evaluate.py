@@ -1,4 +1,4 @@
-"""`mam2 evaluate`: a fine-tuned classifier tested with many views."""
+"""`mam2 evaluate`: tests a fine-tuned classifier with several views per video."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Classify every video in many views; write accuracies, predictions and a confusion picture.
+        """Classify every video in several views; write accuracies, predictions and a confusion matrix.
 
         Args:
-            checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
-                or a Hugging Face folder of a VideoMAE that classifies. `random` is a classifier with random weights,
-                the model of --recipe.
-            data: labelled videos: a folder with a folder a class, or an annotation list.
+            checkpoint: a run of mam2 finetune (its best checkpoint), one of its checkpoints, a fine-tuned .pth of
+                VideoMAE, or a Hugging Face folder of a VideoMAE classifier. `random` is the classifier of --recipe with
+                random weights.
+            data: labeled videos: a folder with one folder per class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
-            recipe: of fine-tuning: model and clips of the checkpoint `random`.
-            temporal: clips of a video; 0 takes the recipe's.
-            spatial: crops of a clip; 0 takes the recipe's.
-            batch: most clips in a forward pass; 0 takes the recipe's, or 32.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            classes: text file with a class name per line in the order of the logits, for a checkpoint without names.
-            threads: decoding threads; 0 means as many as this process may use cores.
-            device: auto takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            recipe: fine-tuning recipe with the model and clips of the checkpoint `random`.
+            temporal: clips per video; 0: as in the recipe.
+            spatial: crops per clip; 0: as in the recipe.
+            batch: maximum clips per forward pass; 0: as in the recipe, or 32.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            classes: text file with one class name per line in the order of the logits, for a checkpoint without names.
+            threads: decoding threads; 0: one per core that this process may use.
+            device: auto uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.commands.options import read_class_names
         from mam2.engine.evaluation.classification import evaluate
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
         )
         if os.environ.get("RANK", "0") == "0":
             print(
-                f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean of the classes {result.mean_class:.2%}: "
+                f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}: "
                 f"{result.videos} videos in {result.temporal} × {result.spatial} views, {result.unusable} unusable\n"
                 f"written to {out}"
             )

@@ -1,4 +1,4 @@
-"""`mam2 export`: weights for Hugging Face, for VideoMAE's code, and graphs for any program."""
+"""`mam2 export`: writes weights for Hugging Face and VideoMAE's code, and graphs for other programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 SHOWN = 10
-"""Classes that are printed; the file has all of them."""
+"""Number of printed classes; the file contains all."""
 
 
 def run(arguments: list[str]) -> int:
@@ -25,10 +25,10 @@ def run(arguments: list[str]) -> int:
         heads: int | None = None,
         decoder_heads: int | None = None,
     ) -> int:
-        """Write a model for elsewhere: a classifier, VideoMAE with its decoder where that has a place, or an encoder.
+        """Export a model: a classifier, VideoMAE with its decoder if the format supports it, or an encoder.
 
         Args:
-            checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
+            checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a Hugging Face folder.
             to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
                 `mam2`: a folder with all that a checkpoint of ours holds, tokenizer included; `videomae`: a .pth for
                 the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`: a graph that takes uint8
@@ -40,10 +40,10 @@ def run(arguments: list[str]) -> int:
             license: identifier of the license of the weights, such as apache-2.0, cc-by-nc-4.0 or other; with it the
                 folder gets a model card, written from the files of the run. --push needs it.
             scores: files of mam2 probe and mam2 evaluate for the card, beside those in the run folder.
-            frames: frames of the clips that it takes, where the checkpoint does not say them.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            decoder_heads: the same of its decoder.
+            frames: frames per clip, if the checkpoint does not state them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            decoder_heads: the same for its decoder.
         """
         from mam2.engine.checkpoints.exporting import export
 

@@ -1,4 +1,4 @@
-"""`mam2 finetune`: a recipe, labelled videos, a pre-trained encoder, and a run folder."""
+"""`mam2 finetune`: trains a classifier from a recipe, labeled videos and a pre-trained encoder."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def run(arguments: list[str]) -> int:
         scratch: bool = False,
         resume: bool = False,
     ) -> int:
-        """Train a classifier on a pre-trained encoder; RUN/best holds the one of the best validation.
+        """Train a classifier on a pre-trained encoder; RUN/best holds the weights of the best validation.
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
-            data: labelled training videos: a folder with a folder a class, or an annotation list.
-            val: labelled validation videos of the same classes.
+            data: labeled training videos: a folder with one folder per class, or an annotation list.
+            val: labeled validation videos of the same classes.
             out: run folder for checkpoints and logs.
-            checkpoint: the encoder: a run or checkpoint of mam2, of VideoMAE, or a folder of Hugging Face's.
-            config: values of the recipe.
-            frames: frames of the clips that the checkpoint was trained on, where it does not say them.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            scratch: draw the encoder's weights at random instead.
-            resume: go on from the newest checkpoint in the run folder.
+            checkpoint: the encoder: a run or checkpoint of mam2, a checkpoint of VideoMAE, or a Hugging Face folder.
+            config: values that override the recipe.
+            frames: frames per clip of the checkpoint's training, if the checkpoint does not state them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            scratch: start from random weights instead of a checkpoint.
+            resume: continue from the newest checkpoint in the run folder.
         """
         check_flags(frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT))
         if not resume and (checkpoint is None) != scratch:
-            raise UserError("name the encoder with --checkpoint, or --scratch for weights drawn at random, not both")
+            raise UserError("expected either --checkpoint with the encoder, or --scratch for random weights")
         from mam2.engine.train.finetune import finetune
 
         said = {"frames": frames, "size": size, "heads": heads}

@@ -1,4 +1,4 @@
-"""`mam2 neighbors`: what the features of frozen encoders find alike, without training anything."""
+"""`mam2 neighbors`: compares the features of frozen encoders by nearest neighbors, without training."""
 
 from __future__ import annotations
 
@@ -34,32 +34,31 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Compare frozen encoders without training: retrieval of videos, and masks carried through clips.
+        """Compare frozen encoders without training, by retrieval of videos and propagation of masks through clips.
 
         Args:
             checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; `random` is an encoder with
-                random weights, like the first of the others, or of --recipe.
+                random weights and the model of the first other checkpoint, or of --recipe.
             out: folder for neighbors.json, retrieval.png and masks.png.
-            data: labelled folder or list to find videos in; without it there is no retrieval.
-            val: labelled folder or list of videos to find others for; without it each video of data is one.
-            recipe: of pre-training: model and clips of the checkpoint `random`.
-            layer: block of the encoder whose tokens are compared, from 1; 0 is the last.
-            pool: what is averaged into the feature of a clip, see mam2 probe.
-            masks: clips with known masks, made on the spot, whose first mask is carried to the other frames; 0 for
+            data: labeled folder or list to search in; without it there is no retrieval.
+            val: labeled folder or list of queries; default: each video of data is a query.
+            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+            layer: encoder block whose tokens are compared, from 1; 0 is the last.
+            pool: how tokens are averaged to the feature of a clip, see mam2 probe.
+            masks: number of synthetic clips with known masks, whose first mask is propagated to the other frames; 0:
                 none.
-            mask_size: height and width of these clips in pixels; 0 takes the encoder's, or 14 patches where
-                that is more.
-            top_k: tokens that a token takes its mask from.
-            radius: rows and columns that they may be away.
-            context: frames before the present one that they are in, besides the first frame.
-            cache: folder of features, by the hash of weights and videos; delete it at will.
-            stride: distance of two sampled frames instead of the checkpoint's.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            batch: clips that go through an encoder at once.
-            device: auto takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            mask_size: height and width of these clips in pixels; 0: the encoder's, or 14 patches if that is larger.
+            top_k: number of tokens from which a token takes its mask.
+            radius: maximum distance of these tokens in rows and columns.
+            context: number of previous frames with these tokens, in addition to the first frame.
+            cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            batch: clips per forward pass.
+            device: auto uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.evaluation.neighbors import neighbors
 

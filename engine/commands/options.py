@@ -1,4 +1,4 @@
-"""What the verbs' command lines have in common: the recipe, named first, with `--size` and `--preset`."""
+"""Options that several verbs share: the recipe as first argument, `--size` and `--preset`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 DOES = {PretrainConfig: "pre-trains", FinetuneConfig: "fine-tunes"}
 USED = {PretrainConfig: "mam2 pretrain", FinetuneConfig: "mam2 finetune"}
 SHOWN = {PretrainConfig: "mam2-fast", FinetuneConfig: "kinetics400/finetune"}
-"""The recipe whose values the help shows where none is named."""
+"""The recipe whose values the help shows if the user names none."""
 
 
 def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config:
-    """The config of the recipe that the first argument names.
+    """Returns the config of the recipe in the first argument.
 
-    arguments: of the verb, without its name; where they ask for help, a recipe need not be named.
-    Raises UserError, with `usage`, where the first argument is none, and where the recipe is one of the other kind.
+    arguments: those of the verb, without its name; with --help the recipe may be missing.
+    Raises UserError, with `usage`, if the first argument is not a recipe, or a recipe of the other kind.
     """
     name = arguments[0] if arguments else ""
     if not name or name.startswith("-"):
         if not {"-h", "--help"} & set(arguments):
-            found = f", found {name!r} in its place" if name else ""
-            raise UserError(f"the recipe comes first{found}: {usage}")
+            found = f", found {name!r}" if name else ""
+            raise UserError(f"expected a recipe as first argument{found}: {usage}")
         name = SHOWN[kind]
     other = FinetuneConfig if kind is PretrainConfig else PretrainConfig
     try:
@@ -43,12 +43,12 @@ def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config
             raise
         names = ", ".join(recipe_names(kind))
         raise UserError(
-            f"recipe {name} {DOES[other]} ({USED[other]}); name one that {DOES[kind]}: {names}, or a file"
+            f"recipe {name} {DOES[other]} ({USED[other]}); choose one that {DOES[kind]}: {names}, or a file"
         ) from None
 
 
 def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
-    """`named_recipe` for a recipe that pre-trains, with the values of `--size` and `--preset`."""
+    """Does the same as `named_recipe` for a pre-training recipe, and applies `--size` and `--preset`."""
     recipe = named_recipe(arguments, usage, PretrainConfig)
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--size", choices=SIZES)
@@ -77,7 +77,7 @@ def with_present_flags(arguments: list[str]) -> list[str]:
 
 
 def read_class_names(file: Path | None) -> tuple[str, ...]:
-    """The lines of a text file that names classes; none without a file. Raises UserError where it cannot be read."""
+    """Reads a text file of class names, one per line; empty without a file. Raises UserError if it cannot be read."""
     try:
         return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line) if file else ()
     except (OSError, UnicodeError) as error:

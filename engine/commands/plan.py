@@ -1,4 +1,4 @@
-"""`mam2 plan`: what a recipe takes, before anything runs."""
+"""`mam2 plan`: estimates the cost of a recipe without running it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def run(arguments: list[str]) -> int:
         size: str | None = None,
         preset: str | None = None,
     ) -> int:
-        """Print parameters, FLOPs, bytes and memory of a recipe, and estimated clips/s and hours.
+        """Print parameters, FLOPs, bytes and memory of a recipe, and estimate clips/s and hours.
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
-            config: values of the recipe.
-            gpu: a card by its name in any spelling (h200, "RTX 4090", 3090); an unknown one lists them. Without it
-                this machine, which is measured.
-            gpus: devices of the run.
-            videos: their number, or an index that `mam2 index` or a run wrote; with it the hours are estimated.
-            utilisation: share of the peak that the step reaches, 0 to 1; 0 takes an assumption, which is printed.
-            size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
+            config: values that override the recipe.
+            gpu: name of a GPU in any spelling (h200, "RTX 4090", 3090); an unknown name lists all. Default: this
+                machine, which is measured.
+            gpus: number of devices of the run.
+            videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours.
+            utilisation: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
+            size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         from mam2.engine.planning import plan

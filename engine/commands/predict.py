@@ -1,4 +1,4 @@
-"""`mam2 predict`: what a fine-tuned classifier says of videos without labels."""
+"""`mam2 predict`: classifies videos without labels with a fine-tuned classifier."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Print the likeliest classes of every video, as soon as it is classified.
+        """Print the most probable classes of every video, as soon as it is classified.
 
-        A video that cannot be decoded is named and skipped. The status is 2 where none can be decoded.
+        A video that cannot be decoded is reported and skipped. The exit status is 2 if none can be decoded.
 
         Args:
-            checkpoint: a run of mam2 finetune (its best), one of its checkpoints, a fine-tuned .pth of VideoMAE's code,
-                or a Hugging Face folder of a VideoMAE that classifies.
-            data: a folder of videos, an annotation list, one or more videos, or - for a line per video on the standard
+            checkpoint: a run of mam2 finetune (its best checkpoint), one of its checkpoints, a fine-tuned .pth of
+                VideoMAE, or a Hugging Face folder of a VideoMAE classifier.
+            data: a folder of videos, an annotation list, one or more videos, or - for one path per line on standard
                 input.
-            out: a file to write: .json (everything), .csv (a row per class and video) or .jsonl (a line per video,
-                written at once).
-            draw: folder for a picture of every video with its likeliest classes.
-            top: classes shown per video; 0 for all.
-            temporal: clips of a video; 0 takes the recipe's.
-            spatial: crops of a clip; 0 takes the recipe's.
-            batch: most clips in a forward pass; 0 takes the recipe's, or 32.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            classes: text file with a class name per line in the order of the logits, for a checkpoint without names.
-            threads: decoding threads; 0 means as many as this process may use cores.
-            device: auto takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            out: output file: .json (everything), .csv (one row per class and video) or .jsonl (one line per video,
+                written immediately).
+            draw: folder for a picture of every video with its most probable classes.
+            top: classes per video; 0: all.
+            temporal: clips per video; 0: as in the recipe.
+            spatial: crops per clip; 0: as in the recipe.
+            batch: maximum clips per forward pass; 0: as in the recipe, or 32.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            classes: text file with one class name per line in the order of the logits, for a checkpoint without names.
+            threads: decoding threads; 0: one per core that this process may use.
+            device: auto uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.commands.options import read_class_names
         from mam2.engine.data.sources import read_source
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.files import one_line
 
         if not data or (STDIN in data and len(data) > 1):
-            raise UserError("--data: expected a folder, a list, videos, or - alone for a list on the standard input")
+            raise UserError("--data: expected a folder, a list, videos, or only - for a list on standard input")
 
         def show(found: Prediction | Skipped) -> None:
             if isinstance(found, Skipped):
@@ -101,14 +101,14 @@ def run(arguments: list[str]) -> int:
 
 
 def _lines_of_stdin() -> Iterator[str]:
-    """File names, a line each, as they come; names need not be UTF-8."""
+    """Yields file names from standard input, one per line; names need not be UTF-8."""
     for line in sys.stdin.buffer:
         if name := line.strip(b"\r\n"):
             yield os.fsdecode(name)
 
 
 def _short(path: str) -> str:
-    """A path from the working folder on, where it lies below it."""
+    """Returns a path relative to the working folder if it is below it."""
     from mam2.engine.files import one_line
 
     here = Path.cwd()

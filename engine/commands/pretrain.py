@@ -1,4 +1,4 @@
-"""`mam2 pretrain`: a recipe, videos, and a run folder."""
+"""`mam2 pretrain`: pre-trains from a recipe and videos into a run folder."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def run(arguments: list[str]) -> int:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             data: folder of videos, with or without class folders, or an annotation list.
             out: run folder for checkpoints and logs.
-            config: values of the recipe.
+            config: values that override the recipe.
             checkpoint: start from its weights: a run or checkpoint of mam2, of VideoMAE or VideoMAE v2, or a folder of
                 Hugging Face. The encoder has to be the recipe's; regressor and decoders are taken where they fit.
-            checkpoint_frames: frames of the clips that the checkpoint was trained on, where it does not say them.
-            checkpoint_size: height and width of these clips, pixels.
-            checkpoint_heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            checkpoint_decoder_heads: the same of its decoder.
-            val: folder or list of videos that are not trained on: their losses are logged, see [validation].
-            resume: go on from the newest checkpoint in the run folder.
-            size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion.
+            checkpoint_frames: frames per clip of the checkpoint's training, if the checkpoint does not state them.
+            checkpoint_size: height and width of the clips in pixels, likewise.
+            checkpoint_heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            checkpoint_decoder_heads: the same for its decoder.
+            val: folder or list of validation videos, whose losses are logged, see [validation].
+            resume: continue from the newest checkpoint in the run folder.
+            size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         check(config)

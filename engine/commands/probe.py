@@ -1,4 +1,4 @@
-"""`mam2 probe`: what frozen encoders know of a labelled set."""
+"""`mam2 probe`: probes frozen encoders on labeled videos."""
 
 from __future__ import annotations
 
@@ -32,32 +32,33 @@ def run(arguments: list[str]) -> int:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> int:
-        """Probe frozen encoders: one clip a video, features computed once and kept.
+        """Probe frozen encoders on one clip per video; features are computed once and cached.
 
         Args:
-            checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; compared with the first one.
-                `random` is an encoder with random weights, like the first of the others, or of --recipe.
-            data: labelled folder or list to train the probes on.
-            val: labelled folder or list to test on; without it a fifth of each class of data.
-            recipe: of pre-training: model and clips of the checkpoint `random`.
-            probes: logistic regression and nearest neighbors of pooled tokens, and attentive: learned queries over the
-                tokens in place of the means.
-            pools: what is averaged. mean: all tokens of a clip, as the field does, which loses the order of time.
-                time: the tokens of each time slot. time-center: these, and those of the center of the frame in each
-                slot. time-space: each quarter of the frame in each slot.
-            layers: blocks of the encoder whose tokens are probed, from 1; by default the last.
-            group: column of the lists, or TABLE:COLUMN of another table with a path column, that names what belongs
-                together, such as the speaker. Intervals are then over groups, and settings are chosen on held-out
+            checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; all are compared with the
+                first. `random` is an encoder with random weights and the model of the first other checkpoint, or of
+                --recipe.
+            data: labeled folder or list to train the probes.
+            val: labeled folder or list to test them; default: a fifth of each class of data.
+            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+            probes: logistic regression or nearest neighbors on averaged tokens; attentive: learned queries over the
+                tokens instead of averages.
+            pools: how tokens are averaged. mean: all tokens of a clip, which is common but loses the temporal order.
+                time: the tokens of each time slot. time-center: these, and those of the frame's center in each slot.
+                time-space: each quarter of the frame in each slot.
+            layers: encoder blocks whose tokens are probed, from 1; default: the last.
+            group: column of the lists, or TABLE:COLUMN of another table with a path column, that assigns videos to
+                groups, such as the speaker. Intervals are then over groups, and settings are chosen on held-out
                 groups.
-            out: the table as JSON.
-            cache: folder of features, by the hash of weights and videos; delete it at will.
-            stride: distance of two sampled frames instead of the checkpoint's.
-            frames: frames of the clips of a checkpoint that does not say them; of others, clips of so many frames.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            batch: clips that go through an encoder at once.
-            device: `auto` takes a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            out: output file for the table as JSON.
+            cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            batch: clips per forward pass.
+            device: `auto` uses a GPU if there is one.
+            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.evaluation.probing import probe
 
@@ -88,7 +89,7 @@ def run(arguments: list[str]) -> int:
 
 
 def table(result: ProbeReport) -> str:
-    """The accuracies of checkpoints, layers and pools below each other, a column per probe."""
+    """Returns the table of accuracies: a row per checkpoint, layer and pool, a column per probe."""
     probes = list(dict.fromkeys(score.probe for score in result.scores))
     lines = [("checkpoint", "layer", "pool", *probes)]
     rows: dict[tuple[str, int, str], list[Score]] = {}
@@ -103,15 +104,17 @@ def table(result: ProbeReport) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     first, at = _reference(result.scores)
     notes = [
-        f"{result.train} training and {result.test} test videos of {result.classes} classes"
+        f"{result.train} training and {result.test} test {result.unit} of {result.classes} classes"
         + (f", {result.skipped} left out" if result.skipped else "")
-        + f"; always the commonest class: {100 * result.commonest:.1f} %",
-        "Share of right answers (95 % bootstrap interval over the test videos"
+        + f"; always the most frequent class: {100 * result.commonest:.1f} %",
+        f"Share of correct answers (95 % bootstrap interval over the test {result.unit}"
         + (f"' {result.groups} groups)" if result.groups else ")")
         + (f"; below it, in points, the gain over {first}, layer {at}, with the same pool." if several else "."),
     ]
     if result.both:
-        notes.append(f"{result.both} test videos are training videos as well: these accuracies are too high.")
+        notes.append(
+            f"{result.both} test {result.unit} are also in the training videos: these accuracies are too high."
+        )
     return "\n".join([*text, "", *notes])
 
 

@@ -1,4 +1,4 @@
-"""`mam2 tokenize`: the codes of recorded augmentations, computed once."""
+"""`mam2 tokenize`: computes the codes of recorded augmentations once."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def run(arguments: list[str]) -> int:
         size: str | None = None,
         preset: str | None = None,
     ) -> int:
-        """Compute the codes of every recorded augmentation of every video; goes on where it was stopped.
+        """Compute the codes of every recorded augmentation of every video.
 
-        `mam2 pretrain` takes them with the same recipe and values and --tokenizer.cache.
+        An interrupted call can be repeated to continue. `mam2 pretrain` reads them with the same recipe and values, and
+        --tokenizer.cache.
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
             data: folder of videos, with or without class folders, or an annotation list.
             out: folder for the codes.
-            config: values of the recipe.
+            config: values that override the recipe.
             size: as in `mam2 pretrain`.
             preset: as in `mam2 pretrain`.
         """
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> int:
         absent = cache.count_absent()
         where = f" (see {out / 'skipped.tsv'})" if absent else ""
         print(
-            f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} absent{where}\n"
+            f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} missing{where}\n"
             f"{used} of {cache.codebook_size} codes used, perplexity {perplexity:.0f}; {cache.bytes / 1e6:.3g} MB\n"
             f"use them with --tokenizer.cache {out} --data.recorded {config.data.recorded}"
         )

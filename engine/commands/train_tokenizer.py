@@ -1,27 +1,11 @@
-"""`mam2 train-tokenizer`: a VQ model of the user's own clips."""
+"""`mam2 train-tokenizer`: trains a VQ model on the user's clips."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
-from tqdm import tqdm
-
-from mam2.engine.config.limits import Limits, check_value
-from mam2.engine.config.pretrain import DataConfig, RunConfig
-from mam2.engine.errors import UserError
-from mam2.engine.files import make_folder, one_line, unwritable, write_whole
-
-if TYPE_CHECKING:
-    from mam2.engine.tokenizer.quality import Reconstruction
-
-MOST_HELD_OUT = 64
-FRAME_DISTANCE = 16
-"""Of the two frames that are taken of a clip, in frames of the file."""
 
 
 def run(arguments: list[str]) -> int:
@@ -33,116 +17,59 @@ def run(arguments: list[str]) -> int:
         factor: int = 16,
         size: int = 224,
         steps: int = 2000,
-        batch: int = 64,
+        batch: int = 16,
         flip: bool = True,
         seed: int = 0,
         threads: int = 0,
         device: Literal["auto", "cuda", "cpu"] = "auto",
     ) -> int:
-        """Train a VQ model on frames of your own videos; one video in twenty, at most 64, is held out to measure it.
+        """Train a VQ model on frames of your videos; one video in twenty, at most 64, is held out to measure it.
 
         Args:
             data: folder of videos, or an annotation list.
-            out: folder to make: tokenizer.safetensors (for --tokenizer.path), reconstructions.png, training.png,
-                report.json and training.jsonl. It is there when all is done, or not at all.
+            out: new folder: tokenizer.safetensors (for --tokenizer.path), reconstructions.png, training.png,
+                report.json and training.jsonl. It appears only when everything is complete.
             codes: codebook size.
             channels: base width of the network, a multiple of 8.
-            factor: pixels a code along height and width, a power of two. Patches of pre-training should be as large.
-            size: height and width of the frames trained on, a multiple of `factor`.
+            factor: pixels per code along height and width, a power of two; use the patch size of pre-training.
+            size: height and width of the training frames, a multiple of `factor`.
             steps: training steps.
-            batch: frames a step.
+            batch: frames per step.
             flip: mirror half of the frames.
-            seed: of weights, frames and crops.
-            threads: decoding threads; 0 means as many as this process may use cores.
-            device: `auto` takes a GPU if there is one.
+            seed: seed of weights, frames and crops.
+            threads: decoding threads; 0: one per core that this process may use.
+            device: `auto` uses a GPU if there is one.
         """
-        from mam2.engine.data.loader import ClipLoader
-        from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
-        from mam2.engine.data.sources import check_source
-        from mam2.engine.runtime.device import pick_device
-        from mam2.engine.tokenizer.files import save_vqgan
-        from mam2.engine.tokenizer.prepare import FILE, clip_frames
-        from mam2.engine.tokenizer.prepare import train_tokenizer as train
-        from mam2.engine.tokenizer.quality import draw_reconstructions, draw_training, measure_reconstruction
-        from mam2.engine.tokenizer.vqgan import small
+        from mam2.engine.tokenizer.from_videos import train_tokenizer
 
-        least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
-        given = {"codes": codes, "channels": channels, "factor": factor, "size": size}
-        given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
-        for flag, value in given.items():
-            check_value(f"--{flag}", value, Limits(at_least=least[flag]))
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out}: is there already; name another folder")
-        check_source(data)
-        make_folder(out.absolute().parent)
-        try:
-            architecture = small(channels, codes, factor)
-        except ValueError as error:
-            raise UserError(f"--{error}") from None
-        if size < factor or size % factor:
-            raise UserError(f"--size {size} is not a multiple of --factor {factor}")
-        frames = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
-        where = pick_device(RunConfig(device=device))
-        manifest = read_manifest(data, threads=threads)
-        if len(manifest.videos) < 2:
-            raise UserError(f"{data}: one usable video; at least two are needed, since one is held out to measure")
-        step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
-        held_out = manifest.videos[::step]
-        kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
-
-        def skip(skipped: Skipped) -> None:
-            tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
-
-        for skipped in manifest.skipped:
-            skip(skipped)
-        clips = max(batch // 2, 1)
-        with ClipLoader(Manifest(kept), frames, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
-            vqgan, reports = train(clip_frames(loader, batch), architecture, steps, where, seed=seed)
-        with ClipLoader(
-            Manifest(held_out), frames, batch=8, device=where, seed=seed, train=False, on_skip=skip
-        ) as loader:
-            try:
-                result = measure_reconstruction(vqgan.to(where), (batch.clip for batch in loader.evaluate()))
-            except ValueError:
-                raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
-
-        aside = out.with_name(out.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
-            save_vqgan(vqgan, aside / FILE)
-            draw_reconstructions(result, aside / "reconstructions.png")
-            draw_training(reports, aside / "training.png")
-            write_whole(aside / "training.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
-            numbers = {
-                field.name: getattr(result, field.name)
-                for field in dataclasses.fields(result)
-                if field.name not in ("original", "reconstructed")
-            }
-            write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
-            aside.replace(out)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise unwritable(out, error) from error
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        trained = train_tokenizer(
+            data,
+            out,
+            codes=codes,
+            channels=channels,
+            factor=factor,
+            size=size,
+            steps=steps,
+            batch=batch,
+            flip=flip,
+            seed=seed,
+            threads=threads,
+            device=device,
+        )
+        result = trained.quality
         print(
-            f"held out: {len(held_out)} videos, {result.frames} frames\n"
-            f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_colour_psnr_db:.1f} dB); "
+            f"held out: {trained.held_out} videos, {result.frames} frames\n"
+            f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
+            f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}"
+            f"{_color(result.kmeans_color_explained)}\n"
+            f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_color_psnr_db:.1f} dB); "
             f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
-            f"written: {out / FILE}, reconstructions.png, training.png\n{verdict(result, out / FILE)}"
+            f"written: {trained.path}, reconstructions.png, training.png\n{trained.advice}"
         )
         return 0
 
     return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")
 
 
-def verdict(result: Reconstruction, file: Path) -> str:
-    """What to do with a tokenizer that gave these numbers."""
-    if result.psnr_db <= result.mean_colour_psnr_db:
-        return (
-            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
-            "--steps, more --channels, or more videos"
-        )
-    return f"use it with --tokenizer.path {file}"
+def _color(share: float | None) -> str:
+    return "" if share is None else f" ({share:.1%} of its color)"

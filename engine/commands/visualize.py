@@ -1,4 +1,4 @@
-"""`mam2 visualize`: what models predict of clips, to look at."""
+"""`mam2 visualize`: draws the predictions of models."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def run(arguments: list[str]) -> int:
         decoder_heads: int | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
     ) -> int:
-        """Draw clips, their hidden patches, what is predicted of them and what the regressor reads.
+        """Draw clips, their masked patches, the predictions for them, and the regressor's attention.
 
         Args:
-            checkpoints: runs or checkpoints of pre-training, also VideoMAE's or Hugging Face's; shown side by side.
+            checkpoints: runs or checkpoints of pre-training, also of VideoMAE or Hugging Face; shown side by side.
             data: a video, a folder or an annotation list.
-            out: folder for index.html (one file for all) and a PNG, GIF and mp4 of each clip.
-            clips: videos shown, evenly spread over the data.
-            tokenizer: VQGAN of checkpoints that no longer lie in their run folder.
-            stride: distance of two sampled frames instead of the checkpoint's.
-            frames: frames of the clips of a checkpoint that does not say them.
-            size: height and width of these clips, pixels.
-            heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
-            decoder_heads: the same of its decoder.
-            device: `auto` takes a GPU if there is one.
+            out: folder for index.html (one file for all) and a PNG, GIF and mp4 per clip.
+            clips: number of videos, evenly spaced in the data.
+            tokenizer: VQGAN for checkpoints that are no longer in their run folder.
+            stride: distance of two sampled frames; default: the checkpoint's.
+            frames: frames per clip, if the checkpoint does not state them.
+            size: height and width of the clips in pixels, likewise.
+            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+            decoder_heads: the same for its decoder.
+            device: `auto` uses a GPU if there is one.
         """
         from mam2.engine.evaluation.visualize import visualize
 

@@ -1,4 +1,4 @@
-"""What a config field declares: its limits, its earlier name, and whether a resumed run may have another value."""
+"""Properties of config fields: limits, the earlier name, and whether a resumed run may have another value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EARLIER = "earlier"
 
 
 class Limits(NamedTuple):
-    """An interval of numbers; None leaves a side open. Every value must be finite."""
+    """An interval of numbers; None means no bound. Every value must be finite."""
 
     at_least: float | None = None
     above: float | None = None
@@ -45,23 +45,23 @@ NOT_NEGATIVE = Limits(at_least=0)
 SHARE = Limits(at_least=0, at_most=1)
 BELOW_ONE = Limits(at_least=0, below=1)
 SEED = Limits(at_least=0, below=2**62)
-"""Seeds are added to and multiplied by small numbers, and stay below 2^63."""
+"""Seeds are added to and multiplied by small numbers, and the results must stay below 2^63."""
 BATCH = Limits(at_least=1, at_most=2**17)
-"""Clips of a step; more is a slip of the keyboard, and ends in an allocation that fails."""
+"""Clips per step; a larger number is a typing error, whose allocation would fail."""
 
 BATCH_OR_NONE = Limits(at_least=0, at_most=2**17)
 
 
 def limited(default: Any, limits: Limits, *, resumable: bool = False) -> Any:
-    """A dataclass field with a default and the interval that its values must lie in.
+    """Returns a dataclass field with a default and the interval of its values.
 
-    resumable: a resumed run may have another value, because the field does not change what the run learns.
+    resumable: a resumed run may have another value, because the field does not affect the training's result.
     """
     return dataclasses.field(default=default, metadata={KEY: limits, RESUMABLE: resumable})
 
 
 def resumable(default: Any) -> Any:
-    """A dataclass field without limits, of which a resumed run may have another value."""
+    """Returns a dataclass field without limits, for which a resumed run may have another value."""
     return dataclasses.field(default=default, metadata={RESUMABLE: True})
 
 
@@ -95,9 +95,9 @@ def with_present_names(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumable_keys(kind: type) -> set[str]:
-    """The keys of a config class, as in "run.device", of which a resumed run may have other values.
+    """Returns the keys of a config class, such as "run.device", for which a resumed run may have other values.
 
-    A nested table is one key, "model.decoder" say. A field of a subclass that is declared again keeps the flag of its
+    A nested table is one key, for example "model.decoder". A field that a subclass declares again keeps the flag of its
     base class.
     """
     keys = set()
@@ -110,12 +110,12 @@ def resumable_keys(kind: type) -> set[str]:
 
 
 def resumable_fields(table: type) -> set[str]:
-    """The same of one table of a config, without its name."""
+    """Returns the same for one table of a config, without the table's name."""
     return {item.name for item in dataclasses.fields(table) if _metadata(table, item.name, RESUMABLE)}
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
-    """Raises UserError for the first number of a config outside its field's limits, naming key and expectation.
+    """Raises UserError for the first number of a config outside its field's limits; it names key and expectation.
 
     Numbers of fields without declared limits must be finite. Nested dataclasses are checked under their own names.
     """
@@ -128,7 +128,7 @@ def check_limits(config: Any, prefix: str = "") -> None:
 
 
 def check_value(name: str, value: float, limits: Limits) -> None:
-    """Raises UserError where `value` lies outside `limits`; `name` is the key or flag that the user wrote."""
+    """Raises UserError if `value` is outside `limits`; `name` is the user's key or flag."""
     if value not in limits:
         bounds = str(limits)
         if not math.isfinite(value) and limits != Limits():
@@ -137,19 +137,19 @@ def check_value(name: str, value: float, limits: Limits) -> None:
 
 
 def check_flags(**flags: tuple[float | None, Limits]) -> None:
-    """`check_value` for the flags of a verb, by their Python names; a value of None was not given."""
+    """Runs `check_value` for the flags of a verb, given by their Python names; None means not given."""
     for name, (value, limits) in flags.items():
         if value is not None:
             check_value(f"--{name.replace('_', '-')}", value, limits)
 
 
 def declared(kind: type, name: str) -> Limits:
-    """Limits of a field; those of a base class where a subclass declares the field again with another default."""
+    """Returns the limits of a field; if a subclass only changes the default, those of the base class."""
     return _metadata(kind, name, KEY) or Limits()
 
 
 def _metadata(kind: type, name: str, key: str) -> Any:
-    """What a field says under `key`, in the class or the nearest base class that says it; None where none does."""
+    """Returns a field's metadata for `key`, from the class or the nearest base class that has it; None if none has."""
     for cls in kind.__mro__:
         fields = cls.__dict__.get("__dataclass_fields__", {})
         if name in fields and key in fields[name].metadata:

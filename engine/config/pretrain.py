@@ -1,4 +1,4 @@
-"""What a run is: frozen, keyword-only config dataclasses, read from a recipe (recipe.py) and overridden by flags."""
+"""The config of a run: frozen, keyword-only dataclasses, read from a recipe (recipe.py) and overridden by flags."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class DataConfig:
     frames: int = limited(16, COUNT)
     """Frames in a clip (T)."""
     stride: int = limited(4, COUNT_OR_NONE)
-    """Distance of two sampled frames, in frames of the file; 0 where `fps` says it."""
+    """Distance of two sampled frames, in frames of the file; 0 if `fps` is set."""
     fps: float = limited(0.0, NOT_NEGATIVE)
-    """Sampled frames a second, for files of mixed rates; 0 where `stride` says it. Exactly one of the two."""
+    """Sampled frames per second, for files with different rates; 0 if `stride` is set. Set exactly one of the two."""
     sampling: Literal["dense", "uniform"] = "dense"
     """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
     size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
     crop: Literal["random-resized", "multi-scale"] = "random-resized"
-    """`multi-scale` is VideoMAE's: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or centre;
-    `min_area`, `max_area` and `max_aspect` do not apply to it."""
+    """`multi-scale` is VideoMAE's crop: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or
+    center; it ignores `min_area`, `max_area` and `max_aspect`."""
     min_area: float = limited(0.5, Limits(above=0, at_most=1))
     """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
     max_area: float = limited(1.0, Limits(above=0, at_most=1))
@@ -46,39 +46,40 @@ class DataConfig:
     max_aspect: float = limited(4 / 3, Limits(at_least=1))
     """Aspect ratios of the crop are drawn log-uniformly from 1/max_aspect to max_aspect; at least 1."""
     flip: bool = True
-    """Mirror half of the clips left to right. Off where direction carries meaning (SSv2, the demo)."""
+    """Mirror half of the clips left to right. Turn it off if direction matters (SSv2, the demo)."""
     views: int = limited(1, COUNT)
-    """Crops (and masks) drawn from one decoded clip: repeated augmentation. Divides the batch size."""
+    """Crops (and masks) drawn from one decoded clip: repeated augmentation. Must divide the batch size."""
     recorded: int = limited(0, COUNT_OR_NONE)
-    """Augmentations of each video: epoch e repeats number e mod `recorded`, so that codes can be computed once
-    (`mam2 tokenize`). 0: new ones in every epoch."""
+    """Number of augmentations per video: epoch e repeats number e mod `recorded`, so that codes can be computed once
+    (`mam2 tokenize`). 0: new augmentations in every epoch."""
     decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
-    """Decoder: `auto` takes NVDEC on a GPU for what it decodes, PyAV for the rest. `dali-cpu` (VP8, VP9, MJPEG) is for
-    files known to be sound: damage that a look at packets and key frames does not find may end the process."""
+    """Decoder: `auto` uses NVDEC on a GPU for the codecs that it supports, and PyAV for all others. Use `dali-cpu`
+    (VP8, VP9, MJPEG) only for undamaged files: damage that the check of packets and key frames misses may end the
+    process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Decoding threads; 0 means as many as this process may use cores, shared with the other processes of a node."""
+    """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
     nvdec_threads: int = limited(32, COUNT, resumable=True)
-    """Threads that feed NVDEC; they wait more than they compute, so they may be more than the cores."""
+    """Threads that feed NVDEC; they mostly wait, so that there may be more threads than cores."""
     prefetch: int = limited(2, COUNT, resumable=True)
     """Batches prepared ahead of the step."""
     timeout_s: float = limited(60.0, POSITIVE, resumable=True)
     """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
     wait_s: float = limited(300.0, NOT_NEGATIVE, resumable=True)
-    """Seconds to wait for data that is away (a folder that is missing, an I/O error) before the run ends. Below the 10
-    minutes after which the other processes of a run give up."""
+    """Seconds to wait for unavailable data (a missing folder, an I/O error) before the run ends. Keep it below the 10
+    minutes after which the other processes of a run end."""
     max_unusable: float = limited(0.5, SHARE, resumable=True)
-    """Stop the run when more than this share of the videos cannot be decoded, 0 to 1."""
+    """The run stops if more than this share of the videos cannot be decoded, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     kind: Literal["tube", "random", "motion"] = "tube"
-    """`tube`: the same patches in every slot; `random`: anywhere in space and time; `motion`: tubes, more often where
-    the clip moves."""
+    """`tube`: the same patches in every time slot; `random`: anywhere in space and time; `motion`: tubes that cover
+    moving patches more often."""
     ratio: float = limited(0.9, SHARE)
-    """Share that is hidden: int(ratio * patches) of each slot, with `random` int(ratio * tokens) of the clip."""
+    """Share of masked tokens: int(ratio * patches) per slot, with `random` int(ratio * tokens) per clip."""
     strength: float = limited(0.5, SHARE)
-    """Of `motion`: from 0, where its masks are those of `tube`, to 1, where motion alone decides."""
+    """Effect of motion with `motion`: from 0 (the same masks as `tube`) to 1 (only motion decides)."""
     decoded: float = limited(1.0, Limits(above=0, at_most=1))
     """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
     a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
@@ -90,22 +91,22 @@ class MaskConfig:
 @dataclass(frozen=True, kw_only=True)
 class RegressorConfig:
     depth: int = limited(4, COUNT_OR_NONE)
-    """Cross-attention blocks. 0: no regressor; the decoders get visible latents and mask tokens and do its work too."""
+    """Number of cross-attention blocks. 0: no regressor; the decoders get visible latents and mask tokens instead."""
     width: int = limited(768, COUNT)
-    """Embedding width; another width than the encoder's adds a linear projection."""
+    """Embedding width; a width that differs from the encoder's adds a linear projection."""
     heads: int = limited(12, COUNT)
     """Attention heads."""
     keys: Literal["all", "visible"] = "all"
-    """Keys and values: visible latents and the current masked state (CAE), or the visible latents only. Without effect
-    at depth 0."""
+    """Keys and values: `all` visible latents and the current masked states (CAE), or only the `visible` latents. No
+    effect at depth 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     depth: int = limited(4, COUNT_OR_NONE)
-    """Self-attention blocks of each decoder."""
+    """Number of self-attention blocks per decoder."""
     width: int = limited(768, COUNT)
-    """Embedding width. MAM2's decoders work at the regressor's width: leave equal."""
+    """Embedding width. For MAM2 it must equal the regressor's width."""
     heads: int = limited(12, COUNT)
     """Attention heads."""
 
@@ -113,8 +114,8 @@ class DecoderConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     objective: Literal["mam2", "videomae", "joint"] = "mam2"
-    """What is learned: MAM2's codes and motion; VideoMAE's pixels; or MAE-DFER's first frame of each tubelet and the
-    later frames' differences to it, by VideoMAE's one decoder (`joint`)."""
+    """Prediction targets: `mam2`: codes and motion; `videomae`: pixels; `joint` (MAE-DFER): the first frame of each
+    tubelet and the later frames' differences to it, with VideoMAE's single decoder."""
     patch: int = limited(16, COUNT)
     """Height and width of a patch in pixels."""
     tubelet: int = limited(2, COUNT)
@@ -122,20 +123,20 @@ class ModelConfig:
     width: int = limited(768, COUNT)
     """Embedding width of the encoder."""
     depth: int = limited(12, COUNT)
-    """Blocks of the encoder."""
+    """Number of blocks of the encoder."""
     heads: int = limited(12, COUNT)
     """Attention heads of the encoder."""
     mlp_ratio: float = limited(4.0, POSITIVE)
-    """Hidden width of the MLPs over the embedding width, everywhere."""
+    """Hidden width of all MLPs, divided by the embedding width."""
     layer_scale: float = limited(0.0, NOT_NEGATIVE)
-    """First value of LayerScale, which multiplies the branches of every block by a learned vector; CAE's is 0.1.
+    """Initial value of LayerScale, a learned vector that multiplies the branches of every block; CAE uses 0.1.
     0: no LayerScale."""
     projection_norm: bool = False
-    """LayerNorm after the projection from the encoder's width to another one of the regressor, as in CAE."""
+    """Add a LayerNorm after the projection from the encoder's to the regressor's width, as in CAE."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)
-    """MAM2 only."""
+    """The regressor of MAM2."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """Each of MAM2's two decoders, or the one of the other objectives."""
+    """Each of MAM2's two decoders, or the single decoder of the other objectives."""
     frames: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Frames of the clips that the weights of `--checkpoint` were trained on, which sets it: positions are resampled
     from theirs. 0: as `data.frames`."""
@@ -146,19 +147,19 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     path: str = ""
-    """A VQGAN: taming-transformers' `last.ckpt` or safetensors. Empty: train a small one on the data first."""
+    """File of a VQGAN: taming-transformers' `last.ckpt`, or safetensors. Empty: first train a small one on the data."""
     cache: str = resumable("")
-    """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: computed in the step."""
+    """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: the step computes them."""
     frames: Literal["first", "all"] = "first"
-    """Of each token the code of its first frame, or one of each of its frames, all to be predicted."""
+    """Codes per token: only that of its `first` frame, or those of `all` its frames; all of them are predicted."""
     codes: int = limited(512, Limits(at_least=2))
-    """Codebook size of the one trained here."""
+    """Codebook size of the tokenizer that the run trains."""
     channels: int = limited(32, COUNT)
-    """Base channels of the one trained here."""
+    """Base channels of the tokenizer that the run trains."""
     steps: int = limited(1000, COUNT)
-    """Training steps of the one trained here."""
-    batch: int = limited(64, BATCH)
-    """Frames a training step of the one trained here."""
+    """Training steps of the tokenizer that the run trains."""
+    batch: int = limited(16, BATCH)
+    """Frames per training step of the tokenizer that the run trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,26 +169,29 @@ class LossConfig:
     motion: float = limited(1.0, NOT_NEGATIVE)
     """Weight of the motion loss."""
     alignment: float = limited(0.0, NOT_NEGATIVE)
-    """Weight of the latent alignment of CAE (2 there); runs the encoder on the masked tokens as well."""
+    """Weight of CAE's latent alignment (2 in CAE); needs a second pass of the encoder, on the masked tokens."""
     balance: Literal["fixed", "gradient"] = "fixed"
-    """`gradient` rescales the appearance gradient at the regressor's output to `appearance / motion` times the
-    norm of the motion gradient there, at every step; `fixed` uses the weights as they are."""
+    """`gradient` rescales the appearance gradient at the regressor's output in every step to `appearance / motion`
+    times the norm of the motion gradient there; `fixed` uses the weights unchanged."""
     label_smoothing: float = limited(0.0, SHARE)
-    """Of the code cross-entropy, 0 to 1."""
+    """Label smoothing of the codes' cross-entropy, 0 to 1."""
     appearance_target: Literal["codes", "pixels", "none"] = "codes"
-    """The tokenizer's codes; VideoMAE's pixels, without a tokenizer; or neither tokenizer nor appearance decoder."""
+    """`codes` of the tokenizer; `pixels` as in VideoMAE, without a tokenizer; `none`: neither tokenizer nor appearance
+    decoder."""
     motion_target: Literal["adjacent", "intra", "hog", "flow", "none"] = "adjacent"
-    """RGB difference to the next sampled frame, or within each tubelet only; histograms of gradients of the difference;
-    optical flow (needs opencv-python-headless, on the CPU); or no motion decoder at all."""
+    """`adjacent`: RGB difference to the next sampled frame; `intra`: the same within each tubelet; `hog`: histograms of
+    gradients of the difference; `flow`: optical flow (needs opencv-python-headless, runs on the CPU); `none`: no motion
+    decoder."""
     motion_normalize: Literal["channel", "patch", "none"] = "channel"
-    """Divide an RGB difference by the deviation of its pixel cube: each channel's own, the whole patch's, or not."""
+    """Divisor of an RGB difference: the standard deviation of its pixel cube per `channel`, of the whole `patch`, or
+    `none`."""
     motion_eps: float = limited(0.05, NOT_NEGATIVE)
-    """Added to that deviation, in the pixels' range of 0 to 1 (0.05: 13 gray levels); with `patch` to the variance,
-    where 0.0025 is the same; with `hog` to the norm of a histogram. 1e-6 is VideoMAE's formula, with which a patch of
-    one color that changes by one gray level decides the loss."""
+    """Added to that standard deviation, for pixels from 0 to 1 (0.05: 13 gray levels); with `patch` added to the
+    variance, where 0.0025 is equivalent; with `hog` added to the norm of a histogram. VideoMAE's formula has 1e-6, with
+    which a patch of one color that changes by one gray level dominates the loss."""
     pixel_normalize: Literal["channel", "patch", "none"] = "channel"
-    """Pixels as a target, VideoMAE's or of appearance: standardised per cube and channel (VideoMAE), per patch (MAE,
-    mae_st), or not."""
+    """Normalization of pixels as a target (of VideoMAE or of appearance): standardized per cube and `channel`
+    (VideoMAE), per `patch` (MAE, mae_st), or `none`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +199,10 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
-    """Clips in an optimiser step, over all processes: the learning rate belongs to it, on any number of GPUs."""
+    """Clips per optimizer step, over all processes. The learning rate is set for it, on any number of GPUs."""
     micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Most clips that one process takes in one forward pass; gradients of as many passes as it takes are added up.
-    0: its whole share of the batch."""
+    """Maximum clips of one process per forward pass; gradients are accumulated over the passes of a step. 0: the
+    process's whole share of the batch."""
     epochs: float = limited(400, POSITIVE)
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = limited(20, NOT_NEGATIVE)
@@ -208,13 +212,13 @@ class OptimConfig:
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
     """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
-    """Of both optimizers, times the learning rate; none on 1-D parameters and mask tokens."""
+    """Weight decay of both optimizers, times the learning rate; not applied to 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)
     """AdamW's second beta; the first is 0.9."""
     momentum: float = limited(0.95, BELOW_ONE)
-    """Muon's."""
+    """Muon's momentum."""
     muon_rate: float = limited(1.0, POSITIVE)
-    """Muon's learning rate over AdamW's."""
+    """Muon's learning rate, divided by AdamW's."""
     clip_norm: float = limited(0.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 turns clipping off."""
 
@@ -222,37 +226,38 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     seed: int = limited(0, SEED)
-    """Of weights, order, clips and masks."""
+    """Seed of weights, order, clips and masks."""
     device: Literal["auto", "cuda", "cpu"] = resumable("auto")
-    """`auto` takes a GPU if there is one."""
+    """`auto` uses a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs that multiply it
-    (AVX512-BF16, AMX), else float32."""
+    """Precision of matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs with AVX512-BF16 or AMX, else
+    float32."""
     compile: bool = resumable(True)
-    """Compile the step with torch.compile; said in the log when it cannot be."""
+    """Compile the step with torch.compile; the log reports if that is not possible."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
-    """On a GPU take the whole step as one CUDA graph: where that is measured to be faster (one process, one pass a
-    step), always (not compared; an error where it cannot be), or never."""
+    """Run the whole step as one CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one process, one
+    pass per step), `on` without a measurement (raises if not possible), or `off`."""
     deterministic: bool = False
-    """On a GPU take only algorithms that repeat bit for bit, some of them slower; on a CPU all do."""
+    """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
     recompute: bool = resumable(False)
-    """Compute the blocks' activations once more in the backward pass: less memory, about a third more work."""
+    """Recompute the blocks' activations in the backward pass: less memory, about a third more work."""
     log_every: int = limited(20, COUNT, resumable=True)
     """Steps between two lines of the log."""
     save_every: int = limited(1000, COUNT, resumable=True)
     """Steps between two checkpoints; one is always written at the end."""
     sharding: Literal["ddp", "fsdp"] = resumable("ddp")
-    """Of several processes: `ddp` gives each a whole model, `fsdp` spreads weights, gradients and moments over them."""
+    """For several processes: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer moments."""
     keep: int = limited(3, COUNT, resumable=True)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
+    """Also keep checkpoints of steps that are multiples of this number; 0: none."""
     max_nonfinite: int = limited(20, COUNT, resumable=True)
-    """Stop the run after so many steps in a row with a loss or gradient that is not finite; each is left out."""
+    """The run skips steps whose loss or gradient is not finite, and stops after this many in a row."""
     profile: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Steps to profile, from the sixth of this call on: a trace and a table of operators in RUN/profile/."""
+    """Number of steps to profile, from the sixth of this call on; writes a trace and a table of operators to
+    RUN/profile/."""
     tracker: Literal["none", "wandb", "trackio"] = resumable("none")
-    """A service that gets the numbers of the log as well; its package has to be installed."""
+    """Service that also receives the numbers of the log; its package must be installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,14 +271,14 @@ class ValidationConfig:
 
 
 class TokenGrid:
-    """Sizes of the token grid of a config that has the tables `data` and `model`."""
+    """Token-grid sizes of a config that has the tables `data` and `model`."""
 
     data: Any
     model: Any
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Tokens along time, height and width."""
+        """Returns the number of tokens along time, height and width."""
         side = self.data.size // self.model.patch
         return self.data.frames // self.model.tubelet, side, side
 
@@ -285,7 +290,7 @@ class TokenGrid:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """Frames, height and width of a token."""
+        """Returns frames, height and width of a token."""
         return self.model.tubelet, self.model.patch, self.model.patch
 
 
@@ -302,7 +307,7 @@ class PretrainConfig(TokenGrid):
 
     @property
     def masked_tokens(self) -> int:
-        """Hidden tokens of a clip."""
+        """Returns the number of masked tokens per clip."""
         slots, rows, columns = self.grid
         if self.mask.kind == "random":
             return int(self.mask.ratio * slots * rows * columns)
@@ -315,27 +320,27 @@ class PretrainConfig(TokenGrid):
 
     @property
     def needs_codes(self) -> bool:
-        """Whether codes of a tokenizer are predicted."""
+        """Returns whether codes of a tokenizer are predicted."""
         return self.model.objective == "mam2" and self.loss.appearance_target == "codes"
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of one token's codes: () for its first frame's, (tubelet,) for those of all its frames."""
+        """Returns the shape of one token's codes: () for its first frame, (tubelet,) for all its frames."""
         return (self.model.tubelet,) if self.tokenizer.frames == "all" else ()
 
     @property
     def tokenized_frames(self) -> int:
-        """Frames of a clip that the tokenizer sees."""
+        """Returns the number of frames per clip that the tokenizer encodes."""
         return self.grid[0] * math.prod(self.code_shape)
 
     @property
     def clips_per_group(self) -> int:
-        """Clips that must be in one pass: the views of a video."""
+        """Returns the number of clips that must be in one pass: the views of a video."""
         return self.data.views
 
 
 class TrainConfig(Protocol):
-    """What every training run has, whatever it learns."""
+    """The tables that every kind of training run has."""
 
     @property
     def data(self) -> DataConfig: ...
@@ -351,23 +356,23 @@ class TrainConfig(Protocol):
 
 
 def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
-    """Forward passes of each of so many processes in an optimiser step: the fewest that `optim.micro_batch` allows.
+    """Returns the forward passes per process and optimizer step: the fewest that `optim.micro_batch` allows.
 
-    Raises UserError where the batch cannot be shared out evenly.
+    Raises UserError if the batch cannot be divided evenly.
     """
     batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
     for count in range(1, batch // (processes * group) + 1):
         if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
     raise UserError(
-        f"optim.batch {batch} cannot be shared out to {processes} processes in equal passes of whole views "
+        f"optim.batch {batch} cannot be divided among {processes} processes in equal passes of whole views "
         f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
         f"clips; a multiple of {processes * group} can"
     )
 
 
 def check(config: PretrainConfig) -> None:
-    """Raises UserError for values that are out of range or cannot work together, naming key, expectation and remedy."""
+    """Raises UserError for values that are out of range or contradict each other: key, expectation and remedy."""
     data, mask, model = config.data, config.mask, config.model
     check_training(config, model.patch, model.tubelet)
     if model.frames % model.tubelet or model.size % model.patch:
@@ -378,8 +383,8 @@ def check(config: PretrainConfig) -> None:
     tokens = math.prod(config.grid)
     if not 0 < config.masked_tokens < tokens:
         raise UserError(
-            f"mask.ratio {mask.ratio} hides {config.masked_tokens} of {tokens} tokens; "
-            "it must hide at least one and leave at least one visible"
+            f"mask.ratio {mask.ratio} masks {config.masked_tokens} of {tokens} tokens; "
+            "it must mask at least one and leave at least one visible"
         )
     if not config.decoded_tokens:
         raise UserError(
@@ -393,7 +398,7 @@ def check(config: PretrainConfig) -> None:
     if model.objective == "mam2" and model.decoder.width != model.regressor.width:
         raise UserError(
             f"model.decoder.width {model.decoder.width} differs from model.regressor.width {model.regressor.width}; "
-            "MAM2's decoders work at the regressor's width"
+            "for MAM2 both must be equal"
         )
     motion = config.loss.motion_target
     if motion in ("intra", "hog", "flow") and model.tubelet < 2:
@@ -407,37 +412,37 @@ def check(config: PretrainConfig) -> None:
     appearance = config.loss.appearance_target
     if model.objective == "mam2" and appearance == motion == "none":
         raise UserError(
-            "loss.appearance_target and loss.motion_target are both 'none': nothing is left to learn; "
+            "loss.appearance_target and loss.motion_target are both 'none': there is no loss; "
             "set one of them to another value"
         )
     if model.objective == "mam2" and model.regressor.depth == 0 and config.loss.alignment:
         raise UserError(
-            f"loss.alignment {config.loss.alignment:g} compares what a regressor completes, and model.regressor.depth "
-            "0 has none: set loss.alignment 0, or model.regressor.depth to at least 1"
+            f"loss.alignment {config.loss.alignment:g} needs the latents of a regressor, but model.regressor.depth "
+            "is 0: set loss.alignment 0, or model.regressor.depth to at least 1"
         )
     if config.loss.balance == "gradient" and appearance == "none":
         raise UserError(
-            "loss.balance 'gradient' rescales the appearance gradient, and loss.appearance_target 'none' has none: "
+            "loss.balance 'gradient' rescales the appearance gradient, but loss.appearance_target is 'none': "
             "set loss.balance 'fixed'"
         )
     if config.loss.balance == "gradient" and (config.loss.motion <= 0 or motion == "none"):
         raise UserError(
-            "loss.balance 'gradient' measures by the motion gradient: it needs loss.motion above 0 and a motion "
-            "target; else set loss.balance 'fixed'"
+            "loss.balance 'gradient' uses the motion gradient: it needs loss.motion above 0 and a motion "
+            "target; otherwise set loss.balance 'fixed'"
         )
     if config.tokenizer.channels % 8:
         raise UserError(f"tokenizer.channels {config.tokenizer.channels}: expected a multiple of 8")
     if config.tokenizer.cache and not data.recorded:
-        raise UserError("tokenizer.cache holds codes of recorded augmentations: set data.recorded to their number")
+        raise UserError("tokenizer.cache contains codes of recorded augmentations: set data.recorded to their number")
 
 
 def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
-    """The part of `check` that all kinds of config share; a token spans `tubelet` frames and `patch`² pixels."""
+    """Does the part of `check` that all kinds of config share; a token has `tubelet` frames and `patch`² pixels."""
     data = config.data
     check_limits(config)
     if data.size % patch:
         below = max(data.size // patch, 1) * patch
-        raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; {below} would be")
+        raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; use for example {below}")
     if data.frames % tubelet:
         raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
     check_data(data)
@@ -445,11 +450,11 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
 
 
 def check_data(data: DataConfig) -> None:
-    """The part of `check` that concerns [data] alone."""
+    """Does the part of `check` that concerns only [data]."""
     check_limits(data, "data.")
     if data.min_area > data.max_area:
         raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
     if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):
         raise UserError(
-            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling takes exactly one, the other is 0"
+            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling needs exactly one; set the other to 0"
         )

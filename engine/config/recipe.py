@@ -1,7 +1,7 @@
-"""Recipes: configs as TOML files, shipped in `recipes/` or a user's own, checked key by key while they are read.
+"""Recipes: configs as TOML files, shipped in `recipes/` or written by a user; every key is checked while reading.
 
-Every table and key must exist; an unknown one is an error that names the nearest. A resolved config is written beside
-every run and into every checkpoint, and is a recipe itself.
+Every table and key must exist; the error for an unknown one names the nearest. The resolved config is written into
+every run folder and checkpoint, and can be used as a recipe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FINETUNE = "finetune"
-"""File name of the shipped recipes that fine-tune; all others pre-train."""
+"""File name of the shipped recipes for fine-tuning; all others are for pre-training."""
 
 _PATHS = {"tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
 """Keys whose values are paths of the machine that trained."""
@@ -34,8 +34,11 @@ Config = TypeVar("Config")
 
 
 def recipe_names(kind: type = PretrainConfig) -> list[str]:
-    """The shipped recipes of a kind of config: a method (`mam2-fast`), or a method on a data set (`ssv2/mam2-fast`);
-    or those that fine-tune (`ssv2/finetune`)."""
+    """Returns the names of the shipped recipes for a kind of config.
+
+    For pre-training a method (`mam2-fast`) or a method on a data set (`ssv2/mam2-fast`), else `ssv2/finetune` and so
+    on.
+    """
     finetune = kind is not PretrainConfig
     return sorted(
         name
@@ -55,14 +58,13 @@ def load_recipe(
 def load_recipe(
     name: str | Path, kind: type = PretrainConfig, /, *, size: str = "", preset: str = "", **values: Mapping[str, Any]
 ) -> Any:
-    """The config of a shipped recipe (`demo`, `mam2-fast`, `ssv2/mam2-fast`, …), of a TOML file or of a config.json.
+    """Loads the config of a shipped recipe (`demo`, `mam2-fast`, `ssv2/mam2-fast`, …), a TOML file or a config.json.
 
         load_recipe("mam2-fast", size="large", optim={"epochs": 100.0}, data={"frames": 8})
         load_recipe("kinetics400/finetune", FinetuneConfig, optim={"batch": 64})
 
-    `extends = ["mam2-fast", …]` at the head of a recipe names the recipes whose values it starts from; of several, a
-    later one overrides an earlier one. Each is a shipped recipe or a file beside it. What a recipe says itself
-    overrides them all.
+    `extends = ["mam2-fast", …]` in a recipe lists its base recipes: shipped recipes, or files in the same folder. Later
+    ones override earlier ones, and the recipe itself overrides all.
 
     Args:
         name: of a shipped recipe, or a path.
@@ -92,12 +94,20 @@ def _resized(name: str | Path, config: Any, size: str, preset: str) -> PretrainC
     return dataclasses.replace(config, model=with_preset(model, preset) if preset else model)
 
 
+def recipe_head(name: str) -> str:
+    """Returns the first line of a shipped recipe's file, which says what it is for."""
+    return _shipped()[name].read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
+
+
 def _shipped() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.toml")}
 
 
 def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) -> dict[str, Any]:
-    """The tables of a recipe, those it extends merged in; `within` are the ones that asked for it."""
+    """Returns the tables of a recipe, merged with those of its base recipes.
+
+    `within` are the recipes that extend it.
+    """
     path = _shipped().get(name) or folder / name
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(kind), n=1)
@@ -108,7 +118,7 @@ def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) 
     parse = json.loads if path.suffix == ".json" else tomllib.loads
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of both parsers, and of text that is not UTF-8
+    except ValueError as error:  # from both parsers, and for text that is not UTF-8
         raise UserError(f"recipe {path}: not a {path.suffix.lstrip('.').upper() or 'TOML'} file: {error}") from None
     extended = values.pop("extends", [])
     if not isinstance(extended, list) or not all(isinstance(other, str) for other in extended):
@@ -118,7 +128,7 @@ def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) 
         if isinstance(values.get(table), dict) and key in values[table]:
             logging.getLogger("mam2").warning("recipe %s: the key %s is now called %s", path.name, earlier, now)
     values = with_present_names(kind, values)
-    from_dict(kind, values, where=f"recipe {path.name}")  # a wrong key is named with the file it is in
+    from_dict(kind, values, where=f"recipe {path.name}")  # here, so that an error names the file with the wrong key
     merged: dict[str, Any] = {}
     for other in extended:
         merged = _merged(merged, _read_recipe(kind, other, path.parent, (*within, path.resolve())))
@@ -126,7 +136,7 @@ def _read_recipe(kind: type, name: str, folder: Path, within: tuple[Path, ...]) 
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables of `below` with the values of `above`, where both have one."""
+    """Returns the tables of `below`, overridden by those of `above`."""
     joined = below | above
     return joined | {
         key: _merged(below[key], value) for key, value in above.items() if isinstance(value, dict) and key in below
@@ -134,7 +144,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """Builds a config dataclass from nested dicts; raises UserError naming an unknown key's nearest neighbour."""
+    """Builds a config dataclass from nested dicts; the UserError for an unknown key names the nearest key."""
     fields = [f.name for f in dataclasses.fields(cls)]
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}
@@ -149,7 +159,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
                 raise UserError(f"{where}: {key!r} is a table of keys, found {value!r}")
             built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
             continue
-        allowed = get_args(hints[key])  # the strings of a Literal, else nothing
+        allowed = get_args(hints[key])  # the strings of a Literal, otherwise empty
         number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
         if not (number or value in allowed or (not allowed and type(value) is hints[key])):
             expected = " or ".join(map(repr, allowed)) or hints[key].__name__
@@ -159,7 +169,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, the inverse of `from_dict`."""
+    """Returns nested plain values; the inverse of `from_dict`."""
     return dataclasses.asdict(config)
 
 

@@ -1,4 +1,4 @@
-"""Named sizes of a model and named forms of what follows its encoder, as data on the config classes."""
+"""Named encoder sizes, and named presets of regressor and decoders, as values of the config classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, RegressorCon
 
 
 class Size(NamedTuple):
-    """An encoder's embedding width, blocks and attention heads: the fields of `ModelConfig` of these names."""
+    """An encoder's embedding width, blocks and attention heads: the fields of `ModelConfig` with these names."""
 
     width: int
     depth: int
@@ -28,7 +28,7 @@ SIZES = {
 
 
 class Preset(NamedTuple):
-    """What comes after the encoder, and how blocks and projection are built: fields of `ModelConfig`."""
+    """Regressor, decoders, LayerScale and projection norm: fields of `ModelConfig`."""
 
     regressor: RegressorConfig
     decoder: DecoderConfig
@@ -48,17 +48,18 @@ PRESETS = {
         projection_norm=True,
     ),
 }
-"""`cae` is CAE's regressor and decoders, as wide as the encoder, with its LayerScale in all blocks, the encoder's too,
-and its LayerNorm after a projection to another width; that the MLP of CAE's regressor adds to the normalized state is
-left out. `fast` halves the width and asks the visible tokens only, without these."""
+"""`cae` is CAE's regressor and decoders, as wide as the encoder, with CAE's LayerScale in all blocks, including the
+encoder's, and CAE's LayerNorm after a projection to another width. One difference: CAE's MLP adds to the normalized
+state, ours to the residual stream. `fast` has half the width, attends only to the visible tokens, and has neither
+LayerScale nor this LayerNorm."""
 
 Part = TypeVar("Part", RegressorConfig, DecoderConfig)
 
 
 def resized(model: ModelConfig, size: str) -> ModelConfig:
-    """The model with an encoder of a size of `SIZES`; regressor and decoders keep their widths relative to it.
+    """Returns the model with the encoder of a size of `SIZES`; regressor and decoders keep their widths relative to it.
 
-    VideoMAE's decoder so gets its published widths: 192, 384, 512 and 640 for small to huge.
+    VideoMAE's decoder then has its published widths: 192, 384, 512 and 640 for small to huge.
     """
     to = SIZES[size]
     scale = to.width / model.width
@@ -71,7 +72,7 @@ def resized(model: ModelConfig, size: str) -> ModelConfig:
 
 
 def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
-    """The model with regressor and decoders of a preset of `PRESETS`, scaled to its encoder."""
+    """Returns the model with regressor and decoders of a preset of `PRESETS`, scaled to its encoder."""
     of = Size(model.width, model.depth, model.heads)
     scale = model.width / SIZES["base"].width
     chosen = PRESETS[preset]
@@ -80,7 +81,8 @@ def with_preset(model: ModelConfig, preset: str) -> ModelConfig:
 
 
 def _scaled(part: Part, scale: float, encoder: Size) -> Part:
-    """`part` at `scale` times its width, heads about as wide as the encoder's, and at most a third of its depth."""
+    """`part` with `scale` times its width, heads about as wide as the encoder's, and a depth of at most a third of
+    the encoder's."""
     width = round(part.width * scale)
     head = encoder.width / encoder.heads
     most = range(1, width + 1)
@@ -90,7 +92,7 @@ def _scaled(part: Part, scale: float, encoder: Size) -> Part:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters below each direct child of `model`, in order; those it holds itself are counted under `other`."""
+    """Returns the number of parameters of each direct child of `model`, in order; its own are counted under `other`."""
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     own = sum(p.numel() for p in model.parameters(recurse=False))
     return {**parts, "other": own} if own else parts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mam2.engine.config.limits import COUNT_OR_NONE, check_flags
-from mam2.engine.data.inspect import PICTURE_SUFFIXES, draw, measure_clips_per_s, summary
+from mam2.engine.data.inspect import PICTURE_SUFFIXES, draw_histograms, measure_clips_per_s, summary
 from mam2.engine.data.manifest import (
     INDEX_SUFFIX,
     Changes,
@@ -83,5 +83,5 @@ def index(
         write_manifest(manifest, path)
     if picture:
         with writing(picture, "--plot"):
-            draw(manifest.videos, picture)
+            draw_histograms(manifest.videos, picture)
     return IndexResult(manifest=manifest, changes=changes, path=path, replaced=replaced)

@@ -173,7 +173,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
     return found
 
 
-def draw(videos: Sequence[Video], path: Path) -> None:
+def draw_histograms(videos: Sequence[Video], path: Path) -> None:
     """Draws histograms of lengths, sizes and key-frame intervals to `path`, which ends in one of PICTURE_SUFFIXES."""
     from matplotlib.figure import Figure
 

@@ -35,7 +35,7 @@ MOST_ATTEMPTS = 100
 
 CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From index in manifest.videos, recorded augmentation and view, int64 [B] on the CPU, to codes int64 [B, N, …]."""
-Plan = tuple[int, list[tuple[int, int]]]
+BatchPlan = tuple[int, list[tuple[int, int]]]
 """A step and its samples: epoch and index among the usable videos."""
 
 
@@ -152,7 +152,7 @@ class ClipLoader:
         """Returns the endless batches first_step, first_step + 1, …; their preparation starts immediately."""
         samples = self._batch // self._views
 
-        def plans() -> Iterator[Plan]:
+        def plans() -> Iterator[BatchPlan]:
             for step in itertools.count(first_step):
                 first = (step * self._world + self._rank) * samples
                 counters = range(first, first + samples)
@@ -239,7 +239,7 @@ class ClipLoader:
         self.wait_s += waited_s
         self._renderer.hand_over(batch.clip, *([] if batch.codes is None else [batch.codes]))
 
-    def _produce(self, plans: Iterable[Plan], way: _Way) -> Generator[Batch, None, None]:
+    def _produce(self, plans: Iterable[BatchPlan], way: _Way) -> Generator[Batch, None, None]:
         """Yields the planned batches. While one chunk is resized, the next is being decoded."""
         ahead: _Chunk | None = None
         for chunk in self._decoding(plans, way):
@@ -249,7 +249,7 @@ class ClipLoader:
         if ahead:
             yield from self._finished(ahead, way)
 
-    def _decoding(self, plans: Iterable[Plan], way: _Way) -> Iterator[_Chunk]:
+    def _decoding(self, plans: Iterable[BatchPlan], way: _Way) -> Iterator[_Chunk]:
         """Yields the planned batches in chunks; each request starts the decoding of the next chunk."""
         for step, planned in plans:
             clip = self._renderer.empty(len(planned), way.views)
@@ -358,7 +358,7 @@ class ClipLoader:
             raise UserError(problem)
 
 
-def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[Plan]:
+def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[BatchPlan]:
     return enumerate(iter(lambda: list(itertools.islice(samples, size)), []))
 
 

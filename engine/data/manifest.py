@@ -21,12 +21,14 @@ from tqdm import tqdm
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import list_and_split, read_source
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import one_line, whole_file
 from mam2.engine.runtime.progress import Progress
 
 INDEX_SUFFIX = ".index.jsonl"
+MANIFEST = "manifest.jsonl"
+"""Name of a manifest in the folder of a run or of a cache of codes."""
 DERIVED = ("duration_s", "front_ends")
 """Fields written for human readers; they follow from the other fields."""
 AT_ONCE = 4096
@@ -117,13 +119,13 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     earlier = before.get(path)
     # An index of an earlier version lacks some of today's fields.
     if earlier is None or (isinstance(earlier, Video) and not (earlier.content and earlier.transfer)):
-        return probe(path)
+        return probe_file(path)
     try:
         status = os.stat(path)
         now = folder_status(path) if os.path.isdir(path) else (status.st_size, status.st_mtime_ns)
     except OSError:
-        return probe(path)
-    return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe(path)
+        return probe_file(path)
+    return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)
 
 
 def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -41,7 +41,7 @@ from mam2.engine.data.decoding import (
 from mam2.engine.data.encoding import video_writer
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import Listing, list_and_split, read_source
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import (
     FULL_OR_FORBIDDEN,
@@ -55,7 +55,7 @@ from mam2.engine.files import (
 )
 
 
-class Encoder(NamedTuple):
+class VideoEncoder(NamedTuple):
     suffix: str
     name: str
     """FFmpeg's name of the encoder."""
@@ -64,8 +64,8 @@ class Encoder(NamedTuple):
 
 
 ENCODERS = {
-    "h264": Encoder(".mp4", "libx264", {"preset": "fast", "crf": "20", "bf": "0"}, {"movflags": "+faststart"}),
-    "hevc": Encoder(
+    "h264": VideoEncoder(".mp4", "libx264", {"preset": "fast", "crf": "20", "bf": "0"}, {"movflags": "+faststart"}),
+    "hevc": VideoEncoder(
         ".mp4",
         "libx265",
         {
@@ -76,7 +76,7 @@ ENCODERS = {
         },
         {"movflags": "+faststart"},
     ),
-    "vp9": Encoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
+    "vp9": VideoEncoder(".webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "4", "crf": "30", "b:v": "0"}, {}),
 }
 """H.264 and HEVC without B-frames, because DALI waits for every picture that NVDEC returns out of order. HEVC with
 closed groups of pictures, so that decoding can start at each key frame."""
@@ -122,21 +122,40 @@ class _Job(NamedTuple):
 
 
 def transcode(
-    source: str | Path, out: str | Path, settings: Settings, *, jobs: int = 0, progress: bool = True
+    data: str | Path,
+    out: str | Path,
+    *,
+    codec: Literal["h264", "hevc", "vp9"] = "h264",
+    short_side: int = 320,
+    gop: int = 30,
+    jobs: int = 0,
+    progress: bool = True,
 ) -> Outcome:
     """Re-encodes the videos of a folder, list or file into the folder `out`; existing files are kept.
 
     Files keep their path relative to the source folder; files of a list keep their path relative to their common
     folder. For a list, a list of the same name in `out` has the new paths and the old labels, without failed files
-    (tab-separated, with a header). `out/transcode.failed.tsv` lists failures. jobs: files at once, 0 for one per core.
-    Raises UserError for invalid values, and if `out` holds files of other settings.
+    (tab-separated, with a header). `out/transcode.failed.tsv` lists failures.
+
+    Args:
+        data: a folder of videos, an annotation list, or a video.
+        out: folder for the new videos.
+        codec: h264 or hevc, which NVDEC decodes, or vp9, which DALI decodes on a CPU.
+        short_side: pixels of the shorter side; smaller videos keep their size.
+        gop: the most frames from a key frame to the next.
+        jobs: files at once; 0 for one per core.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for invalid values, and if `out` holds files of other settings.
     """
+    settings = Settings(codec=codec, short_side=short_side, gop=gop)
     out = Path(out).absolute()
     _check(settings, jobs)
-    listing = read_source(source)
+    listing = read_source(data)
     for note in listing.notes:
         tqdm.write(one_line(note), file=sys.stderr)
-    source = list_and_split(source)[0]
+    source = list_and_split(data)[0]
     plan = _plan(source, listing, out, settings)
     _claim(out, settings)
     stop = threading.Event()
@@ -214,7 +233,7 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
     """Returns the written file, None for an existing file, or the reason of a failure."""
     if _is_newer(job.target, job.source):
         return None
-    video = probe(job.source)
+    video = probe_file(job.source)
     if isinstance(video, Skipped):
         return video.reason
     aside = job.target.with_name(f".part-{job.target.name}")

@@ -141,7 +141,7 @@ class Skipped:
     mtime_ns: int = 0
 
 
-def probe(path: str, label: int = -1) -> Video | Skipped:
+def probe_file(path: str, label: int = -1) -> Video | Skipped:
     """Opens a video or a folder of images, decodes its first frame and counts the others."""
     size, mtime_ns = 0, 0
 

@@ -3,6 +3,7 @@
 features.py, feature_files.py             frozen features, kept by the hash of the encoder
 pools.py                                  over which tokens of a clip a feature is taken
 embedding.py, embedding_files.py          features of videos, and of windows over long ones, as files
+segments.py                               probes of temporal segments from windows
 probing.py, probe_run.py                  all probes: linear_probe.py, attentive.py, knn.py
 neighbors.py                              without training: retrieval.py; mask_propagation.py, propagation.py,
                                           mask_clips.py

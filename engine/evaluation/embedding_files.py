@@ -14,11 +14,13 @@ import importlib.util
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mam2.engine.checkpoints.weight_files import open_safetensors
 from mam2.engine.errors import UserError
 from mam2.engine.files import NAMES, whole_file, write_whole
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from mam2.engine.evaluation.embedding import Embedding
 
 SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet")
+_Contents = tuple[dict[str, Any], list[str], dict[str, Any]]
+"""Arrays of a file by their names, the path of each row's video, and what the file says of itself."""
 ROWS_AT_ONCE = 65536
 """Rows of a group in a parquet file; one group is in memory while it is written."""
 
@@ -45,6 +49,70 @@ def write_embedding(out: Path, embedding: Embedding) -> None:
     ](out, embedding)
     if embedding.start_s is not None:
         write_whole(out.with_suffix(".csv"), _table(embedding))
+
+
+def is_embedding_file(path: Path) -> bool:
+    """Whether a file is one that `write_embedding` wrote, not weights."""
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        return False
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            return "about" in (file.metadata() or {})
+    return True
+
+
+def read_embedding(path: Path) -> Embedding:
+    """What `write_embedding` wrote. Raises UserError for anything else."""
+    from mam2.engine.evaluation.embedding import Embedding
+
+    read = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
+    try:
+        arrays, paths, about = read[path.suffix](path)
+        skipped = about.pop("skipped", {})
+        return Embedding(
+            features=arrays["features"],
+            paths=tuple(paths),
+            labels=np.asarray(arrays["label"], np.int64),
+            start_s=arrays.get("start_s"),
+            end_s=arrays.get("end_s"),
+            skipped=skipped,
+            about=about,
+        )
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: expected features that mam2 embed wrote: {type(error).__name__}: {error}") from None
+
+
+def _read_npy(path: Path) -> _Contents:
+    about = json.loads(path.with_suffix(".json").read_text(encoding="ascii"))
+    arrays = {name: np.array(about.pop(name), np.float64) for name in ("start_s", "end_s") if name in about}
+    arrays |= {"features": np.load(path, mmap_mode="r"), "label": np.array(about.pop("labels"))}
+    return arrays, about.pop("paths"), about
+
+
+def _read_npz(path: Path) -> _Contents:
+    with np.load(path) as file:
+        arrays = dict(file)
+    videos = json.loads(str(arrays.pop("paths")))
+    return arrays, [videos[place] for place in arrays["video"]], json.loads(str(arrays.pop("about")))
+
+
+def _read_safetensors(path: Path) -> _Contents:
+    with open_safetensors(path) as file:
+        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        videos, about = (json.loads(file.metadata()[name]) for name in ("paths", "about"))
+    return arrays, [videos[place] for place in arrays["video"]], about
+
+
+def _read_parquet(path: Path) -> _Contents:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path}: parquet needs pyarrow (pip install pyarrow)")
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    times = [name for name in ("start_s", "end_s") if name in table.column_names]
+    arrays = {name: table[name].to_numpy() for name in ("label", *times)}
+    arrays["features"] = np.stack(table["feature"].to_numpy())
+    return arrays, table["path"].to_pylist(), json.loads(table.schema.metadata[b"mam2"])
 
 
 def _write_npy(out: Path, embedding: Embedding) -> None:

@@ -35,7 +35,7 @@ from mam2.engine.runtime.device import autocast, matmul_dtype
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
 224² takes 0.2 MB in float16 then, at a width of 768; all its tokens 2.4."""
-Kind = Pool | Literal["cells"]
+FeatureKind = Pool | Literal["cells"]
 
 
 class FeatureSpec(NamedTuple):
@@ -44,7 +44,7 @@ class FeatureSpec(NamedTuple):
     frozen: FrozenEncoder
     layer: int
     """From 1; the last one's tokens have passed the encoder's final LayerNorm."""
-    kind: Kind
+    kind: FeatureKind
 
 
 class FeatureCache:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FRAMES = 24
+CLIP_FRAMES = 24
 OBJECTS = 2
 TEXELS = 24
 """Rows and columns of random colors that a texture is stretched from."""
@@ -21,9 +21,9 @@ LOBES = 3
 
 class MaskClip(NamedTuple):
     frames: Tensor
-    """uint8 [FRAMES, size, size, 3]."""
+    """uint8 [CLIP_FRAMES, size, size, 3]."""
     masks: Tensor
-    """int64 [FRAMES, size, size]: 0 for the background, 1 to OBJECTS; a higher number covers a lower one."""
+    """int64 [CLIP_FRAMES, size, size]: 0 for the background, 1 to OBJECTS; a higher number covers a lower one."""
 
 
 def render_mask_clip(number: int, size: int, seed: int = 0) -> MaskClip:
@@ -33,13 +33,13 @@ def render_mask_clip(number: int, size: int, seed: int = 0) -> MaskClip:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    progress = torch.linspace(-0.5, 0.5, FRAMES)
+    progress = torch.linspace(-0.5, 0.5, CLIP_FRAMES)
     places = (torch.arange(size) + 0.5) / size * 2 - 1  # of the pixels' centers, -1 to 1
     y, x = torch.meshgrid(places, places, indexing="ij")
     drift = uniform(-0.3, 0.3, 2)
     here = torch.stack([x, y], -1) - progress[:, None, None, None] * drift
     frames = _texture(here * 0.8, generator)
-    masks = torch.zeros(FRAMES, size, size, dtype=torch.int64)
+    masks = torch.zeros(CLIP_FRAMES, size, size, dtype=torch.int64)
     for place in range(OBJECTS):
         angle = uniform(0, 6.28, 1)
         way = torch.cat([angle.cos(), angle.sin()]) * uniform(0.5, 1.0, 1)

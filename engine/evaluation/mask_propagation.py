@@ -17,7 +17,7 @@ from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.linear_probe import bootstrap
-from mam2.engine.evaluation.mask_clips import FRAMES, OBJECTS, MaskClip, render_mask_clip
+from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, MaskClip, render_mask_clip
 from mam2.engine.evaluation.propagation import propagate_masks, score_masks
 from mam2.engine.evaluation.report import draw_rows
 from mam2.engine.files import printable
@@ -136,7 +136,7 @@ def _score(
 
 def _colored(clip: MaskClip, masks: Tensor) -> Tensor:
     """Some frames of a clip with the masks over them: float [DRAWN_FRAMES, S, S, 3] in 0 to 1."""
-    places = torch.linspace(0, FRAMES - 1, DRAWN_FRAMES).round().long()
+    places = torch.linspace(0, CLIP_FRAMES - 1, DRAWN_FRAMES).round().long()
     gray = clip.frames[places].float().mean(-1, keepdim=True) / 255
     colors = torch.tensor(COLORS)[masks[places]]
     return torch.where(masks[places][..., None] > 0, 0.4 * gray + 0.6 * colors, 0.6 * gray)

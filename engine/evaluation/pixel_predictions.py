@@ -11,12 +11,12 @@ from torch import Tensor
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.evaluation.motion_pictures import motion_picture
 from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
-from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, hide
+from mam2.engine.evaluation.pretext import ClipReconstruction, evaluation_mask, hide
 from mam2.engine.model.videomae import VideoMAE
 
 
 @torch.no_grad()
-def reconstruct_pixels(model: VideoMAE, clip: Tensor, config: PretrainConfig) -> Reconstruction:
+def reconstruct_pixels(model: VideoMAE, clip: Tensor, config: PretrainConfig) -> ClipReconstruction:
     """Masks clips uint8 [B, T, H, W, C], predicts them, and brings the predictions back to pixels."""
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     cubes = token_cubes(clip, config)
@@ -30,7 +30,7 @@ def reconstruct_pixels(model: VideoMAE, clip: Tensor, config: PretrainConfig) ->
             "predicted_motion": motion_picture(laid_out(predicted_motion, config)),
         }
     original = laid_out(cubes[:, :, 0], config)
-    return Reconstruction(
+    return ClipReconstruction(
         original=original,
         masked=hide(original, mask, config),
         appearance=laid_out(completed[:, :, 0], config).clamp(0, 1),

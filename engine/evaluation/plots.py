@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from mam2.engine.errors import UserError
+from mam2.engine.runtime.log import read_log
 
 Lines = Sequence[Mapping[str, Any]]
 """Of a log, as `mam2.engine.runtime.log.read_log` gives them."""
@@ -147,3 +152,53 @@ def png(figure: Any) -> bytes:
     # tight: the layout can leave too little room for a long label beside pictures of a fixed aspect
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def plot(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    against: Literal["step", "hours", "both"] = "both",
+) -> Path:
+    """Draws the curves of one run, or of several in the same axes; returns the picture's path.
+
+    Args:
+        runs: run folders; a run that is still going on is drawn as far as it is.
+        out: the picture, PNG; None for curves.png in the folder of a single run, runs.png here for several.
+        against: what the curves are drawn over; hours leave out the time between a stop and a resume.
+
+    Raises:
+        UserError: for folders without a log, and a place that cannot be written.
+    """
+    folders, target = tuple(map(Path, runs)), Path(out) if out else None
+    if not runs:
+        raise UserError("plot: expected at least one run folder: mam2 plot RUN [RUN …] --out FILE")
+    if target and target.suffix.lower() != ".png":
+        raise UserError(f"--out {target}: expected a name that ends in .png")
+    logs = {}
+    for folder in folders:
+        if not (folder / "log.jsonl").is_file():
+            raise UserError(
+                f"{folder} contains no log.jsonl: expected run folders, those passed to pretrain with --out"
+            )
+        logs[_name(folder, folders)] = read_log(folder)
+    try:
+        picture = draw_logs(logs, against=("step", "hours") if against == "both" else (against,))
+    except ValueError:
+        raise UserError(
+            f"{', '.join(map(str, runs))}: no log line yet; the first comes after run.log_every steps"
+        ) from None
+    file = target or (folders[0] / "curves.png" if len(runs) == 1 else Path("runs.png"))
+    try:
+        file.write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
+    return file
+
+
+def _name(folder: Path, runs: tuple[Path, ...]) -> str:
+    """Returns a run's name: its path relative to the common folder of all runs."""
+    absolute = [path.resolve() for path in runs]
+    if len(set(absolute)) == 1:
+        return folder.resolve().name
+    return str(folder.resolve().relative_to(os.path.commonpath(absolute)))

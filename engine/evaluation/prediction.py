@@ -22,7 +22,7 @@ from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.prediction_files import PredictionFiles
 from mam2.engine.evaluation.views import classify_views
@@ -136,7 +136,7 @@ class Predictor:
         waiting = iter(paths)
         with ThreadPoolExecutor(min(group, 8)) as pool:
             while taken := list(islice(waiting, group)):
-                looked_at = list(pool.map(lambda path: probe(str(Path(path).absolute())), taken))
+                looked_at = list(pool.map(lambda path: probe_file(str(Path(path).absolute())), taken))
                 found = self._classified(tuple(video for video in looked_at if isinstance(video, Video)))
                 for one in looked_at:
                     yield one if isinstance(one, Skipped) else next(found)

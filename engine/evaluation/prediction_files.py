@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mam2.engine.data.decoding import DecodeError, decode_frames
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, make_folder, printable, write_whole, writing
 
@@ -124,7 +124,7 @@ def draw_prediction(path: str, top: Top) -> bytes | None:
     decoded any more."""
     from matplotlib.figure import Figure  # imported here: predictions without pictures need none
 
-    video = probe(path)
+    video = probe_file(path)
     if isinstance(video, Skipped):
         return None
     try:

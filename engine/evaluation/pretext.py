@@ -16,7 +16,7 @@ from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
 from mam2.engine.evaluation.scores import joined, score
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask
+from mam2.engine.model.masking import sample_masks
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
 
@@ -73,11 +73,11 @@ def measure_pretext(
 
 def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0) -> TubeMask:
     """The masks that evaluation uses for clips [B, T, H, W, C]: of a step that no training reaches."""
-    return draw_mask(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
+    return sample_masks(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reconstruction:
+class ClipReconstruction:
     """Pictures of clips, float [B, T', H, W, C] in 0 to 1: one for each slot, by its first frame."""
 
     original: Tensor
@@ -94,7 +94,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> Reconstruction:
+def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> ClipReconstruction:
     """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels.
 
     tokenizer: only read where codes are predicted.
@@ -116,7 +116,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
         appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
     if config.loss.motion_target != "none":
         motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
-    return Reconstruction(
+    return ClipReconstruction(
         original=frames,
         masked=hide(frames, mask, config),
         codes=true_codes,

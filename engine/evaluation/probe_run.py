@@ -22,7 +22,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec, Kind, cell_grid
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureKind, FeatureSpec, cell_grid
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool, token_groups
@@ -70,6 +70,8 @@ class ProbeReport:
     commonest: float
     """Accuracy of always answering the test videos' commonest class."""
     scores: tuple[Score, ...]
+    unit: str = "videos"
+    """What is counted: videos, or segments of videos."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def probe_encoders(
         if not all(1 <= layer <= frozen.depth for layer in layers):
             raise UserError(f"--layers {list(layers)}: {frozen.name} has the layers 1 to {frozen.depth}")
     train, test = _splits(data, val, group, progress)
-    kinds: list[Kind] = [*pools] if set(probes) - {"attentive"} else []
+    kinds: list[FeatureKind] = [*pools] if set(probes) - {"attentive"} else []
     if "attentive" in probes:
         kinds.append("cells")
     wanted = [

@@ -13,8 +13,10 @@ from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, 
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation.embedding_files import is_embedding_file
 from mam2.engine.evaluation.pools import Pool
 from mam2.engine.evaluation.probe_run import Probe, ProbeReport, probe_encoders
+from mam2.engine.evaluation.segments import probe_segments
 from mam2.engine.files import check_apart, check_folder, write_whole, writing
 from mam2.engine.runtime.device import pick_device
 
@@ -44,7 +46,9 @@ def probe(
 
     Args:
         checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
-            `random` is an encoder with random weights, like the first of the others, or of `recipe`.
+            `random` is an encoder with random weights, like the first of the others, or of `recipe`. Or files that
+            `embed` wrote with windows: `data` and `val` are then lists of segments with columns for path, start, end
+            (seconds) and label, see `mam2.engine.evaluation.segments`.
         data: a labeled folder or list to train the probes on.
         val: one to test on; None: a fifth of each class of `data`, or of its groups.
         recipe: of pre-training: model and clips of the checkpoint `random`.
@@ -84,6 +88,12 @@ def probe(
             check_folder(Path(out).absolute().parent)
     for source in (data, val or data):
         check_source(source)
+    files = [Path(path) for path in dict.fromkeys(checkpoints) if is_embedding_file(Path(path))]
+    if files and len(files) < len(set(checkpoints)):
+        raise UserError("probe: name checkpoints, or files of features, not both")
+    if files:
+        result = probe_segments(files, data, val, probes=tuple(dict.fromkeys(probes)))
+        return _written(result, out)
     run = RunConfig(device=device, precision=precision)
     encoders = load_all_frozen(
         list(dict.fromkeys(map(Path, checkpoints))),
@@ -107,6 +117,10 @@ def probe(
         run=run,
         progress=progress,
     )
+    return _written(result, out)
+
+
+def _written(result: ProbeReport, out: str | Path | None) -> ProbeReport:
     if out is not None:
         with writing(out):
             write_whole(Path(out), json.dumps(dataclasses.asdict(result), indent=1) + "\n")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mam2.engine.evaluation.plots import draw_logs, png
-from mam2.engine.evaluation.pretext import Reconstruction
+from mam2.engine.evaluation.pretext import ClipReconstruction
 from mam2.engine.runtime.log import read_log
 
 ROWS = {
@@ -27,12 +27,12 @@ ROWS = {
 }
 
 
-def draw_strips(strips: Reconstruction, titles: Sequence[str]) -> bytes:
+def draw_strips(strips: ClipReconstruction, titles: Sequence[str]) -> bytes:
     """PNG: for each clip a column of slots over time, one row for each thing shown."""
     return draw_rows([(ROWS[name], pictures) for name, pictures in shown(strips).items()], titles)
 
 
-def shown(strips: Reconstruction) -> dict[str, Tensor]:
+def shown(strips: ClipReconstruction) -> dict[str, Tensor]:
     """What there is of the pictures, in the order of `ROWS`."""
     return {name: getattr(strips, name) for name in ROWS if getattr(strips, name) is not None}
 

@@ -30,7 +30,7 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.pixel_predictions import reconstruct_pixels
-from mam2.engine.evaluation.pretext import Reconstruction, evaluation_mask, reconstruct
+from mam2.engine.evaluation.pretext import ClipReconstruction, evaluation_mask, reconstruct
 from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
@@ -139,7 +139,7 @@ def _look(
     """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
     model, config = load_pretrained(path, device, **said)
     model.eval()
-    predict: Callable[[Tensor], Reconstruction]
+    predict: Callable[[Tensor], ClipReconstruction]
     codes = None
     if isinstance(model, MAM2):
         if config.needs_codes:
@@ -149,11 +149,11 @@ def _look(
                     f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
                 )
 
-        def predict(clip: Tensor) -> Reconstruction:
+        def predict(clip: Tensor) -> ClipReconstruction:
             return reconstruct(model, codes, clip, config)
     else:
 
-        def predict(clip: Tensor) -> Reconstruction:
+        def predict(clip: Tensor) -> ClipReconstruction:
             return reconstruct_pixels(model, clip, config)
 
     found = {}

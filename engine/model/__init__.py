@@ -1,9 +1,9 @@
-"""The networks: MAM2, its VideoMAE baseline, and the classifier on top of the encoder.
+"""The networks: MAM2, the VideoMAE baseline, and the classifier on the encoder.
 
 encoder.py -> regressor.py -> decoders.py are the parts of mam2.py; videomae.py has one decoder (VideoMAE, MAE-DFER)
 blocks.py           transformer blocks; positions.py; attention.py: one function, several implementations
-attention_tuning.py measures which implementation is the fastest here; attention_packages.py: those of other packages
+attention_tuning.py measures which implementation is fastest here; attention_packages.py: those of other packages
 build.py            the model that a config describes
-masking.py          the mask of a step; motion_targets.py: what the motion decoder predicts
+masking.py          the mask of a step; motion_targets.py: the targets of the motion decoder
 classifier.py       pooled tokens and a linear head; text_head.py: text embeddings as the head
 """

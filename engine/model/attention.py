@@ -1,15 +1,15 @@
 """Scaled dot-product attention: one function, several implementations.
 
-Shapes: B clips, N queries, M keys, H heads, K values a head. softmax(q kᵀ / √K) v, no mask, no dropout.
-Where attention_tuning.py has measured a shape, its winner runs: one of PyTorch's kernels, or xformers or
-FlashAttention 4 where they are installed. Elsewhere PyTorch's `scaled_dot_product_attention` chooses its kernel (on
-Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
+Shapes: B clips, N queries, M keys, H heads, K values per head. softmax(q kᵀ / √K) v, no mask, no dropout.
+For a shape that attention_tuning.py has measured, the fastest implementation runs: one of PyTorch's kernels, or
+xformers or FlashAttention 4 if they are installed. For other shapes PyTorch's `scaled_dot_product_attention` chooses
+its kernel (on Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
 
-In 16 bits the keys are centred first. While a model is young its tokens resemble each other, and the gradient of the
-scores is a small difference of large numbers, whose rounding errors (in flash attention those of the row sums of
-gradient times output) hit all keys alike: the query's gradient can come out wrong by more than its own size (see arXiv
-2510.04212). What all keys share cancels in the softmax; without it the function is the same, and common errors cancel
-too. `products` rounds the large numbers themselves, gradient times values, so it centres the values as well.
+In 16 bits the keys are centered first. Early in training the tokens are similar, and the gradient of the scores is a
+small difference of large numbers. Its rounding errors (in flash attention those of the row sums of gradient times
+output) are the same for all keys, so that the error of the query's gradient can exceed its size (see arXiv 2510.04212).
+The common part of the keys cancels in the softmax: without it the result is the same, and the common errors cancel too.
+`products` rounds the large numbers themselves, gradient times values, and therefore also centers the values.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-"""Kernels of PyTorch's function, forced one by one; `sdpa` leaves the choice to it."""
+"""Kernels of PyTorch's function, each forced; `sdpa` leaves the choice to PyTorch."""
 
 Key = tuple[str, torch.dtype, int, int, int, int]
-"""Device type, dtype, queries, keys, heads and values a head."""
+"""Device type, dtype, queries, keys, heads and values per head."""
 _chosen: dict[Key, Backend] = {}
 
 
 def set_choices(choices: Mapping[Key, Backend]) -> None:
-    """From now on `attention(backend="auto")` runs these for their shapes, and what was set before for none.
+    """Sets the implementations that `attention(backend="auto")` runs for these shapes; drops all earlier choices.
 
-    To be called before anything is compiled: a compiled function keeps the choice that it was traced with.
+    Call it before compiling: a compiled function keeps the choices of its tracing.
     """
     _chosen.clear()
     _chosen.update(choices)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", center: bool = True) -> Tensor:
-    """Attention of every query over all keys.
+    """Computes attention of every query over all keys.
 
     Args:
         q: queries [B, N, H, K], float, any strides with the last dimension dense.
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
-        backend: `auto` takes what was measured for the shape, else what `active_backend` names; the others force one.
-            `products` holds B·H·N·M scores.
-        center: where q, k, v are bfloat16 or float16, as above; False is for comparison.
+        backend: `auto` uses the measured choice for the shape, else that of `active_backend`; the others force one.
+            `products` stores B·H·N·M scores.
+        center: center keys (and values) in bfloat16 or float16, as above; False is for comparisons.
 
     Returns:
         [B, N, H, K], the dtype of `q`, differentiable in all three; works under `torch.compile(fullgraph=True)`.
 
     Raises:
-        ValueError: an unknown backend, shapes that do not fit together, or a package forced where it does not run.
+        ValueError: an unknown backend, inconsistent shapes, or a forced package that does not run here.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, found {backend!r}")
@@ -75,12 +75,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
         backend = active_backend(q.device, q.dtype)
     if backend in OPERATORS and (reason := why_not(backend, q.device, q.dtype, q.shape[-1])):  # type: ignore[arg-type]
         raise ValueError(
-            f"backend: {backend} does not run for {q.dtype} on {q.device} with {q.shape[-1]} values a head ({reason}); "
+            f"backend: {backend} does not run for {q.dtype}, {q.device} and {q.shape[-1]} values per head ({reason}); "
             "use 'auto' or 'sdpa'"
         )
     center = center and q.dtype in (torch.bfloat16, torch.float16)
     if center:
-        k = k - k.detach().mean(1, keepdim=True)  # detached: the function does not depend on it
+        k = k - k.detach().mean(1, keepdim=True)  # detached: the result does not depend on the mean
     if backend == "xformers":
         return torch.ops.mam2_engine.memory_efficient_attention(q, k, v)[0]
     if backend == "flash4":
@@ -111,6 +111,6 @@ def _choice(device: str, dtype: torch.dtype, queries: int, keys: int, heads: int
 
 
 def active_backend(device: torch.device, dtype: torch.dtype) -> Literal["products", "sdpa"]:
-    """The implementation that `attention(backend="auto")` runs for shapes that were not measured."""
-    # The fused kernel's bfloat16 backward pass is slower than its float32 one on a CPU.
+    """Returns the implementation that `attention(backend="auto")` runs for shapes without a measurement."""
+    # On a CPU, the fused kernel's backward pass is slower in bfloat16 than in float32.
     return "products" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"

@@ -1,11 +1,11 @@
-"""Attention of other packages, xformers and FlashAttention 4, as operators that torch.compile and autograd know.
+"""Wraps the attention of xformers and FlashAttention 4 as custom operators for torch.compile and autograd.
 
-Shapes: B clips, N queries, M keys, H heads, K values a head; q [B, N, H, K], k and v [B, M, H, K].
-Neither package's dispatch can be traced by Dynamo, so the halves that they offer, forward with the log-sum-exp and
-backward, are called inside custom operators. Outputs are made contiguous, as the fakes promise.
+Shapes: B clips, N queries, M keys, H heads, K values per head; q [B, N, H, K], k and v [B, M, H, K].
+Dynamo cannot trace the packages' dispatch. The custom operators therefore call the packages' forward pass (with the
+log-sum-exp) and backward pass directly. Outputs are made contiguous, as the fake implementations declare.
 
-Whether a package runs is found out by trying it once: a wheel for another torch or CUDA, or a package beside it that
-does not import, fails in many ways.
+A package is tried once to find out whether it runs: a wheel for another torch or CUDA, or a broken dependency, fails in
+many ways.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Package = Literal["xformers", "flash4"]
 MODULES = {"xformers": "xformers.ops", "flash4": "flash_attn.cute.interface"}
 DISTRIBUTIONS = {"xformers": "xformers", "flash4": "flash-attn-4"}
 FAILURES = (ImportError, OSError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
-"""What packages raise that lack an operator for some inputs, or were built for another torch or CUDA."""
+"""Exceptions of packages that lack an operator for some inputs, or were built for another torch or CUDA."""
 
 Halves = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]
 
 
 def _register(name: str, run: Callable[..., tuple[Tensor, ...]], run_back: Callable[..., tuple[Tensor, ...]]) -> Halves:
-    """The operator `mam2_engine::name` and its backward half.
+    """Registers the operator `mam2_engine::name` and its backward operator.
 
     run: q, k, v -> output and log-sum-exp. run_back: gradient, output, log-sum-exp, q, k, v -> their three gradients.
     """
@@ -38,7 +38,7 @@ def _register(name: str, run: Callable[..., tuple[Tensor, ...]], run_back: Calla
     @torch.library.custom_op(f"mam2_engine::{name}", mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, log_sum_exp, *_ = run(q, k, v)
-        return out.contiguous(), log_sum_exp[..., : q.shape[1]].contiguous()  # CUTLASS pads it to a multiple of 32
+        return out.contiguous(), log_sum_exp[..., : q.shape[1]].contiguous()  # CUTLASS pads to a multiple of 32
 
     @forward.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _xformers_backward(
 
 
 def _flash4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    from flash_attn.cute.interface import _flash_attn_fwd  # the halves that PyTorch's own `_fa4` calls as well
+    from flash_attn.cute.interface import _flash_attn_fwd  # the functions that PyTorch's `_fa4` also calls
 
     return _flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
 
@@ -102,14 +102,14 @@ OPERATORS: dict[str, Halves] = {
     "xformers": _register("memory_efficient_attention", _xformers, _xformers_backward),
     "flash4": _register("flash_attention_4", _flash4, _flash4_backward),
 }
-"""Forward and backward half by package."""
+"""Forward and backward operator by package."""
 
 
-# Dynamo takes the answer as given: traced, the trial would meet fakes that never refuse. It looks through a cache
-# to the function below it, so the two decorators cannot share one.
+# Dynamo must treat the result as a constant: a traced trial would use fake tensors, which never fail. Dynamo ignores a
+# cache and traces the function below it, so that the two decorators need separate functions.
 @torch.compiler.assume_constant_result
 def why_not(package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What keeps a package from running forward and backward for such inputs; "" where it runs."""
+    """Returns why a package cannot run forward and backward for such inputs; "" if it can."""
     return _try(package, device, dtype, head_dim)
 
 
@@ -124,7 +124,7 @@ def _try(package: Package, device: torch.device, dtype: torch.dtype, head_dim: i
 
 
 def trial(package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Runs both halves on a few zeros; what went wrong, in a line."""
+    """Runs both operators on a few zeros; returns what went wrong in one line, or ""."""
     q, k, v, grad = (torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype) for _ in range(4))
     forward, backward = OPERATORS[package]
     try:
@@ -135,7 +135,7 @@ def trial(package: Package, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 def operator_name(package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The operator that a package which runs takes for such inputs, by the package's own name for it."""
+    """Returns the package's name of the operator that it uses for such inputs."""
     if package == "flash4":
         return "flash_attn.cute"
     q, k, v = (torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype) for _ in range(3))
@@ -143,11 +143,11 @@ def operator_name(package: Package, device: torch.device, dtype: torch.dtype, he
         fmha = importlib.import_module("xformers.ops.fmha")
         return str(fmha._dispatch_fw(fmha.Inputs(query=q, key=k, value=v), True).NAME)
     except FAILURES as error:  # not a public function
-        return f"an operator whose name it does not tell ({type(error).__name__})"
+        return f"an operator of unknown name ({type(error).__name__})"
 
 
 def _reason(error: Exception) -> str:
-    """xformers' reason for each of its operators, else the first line of a message."""
+    """Returns xformers' reason for each of its operators, else the first line of a message."""
     refused = re.findall(r"`(\S+)` is not supported because:\n\s*(.+)", str(error))
     if refused:
         return "; ".join(f"{name}: {why}" for name, why in refused)

@@ -1,8 +1,8 @@
-"""Which implementation of attention is the fastest for the shapes of a run: measured, and remembered.
+"""Measures which implementation of attention is fastest for the shapes of a run, and stores the choice.
 
-Every candidate has to give PyTorch's own result first. The winner depends on timing, and another implementation gives
-other bits: so a run keeps its choice in RUN/attention.json, and a resumed one on such a GPU reads it. On a CPU nothing
-is measured for a run: there the rule in attention.py holds, and a run repeats bit for bit.
+Every candidate must first reproduce PyTorch's result. The choice depends on timing, and another implementation gives
+other bits. A run therefore stores its choice in RUN/attention.json, and a resumed run on the same GPU model reads it.
+On a CPU a run measures nothing: the rule in attention.py applies, and a run repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mam2.engine.runtime.cuda import CudaRecorder
 FILE = "attention.json"
 ROUNDS = 9
 CALLS = 10
-"""Of a round on a GPU, replayed as one CUDA graph: the host's time, which a step does not see, is left out."""
+"""Calls per round on a GPU, replayed as one CUDA graph, which leaves out host time that does not slow down a step."""
 MOST_SCORES = 10**9
-"""Bytes of the scores up to which `products`, which writes them, is tried."""
+"""Maximum bytes of scores for which `products`, which stores them, is tried."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-"""Largest distance of output and gradients from PyTorch's own, relative to their norm."""
+"""Largest distance of output and gradients from PyTorch's, relative to their norm."""
 
 
 class Shape(NamedTuple):
-    """Of one attention: B clips, N queries, M keys, H heads of K values."""
+    """Shape of one attention: B clips, N queries, M keys, H heads of K values."""
 
     batch: int
     queries: int
@@ -48,15 +48,15 @@ class Shape(NamedTuple):
         return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     backends: dict[str, Backend]
-    """By the part of the model."""
+    """Implementation by part of the model."""
     lines: list[str]
-    """For the log."""
+    """Lines for the log."""
 
 
 def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
-    """The attentions of a forward pass on `batch` clips, by the part of the model they are in."""
+    """Returns the attention shapes of a forward pass on `batch` clips, by part of the model."""
     model, (slots, rows, columns) = config.model, config.grid
     masked = config.decoded_tokens
     visible = slots * rows * columns - config.masked_tokens
@@ -81,13 +81,13 @@ def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
 
 
 def classifier_shapes(config: FinetuneConfig, batch: int) -> dict[str, Shape]:
-    """The attention of a classifier on `batch` clips, which sees all tokens."""
+    """Returns the attention shape of a classifier on `batch` clips; it sees all tokens."""
     tokens, model = math.prod(config.grid), config.model
     return {"encoder": Shape(batch, tokens, tokens, model.heads, model.width // model.heads)}
 
 
 def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[Backend, float]:
-    """Milliseconds of a forward and a backward pass, the fastest first; only of what runs and is right here."""
+    """Returns milliseconds of forward plus backward, the fastest first, for implementations that run and are right."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -112,7 +112,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[Back
             distances = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(mine, exact, strict=True)]
             if max(distances) <= TOLERANCE.get(dtype, 1e-3):
                 found[backend] = _median_ms(lambda backend=backend: outputs(backend), device)  # type: ignore[misc]
-        except (RuntimeError, ValueError):  # it has no kernel for these inputs, or none that a graph can hold
+        except (RuntimeError, ValueError):  # no kernel for these inputs, or none that can be captured
             continue
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -123,16 +123,16 @@ def use_fastest(
     dtype: torch.dtype,
     *,
     run: Path | None = None,
-    broadcast: Callable[[Callable[[], Choice]], Choice] = lambda make: make(),
+    broadcast: Callable[[Callable[[], AttentionChoice]], AttentionChoice] = lambda make: make(),
 ) -> list[str]:
-    """Chooses for these shapes and lets `attention` run the winners from now on, and nothing chosen before.
+    """Chooses implementations for these shapes and sets them for `attention`; drops all earlier choices.
 
     Args:
         shapes: from `shapes_of` or `classifier_shapes`.
-        device: a CPU measures nothing.
-        dtype: of the matrix products.
-        run: the run's folder, which keeps the choice; None measures and keeps nothing.
-        broadcast: gives all processes of a run what the first one found, see `World.broadcast`.
+        device: device of the model; on a CPU nothing is measured.
+        dtype: dtype of the matrix products.
+        run: the run's folder, which stores the choice; None measures without storing.
+        broadcast: broadcasts rank 0's choice to all processes of a run, see `World.broadcast`.
 
     Returns:
         Lines for the log.
@@ -140,21 +140,23 @@ def use_fastest(
     if device.type != "cuda":
         set_choices({})
         return []
-    choice = broadcast(lambda: choose(shapes, device, dtype, run))
+    choice = broadcast(lambda: choose_attention(shapes, device, dtype, run))
     use(choice, shapes, device, dtype)
     return choice.lines
 
 
-def use(choice: Choice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
-    """Lets `attention` run a choice for its shapes."""
+def use(choice: AttentionChoice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
+    """Sets a choice for its shapes in `attention`."""
     set_choices({(device.type, dtype, *shape[1:]): choice.backends[name] for name, shape in shapes.items()})
 
 
-def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None) -> Choice:
-    """Measures shapes, or takes what RUN/attention.json says of them; changes nothing but this file.
+def choose_attention(
+    shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None
+) -> AttentionChoice:
+    """Measures shapes, or reads their choices from RUN/attention.json; changes only this file.
 
-    What was measured on another device, or needs a package that does not run here, is measured anew. Raises UserError
-    for a file that is not one of ours.
+    Choices from another device, or for a package that does not run here, are measured again. Raises UserError if the
+    file is not a measurement of a run.
     """
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     file = run / FILE if run else None
@@ -164,9 +166,9 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         missing = _missing(found, shapes, device, dtype)
         if saved == machine and not missing:
             told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
-            return Choice(found, told)
+            return AttentionChoice(found, told)
         why = missing or f"it was measured on {saved}, this is {machine}"
-        lines = [f"attention measured anew, {file} does not fit: {why}; the bits may differ from here"]
+        lines = [f"attention measured again, {file} does not apply: {why}; results may differ in bits from here on"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
     times = {name: by_shape[shape] for name, shape in shapes.items()}
     chosen: dict[str, Backend] = {name: next(iter(row), active_backend(device, dtype)) for name, row in times.items()}
@@ -175,9 +177,11 @@ def choose(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
         text = json.dumps({"device": machine, "parts": parts}, indent=1) + "\n"
         file.write_text(text, encoding="utf-8")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # DALI takes its memory beside PyTorch's
+        torch.cuda.empty_cache()  # DALI needs memory outside of PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
-    return Choice(chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())])
+    return AttentionChoice(
+        chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())]
+    )
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:
@@ -185,7 +189,7 @@ def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:
 
 
 def _read(file: Path, shapes: Mapping[str, Shape]) -> tuple[str, dict[str, Backend]]:
-    """The device that a file was measured on, and its choice."""
+    """Reads the device of a file's measurement, and its choice."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = {name: content["parts"][name]["backend"] for name in shapes}
@@ -193,13 +197,13 @@ def _read(file: Path, shapes: Mapping[str, Shape]) -> tuple[str, dict[str, Backe
             raise ValueError(f"unknown implementation {unknown.pop()!r}")
         return content["device"], found
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not the measurement of this run ({error!r}); remove it to measure anew") from None
+        raise UserError(f"{file}: not a measurement of this run ({error!r}); remove it to measure again") from None
 
 
 def _missing(
     found: Mapping[str, Backend], shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Which package of a choice does not run here, and why; "" if all do."""
+    """Returns which package of a choice does not run here, and why; "" if all run."""
     for name, backend in found.items():
         if backend in OPERATORS and (reason := why_not(backend, device, dtype, shapes[name].head_dim)):  # type: ignore[arg-type]
             return f"{backend} does not run here ({reason})"
@@ -218,7 +222,7 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _replayed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds on the device, of `CALLS` calls replayed as one CUDA graph."""
+    """Returns the device's milliseconds of `CALLS` calls replayed as one CUDA graph."""
 
     def calls() -> dict[str, Tensor]:
         for _ in range(CALLS):

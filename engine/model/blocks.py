@@ -1,4 +1,4 @@
-"""What encoder, regressor and decoders are made of: pre-norm transformer blocks and fixed positions.
+"""Building blocks of encoder, regressor and decoders: pre-norm transformer blocks and fixed positions.
 
 Shapes: B clips, N tokens, Nm masked, M context tokens, D width, H heads. LayerNorm eps 1e-6; the query and the value
 projection have a bias, the key projection has none (it would cancel in the softmax), as in VideoMAE and CAE.
@@ -19,9 +19,9 @@ MASK_TOKEN_STD = 0.02
 
 
 def sincos_positions(count: int, width: int) -> Tensor:
-    """VideoMAE's fixed table over the flattened token index: [count, width] float32 in [-1, 1].
+    """Returns VideoMAE's fixed position table over the flattened token index: [count, width] float32 in [-1, 1].
 
-    Angle of token n at value j is n / 10000^(2·⌊j/2⌋ / width); sine at even j, cosine at odd j.
+    The angle of token n at value j is n / 10000^(2·⌊j/2⌋ / width); sine at even j, cosine at odd j.
     """
     exponent = 2 * (torch.arange(width, dtype=torch.float64) // 2) / width
     angle = torch.arange(count, dtype=torch.float64)[:, None] / 10000**exponent
@@ -30,7 +30,7 @@ def sincos_positions(count: int, width: int) -> Tensor:
 
 
 def initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every linear layer below `module`."""
+    """Initializes every linear layer in `module`: Xavier-uniform weights and zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -39,14 +39,14 @@ def initialize(module: nn.Module) -> None:
 
 
 def mask_token(width: int) -> nn.Parameter:
-    """The learned [1, 1, D] stand-in for a hidden token, drawn with standard deviation 0.02."""
+    """Returns the learned [1, 1, D] mask token, drawn with standard deviation 0.02."""
     return nn.Parameter(torch.randn(1, 1, width) * MASK_TOKEN_STD)
 
 
 def mlp_width(width: int, ratio: float) -> int:
-    """Hidden width of an MLP: `width * ratio`, rounded down as in VideoMAE.
+    """Returns the hidden width of an MLP: `width * ratio`, rounded down as in VideoMAE.
 
-    A ratio that was computed as hidden / width gives hidden again: the quotient's rounding error does not count.
+    A ratio computed as hidden / width returns hidden again, in spite of the quotient's rounding error.
     """
     return math.floor(width * ratio + 1e-6)
 
@@ -106,12 +106,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, [B, N, D] -> [B, N, D].
 
-    layer_scale: first value of `gamma_1` and `gamma_2` [D], which attention and MLP branch are multiplied by
-    (LayerScale, Touvron et al., arXiv 2103.17239, as in CAE); 0 leaves them out.
+    layer_scale: initial value of `gamma_1` and `gamma_2` [D], which multiply the attention and MLP branches
+    (LayerScale, Touvron et al., arXiv 2103.17239, as in CAE); 0: no LayerScale.
 
-    path_scales [2, B]: what each clip's attention and MLP branches are multiplied by, for stochastic depth: 0 where a
-    branch is left out, the inverse of its chance to stay where it is not. They are drawn outside, so that a step can
-    be repeated bit for bit and recomputed.
+    path_scales [2, B]: factors of each clip's attention and MLP branches, for stochastic depth: 0 for a dropped branch,
+    otherwise the inverse of the probability to keep it. They are drawn outside, so that a step can be repeated bit for
+    bit and recomputed.
     """
 
     gamma_1: nn.Parameter | None
@@ -132,10 +132,10 @@ class Block(nn.Module):
 
 
 class RegressorBlock(nn.Module):
-    """CAE's cross-attention block: masked states ask the context.
+    """CAE's cross-attention block: masked states attend to the context.
 
-    Positions are added to queries and keys at every block and never enter the state; values carry none. Queries, keys
-    and values have a LayerNorm each. The MLP is on a plain residual; CAE's adds to the normalized state instead.
+    Positions are added to queries and keys at every block, never to the state or the values. Queries, keys and values
+    each have a LayerNorm. The MLP adds to the residual stream; CAE's adds to the normalized state instead.
     layer_scale: as in `Block`.
     """
 
@@ -153,7 +153,7 @@ class RegressorBlock(nn.Module):
         self.gamma_1, self.gamma_2 = _gammas(width, layer_scale)
 
     def forward(self, masked: Tensor, context: Tensor, masked_positions: Tensor, context_positions: Tensor) -> Tensor:
-        """masked and its positions [B, Nm, D], context and its positions [B, M, D] -> [B, Nm, D]."""
+        """Maps masked states with positions [B, Nm, D] and context with positions [B, M, D] to [B, Nm, D]."""
         queries = self.norm_q(masked + masked_positions)
         keys = self.norm_k(context + context_positions)
         masked = masked + _scaled(self.attn(queries, keys, self.norm_v(context)), self.gamma_1)
@@ -161,7 +161,7 @@ class RegressorBlock(nn.Module):
 
 
 def _gammas(width: int, value: float) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
-    """LayerScale's two parameters of a block, or none for a value of 0."""
+    """Returns the two LayerScale parameters of a block, or None twice for a value of 0."""
     return (
         (nn.Parameter(torch.full((width,), value)), nn.Parameter(torch.full((width,), value)))
         if value

@@ -1,7 +1,7 @@
-"""A pre-trained encoder with a head that names the class of a clip.
+"""A classifier: a pre-trained encoder with a classification head.
 
-Shapes: B clips, T frames, D width, V classes, E values of a text embedding. VideoMAE's head: the mean over all tokens,
-which have not passed the encoder's own final LayerNorm, then a fresh LayerNorm and a linear layer.
+Shapes: B clips, T frames, D width, V classes, E values per text embedding. VideoMAE's head: the mean over all tokens
+without the encoder's final LayerNorm, then a new LayerNorm and a linear layer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from mam2.engine.model.blocks import layer_norm
 from mam2.engine.model.encoder import Encoder
 
 HEAD_SCALE = 0.001
-"""Of the linear head's first weights (VideoMAE's `init_scale`): the first steps change the encoder little."""
+"""Scale of the linear head's initial weights (VideoMAE's `init_scale`).
+
+First steps change the encoder only a little.
+"""
 
 
 class Classifier(nn.Module):
     """Encoder, mean over tokens, LayerNorm, head.
 
     Args:
-        encoder: taken over; its final LayerNorm is replaced by the identity.
+        encoder: used without a copy; its final LayerNorm is replaced by the identity.
         head: [B, D] -> logits [B, V]; `linear_head` or a `TextHead`.
     """
 
@@ -35,12 +38,12 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, video: Tensor, path_scales: Tensor | None = None, feature_scales: Tensor | None = None) -> Tensor:
-        """Logits [B, V], float32, of clips.
+        """Returns logits [B, V], float32.
 
         Args:
             video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
             path_scales: [depth, 2, B] for stochastic depth, see `mam2.engine.model.blocks.Block`.
-            feature_scales: [B, D], what the features before the head are multiplied by: dropout, drawn outside.
+            feature_scales: [B, D], factors of the features before the head, for dropout; drawn outside.
         """
         features = self.norm(self.encoder.encode(video, path_scales).mean(1))
         if feature_scales is not None:
@@ -49,7 +52,7 @@ class Classifier(nn.Module):
 
 
 def linear_head(width: int, classes: int) -> nn.Linear:
-    """The head for classes that are numbers: weights normal with 0.02 · `HEAD_SCALE`, no bias at first."""
+    """Returns a linear head: weights normal with standard deviation 0.02 · `HEAD_SCALE`, zero bias."""
     head = nn.Linear(width, classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     with torch.no_grad():
@@ -59,7 +62,7 @@ def linear_head(width: int, classes: int) -> nn.Linear:
 
 
 def logits_of(model: Classifier) -> int:
-    """Number of classes that a classifier tells apart."""
+    """Returns the number of classes of a classifier."""
     head = model.head
     rows = head.embeddings if isinstance(head, TextHead) else head.weight
     assert isinstance(rows, Tensor)
@@ -67,15 +70,15 @@ def logits_of(model: Classifier) -> int:
 
 
 class TextHead(nn.Module):
-    """The head for classes that have names: how near a clip comes to the text embedding of each name.
+    """Head for named classes: the similarity of a clip to the text embedding of each name.
 
-    "Revisiting Classifier" (Wu, Sun, Ouyang, arXiv 2207.01297): the classifier's rows are text embeddings, and logits
-    are cosines over a temperature, which is learned. There the video encoder shares a space with the text encoder; here
-    a projection, learned as well, leads into it.
+    As in "Revisiting Classifier" (Wu, Sun, Ouyang, arXiv 2207.01297), the classifier's rows are text embeddings, and
+    logits are cosines divided by a learned temperature. There, video and text encoder share a space; here a learned
+    projection maps the features to the text embeddings' space.
     """
 
     def __init__(self, width: int, embeddings: Tensor, *, temperature: float = 0.01, frozen: bool = True) -> None:
-        """embeddings: [V, E] float. temperature: at first; CLIP's is 0.01. frozen: keep the embeddings as they are."""
+        """embeddings: [V, E] float. temperature: initial value; CLIP's is 0.01. frozen: do not train the embeddings."""
         super().__init__()
         self.projection = nn.Linear(width, embeddings.shape[1])
         nn.init.trunc_normal_(self.projection.weight, std=width**-0.5)
@@ -84,9 +87,9 @@ class TextHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, V]."""
+        """Maps features [B, D] to logits [B, V]."""
         projected = F.normalize(self.projection(features).float(), dim=-1)
-        # float32 throughout: a hundredth of a cosine is a whole logit
+        # float32 everywhere: a hundredth of a cosine is a whole logit
         with torch.autocast(features.device.type, enabled=False):
             cosines = projected @ F.normalize(self.embeddings, dim=-1).T
         return self.log_scale.exp() * cosines

@@ -1,4 +1,4 @@
-"""A decoder: self-attention over tokens, then a linear head that a fused loss may take over.
+"""A decoder: self-attention over tokens, then a linear head that a fused loss may apply itself.
 
 Shapes: B clips, N tokens, D width.
 """
@@ -11,9 +11,9 @@ from mam2.engine.model.blocks import Block, initialize, layer_norm
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, LayerNorm and a linear `head` of `outputs` values, which `forward` leaves out.
+    """Transformer blocks, LayerNorm and a linear `head` of `outputs` values, which `forward` does not apply.
 
-    `head(features)` gives the prediction; a loss that never forms it takes `head.weight` and `head.bias`.
+    `head(features)` is the prediction; a loss that never computes the prediction uses `head.weight` and `head.bias`.
     """
 
     def __init__(
@@ -24,11 +24,11 @@ class Decoder(nn.Module):
         self.norm = layer_norm(width)
         self.head = nn.Linear(width, outputs)
         initialize(self)
-        # Small first predictions, as CAE's: otherwise the first hundred steps go into unlearning them.
+        # Small initial predictions, as in CAE: otherwise the first hundred steps only reduce them.
         nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
-        """Tokens with positions added [B, N, D] -> features [B, N, D], or [B, last, D] of the last ones only."""
+        """Maps tokens with positions [B, N, D] to features [B, N, D], or [B, last, D] for the last tokens only."""
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens if last is None else tokens[:, -last:])

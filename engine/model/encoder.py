@@ -1,7 +1,7 @@
-"""The video transformer that is pre-trained, run on any subset of a clip's tokens.
+"""The pre-trained video transformer; it runs on any subset of a clip's tokens.
 
-Shapes: B clips, T frames, N tokens (any subset), P values a token in (t, h, w, c) order, D width.
-No class token; positions are fixed and looked up by token index, so hidden tokens cost nothing.
+Shapes: B clips, T frames, N tokens (any subset), P values per token in (t, h, w, c) order, D width.
+There is no class token; positions are fixed and looked up by token index, so that masked tokens cost nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mam2.kernels import gather_tubes
 
 CHANNELS = 3
 PIXEL_MEAN = (0.485, 0.456, 0.406)
-"""ImageNet's mean of each channel, pixels in 0 to 1."""
+"""ImageNet's mean of each channel, for pixels from 0 to 1."""
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""ImageNet's standard deviation of each channel, pixels in 0 to 1."""
+"""ImageNet's standard deviation of each channel, for pixels from 0 to 1."""
 OVERSHOOT = 0.25
-"""How far a float clip may go beyond 0 to 1: bicubic resizing overshoots by less."""
+"""Distance by which a float clip may exceed 0 to 1: bicubic resizing overshoots by less."""
 
 
 class Encoder(nn.Module):
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
     Args:
         grid: tokens along time, height and width (T', H', W'); token index is row-major.
         patch_size: frames, height and width of a token.
-        width, depth, heads, mlp_ratio, layer_scale: of the blocks.
+        width, depth, heads, mlp_ratio, layer_scale: sizes of the blocks.
     """
 
     positions: Tensor
@@ -75,13 +75,13 @@ class Encoder(nn.Module):
         return encoder
 
     def forward(self, tokens: Tensor, index: Tensor | None = None, path_scales: Tensor | None = None) -> Tensor:
-        """Normalised tokens [B, N, P] and the index of each [B, N] int64 -> [B, N, D].
+        """Maps normalized tokens [B, N, P] with their indices [B, N] int64 to [B, N, D].
 
-        path_scales: [depth, 2, B], see `Block`; None keeps every branch as it is. For clips see `encode`.
+        path_scales: [depth, 2, B], see `Block`; None changes no branch. For clips see `encode`.
         """
         if index is None:
             raise ValueError(
-                f"index: expected the number of each token beside tokens [B, N, P], found {tuple(tokens.shape)} alone; "
+                f"index: expected the index of each token besides tokens [B, N, P], found only {tuple(tokens.shape)}; "
                 "for a clip [B, 3, T, H, W] call encoder.encode(video)"
             )
         tokens = self.patch_embed(tokens) + self.positions[index]
@@ -90,15 +90,16 @@ class Encoder(nn.Module):
         return self.norm(tokens)
 
     def tokens(self, video: Tensor, index: Tensor) -> Tensor:
-        """The normalised pixels of the tokens at `index` [B, N]: [B, N, P] in the dtype the first layer computes in.
+        """Returns the normalized pixels of the tokens at `index` [B, N].
 
-        video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+        [B, N, P] in the compute dtype of the first layer. video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1),
+        any strides.
         """
         expected = (CHANNELS, *(tokens * size for tokens, size in zip(self.grid, self.patch_size, strict=True)))
         if video.ndim != 5 or video.shape[1:] != expected:
             raise ValueError(
                 f"video: expected [B, {', '.join(map(str, expected))}], found {tuple(video.shape)}; "
-                "cut clips to the size the model was built for"
+                "crop or resize clips to the model's size"
             )
         device = video.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -106,11 +107,11 @@ class Encoder(nn.Module):
         return gather_tubes(video, index, patch_size=self.patch_size, mean=PIXEL_MEAN, std=PIXEL_STD, dtype=dtype)
 
     def encode(self, video: Tensor, path_scales: Tensor | None = None) -> Tensor:
-        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, T'·H'·W', D].
+        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, T'·H'·W', D].
 
-        video: uint8 (0 to 255) or float (0 to 1, not normalized: that is done here), any strides.
+        video: uint8 (0 to 255) or float (0 to 1, not normalized: the encoder normalizes it), any strides.
 
-        Raises ValueError for other sizes and, in evaluation, for a float clip with other values than those.
+        Raises ValueError for other sizes and, in evaluation mode, for a float clip outside of this range.
         """
         if not self.training and not torch.compiler.is_compiling() and video.is_floating_point():
             _check_range(video)
@@ -119,11 +120,11 @@ class Encoder(nn.Module):
 
 
 def _check_range(video: Tensor) -> None:
-    """Raises ValueError for a clip of floats far outside 0 to 1: of bytes or normalized, or not finite."""
+    """Raises ValueError for a float clip far outside 0 to 1 (bytes, or normalized values), or not finite."""
     low, high = (bound.item() for bound in video.detach().aminmax())
-    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also where one is not a number
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # also true for NaN
         raise ValueError(
             f"video: expected floats from 0 to 1, found {low:.4g} to {high:.4g}; divide bytes by 255 (or pass uint8), "
-            "leave out the normalization by mean and deviation, which the encoder does itself, and replace what "
-            "is not finite"
+            "omit the normalization by mean and deviation, which the encoder does itself, and replace values that "
+            "are not finite"
         )

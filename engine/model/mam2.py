@@ -1,10 +1,10 @@
-"""MAM2: complete what is hidden, then say how it looks (codes) and how it moves (frame difference).
+"""MAM2: predicts the latents of masked tokens, and from these their appearance (codes) and motion (frame difference).
 
 Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, Nl latents (Nm; without a regressor Nv + Nm, the visible
-first), D the encoder's width, Dr the regressor's, V codes, F codes a token (this dimension is left out where only the
-first frame has a code, see `tokenizer.frames`), P values of a token, Pd of a motion target. Each method is a graph of
-its own, so that a training loop may give every loss its own detached latents, weigh their gradients there, and compile
-the methods one by one.
+first), D the encoder's width, Dr the regressor's, V codes, F codes per token (the dimension is absent if only the first
+frame has a code, see `tokenizer.frames`), P values per token, Pd values per motion target. Each method is a separate
+graph: a training loop can pass detached latents to each loss, weight the gradients there, and compile the methods one
+by one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
 
 
 class MAM2(nn.Module):
-    """Encoder, regressor, and an appearance and a motion decoder unless their targets are `none`.
+    """Encoder, regressor, and an appearance and a motion decoder, each unless its target is `none`.
 
     Args:
-        cfg: the run's config; `model`, `loss`, `tokenizer.frames` and the clip's size are read.
-        codes: codebook size V of the tokenizer; not read where no codes are predicted.
+        cfg: the run's config; the model uses `model`, `loss`, `tokenizer.frames` and the clip's size.
+        codes: codebook size V of the tokenizer; ignored if no codes are predicted.
 
     Raises:
-        ValueError: regressor and decoders of different widths; tubelets of one frame where the motion target needs two;
-            no codes where codes are the target.
-        UserError: a motion target whose package is not installed.
+        ValueError: regressor and decoders have different widths; tubelets have one frame but the motion target needs
+            two; codes is 0 but codes are the target.
+        UserError: the package of the motion target is not installed.
     """
 
     positions: Tensor
@@ -53,7 +53,7 @@ class MAM2(nn.Module):
         appearance = cfg.loss.appearance_target
         if appearance == "codes" and codes < 1:
             raise ValueError(
-                f"codes: expected the codebook size of a tokenizer, found {codes}; give it, or set "
+                f"codes: expected the codebook size of a tokenizer, found {codes}; pass it, or set "
                 "loss.appearance_target to 'pixels' or 'none'"
             )
         motion = cfg.loss.motion_target
@@ -95,16 +95,16 @@ class MAM2(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """Latents of the hidden tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nl, Dr].
+        """Predicts the latents of the masked tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nl, Dr].
 
-        Without a regressor the visible latents and mask tokens, for the decoders to complete.
-        video: uint8 (0 to 255) or float (0 to 1), any strides. Hidden pixels are never read.
+        Without a regressor it returns the visible latents and mask tokens for the decoders.
+        video: uint8 (0 to 255) or float (0 to 1), any strides. Masked pixels are never read.
         """
         visible = self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
         return self.regressor(visible, self.positions[mask.visible], self.positions[mask.masked])
 
     def appearance_loss(self, latents: Tensor, mask: TubeMask, codes: Tensor) -> Tensor:
-        """Mean cross-entropy of the hidden tokens' codes: latents [B, Nl, Dr], codes [B, N, F] int64 -> scalar."""
+        """Computes the mean cross-entropy of the masked codes: latents [B, Nl, Dr], codes [B, N, F] int64 -> scalar."""
         features = self._features(self.appearance_decoder, latents, mask).flatten(0, 1)
         head, frames = self.appearance_decoder.head, math.prod(self.code_shape)
         answers = masked_codes(codes, mask).view(len(features), frames)
@@ -117,7 +117,7 @@ class MAM2(nn.Module):
         return torch.stack(losses).mean()
 
     def pixel_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
-        """Mean squared error of the hidden tokens' pixels, see `predict_pixels`: latents [B, Nl, Dr] -> scalar."""
+        """Computes the mean squared error of the masked pixels, see `predict_pixels`: latents [B, Nl, Dr] -> scalar."""
         normalize = self.loss_config.pixel_normalize
         return masked_pixel_loss(
             self.predict_pixels(latents, mask),
@@ -128,13 +128,13 @@ class MAM2(nn.Module):
         )
 
     def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
-        """Mean squared error of the hidden tokens' motion: latents [B, Nl, Dr] -> scalar."""
+        """Computes the mean squared error of the masked tokens' motion: latents [B, Nl, Dr] -> scalar."""
         return motion_loss(self.predict_motion(latents, mask), video, mask, self.loss_config, self.patch_size)
 
     def alignment_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
-        """Mean squared distance of the latents to the encoder's own of the hidden pixels (CAE) -> scalar.
+        """Computes the mean squared distance of the latents to the encoder's of the masked pixels (CAE) -> scalar.
 
-        No gradient reaches the encoder or the projection through the target. Runs the encoder on the Nm tokens.
+        Runs the encoder on the Nm tokens; no gradient reaches the encoder or the projection through this target.
         """
         with torch.no_grad():
             target = self.encoder(self.encoder.tokens(video, mask.masked), mask.masked)
@@ -142,27 +142,27 @@ class MAM2(nn.Module):
         return F.mse_loss(latents.float(), target.float())
 
     def predict_codes(self, latents: Tensor, mask: TubeMask) -> Tensor:
-        """The likeliest codes of every hidden token: latents [B, Nl, Dr] -> [B, Nm, F] int64."""
+        """Predicts the most probable codes of every masked token: latents [B, Nl, Dr] -> [B, Nm, F] int64."""
         logits = self._predict(self.appearance_decoder, latents, mask)
         return logits.unflatten(-1, (*self.code_shape, self.codebook_size)).argmax(-1)
 
     def predict_pixels(self, latents: Tensor, mask: TubeMask) -> Tensor:
-        """The pixels of every hidden token, standardised as the config says: latents [B, Nl, Dr] -> [B, Nm, P]."""
+        """Predicts the pixels of masked tokens, standardized as in the config: latents [B, Nl, Dr] -> [B, Nm, P]."""
         return self._predict(self.appearance_decoder, latents, mask)
 
     def predict_motion(self, latents: Tensor, mask: TubeMask) -> Tensor:
-        """The motion target of every hidden token, see `motion_targets`: latents [B, Nl, Dr] -> [B, Nm, Pd]."""
+        """Predicts the motion target of masked tokens, see `motion_targets`: latents [B, Nl, Dr] -> [B, Nm, Pd]."""
         return self._predict(self.motion_decoder, latents, mask)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, N, D]."""
+        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, N, D]."""
         return self.encoder.encode(video)
 
     def _predict(self, decoder: Decoder, latents: Tensor, mask: TubeMask) -> Tensor:
         return decoder.head(self._features(decoder, latents, mask))
 
     def _features(self, decoder: Decoder, latents: Tensor, mask: TubeMask) -> Tensor:
-        """What a decoder's head reads of the hidden tokens: latents [B, Nl, Dr] -> [B, Nm, Dr]."""
+        """Returns a decoder's features of masked tokens, its head's input: latents [B, Nl, Dr] -> [B, Nm, Dr]."""
         if self.regressor.blocks:
             return decoder(latents + self.positions[mask.masked])
         everywhere = torch.cat([mask.visible, mask.masked], dim=1)
@@ -170,6 +170,6 @@ class MAM2(nn.Module):
 
 
 def masked_codes(codes: Tensor, mask: TubeMask) -> Tensor:
-    """Codes [B, N] or [B, N, F] of the hidden tokens: [B, Nm] or [B, Nm, F]."""
+    """Selects the codes of the masked tokens: [B, N] or [B, N, F] -> [B, Nm] or [B, Nm, F]."""
     index = mask.masked if codes.ndim == 2 else mask.masked[..., None].expand(-1, -1, codes.shape[2])
     return codes.gather(1, index)

@@ -16,10 +16,10 @@ CELL = 4
 """Patches of a cell of 2×2."""
 
 
-def draw_mask(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
-    """Masks of clips [B, 3, T, H, W], drawn from (run.seed, step, sample) on their device.
+def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
+    """Draws masks for clips [B, 3, T, H, W] from (run.seed, step, sample), on their device.
 
-    first_sample: number of the first clip among those of the step.
+    first_sample: index of the first clip in the step's batch.
     """
     mask, seed = config.mask, config.run.seed
     if mask.kind == "motion":

@@ -1,12 +1,12 @@
-"""What the motion decoder predicts of a hidden token; compared by mean squared error whatever it is.
+"""The targets of the motion decoder; the loss is the mean squared error for all of them.
 
     adjacent   RGB difference to the next sampled frame     mam2.kernels.frame_difference
     intra      RGB difference within the tubelet            mam2.kernels.frame_difference
     hog        histograms of gradients of the difference    hog_of_difference
     flow       optical flow, by OpenCV                      optical_flow
 
-hog and flow are of a tubelet's first frame and the next one in it. RGB differences are computed within the fused loss;
-the others are made for the whole clip first, by PyTorch, and on the CPU by OpenCV.
+hog and flow use a tubelet's first two frames. RGB differences are computed inside the fused loss; the other targets are
+first computed for the whole clip, by PyTorch (hog), or by OpenCV on the CPU (flow).
 
 B clips, T frames, T'×H'×W' the token grid, N tokens, Nm masked, Pd values of a token's target, C = 3 channels.
 """
@@ -32,13 +32,13 @@ from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_los
 RGB_DIFFERENCES = ("adjacent", "intra")
 ORIENTATIONS = 9
 HOG_CELLS = 2
-"""Cells along each side of a patch, 8 pixels wide at a patch of 16; with `ORIENTATIONS` MaskFeat's and Dalal's."""
+"""Cells along each side of a patch (8 pixels wide at a patch of 16); the values of MaskFeat and Dalal."""
 FLOW_CELLS = 4
-"""Cells along each side of a patch; flow is smooth, so their means say nearly all of it."""
+"""Cells along each side of a patch; flow is smooth, so that the cells' means describe it well."""
 
 
 def motion_values(target: str, patch_size: Sequence[int]) -> int:
-    """Pd, the values a token's motion target has; 0 for `none`."""
+    """Returns Pd, the number of values of a token's motion target; 0 for `none`."""
     tubelet, *patch = patch_size
     return {
         "adjacent": tubelet * math.prod(patch) * CHANNELS,
@@ -50,14 +50,14 @@ def motion_values(target: str, patch_size: Sequence[int]) -> int:
 
 
 def motion_target(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
-    """The target of every token: video [B, 3, T, H, W] -> [B, N, Pd]. ValueError where there is none."""
+    """Computes the target of every token: video [B, 3, T, H, W] -> [B, N, Pd]. Raises ValueError for `none`."""
     if loss.motion_target in RGB_DIFFERENCES:
         return frame_difference(video, **_difference_options(loss, patch_size))
     if loss.motion_target == "hog":
         return hog_of_difference(video, patch_size, eps=loss.motion_eps)
     if loss.motion_target == "flow":
         return optical_flow(video, patch_size)
-    raise ValueError("loss.motion_target: 'none' has no motion target; take another one")
+    raise ValueError("loss.motion_target: 'none' has no motion target; use another one")
 
 
 def motion_loss(
@@ -69,12 +69,12 @@ def motion_loss(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean squared error of the predicted motion of the hidden tokens.
+    """Computes the mean squared error of the predicted motion of the masked tokens.
 
     Args:
         pred: [B, Nm, Pd].
         video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
-        reduction: "mean" over all values that exist, or "none": [B, Nm], each token's mean over its own.
+        reduction: "mean" over all existing values, or "none": [B, Nm], the mean of each token.
 
     Returns:
         A scalar or [B, Nm], float32.
@@ -90,13 +90,13 @@ def motion_loss(
 
 
 def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -> Tensor:
-    """Histograms of oriented gradients of the RGB difference: video [B, 3, T, H, W] -> float32 [B, N, 108].
+    """Computes histograms of oriented gradients of the RGB difference: video [B, 3, T, H, W] -> float32 [B, N, 108].
 
-    After Dalal and Triggs (2005) with MaskFeat's sizes (Wei et al. 2022), on d = x[1] − x[0] of each tubelet, pixels in
-    0 to 1, each channel apart: central differences (g_x, g_y), the border repeated; their angle without its sign in 9
-    equal bins from 0 to π; in each cell of `HOG_CELLS`² a patch the mean magnitude √(g_x² + g_y²) by bin, h; and
-    h / (‖h‖ + eps). MaskFeat's Gaussian window is left out. eps, a magnitude, keeps the noise of static cells small.
-    Value order (cell row, cell column, channel, bin).
+    It follows Dalal and Triggs (2005) with MaskFeat's sizes (Wei et al. 2022), on d = x[1] − x[0] of each tubelet, with
+    pixels from 0 to 1, separately for each channel: central differences (g_x, g_y) with repeated borders; their
+    unsigned angle in 9 equal bins from 0 to π; in each of the `HOG_CELLS`² cells per patch the mean magnitude √(g_x² +
+    g_y²) per bin, h; and h / (‖h‖ + eps). It omits MaskFeat's Gaussian window. eps, a magnitude, keeps the noise of
+    static cells small. Value order (cell row, cell column, channel, bin).
     """
     tubelet, height, width = patch_size
     first, second = (_scaled(video[:, :, frame::tubelet]) for frame in (0, 1))
@@ -133,11 +133,11 @@ def _(video: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Dense flow from each tubelet's first frame to the next: video [B, 3, T, H, W] -> float32 [B, N, 32].
+    """Computes dense flow from each tubelet's first frame to the next: video [B, 3, T, H, W] -> float32 [B, N, 32].
 
-    OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on grey frames, in pixels of the clip to the right
-    and down, the mean of each of `FLOW_CELLS`² cells a patch. Value order (cell row, cell column, direction). Runs on
-    the CPU and waits for the device.
+    It uses OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on gray frames, and averages over each of
+    the `FLOW_CELLS`² cells per patch. Unit: pixels of the clip, to the right and down. Value order (cell row, cell
+    column, direction). It runs on the CPU and waits for the device.
 
     Raises:
         UserError: OpenCV is not installed.
@@ -147,17 +147,17 @@ def optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def require_flow() -> None:
-    """UserError where OpenCV is not installed."""
+    """Raises UserError if OpenCV is not installed."""
     try:
         import cv2  # noqa: F401
     except ImportError:
         raise UserError(
-            "loss.motion_target 'flow' needs OpenCV: pip install opencv-python-headless, or take 'adjacent'"
+            "loss.motion_target 'flow' needs OpenCV: pip install opencv-python-headless, or use 'adjacent'"
         ) from None
 
 
 def _flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """uint8 [H, W] twice -> float32 [H, W, 2]"""
+    """Computes the flow between two frames uint8 [H, W]: float32 [H, W, 2]."""
     return _searcher().calc(first, second, None)
 
 
@@ -173,7 +173,7 @@ def _scaled(video: Tensor) -> Tensor:
 
 
 def _difference_options(loss: LossConfig, patch_size: Sequence[int]) -> dict[str, Any]:
-    """As keywords of `frame_difference` and `masked_frame_difference_loss`."""
+    """Returns the keyword arguments of `frame_difference` and `masked_frame_difference_loss`."""
     return {
         "patch_size": patch_size,
         "difference": loss.motion_target,

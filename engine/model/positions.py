@@ -1,12 +1,13 @@
-"""An encoder at another clip size than it was trained at: its fixed positions, resampled or recomputed.
+"""Adapts an encoder to a clip size that differs from its training: resamples or recomputes its fixed positions.
 
-T'×H'×W' the token grid, N its tokens, D width. The stride of the frames does not enter: no position knows seconds.
+T'×H'×W' the token grid, N its tokens, D width. The stride of the frames has no effect: positions do not depend on time
+in seconds.
 
-The table is indexed by the flattened token, so a grid of other height or width gives the same index another place:
-token 14 begins the second row of 14×14, and is still in the first of 16×16. `recompute` builds the table anew for the
-new grid, as VideoMAE and Hugging Face do; the encoder has to be fine-tuned to it. `resample` reads the trained table
-between its tokens (trilinear, the grids' outer edges aligned): every place of the clip keeps about the position it was
-trained with, and the encoder can be used as it is.
+The table is indexed by the flattened token, so that in a grid of another height or width the same index is another
+place: token 14 is the first of the second row of 14×14, but still in the first row of 16×16. `recompute` computes the
+table for the new grid, as VideoMAE and Hugging Face do; the encoder must then be fine-tuned. `resample` interpolates
+the trained table (trilinear, with aligned outer edges): every place of the clip keeps approximately its trained
+position, and the encoder can be used without fine-tuning.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Positions = Literal["resample", "recompute"]
 
 
 def resample_positions(table: Tensor, grid: tuple[int, int, int], onto: tuple[int, int, int]) -> Tensor:
-    """A table [N, D] of `grid` read at the tokens of the grid `onto`: [N', D]."""
+    """Interpolates a table [N, D] of `grid` at the tokens of the grid `onto`: [N', D]."""
     volume = table.unflatten(0, grid).permute(3, 0, 1, 2)[None]
     return F.interpolate(volume, size=onto, mode="trilinear", align_corners=False)[0].flatten(1).T.contiguous()
 
@@ -38,9 +39,9 @@ def position_table(grid: tuple[int, int, int], trained: tuple[int, int, int], wi
 
 
 def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions = "resample") -> None:
-    """Makes an encoder take clips [B, 3, frames, size, size].
+    """Makes an encoder accept clips [B, 3, frames, size, size].
 
-    Weights stay as they are. Of an encoder that is at this size already, so do the positions.
+    The weights stay unchanged; so do the positions if the encoder already has this size.
 
     Args:
         encoder: changed in place.
@@ -49,7 +50,7 @@ def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions
         positions: `resample` or `recompute`, see above.
 
     Raises:
-        ValueError: frames or size that do not make whole tokens.
+        ValueError: frames or size cannot be divided into whole tokens.
     """
     tubelet, *patch = encoder.patch_size
     if frames < 1 or frames % tubelet:

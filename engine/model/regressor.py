@@ -1,4 +1,4 @@
-"""The latent regressor: from what is seen to what the encoder would have said of the hidden rest (after CAE).
+"""The latent regressor: predicts the encoder's latents of masked tokens from the visible ones (after CAE).
 
 Shapes: B clips, Nv visible and Nm masked tokens, D the encoder's width, Dr the regressor's.
 """
@@ -14,15 +14,16 @@ from mam2.engine.model.blocks import RegressorBlock, initialize, layer_norm, mas
 
 
 class Regressor(nn.Module):
-    """Cross-attention blocks whose queries start as one learned token.
+    """Cross-attention blocks whose queries are initialized with one learned token.
 
     Args:
-        input_width: D. Another width than `width` adds a linear projection.
-        projection_norm: a LayerNorm follows that projection, as in CAE.
-        width, depth, heads, mlp_ratio, layer_scale: of the blocks. Depth 0 completes nothing: it hands on what a
-            decoder needs to.
-        keys: `all`: each block's keys and values are the visible latents and the current masked states, so masked
-            tokens hear of each other; `visible`: the visible latents only, so each is completed by itself.
+        input_width: D. If it differs from `width`, there is a linear projection.
+        projection_norm: add a LayerNorm after that projection, as in CAE.
+        width, depth, heads, mlp_ratio, layer_scale: sizes of the blocks. With depth 0 nothing is predicted: it passes
+            the visible latents and mask tokens to the decoder.
+        keys: `all`: each block's keys and values are the visible latents and the current masked states, so that masked
+            tokens exchange information; `visible`: only the visible latents, so that each token is predicted
+            separately.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Regressor(nn.Module):
         initialize(self)
 
     def forward(self, visible: Tensor, visible_positions: Tensor, masked_positions: Tensor) -> Tensor:
-        """Complete the masked latents.
+        """Predicts the masked latents.
 
         Args:
             visible: the encoder's latents [B, Nv, D].

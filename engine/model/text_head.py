@@ -1,4 +1,4 @@
-"""Text embeddings of class names: from a file, or from a text encoder of transformers that lies on this machine.
+"""Text embeddings of class names: from a file, or from a local transformers text encoder.
 
 Shapes: V classes, E values of an embedding.
 """
@@ -21,12 +21,12 @@ NAMES = "classes"
 
 
 def read_text_embeddings(path: str | Path, classes: Sequence[str]) -> Tensor:
-    """Embeddings [V, E] float32 in the order of `classes`.
+    """Reads embeddings [V, E] float32 in the order of `classes`.
 
-    path: .npy, an array [V, E], with the classes' names, one a line, in a file of the same name that ends in .txt; or
-        .safetensors, the tensor "embeddings" [V, E], with the names as a JSON list under "classes" in the metadata.
-        Without names the rows have to be in the order of the labels.
-    Raises UserError where it cannot be read, or lacks a class.
+    path: .npy, an array [V, E], with the classes' names, one per line, in a file of the same name with the suffix .txt;
+        or .safetensors, the tensor "embeddings" [V, E], with the names as a JSON list under "classes" in the metadata.
+        Without names the rows must be in the order of the labels.
+    Raises UserError if the file cannot be read, or lacks a class.
     """
     path = Path(path)
     table, names = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path)
@@ -68,12 +68,12 @@ def _read_safetensors(path: Path) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def embed_classes(folder: str | Path, classes: Sequence[str], prompt: str) -> Tensor:
-    """Embeddings [V, E] float32 that a text encoder gives the class names.
+    """Computes embeddings [V, E] float32 of the class names with a text encoder.
 
-    folder: of a model and its tokenizer, as transformers saves them; nothing is downloaded. Of CLIP and its like the
-        projected text features are taken, of other encoders the mean over the words.
-    prompt: what is read, with the name in place of {}; underscores in names become blanks.
-    Raises UserError where transformers is not installed or the folder holds no text encoder.
+    folder: a model and its tokenizer as saved by transformers; nothing is downloaded. For CLIP and similar models the
+        embeddings are the projected text features, for other encoders the mean over the tokens.
+    prompt: input text with the name in place of {}; underscores in names become spaces.
+    Raises UserError if transformers is not installed or the folder contains no text encoder.
     """
     try:
         from transformers import AutoModel, AutoTokenizer

@@ -1,8 +1,8 @@
-"""VideoMAE, the baseline: predict the pixels of the hidden tokens; and MAE-DFER's joint decoder on the same model.
+"""VideoMAE, the baseline: predicts the pixels of the masked tokens; and MAE-DFER's joint decoder on the same model.
 
-Its weights start as those of VideoMAE's code do (github.com/MCG-NJU/VideoMAE, modeling_pretrain.py).
+The weights are initialized as in VideoMAE's code (github.com/MCG-NJU/VideoMAE, modeling_pretrain.py).
 
-Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values a token, D the encoder's width, Dd the decoder's.
+Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values per token, D the encoder's width, Dd the decoder's.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mam2.kernels import TubeMask, masked_pixel_loss
 
 
 class VideoMAE(nn.Module):
-    """Encoder on the visible tokens, decoder on all: visible latents and mask tokens, each with its position."""
+    """Encoder on the visible tokens; decoder on all: visible latents and mask tokens, each with its position."""
 
     positions: Tensor
 
     def __init__(self, cfg: PretrainConfig, *, decoder_mlp_ratio: float = 0.0) -> None:
-        """decoder_mlp_ratio: of another project's decoder, where it is not the encoder's; 0: `model.mlp_ratio`."""
+        """decoder_mlp_ratio: for a decoder of another project that differs from the encoder's; 0: `model.mlp_ratio`."""
         super().__init__()
         decoder = cfg.model.decoder
         self.patch_size = cfg.patch_size
@@ -48,21 +48,24 @@ class VideoMAE(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Where VideoMAE starts differently from the Xavier-uniform weights and zero biases of the other layers."""
-        # PyTorch's default, uniform in ±1/√inputs, weights and biases: of the convolution that embeds, and of a layer
-        # that VideoMAE does not initialize itself.
+        """Initializes the layers for which VideoMAE does not use Xavier-uniform weights and zero biases."""
+        # PyTorch's default, weights and biases uniform in ±1/√inputs: for the patch embedding, a convolution there, and
+        # for a layer that VideoMAE does not initialize itself.
         self.encoder.patch_embed.reset_parameters()
         self.encoder_to_decoder.reset_parameters()
         initialize(self.decoder.head)
-        # Cut at one standard deviation.
+        # Truncated at one standard deviation.
         nn.init.trunc_normal_(self.mask_token, std=MASK_TOKEN_STD, a=-MASK_TOKEN_STD, b=MASK_TOKEN_STD)
 
     def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """Mean squared error of the hidden tokens' standardised pixels: video [B, 3, T, H, W] -> scalar."""
+        """Computes the mean squared error of the masked tokens' standardized pixels.
+
+        Video [B, 3, T, H, W] -> scalar.
+        """
         return self.loss_of(self._visible(video, mask), video, mask)
 
     def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
-        """The same from the encoder's latents of the visible tokens, [B, Nv, D]."""
+        """Computes the same from the encoder's latents of the visible tokens, [B, Nv, D]."""
         return masked_pixel_loss(
             self._decode(visible, mask),
             video,
@@ -73,9 +76,10 @@ class VideoMAE(nn.Module):
         )
 
     def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """The pixels of every hidden token, standardised as the config says: video [B, 3, T, H, W] -> [B, Nm, P].
+        """Predicts the pixels of every masked token, standardized as in the config.
 
-        With the objective `joint` of a tubelet's first frame; of the later ones their difference to it.
+        Video [B, 3, T, H, W] -> [B, Nm, P]. With the objective `joint` these are the pixels of a tubelet's first frame
+        and the later frames' differences to it.
         """
         return self._decode(self._visible(video, mask), mask)
 
@@ -89,5 +93,5 @@ class VideoMAE(nn.Module):
         return self.decoder.head(self.decoder(tokens, last=mask.masked.shape[1]))
 
     def encode(self, video: Tensor) -> Tensor:
-        """Every token of the clip, nothing hidden: video [B, 3, T, H, W] -> [B, N, D]."""
+        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, N, D]."""
         return self.encoder.encode(video)

@@ -1,9 +1,9 @@
-"""The process and the machine it runs on; knows nothing of videos or models.
+"""The process and its machine; independent of videos and models.
 
 device.py        device, precision, autocast, compiler, determinism, profiler
-distributed.py   several processes: start, share, vote, end together
+distributed.py   several processes: start, broadcast, agree, end together
 signals.py       Ctrl-C and the signals of a scheduler: save first, then end
-log.py           RUN/log.txt, log.jsonl, TensorBoard, trackers; never ends a run
+log.py           RUN/log.txt, log.jsonl, TensorBoard, trackers; its errors never end a run
 progress.py      progress bar on a terminal, progress lines elsewhere
-peak.py          FLOP per second that matrix products reach here
+peak.py          measures the FLOP per second of matrix products, and GPU memory in use
 """

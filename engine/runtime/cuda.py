@@ -1,4 +1,4 @@
-"""CUDA graphs and the host's lead over the device: recording work, finding where it waits, limiting what is queued."""
+"""CUDA graphs and the host's lead over the device: captures work, finds synchronizations, limits queued steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 Values = dict[str, Tensor]
 AHEAD = 2
-"""Steps that the host may be ahead of the device: each holds its clips until it is done."""
+"""Steps that the host may be ahead of the device; each keeps its clips in memory until it is done."""
 
 
 class Recorder(Protocol):
-    """Captures work on a device. `CudaRecorder` is the real one; tests have one for the CPU."""
+    """Captures work on a device. `CudaRecorder` implements it for CUDA; tests have one for the CPU."""
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         """Captures `work` without running it; returns a replay function and the tensors that hold its outputs."""
@@ -26,36 +26,36 @@ class Recorder(Protocol):
         """Runs `work` often enough to be capturable; raises RuntimeError if it waits for the device."""
 
     def wait(self) -> None:
-        """Waits until the device has done everything that is queued."""
+        """Waits until the device has finished all queued work."""
 
     def release(self) -> None:
-        """Releases memory that nothing uses anymore."""
+        """Releases unused memory."""
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: they never run at the same time."""
+    """Captures CUDA graphs that share one memory pool, because they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # the loader's thread decodes meanwhile: what it asks of the driver must break neither the capture nor itself
+        # the loader's threads decode meanwhile: their driver calls must neither break the capture nor fail
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 values = work()
         except BaseException:
-            torch.cuda.set_stream(stream)  # where a capture cannot be ended, its stream stays the current one
+            torch.cuda.set_stream(stream)  # if a capture cannot be ended, its stream stays current
             raise
         return graph.replay, values
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        side = torch.cuda.Stream()  # gradients are added up on the stream that first saw their weights
+        side = torch.cuda.Stream()  # gradients accumulate on the stream that first used their weights
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 work()
-            # asked before recording: a recording that fails leaves allocator and random numbers in a bad state
+            # checked before the capture: a failed capture leaves allocator and random generator in a bad state
             waits = waits_for_device(work)
         torch.cuda.current_stream().wait_stream(side)
         if waits:
@@ -69,14 +69,14 @@ class CudaRecorder:
 
 
 def waits_for_device(work: Callable[[], object]) -> str:
-    """Does `work`; what PyTorch says of the first place where this thread waits for the device, "" if there is none.
+    """Runs `work`; returns PyTorch's message on the first place where this thread waits for the device, or "".
 
-    The debug mode is one for all threads: as an error it would reach the loader, which waits for copies of its own.
+    The debug mode applies to all threads: as an error it would also hit the loader, which waits for its own copies.
     """
     mine, found = threading.get_ident(), []
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
-        # not the notice that the mode is a prototype, which the first call of a process gives
+        # not the notice at a process's first call that the mode is a prototype
         if threading.get_ident() == mine and "called a synchronizing" in str(message):
             found.append(str(message))
 
@@ -96,17 +96,17 @@ class Lead:
     """Keeps the host at most `AHEAD` steps ahead of the device."""
 
     def __init__(self, event: Callable[[], Any] | None = None) -> None:
-        """event: makes an event of the device, of which `record` and `synchronize` are used; a CUDA event."""
+        """event: creates a device event with `record` and `synchronize`; default: a CUDA event."""
         self._event = event or (lambda: torch.cuda.Event(blocking=True))
         self._queued: deque[Any] = deque()
 
     def wait(self) -> None:
-        """Before a step is queued: until fewer than `AHEAD` are."""
+        """Waits until fewer than `AHEAD` steps are queued; call it before queuing a step."""
         while len(self._queued) >= AHEAD:
             self._queued.popleft().synchronize()
 
     def queued(self) -> None:
-        """After a step was queued."""
+        """Records that a step was queued."""
         event = self._event()
         event.record()
         self._queued.append(event)

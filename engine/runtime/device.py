@@ -1,4 +1,4 @@
-"""Where and how a step runs: device, precision, compilation."""
+"""Device, precision and compilation of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mam2.engine.errors import RankError, UserError
 
 
 def pick_device(config: RunConfig) -> torch.device:
-    """The device a run is told to use. Raises UserError where it asks for a GPU that is not there."""
+    """Returns the device of a run. Raises UserError if the config requires a GPU and there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise _error_here(
             "run.device is cuda, but torch sees no GPU: install a CUDA build of torch, or use run.device=cpu"
@@ -28,46 +28,46 @@ def pick_device(config: RunConfig) -> torch.device:
 
 
 def _gpu_number() -> int:
-    """Of the GPU of this process: its number on the machine, or 0 where it sees one GPU alone, as Slurm may arrange."""
+    """The number of this process's GPU on the machine, or 0 if the process sees only one, as Slurm may arrange."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if count == 1:
         return 0
     if number >= count:
         raise _error_here(
-            f"LOCAL_RANK is {number}, but torch sees {count} GPUs: start at most {count} processes on a machine"
+            f"LOCAL_RANK is {number}, but torch sees {count} GPUs: start at most {count} processes per machine"
         )
     return number
 
 
 def _error_here(message: str) -> UserError:
-    """A mistake that other processes of the run may not see: it names this one, if it is one of several."""
+    """Returns an error that may occur in this process only: it names the rank if there are several processes."""
     rank = os.environ.get("RANK", "0")
     return UserError(message) if rank == "0" else RankError(f"rank {rank}: {message}")
 
 
 def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What matrix products run in; `auto` is bfloat16 where the device multiplies it faster than float32."""
+    """Returns the dtype of matrix products; `auto` is bfloat16 if the device multiplies it faster than float32."""
     auto = config.precision == "auto" and (device.type == "cuda" or cpu_multiplies_bfloat16())
     return torch.bfloat16 if auto or config.precision == "bfloat16" else torch.float32
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether it is an x86 CPU with instructions for that: AVX512-BF16 or AMX. ARM's were never measured here.
+    """Returns whether this is an x86 CPU with AVX512-BF16 or AMX. ARM CPUs were never measured and count as False.
 
-    A torch that lacks `torch.cpu.get_capabilities` does not tell: False.
+    Without `torch.cpu.get_capabilities` (older torch) it returns False.
     """
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast, or a context that changes nothing."""
+    """Returns a bfloat16 autocast context, or one that changes nothing."""
     dtype = matmul_dtype(config, device)
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What keeps torch.compile from generating code for a device, or None."""
+    """Returns why torch.compile cannot generate code for a device, or None."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         return "no C++ compiler found (install g++)"
     if device.type == "cuda":
@@ -79,7 +79,7 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callable[..., Any]], Callable[..., Any]], str]:
-    """A function that compiles a part of the step, or hands it back as it is, and the word for the log."""
+    """Returns a function that compiles a part of the step, or returns it unchanged, and a text for the log."""
     if not config.compile:
         return (lambda part: part), "eager (run.compile is off)"
     reason = why_not_compile(device)
@@ -89,9 +89,9 @@ def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callabl
 
 
 def compile_problem(error: BaseException) -> str | None:
-    """One line on a compiler that failed, with the remedy; None for an error of another kind.
+    """Returns one line about a failed compiler, with the remedy; None for an error of another kind.
 
-    torch.compile wraps what a C++ compiler, Triton or its assembler says into errors of its own.
+    torch.compile wraps the messages of the C++ compiler, Triton and its assembler in its own errors.
     """
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -111,12 +111,12 @@ def compile_problem(error: BaseException) -> str | None:
     name = (
         f"the C++ compiler ({os.environ.get('CXX', 'g++')})" if isinstance(inner, CppCompileError) else "torch.compile"
     )
-    return f"{name} failed: {told[:300]}; mend it, or add --run.no-compile, which trains more slowly"
+    return f"{name} failed: {told[:300]}; fix it, or pass --run.no-compile, which trains more slowly"
 
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """Without pauses for cyclic garbage, which a step does not make; what was alive before is never searched."""
+    """Switches cyclic garbage collection off, since a step creates no cycles; existing objects are never searched."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -129,11 +129,11 @@ def paused_gc() -> Iterator[None]:
 
 @contextmanager
 def determinism(config: RunConfig) -> Iterator[None]:
-    """Only algorithms that repeat bit for bit, where `config.deterministic` asks for it."""
+    """Allows only bit-exact deterministic algorithms if `config.deterministic` is set."""
     debugging: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), debugging.fill_uninitialized_memory
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first use of cuBLAS
         torch.use_deterministic_algorithms(True)
         # a debugging aid that costs time
         debugging.fill_uninitialized_memory = False
@@ -146,10 +146,10 @@ def determinism(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def profiled(steps: int, folder: Path, info: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Profiles `steps` steps after the first five, which compile and warm up: gives a function to call after each.
+    """Profiles `steps` steps after the first five, which compile and warm up.
 
-    Leaves a trace for chrome://tracing or Perfetto and a table of the costliest operators in `folder`; `info` hears
-    where that fails.
+    Yields a function to call after each step. Writes a trace for chrome://tracing or Perfetto and a table of the most
+    expensive operators to `folder`; reports a failure to `info`.
     """
     if not steps:
         yield lambda: None
@@ -165,7 +165,7 @@ def profiled(steps: int, folder: Path, info: Callable[[str], None]) -> Iterator[
             (folder / "operators.txt").write_text(table, encoding="utf-8")
             profiler.export_chrome_trace(str(folder / "trace.json"))
         except OSError as error:
-            info(f"profile {folder}: cannot be written: {error.strerror}. The run goes on")
+            info(f"profile {folder}: cannot be written: {error.strerror}. The run continues")
 
     plan = schedule(wait=4, warmup=1, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:

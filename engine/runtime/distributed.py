@@ -1,7 +1,7 @@
-"""One process or many: what torchrun says, and what the processes of a run have to agree on.
+"""Connects the processes of a run that torchrun started, and lets them exchange values.
 
-Every process (rank) runs the same program on its part of each batch. Rank 0 alone writes files, scans the data and
-trains a tokenizer; the others wait for what it found. Gradients are averaged by DDP or FSDP2.
+Every process (rank) runs the same program on its part of each batch. Only rank 0 writes files, scans the data and
+trains a tokenizer; the others wait for its result. DDP or FSDP2 averages the gradients.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from mam2.engine.runtime import signals
 Value = TypeVar("Value")
 
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
-"""A process that keeps the others waiting so long in a step is taken for dead."""
+"""A rank that stalls a step for longer than this is considered dead."""
 SETUP_TIMEOUT = datetime.timedelta(days=2)
-"""Rank 0 may scan millions of files or train a tokenizer meanwhile."""
+"""Limit during setup, where rank 0 may scan millions of files or train a tokenizer."""
 ABORT_S = 5.0
-"""How long an aborted process group is waited for."""
+"""Seconds to wait for an aborted process group."""
 LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Ss]ocket|[Bb]roken pipe|[Tt]imed out|NCCL|remote process", re.I
 )
-"""What backends say when another process is gone."""
+"""Messages of backends after another process has ended."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them. `World()` is a run of one process."""
+    """The processes of a run, from the view of one of them. `World()` is a run of one process."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Number of this process on its machine, and of its GPU."""
+    """Number of this process, and of its GPU, on its machine."""
     hosts: Any = None
     """Process group for values on the CPU."""
 
@@ -54,21 +54,24 @@ class World:
         return self.rank == 0
 
     def broadcast(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on rank 0, on every rank. Where it raises there, the others raise PeerFailed."""
+        """Calls `make` on rank 0 and returns its result on every rank.
+
+        If it raises there, the others raise PeerFailed.
+        """
         if self.size == 1:
             return make()
         box: list[Any] = [None, False]
         try:
             if self.main:
                 box = [make(), True]
-        finally:  # the others must not wait for a value that never comes
+        finally:  # the others must not wait for a value that is never sent
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         if not box[1]:
             raise PeerFailed
         return box[0]
 
     def all_gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, on every rank, by rank."""
+        """Returns the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -83,22 +86,24 @@ class World:
         return numbers
 
     def error(self, message: str) -> Exception:
-        """For a mistake that every rank sees at once: rank 0 says it, the others end without a word."""
+        """Returns the error for a condition that all ranks detect: a UserError on rank 0, PeerFailed on the others."""
         error = UserError(message) if self.main else PeerFailed()
         error.everywhere = True
         return error
 
 
 class StopConsensus:
-    """Lets all ranks stop after the same step: a step's votes are counted while the next one runs."""
+    """Makes all ranks stop after the same step: the votes of a step are counted while the next step runs."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._pending: tuple[Any, Tensor] | None = None
 
     def __call__(self, signal: int) -> int:
-        """The signal that ends the run, 0 for none: at once in a single process, else one that any rank had received
-        at the call before."""
+        """Returns the signal that ends the run, or 0.
+
+        In a single process that is `signal` itself, else a signal that any rank passed at the previous call.
+        """
         if self._world.size == 1:
             return signal
         decided = 0
@@ -113,10 +118,10 @@ class StopConsensus:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """The world that torchrun's environment describes, for as long as the block lasts.
+    """Connects the processes that torchrun's environment describes, and yields their World.
 
-    Raises RankError, which names the rank, where the processes cannot be connected, and in place of a UserError on
-    another rank than 0. Losing another process later becomes PeerFailed with the backend's first line.
+    Raises RankError, which names the rank, if the processes cannot be connected, and instead of a UserError on a rank
+    other than 0. The loss of another process later raises PeerFailed with the backend's first line.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -141,7 +146,7 @@ def join(device: torch.device) -> Iterator[World]:
 
 
 def _connect(device: torch.device, rank: int, size: int, local_rank: int) -> World:
-    """Joins the processes and lets them add up a number, which is when backends really connect. Raises RankError."""
+    """Connects the processes and computes a sum over them, because only then backends connect. Raises RankError."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         if device.type == "cuda":
@@ -153,14 +158,17 @@ def _connect(device: torch.device, rank: int, size: int, local_rank: int) -> Wor
         if int(found) != size:
             raise RuntimeError(f"a sum over {size} processes gave {int(found)}")
     except (RuntimeError, dist.DistError) as error:
-        more = "; NCCL_DEBUG=INFO in the environment tells more" if backend == "nccl" else ""
+        more = "; set NCCL_DEBUG=INFO in the environment for details" if backend == "nccl" else ""
         raise RankError(f"rank {rank}: {backend} cannot connect the processes: {first_line(error)}{more}") from error
     return World(rank, size, local_rank, hosts)
 
 
 def _disconnect(device: torch.device, whole: bool) -> None:
-    """Leaves the process group. After an error NCCL might wait for others until its time limit: it is aborted then,
-    and not waited for, since the error has still to be printed."""
+    """Leaves the process group.
+
+    After an error NCCL might wait for others until its time limit. It is then aborted without waiting, since the error
+    must still be printed.
+    """
     if not dist.is_initialized():
         return
     if whole or device.type != "cuda":
@@ -179,5 +187,5 @@ def _disconnect(device: torch.device, whole: bool) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not empty; its kind where there is none."""
+    """Returns the first non-empty line of an error's text, or the error's type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

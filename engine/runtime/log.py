@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, TensorBoard, and plain lines on the terminal; and how its numbers leave the device."""
+"""The log of a run: JSON lines, TensorBoard and plain lines on the terminal; copies its numbers from the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mam2.engine.files import NAMES, one_line
 from mam2.engine.runtime.distributed import World
 
 MOST_PENDING = 2**20
-"""Bytes of a log that wait for a disk that takes them; then the oldest lines are dropped."""
+"""Maximum bytes of log lines that wait for a full or absent disk; beyond it the oldest lines are dropped."""
 
 
 class Log(Protocol):
@@ -40,7 +40,7 @@ class Log(Protocol):
 
 
 class SilentLog:
-    """Of the processes that are not rank 0."""
+    """The log of ranks other than 0: writes nothing."""
 
     def info(self, message: str) -> None:
         pass
@@ -61,14 +61,16 @@ class SilentLog:
 class RunLog:
     """Writes `RUN/log.jsonl` (one object per line), `RUN/tensorboard/` and, for `info`, the terminal and `RUN/log.txt`.
 
-    Once open it raises nothing: what cannot be written is said once, and the training goes on. Names that are not UTF-8
-    go into the files byte for byte, and onto the terminal escaped where it cannot show them.
+    After opening it never raises: a failed write is reported once, and the training continues. Names that are not UTF-8
+    are written to the files as their bytes, and to the terminal escaped if it cannot display them.
     """
 
     def __init__(self, run: Path, tracker: str = "none") -> None:
-        """tracker: "wandb" or "trackio" get the numbers as well. Raises UserError where the package is missing, OSError
-        where the folder cannot be written."""
-        # Imported here: TensorBoard costs a second that `mam2 --help` should not pay.
+        """tracker: "wandb" or "trackio", which then also receives the numbers.
+
+        Raises UserError if the package is missing, OSError if the folder cannot be written.
+        """
+        # Imported here, because TensorBoard takes a second that `mam2 --help` should not need.
         from torch.utils.tensorboard import SummaryWriter
 
         self._run = run
@@ -79,16 +81,16 @@ class RunLog:
         self._failing: set[str] = set()
 
     def info(self, message: str) -> None:
-        """One plain line, above a progress bar where one is drawn."""
+        """Writes one plain line, above a progress bar if there is one."""
         show(message)
         self.note(message)
 
     def note(self, message: str) -> None:
-        """One plain line in log.txt alone."""
+        """Writes one plain line to log.txt only."""
         self._attempt("log.txt", lambda: self._text.write(one_line(message).encode("utf-8", NAMES) + b"\n"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers of a step."""
+        """Writes the numbers of a step."""
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         self._attempt("log.jsonl", lambda: self._lines.write(line.encode()))
         self._attempt("tensorboard", lambda: self._draw(step, values))
@@ -96,7 +98,7 @@ class RunLog:
             self._attempt("run.tracker", lambda: self._tracker.log(values, step=step))
 
     def begin_anew(self) -> None:
-        """Sets numbers aside that a run without a checkpoint left here, as log.before.jsonl: they are another run's."""
+        """Renames numbers of an earlier run without a checkpoint in this folder to log.before.jsonl."""
 
         def set_aside() -> None:
             if self._lines.set_aside(self._run / "log.before.jsonl"):
@@ -118,11 +120,14 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         except Exception:
-            self._board = None  # the thread that writes has ended; the next numbers go to a file of their own
+            self._board = None  # its writer thread has ended; the next numbers go to a new file
             raise
 
     def _attempt(self, name: str, write: Callable[[], object]) -> None:
-        """Writes; where that fails, says so once until it works again. Whatever a library raises: it is only a log."""
+        """Calls `write`; reports a failure once until it works again.
+
+        Catches every exception, since this is only a log.
+        """
         try:
             write()
             self._failing.discard(name)
@@ -131,24 +136,24 @@ class RunLog:
                 self._failing.add(name)
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 where = self._run / name if name != "run.tracker" else name
-                show(f"log     {where} cannot be written: {reason or type(error).__name__}. The run goes on")
+                show(f"log     {where} cannot be written: {reason or type(error).__name__}. The run continues")
 
 
 class LineFile:
-    """A text file that grows by lines, unbuffered; lines that a full or absent disk does not take wait for later."""
+    """An unbuffered text file for appending lines; lines that a full or absent disk refuses are kept for later."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where the file cannot be opened. After half a line, of a killed run, a new one is begun."""
+        """Raises OSError if the file cannot be opened. Starts a new line after an incomplete one of a killed run."""
         self._path = path
         self._pending = b""
-        self._writing = threading.Lock()  # loader threads name unusable files
+        self._writing = threading.Lock()  # loader threads report unusable files
         self._file: io.FileIO | None = None
         file = self._open()
         if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             self._pending = b"\n"
 
     def write(self, lines: bytes) -> None:
-        """Raises OSError where they have to wait."""
+        """Writes lines; raises OSError if they must be kept for later."""
         with self._writing:
             self._pending += lines
             if len(self._pending) > MOST_PENDING:
@@ -157,11 +162,11 @@ class LineFile:
                 while self._pending:
                     self._pending = self._pending[self._open().write(self._pending) or 0 :]
             except OSError:
-                self._close()  # a handle that has become stale is opened anew
+                self._close()  # a stale handle is opened again
                 raise
 
     def set_aside(self, other: Path) -> bool:
-        """Renames the file to `other` and begins a new one, if there is anything in it."""
+        """Renames the file to `other` and starts a new one, unless it is empty."""
         if not self._path.stat().st_size:
             return False
         self._path.replace(other)
@@ -171,7 +176,7 @@ class LineFile:
         return True
 
     def close(self) -> None:
-        """Raises OSError where lines are lost."""
+        """Closes the file; raises OSError if lines are lost."""
         try:
             if self._pending:
                 self.write(b"")
@@ -191,29 +196,33 @@ class LineFile:
 
 
 def show(message: str) -> None:
-    """A line on stdout, above a progress bar where one is drawn; escaped where the stream cannot show it, dropped where
-    the stream is closed."""
+    """Prints a line on stdout, above a progress bar if there is one.
+
+    Characters that the stream cannot encode are escaped; if the stream is closed, the line is dropped.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(one_line(message).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _open_tracker(name: str, run: Path) -> Any:
-    """The package, which both name alike: `init`, `log`, `finish`."""
+    """Imports the tracker's package and starts a run; both packages have `init`, `log` and `finish`."""
     try:
         package = importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"run.tracker {name}: {error}; pip install {name}, or leave it at none") from None
+        raise UserError(f"run.tracker {name}: {error}; pip install {name}, or use run.tracker=none") from None
     package.init(project="mam2", name=run.name)
     return package
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """What `RUN/log.jsonl` says of each step. Where it was logged twice, with a validation or again after a resume, the
-    later value of each quantity counts."""
+    """Returns the numbers of each step in `RUN/log.jsonl`.
+
+    If a step was logged twice, with a validation or again after a resume, the later value of each quantity counts.
+    """
     by_step: dict[int, dict[str, Any]] = {}
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run may have left half a line
+        with contextlib.suppress(json.JSONDecodeError):  # a killed run may have left an incomplete line
             values = json.loads(line)
             by_step[values["step"]] = by_step.get(values["step"], {}) | values
     return [by_step[step] for step in sorted(by_step)]
@@ -221,19 +230,19 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Line:
-    """What is known of the steps since the line before."""
+    """The numbers of the steps since the previous line."""
 
     steps: range
-    """Optimiser steps done after each of them."""
+    """The step numbers: optimizer steps done so far."""
     numbers: dict[str, float]
     bad: list[bool]
-    """Of each step, whether it was left out because loss or gradient was not finite."""
+    """For each step, whether it was skipped because its loss or gradient was not finite."""
     videos: dict[int, list[int]]
-    """Places in the manifest of the clips that this rank saw, by step."""
+    """Manifest indices of the clips that this rank saw, by step."""
 
 
 class Readout:
-    """Brings a line's numbers from the device without making the loop wait for it: they are ready some steps later."""
+    """Copies a line's numbers from the device without making the loop wait; they are ready some steps later."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -248,8 +257,11 @@ class Readout:
         videos: Sequence[Tensor],
         world: World,
     ) -> None:
-        """values: 0-d tensors of step `step`, of which the ranks' mean is logged; bad: a flag for each step since the
-        last line; numbers: known already; videos: int64 places in the manifest for each of those steps."""
+        """Starts the copy of a line's numbers.
+
+        values: 0-d tensors of step `step`, of which the ranks' mean is logged. bad: a flag per step since the last
+        line. numbers: values on the host. videos: int64 manifest indices for each of those steps.
+        """
         packed = torch.stack([value.float().to(bad.device) for value in values.values()])
         packed = torch.cat([world.mean_(packed), bad])
         event = None
@@ -264,7 +276,7 @@ class Readout:
         self._pending.append((event, packed, list(values), numbers, steps, videos))
 
     def collect(self, *, wait: bool = False) -> Iterator[Line]:
-        """The lines that have arrived, or all of them."""
+        """Returns the lines that have arrived, or with `wait` all of them."""
         while self._pending:
             event, packed, names, numbers, steps, videos = self._pending[0]
             if event and not wait and not event.query():

@@ -1,4 +1,4 @@
-"""What a device gives and what is taken of it: its rate of multiplying large matrices, and its memory in use."""
+"""Measures a device: its rate of multiplying large matrices, and its memory in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ ROUNDS = 8
 
 @functools.cache
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square products in `dtype`; measured once a process, in under a second."""
+    """Returns the FLOP/s of the fastest of a few square products in `dtype`.
+
+    Measured once per process, within a second.
+    """
     edge = EDGES[device.type]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # a run's draws do not depend on the measurement
@@ -30,9 +33,9 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def used_gib(device: torch.device) -> float:
-    """GiB of a GPU that are in use: also those that DALI, NVDEC and cuDNN take beside PyTorch, and other processes.
+    """Returns the GiB of a GPU in use, including memory of DALI, NVDEC, cuDNN and other processes.
 
-    PyTorch keeps what it has once taken, so that its own part is that of its peak.
+    PyTorch keeps its allocated memory, so that its share is that of its peak.
     """
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / 2**30

@@ -1,4 +1,4 @@
-"""How far work has come: a bar on a terminal, a plain line every few percent where the output is a file or a pipe."""
+"""Shows progress: a bar on a terminal, a plain line every few percent if the output is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from tqdm import tqdm
 
 BAR = "{desc}: {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-"""Of a bar with numbers behind it: without a width for the bar itself, tqdm shrinks it to nothing."""
+"""Format of a bar followed by numbers, with a fixed width of the bar, which tqdm would otherwise shrink to nothing."""
 LINE = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
 PARTS = 20
-"""Of the whole: a plain line after each, every 5 percent."""
+"""Number of parts of the whole; a plain line follows each, every 5 percent."""
 LEAST_S, MOST_S = 10.0, 600.0
-"""Seconds between two plain lines: none more often, and one at least so often."""
+"""Minimum and maximum seconds between two plain lines."""
 
 
 class Progress(tqdm):
-    """tqdm that also serves logs. A stream that is gone (a closed pipe, a lost terminal) never ends the work."""
+    """tqdm that also writes to logs. A closed stream (pipe or terminal) never ends the work."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Progress(tqdm):
         unit: str = "it",
         **options: Any,
     ) -> None:
-        """shown: False writes nothing at all. The rest is tqdm's."""
+        """shown: False writes nothing. The other arguments are tqdm's."""
         terminal = _is_terminal()
         self._plain = shown and not terminal
         self._title, self._first, self._unit = desc, initial, unit
@@ -51,11 +51,11 @@ class Progress(tqdm):
         )
 
     def show(self, numbers: Sequence[str]) -> None:
-        """Numbers behind the bar, the most important first: as many as the terminal has room for."""
+        """Shows numbers after the bar, the most important first, as many as fit the terminal."""
         self.postfix = None
         room = None
         if not self.disable and (columns := self.format_dict["ncols"]):
-            room = columns - len(str(self)) - 4  # the times become longer
+            room = columns - len(str(self)) - 4  # room for longer times
         fitting: list[str] = []
         for text in numbers:
             if room is not None and len(" ".join([*fitting, text])) > room:
@@ -88,7 +88,7 @@ class Progress(tqdm):
 
     @staticmethod
     def _parts(done: float, total: float | None) -> int:
-        """How many of the `PARTS` parts of the whole are done."""
+        """Returns how many of the `PARTS` parts of the whole are done."""
         return int(PARTS * done / total) if total else 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
@@ -112,5 +112,5 @@ class Progress(tqdm):
 def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # none, or closed
+    except (AttributeError, ValueError):  # no stream, or a closed one
         return False

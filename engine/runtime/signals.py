@@ -1,7 +1,7 @@
-"""Signals that end a command or a run, and the exit status 128 + number that a shell expects. Imports no torch.
+"""Handles signals that end a command or a run, with the usual exit status 128 + number. Does not import torch.
 
-SIGINT is Ctrl-C; SIGTERM comes from `kill`, torchrun and schedulers; SIGHUP from a terminal that is closed; SIGUSR1
-from Slurm before a time limit (`--signal=USR1@300`). All four mean the same: save what is new, then end.
+SIGINT is Ctrl-C; SIGTERM comes from `kill`, torchrun and schedulers; SIGHUP from a closed terminal; SIGUSR1 from Slurm
+before a time limit (`--signal=USR1@300`). All four have the same effect: save unsaved work, then end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACE_S = 5.0
-"""A command that a signal ends is gone after so many seconds, whatever its threads still do."""
+"""Seconds after which a command ended by a signal exits, whatever its threads still do."""
 SAME_S = 2.0
-"""Ctrl-C within so many seconds of the first is the same one: torchrun sends its workers what the terminal sent."""
+"""Ctrl-C within this many seconds of the first counts as the same one: torchrun forwards the terminal's signal."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the program at a place where there is nothing to save."""
+    """Raised if a signal ends the program where nothing needs saving."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -33,29 +33,31 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupted(Exception):
-    """A signal asked for an end while the loop was waiting."""
+    """Raised if a signal requests the end while the loop waits."""
 
 
 class _Command:
-    """What the process of a command line knows about its end."""
+    """State of a command's process that concerns its end."""
 
     guarded = False
     """Whether this process is a `mam2` command, which may end itself."""
     received: signal.Signals | None = None
     told = False
-    """Whether the line that names the signal is written."""
+    """Whether the line that names the signal has been written."""
     abandoned = False
     """Whether the process ends without waiting for its threads."""
 
 
 last_acts: list[Callable[[], None]] = []
-"""Called before a process ends itself without unwinding: what else would leave a trace on the disk."""
+"""Called before a process ends itself without unwinding, to remove files that would remain on disk."""
 
 
 @contextmanager
 def command_signals() -> Iterator[None]:
-    """While it lasts, this process is a command: the first signal raises Stopped in the main thread, a second one ends
-    the process at once. Libraries may swallow an exception and wait for threads: the process is gone GRACE_S later.
+    """Makes this process a command.
+
+    The first signal raises Stopped in the main thread, a second ends the process at once. Libraries may catch the
+    exception and wait for threads; the process therefore ends after GRACE_S in any case.
     """
     with _handlers(_first_signal):
         _Command.guarded, _Command.received, _Command.told, _Command.abandoned = True, None, False, False
@@ -73,7 +75,7 @@ def _first_signal(number: int, _: FrameType | None) -> None:
 
 
 def end_soon(number: int) -> None:
-    """Ends the process GRACE_S from now with the status of a signal, if it is a command; else does nothing."""
+    """Ends the process after GRACE_S with the status of a signal if it is a command; else does nothing."""
     if not _Command.guarded:
         return
     _Command.received, _Command.abandoned = signal.Signals(number), True
@@ -83,12 +85,12 @@ def end_soon(number: int) -> None:
 
 
 def tell_stopped(number: int) -> None:
-    """Says once which signal ended the command."""
+    """Reports once which signal ended the command."""
     if not _Command.told:
         _Command.told = True
         tell(
-            f"stopped by {signal.Signals(number).name}; what was saved is whole. The same command goes on, with "
-            "--resume if it saved a checkpoint"
+            f"stopped by {signal.Signals(number).name}; saved files are complete. Run the same command to continue, "
+            "with --resume if it wrote a checkpoint"
         )
 
 
@@ -98,19 +100,19 @@ def _leave_stopped(number: int) -> NoReturn:
 
 
 def abandon() -> None:
-    """The command is to end without waiting for its threads: one of them hangs."""
+    """Makes the command end without waiting for its threads, because one of them hangs."""
     _Command.abandoned = _Command.guarded
 
 
 def end(status: int) -> NoReturn:
-    """Ends a command: by SystemExit, or at once where a thread may hang."""
+    """Ends a command: by SystemExit, or immediately if a thread may hang."""
     if _Command.abandoned:
         leave(status)
     sys.exit(status)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once: no thread is waited for."""
+    """Ends the process immediately, without waiting for threads."""
     for act in last_acts:
         with contextlib.suppress(Exception):
             act()
@@ -121,7 +123,7 @@ def leave(status: int) -> NoReturn:
 
 
 def tell(message: str) -> None:
-    """A line on stderr, also from within a signal handler, where `print` may be forbidden."""
+    """Writes a line to stderr; also works in a signal handler, where `print` may be forbidden."""
     if os.environ.get("RANK", "0") == "0":
         start = "\n" if os.isatty(2) else ""  # a progress bar may be drawn there
         with contextlib.suppress(OSError):
@@ -129,10 +131,10 @@ def tell(message: str) -> None:
 
 
 class StopSignal:
-    """Turns signals into a request that the loop meets after its step.
+    """Converts signals to a stop request that the loop handles after its current step.
 
-    Outside the loop, and while `nothing_to_save` lasts, the first one ends the program. In the loop a second Ctrl-C
-    does; launchers and schedulers send other signals again, and have SIGKILL for those who do not listen.
+    Outside the loop, and inside `nothing_to_save`, the first signal ends the program. In the loop only a second Ctrl-C
+    does: launchers and schedulers repeat other signals, and use SIGKILL if the process does not end.
     """
 
     def __init__(self) -> None:
@@ -155,7 +157,7 @@ class StopSignal:
 
     @contextmanager
     def looping(self) -> Iterator[None]:
-        """While it lasts, the loop looks at `received` after each step."""
+        """Context of the loop, which checks `received` after each step."""
         self._looping = True
         try:
             yield
@@ -164,7 +166,7 @@ class StopSignal:
 
     @contextmanager
     def nothing_to_save(self, true: bool = True) -> Iterator[None]:
-        """While it lasts, what the loop has is on the disk already: a signal ends the program at once."""
+        """Context in which everything is saved already: a signal ends the program at once."""
         self._nothing_to_save = true
         try:
             yield
@@ -173,7 +175,7 @@ class StopSignal:
 
     @contextmanager
     def interruptible(self, allowed: bool = True) -> Iterator[None]:
-        """While it lasts, a signal raises Interrupted; so does one that came since the loop last looked."""
+        """Context in which a signal raises Interrupted; so does a signal received since the loop's last check."""
         if allowed and self.received:
             raise Interrupted
         self._interruptible = allowed
@@ -198,13 +200,13 @@ class StopSignal:
     def _end(self, number: int, frame: FrameType | None) -> None:
         before = self._before[signal.Signals(number)]
         if callable(before) and before is not signal.default_int_handler:
-            before(number, frame)  # the command's, which also bounds the time that the end may take
+            before(number, frame)  # the command's handler, which also limits the time until the end
         raise Stopped(number)
 
 
 @contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the signals that end; none in a thread, where Python forbids it, nor SIGHUP where nohup ignores it."""
+    """Installs `handler` for the ending signals; not in a thread, where Python forbids it; not SIGHUP under nohup."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in ENDING:

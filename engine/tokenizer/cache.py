@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import DataConfig, PretrainConfig
-from mam2.engine.data.manifest import Manifest, Video, read_saved_manifest
+from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
 
-HEADER, SHARDS, MANIFEST = "cache.json", "shards.json", "manifest.jsonl"
+HEADER, SHARDS = "cache.json", "shards.json"
 SHARD_VIDEOS = 1024
 """Videos of a shard: what a killed `mam2 tokenize` loses at most."""
 DRAWN_VIDEOS = 16

@@ -20,7 +20,7 @@ from mam2.engine.checkpoints.weight_files import check_whole, kind_of
 from mam2.engine.errors import UserError
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "patch_in.", "patch_out.")
 """What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
 CONFIG_KEY = "vqgan_config"
 CONFIGURED_RESOLUTION = 256
@@ -43,7 +43,10 @@ def save_vqgan(vqgan: VQGAN, path: str | Path) -> None:
 
 def fingerprint(vqgan: VQGAN) -> str:
     """SHA-256 over config and weights (hexadecimal): two VQGANs with one fingerprint give the same codes."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(vqgan.config), sort_keys=True).encode())
+    fields = dataclasses.asdict(vqgan.config)
+    if not vqgan.config.patch_path:
+        del fields["patch_path"]  # a VQGAN without it keeps the fingerprint that caches of codes already name
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(vqgan.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -135,6 +138,7 @@ def _infer_config(path: Path, state: dict[str, Tensor]) -> VQGANConfig:
             ),
             res_blocks=len(_indices(state, "decoder.up.0.block.")) - 1,
             attention_levels=tuple(level for level in range(levels) if _indices(state, f"decoder.up.{level}.attn.")),
+            patch_path="patch_in.weight" in state,
         )
     raise VQGANFileError(
         f"{path}: expected the parameters of a VQGAN (encoder.conv_in.weight, quantize.embedding.weight, …), "

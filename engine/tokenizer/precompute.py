@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Skipped, read_manifest, write_manifest
+from mam2.engine.data.manifest import MANIFEST, Skipped, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows, check_apart, make_folder, one_line, writing
 from mam2.engine.runtime.device import compiler, pick_device
-from mam2.engine.tokenizer.cache import MANIFEST, CodeCache, CodeCacheWriter
+from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import build_tokenizer, prepare_tokenizer
 from mam2.engine.tokenizer.source import CodeSource, online, with_codes

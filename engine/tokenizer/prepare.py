@@ -69,12 +69,13 @@ def prepare_tokenizer(
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         architecture = small(options.channels, options.codes, code_factor(config))
         frames = clip_frames(loader, options.batch)
-        vqgan, reports = train_tokenizer(
+        vqgan, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
         )
+        last = reports[-1]
         info(
-            f"codes   trained: loss {reports[-1]['loss']:.3f}, {reports[-1]['codes_used']:.0f} of {options.codes} "
-            f"codes in use, perplexity {reports[-1]['perplexity']:.0f}"
+            f"codes   trained: they explain {last['explained']:.1%} of the variance within a frame, "
+            f"{last['codes_used']:.0f} of {options.codes} codes in use, perplexity {last['perplexity']:.0f}"
         )
         (run / TRAINING).unlink(missing_ok=True)
         save_vqgan(vqgan, own)
@@ -138,7 +139,7 @@ def build_tokenizer(
     return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
 
 
-def train_tokenizer(
+def train_with_progress(
     frames: Iterable[Tensor],
     architecture: VQGANConfig,
     steps: int,
@@ -154,7 +155,7 @@ def train_tokenizer(
         def report(step: int, numbers: dict[str, float]) -> None:
             reports.append({"step": step, **numbers})
             bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['codes_used']:.0f} codes in use")
+            bar.set_postfix_str(f"explained {numbers['explained']:.1%}, {numbers['codes_used']:.0f} codes in use")
 
         vqgan = train_vqgan(frames, architecture, steps, device, report, seed=seed)
     return vqgan.cpu(), reports

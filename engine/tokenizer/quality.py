@@ -9,16 +9,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mam2.engine.tokenizer.kmeans import nearest_center
 from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
+from mam2.engine.tokenizer.training import frame_patches
 from mam2.engine.tokenizer.vqgan import VQGAN
 
 SHOWN = 8
 """Frames in the picture."""
+GRAY = 1e-3
+"""Share of the variance that is color, below which frames count as gray: so much is left by a video's compression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +32,17 @@ class Reconstruction:
     frames: int
     psnr_db: float
     """Peak signal to noise of all pixels together: 10 log10(1 / mean squared error), pixels in 0 to 1."""
-    mean_colour_psnr_db: float
-    """That of answering each frame with its mean colour."""
+    mean_color_psnr_db: float
+    """That of answering each frame with its mean color."""
+    explained: float
+    """Share of the variance within a frame that the decoded codes explain: 1 − squared error / squared deviation from
+    the frame's mean color, both summed over all frames. 1 is perfect; 0 is no better than the mean color."""
+    color_explained: float | None
+    """The same of color alone: of each pixel's difference to the mean of its three channels. None for gray frames."""
+    kmeans_explained: float
+    """`explained` of k-means of raw patches, with as many centers as there are codes: each patch is its center."""
+    kmeans_color_explained: float | None
+    """`color_explained` of it."""
     codes_used: int
     """Different codes among those of all frames."""
     perplexity: float
@@ -37,51 +50,81 @@ class Reconstruction:
     original: Tensor
     """[SHOWN or fewer, H, W, C] float32 in 0 to 1."""
     reconstructed: Tensor
-    """As `original`."""
+    """As `original`: from the codes."""
+    from_kmeans: Tensor
+    """As `original`: each patch its k-means center."""
 
 
 @torch.no_grad()
-def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor]) -> Reconstruction:
+def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tensor) -> Reconstruction:
     """Frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device, through their codes and back.
 
-    H and W are multiples of its factor. Raises ValueError where there is no clip.
+    Args:
+        clips: H and W are multiples of the VQGAN's factor.
+        centers: [V, P], k-means of patches of the frames trained on, from `frame_patches`.
+
+    Raises:
+        ValueError: there is no clip.
     """
     factor = vqgan.config.factor
-    error, spread, values = 0.0, 0.0, 0
+    error, deviation = torch.zeros(2, 4, dtype=torch.float64)  # of codes and k-means: everything, color
+    values = 0
     codes: list[Tensor] = []
-    shown: list[tuple[Tensor, Tensor]] = []
+    shown: list[tuple[Tensor, ...]] = []
     for clip in clips:
-        images = scale_pixels(clip.flatten(0, 1).movedim(-1, 1))
-        found = vqgan.codes(images)
-        original, back = (images + 1) / 2, ((vqgan.decode(found) + 1) / 2).clamp(0, 1)
-        error += float((back - original).square().double().sum())
-        spread += float((original - original.mean((2, 3), keepdim=True)).square().double().sum())
+        frames = clip.flatten(0, 1)
+        original = frames.movedim(-1, 1).float() / 255
+        found = vqgan.codes(scale_pixels(frames.movedim(-1, 1)))
+        patches = centers[nearest_center(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
+        baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
+        back, by_patch = (((one.to(original) + 1) / 2).clamp(0, 1) for one in (vqgan.decode(found), baseline))
+        true = (original, _color(original)) * 2
+        pairs = list(zip((back, _color(back), by_patch, _color(by_patch)), true, strict=True))
+        error += torch.tensor([_squares(one - other) for one, other in pairs])
+        deviation += torch.tensor([_squares(one - one.mean((2, 3), keepdim=True)) for _, one in pairs])
         values += original.numel()
         codes.append(found.flatten().cpu())
         if len(shown) < SHOWN:  # one of each clip
             step = clip.shape[1]
-            shown += list(zip(original[::step].cpu(), back[::step].cpu(), strict=True))
+            shown += zip(*(pictures[::step].cpu() for pictures in (original, back, by_patch)), strict=True)
     if not codes:
         raise ValueError(f"clips: expected at least one, with sides that are multiples of {factor}, found none")
     used, perplexity = codebook_usage(torch.cat(codes), vqgan.config.codes)
-    originals, reconstructed = zip(*shown[:SHOWN], strict=True)
+    originals, reconstructed, from_kmeans = zip(*shown[:SHOWN], strict=True)
+    explained, color, by_kmeans, color_by_kmeans = (1 - error / deviation).tolist()
+    colored = deviation[1] > GRAY * deviation[0]
     return Reconstruction(
         frames=values // (originals[0].numel()),
-        psnr_db=float(-10 * np.log10(error / values)),
-        mean_colour_psnr_db=float(-10 * np.log10(spread / values)),
+        psnr_db=float(-10 * (error[0] / values).log10()),
+        mean_color_psnr_db=float(-10 * (deviation[0] / values).log10()),
+        explained=explained,
+        color_explained=color if colored else None,
+        kmeans_explained=by_kmeans,
+        kmeans_color_explained=color_by_kmeans if colored else None,
         codes_used=used,
         perplexity=perplexity,
         original=torch.stack(originals).movedim(1, -1),
         reconstructed=torch.stack(reconstructed).movedim(1, -1),
+        from_kmeans=torch.stack(from_kmeans).movedim(1, -1),
     )
 
 
+def _color(images: Tensor) -> Tensor:
+    """[B, 3, H, W] without their gray."""
+    return images - images.mean(1, keepdim=True)
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.square().double().sum())
+
+
 def draw_reconstructions(result: Reconstruction, path: Path) -> None:
-    """PNG: frames above, what their codes give below."""
+    """PNG: frames above, what their codes give below, and k-means of patches with as many centers below that."""
     count = len(result.original)
-    figure = Figure(figsize=(1.6 * count + 0.9, 3.4), layout="constrained")
-    axes = figure.subplots(2, count, squeeze=False)
-    for row, (name, pictures) in enumerate((("original", result.original), ("from codes", result.reconstructed))):
+    rows = {"original": result.original, "from codes": result.reconstructed, "k-means": result.from_kmeans}
+    figure = Figure(figsize=(1.6 * count + 0.9, 1.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for row, (name, pictures) in enumerate(rows.items()):
         for axis, picture in zip(axes[row], pictures.numpy(), strict=True):
             axis.imshow(picture)
             axis.set_xticks([])
@@ -91,7 +134,7 @@ def draw_reconstructions(result: Reconstruction, path: Path) -> None:
 
 
 def draw_training(reports: Sequence[dict[str, float]], path: Path) -> None:
-    """PNG: the loss, and the use of the codes, over the steps; reports from `train_tokenizer`."""
+    """PNG: the loss, and the use of the codes, over the steps; reports from `train_with_progress`."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     loss, usage = figure.subplots(1, 2)
     steps = [report["step"] for report in reports]

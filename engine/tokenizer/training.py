@@ -1,10 +1,11 @@
 """Training a small VQGAN on the user's own frames, so that nothing has to be downloaded.
 
-No discriminator and no perceptual loss: the codes are wanted, not the pictures. The autoencoder first trains without
-a codebook; k-means on its latents then places all codes at once; from there codes follow the latents as moving
-averages, and a code that names almost nothing is moved to a latent of the current batch.
+No discriminator and no perceptual loss: the codes are wanted, not the pictures. The network begins as k-means of
+patches: its linear path holds the principal components of the first frames' patches, k-means of what they give places
+all codes at once, and both convolutional networks begin at zero. Training then makes it better than that. Codes follow
+the latents as moving averages, and a code that names almost nothing is moved to a latent that its code describes badly.
 
-Shapes: B frames, H×W pixels, E code width, V codes, M latents of a batch.
+Shapes: B frames, H×W pixels, E code width, V codes, M latents of a batch, P values of a patch.
 Definition: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.1.
 """
 
@@ -17,27 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest_center, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
-CROP_CODES = 4
-"""Side of the random crops trained on, in codes: a quarter of the work of 8×8, and the network is convolutional."""
-WARMUP_SHARE = 0.3
-"""Of the steps, trained without a codebook."""
-COMMITMENT = 0.25
-"""Weight of the squared distance of a latent to its code."""
-DECAY = 0.97
+CROP_CODES = 8
+"""Side of the largest windows trained on, in codes; a frame that is no larger is trained on as a whole."""
+COMMITMENT = 1.0
+"""Weight of a latent's squared distance to its code, per pixel value as the loss is. With van den Oord's 0.25 latents
+run away from their codes, and more so the wider the network is."""
+DECAY = 0.99
 """Of the moving averages that are the codes."""
-DEAD_SHARE = 0.05
-"""A code that names fewer latents than this share of the mean is moved."""
-LATENTS_PER_CODE = 32
-"""k-means sees about this many latents a code."""
-ROWS_AT_ONCE = 16384
-"""k-means compares so many latents with the codes at once."""
+DEAD_SHARE = 0.01
+"""A code that names fewer latents than this share of the mean is moved. Rare codes are worth having: where most of a
+frame is background, those of what stands out name a small share of the patches and much of the variance."""
+PATCHES_PER_CODE, LEAST_PER_CODE = 128, 32
+"""k-means sees the first as many patches per code, or fewer where they would be more than `MOST_VALUES`."""
+MOST_VALUES = 2**26
+"""Values of the patches that k-means sees: 256 MiB."""
 REPORT_EVERY = 20
 """Steps between two calls of `progress`."""
 
-Progress = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def train_vqgan(
@@ -45,9 +47,9 @@ def train_vqgan(
     config: VQGANConfig,
     steps: int,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
     *,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> VQGAN:
     """A VQGAN trained to reproduce `frames`.
@@ -55,17 +57,22 @@ def train_vqgan(
     Args:
         frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; started anew when they end too soon.
         config: of the `vq` quantizer.
-        steps: optimiser steps, one batch each.
-        progress: called with the step and `loss` (mean absolute plus squared error, pixels in -1 to 1, since the last
-            call), `codes_used` and `perplexity` (of the moving average; 0 while there is no codebook yet).
+        steps: optimizer steps. Each takes as many frames as a batch has out of those that k-means has seen, and puts
+            a new batch in their place.
+        progress: called with the step and, since the last call, `loss` (mean squared error, pixels in -1 to 1) and
+            `explained` (share of the variance within a window, see `Reconstruction.explained`); `codes_used` and
+            `perplexity` are of the moving average.
         learning_rate: Adam's peak; falls to 0 along a cosine.
         seed: of the initial weights, k-means and the moved codes.
 
     Raises:
-        ValueError: another quantizer, no steps, or frames that run out.
+        ValueError: another quantizer, no linear path, no steps, or frames that run out.
     """
-    if config.quantizer != "vq":
-        raise ValueError(f"config.quantizer: expected 'vq' (the one trained here), found {config.quantizer!r}")
+    if config.quantizer != "vq" or not config.patch_path:
+        raise ValueError(
+            "config: expected quantizer 'vq' and patch_path (what is trained here; see `small`), found "
+            f"{config.quantizer!r} and {config.patch_path}"
+        )
     if steps < 2:
         raise ValueError(f"steps: expected at least 2, found {steps}")
     device = torch.device(device)
@@ -75,39 +82,41 @@ def train_vqgan(
         _initialize(vqgan)
     vqgan = vqgan.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(seed)
-    network = [parameter for name, parameter in vqgan.named_parameters() if not name.startswith("quantize.")]
+    fixed = ("quantize.", "patch_in.", "patch_out.")
+    network = [parameter for name, parameter in vqgan.named_parameters() if not name.startswith(fixed)]
     optimizer = torch.optim.Adam(network, lr=learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step / steps))
     codebook = MovingCodebook(vqgan.get_parameter("quantize.embedding.weight").data, generator)
-    codebook_start = max(1, int(WARMUP_SHARE * steps))
-    reservoir: list[Tensor] = []
-    losses: list[Tensor] = []
-    for step, batch in zip(range(1, steps + 1), _endless(frames), strict=False):
-        images = scale_pixels(_random_crop(batch, config.factor, generator).to(device).movedim(-1, 1))
+    stream = _endless(frames)
+    first = first_frames(stream, config)
+    placed, unit = _place_patch_path(vqgan, first_patches(first, config).to(device))
+    codebook.place(placed, batch_rows=len(first[0]) * math.prod(_window(first[0], config.factor)))
+    pool, at_once = torch.cat(first), len(first[0])
+    del first, placed
+    sums: list[Tensor] = []
+    for step in range(1, steps + 1):
+        chosen = torch.randperm(len(pool), generator=generator)[:at_once].to(pool.device)
+        images = scale_pixels(_random_crop(pool[chosen], config.factor, generator).to(device).movedim(-1, 1))
+        fresh = next(stream)  # frames of one batch are often of the same videos: the pool parts them
+        pool[chosen[: len(fresh)]] = fresh[:at_once]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             latents = vqgan.encode(images)
-            quantized, commitment = latents, latents.new_zeros(())
-            if step > codebook_start:
-                codes = vqgan.quantize.codes(latents)
-                nearest = vqgan.quantize.lookup(codes).detach()
-                codebook.update(_rows(latents), codes.flatten())
-                commitment = F.mse_loss(latents.float(), nearest.float())
-                quantized = latents + (nearest - latents).detach()
-            error = vqgan.decode_latents(quantized).float() - images
-            loss = error.abs().mean() + error.square().mean()
+            codes = vqgan.quantize.codes(latents)
+            named = vqgan.quantize.lookup(codes).detach()
+            codebook.update(_rows(latents), codes.flatten())
+            commitment = unit * (latents.float() - named.float()).square().sum() / images.numel()
+            pictures = vqgan.decode_latents(latents + (named - latents).detach())
+            loss = F.mse_loss(pictures.float(), images)
         optimizer.zero_grad()
         (loss + COMMITMENT * commitment).backward()
         optimizer.step()
         schedule.step()
-        if step <= codebook_start:
-            reservoir = _newest([*reservoir, _rows(latents)], LATENTS_PER_CODE * config.codes)
-        if step == codebook_start:
-            codebook.place(torch.cat(reservoir), batch_rows=len(reservoir[-1]))
-            reservoir.clear()
-        losses.append(loss.detach())
+        spread = images - images.mean((2, 3), keepdim=True)
+        sums.append(torch.stack([loss.detach(), spread.square().mean()]))
         if progress is not None and (step % REPORT_EVERY == 0 or step == steps):
-            progress(step, {"loss": torch.stack(losses).mean().item(), **codebook.usage()})
-            losses.clear()
+            mean_loss, variance = torch.stack(sums).mean(0).tolist()
+            progress(step, {"loss": mean_loss, "explained": 1 - mean_loss / max(variance, 1e-12), **codebook.usage()})
+            sums.clear()
     return vqgan.eval()
 
 
@@ -120,27 +129,25 @@ class MovingCodebook:
         self.counts = torch.zeros(len(codes), device=codes.device)
         self.sums = torch.zeros_like(codes)
 
-    def place(self, latents: Tensor, *, batch_rows: int, rounds: int = 10) -> None:
-        """k-means on latents [M, E] float32, started from a random choice of them.
+    def place(self, latents: Tensor, *, batch_rows: int) -> None:
+        """k-means of latents [M, E] float32.
 
         batch_rows: latents of the updates to come; the averages start as if such batches had made them.
         """
-        self.codes.copy_(self._draw(latents, len(self.codes)))
-        for _ in range(rounds):
-            nearest = torch.cat([torch.cdist(part, self.codes).argmin(1) for part in latents.split(ROWS_AT_ONCE)])
-            counts, sums = self._tally(latents, nearest)
-            self.codes.copy_(sums / counts.clamp(min=1)[:, None])
-            self._move(counts == 0, latents)
+        self.codes.copy_(kmeans(latents, len(self.codes), self.generator))
+        counts, _ = tally(latents, nearest_center(latents, self.codes), len(self.codes))
         self.counts = counts.clamp(min=1) * (batch_rows / len(latents))
         self.sums = self.codes * self.counts[:, None]
 
-    def update(self, latents: Tensor, nearest: Tensor) -> None:
+    def update(self, latents: Tensor, assigned: Tensor) -> None:
         """latents [M, E] and the code of each [M] int64."""
-        counts, sums = self._tally(latents, nearest)
+        counts, sums = tally(latents, assigned, len(self.codes))
+        distances = (latents - self.codes[assigned]).square().sum(1)
         self.counts.lerp_(counts, 1 - DECAY)
         self.sums.lerp_(sums, 1 - DECAY)
         self.codes.copy_(self.sums / self.counts.clamp(min=1e-6)[:, None])
-        self._move(self.counts < DEAD_SHARE * self.counts.mean(), latents)
+        drawn = draw(latents, distances, len(self.codes), self.generator)
+        self._move(self.counts < DEAD_SHARE * self.counts.mean(), drawn)
 
     def usage(self) -> dict[str, float]:
         """`codes_used` (codes that are not dead) and `perplexity` of the moving average."""
@@ -150,40 +157,92 @@ class MovingCodebook:
         alive = (self.counts >= DEAD_SHARE * self.counts.mean()).sum()
         return {"codes_used": alive.item(), "perplexity": torch.special.entr(self.counts / total).sum().exp().item()}
 
-    def _tally(self, latents: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
-        """How many latents each code names [V], and their sums [V, E]."""
-        one_hot = F.one_hot(nearest, len(self.codes)).float()
-        return one_hot.sum(0), one_hot.T @ latents
-
-    def _move(self, dead: Tensor, latents: Tensor) -> None:
-        """Give the codes where `dead` [V] is true the place of random latents, and the mean count to live on."""
-        drawn = self._draw(latents, len(self.codes))
+    def _move(self, dead: Tensor, drawn: Tensor) -> None:
+        """Gives the codes where `dead` [V] is true the places `drawn` [V, E], and the mean count."""
         mean_count = self.counts.mean()
         self.codes.copy_(torch.where(dead[:, None], drawn, self.codes))
         self.counts = torch.where(dead, mean_count, self.counts)
         self.sums = torch.where(dead[:, None], drawn * mean_count, self.sums)
 
-    def _draw(self, latents: Tensor, count: int) -> Tensor:
-        return latents[torch.randint(len(latents), (count,), generator=self.generator).to(latents.device)]
+
+def frame_patches(frames: Tensor, factor: int) -> Tensor:
+    """uint8 [B, H, W, 3] -> every whole patch of factor² pixels, [B·h·w, P] float32 in -1 to 1, P by channel first."""
+    pixels = scale_pixels(frames.movedim(-1, 1))
+    return F.unfold(pixels, factor, stride=factor).movedim(1, -1).flatten(0, 1)
+
+
+def first_frames(frames: Iterator[Tensor], config: VQGANConfig) -> list[Tensor]:
+    """The first batches uint8 [B, H, W, 3] of `frames`, which have the patches that k-means is to see."""
+    taken: list[Tensor] = []
+    patches = 0
+    while patches < _patches_seen(config):
+        taken.append(next(frames))
+        patches += len(taken[-1]) * math.prod(side // config.factor for side in taken[-1].shape[1:3])
+        if not patches:
+            _window(taken[-1], config.factor)
+    return taken
+
+
+def first_patches(first: list[Tensor], config: VQGANConfig) -> Tensor:
+    """Patches of `first_frames`: [M, P] float32, see `frame_patches`."""
+    return torch.cat([frame_patches(batch, config.factor) for batch in first])[: _patches_seen(config)]
+
+
+def _patches_seen(config: VQGANConfig) -> int:
+    """M, the patches that k-means sees."""
+    most = max(MOST_VALUES // (3 * config.factor**2), LEAST_PER_CODE * config.codes)
+    return min(PATCHES_PER_CODE * config.codes, most)
+
+
+def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
+    """Puts the principal components of patches [M, P] into the linear path, each channel's mean into its biases.
+
+    Returns:
+        The latents they give, [M, E], of mean square 1; and by how much their squared distances are to be multiplied
+        to be those of pixels.
+    """
+    mean = patches.unflatten(1, (3, -1)).mean((0, 2))
+    centered = (patches.unflatten(1, (3, -1)) - mean[:, None]).flatten(1)
+    moments = (centered.T @ centered).double()
+    components = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, : vqgan.config.embed_dim].T.to(patches.dtype)
+    latents = centered @ components.T
+    scale = latents.square().mean().sqrt().clamp(min=1e-6)
+    shape = vqgan.patch_in.weight.shape
+    assert vqgan.patch_in.bias is not None
+    assert vqgan.patch_out.bias is not None
+    with torch.no_grad():
+        vqgan.patch_in.weight.copy_((components / scale).view(shape))
+        vqgan.patch_in.bias.copy_(-(components / scale).unflatten(1, (3, -1)).sum(2) @ mean)
+        vqgan.patch_out.weight.copy_((components * scale).view(shape))
+        vqgan.patch_out.bias.copy_(mean)
+    return latents / scale, scale.square().item()
 
 
 def _initialize(vqgan: VQGAN) -> None:
-    """Orthogonal convolutions without bias, residual branches small.
+    """Orthogonal convolutions without bias, residual branches small, and the last layer of both networks zero.
 
-    PyTorch's default shrinks the image layer by layer below its biases, and colour is then learned very late.
+    PyTorch's default shrinks the image layer by layer below its biases, and color is then learned very late.
     """
     for name, layer in vqgan.named_modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.orthogonal_(layer.weight, gain=0.2 if name.endswith(("conv2", "proj_out")) else 1.0)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    nn.init.zeros_(vqgan.quant_conv.weight)
+    nn.init.zeros_(vqgan.decoder.conv_out.weight)
+
+
+def _window(frames: Tensor, factor: int) -> tuple[int, int]:
+    """Codes along height and width of the windows of frames [B, H, W, 3] that are trained on."""
+    height, width = (min(side // factor, CROP_CODES) for side in frames.shape[1:3])
+    if not height or not width:
+        raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
+    return height, width
 
 
 def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """[B, H, W, 3] -> one random window of at most CROP_CODES × CROP_CODES codes, the same for every frame."""
-    height, width = (min(side // factor, CROP_CODES) * factor for side in frames.shape[1:3])
-    if not height or not width:
-        raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
+    """[B, H, W, 3] -> one random window, the same for every frame."""
+    height, width = (side * factor for side in _window(frames, factor))
     top = int(torch.randint(frames.shape[1] - height + 1, (), generator=generator))
     left = int(torch.randint(frames.shape[2] - width + 1, (), generator=generator))
     return frames[:, top : top + height, left : left + width]
@@ -197,13 +256,6 @@ def _learning_rate_factor(done: float) -> float:
 def _rows(latents: Tensor) -> Tensor:
     """[B, E, h, w] -> [B·h·w, E] float32, detached."""
     return latents.detach().float().movedim(1, -1).flatten(0, 2)
-
-
-def _newest(batches: list[Tensor], count: int) -> list[Tensor]:
-    """The last of `batches` that hold at least `count` rows, or all."""
-    while len(batches) > 1 and sum(map(len, batches[1:])) >= count:
-        batches = batches[1:]
-    return batches
 
 
 def _endless(frames: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -43,6 +43,9 @@ class VQGANConfig:
     256 / 2^i, the resolution of its configs, whatever the size of the images.)"""
     groups: int = 32
     """Of the group normalisation."""
+    patch_path: bool = False
+    """Adds a linear path past both networks: a patch's pixels to its latent, and a code's vector to pixels. The models
+    trained here have it, so that they begin as k-means of patches; taming's do not."""
 
     @property
     def factor(self) -> int:
@@ -60,6 +63,10 @@ CONFIGS = {
 """taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
 
 
+PATCH_DIMENSIONS = 64
+"""Most values that the linear path keeps of a patch: the principal ones."""
+
+
 def small(channels: int, codes: int, factor: int) -> VQGANConfig:
     """A network of the family that a CPU trains in seconds: one residual block a level, attention in the middle only.
 
@@ -75,13 +82,14 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
         raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
-        embed_dim=16,
+        embed_dim=min(PATCH_DIMENSIONS, 3 * factor**2),
         z_channels=32,
         channels=channels,
         channel_multipliers=(1,) * (levels - 2) + (2, 4),
         res_blocks=0,
         attention_levels=(),
         groups=channels // 8,
+        patch_path=True,
     )
 
 
@@ -89,6 +97,8 @@ class VQGAN(nn.Module):
     """Images to codes and back. Images are [B, 3, H, W] in [-1, 1], H and W multiples of `config.factor`."""
 
     quantize: VectorQuantizer | GumbelQuantizer
+    patch_in: nn.Conv2d
+    patch_out: nn.ConvTranspose2d
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -98,6 +108,10 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.quantize = VectorQuantizer(config) if config.quantizer == "vq" else GumbelQuantizer(config)
+        if config.patch_path:
+            width, factor = config.embed_dim, config.factor
+            self.patch_in = nn.Conv2d(3, width, factor, stride=factor)
+            self.patch_out = nn.ConvTranspose2d(width, 3, factor, stride=factor)
 
     def encode(self, images: Tensor) -> Tensor:
         """What is quantised: images [B, 3, H, W] -> [B, E, h, w]."""
@@ -107,7 +121,11 @@ class VQGAN(nn.Module):
                 f"images: expected [B, 3, H, W] with H and W multiples of {factor}, found {tuple(images.shape)}; "
                 "resize them first"
             )
-        return self.quant_conv(self.encoder(images))
+        latents = self.quant_conv(self.encoder(images))
+        if not self.config.patch_path:
+            return latents
+        with torch.autocast(images.device.type, enabled=False):  # it costs little, and bfloat16 would change codes
+            return latents.float() + self.patch_in(images.float())
 
     def codes(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, h, w] int64; chosen in float32, without the noise of Gumbel training."""
@@ -119,7 +137,11 @@ class VQGAN(nn.Module):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Codebook vectors [B, E, h, w] -> images [B, 3, H, W], about -1 to 1 (not clamped)."""
-        return self.decoder(self.post_quant_conv(latents))
+        images = self.decoder(self.post_quant_conv(latents))
+        if not self.config.patch_path:
+            return images
+        with torch.autocast(latents.device.type, enabled=False):
+            return images.float() + self.patch_out(latents.float())
 
 
 class VectorQuantizer(nn.Module):

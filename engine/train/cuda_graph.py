@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.cuda import Recorder, Values
+from mam2.engine.runtime.distributed import first_line
 
 Arguments = tuple[Any, ...]
 StepFunction = Callable[[Arguments, bool], Values]
@@ -51,14 +52,14 @@ class StepGraph:
         return {name: value.clone() for name, value in values.items()}
 
 
-class Choice(NamedTuple):
+class StepChoice(NamedTuple):
     step_function: StepFunction
     """The faster way that is right."""
     reason: str
     """For the log."""
 
 
-def choose(
+def choose_step(
     step_function: StepFunction,
     arguments: Arguments,
     model: nn.Module,
@@ -66,7 +67,7 @@ def choose(
     recorder: Recorder,
     *,
     compare: bool = True,
-) -> Choice:
+) -> StepChoice:
     """Takes steps both ways on the same input and keeps the better one.
 
     Weights, moments and learning rates are afterwards what they were. Where the graph is kept, the learning rates of
@@ -95,12 +96,7 @@ def choose(
     recorder.release()
     if problem is not None and not compare:
         raise UserError(f"run.graph on: the step cannot be a CUDA graph ({problem}); set run.graph auto or off")
-    return Choice(graph or step_function, reason)
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message; its kind where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return StepChoice(graph or step_function, reason)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -23,7 +23,7 @@ from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest, write_manifest
+from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
@@ -39,7 +39,7 @@ from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
 from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.loop import Loop, TrainResult
-from mam2.engine.train.session import MANIFEST, RunContext, Session, Setup, open_session
+from mam2.engine.train.session import RunContext, Session, Setup, open_session
 
 ACCURACY = "accuracy/validation"
 

@@ -19,10 +19,10 @@ from mam2.engine.config.pretrain import LossConfig, PretrainConfig
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.runtime.cuda import Values
 from mam2.kernels import TubeMask
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-Values = dict[str, Tensor]
 
 INSPECTED_CLIPS = 8
 """Of a pass, whose predictions the log's costlier figures are of: the codes' logits of a whole one are gigabytes."""

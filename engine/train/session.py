@@ -24,7 +24,7 @@ from mam2.engine.config.pretrain import TrainConfig, micro_batches_per_step
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.moved import follow
 from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.data.video import Skipped
@@ -35,7 +35,7 @@ from mam2.engine.runtime.distributed import World, join
 from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
 
-MANIFEST, SKIPPED = "manifest.jsonl", "skipped.tsv"
+SKIPPED = "skipped.tsv"
 
 Config = TypeVar("Config", bound=TrainConfig)
 Available = Callable[[int, int], bool]

@@ -19,11 +19,11 @@ from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batch
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask, keep_decoded
+from mam2.engine.model.masking import keep_decoded, sample_masks
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
-from mam2.engine.runtime.distributed import World
+from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
@@ -132,7 +132,7 @@ class Step(ABC, Generic[Extras]):
             return f"launched kernel by kernel: {needs}"
         arguments = self._arguments(step, micro_batches, 0)
         with _whole_sums():
-            self._run, reason = cuda_graph.choose(
+            self._run, reason = cuda_graph.choose_step(
                 self._one_pass,
                 arguments,
                 self.model,
@@ -201,7 +201,7 @@ class PretrainStep(Step[Tensor | None]):
         return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
-        mask = draw_mask(video, self.config, step=step, first_sample=first_sample)
+        mask = sample_masks(video, self.config, step=step, first_sample=first_sample)
         return video, keep_decoded(mask, self.config, step=step, first_sample=first_sample), extras
 
 
@@ -247,5 +247,5 @@ def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError
         remedies.append("with several GPUs run.sharding fsdp")
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
-    first = cuda_graph.first_line(error)
+    first = first_line(error)
     return UserError(f"out of GPU memory with {clips} clips a pass: {first} Set {', or '.join(remedies)}")

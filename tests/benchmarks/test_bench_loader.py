@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
-
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
     module = importlib.import_module("benchmarks.bench_loader")
     tiny = dataclasses.replace(
         module.SETTINGS["cpu"],

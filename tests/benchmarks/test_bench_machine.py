@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from tests.helpers.benchmarks import module
 from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def gone(pid: int, seconds: float = 10) -> bool:
@@ -61,8 +55,8 @@ time.sleep(60)
     assert gone(pid)
 
 
-def test_what_a_child_started_is_killed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = module("processes", monkeypatch)
+def test_what_a_child_started_is_killed_with_it(tmp_path: Path) -> None:
+    processes = module("processes")
     file = tmp_path / "pid"
     command = ["sh", "-c", f"sleep 60 & echo $! > {file}; wait"]
     end = time.monotonic() + 1
@@ -71,15 +65,15 @@ def test_what_a_child_started_is_killed_with_it(tmp_path: Path, monkeypatch: pyt
     assert gone(int(file.read_text()))
 
 
-def test_the_exit_status_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = module("processes", monkeypatch)
+def test_the_exit_status_comes_back() -> None:
+    processes = module("processes")
     ended = processes.run(["sh", "-c", "exit 3"], limit=lambda: float("inf"), cwd=ROOT, environment=os.environ)
     assert ended.code == 3
 
 
 @pytest.mark.slow
 def test_carried_wheels_come_on_the_path_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = module("machine", monkeypatch)
+    machine = module("machine")
     wheels = tmp_path / ".whl"
     wheels.mkdir()
     monkeypatch.setattr(machine, "WHEELS", wheels)
@@ -101,7 +95,7 @@ def test_carried_wheels_come_on_the_path_and_are_named(tmp_path: Path, monkeypat
 
 
 def test_the_checkout_serves_installed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = module("machine", monkeypatch)
+    machine = module("machine")
     monkeypatch.setattr(machine, "WHEELS", tmp_path / "none")
     environment, _ = machine.environment(tmp_path)
     code = "import mam2.engine, mam2.kernels; print(mam2.kernels.__file__)"
@@ -112,7 +106,7 @@ def test_the_checkout_serves_installed_or_not(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_commit_of_a_checkout_without_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = module("machine", monkeypatch)
+    machine = module("machine")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert machine.commit() is None
@@ -120,8 +114,8 @@ def test_the_commit_of_a_checkout_without_history(tmp_path: Path, monkeypatch: p
     assert machine.commit() == "abc123"
 
 
-def test_clocks_are_summarized(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = module("machine", monkeypatch)
+def test_clocks_are_summarized() -> None:
+    machine = module("machine")
     text = "345, 2619, 71.30, 30\n1980, 2619, 640.1, 55\n1755, 2619, [N/A], 54\nUnable to\n"
     assert machine.summarize(text) == {
         "sm_mhz": [345, 1755, 1980], "memory_mhz": [2619] * 3, "power_w": [71.3, 355.7, 640.1],
@@ -130,8 +124,8 @@ def test_clocks_are_summarized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.Clocks(False).stop() == {}
 
 
-def test_counters_of_ncu_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = module("counters", monkeypatch)
+def test_counters_of_ncu_are_read() -> None:
+    counters = module("counters")
     head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     lines = [
         "==PROF== Connected to process 7",
@@ -155,7 +149,7 @@ def test_counters_of_ncu_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_gpu_tests_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sections = module("sections", monkeypatch)
+    sections = module("sections")
     monkeypatch.setattr(sections, "ROOT", tmp_path)
     (row,) = sections.smoke_rows(CPU, float("inf"))
     assert row["verdict"] == "skipped"

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
+from tests.helpers.benchmarks import module
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _repository_root_can_be_imported() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def operator_of(name: str) -> Any:

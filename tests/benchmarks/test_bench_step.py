@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
-
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
+def bench() -> ModuleType:
     return importlib.import_module("benchmarks.bench_step")
 
 

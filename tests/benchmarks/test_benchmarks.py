@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,20 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.benchmarks import module
 from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _repository_root_can_be_imported() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def test_percentile_and_ratios() -> None:

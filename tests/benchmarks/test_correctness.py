@@ -5,14 +5,7 @@ import importlib
 import pytest
 import torch
 
-from tests.helpers.paths import ROOT
-
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _repository_root_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.mark.slow

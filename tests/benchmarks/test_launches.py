@@ -18,14 +18,9 @@ from tests.helpers.paths import ROOT
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _repository_root_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-
-
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes launch.run do nothing, and every device one where Triton should run."""
-    monkeypatch.setattr(launch, "run", lambda *_, **__: None)
+    """Makes launch.run_kernel do nothing, and every device one where Triton should run."""
+    monkeypatch.setattr(launch, "run_kernel", lambda *_, **__: None)
     monkeypatch.setenv("MAM2_KERNELS", "triton")
 
 
@@ -36,7 +31,7 @@ def test_launches_are_counted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.ops.mam2.scale_gradient(torch.ones(2, 3), torch.ones(2))
     assert counter.names == ["scale_gradient"]
     assert launches.fallback(CPU, counter) == ""
-    assert launch.run(None, 1) is None  # the function of before
+    assert launch.run_kernel(None, 1) is None  # the function of before
 
 
 def test_a_case_without_a_launch_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,16 +11,13 @@ import pytest
 import torch
 
 from mam2.kernels import launch
-from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def tune() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield importlib.import_module("benchmarks.tune")
+def tune() -> ModuleType:
+    return importlib.import_module("benchmarks.tune")
 
 
 def test_every_kernel_is_tuned(tune: ModuleType) -> None:

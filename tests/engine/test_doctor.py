@@ -24,11 +24,14 @@ def test_what_does_not_work_is_named(monkeypatch):
     monkeypatch.setattr(
         renderer, "decode_frames", lambda *arguments, **options: decode(*arguments, **options)[::-1].copy()
     )
-    assert all("WRONG" in line or "not tried" in line for line in doctor.try_decoding(CPU))
+    wrong = [line for line in doctor.try_decoding(CPU) if "not tested" not in line]
+    assert len(wrong) >= 5
+    assert all("WRONG" in line for line in wrong)
 
     def removed(*_, **__):
         raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
 
     monkeypatch.setattr(av, "open", removed)
-    lines = doctor.try_decoding(CPU)
-    assert all("NOT POSSIBLE: TypeError: open() got an unexpected" in line or "not tried" in line for line in lines)
+    impossible = [line for line in doctor.try_decoding(CPU) if "not tested" not in line]
+    assert len(impossible) >= 5
+    assert all("NOT POSSIBLE: TypeError: open() got an unexpected" in line for line in impossible)

@@ -62,7 +62,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, full_disk):
 
 
 def test_an_error_of_the_place_is_one_line_and_others_stay_what_they_are(tmp_path):
-    told = r"--to .*/x: cannot be written: No space left on device; make room"
+    told = r"--to .*/x: cannot be written: No space left on device; free space"
     with pytest.raises(UserError, match=told), writing(tmp_path / "x", "--to"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), writing(tmp_path / "x"):
@@ -79,7 +79,7 @@ def test_the_data_is_no_place_to_write_to(tmp_path):
         with pytest.raises(UserError, match="is the data itself"):
             check_apart(tmp_path, out)
     check_apart(tmp_path, tmp_path / "x")
-    with pytest.raises(UserError, match="lies in the data folder"):
+    with pytest.raises(UserError, match="is in the data folder"):
         check_apart(tmp_path, tmp_path / "link" / "x", inside=False)
 
 
@@ -97,7 +97,7 @@ def test_a_place_that_nobody_looked_after_is_one_line_too(monkeypatch, capsys, n
         cli.main(["doctor"])
     assert stop.value.code == status
     told = capsys.readouterr().err
-    assert told == f"mam2: error: some\\nwhere: {os.strerror(number)}; make room or name another place\n"
+    assert told == f"mam2: error: some\\nwhere: {os.strerror(number)}; free space or choose another path\n"
 
 
 def test_every_table_is_written_in_one_way():

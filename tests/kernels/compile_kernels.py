@@ -8,7 +8,7 @@
 A program of its own, because Triton must see a pretended driver and no interpreter. Prints one JSON object a kernel,
 launch and architecture: what machine_code.py finds in it, and `row`, its line of the table.
 
-The launchers run on meta tensors with `launch.run` replaced by a recorder, so what is compiled is what is launched.
+The launchers run on meta tensors with a recorder as `launch.run_kernel`, so what is compiled is what is launched.
 The covering set holds for each kernel every row of its launch table, every type of every argument and every value of
 every compile-time argument at least once (shapes of patches: on ALL_SHAPES).
 """
@@ -170,7 +170,7 @@ def record(architecture: str) -> dict[str, Launch]:
         return WARPS(kernel, block, device, scattered=scattered)
 
     blocks: dict[str, set[int]] = collections.defaultdict(set)
-    launch.run, launch.warps = recorder, warps  # type: ignore[assignment]
+    launch.run_kernel, launch.warps = recorder, warps  # type: ignore[assignment]
     launch.architecture = lambda device: architecture  # type: ignore[assignment]
     index = torch.empty(BATCH, 1408, dtype=torch.int64, device="meta")
     statistics = [0.5] * 4

@@ -71,7 +71,7 @@ def _elements(tensor: torch.Tensor) -> NDArray[np.int64]:
 def recorded() -> Iterator[list[Launch]]:
     """The launches made inside, in order."""
     launches: list[Launch] = []
-    builder, run = interpreter.interpreter_builder, launch.run
+    builder, run = interpreter.interpreter_builder, launch.run_kernel
     load, store, total = builder.create_masked_load, builder.create_masked_store, interpreter.ReduceOps.sum
 
     def recorded_run(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
@@ -105,7 +105,7 @@ def recorded() -> Iterator[list[Launch]]:
         return out
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(launch, "run", recorded_run))
+        patches.enter_context(patch.object(launch, "run_kernel", recorded_run))
         patches.enter_context(patch.object(builder, "create_masked_load", recorded_load))
         patches.enter_context(patch.object(builder, "create_masked_store", recorded_store))
         patches.enter_context(patch.object(interpreter.ReduceOps, "sum", counted_sum))

@@ -87,8 +87,8 @@ _MISTAKES = {
         (
             "the mean taken from differences to the first frame too",
             "cube.py",
-            "goal -= tl.where(frame > 0, 0.0, choose(means, group, GROUPS))",
-            "goal -= choose(means, group, GROUPS)",
+            "goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))",
+            "goal -= select_group(means, group, GROUPS)",
         ),
     ],
     (INTERPRETER, "shared_case and loss and inner"): [

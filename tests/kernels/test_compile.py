@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,13 +21,11 @@ from mam2.kernels import (
     tube_mask,
 )
 from tests.helpers.paths import ROOT
+from tests.kernels.inputs import random_clips
+
+clips = partial(random_clips, frames=4, width=8)
 
 PATCH = (2, 4, 4)
-
-
-def clips() -> torch.Tensor:
-    raw = torch.randint(0, 256, (2, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return raw.permute(0, 4, 1, 2, 3)
 
 
 def operator_calls() -> list[tuple[Any, tuple]]:

@@ -7,14 +7,10 @@ import pytest
 import torch
 
 from mam2.kernels import TubeMask, frame_difference, random_mask
+from tests.kernels.inputs import random_clips
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = (2, 4, 6)
-
-
-def clips(frames: int = 6) -> torch.Tensor:
-    raw = torch.randint(0, 256, (2, frames, 8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return raw.permute(0, 4, 1, 2, 3)
 
 
 def by_loops(pixels: torch.Tensor, patch, difference: str, normalize: str | None, eps: float) -> torch.Tensor:
@@ -49,7 +45,7 @@ def by_loops(pixels: torch.Tensor, patch, difference: str, normalize: str | None
 )
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
 def test_equals_standardising_and_subtracting(patch, normalize, difference) -> None:
-    video = clips()
+    video = random_clips()
     out = frame_difference(video, patch_size=patch, difference=difference, normalize=normalize, eps=0.01)
     expected = by_loops(video.double() / 255, patch, difference, normalize, 0.01)
     assert out.dtype == torch.float32
@@ -58,7 +54,7 @@ def test_equals_standardising_and_subtracting(patch, normalize, difference) -> N
 
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
 def test_a_normalised_float_clip_is_restored_first(normalize) -> None:
-    pixels = clips().double() / 255
+    pixels = random_clips().double() / 255
     normalised = (pixels - torch.tensor(MEAN).double().view(-1, 1, 1, 1)) / torch.tensor(STD).double().view(-1, 1, 1, 1)
     out = frame_difference(normalised, patch_size=PATCH, normalize=normalize, eps=0.01, mean=MEAN, std=STD)
     torch.testing.assert_close(out, by_loops(pixels, PATCH, "adjacent", normalize, 0.01))
@@ -66,21 +62,21 @@ def test_a_normalised_float_clip_is_restored_first(normalize) -> None:
 
 def test_a_mask_picks_its_rows() -> None:
     mask = random_mask(2, (3, 2, 2), 0.5, seed=0)
-    every = frame_difference(clips(), patch_size=PATCH)
+    every = frame_difference(random_clips(), patch_size=PATCH)
     expected = every.gather(1, mask.masked[..., None].expand(-1, -1, every.shape[2]))
-    assert torch.equal(frame_difference(clips(), patch_size=PATCH, mask=mask), expected)
-    assert torch.equal(frame_difference(clips(), patch_size=PATCH, mask=mask.masked), expected)
+    assert torch.equal(frame_difference(random_clips(), patch_size=PATCH, mask=mask), expected)
+    assert torch.equal(frame_difference(random_clips(), patch_size=PATCH, mask=mask.masked), expected)
 
 
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
 def test_a_static_clip_does_not_move(normalize) -> None:
-    still = clips()[:, :, :1].expand(-1, -1, 6, -1, -1)
+    still = random_clips()[:, :, :1].expand(-1, -1, 6, -1, -1)
     for video in (still, torch.full_like(still, 77)):
         assert frame_difference(video, patch_size=PATCH, normalize=normalize).abs().max() == 0
 
 
 def test_reversing_time_inside_tubelets_negates_intra_differences() -> None:
-    video = clips()
+    video = random_clips()
     reversed_pairs = video.unflatten(2, (3, 2)).flip(3).flatten(2, 3)
     for normalize in ("channel", "patch", None):
         forward = frame_difference(video, patch_size=PATCH, difference="intra", normalize=normalize)
@@ -95,12 +91,14 @@ def test_a_token_that_does_not_exist_is_an_error() -> None:
 
 def test_bad_arguments_name_themselves() -> None:
     with pytest.raises(ValueError, match="difference"):
-        frame_difference(clips(), patch_size=PATCH, difference="flow")
+        frame_difference(random_clips(), patch_size=PATCH, difference="flow")
     with pytest.raises(ValueError, match="at least 2 frames"):
-        frame_difference(clips(), patch_size=(1, 4, 6), difference="intra")
+        frame_difference(random_clips(), patch_size=(1, 4, 6), difference="intra")
     with pytest.raises(ValueError, match="normalize"):
-        frame_difference(clips(), patch_size=PATCH, normalize="global")
+        frame_difference(random_clips(), patch_size=PATCH, normalize="global")
     with pytest.raises(ValueError, match="at least 2 values"):
-        frame_difference(clips(), patch_size=(1, 1, 1), normalize="channel")
+        frame_difference(random_clips(), patch_size=(1, 1, 1), normalize="channel")
     with pytest.raises(ValueError, match="mask"):
-        frame_difference(clips(), patch_size=PATCH, mask=TubeMask(torch.zeros(1, 1).long(), torch.zeros(1, 1).long()))
+        frame_difference(
+            random_clips(), patch_size=PATCH, mask=TubeMask(torch.zeros(1, 1).long(), torch.zeros(1, 1).long())
+        )

@@ -1,20 +1,18 @@
 """gather_tubes against einops: cut the whole clip, normalise all of it, then pick."""
 
+from functools import partial
+
 import einops
 import pytest
 import torch
 
 from mam2.kernels import gather_tubes, random_mask
+from tests.kernels.inputs import random_clips
+
+clips = partial(random_clips, frames=4)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = (2, 4, 6)
-
-
-def clips(dtype: torch.dtype = torch.uint8, *, channels: int = 3) -> torch.Tensor:
-    """[B,C,T,H,W] by strides, as the loader hands it over."""
-    raw = torch.randint(0, 256, (2, 4, 8, 12, channels), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    video = raw if dtype == torch.uint8 else (raw / 255).to(dtype)
-    return video.permute(0, 4, 1, 2, 3)
 
 
 def by_einops(video: torch.Tensor, visible: torch.Tensor, mean=None, std=None) -> torch.Tensor:

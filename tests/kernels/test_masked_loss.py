@@ -16,20 +16,11 @@ from mam2.kernels import (
     running_cell_subset,
     tube_mask,
 )
+from tests.kernels.inputs import random_clips, random_predictions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH, GRID = (2, 4, 6), (3, 2, 2)
 LOSSES = [masked_pixel_loss, masked_frame_difference_loss]
-
-
-def clips(batch: int = 2) -> torch.Tensor:
-    raw = torch.randint(0, 256, (batch, 6, 8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return raw.permute(0, 4, 1, 2, 3)
-
-
-def predictions(mask: TubeMask, values: int = 144, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*mask.masked.shape, values, generator=generator, dtype=dtype).requires_grad_()
 
 
 def normalised(video: torch.Tensor) -> torch.Tensor:
@@ -84,11 +75,11 @@ def mae_dfer(pred: torch.Tensor, video: torch.Tensor, mask: TubeMask) -> torch.T
 
 
 def test_channel_is_videomae() -> None:
-    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(clips())
-    pred = predictions(mask)
+    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(random_clips())
+    pred = random_predictions(mask)
     ours = masked_pixel_loss(pred, video, mask, patch_size=PATCH, mean=MEAN, std=STD)
     same_loss_and_gradient(ours, videomae(pred, video, mask), pred)
-    from_bytes = masked_pixel_loss(pred, clips(), mask, patch_size=PATCH)
+    from_bytes = masked_pixel_loss(pred, random_clips(), mask, patch_size=PATCH)
     same_loss_and_gradient(from_bytes, videomae(pred, video, mask), pred)
 
 
@@ -111,19 +102,21 @@ def test_decoded_tokens_with_a_weight_are_videomae_v2() -> None:
 
 
 def test_joint_is_mae_dfer() -> None:
-    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(clips())
-    pred = predictions(mask)
+    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(random_clips())
+    pred = random_predictions(mask)
     expected = mae_dfer(pred, video, mask)
     ours = masked_pixel_loss(pred, video, mask, target="joint", patch_size=PATCH, mean=MEAN, std=STD)
     same_loss_and_gradient(ours, expected, pred)
-    same_loss_and_gradient(masked_pixel_loss(pred, clips(), mask, target="joint", patch_size=PATCH), expected, pred)
+    same_loss_and_gradient(
+        masked_pixel_loss(pred, random_clips(), mask, target="joint", patch_size=PATCH), expected, pred
+    )
 
 
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
 def test_joint_of_longer_tubelets_subtracts_the_first_frame(normalize) -> None:
     mask = random_mask(2, (2, 2, 2), 0.5, seed=0)
     options = {"patch_size": (3, 4, 6), "normalize": normalize, "eps": 0.01}
-    video = clips().double() / 255
+    video = random_clips().double() / 255
     pixels = gather_tubes(video, mask.masked, patch_size=(3, 4, 6)).view(*mask.masked.shape, 3, 24, 3)
     if normalize == "channel":
         pixels = (pixels - pixels.mean((2, 3), keepdim=True)) / (pixels.flatten(2, 3).std(2)[:, :, None, None] + 0.01)
@@ -133,13 +126,13 @@ def test_joint_of_longer_tubelets_subtracts_the_first_frame(normalize) -> None:
         )
         pixels = (pixels - mean) / (variance + 0.01).sqrt()
     target = torch.cat([pixels[:, :, :1], pixels[:, :, 1:] - pixels[:, :, :1]], 2).flatten(2)
-    pred = predictions(mask, 216)
+    pred = random_predictions(mask, 216)
     ours = masked_pixel_loss(pred, video, mask, target="joint", **options)
     same_loss_and_gradient(ours, F.mse_loss(pred, target), pred)
 
 
 def test_patch_with_every_token_is_mae_st() -> None:
-    mask, video = random_mask(2, GRID, 0.6, seed=0), normalised(clips())
+    mask, video = random_mask(2, GRID, 0.6, seed=0), normalised(random_clips())
     pred = torch.randn(2, 12, 144, dtype=torch.float64, requires_grad=True)
     for given in (mask, mask.masked, mask.as_bool()):
         ours = masked_pixel_loss(pred, video, given, patch_size=PATCH, normalize="patch")
@@ -200,15 +193,15 @@ def test_equals_hugging_face_on_its_own_logits(norm_pix_loss: bool) -> None:
 def test_frame_difference_loss_is_mse_against_the_target(normalize, difference, reduction) -> None:
     mask = random_mask(2, GRID, 0.6, seed=4)
     options = {"patch_size": PATCH, "difference": difference, "normalize": normalize, "eps": 0.01}
-    target = frame_difference(clips(), mask=mask, **options).double()
-    pred = predictions(mask, target.shape[2])
+    target = frame_difference(random_clips(), mask=mask, **options).double()
+    pred = random_predictions(mask, target.shape[2])
     exists = torch.ones_like(target).unflatten(2, (-1, 72))
     if difference == "adjacent":
         exists[:, :, -1] = (mask.masked < 8)[..., None]
     exists = exists.flatten(2)
     errors = (pred - target).square() * exists
     expected = {"mean": errors.sum() / exists.sum(), "sum": errors.sum(), "none": errors.sum(2) / exists.sum(2)}
-    ours = masked_frame_difference_loss(pred, clips().double() / 255, mask, reduction=reduction, **options)
+    ours = masked_frame_difference_loss(pred, random_clips().double() / 255, mask, reduction=reduction, **options)
     torch.testing.assert_close(ours, expected[reduction], rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(ours)
     (mine,) = torch.autograd.grad(ours, pred, upstream)
@@ -218,8 +211,8 @@ def test_frame_difference_loss_is_mse_against_the_target(normalize, difference, 
 
 def test_tokens_without_any_next_frame_lose_nothing() -> None:
     mask = tube_mask(2, (6, 2, 2), 0.5, seed=0)
-    pred = predictions(mask, 72)
-    loss = masked_frame_difference_loss(pred, clips(), mask, patch_size=(1, 4, 6), reduction="none")
+    pred = random_predictions(mask, 72)
+    loss = masked_frame_difference_loss(pred, random_clips(), mask, patch_size=(1, 4, 6), reduction="none")
     last = mask.masked >= 20
     assert (loss[last] == 0).all()
     assert (loss[~last] > 0).all()
@@ -230,7 +223,7 @@ def test_tokens_without_any_next_frame_lose_nothing() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_only_masked_pixels_count(loss) -> None:
     mask = tube_mask(2, GRID, 0.5, seed=3)
-    pred, video = predictions(mask), clips()
+    pred, video = random_predictions(mask), random_clips()
     before = loss(pred, video, mask, patch_size=PATCH, reduction="none")
     seen = gather_tubes(video, mask.visible, patch_size=PATCH)
     hidden = mask.as_bool().view(2, 3, 1, 2, 1, 2, 1).expand(2, 3, 2, 2, 4, 2, 6).reshape(2, 6, 8, 12)[:, None]
@@ -244,12 +237,12 @@ def test_only_masked_pixels_count(loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
-    pred = predictions(mask)
-    tokens = loss(pred, clips(), mask, patch_size=PATCH, reduction="none")
+    pred = random_predictions(mask)
+    tokens = loss(pred, random_clips(), mask, patch_size=PATCH, reduction="none")
     order = torch.randperm(6)
-    shuffled = loss(pred[:, order], clips(), mask.masked[:, order], patch_size=PATCH, reduction="none")
+    shuffled = loss(pred[:, order], random_clips(), mask.masked[:, order], patch_size=PATCH, reduction="none")
     assert torch.equal(shuffled, tokens[:, order])
-    swapped = loss(pred.flip(0), clips().flip(0), mask.masked.flip(0), patch_size=PATCH, reduction="none")
+    swapped = loss(pred.flip(0), random_clips().flip(0), mask.masked.flip(0), patch_size=PATCH, reduction="none")
     assert torch.equal(swapped, tokens.flip(0))
 
 
@@ -280,7 +273,7 @@ def test_order_of_clips_and_of_masked_tokens_does_not_matter(loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bad_arguments_name_themselves(loss, change: dict, message: str) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
-    arguments = {"pred": torch.zeros(2, 6, 144), "video": clips(), "mask": mask, "patch_size": PATCH} | change
+    arguments = {"pred": torch.zeros(2, 6, 144), "video": random_clips(), "mask": mask, "patch_size": PATCH} | change
     with pytest.raises((ValueError, IndexError), match=message):
         loss(**arguments)
 
@@ -296,8 +289,8 @@ def test_a_boolean_mask_is_its_token_numbers(loss, every: bool, reduction: str, 
     weights = torch.rand(2, 12, dtype=torch.float64, requires_grad=True)
     given = {None: None, "masked": weights.gather(1, mask.masked), "every": weights}[weighted]
     picked = None if weighted is None else weights.gather(1, mask.masked)
-    ours = loss(pred, clips(), mask.as_bool(), weight=given, **options)
-    expected = loss(pred, clips(), mask, weight=picked, **options)
+    ours = loss(pred, random_clips(), mask.as_bool(), weight=given, **options)
+    expected = loss(pred, random_clips(), mask, weight=picked, **options)
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(expected)
     leaves = [pred] if weighted is None else [pred, weights]
@@ -311,6 +304,6 @@ def test_a_boolean_mask_is_its_token_numbers(loss, every: bool, reduction: str, 
 def test_predictions_that_are_not_masked_may_be_infinite(loss) -> None:
     mask = random_mask(2, GRID, 0.6, seed=3)
     pred = torch.randn(2, 12, 144)
-    expected = loss(pred, clips(), mask, patch_size=PATCH)
+    expected = loss(pred, random_clips(), mask, patch_size=PATCH)
     pred.scatter_(1, mask.visible[..., None].expand(-1, -1, 144), float("inf"))
-    torch.testing.assert_close(loss(pred, clips(), mask.as_bool(), patch_size=PATCH), expected)
+    torch.testing.assert_close(loss(pred, random_clips(), mask.as_bool(), patch_size=PATCH), expected)

@@ -3,26 +3,17 @@
 import pytest
 import torch
 
-from mam2.kernels import TubeMask, masked_frame_difference_loss, masked_pixel_loss, random_mask, reference
+from mam2.kernels import masked_frame_difference_loss, masked_pixel_loss, random_mask, reference
+from tests.kernels.inputs import random_clips, random_predictions
 
 PATCH, GRID = (2, 4, 6), (3, 2, 2)
 LOSSES = [masked_pixel_loss, masked_frame_difference_loss]
 
 
-def clips(batch: int = 2) -> torch.Tensor:
-    raw = torch.randint(0, 256, (batch, 6, 8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return raw.permute(0, 4, 1, 2, 3)
-
-
-def predictions(mask: TubeMask, values: int = 144, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*mask.masked.shape, values, generator=generator, dtype=dtype).requires_grad_()
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("every", [False, True])
 def test_gradcheck(loss, every: bool) -> None:
-    video, mask = clips(1)[:, :2, :4, :2, :2], random_mask(1, (2, 1, 1), 0.5, seed=1)
+    video, mask = random_clips(batch=1)[:, :2, :4, :2, :2], random_mask(1, (2, 1, 1), 0.5, seed=1)
     pred = torch.randn(1, 2 if every else 1, 16, dtype=torch.float64, requires_grad=True)
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(
@@ -36,12 +27,12 @@ def test_gradcheck(loss, every: bool) -> None:
 def test_error_budget(loss, dtype: torch.dtype) -> None:
     """Against float64: at most twice what plain PyTorch in float32 on the same prediction loses, plus a rounding."""
     mask = random_mask(2, GRID, 0.6, seed=0)
-    pred = predictions(mask, dtype=dtype)
+    pred = random_predictions(mask, dtype=dtype)
     upstream = torch.tensor(0.37)
-    out = loss(pred, clips(), mask, patch_size=PATCH, eps=0.01)
+    out = loss(pred, random_clips(), mask, patch_size=PATCH, eps=0.01)
     (gradient,) = torch.autograd.grad(out, pred, upstream)
     wide = pred.detach().double().requires_grad_()
-    exact = loss(wide, clips().double() / 255, mask, patch_size=PATCH, eps=0.01)
+    exact = loss(wide, random_clips().double() / 255, mask, patch_size=PATCH, eps=0.01)
     (exact_gradient,) = torch.autograd.grad(exact, wide, upstream.double())
     assert out.dtype == torch.float32
     assert gradient.dtype == dtype
@@ -56,8 +47,8 @@ def test_error_budget(loss, dtype: torch.dtype) -> None:
 def test_every_type_of_clip_and_prediction(loss, clip: torch.dtype, dtype: torch.dtype) -> None:
     """Sums are float64 where either is, else float32, also under autocast; the gradient is rounded to pred's type."""
     mask, options = random_mask(2, GRID, 0.6, seed=0), {"patch_size": PATCH, "eps": 0.01}
-    video = clips() if clip == torch.uint8 else (clips() / 255).to(clip)
-    pred = predictions(mask, dtype=dtype)
+    video = random_clips() if clip == torch.uint8 else (random_clips() / 255).to(clip)
+    pred = random_predictions(mask, dtype=dtype)
     out = loss(pred, video, mask, **options)
     wide = pred.detach().double().requires_grad_()
     exact = loss(wide, video.double() / 255 if clip == torch.uint8 else video.double(), mask, **options)
@@ -74,7 +65,7 @@ def test_every_type_of_clip_and_prediction(loss, clip: torch.dtype, dtype: torch
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_empty_batch_has_no_tokens(loss) -> None:
     pred, nothing = torch.zeros(0, 6, 144, requires_grad=True), torch.zeros(0, 6, dtype=torch.int64)
-    out = loss(pred, clips()[:0], nothing, patch_size=PATCH, reduction="none")
+    out = loss(pred, random_clips()[:0], nothing, patch_size=PATCH, reduction="none")
     assert out.shape == (0, 6)
     assert torch.autograd.grad(out.sum(), pred)[0].shape == pred.shape
 
@@ -82,11 +73,11 @@ def test_an_empty_batch_has_no_tokens(loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_upstream_scales_the_gradient_and_runs_repeat_bit_for_bit(loss) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
-    pred = predictions(mask, dtype=torch.float32)
+    pred = random_predictions(mask, dtype=torch.float32)
     gradients = []
     for factor in (1, 4, 1):
         (gradient,) = torch.autograd.grad(
-            loss(pred, clips(), mask, patch_size=PATCH), pred, torch.tensor(float(factor))
+            loss(pred, random_clips(), mask, patch_size=PATCH), pred, torch.tensor(float(factor))
         )
         gradients.append(gradient)
     assert torch.equal(gradients[0], gradients[2])
@@ -96,16 +87,16 @@ def test_upstream_scales_the_gradient_and_runs_repeat_bit_for_bit(loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float16_means_over_many_values_do_not_underflow(loss) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
-    pred = predictions(mask, dtype=torch.float16)
+    pred = random_predictions(mask, dtype=torch.float16)
     upstream = torch.tensor(65536.0)
-    (gradient,) = torch.autograd.grad(loss(pred, clips(), mask, patch_size=PATCH) * 1e-6, pred, upstream)
+    (gradient,) = torch.autograd.grad(loss(pred, random_clips(), mask, patch_size=PATCH) * 1e-6, pred, upstream)
     assert (gradient != 0).double().mean() > 0.6  # the rest: values without a next frame
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_strided_predictions_and_clips(loss) -> None:
     mask = random_mask(2, GRID, 0.5, seed=3)
-    pred, video = predictions(mask), clips()
+    pred, video = random_predictions(mask), random_clips()
     expected = loss(pred, video, mask, patch_size=PATCH)
     wide = torch.cat([pred, pred], 2).detach()[:, :, :144].requires_grad_()
     strided = video.double().contiguous() / 255
@@ -124,8 +115,8 @@ def test_slices_of_any_size_give_the_same_bits(loss, reduction: str, monkeypatch
     found = []
     for size in (reference.CHUNK_BYTES, 1, 3000):
         monkeypatch.setattr(reference, "CHUNK_BYTES", size)
-        pred = predictions(mask, dtype=torch.bfloat16)
-        value = loss(pred, clips(3), mask, patch_size=PATCH, reduction=reduction)
+        pred = random_predictions(mask, dtype=torch.bfloat16)
+        value = loss(pred, random_clips(batch=3), mask, patch_size=PATCH, reduction=reduction)
         (gradient,) = torch.autograd.grad(value, pred, torch.linspace(0.1, 1, value.numel()).view(value.shape))
         assert gradient.count_nonzero() > gradient.numel() / 2
         found.append((value.detach(), gradient))

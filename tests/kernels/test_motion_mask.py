@@ -1,19 +1,18 @@
 """Motion-guided tubes: energies against loops, and how often positions of given energies are hidden."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from mam2.kernels import motion_tube_mask, tube_mask
+from tests.kernels.inputs import random_clips
+
+clips = partial(random_clips, height=12, width=16)
 
 PATCH, GRID = (2, 4, 4), (3, 3, 4)
-
-
-def clips(dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    raw = torch.randint(0, 256, (2, 6, 12, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return (raw if dtype == torch.uint8 else raw.to(dtype) / 255).permute(0, 4, 1, 2, 3)
 
 
 def moving(energies: list[int]) -> torch.Tensor:

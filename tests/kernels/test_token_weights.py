@@ -1,18 +1,18 @@
 """Weights of the masked tokens: what a loss over decoded tokens, or over all of them, counts."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from mam2.kernels import masked_frame_difference_loss, masked_pixel_loss, random_mask
+from tests.kernels.inputs import random_clips
+
+clips = partial(random_clips, width=8)
 
 LOSSES = [masked_pixel_loss, masked_frame_difference_loss]
 MASK = random_mask(2, (3, 2, 2), 0.5, seed=4)
 OPTIONS = {"patch_size": (2, 4, 4), "eps": 0.01}
-
-
-def clips() -> torch.Tensor:
-    raw = torch.randint(0, 256, (2, 6, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return raw.permute(0, 4, 1, 2, 3)
 
 
 def predictions() -> torch.Tensor:

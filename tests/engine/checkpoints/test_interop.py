@@ -82,10 +82,10 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such file"):
         load_encoder(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: expected a folder of Hugging Face, config.json"):
+    with pytest.raises(UserError, match=r"empty: expected a Hugging Face folder, but config.json"):
         load_encoder(tmp_path / "empty")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="run: a run without a checkpoint yet"):
+    with pytest.raises(UserError, match="run: this run has no checkpoint yet"):
         load_encoder(tmp_path / "run")
     for name in ("text.pth", "text.safetensors"):
         (tmp_path / name).write_text("not a checkpoint")
@@ -96,7 +96,7 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
 def test_what_others_cannot_compute_is_not_written(tmp_path: Path) -> None:
     resampled = encoder()
     set_clip_size(resampled, 8, 24)
-    with pytest.raises(UserError, match="takes 8 frames of 24², another clip size than it was pre-trained at"):
+    with pytest.raises(UserError, match="takes 8 frames of 24², not the clip size of its pre-training"):
         write_hugging_face(resampled, tmp_path)
     with pytest.raises(UserError, match="text embeddings"):
         write_videomae(Classifier(encoder(), TextHead(48, torch.randn(3, 8))), tmp_path / "out.pth")

@@ -34,7 +34,7 @@ def of_another_machine(run, age):
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path):
     first, told = RunLock(tmp_path), []
     first.acquire(told.append)
-    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*name another folder"):
+    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*choose another folder"):
         RunLock(tmp_path).acquire(told.append)
     first.release()
     assert list(tmp_path.iterdir()) == []
@@ -66,7 +66,9 @@ def test_kill_9_leaves_a_lock_that_is_taken_over_at_once_with_a_line(tmp_path, m
 def test_a_process_of_another_machine_lives_as_long_as_its_lock_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_S", 0.0)
     of_another_machine(tmp_path, age=lock.STALE_S / 2)
-    with pytest.raises(UserError, match=r"process 7 on other, started then .*if it has died, its lock ends \d+ s"):
+    with pytest.raises(
+        UserError, match=r"process 7 on other, started then .*if it has died, its lock expires in \d+ s"
+    ):
         RunLock(tmp_path).acquire(print)
     of_another_machine(tmp_path, age=lock.STALE_S * 2)
     told = []

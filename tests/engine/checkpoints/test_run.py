@@ -84,12 +84,12 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     model, optimizer = _trained(width=4)
     folder = save(tmp_path, 1, model, optimizer, keep=1)
-    with pytest.raises(UserError, match=r"0\.bias has shape \[4\], this model \[6\]"):
+    with pytest.raises(UserError, match=r"0\.bias has shape \[4\], the model \[6\]"):
         checkpoint.restore(folder, *_trained(width=6))
     deeper = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     with pytest.raises(UserError, match=r"lacks 2\.bias"):
         checkpoint.load_weights(deeper, folder / checkpoint.WEIGHTS)
-    with pytest.raises(UserError, match=r"holds 1\.bias, which this model lacks"):
+    with pytest.raises(UserError, match=r"contains 1\.bias, which this model lacks"):
         checkpoint.load_weights(nn.Sequential(nn.Linear(3, 4)), folder / checkpoint.WEIGHTS)
 
 

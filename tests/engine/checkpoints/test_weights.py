@@ -144,5 +144,5 @@ def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path) -> None:
         find_weights(tmp_path / "half")
     whole = (run / "best" / checkpoint.WEIGHTS).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=rf"cut short: {len(whole) - 100} bytes of {len(whole)}"):
+    with pytest.raises(UserError, match=rf"truncated: {len(whole) - 100} bytes of {len(whole)}"):
         find_weights(tmp_path / "cut.safetensors")

@@ -72,8 +72,8 @@ def test_the_published_models_are_named(name: str, tmp_path: Path, capsys: pytes
     assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 0
     out = capsys.readouterr().out
     config = CONFIGS[name]
-    assert f"{name}: {config.codes} codes, quantizer {config.quantizer}, {config.factor} pixels a code" in out
-    assert "3 others left out" in out
+    assert f"{name}: {config.codes} codes, quantizer {config.quantizer}, {config.factor} pixels per code" in out
+    assert "3 others dropped" in out
     assert load_vqgan(tmp_path / "vqgan.safetensors").config == config
 
 
@@ -106,7 +106,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, capsys: 
     path = lightning(tmp_path / "last.ckpt", small_state(), hyper_parameters=Malicious(tmp_path / "made"))
     assert exit_status("convert-tokenizer", path, "--out", tmp_path / "vqgan.safetensors") == 2
     error = capsys.readouterr().err
-    assert "last.ckpt: expected tensors only, found a pickle that asks for" in error
+    assert "last.ckpt: expected only tensors, found a pickle that needs" in error
     assert "mkdir; not loaded" in error
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "vqgan.safetensors").exists()

@@ -141,14 +141,14 @@ def test_the_verb_writes_beside_the_data_and_looks_again_only_at_changes(
     assert status == 0
     assert "2 usable, 1 skipped" in out
     assert "1 × empty file" in out
-    assert f"{written}: 3 files new, 0 changed, 0 gone, 0 unchanged" in out
+    assert f"{written}: 3 files new, 0 changed, 0 removed, 0 unchanged" in out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["a.mp4", "b.mp4"]
 
     (tmp_path / "data" / "x" / "a.mp4").unlink()
     os.utime(tmp_path / "data" / "y" / "b.mp4", ns=(1, 1))
     out = outcome(capsys, "index", tmp_path / "data")[1]
-    assert f"{written}: 0 files new, 1 changed, 1 gone, 1 unchanged and not opened" in out
+    assert f"{written}: 0 files new, 1 changed, 1 removed, 1 unchanged and not opened" in out
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["b.mp4"]
 
 
@@ -157,7 +157,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_scan(tmp_path, capsys
     assert status == 2
     assert err == (
         f"mam2: error: --out {tmp_path / 'no' / 'folder.jsonl'}: cannot be written: No such file or directory "
-        f"({tmp_path / 'no' / f'.part-{os.getpid()}'}); make room or name another place\n"
+        f"({tmp_path / 'no' / f'.part-{os.getpid()}'}); free space or choose another path\n"
     )
 
 
@@ -170,7 +170,7 @@ def test_a_broken_index_is_written_anew_and_a_foreign_file_is_left_alone(
         file.write_text("{}\n")
     status, out, _ = outcome(capsys, "index", tmp_path / "data")
     assert status == 0
-    assert f"{broken}: not a saved manifest (KeyError: 'classes'): it is written anew" in out
+    assert f"{broken}: not a saved manifest (KeyError: 'classes'): it is written again" in out
     assert len(read_saved_manifest(broken).videos) == 1
     status, _, err = outcome(capsys, "index", tmp_path / "data", "--out", foreign)
     assert status == 2
@@ -223,4 +223,4 @@ def test_every_format_is_counted(tmp_path, capsys, clip_set):
     for codec, count in collections.Counter(clip_set.listed[name]["codec"] for name in usable).items():
         assert f"{codec} {count}" in out
     assert "no video stream" in out
-    assert f"0 changed, 0 gone, {len(clip_set.listed)} unchanged" in outcome(capsys, *arguments)[1]
+    assert f"0 changed, 0 removed, {len(clip_set.listed)} unchanged" in outcome(capsys, *arguments)[1]

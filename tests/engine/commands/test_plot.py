@@ -112,11 +112,11 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, drawn: list[Any], capsy
 def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = outcome(capsys, "plot", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
-    assert "holds no log.jsonl" in err
+    assert "contains no log.jsonl" in err
     (tmp_path / "log.jsonl").touch()
     status, _, err = outcome(capsys, "plot", tmp_path, "--out", tmp_path / "x.png")
     assert (status, err.count("\n")) == (2, 1)
-    assert "nothing has been logged yet" in err
+    assert "no log line yet" in err
     full = write_run(tmp_path / "full", MAM2)
     status, _, err = outcome(capsys, "plot", full, "--out", tmp_path / "nowhere" / "x.png")
     assert (status, err.count("\n")) == (2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,9 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from mam2.engine.commands.train_tokenizer import verdict
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.data import loader as loaders
-from mam2.engine.tokenizer import prepare as training
+from mam2.engine.tokenizer import from_videos
+from mam2.engine.tokenizer.from_videos import verdict
 from mam2.engine.tokenizer.quality import Reconstruction, measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, small
@@ -45,13 +45,13 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
 ) -> None:
     seen: list[set[str]] = []
 
-    class Watched(loaders.ClipLoader):
+    class Watched(from_videos.ClipLoader):
         def __init__(self, manifest, *args, **options) -> None:  # type: ignore[no-untyped-def]
             seen.append({video.path for video in manifest.videos})
             super().__init__(manifest, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loaders, "ClipLoader", Watched)
+        patch.setattr(from_videos, "ClipLoader", Watched)
         assert train(clips, tmp_path / "tokenizer") == 0
     trained, held_out = seen
     assert not trained & held_out
@@ -62,6 +62,10 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     numbers = json.loads((tmp_path / "tokenizer" / "report.json").read_text())
     assert numbers["frames"] == 4
     out = capsys.readouterr().out
+    told = f"{numbers['explained']:.1%} ({numbers['color_explained']:.1%} of its color)"
+    assert f"variance within a frame: {told}; k-means of raw" in out
+    assert f"centers: {numbers['kmeans_explained']:.1%}" in out
+    assert 0 < numbers["kmeans_explained"] < 1
     assert f"PSNR {numbers['psnr_db']:.1f} dB" in out
     assert f"{numbers['codes_used']} of 16 codes used, perplexity {numbers['perplexity']:.0f}" in out
     curve = [json.loads(line) for line in (tmp_path / "tokenizer" / "training.jsonl").read_text().splitlines()]
@@ -73,17 +77,25 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     assert f"16 codes from {tmp_path}" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("psnr", "told"), [(15.0, "not fit for pre-training"), (15.2, "use it with --tokenizer.path")])
-def test_one_worse_than_the_mean_color_is_not_recommended(psnr: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("explained", "told"),
+    [(-0.01, "not fit for pre-training"), (0.79, "weak: k-means of raw patches"), (0.81, "better than k-means")],
+)
+def test_the_verdict_follows_the_numbers(explained: float, told: str) -> None:
     empty = torch.empty(0)
     result = Reconstruction(
         frames=4,
-        psnr_db=psnr,
-        mean_colour_psnr_db=15.1,
+        psnr_db=15.0,
+        mean_color_psnr_db=15.1,
+        explained=explained,
+        color_explained=None,
+        kmeans_explained=0.8,
+        kmeans_color_explained=None,
         codes_used=3,
         perplexity=2.0,
         original=empty,
         reconstructed=empty,
+        from_kmeans=empty,
     )
     assert verdict(result, Path("tokenizer.safetensors")).startswith(told)
 
@@ -93,11 +105,9 @@ def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    from mam2.engine.tokenizer import quality as reconstruction
-
-    for module, name in ((training, "train_tokenizer"), (reconstruction, "draw_training")):
+    for name in ("train_with_progress", "draw_training"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupted)
+            patch.setattr(from_videos, name, interrupted)
             assert train(clips, tmp_path / "tokenizer") == 130
         assert list(tmp_path.iterdir()) == []
 
@@ -123,31 +133,55 @@ def test_a_folder_that_holds_something_and_too_few_videos_are_refused(
 ) -> None:
     (tmp_path / "kept.txt").write_text("")
     assert train(clips, tmp_path) == 2
-    assert "is there already; name another folder" in capsys.readouterr().err
+    assert "already exists: choose another folder" in capsys.readouterr().err
     assert train(next(clips.rglob("*.mp4")), tmp_path / "tokenizer") == 2
-    assert "at least two are needed" in capsys.readouterr().err
+    assert "expected at least two" in capsys.readouterr().err
 
 
 def test_reconstruction_is_measured_as_defined() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(small(8, 16, 4)).eval()
     clips = [torch.randint(0, 256, (batch, 2, 16, 16, 3), dtype=torch.uint8) for batch in (2, 1)]
-    result = measure_reconstruction(vqgan, clips)
+    centers = torch.rand(5, 48) * 2 - 1
+    result = measure_reconstruction(vqgan, clips, centers)
     images = torch.cat([clip.flatten(0, 1) for clip in clips]).movedim(-1, 1)
     with torch.no_grad():
         codes = vqgan.codes(scale_pixels(images))
         back = ((vqgan.decode(codes) + 1) / 2).clamp(0, 1)
     original = images / 255
+    by_patch = torch.empty_like(original)
+    for row, column in itertools.product(range(0, 16, 4), repeat=2):
+        window = original[:, :, row : row + 4, column : column + 4]
+        chosen = (torch.cdist((window * 2 - 1).flatten(1), centers)).argmin(1)
+        by_patch[:, :, row : row + 4, column : column + 4] = (centers[chosen].view_as(window) + 1) / 2
 
     def psnr(error: Tensor) -> float:
         return float(-10 * error.square().double().mean().log10())
 
+    def explained(found: Tensor, true: Tensor) -> float:
+        deviation = true - true.mean((2, 3), keepdim=True)
+        return float(1 - (found - true).square().sum() / deviation.square().sum())
+
+    def color(frames: Tensor) -> Tensor:
+        return frames - frames.mean(1, keepdim=True)
+
     assert result.frames == 6
     assert result.psnr_db == pytest.approx(psnr(back - original), abs=1e-3)
-    assert result.mean_colour_psnr_db == pytest.approx(psnr(original - original.mean((2, 3), keepdim=True)), abs=1e-3)
+    assert result.mean_color_psnr_db == pytest.approx(psnr(original - original.mean((2, 3), keepdim=True)), abs=1e-3)
+    assert result.explained == pytest.approx(explained(back, original), abs=1e-4)
+    assert result.color_explained == pytest.approx(explained(color(back), color(original)), abs=1e-4)
+    assert result.kmeans_explained == pytest.approx(explained(by_patch, original), abs=1e-4)
+    assert result.kmeans_color_explained == pytest.approx(explained(color(by_patch), color(original)), abs=1e-4)
     assert result.codes_used == len(codes.unique())
-    assert len(result.original) == len(result.reconstructed) == 3  # one of each clip
+    assert len(result.original) == len(result.reconstructed) == len(result.from_kmeans) == 3  # one of each clip
     torch.testing.assert_close(result.original[1], original[2].movedim(0, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(result.reconstructed[2], back[4].movedim(0, -1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(result.from_kmeans[2], by_patch[4].movedim(0, -1), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="found none"):
-        measure_reconstruction(vqgan, [])
+        measure_reconstruction(vqgan, [], centers)
+
+
+def test_gray_frames_have_no_color_to_explain() -> None:
+    vqgan = VQGAN(small(8, 16, 4)).eval()
+    gray = torch.randint(0, 256, (1, 2, 16, 16, 1), dtype=torch.uint8).expand(-1, -1, -1, -1, 3)
+    assert measure_reconstruction(vqgan, [gray], torch.rand(5, 48)).color_explained is None

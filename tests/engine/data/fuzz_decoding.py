@@ -32,7 +32,7 @@ from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, Video, probe
+from mam2.engine.data.manifest import Manifest, Video, probe_file
 from mam2.engine.data.sampling import View
 from mam2.engine.data.vetting import vet
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS
@@ -165,7 +165,7 @@ class PyAV:
         source = self._sources[rng.integers(len(self._sources))]
         path = self._folder / f"mutant{source.suffix}"
         path.write_bytes(mutant(source.read_bytes(), rng))
-        found = probe(str(path))
+        found = probe_file(str(path))
         first = int(rng.integers(found.frames)) if isinstance(found, Video) else 0
         try:
             clip = decode_frames(str(path), [first + 3 * t for t in range(4)], timeout_s=CONFIG.timeout_s)
@@ -179,7 +179,7 @@ class DaliCPU:
     """A mutant that passes the vetting goes to DALI's decoder on the CPU, which loses its pipeline where it fails."""
 
     def __init__(self, sources: list[Path], folder: Path) -> None:
-        videos = {path: probe(str(path)) for path in sources}
+        videos = {path: probe_file(str(path)) for path in sources}
         self._sources = [path for path, video in videos.items() if getattr(video, "codec", "") in DALI_CPU_CODECS]
         self._graph = ClipGraph("dali-cpu", CONFIG, views=1, samples=1, threads=1, device=torch.device("cpu"))
 
@@ -200,7 +200,7 @@ class Loader:
 
     def __init__(self, sources: list[Path], folder: Path) -> None:
         self._folder = folder
-        self._videos = [video for path in sources if isinstance(video := probe(str(path)), Video)]
+        self._videos = [video for path in sources if isinstance(video := probe_file(str(path)), Video)]
 
     def __call__(self, rng: np.random.Generator) -> str:
         videos = list(self._videos)

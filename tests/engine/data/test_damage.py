@@ -23,7 +23,7 @@ from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, Skipped, Video, probe, read_manifest
+from mam2.engine.data.manifest import Manifest, Skipped, Video, probe_file, read_manifest
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 from mam2.engine.errors import UserError
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
@@ -143,7 +143,7 @@ def test_a_folder_of_images_is_a_video(tmp_path, numbered_frames, frame_numbers,
         with av.open(str(tmp_path / "one.avi")) as container:
             (folder / f"img_{number:0{digits}d}{suffix}").write_bytes(bytes(next(container.demux(video=0))))
     (folder / "notes.txt").write_text("not an image")
-    video = probe(str(folder))
+    video = probe_file(str(folder))
     assert isinstance(video, Video)
     assert (video.codec, video.frames, video.width, video.height) == ("frames", 12, 64, 48)
     assert frame_numbers(decode_frames(str(folder), [0, 8, 9, 9, 30])) == [0, 8, 9, 9, 11]

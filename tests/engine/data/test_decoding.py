@@ -11,7 +11,7 @@ from mam2.engine.config.pretrain import DataConfig
 from mam2.engine.data import decoding
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames, decode_packet, open_video
-from mam2.engine.data.manifest import probe
+from mam2.engine.data.manifest import probe_file
 from mam2.engine.data.sampling import View
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS, choose_decoder
 from mam2.engine.errors import UserError
@@ -99,7 +99,7 @@ def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, s
     frames = np.stack([texture[:64, 2 * t : 2 * t + 96] for t in range(80)])
     path = write_video(tmp_path / f"a.{suffix}", frames, encoder, gop=16, **options)
     everything = decode_all(path)
-    assert len(everything) == probe(str(path)).frames == 80
+    assert len(everything) == probe_file(str(path)).frames == 80
     for start in (0, 1, 15, 16, 17, 31, 33, 47, 50, 63, 64, 70, 79, 90):
         for stride in (1, 3):
             frames = spread(start, 5, stride)

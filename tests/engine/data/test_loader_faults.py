@@ -200,7 +200,7 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
         ({"views": 3}, 4, "data.views: expected a divisor of the batch of 4; found 3"),
         ({}, 0, "divisor of the batch of 0"),
         ({"frames": 0}, 4, "data.frames 0: expected at least 1"),
-        ({"fps": 8.0}, 4, "data.stride 2, data.fps 8: dense sampling takes exactly one"),
+        ({"fps": 8.0}, 4, "data.stride 2, data.fps 8: dense sampling needs exactly one"),
         ({"min_area": 0.8, "max_area": 0.5}, 4, "data.min_area 0.8 is above data.max_area 0.5"),
         ({"max_aspect": 0.5}, 4, "data.max_aspect 0.5: expected at least 1"),
         ({"prefetch": 0}, 4, "data.prefetch 0: expected at least 1"),

@@ -35,8 +35,8 @@ def clip_bytes(tmp_path_factory, write_video, numbered_frames) -> bytes:
 def opened(monkeypatch) -> list[str]:
     """Names of the files that are opened from now on."""
     names: list[str] = []
-    probe = module.probe
-    monkeypatch.setattr(module, "probe", lambda path: names.append(Path(path).name) or probe(path))
+    probe_file = module.probe_file
+    monkeypatch.setattr(module, "probe_file", lambda path: names.append(Path(path).name) or probe_file(path))
     return names
 
 
@@ -241,7 +241,7 @@ def test_an_interrupted_scan_ends_soon(tmp_path, monkeypatch):
         time.sleep(0.01)
         return Skipped(path, "x")
 
-    monkeypatch.setattr(module, "probe", interrupted)
+    monkeypatch.setattr(module, "probe_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         scan(tmp_path, Manifest(()), threads=1)
     assert len(opened) < 200

@@ -18,7 +18,7 @@ from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
 from mam2.engine.data.sampling import View, least_size
-from mam2.engine.data.video import Video, probe
+from mam2.engine.data.video import Video, probe_file
 from mam2.engine.errors import UserError
 from tests.helpers.loaders import CONFIG, assert_same, open_loader, take
 
@@ -128,10 +128,10 @@ def test_a_scan_tries_again_and_does_not_keep_what_it_could_not_read(
         return real(*arguments)
 
     monkeypatch.setattr(video, "_probe_file", stale)
-    assert isinstance(probe(str(path)), Video)
+    assert isinstance(probe_file(str(path)), Video)
     monkeypatch.setattr(video, "_PATIENCE", Patience(0, print))
     calls.clear()
-    found = probe(str(path))
+    found = probe_file(str(path))
     assert (found.bytes, found.mtime_ns) == (0, 0)
 
 
@@ -143,7 +143,7 @@ def test_a_mistake_of_a_program_is_not_a_skipped_file(tmp_path, write_video, num
 
     monkeypatch.setattr(av, "open", removed)
     with pytest.raises(TypeError, match="metadata_errors"):
-        probe(str(path))
+        probe_file(str(path))
 
 
 CODECS = [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mjpeg")]
@@ -156,7 +156,7 @@ def test_a_large_file_is_read_from_a_seek_point(
     monkeypatch.setattr(video, "SEEK_FROM", 0)
     monkeypatch.setattr(video, "SEEK_SPACING", 0)
     path = str(write_video(tmp_path / f"a.{suffix}", numbered_frames(24), encoder, gop=4))
-    found = probe(path)
+    found = probe_file(path)
     assert len(found.seek_points) >= 3
     assert Video(**dataclasses.asdict(found)) == found
     read, packets = decoding.read_packets, []

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from mam2.engine.data.video import HASH_BLOCK, Skipped, Video, content_hash, probe
+from mam2.engine.data.video import HASH_BLOCK, Skipped, Video, content_hash, probe_file
 from tests.helpers.clip_sets import ClipSet
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
@@ -41,7 +41,7 @@ def test_it_reports_what_the_file_holds(
     tmp_path, write_video, numbered_frames, suffix, encoder, codec, pixel_format, decoders
 ):
     path = write_video(tmp_path / f"a.{suffix}", numbered_frames(7, 48, 64), encoder, gop=3)
-    found = probe(str(path), 3)
+    found = probe_file(str(path), 3)
     assert isinstance(found, Video)
     own = found.keyframe_median, found.keyframe_max  # where the encoder takes the brighter frame for another scene
     keys = {"mjpeg": (1, 1), "mpeg4": own}.get(codec, (3, 3))
@@ -60,26 +60,28 @@ def test_it_reports_what_the_file_holds(
 
 
 def test_the_last_key_frame_counts_to_the_end(tmp_path, write_video, numbered_frames):
-    found = probe(str(write_video(tmp_path / "a.mp4", numbered_frames(11), gop=8, sc_threshold="0")))
+    found = probe_file(str(write_video(tmp_path / "a.mp4", numbered_frames(11), gop=8, sc_threshold="0")))
     assert (found.keyframe_median, found.keyframe_max) == (5, 8)  # 8 and 3
 
 
 def test_a_variable_rate_is_told_and_averaged(tmp_path):
-    even = probe(str(write_at_times(tmp_path / "even.mkv", [40 * k for k in range(20)])))
-    uneven = probe(str(write_at_times(tmp_path / "uneven.mkv", [40 * k + 200 * (k > 9) for k in range(20)])))
+    even = probe_file(str(write_at_times(tmp_path / "even.mkv", [40 * k for k in range(20)])))
+    uneven = probe_file(str(write_at_times(tmp_path / "uneven.mkv", [40 * k + 200 * (k > 9) for k in range(20)])))
     assert (even.fps, even.variable_rate) == (25.0, False)
     assert uneven.variable_rate
     assert uneven.fps == pytest.approx(19 / 0.96, abs=1e-3)
 
 
 def test_rounding_to_milliseconds_is_no_variable_rate(tmp_path):
-    assert not probe(str(write_at_times(tmp_path / "a.mkv", [round(k * 1000 / 240) for k in range(200)]))).variable_rate
+    assert not probe_file(
+        str(write_at_times(tmp_path / "a.mkv", [round(k * 1000 / 240) for k in range(200)]))
+    ).variable_rate
 
 
 def test_a_folder_of_images_is_a_video_of_frames(tmp_path, numbered_frames, write_frames):
     folder = write_frames(tmp_path / "clip", numbered_frames(12, 48, 64))
     (folder / "notes.txt").write_text("no frame")
-    found = probe(str(folder), 2)
+    found = probe_file(str(folder), 2)
     size = sum(path.stat().st_size for path in folder.glob("*.jpg"))
     expected = Video(str(folder), 2, 12, 64, 48, "frames", 0.0, 0, "yuvj420p", False, 1, 1, size)
     facts = {"mtime_ns": folder.stat().st_mtime_ns, "content": found.content, "transfer": "sdr"}
@@ -87,13 +89,13 @@ def test_a_folder_of_images_is_a_video_of_frames(tmp_path, numbered_frames, writ
     assert found.decoders == ("pyav",)
     assert found.duration_s == 0
     (folder / "img_00001.jpg").write_bytes(b"")
-    assert probe(str(folder)).reason == "empty file"
+    assert probe_file(str(folder)).reason == "empty file"
     os.mkdir(tmp_path / "empty")
-    assert probe(str(tmp_path / "empty")).reason == "no images in this folder"
+    assert probe_file(str(tmp_path / "empty")).reason == "no images in this folder"
 
 
 def test_a_file_that_is_not_there_is_named_without_a_state():
-    assert probe("/nowhere/a.mp4") == Skipped("/nowhere/a.mp4", "does not exist")
+    assert probe_file("/nowhere/a.mp4") == Skipped("/nowhere/a.mp4", "does not exist")
 
 
 def test_what_is_not_the_files_fault_is_looked_at_again(tmp_path, monkeypatch):
@@ -102,10 +104,10 @@ def test_what_is_not_the_files_fault_is_looked_at_again(tmp_path, monkeypatch):
 
     path = tmp_path / "a.mp4"
     path.write_bytes(b"something")
-    broken = probe(str(path))
+    broken = probe_file(str(path))
     assert (broken.reason, broken.bytes) == ("damaged, or not a video", 9)
     monkeypatch.setattr(av, "open", refuse)
-    assert probe(str(path)) == Skipped(str(path), "Permission denied")  # no time of change that could match later
+    assert probe_file(str(path)) == Skipped(str(path), "Permission denied")  # no time of change that could match later
 
 
 @pytest.mark.parametrize("size", [1, HASH_BLOCK, 3 * HASH_BLOCK, 3 * HASH_BLOCK + 1, 10 * HASH_BLOCK])

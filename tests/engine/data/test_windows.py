@@ -12,13 +12,13 @@ import pytest
 
 from mam2.engine.data import windows as module
 from mam2.engine.data.decoding import DecodeError
-from mam2.engine.data.video import Skipped, Video, probe
+from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.data.windows import Span, parse_span, sliding_windows
 from mam2.engine.errors import UserError
 
 
 def look(path: Path) -> Video:
-    video = probe(str(path))
+    video = probe_file(str(path))
     assert isinstance(video, Video)
     return video
 
@@ -106,7 +106,7 @@ def test_times_are_those_of_the_timestamps(tmp_path):
 def test_a_file_without_a_frame_is_an_error(video, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(b"nothing" * 99)
-    assert isinstance(probe(str(path)), Skipped)
+    assert isinstance(probe_file(str(path)), Skipped)
     broken = Video(str(path), -1, 24, 64, 48, "h264", 25.0, 0)
     with pytest.raises(DecodeError):
         next(sliding_windows(broken, frames=2, size=32, window=4, hop=4))

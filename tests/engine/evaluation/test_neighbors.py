@@ -14,7 +14,7 @@ from mam2.engine.cli import main
 from mam2.engine.config.pretrain import RunConfig
 from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation.features import layer_tokens
-from mam2.engine.evaluation.mask_clips import FRAMES, OBJECTS, render_mask_clip
+from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, render_mask_clip
 from mam2.engine.evaluation.mask_propagation import frame_features
 from mam2.engine.evaluation.propagation import boundary_accuracy, propagate_masks, region_similarity, score_masks
 from mam2.engine.evaluation.retrieval import chance, hits, nearest
@@ -147,7 +147,7 @@ def test_the_first_and_the_last_frame_do_not_count():
 def test_mask_clips_show_their_objects_and_are_the_same_each_time():
     for number in range(12):
         clip = render_mask_clip(number, 48)
-        assert (clip.frames.shape, clip.frames.dtype) == ((FRAMES, 48, 48, 3), torch.uint8)
+        assert (clip.frames.shape, clip.frames.dtype) == ((CLIP_FRAMES, 48, 48, 3), torch.uint8)
         shares = torch.stack([(clip.masks == one).float().mean((1, 2)) for one in range(1, OBJECTS + 1)])
         assert shares[:, 0].min() > 0.02  # what is not in the first frame cannot be carried on
         assert shares.max() < 0.5
@@ -223,6 +223,7 @@ def verb(*arguments):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["random", "--recipe", "demo", "--data", clips / "train", "--val", clips / "test", "--out", out]
@@ -249,6 +250,7 @@ def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
         assert image.imread(out / name)[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
     """Every query is also in the gallery, under another name."""
     gallery = tmp_path / "gallery"

@@ -9,6 +9,7 @@ import torch
 
 from mam2.engine.cli import main
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.evaluation import probe_run
 from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
@@ -155,11 +156,20 @@ def probe(*arguments):
     return end.value.code
 
 
-def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatch):
+    held = []
+
+    def spied(*arguments):
+        held.append(arguments[4])
+        return linear_probe(*arguments)
+
+    monkeypatch.setattr(probe_run, "linear_probe", spied)
     places = ["--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "linear", "--pools", "time"]
     assert probe(run, "--data", table, "--group", "speaker", *places) == 0
     found = json.loads((tmp_path / "p.json").read_text())
     assert (found["train"], found["test"], found["groups"]) == (16, 16, 2)  # two of four speakers
+    assert held[0].sum() == 8  # the penalty is chosen on one of the two others, whole
     assert "interval over the test videos' 2 groups" in capsys.readouterr().out
 
     # the same column from a table of its own, for a list without a header
@@ -191,6 +201,7 @@ def test_groups_that_are_not_there_are_said_in_a_line(run, table, tmp_path, caps
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_features_of_two_pools_are_two_files(run, clips, tmp_path):
     arguments = [run, "--data", clips, "--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "knn"]
     assert probe(*arguments, "--pools", "mean") == 0

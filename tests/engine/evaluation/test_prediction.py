@@ -115,7 +115,7 @@ def test_a_file_that_breaks_later_is_skipped_too(run, videos, tmp_path):
 
     from mam2.engine.evaluation import prediction as module
 
-    probe = module.probe
+    probe = module.probe_file
 
     def probe_and_break(name):
         found = probe(name)
@@ -124,7 +124,7 @@ def test_a_file_that_breaks_later_is_skipped_too(run, videos, tmp_path):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "probe", probe_and_break)
+        patch.setattr(module, "probe_file", probe_and_break)
         first, second = predictor.stream(names())
     assert isinstance(first, Skipped)
     assert first.path == str(path)
@@ -192,7 +192,7 @@ def test_mistakes_are_named_before_anything_is_classified(run, videos, tmp_path,
         (run, "--data", videos, "--out", tmp_path / "p.txt"): "expected a name that ends in .json, .csv, .jsonl",
         (run, "--data", videos, "--out", tmp_path / "no" / "p.csv"): "cannot be written: No such file or directory",
         (run, "--data", videos, "--top", "-1"): "--top -1: expected at least 0",
-        (run, "--data", "-", videos): "- alone for a list",
+        (run, "--data", "-", videos): "only - for a list",
         (run, "--data", videos / "c.mp4"): "none of the 1 videos can be used",
         (videos, "--data", videos): "config.json cannot be read",
     }.items():

@@ -16,9 +16,9 @@ from mam2.engine.model import attention_tuning as attention_choice
 from mam2.engine.model.attention import attention
 from mam2.engine.model.attention_tuning import (
     FILE,
-    Choice,
+    AttentionChoice,
     Shape,
-    choose,
+    choose_attention,
     classifier_shapes,
     measure,
     shapes_of,
@@ -90,7 +90,7 @@ def test_what_a_graph_cannot_hold_is_no_candidate(monkeypatch):
 def test_the_choice_is_used_written_down_and_read_again(tmp_path, monkeypatch):
     shapes = shapes_of(load_recipe("demo"), 2)
     shape = shapes["encoder"]
-    choice = choose(shapes, CPU, torch.float32, tmp_path)
+    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
     assert len(choice.lines) == 3
     assert all("measured" in line for line in choice.lines)
     saved = json.loads((tmp_path / FILE).read_text())
@@ -101,7 +101,7 @@ def test_the_choice_is_used_written_down_and_read_again(tmp_path, monkeypatch):
     for row in saved["parts"].values():
         row["backend"] = "products"
     (tmp_path / FILE).write_text(json.dumps(saved))
-    choice = choose(shapes, CPU, torch.float32, tmp_path)
+    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
     assert "products, from" in choice.lines[0]
     assert not module._chosen, "choosing changes nothing"
     use(choice, shapes, CPU, torch.float32)
@@ -118,7 +118,7 @@ def test_the_choice_is_used_written_down_and_read_again(tmp_path, monkeypatch):
 
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(UserError, match=FILE):
-        choose(shapes, CPU, torch.float32, tmp_path)
+        choose_attention(shapes, CPU, torch.float32, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_choice_is_used_written_down_and_read_again(tmp_path, monkeypatch):
 def test_a_choice_of_another_machine_is_made_anew(device, backend, told, tmp_path):
     shapes = {"encoder": TINY}
     (tmp_path / FILE).write_text(json.dumps({"device": device, "parts": {"encoder": {"backend": backend}}}))
-    choice = choose(shapes, CPU, torch.float32, tmp_path)
+    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
     assert told in choice.lines[0]
     assert "measured" in choice.lines[1]
     assert json.loads((tmp_path / FILE).read_text())["device"] == "cpu"
@@ -137,8 +137,8 @@ def test_a_choice_of_another_machine_is_made_anew(device, backend, told, tmp_pat
 def test_other_processes_are_told_the_winners(tmp_path, monkeypatch):
     """They neither measure nor read the file, which a network file system may show them late."""
     gpu = torch.device("cuda", 1)
-    monkeypatch.setattr(attention_choice, "choose", None)
-    winners = Choice({"encoder": "cudnn"}, ["a line"])
+    monkeypatch.setattr(attention_choice, "choose_attention", None)
+    winners = AttentionChoice({"encoder": "cudnn"}, ["a line"])
     assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, broadcast=lambda _: winners) == ["a line"]
     assert module._chosen == {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}
     assert not list(tmp_path.iterdir())
@@ -193,6 +193,6 @@ def test_a_kernel_that_waits_for_the_device_is_not_recorded(monkeypatch):
 
 def test_where_nothing_can_be_measured_the_run_takes_pytorchs_choice(monkeypatch):
     monkeypatch.setattr(attention_choice, "measure", lambda *_: {})
-    choice = choose({"encoder": TINY}, CPU, torch.float32)
+    choice = choose_attention({"encoder": TINY}, CPU, torch.float32)
     assert choice.backends == {"encoder": "sdpa"}
     assert choice.lines[0].endswith("sdpa, because none could be measured")

@@ -270,7 +270,7 @@ def test_every_step_compiles_as_one_graph() -> None:
         "alignment_loss": (latents, mask, video),
     }.items():
         method = getattr(model, name)
-        found = torch.compile(method, fullgraph=True, backend="aot_eager")(*arguments)
+        found = torch.compile(method, fullgraph=True, dynamic=False, backend="aot_eager")(*arguments)
         expected = method(*arguments)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         weights = list(model.parameters())
@@ -286,7 +286,7 @@ def test_every_step_compiles_as_one_graph() -> None:
 def test_inductor_computes_the_same_latents() -> None:
     model, mask, video = build(), drawn_mask(), clip()
     with torch.no_grad():
-        compiled = torch.compile(model.complete, fullgraph=True)(video, mask)
+        compiled = torch.compile(model.complete, fullgraph=True, dynamic=False)(video, mask)
         torch.testing.assert_close(compiled, model.complete(video, mask), rtol=1e-4, atol=1e-5)
 
 

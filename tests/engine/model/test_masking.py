@@ -12,7 +12,7 @@ from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask, keep_decoded
+from mam2.engine.model.masking import keep_decoded, sample_masks
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.step import PretrainStep
 from mam2.kernels import TubeMask
@@ -33,7 +33,7 @@ def small(**mask: Any) -> PretrainConfig:
 
 
 def drawn(config: PretrainConfig, clips: int = 6, **place: int) -> tuple[TubeMask, TubeMask]:
-    mask = draw_mask(torch.zeros(clips, 3, 1, 1, 1, dtype=torch.uint8), config, **{"step": 3, **place})
+    mask = sample_masks(torch.zeros(clips, 3, 1, 1, 1, dtype=torch.uint8), config, **{"step": 3, **place})
     return mask, keep_decoded(mask, config, **{"step": 3, **place})
 
 

@@ -12,7 +12,7 @@ from mam2.engine.config.pretrain import check
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import draw_mask
+from mam2.engine.model.masking import sample_masks
 from mam2.engine.model.motion_targets import hog_of_difference, motion_loss, motion_target, motion_values, optical_flow
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
@@ -101,7 +101,7 @@ def test_flow_without_opencv_says_what_to_install(monkeypatch, small):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_loss_is_the_error_of_the_hidden_tokens(small, target):
     config = small(loss={"motion_target": target, "motion_eps": 0.1})
-    video, mask = noise(), draw_mask(noise(), config, step=3)
+    video, mask = noise(), sample_masks(noise(), config, step=3)
     goal = motion_target(video, config.loss, config.patch_size)
     assert goal.shape == (2, 64, motion_values(target, config.patch_size))
     hidden = goal.gather(1, mask.masked[..., None].expand(-1, -1, goal.shape[-1]))
@@ -121,7 +121,7 @@ def test_a_model_learns_each_target(small, target):
     model = MAM2(config, 16)
     objective = build_objective(model, config, lambda part: part)
     video, codes = noise(4), torch.randint(16, (4, 64))
-    mask = draw_mask(video, config, step=0)
+    mask = sample_masks(video, config, step=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     logged = []
     for _ in range(20):
@@ -144,7 +144,7 @@ def test_a_model_learns_each_target(small, target):
 def test_the_joint_decoder_predicts_a_frame_and_what_changes(small):
     config = small(model={"objective": "joint"})
     model, video = VideoMAE(config), noise()
-    mask = draw_mask(video, config, step=0)
+    mask = sample_masks(video, config, step=0)
     options = (PATCH, "joint", "channel", 1e-6, None, None, torch.float32)
     target = reference.target(video, mask.masked, *options).view(*mask.masked.shape, -1)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_the_joint_decoder_predicts_a_frame_and_what_changes(small):
 def test_masks_are_those_asked_for(small):
     video, key = noise(), {"seed": 0, "step": 5, "first_sample": 3}
     drawn = {
-        kind: draw_mask(video, small(mask={"kind": kind, "strength": 0.8}), step=5, first_sample=3).masked
+        kind: sample_masks(video, small(mask={"kind": kind, "strength": 0.8}), step=5, first_sample=3).masked
         for kind in ("tube", "random", "motion")
     }
     assert torch.equal(drawn["tube"], tube_mask(2, (4, 4, 4), 0.5, **key).masked)
@@ -166,7 +166,7 @@ def test_masks_are_those_asked_for(small):
     assert torch.equal(drawn["motion"], motion_tube_mask(video, 0.5, patch_size=PATCH, strength=0.8, **key).masked)
     for kind, masked in drawn.items():
         config = small(mask={"kind": kind, "ratio": 0.9})
-        assert config.masked_tokens == draw_mask(video, config, step=0).masked.shape[1]
+        assert config.masked_tokens == sample_masks(video, config, step=0).masked.shape[1]
         assert masked.shape == (2, 32)
 
 
@@ -178,7 +178,7 @@ def test_masks_are_those_asked_for(small):
         ({"model": {"tubelet": 1, "objective": "joint"}}, "'joint' needs model.tubelet"),
         ({"loss": {"motion_target": "none"}}, "loss.balance 'fixed'"),
         ({"mask": {"strength": 2.0}}, "mask.strength"),
-        ({"mask": {"kind": "random", "ratio": 0.01}}, "hides 0 of 64 tokens"),
+        ({"mask": {"kind": "random", "ratio": 0.01}}, "masks 0 of 64 tokens"),
     ],
 )
 def test_values_that_cannot_work_are_named(small, tables, message):
@@ -190,7 +190,7 @@ def test_values_that_cannot_work_are_named(small, tables, message):
 def test_a_perfect_prediction_looks_like_the_truth(small, target):
     config = small(loss={"motion_target": target, "motion_eps": 0.01})
     video = blobs((2, 1), size=32)
-    mask = draw_mask(video, config, step=0)
+    mask = sample_masks(video, config, step=0)
     goal = motion_target(video, config.loss, config.patch_size)
     hidden = goal.gather(1, mask.masked[..., None].expand(-1, -1, goal.shape[-1]))
     truth, prediction = motion_pictures(video, mask, hidden, config)

@@ -1,18 +1,19 @@
 """The gradients of a step on several processes: started by test_distributed.py through torchrun.
 
-`ranks.py OUT SHARDING BALANCE MICRO_BATCH [OPTIMIZER]`: rank 0 writes losses, gradients and, after three
-steps, weights to OUT. The encoder's width is odd, so that FSDP2's shards of a matrix differ in size.
+`ranks.py OUT CASE…` with cases as SHARDING-BALANCE-MICRO_BATCH-OPTIMIZER: rank 0 writes losses, gradients and, after
+three steps, weights of each to OUT/CASE. The encoder's width is odd, so that FSDP2's shards of a matrix differ in size.
 """
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.runtime.distributed import join
+from mam2.engine.runtime.distributed import World, join
 from mam2.engine.train.step import PretrainStep
 
 BATCH, STEPS = 8, 3
@@ -22,7 +23,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def main(out: str, sharding: str, balance: str, micro_batch: str, optimizer: str = "adamw") -> None:
+def compute(world: World, sharding: str, balance: str, micro_batch: str, optimizer: str) -> dict[str, torch.Tensor]:
     recipe = load_recipe("demo")
     config = dataclasses.replace(
         recipe,
@@ -34,35 +35,41 @@ def main(out: str, sharding: str, balance: str, micro_batch: str, optimizer: str
         ),
         run=dataclasses.replace(recipe.run, precision="float32", compile=False, sharding=sharding),
     )
+    torch.manual_seed(0)
+    model = MAM2(config, 16)
+    step = PretrainStep(config, model, torch.device("cpu"), world)
+    clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
+    codes = torch.randint(0, 16, (STEPS, BATCH, 64))
+    clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still
+    part = BATCH // (world.size * step.micro_batches)
+    results: dict[str, torch.Tensor] = {}
+    for number in range(STEPS):
+        rows = [
+            slice(first, first + part)
+            for first in ((index * world.size + world.rank) * part for index in range(step.micro_batches))
+        ]
+        batches = [(clips[number, row], codes[number, row]) for row in rows]
+        if number == 0:
+            arguments = [step._arguments(0, batches, index) for index in range(step.micro_batches)]
+            values = step._gradients(arguments, step.micro_batches, inspect=True)
+            names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative"))]
+            means = world.mean_(torch.stack([values[name].float() for name in names]))
+            results |= dict(zip(names, means, strict=True))
+            results |= {f"grad {name}": whole(p.grad) for name, p in model.named_parameters()}
+            step._update()
+        else:
+            step(number, batches, 1e-3, inspect=False)
+    results |= {f"weight {name}": whole(p) for name, p in model.named_parameters()}
+    return results
+
+
+def main(out: Path, *cases: str) -> None:
     with join(torch.device("cpu")) as world:
-        torch.manual_seed(0)
-        model = MAM2(config, 16)
-        step = PretrainStep(config, model, torch.device("cpu"), world)
-        clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
-        codes = torch.randint(0, 16, (STEPS, BATCH, 64))
-        clips[:, :, :, 1:] = clips[:, :, :, :1]  # mostly still
-        part = BATCH // (world.size * step.micro_batches)
-        results: dict[str, torch.Tensor] = {}
-        for number in range(STEPS):
-            rows = [
-                slice(first, first + part)
-                for first in ((index * world.size + world.rank) * part for index in range(step.micro_batches))
-            ]
-            batches = [(clips[number, row], codes[number, row]) for row in rows]
-            if number == 0:
-                arguments = [step._arguments(0, batches, index) for index in range(step.micro_batches)]
-                values = step._gradients(arguments, step.micro_batches, inspect=True)
-                names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative"))]
-                means = world.mean_(torch.stack([values[name].float() for name in names]))
-                results |= dict(zip(names, means, strict=True))
-                results |= {f"grad {name}": whole(p.grad) for name, p in model.named_parameters()}
-                step._update()
-            else:
-                step(number, batches, 1e-3, inspect=False)
-        results |= {f"weight {name}": whole(p) for name, p in model.named_parameters()}
-        if world.main:
-            torch.save(results, out)
+        for case in cases:
+            results = compute(world, *case.split("-"))
+            if world.main:
+                torch.save(results, out / case)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

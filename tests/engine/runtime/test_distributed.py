@@ -14,6 +14,7 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
+from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import (
     ENVIRONMENT,
     MAM2_COMMAND,
@@ -28,56 +29,62 @@ from tests.helpers.runs import newest_weights
 RANKS = Path(__file__).with_name("ranks.py")
 
 
+CASES = (
+    "ddp-gradient-0-adamw",
+    "ddp-fixed-2-adamw",
+    "fsdp-gradient-0-adamw",
+    "ddp-gradient-2-muon",
+    "fsdp-gradient-0-muon",
+)
+"""Sharding, balance, micro-batch and optimizer."""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Results of one process, by balance and optimizer."""
-    found = {}
-    for balance, optimizer in (("fixed", "adamw"), ("gradient", "adamw"), ("gradient", "muon")):
-        out = tmp_path_factory.mktemp("alone") / balance
-        done = run_program([sys.executable, RANKS, out, "ddp", balance, "0", optimizer])
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[balance, optimizer] = torch.load(out)
-    return found
+    out = tmp_path_factory.mktemp("alone")
+    done = run_program([sys.executable, RANKS, out, "ddp-fixed-0-adamw", "ddp-gradient-0-adamw", "ddp-gradient-0-muon"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {tuple(path.name.split("-")[1::2]): torch.load(path) for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Results of two processes, by case."""
+    out = tmp_path_factory.mktemp("together")
+    done = torchrun(2, RANKS, out, *CASES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {path.name: torch.load(path) for path in out.iterdir()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sharding", "balance", "micro_batch", "optimizer"),
-    [
-        ("ddp", "gradient", 0, "adamw"),
-        ("ddp", "fixed", 2, "adamw"),
-        ("fsdp", "gradient", 0, "adamw"),
-        ("ddp", "gradient", 2, "muon"),
-        ("fsdp", "gradient", 0, "muon"),
-    ],
-)
-def test_two_processes_compute_what_one_does(sharding, balance, micro_batch, optimizer, alone, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_what_one_does(case, alone, together):
     """Losses, gradient norms, every gradient, and the weights after three clipped steps."""
-    done = torchrun(2, RANKS, tmp_path / "out", sharding, balance, micro_batch, optimizer)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together, single = torch.load(tmp_path / "out"), alone[balance, optimizer]
-    assert together.keys() == single.keys()
+    _, balance, micro_batch, optimizer = case.split("-")
+    found, single = together[case], alone[balance, optimizer]
+    assert found.keys() == single.keys()
     for name, value in single.items():
-        if micro_batch and name.startswith("gradient/"):
+        if int(micro_batch) and name.startswith("gradient/"):
             continue  # of passes the norms are added up
         # AdamW's first steps are near sign(gradient): rounding shows where a gradient is almost zero
         tolerance = {"rtol": 2e-3, "atol": 1e-4} if name.startswith("weight") else {"rtol": 1e-4, "atol": 1e-6}
-        torch.testing.assert_close(together[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
-def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, tmp_path, small):
+def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, finished, tmp_path, small):
     """Two processes train, stop at a checkpoint, and one goes on: the log is that of one process from the start."""
     config = small(
         optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5, "name": optimizer},
         run={"precision": "float32", "compile": False, "log_every": 1, "save_every": 4, "sharding": sharding},
         loss={"balance": "gradient"},
+        tokenizer={"path": str(finished / "tokenizer.safetensors")},
     )
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(dataclasses.asdict(config)))
-    pretrain = ["pretrain", recipe, "--data", clips, "--out"]
-    done = torchrun(2, "-m", "mam2.engine", *pretrain, tmp_path / "two")
+    done = torchrun(2, "-m", "mam2.engine", "pretrain", recipe, "--data", clips, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done: 12 steps; 32 videos used, 0 unusable") == 1
     assert "2 processes" in done.stdout
@@ -85,13 +92,11 @@ def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, tmp_path, small)
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    again = run_program([*MAM2_COMMAND, *pretrain, tmp_path / "two", "--resume"])
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "resume  from" in again.stdout
-    assert "8 done of 12" in again.stdout
-    config = ["--tokenizer.path", tmp_path / "two" / "tokenizer.safetensors"]
-    single = run_program([*MAM2_COMMAND, *pretrain, tmp_path / "one", *config])
-    assert single.returncode == 0, single.stderr[-3000:]
+    pretrain(config, clips, tmp_path / "two", resume=True, progress=False)
+    text = (tmp_path / "two" / "log.txt").read_text()
+    assert "resume  from" in text
+    assert "8 done of 12" in text
+    pretrain(config, clips, tmp_path / "one", progress=False)
     for ours, theirs in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
         for name in ("loss/appearance", "loss/motion", "gradient/appearance", "learning_rate"):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (ours["step"], name)
@@ -186,18 +191,18 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     nodes = [
         subprocess.Popen(
-            [*command, RANKS, tmp_path / "out", "ddp", "fixed", "0"],
+            [*command, RANKS, tmp_path, "ddp-fixed-0-adamw"],
             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for _ in range(2)
     ]  # fmt: skip
     told = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
-    assert (tmp_path / "out").is_file()
+    assert (tmp_path / "ddp-fixed-0-adamw").is_file()
 
 
 def test_a_batch_is_shared_out_evenly_or_refused(small):
     config = small(optim={"batch": 24, "micro_batch": 4}, data={"views": 2})
     assert [micro_batches_per_step(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    with pytest.raises(UserError, match=r"optim\.batch 24 cannot be shared out to 5 processes"):
+    with pytest.raises(UserError, match=r"optim\.batch 24 cannot be divided among 5 processes"):
         micro_batches_per_step(config, 5)

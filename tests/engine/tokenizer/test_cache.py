@@ -43,7 +43,7 @@ def codes_of(video: int, augmentation: int, view: int, tokens: int) -> Tensor:
 def writer(folder: Path, config: PretrainConfig, videos: Manifest | None = None, **options: object) -> CodeCacheWriter:
     values = {"tokenizer": TOKENIZER, "codebook_size": CODES, "precision": "float32", "progress": False} | options
     made = CodeCacheWriter(folder, videos or manifest(), config, **values)
-    write_manifest(videos or manifest(), folder / code_cache.MANIFEST)
+    write_manifest(videos or manifest(), folder / "manifest.jsonl")
     return made
 
 

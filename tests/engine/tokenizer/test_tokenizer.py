@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -10,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mam2.engine.tokenizer.kmeans import kmeans, nearest_center
+from mam2.engine.tokenizer.quality import measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
-from mam2.engine.tokenizer.training import MovingCodebook, train_vqgan
+from mam2.engine.tokenizer.training import MovingCodebook, first_frames, first_patches, train_vqgan
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
 
 def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: object) -> Tokenizer:
     torch.manual_seed(0)
-    vqgan = VQGAN(small(8, 64, factor))
+    # without the linear path, which bfloat16 does not round, so that codes depend on the precision
+    vqgan = VQGAN(dataclasses.replace(small(8, 64, factor), patch_path=False))
     with torch.no_grad():
         latents = vqgan.encode(scale_pixels(toy_frames(16).movedim(-1, 1))).movedim(1, -1).flatten(0, 2)
         vqgan.quantize.embedding.weight.copy_(latents[:: len(latents) // 64][:64])
@@ -174,7 +178,8 @@ def test_cudnn_stays_on_and_float32_is_not_tf32(precision: str, monkeypatch: pyt
 def test_it_is_one_graph(precision: str) -> None:
     """Traced and differentiated as for any back end, then run by PyTorch: generating code would take a minute."""
     tokenizer = build(
-        precision=precision, compiled=lambda codes: torch.compile(codes, fullgraph=True, backend="aot_eager")
+        precision=precision,
+        compiled=lambda codes: torch.compile(codes, fullgraph=True, dynamic=False, backend="aot_eager"),
     )
     assert torch.equal(tokenizer.codes(clip()), build(precision=precision).codes(clip()))
 
@@ -233,9 +238,9 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     config = small(16, 64, 4)
     vqgan = train_vqgan(batches(), config, 200, progress=lambda step, metrics: reports.append((step, metrics)))
     assert [step for step, _ in reports] == list(range(20, 201, 20))
-    assert reports[0][1]["codes_used"] == 0
     assert reports[-1][1]["codes_used"] > 32
-    assert reports[-1][1]["loss"] < 0.8 * reports[0][1]["loss"]
+    assert reports[-1][1]["loss"] < reports[0][1]["loss"]
+    assert reports[-1][1]["explained"] > reports[0][1]["explained"] + 0.02
     images = scale_pixels(toy_frames(64, seed=7).movedim(-1, 1))
     with torch.no_grad():
         codes = vqgan.codes(images)
@@ -244,7 +249,47 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     used, perplexity = codebook_usage(codes, 64)
     assert used > 32
     assert perplexity > 16
-    assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean colour is"
+    assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean color is"
+
+
+@pytest.mark.slow
+def test_training_begins_as_k_means_of_patches_and_ends_better() -> None:
+    """With next to no steps held-out frames are explained as by k-means of raw patches; with some, better."""
+    config = small(8, 32, 4)
+    stream = batches()
+    first = first_frames(stream, config)
+    patches = first_patches(first, config)
+    assert len(patches) == 128 * 32
+    centers = kmeans(patches, 32, torch.Generator().manual_seed(0))
+    held_out = [toy_frames(128, seed=7)[None]]
+
+    def explained(steps: int) -> tuple[float, float]:
+        vqgan = train_vqgan(itertools.chain(first, batches()), config, steps)
+        result = measure_reconstruction(vqgan, held_out, centers)
+        return result.explained, result.kmeans_explained
+
+    begun, baseline = explained(2)
+    ended, _ = explained(200)
+    assert 0.3 < baseline < 0.95
+    assert begun == pytest.approx(baseline, abs=0.03)
+    assert ended > baseline + 0.02
+
+
+def test_k_means_finds_groups_that_random_starts_miss() -> None:
+    """24 tight groups: random starts leave some groups together (and k-means cannot part them), spread ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    groups = 100 * torch.rand(24, 6, generator=generator)
+    vectors = groups.repeat(50, 1) + 0.1 * torch.randn(1200, 6, generator=generator)
+    centers = kmeans(vectors, 24, torch.Generator().manual_seed(1))
+    assert torch.cdist(groups, centers).amin(1).max() < 0.2
+    assert torch.equal(nearest_center(vectors, centers), torch.cdist(vectors, centers).argmin(1))
+
+
+def test_fewer_vectors_than_centers_are_all_centers() -> None:
+    vectors = torch.arange(3.0)[:, None]
+    centers = kmeans(vectors, 8, torch.Generator().manual_seed(0))
+    assert centers.shape == (8, 1)
+    assert set(centers.flatten().tolist()) == {0.0, 1.0, 2.0}
 
 
 @pytest.mark.slow
@@ -257,21 +302,25 @@ def test_training_is_repeatable_and_leaves_the_random_state_alone() -> None:
 
 
 def test_dead_codes_are_moved_to_latents() -> None:
-    """Latents at four corners, all codes at one of them: after placing and updating, each corner has its code."""
+    """Latents at four corners, one code at one of them and the others where no latent is: each corner gets its code."""
     corners = torch.tensor([[0.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 9.0]])
     noise = 0.1 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     latents = corners.repeat(100, 1) + noise
-    codebook = MovingCodebook(torch.zeros(8, 2), torch.Generator().manual_seed(0))
-    codebook.place(latents[:1].expand(8, -1), batch_rows=400)
-    for _ in range(400):
+    codebook = MovingCodebook(torch.full((8, 2), 1000.0), torch.Generator().manual_seed(0))
+    codebook.codes[0] = corners[0]
+    codebook.counts = torch.full((8,), 50.0)
+    codebook.sums = 50 * codebook.codes
+    for _ in range(800):
         codebook.update(latents, torch.cdist(latents, codebook.codes).argmin(1))
-    assert torch.cdist(corners, codebook.codes).amin(1).max() < 0.3
+    assert torch.cdist(corners, codebook.codes).amin(1).max() < 1
     assert codebook.usage()["codes_used"] >= 4
 
 
 def test_training_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"quantizer.*'gumbel'"):
         train_vqgan(batches(), CONFIGS["gumbel-f8-8192"], 10)
+    with pytest.raises(ValueError, match="patch_path"):
+        train_vqgan(batches(), dataclasses.replace(small(8, 8, 4), patch_path=False), 10)
     with pytest.raises(ValueError, match="steps"):
         train_vqgan(batches(), small(8, 8, 4), 1)
     with pytest.raises(ValueError, match="at least 8"):

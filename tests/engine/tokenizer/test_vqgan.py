@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import pickle
 import sys
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mam2.engine.errors import UserError
-from mam2.engine.tokenizer.files import load_vqgan, save_vqgan
+from mam2.engine.tokenizer.files import fingerprint, load_vqgan, save_vqgan
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, VQGANConfig, small
 
 TINY = VQGANConfig(
@@ -279,6 +281,34 @@ def test_saved_and_loaded_is_the_same_model(tmp_path: Path, config: VQGANConfig)
     assert loaded.config == config
     assert torch.equal(loaded.decode(loaded.codes(images())), vqgan.decode(vqgan.codes(images())))
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.safetensors"]
+
+
+def test_a_model_without_the_linear_path_has_the_fingerprint_of_earlier_versions() -> None:
+    """Caches of codes name it."""
+    vqgan = build()
+    fields = dataclasses.asdict(TINY)
+    del fields["patch_path"]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in sorted(vqgan.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert fingerprint(vqgan) == digest.hexdigest()
+
+
+def test_the_linear_path_adds_what_it_says() -> None:
+    """With both networks at zero a latent is the projected patch, and a picture its transpose."""
+    vqgan = build(small(8, 16, 4))
+    with torch.no_grad():
+        for layer in (vqgan.quant_conv, vqgan.decoder.conv_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        latents = vqgan.encode(images())
+        pictures = vqgan.decode_latents(latents)
+    patches = nn.functional.unfold(images(), 4, stride=4)
+    weight = vqgan.patch_in.weight.flatten(1)
+    torch.testing.assert_close(latents.flatten(2), weight @ patches + vqgan.patch_in.bias[:, None])
+    back = nn.functional.fold(vqgan.patch_out.weight.flatten(1).T @ latents.flatten(2), (32, 32), 4, stride=4)
+    torch.testing.assert_close(pictures, back + vqgan.patch_out.bias[:, None, None])
 
 
 def test_safetensors_without_our_metadata_are_inferred(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 imports everything once and forks, so that a run starts in a moment. Prints how far the run was at each kill.
 """
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
-from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
 
 
@@ -32,7 +32,10 @@ def start(config: PretrainConfig, data: Path, run: Path) -> int:
 
 
 def steps_logged(run: Path) -> int:
-    return read_log(run)[-1]["step"] if (run / "log.jsonl").exists() and read_log(run) else 0
+    """The step of the last whole line: cheap, as it is asked for a hundred times a second beside the run."""
+    log = run / "log.jsonl"
+    whole = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def main(recipe: str, data: Path, out: Path, kills: int) -> None:
@@ -46,7 +49,7 @@ def main(recipe: str, data: Path, out: Path, kills: int) -> None:
         while steps_logged(run) < target:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended by itself before step {target}")
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(chance.random() * 0.15)  # anywhere in the next steps, their checkpoints included
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]

@@ -76,7 +76,7 @@ def batch(number, device="cpu"):
 
 def choose(take, recorder, **options):
     arguments = take._arguments(0, [batch(0)], 0)
-    choice = cuda_graph.choose(
+    choice = cuda_graph.choose_step(
         recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder, **options
     )
     take._run = choice.step_function
@@ -359,7 +359,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path, syn
 
     def maybe_capture_cuda_graph(self, step, micro_batches):
         arguments = self._arguments(step, micro_batches, 0)
-        self._run, reason = cuda_graph.choose(
+        self._run, reason = cuda_graph.choose_step(
             self._one_pass, arguments, self.model, self.optimizer, Replayer(monkeypatch, launched=0.0, replayed=-1.0)
         )
         return reason
@@ -382,7 +382,9 @@ def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled, 
     monkeypatch.setattr(cuda_graph, "MARGIN", math.inf)  # taken if it is right, however long it needs
     plain, replayed = (build("cuda:0", optimizer, compile=compiled, precision="float32") for _ in range(2))
     arguments = replayed._arguments(0, [batch(0, "cuda:0")], 0)
-    choice = cuda_graph.choose(replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder())
+    choice = cuda_graph.choose_step(
+        replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder()
+    )
     assert isinstance(choice.step_function, StepGraph), choice.reason
     replayed._run = choice.step_function
     expected, found = (

@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_one_clear_line(clips, few, tmp_path, small_finetun
     config, val = small_finetuning(), clips / "test"
     (tmp_path / "other" / "jump").mkdir(parents=True)
     shutil.copy(next((few / "left").iterdir()), tmp_path / "other" / "jump")
-    with pytest.raises(UserError, match="the class 'jump' is not one of the 2"):
+    with pytest.raises(UserError, match="the class 'jump' is not one of the classifier's 2"):
         finetune(config, few, tmp_path / "a", val=tmp_path / "other", encoder=None, progress=False)
     with pytest.raises(UserError, match="no label for"):
         finetune(config, few / "left", tmp_path / "b", val=val, encoder=None, progress=False)
@@ -385,9 +385,9 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["finetune"], "the recipe comes first: mam2 finetune RECIPE"),
+        (["finetune"], "expected a recipe as first argument: mam2 finetune RECIPE"),
         (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
-        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "--checkpoint, or --scratch"),
+        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "or --scratch for random weights"),
         (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),
     ],
 )

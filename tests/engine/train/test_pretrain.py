@@ -319,7 +319,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, clip
         file.write(bytes([last[0] ^ 1]))
     result = pretrain(small(run=run), clips, tmp_path, resume=True, progress=False)
     text = (tmp_path / "log.txt").read_text()
-    assert f"checkpoint {newest} is damaged (model.safetensors has another SHA-256" in text
+    assert f"checkpoint {newest} is damaged (SHA-256 mismatch: model.safetensors" in text
     assert "resume  from" in text
     assert "step-00000006" in text
     assert result.step == 8

@@ -284,7 +284,7 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     finally:
         process.kill()
     assert process.returncode == 128 + number
-    assert told.startswith(f"mam2: stopped by {signal.Signals(number).name}; what was saved is whole")
+    assert told.startswith(f"mam2: stopped by {signal.Signals(number).name}; saved files are complete")
     assert told.count("\n") == 1
 
 

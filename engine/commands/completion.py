@@ -1,0 +1,101 @@
+"""`mam2 completion`: a script that teaches a shell to complete verbs, recipes and flags."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+from typing import Literal
+
+import tyro
+
+from mam2.engine.commands import VERBS
+from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.config.recipe import recipe_names
+
+ENTRY = re.compile(r"^[│ ]*((?:-\w, )?--[a-z].*)$", re.MULTILINE)
+"""A line of tyro's help that begins with an option."""
+FLAG = re.compile(r"--[a-z][\w.-]*\w")
+PRETRAINING = ("pretrain", "tokenize", "plan")
+"""Verbs whose first argument is a recipe that pre-trains."""
+
+BASH = """\
+# mam2 completion bash: eval "$(mam2 completion bash)" in ~/.bashrc, or save it in bash-completion's folder
+_mam2() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" verb="${{COMP_WORDS[1]}}" words=""
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{verbs}"
+    else
+        case "$verb:$word" in
+{cases}
+        esac
+    fi
+    COMPREPLY=( $(compgen -W "$words" -- "$word") )
+}}
+complete -o default -F _mam2 mam2
+"""
+ZSH = """\
+# mam2 completion zsh: eval "$(mam2 completion zsh)" in ~/.zshrc, after compinit
+autoload -Uz bashcompinit && bashcompinit
+"""
+FISH = """\
+# mam2 completion fish: mam2 completion fish > ~/.config/fish/completions/mam2.fish
+complete -c mam2 -n '__fish_use_subcommand' -f -a '{verbs}'
+{lines}
+"""
+
+
+def run(arguments: list[str]) -> int:
+    return tyro.cli(completion, args=arguments, prog="mam2 completion")
+
+
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:
+    """Print a script with which a shell completes the verbs, recipes and flags of this version.
+
+    Args:
+        shell: bash: `eval "$(mam2 completion bash)"` in ~/.bashrc. zsh: the same in ~/.zshrc, after compinit. fish:
+            `mam2 completion fish > ~/.config/fish/completions/mam2.fish`.
+    """
+    flags = {verb: flags_of(verb) for verb in VERBS}
+    print(fish(flags) if shell == "fish" else (ZSH if shell == "zsh" else "") + bash(flags), end="")
+    return 0
+
+
+def flags_of(verb: str) -> list[str]:
+    """Returns the flags that the help of a verb names."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        importlib.import_module(f"mam2.engine.commands.{verb.replace('-', '_')}").run(["--help"])
+    entries = ENTRY.findall(text.getvalue())
+    # an option's names come before two spaces and its meaning
+    return sorted({flag for entry in entries for flag in FLAG.findall(entry.partition("   ")[0])} - {"--help"})
+
+
+def recipes_of(verb: str) -> list[str]:
+    """Returns the recipes that may be a verb's first argument."""
+    return {
+        "recipes": [*recipe_names(), *recipe_names(FinetuneConfig)],
+        "finetune": recipe_names(FinetuneConfig),
+        **dict.fromkeys(PRETRAINING, recipe_names()),
+    }.get(verb, [])
+
+
+def bash(flags: dict[str, list[str]]) -> str:
+    cases = []
+    for verb, names in flags.items():
+        cases.append(f'            {verb}:-*) words="{" ".join(names)}" ;;')
+        if recipes := recipes_of(verb):
+            cases.append(f'            {verb}:*) [ "$COMP_CWORD" -eq 2 ] && words="{" ".join(recipes)}" ;;')
+    return BASH.format(verbs=" ".join(flags), cases="\n".join(cases))
+
+
+def fish(flags: dict[str, list[str]]) -> str:
+    lines = []
+    for verb, names in flags.items():
+        seen = f"complete -c mam2 -n '__fish_seen_subcommand_from {verb}'"
+        lines += [f"{seen} -l {name.removeprefix('--')}" for name in names]
+        if recipes := recipes_of(verb):
+            lines.append(f"{seen} -a '{' '.join(recipes)}'")
+    return FISH.format(verbs=" ".join(flags), lines="\n".join(lines))

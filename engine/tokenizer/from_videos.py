@@ -1,0 +1,168 @@
+"""`train-tokenizer`: a VQ model of the user's own clips, measured on videos that it was not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from mam2.engine.config.limits import Limits, check_value
+from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.data.loader import ClipLoader
+from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
+from mam2.engine.data.sources import check_source
+from mam2.engine.errors import UserError
+from mam2.engine.files import make_folder, one_line, unwritable, write_whole
+from mam2.engine.runtime.device import pick_device
+from mam2.engine.tokenizer.files import save_vqgan
+from mam2.engine.tokenizer.kmeans import kmeans
+from mam2.engine.tokenizer.prepare import FILE, clip_frames, train_with_progress
+from mam2.engine.tokenizer.quality import Reconstruction, draw_reconstructions, draw_training, measure_reconstruction
+from mam2.engine.tokenizer.training import first_frames, first_patches
+from mam2.engine.tokenizer.vqgan import small
+
+MOST_HELD_OUT = 64
+FRAME_DISTANCE = 16
+"""Distance of the two frames of a clip, in frames of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerResult:
+    path: Path
+    """The tokenizer's file, for `tokenizer.path`."""
+    quality: Reconstruction
+    """Measured on the videos that were held out."""
+    held_out: int
+    """Their number."""
+    advice: str
+    """What to do with a tokenizer of these numbers, in a line."""
+
+
+def train_tokenizer(
+    data: str | Path,
+    out: str | Path,
+    *,
+    codes: int = 1024,
+    channels: int = 32,
+    factor: int = 16,
+    size: int = 224,
+    steps: int = 2000,
+    batch: int = 16,
+    flip: bool = True,
+    seed: int = 0,
+    threads: int = 0,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    progress: bool = True,
+) -> TokenizerResult:
+    """Trains a VQ model on frames of videos; one video in twenty, at most 64, is held out to measure it.
+
+    Args:
+        data: a folder of videos, or an annotation list.
+        out: a new folder: tokenizer.safetensors, reconstructions.png, training.png, report.json and training.jsonl. It
+            appears only when everything is complete.
+        codes: codebook size.
+        channels: base width of the network, a multiple of 8.
+        factor: pixels per code along height and width, a power of two; use the patch size of pre-training.
+        size: height and width of the training frames, a multiple of `factor`.
+        steps: training steps.
+        batch: frames per step.
+        flip: mirror half of the frames.
+        seed: seed of weights, frames and crops.
+        threads: decoding threads; 0: one per core that this process may use.
+        device: auto uses a GPU if there is one.
+        progress: draw a progress bar (only on a terminal).
+
+    Raises:
+        UserError: for values, data and folders that cannot be used.
+    """
+    out = Path(out)
+    least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
+    given = {"codes": codes, "channels": channels, "factor": factor, "size": size}
+    given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
+    for flag, value in given.items():
+        check_value(f"--{flag}", value, Limits(at_least=least[flag]))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} already exists: choose another folder")
+    check_source(data)
+    make_folder(out.absolute().parent)
+    try:
+        architecture = small(channels, codes, factor)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    if size < factor or size % factor:
+        raise UserError(f"--size {size} is not a multiple of --factor {factor}")
+    sampled = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
+    where = pick_device(RunConfig(device=device))
+    manifest = read_manifest(data, threads=threads, progress=progress)
+    if len(manifest.videos) < 2:
+        raise UserError(
+            f"{data}: only one usable video; expected at least two, because one is held out for the measurement"
+        )
+    step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
+    held_out = manifest.videos[::step]
+    kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+
+    def skip(skipped: Skipped) -> None:
+        tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
+
+    for skipped in manifest.skipped:
+        skip(skipped)
+    clips = max(batch // 2, 1)
+    with ClipLoader(Manifest(kept), sampled, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
+        frames = clip_frames(loader, batch)
+        first = first_frames(frames, architecture)
+        vqgan, reports = train_with_progress(
+            itertools.chain(first, frames), architecture, steps, where, seed=seed, progress=progress
+        )
+    centers = kmeans(first_patches(first, architecture), codes, torch.Generator().manual_seed(seed))
+    with ClipLoader(Manifest(held_out), sampled, batch=8, device=where, seed=seed, train=False, on_skip=skip) as loader:
+        try:
+            clips_shown = (batch.clip for batch in loader.evaluate())
+            result = measure_reconstruction(vqgan.to(where), clips_shown, centers)
+        except ValueError:
+            raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
+
+    aside = out.with_name(out.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_vqgan(vqgan, aside / FILE)
+        draw_reconstructions(result, aside / "reconstructions.png")
+        draw_training(reports, aside / "training.png")
+        write_whole(aside / "training.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+        numbers = {
+            field.name: getattr(result, field.name)
+            for field in dataclasses.fields(result)
+            if not isinstance(getattr(result, field.name), torch.Tensor)
+        }
+        write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
+        aside.replace(out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise unwritable(out, error) from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return TokenizerResult(path=out / FILE, quality=result, held_out=len(held_out), advice=verdict(result, out / FILE))
+
+
+def verdict(result: Reconstruction, file: Path) -> str:
+    """Returns advice on a tokenizer with these results."""
+    if result.explained <= 0:
+        return (
+            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "videos, or more --steps"
+        )
+    if result.explained < result.kmeans_explained:
+        return (
+            "weak: k-means of raw patches explains more of held-out frames with as many codes; give it more --steps, "
+            f"more --channels, or more videos. It can be used with --tokenizer.path {file}"
+        )
+    return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

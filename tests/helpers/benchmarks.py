@@ -1,0 +1,8 @@
+"""Modules of benchmarks/, imported when a test needs them: some start Triton or ask for the machine's state."""
+
+import importlib
+from types import ModuleType
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.{name}")
