@@ -1,7 +1,7 @@
 """What a convergence run trains: sizes for a machine, two methods under two optimizers, and the ablations.
 
-Every variant is a set of changes of one base config: the demo's recipe (balanced losses) on a token grid on which
-the mask ratios 0.75, 0.8 and 0.9 differ.
+Every variant is a set of changes of one base config, `MINIATURE`, on a token grid on which the mask ratios 0.75 and
+0.9 differ. No recipe is read: the trainings of a run stay the same while recipes change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe
 
 Changes = Mapping[str, Any]
 """Values of a config by their dotted names, as of the command line."""
@@ -33,7 +32,7 @@ class Setting:
     counts: Mapping[str, int]
     """Synthetic clips of each split."""
     base: Changes
-    """Of the pre-training, on top of the demo's recipe."""
+    """Of the pre-training, on top of `MINIATURE`."""
     rates: Mapping[str, tuple[float, ...]]
     """Base learning rates tried, by optimizer: as many for each."""
     sweep_epochs: float
@@ -56,7 +55,7 @@ class Setting:
     ablation_seeds: int = 3
     """Of each changed setting; the default has all."""
     finetune: Changes
-    """Of the fine-tuning, on top of the demo's recipe."""
+    """Of the fine-tuning, on top of `FINE_TUNING`."""
     finetune_seeds: int = 2
     labelled: int
     """Training videos whose labels it sees."""
@@ -88,6 +87,63 @@ class Setting:
         return {**self.variants, **{name: {**default, **changes} for name, changes in TARGETS_ALONE.items()}}
 
 
+MINIATURE: Changes = {
+    "data.frames": 8,
+    "data.stride": 2,
+    "data.size": 32,
+    "data.threads": 1,
+    "data.min_area": 0.7,
+    "data.max_aspect": 1.1,
+    "data.flip": False,  # the class is the direction
+    "data.views": 1,
+    "mask.kind": "tube",
+    "mask.ratio": 0.75,
+    "model.patch": 8,
+    "model.tubelet": 2,
+    "model.width": 96,
+    "model.depth": 3,
+    "model.heads": 3,
+    "model.regressor.depth": 1,
+    "model.regressor.width": 96,
+    "model.regressor.heads": 3,
+    "model.regressor.keys": "visible",
+    "model.decoder.depth": 1,
+    "model.decoder.width": 96,
+    "model.decoder.heads": 3,
+    "tokenizer.codes": 128,
+    "tokenizer.channels": 24,
+    "tokenizer.steps": 1000,
+    "tokenizer.batch": 16,
+    "loss.appearance": 0.01,
+    "loss.motion": 1.0,
+    "loss.balance": "gradient",
+    "loss.motion_eps": 0.1,
+    "optim.name": "adamw",
+    "optim.batch": 32,
+}
+"""A tiny MAM2 with balanced losses."""
+FINE_TUNING: Changes = {
+    "data.frames": 8,
+    "data.stride": 2,
+    "data.size": 32,
+    "data.threads": 1,
+    "data.min_area": 0.7,
+    "data.max_aspect": 1.1,
+    "data.flip": False,
+    "augment.operations": 2,
+    "augment.magnitude": 5.0,
+    "augment.erase": 0.1,
+    "augment.mixup": 0.2,
+    "augment.cutmix": 0.0,
+    "optim.name": "adamw",
+    "optim.batch": 32,
+    "optim.epochs": 10.0,
+    "optim.warmup_epochs": 1.0,
+    "optim.base_lr": 8e-3,
+    "optim.drop_path": 0.0,
+    "test.temporal": 2,
+    "test.spatial": 1,
+}
 ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
 """Of a single loss there is nothing to balance, and neither optimizer sees its weight."""
 TARGETS_ALONE: Mapping[str, Changes] = {
@@ -229,7 +285,7 @@ def pretraining(
     setting: Setting, changes: Changes, *, epochs: float = 1.0, base_lr: float = 1e-3, seed: int = 0
 ) -> PretrainConfig:
     """The base config with changes. epochs: of one view; where a video has several, it is shown less often."""
-    config = changed(load_recipe("demo"), {**setting.base, **changes})
+    config = changed(PretrainConfig(), {**MINIATURE, **setting.base, **changes})
     epochs /= config.data.views
     schedule = {"epochs": epochs, "warmup_epochs": WARM_UP * epochs, "base_lr": base_lr, "min_lr": FLOOR * base_lr}
     return changed(config, {**{f"optim.{name}": value for name, value in schedule.items()}, "run.seed": seed})
@@ -240,7 +296,4 @@ def finetuning(setting: Setting, pretrained: PretrainConfig) -> FinetuneConfig:
     model, data = pretrained.model, pretrained.data
     sizes = {name: getattr(model, name) for name in ("patch", "tubelet", "width", "depth", "heads", "mlp_ratio")}
     described = {f"model.{name}": value for name, value in {**sizes, "frames": data.frames, "size": data.size}.items()}
-    return changed(
-        load_recipe("demo/finetune", FinetuneConfig),
-        {**described, **setting.finetune, "run.seed": pretrained.run.seed},
-    )
+    return changed(FinetuneConfig(), {**FINE_TUNING, **described, **setting.finetune, "run.seed": pretrained.run.seed})
