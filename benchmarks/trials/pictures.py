@@ -94,6 +94,8 @@ def _panel(axes: Axes, results: Results, trials: list[Trial], measure: Measure, 
         if axis == "seconds" and any(trial["preparation_s"] for trial in mine):
             places = [statistics.fmean(cost(trial, "training_seconds") for trial in cell) for cell in cells]
             axes.plot(places, means, **{**style, "linestyle": ":"}, linewidth=0.9, label="_without preparation")
+        for trial in (trial for cell in cells for trial in cell):
+            axes.plot(cost(trial, axis) / scale, 100 * trial[measure], color=style["color"], **SEED)
     _references(axes, results, measure)
     axes.set_xscale("log", base=2 if axis == "epochs" else 10)
     if axis == "epochs":

@@ -420,5 +420,5 @@ def test_real_clips_that_do_not_fit_are_named(tmp_path):
     write_hard_dataset(tmp_path, {"train": 8, "test": 8})
     (tmp_path / "test" / "left").rename(tmp_path / "test" / "sideways")
     data = {split: tmp_path / split for split in ("train", "test")}
-    with pytest.raises(UserError, match="'sideways' is not one of the 8"):
+    with pytest.raises(UserError, match="'sideways' is not one of the classifier's 8"):
         prepared.prepare(data, tmp_path / "out", pretraining(QUICK, {}), recorded=1, views=1)
