@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.trials import prepared, trial
-from benchmarks.trials.settings import Changes, changed
+from benchmarks.trials.settings import MINIATURE, Changes, changed
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
@@ -83,7 +83,7 @@ RECORDED = 2
 
 
 def config_of(changes: Changes, steps: int, train_clips: int) -> PretrainConfig:
-    config = changed(load_recipe("demo"), {**BASE, **changes})
+    config = changed(load_recipe("demo"), {**MINIATURE, **BASE, **changes})
     epochs = steps * config.optim.batch / train_clips
     config = changed(config, {"optim.epochs": epochs, "optim.warmup_epochs": 0.1 * epochs})
     check(config)

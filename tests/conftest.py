@@ -203,9 +203,10 @@ def _small_config(**tables: dict[str, Any]) -> PretrainConfig:
     defaults = {
         "model": {"width": 24, "depth": 1, "heads": 2},
         "tokenizer": {"steps": 6, "codes": 16, "channels": 8, "batch": 16},
-        "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
+        "mask": {"kind": "tube"},
+        "optim": {"name": "adamw", "batch": 16, "epochs": 2.0, "warmup_epochs": 0.5, "base_lr": 1.6e-2, "min_lr": 8e-5},
         "run": {"compile": False, "log_every": 2, "save_every": 1000},
-        "data": {"views": 2, "threads": 1},
+        "data": {"stride": 2, "views": 2, "threads": 1},
     }
     config = load_recipe("demo")
     tables = {table: defaults.get(table, {}) | tables.get(table, {}) for table in defaults.keys() | tables.keys()}

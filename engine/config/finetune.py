@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mam2.engine.config.limits import (
     BELOW_ONE,
@@ -50,6 +51,9 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each training clip in the loss: `balanced` is inverse to the number of training videos of its class,
+    with a mean of 1 over the videos."""
     dropout: float = limited(0.0, BELOW_ONE)
     """Dropout probability of the pooled features, 0 to 1."""
     text_embeddings: str = ""
@@ -106,6 +110,9 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW's second beta; the first is 0.9."""
     layer_decay: float = limited(0.75, Limits(above=0, at_most=1))
     """Learning rate of a block divided by that of the next block; the head has the full learning rate."""
+    train_last: int = limited(-1, Limits(at_least=-1))
+    """Number of last blocks that are trained, besides the head; -1: the whole encoder. The blocks below and the patch
+    embedding are frozen: no gradients, optimizer state, weight decay or stochastic depth."""
     drop_path: float = limited(0.1, BELOW_ONE)
     """Probability that the last block's branches are dropped for a clip; decreases linearly to 0 at the first block."""
     ema: float = limited(0.0, BELOW_ONE)
@@ -118,6 +125,9 @@ class ViewsConfig:
 
     every: float = limited(1.0, POSITIVE)
     """Epochs between two validations of a fine-tuning run; there is always one at the end."""
+    best: Literal["top1", "mean_class"] = "top1"
+    """Measure whose best validation RUN/best keeps: top-1 accuracy, or the mean of the classes' top-1 accuracies
+    (balanced accuracy), to which each class contributes equally however many videos it has."""
     temporal: int = limited(5, COUNT, resumable=True)
     """Clips per video: dense clips evenly from its start to its end, uniform clips interleaved."""
     spatial: int = limited(3, COUNT, resumable=True)
@@ -136,6 +146,11 @@ class FinetuneConfig(TokenGrid):
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Returns the number of frozen blocks, the first ones of the encoder."""
+        return 0 if self.optim.train_last < 0 else max(self.model.depth - self.optim.train_last, 0)
 
     @property
     def clips_per_group(self) -> int:

@@ -161,6 +161,11 @@ class ClipLoader:
         way = self._training if self._train else dataclasses.replace(self._middle, replace=True)
         return self._prefetch(self._produce(plans(), way))
 
+    @property
+    def evaluated_batches(self) -> int:
+        """Batches of `evaluate`."""
+        return -(-len(self._usable) // self._batch)
+
     def evaluate(self) -> Prefetcher[Batch]:
         """Yields the center square of every usable video's middle clip, once and in order; the last batch may be
         short."""

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from mam2.engine.data.encoding import encode_frames
+from mam2.engine.runtime.progress import Progress
 
 MOTIONS = ("clockwise", "counterclockwise", "down", "grow", "left", "right", "shrink", "up")
 SHAPES = ("bar", "triangle", "cross", "half-disc", "corner")
@@ -200,7 +200,7 @@ def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, prog
     # Spawned, not forked: the caller may have threads (torch, DALI).
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         done = pool.map(_write_one, jobs, chunksize=32)
-        for _ in tqdm(done, total=len(jobs), desc="writing clips", unit="clip", disable=None if progress else True):
+        for _ in Progress(done, "writing clips", len(jobs), unit="clip", shown=progress):
             pass
 
 

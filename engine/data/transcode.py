@@ -53,6 +53,7 @@ from mam2.engine.files import (
     write_whole,
     writing,
 )
+from mam2.engine.runtime.progress import Progress
 
 
 class VideoEncoder(NamedTuple):
@@ -162,7 +163,7 @@ def transcode(
     with ThreadPoolExecutor(jobs or available_cores(), "transcode") as pool:
         try:
             found = pool.map(lambda job: _transcode_one(job, settings, stop), plan)
-            results = list(tqdm(found, "transcoding", len(plan), unit="file", disable=None if progress else True))
+            results = list(Progress(found, "transcoding", len(plan), unit="file", shown=progress))
         except BaseException:
             stop.set()  # drops files that are being written and does not start others
             pool.shutdown(cancel_futures=True)

@@ -33,6 +33,12 @@ def class_accuracies(probabilities: Tensor, labels: Tensor) -> tuple[list[int], 
     return totals, [right / total if total else None for right, total in zip(rights, totals, strict=True)]
 
 
+def mean_class_accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean of the top-1 accuracies of the classes that have videos (balanced accuracy), 0 to 1."""
+    known = [share for share in class_accuracies(probabilities, labels)[1] if share is not None]
+    return sum(known) / len(known)
+
+
 def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Videos of each class (row) that were taken for each class (column): int64 [V, V].
 

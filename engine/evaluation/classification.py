@@ -149,12 +149,11 @@ def evaluate(
         places = predictions.videos.tolist()
         labels = torch.tensor([manifest.videos[place].label for place in places])
         counts, by_class = accuracy.class_accuracies(predictions.probabilities, labels)
-        known = [share for share in by_class if share is not None]
         whole = len(manifest.videos) + len(manifest.skipped)
         result = EvaluationResult(
             top1=float(accuracy.top_k(predictions.probabilities, labels, 1).double().mean()),
             top5=float(accuracy.top_k(predictions.probabilities, labels, 5).double().mean()),
-            mean_class=sum(known) / len(known),
+            mean_class=accuracy.mean_class_accuracy(predictions.probabilities, labels),
             videos=len(places),
             unusable=whole - len(places),
             temporal=temporal,

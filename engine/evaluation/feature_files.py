@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.pretrain import RunConfig
@@ -31,6 +30,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.pools import Pool, pool_tokens, token_groups
 from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.runtime.progress import Progress
 
 CELLS = 4
 """Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
@@ -96,7 +96,7 @@ def write_features(
             ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader,
             autocast(run, device),
         ):
-            bar = tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True)
+            bar = Progress(loader.evaluate(), "features", loader.evaluated_batches, unit="batch", shown=progress)
             for clips in bar:
                 video = clips.video.to(device)
                 for frozen in encoders:

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.runtime.progress import Progress
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def extract_features(
     labels = []
     for model in models:
         model.eval()
-    for batch in tqdm(loader.evaluate(), desc="features", unit="batch", disable=None if progress else True):
+    bar = Progress(loader.evaluate(), "features", loader.evaluated_batches, unit="batch", shown=progress)
+    for batch in bar:
         video = batch.video.to(device)
         for model, found in zip(models, features, strict=True):
             found.append(model.encode(video).float().mean(dim=1).cpu())

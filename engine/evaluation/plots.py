@@ -57,7 +57,11 @@ PANELS = (
     Panel("classification loss", {"loss/training": "training (soft targets)", "loss/validation": "validation"}),
     Panel(
         "validation accuracy (%)",
-        {"accuracy/validation": "top 1", "accuracy/validation_top5": "top 5"},
+        {
+            "accuracy/validation": "top 1",
+            "accuracy/validation_top5": "top 5",
+            "accuracy/validation_mean_class": "mean over classes",
+        },
         percent=True,
     ),
     Panel("gradient norm", {"gradient/norm": ""}, logarithmic=True),
@@ -67,7 +71,7 @@ PANELS = (
     Panel("model FLOPs utilisation (%)", {"mfu": ""}, percent=True),
     Panel("memory (GiB)", {"memory_gib": ""}),
 )
-STYLES: tuple[Literal["-", "--"], ...] = ("-", "--")
+STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 """Of the columns of one panel, where colours tell runs apart."""
 PAUSE = 5
 """A step that took so many times the median is one after a pause: the run was stopped and resumed."""
@@ -123,8 +127,9 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
     if panel.logarithmic:
         axis.set_yscale("log")
     if any(panel.columns.values()):
-        names = [Line2D([], [], color="grey", linestyle=style) for style in STYLES] if several else None
         labels = list(panel.columns.values())
+        styles = STYLES[: len(labels)]
+        names = [Line2D([], [], color="grey", linestyle=style) for style in styles] if several else None
         axis.legend(*((names, labels) if names else ()), frameon=False, fontsize=8)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(over, fontsize=8)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
@@ -17,6 +16,7 @@ from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, tok
 from mam2.engine.evaluation.scores import joined, score
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
+from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
 
@@ -52,7 +52,8 @@ def measure_pretext(
     model.eval()
     parts = []
     first = 0
-    for batch in tqdm(loader.evaluate(), desc="pretext task", unit="batch", disable=None if progress else True):
+    bar = Progress(loader.evaluate(), "pretext task", loader.evaluated_batches, unit="batch", shown=progress)
+    for batch in bar:
         mask = evaluation_mask(batch.clip, config, first)
         first += len(batch.clip)
         parts.append(score(model, tokenizer, batch.clip, mask, config))

@@ -51,6 +51,19 @@ class Classifier(nn.Module):
         return self.head(features).float()
 
 
+def train_only_last(model: Classifier, blocks: int) -> None:
+    """Freezes patch embedding and blocks of a classifier's encoder, except the last `blocks`; -1 freezes nothing.
+
+    What is frozen runs without autograd: nothing in it, and none of its inputs, requires a gradient.
+    """
+    if blocks < 0:
+        return
+    encoder = model.encoder
+    frozen = len(encoder.blocks) - blocks
+    encoder.patch_embed.requires_grad_(False)
+    encoder.blocks[:frozen].requires_grad_(False)
+
+
 def linear_head(width: int, classes: int) -> nn.Linear:
     """Returns a linear head: weights normal with standard deviation 0.02 · `HEAD_SCALE`, zero bias."""
     head = nn.Linear(width, classes)

@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import DataConfig, PretrainConfig
 from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
+from mam2.engine.runtime.progress import Progress
 
 HEADER, SHARDS = "cache.json", "shards.json"
 SHARD_VIDEOS = 1024
@@ -189,7 +190,7 @@ class CodeCacheWriter:
         before = _read_header(self.folder)
         if before is None:
             (self.folder / "shards").mkdir(parents=True, exist_ok=True)
-            _write_whole(self.folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+            write_whole(self.folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
         else:
             _check_key(self.folder, before["key"], header["key"], manifest)
             if before["precision"] != precision:
@@ -250,10 +251,10 @@ class CodeCacheWriter:
         buffer = io.BytesIO()
         np.save(buffer, self._shard)
         name = _shard_name(*self._place)
-        _write_whole(self.folder / "shards" / name, buffer.getvalue())
+        write_whole(self.folder / "shards" / name, buffer.getvalue())
         self._finished[self._place] = hashlib.sha256(buffer.getvalue()).hexdigest()
         listed = {_shard_name(*place): digest for place, digest in sorted(self._finished.items())}
-        _write_whole(self.folder / SHARDS, (json.dumps(listed, indent=1) + "\n").encode())
+        write_whole(self.folder / SHARDS, (json.dumps(listed, indent=1) + "\n").encode())
         self._place = None
 
 
@@ -314,7 +315,7 @@ def _finished_shards(
     if not verify:
         return finished
     sound = {}
-    for place, digest in tqdm(finished.items(), "checking codes", unit="shard", disable=None if progress else True):
+    for place, digest in Progress(finished.items(), "checking codes", len(finished), unit="shard", shown=progress):
         with contextlib.suppress(FileNotFoundError):
             if hashlib.sha256((folder / "shards" / _shard_name(*place)).read_bytes()).hexdigest() == digest:
                 sound[place] = digest
@@ -347,12 +348,3 @@ def _dtype(codebook_size: int) -> type[np.unsignedinteger[Any]]:
 
 def _absent(codebook_size: int) -> int:
     return int(np.iinfo(_dtype(codebook_size)).max)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from mam2.engine.checkpoints.pickles import load_pickle
 from mam2.engine.checkpoints.weight_files import check_whole, kind_of
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "patch_in.", "patch_out.")
@@ -35,10 +35,8 @@ def save_vqgan(vqgan: VQGAN, path: str | Path) -> None:
     """Write safetensors with the config in the metadata, all or nothing."""
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
-    aside = path.with_name(path.name + ".part")
     # not save_file, which lets nobody else read what it writes
-    aside.write_bytes(save(state, {CONFIG_KEY: json.dumps(dataclasses.asdict(vqgan.config))}))
-    os.replace(aside, path)
+    write_whole(path, save(state, {CONFIG_KEY: json.dumps(dataclasses.asdict(vqgan.config))}))
 
 
 def fingerprint(vqgan: VQGAN) -> str:

@@ -129,7 +129,7 @@ def train_tokenizer(
         except ValueError:
             raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
 
-    aside = out.with_name(out.name + ".part")
+    aside = out.with_name(f".part-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)

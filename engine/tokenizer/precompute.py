@@ -16,6 +16,7 @@ from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.files import append_rows, check_apart, make_folder, one_line, writing
 from mam2.engine.runtime.device import compiler, pick_device
+from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import build_tokenizer, prepare_tokenizer
@@ -101,8 +102,7 @@ def _fill(writer: CodeCacheWriter, loader: ClipLoader, source: CodeSource, devic
     """Writes all that is missing. Returns how many clips were there to write."""
     clips = 0
     done = writer.total - sum(1 for _ in writer.missing())
-    hidden = None if progress else True
-    with tqdm(desc="tokenizing", total=writer.total, initial=done, unit="clip", disable=hidden) as bar:
+    with Progress(desc="tokenizing", total=writer.total, initial=done, unit="clip", shown=progress) as bar:
         for batch, codes in with_codes(loader.recorded(writer.missing()), source, device):
             assert codes is not None
             writer.add(batch.index, batch.augmentation, batch.view, codes.cpu())

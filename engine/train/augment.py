@@ -25,6 +25,7 @@ from torch import Tensor
 from mam2.engine.config.finetune import AugmentConfig, FinetuneConfig
 from mam2.engine.data.draws import Draw, generator_of
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.train.finetune_targets import ClassTargets, Targets, smoothed
 from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 
 ERASED_AREA = (0.02, 1 / 3)
@@ -51,33 +52,43 @@ class Prepared(NamedTuple):
     video: Tensor
     """[B, C, T, H, W] uint8, augmented and mixed."""
     targets: Tensor
-    """[B, V] float32, each summing to 1."""
+    """[B, V] float32; of one class per video without class weights, each row sums to 1."""
     path_scales: Tensor | None
     feature_scales: Tensor | None
 
 
-def prepare(video: Tensor, labels: Tensor, config: FinetuneConfig, *, step: int, first_sample: int) -> Prepared:
+def prepare(
+    video: Tensor,
+    labels: Tensor,
+    config: FinetuneConfig,
+    targets: Targets | None = None,
+    *,
+    step: int,
+    first_sample: int,
+) -> Prepared:
     """All that fine-tuning does to a batch.
 
     Args:
         video: [B, C, T, H, W] uint8, any strides; B as for `mix`.
         labels: [B] int64 on the CPU, 0 to V - 1.
         config: its augmentation, model, head and optimiser tables.
+        targets: what makes targets of labels; None for one class per video, without class weights.
         step: optimiser step.
         first_sample: the first clip's place in the step's batch.
     """
     model, count, height, width = config.model, len(video), *video.shape[-2:]
+    targets = targets or ClassTargets(model.classes, config.augment.label_smoothing)
     key = (config.run.seed, step, first_sample)
     drawn = [
         _draw_augmentation(config.augment, (height, width), count, *key),
-        _draw_mixing(config.augment, (height, width), count, config.data.views, model.classes, *key),
-        _draw_paths(count, model.depth, config.optim.drop_path, *key),
+        _draw_mixing(config.augment, (height, width), count, config.data.views, *key),
+        _draw_paths(count, model.depth, config.optim.drop_path, *key, frozen=config.frozen_blocks),
         _draw_features(count, model.width, config.head.dropout, *key),
-        Drawn([labels.numpy()], lambda sent: sent[0]),
+        Drawn(targets.arrays(labels), targets.on_device),
     ]
-    augmented, mixed, paths, features, sent_labels = send(drawn, video.device)
-    clips, targets = mixed(augmented(video), sent_labels())
-    return Prepared(clips, targets, paths(), features())
+    augmented, mixed, paths, features, plain = send(drawn, video.device)
+    clips, soft = mixed(augmented(video), plain())
+    return Prepared(clips, soft, paths(), features())
 
 
 def send(drawn: Sequence[Drawn], device: torch.device) -> list[Callable[..., Any]]:
@@ -206,9 +217,9 @@ def mix(
         Clips like `video` and targets [B, V] float32, each summing to 1.
     """
     size = (video.shape[-2], video.shape[-1])
-    drawn = _draw_mixing(config, size, len(video), views, classes, seed, step, first_sample)
+    drawn = _draw_mixing(config, size, len(video), views, seed, step, first_sample)
     (apply,) = send([drawn], video.device)
-    return apply(video, labels)
+    return apply(video, smoothed(labels, classes, config.label_smoothing))
 
 
 def _draw_mixing(
@@ -216,22 +227,20 @@ def _draw_mixing(
     size: tuple[int, int],
     count: int,
     views: int,
-    classes: int,
     seed: int,
     step: int,
     first_sample: int,
 ) -> Drawn:
     if not config.mixes:
-        return Drawn([], lambda _, video, labels: (video, smoothed(labels, classes, config.label_smoothing)))
+        return Drawn([], lambda _, video, targets: (video, targets))
     partner = np.arange(count).reshape(-1, 2, views)[:, ::-1].reshape(-1)
     draws = [
         _mixture(config, size, generator_of(Draw.MIX, seed, step, first_sample + min(row, int(other))))
         for row, other in enumerate(partner)
     ]
 
-    def apply(sent: Sequence[Tensor], video: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(sent: Sequence[Tensor], video: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         other, weight = sent
-        targets = smoothed(labels, classes, config.label_smoothing)
         mixed = torch.empty_like(video)
         for row, (share, box) in enumerate(draws):
             mine, its = video[row], video[int(partner[row])]
@@ -244,12 +253,6 @@ def _draw_mixing(
         return mixed, torch.lerp(targets[other], targets, weight[:, None])
 
     return Drawn([partner.astype(np.int64), np.array([share for share, _ in draws], np.float32)], apply)
-
-
-def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """[B] int64 -> [B, V] float32: 1 - smoothing at the label, and smoothing spread over all classes."""
-    targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
-    return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
 
 
 def _mixture(
@@ -280,10 +283,14 @@ def path_scales(
     return apply()
 
 
-def _draw_paths(clips: int, depth: int, drop_path: float, seed: int, step: int, first_sample: int) -> Drawn:
+def _draw_paths(
+    clips: int, depth: int, drop_path: float, seed: int, step: int, first_sample: int, *, frozen: int = 0
+) -> Drawn:
+    """frozen: first blocks, whose branches are never left out."""
     if not drop_path:
         return Drawn([], lambda _: None)
     stay = 1 - np.linspace(0, drop_path, depth)[:, None]
+    stay[:frozen] = 1
     drawn = [
         generator_of(Draw.DROP, seed, step, sample).random((depth, 2))
         for sample in range(first_sample, first_sample + clips)

@@ -11,29 +11,40 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.classifier import Classifier, train_only_last
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import augment
 from mam2.engine.train.augment import Prepared
+from mam2.engine.train.finetune_targets import Targets
 from mam2.engine.train.objective import Compile, Objective, Values
 from mam2.engine.train.optimizer import Optimizer, build_layered_optimizer
 from mam2.engine.train.step import Step
 
 
 def classifier_flops(config: FinetuneConfig) -> float:
-    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing."""
+    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing.
+
+    Frozen blocks and a frozen patch embedding run only forward.
+    """
     model, (slots, rows, columns) = config.model, config.grid
     tokens = slots * rows * columns
     pixels = model.tubelet * model.patch**2 * CHANNELS
     embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
     block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    return embedding.flops + model.depth * block.flops
+    frozen = config.frozen_blocks
+    embedded = embedding.flops if config.optim.train_last < 0 else embedding.forward_flops
+    return embedded + frozen * block.forward_flops + (model.depth - frozen) * block.flops
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets. Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped."""
+    """Cross-entropy with soft targets.
+
+    Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped.
+
+    The targets of a clip sum to the weight of the clip.
+    """
 
     def __init__(self, model: Classifier, compiled: Compile) -> None:
         super().__init__()
@@ -65,7 +76,17 @@ class FinetuneStep(Step[Prepared]):
     config: FinetuneConfig
     model: Classifier
 
-    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device, world: World) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Classifier,
+        device: torch.device,
+        world: World,
+        targets: Targets | None = None,
+    ) -> None:
+        """targets: see `mam2.engine.train.augment.prepare`."""
+        self._targets = targets
+        train_only_last(model, config.optim.train_last)
         super().__init__(config, model, device, world)
         self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
         self.average: dict[str, Tensor] = {}
@@ -84,7 +105,7 @@ class FinetuneStep(Step[Prepared]):
         """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
         step, index = divmod(number, self.micro_batches)
         first_sample = (index * self.world.size + self.world.rank) * len(video)
-        return augment.prepare(video, labels, self.config, step=step, first_sample=first_sample)
+        return augment.prepare(video, labels, self.config, self._targets, step=step, first_sample=first_sample)
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
         return tuple(extras)

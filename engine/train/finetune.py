@@ -27,7 +27,7 @@ from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_m
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.accuracy import top_k
+from mam2.engine.evaluation.accuracy import mean_class_accuracy, top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
@@ -38,10 +38,14 @@ from mam2.engine.runtime.log import read_log
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
 from mam2.engine.train.description import Description, describe_task
+from mam2.engine.train.finetune_targets import ClassTargets, balanced_weights, describe_weights
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import RunContext, Session, Setup, open_session
 
 ACCURACY = "accuracy/validation"
+MEAN_CLASS = "accuracy/validation_mean_class"
+MEASURES = {"top1": ACCURACY, "mean_class": MEAN_CLASS}
+"""Of the log, for each value of `test.best`."""
 
 
 def finetune(
@@ -130,7 +134,19 @@ class _Finetuning:
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
-        self.train_step = FinetuneStep(config, model, session.device, world)
+        class_weights = None
+        if config.head.class_weights == "balanced":
+            class_weights = balanced_weights(session.manifest)
+            session.log.info(describe_weights(class_weights, session.manifest.classes))
+        targets = ClassTargets(config.model.classes, config.augment.label_smoothing, class_weights)
+        self.train_step = FinetuneStep(config, model, session.device, world, targets)
+        if config.optim.train_last >= 0:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            session.log.info(
+                f"trained {config.optim.train_last} of {config.model.depth} blocks and the head: {trained / 1e6:.2f} M "
+                f"of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, the rest is frozen"
+            )
+        self._measure = MEASURES[config.test.best]
 
         # validated apart: an averaged, compiled or sharded model needs no other way
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
@@ -175,23 +191,23 @@ class _Finetuning:
         found = self._validate()
         self._validated.add(step)
         session = self._session
-        if found[ACCURACY] > self._best:
-            self._best = found[ACCURACY]
+        if found[self._measure] > self._best:
+            self._best = found[self._measure]
             session.world.broadcast(lambda: self._write_best(step, found))
         session.log.write(step, found)
         session.log.info(
             f"step {step}: validation top-1 {found[ACCURACY]:.2%}, top-5 {found['accuracy/validation_top5']:.2%}, "
-            f"best {self._best:.2%}"
+            f"mean over classes {found[MEAN_CLASS]:.2%}, best {self._best:.2%}"
         )
 
     def _begin(self) -> tuple[set[int], float]:
-        """Steps validated before a run was stopped, and the best accuracy then."""
+        """Steps validated before a run was stopped, and the best measure then."""
         session, best = self._session, self._session.folder / checkpoint.BEST
         if not session.saved:
             checkpoint.remove_best(session.folder)
             return set(), -1.0
         validated = {line["step"] for line in read_log(session.folder) if ACCURACY in line}
-        return validated, checkpoint.read_state(best)[ACCURACY] if best.is_dir() else -1.0
+        return validated, checkpoint.read_state(best)[self._measure] if best.is_dir() else -1.0
 
     def _validate(self) -> dict[str, float]:
         session, config = self._session, self._session.config
@@ -218,6 +234,7 @@ class _Finetuning:
         own = predictions.probabilities.gather(1, labels[:, None])
         return {
             ACCURACY: float(top_k(predictions.probabilities, labels, 1).double().mean()),
+            MEAN_CLASS: mean_class_accuracy(predictions.probabilities, labels),
             "accuracy/validation_top5": float(top_k(predictions.probabilities, labels, 5).double().mean()),
             "loss/validation": float(-own.clamp_min(1e-30).log().mean()),
         }
@@ -296,6 +313,11 @@ def _resolved(
         config.check()
     except UserError as error:
         raise UserError(f"{error} (the encoder of {path} decides [model])") from None
+    if config.optim.train_last > config.model.depth:
+        raise UserError(
+            f"optim.train_last {config.optim.train_last}: the encoder has {config.model.depth} blocks; "
+            f"expected 0 to {config.model.depth}, or -1 for the whole encoder"
+        )
     return config, encoder, embeddings
 
 

@@ -176,7 +176,12 @@ class Step(ABC, Generic[Extras]):
     def _update(self, inspect: bool = False) -> dict[str, Tensor]:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = _gradient_norm(self.model)
-        parts = dict(self.model.named_children()) if inspect else {}
+        # a part that is frozen has no gradient
+        parts = {
+            name: part
+            for name, part in (self.model.named_children() if inspect else ())
+            if any(parameter.requires_grad for parameter in part.parameters())
+        }
         norms = {f"gradient/{name}": _gradient_norm(part) for name, part in parts.items()}
         if self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm, foreach=True)

@@ -12,10 +12,9 @@ import torch
 from mam2.engine import UserError, export, load_encoder, load_model
 from mam2.engine.checkpoints import hub as module
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.cli import main
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 from tests.helpers.hub_server import hub_server
 
 pytest.importorskip("huggingface_hub")
@@ -32,9 +31,9 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clips(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=16, test=0, progress=False)
+    synthetic_clips(folder, train=16)
     return folder / "train"
 
 
@@ -46,15 +45,11 @@ def run(clips, tmp_path_factory, small):
     return folder
 
 
-def call(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["export", *map(str, arguments)])
-    return end.value.code
-
-
 def test_a_whole_checkpoint_goes_to_the_hub_and_comes_back(run, clips, hub, tmp_path, capsys, small):
     """Also as the start of another run, with the tokenizer that its heads belong to."""
-    status = call(run, "--to", "mam2", "--push", "somebody/first", "--license", "apache-2.0", "--private")
+    status = exit_status(
+        "export", run, "--to", "mam2", "--push", "somebody/first", "--license", "apache-2.0", "--private"
+    )
     told = capsys.readouterr()
     assert status == 0, told.err
     assert f"pushed to {hub.address}/somebody/first; load it as hub:somebody/first" in told.out
@@ -142,7 +137,7 @@ def test_mistakes_are_named(run, hub, tmp_path, capsys):
             "none.json: expected what mam2 probe or evaluate wrote",
         ),
     ):
-        assert call(*arguments) == 2
+        assert exit_status("export", *arguments) == 2
         told = capsys.readouterr().err
         assert message in told
         assert len(told.splitlines()) == 1

@@ -17,7 +17,6 @@ from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import class_names, load_encoder, load_model
 from mam2.engine.checkpoints.pickles import load_pickle
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import LossConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.classifier import Classifier
@@ -26,6 +25,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.files import VQGANFileError, load_vqgan
 from mam2.kernels import tube_mask
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import CLASSES, CONFIG, classifier, clip, close, encoder, normalized, shaken
 
 
@@ -241,9 +241,7 @@ def named(run: Path) -> Classifier:
 def test_exports_carry_the_order_of_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named(tmp_path / "run")
     for to, name in (("torch", "model.pt2"), ("videomae", "model.pth"), ("huggingface", "hf")):
-        with pytest.raises(SystemExit) as end:
-            main(["export", str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / name)])
-        assert end.value.code == 0
+        assert exit_status("export", tmp_path / "run", "--to", to, "--out", tmp_path / name) == 0
         assert "classes, in the order of the logits: 0 walk, 1 run, 2 jump (3)" in capsys.readouterr().out
     files = {"classes.json": ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=files)

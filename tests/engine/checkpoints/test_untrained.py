@@ -9,12 +9,11 @@ import torch
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder, digest
 from mam2.engine.checkpoints.untrained import _like, is_random, load_all_frozen
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import DataConfig
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import initialize
 from mam2.engine.model.positions import set_clip_size
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder
 
 CPU = torch.device("cpu")
@@ -63,12 +62,11 @@ def test_a_recipe_says_the_model_and_flags_the_clips():
         (["evaluate", "videos", "--recipe", "ucf101/finetune"], "says the model of the checkpoint `random`"),
     ],
 )
-def test_what_is_missing_is_said_in_a_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_what_is_missing_is_said_in_a_line(tmp_path, monkeypatch, capsys, synthetic_clips, arguments, message):
     monkeypatch.chdir(tmp_path)
-    write_dataset(tmp_path / "videos", train=8, test=0, progress=False)
-    with pytest.raises(SystemExit) as end:
-        main([*arguments, "--data", "videos/train", "--out", "out.npy" if arguments[0] == "embed" else "out"])
-    assert end.value.code == 2
+    synthetic_clips(tmp_path / "videos", train=8)
+    out = "out.npy" if arguments[0] == "embed" else "out"
+    assert exit_status(*arguments, "--data", "videos/train", "--out", out) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -85,22 +83,16 @@ def test_a_folder_of_this_name_is_not_taken_for_it(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clips(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=16, progress=False)
+    synthetic_clips(folder, train=32, test=16)
     return folder
-
-
-def verb(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    return end.value.code
 
 
 def test_features_of_a_random_encoder(clips, tmp_path):
     arguments = ("embed", "random", "--recipe", "demo", "--data", clips / "test")
     for name in ("a", "b"):
-        assert verb(*arguments, "--out", tmp_path / f"{name}.npy") == 0
+        assert exit_status(*arguments, "--out", tmp_path / f"{name}.npy") == 0
     first, second = (np.load(tmp_path / f"{name}.npy") for name in ("a", "b"))
     np.testing.assert_array_equal(first, second)
     assert first.std(0).min() > 0
@@ -113,7 +105,9 @@ def test_a_random_classifier_is_at_chance(clips, tmp_path):
         'extends = ["ucf101/finetune"]\n[data]\nframes = 4\nsize = 32\nstride = 1\n'
         "[model]\nwidth = 24\ndepth = 1\nheads = 2\n[test]\ntemporal = 1\nspatial = 1\n"
     )
-    assert verb("evaluate", "random", "--recipe", recipe, "--data", clips / "test", "--out", tmp_path / "out") == 0
+    assert (
+        exit_status("evaluate", "random", "--recipe", recipe, "--data", clips / "test", "--out", tmp_path / "out") == 0
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["checkpoint"] == "random"
     assert results["videos"] == 16
@@ -127,7 +121,7 @@ def test_the_gain_over_random_is_in_the_probes_table(clips, tmp_path, small, cap
     run = tmp_path / "run"
     pretrain(small(model={"objective": "videomae"}, optim={"epochs": 1.0}), clips / "train", run, progress=False)
     places = ["--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "linear", "--pools", "mean"]
-    assert verb("probe", "random", run, "--data", clips / "train", "--val", clips / "test", *places) == 0
+    assert exit_status("probe", "random", run, "--data", clips / "train", "--val", clips / "test", *places) == 0
     random, trained = json.loads((tmp_path / "p.json").read_text())["scores"]
     assert (random["checkpoint"], trained["checkpoint"]) == ("random", str(run))
     assert trained["gain"] == pytest.approx(trained["accuracy"] - random["accuracy"])

@@ -15,13 +15,13 @@ from mam2.engine.checkpoints.classifiers import load_classifier
 from mam2.engine.checkpoints.frozen import load_frozen
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.cli import main
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.positions import set_clip_size
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import CLASSES, CONFIG, classifier, clip, shaken
 
 CPU = torch.device("cpu")
@@ -111,9 +111,7 @@ def test_embed_names_the_weights_it_read(run: Path, videos: Manifest, tmp_path: 
     folder = Path(videos.videos[0].path).parents[1]
     found = {}
     for name, path in {"run": run, "best": run / "best", "newest": checkpoint.folder_of(run, 8)}.items():
-        with pytest.raises(SystemExit) as end:
-            main(["embed", str(path), "--data", str(folder), "--out", str(tmp_path / f"{name}.npy")])
-        assert end.value.code == 0
+        assert exit_status("embed", path, "--data", folder, "--out", tmp_path / f"{name}.npy") == 0
         found[name] = np.load(tmp_path / f"{name}.npy"), json.loads((tmp_path / f"{name}.json").read_text())
     assert np.array_equal(found["run"][0], found["best"][0])
     assert not np.array_equal(found["run"][0], found["newest"][0])

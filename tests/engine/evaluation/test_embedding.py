@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 from mam2.engine import UserError, embed
 from mam2.engine.checkpoints.frozen import load_frozen
-from mam2.engine.cli import main
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.windows import sliding_windows
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 
@@ -45,12 +45,6 @@ def run(videos, tmp_path_factory, small):
     config = small(model={"objective": "videomae", "depth": 2}, optim={"batch": 4, "epochs": 1.0})
     pretrain(config, videos, run, progress=False)
     return run
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["embed", *map(str, arguments)])
-    return end.value.code
 
 
 def test_a_row_is_the_feature_of_its_window(videos, run):
@@ -87,7 +81,7 @@ def test_files_hold_features_and_times(videos, run, tmp_path, capsys, suffix):
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         pytest.skip("needs pyarrow")
     out = tmp_path / f"f{suffix}"
-    assert call(run, "--data", videos, "--out", out, "--window", 12, "--hop", 5, "--pool", "time") == 0
+    assert exit_status("embed", run, "--data", videos, "--out", out, "--window", 12, "--hop", 5, "--pool", "time") == 0
     told = capsys.readouterr().out
     found = embed(run, videos, window=12, hop=5, pool="time", progress=False)
     count, values = found.features.shape

@@ -10,14 +10,13 @@ import pytest
 import torch
 from matplotlib import image
 
-from mam2.engine.cli import main
 from mam2.engine.config.pretrain import RunConfig
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, render_mask_clip
 from mam2.engine.evaluation.mask_propagation import frame_features
 from mam2.engine.evaluation.propagation import boundary_accuracy, propagate_masks, region_similarity, score_masks
 from mam2.engine.evaluation.retrieval import chance, hits, nearest
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
@@ -211,16 +210,10 @@ def test_chance_is_that_of_drawing():
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clips(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=16, progress=False)
+    synthetic_clips(folder, train=32, test=16)
     return folder
-
-
-def verb(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["neighbors", *map(str, arguments)])
-    return end.value.code
 
 
 @pytest.mark.slow
@@ -228,7 +221,7 @@ def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["random", "--recipe", "demo", "--data", clips / "train", "--val", clips / "test", "--out", out]
     arguments += ["--cache", tmp_path / "cache", "--masks", "2", "--mask-size", "64", "--pool", "time"]
-    assert verb(*arguments) == 0
+    assert exit_status("neighbors", *arguments) == 0
     found = json.loads((out / "neighbors.json").read_text())
     retrieval = found["retrieval"]
     assert (retrieval["gallery"], retrieval["queries"]) == (32, 16)
@@ -259,7 +252,10 @@ def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
         shutil.copy(path, gallery / path.parent.name / f"copy {path.name}")
     for name, data in {"apart": clips / "train", "together": gallery}.items():
         places = ["--out", tmp_path / name, "--cache", tmp_path / "cache", "--masks", "0"]
-        assert verb("random", "--recipe", "demo", "--data", data, "--val", clips / "test", *places) == 0
+        assert (
+            exit_status("neighbors", "random", "--recipe", "demo", "--data", data, "--val", clips / "test", *places)
+            == 0
+        )
     apart, together = (
         json.loads((tmp_path / name / "neighbors.json").read_text())["retrieval"] for name in ("apart", "together")
     )
@@ -279,7 +275,7 @@ def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
 )
 def test_what_cannot_be_compared_is_said_in_a_line(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert verb("random", "--recipe", "demo", "--out", "out", *arguments) == 2
+    assert exit_status("neighbors", "random", "--recipe", "demo", "--out", "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

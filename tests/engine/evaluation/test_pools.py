@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.cli import main
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.evaluation import probe_run
 from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.evaluation.pools import pool_tokens, token_groups
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 
@@ -126,13 +125,6 @@ def test_an_interval_over_groups_counts_groups_not_clips():
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
-
-
-@pytest.fixture(scope="module")
 def run(clips, tmp_path_factory, small):
     run = tmp_path_factory.mktemp("run")
     pretrain(small(model={"objective": "videomae"}, optim={"epochs": 1.0}), clips, run, progress=False)
@@ -150,12 +142,6 @@ def table(clips, tmp_path):
     return path
 
 
-def probe(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["probe", *map(str, arguments)])
-    return end.value.code
-
-
 @pytest.mark.slow
 def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatch):
     held = []
@@ -166,7 +152,7 @@ def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(probe_run, "linear_probe", spied)
     places = ["--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "linear", "--pools", "time"]
-    assert probe(run, "--data", table, "--group", "speaker", *places) == 0
+    assert exit_status("probe", run, "--data", table, "--group", "speaker", *places) == 0
     found = json.loads((tmp_path / "p.json").read_text())
     assert (found["train"], found["test"], found["groups"]) == (16, 16, 2)  # two of four speakers
     assert held[0].sum() == 8  # the penalty is chosen on one of the two others, whole
@@ -176,7 +162,7 @@ def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatc
     plain = tmp_path / "plain.csv"
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     plain.write_text("".join(f"{path} {label}\n" for path, label, _ in rows))
-    assert probe(run, "--data", plain, "--group", f"{table}:speaker", *places) == 0
+    assert exit_status("probe", run, "--data", plain, "--group", f"{table}:speaker", *places) == 0
     again = json.loads((tmp_path / "p.json").read_text())
     assert again == found
 
@@ -195,7 +181,7 @@ def test_groups_that_are_not_there_are_said_in_a_line(run, table, tmp_path, caps
     lines = table.read_text().splitlines()
     Path("other.csv").write_text("\n".join(lines[:2]))
     Path("one.csv").write_text("\n".join([lines[0], *(f"{line.rpartition(',')[0]},me" for line in lines[1:])]))
-    assert probe(run, "--data", table, "--group", group) == 2
+    assert exit_status("probe", run, "--data", table, "--group", group) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -204,9 +190,9 @@ def test_groups_that_are_not_there_are_said_in_a_line(run, table, tmp_path, caps
 @pytest.mark.slow
 def test_features_of_two_pools_are_two_files(run, clips, tmp_path):
     arguments = [run, "--data", clips, "--out", tmp_path / "p.json", "--cache", tmp_path / "cache", "--probes", "knn"]
-    assert probe(*arguments, "--pools", "mean") == 0
+    assert exit_status("probe", *arguments, "--pools", "mean") == 0
     first = set((tmp_path / "cache").iterdir())
-    assert probe(*arguments, "--pools", "time") == 0
+    assert exit_status("probe", *arguments, "--pools", "time") == 0
     second = set((tmp_path / "cache").iterdir()) - first
     widths = [{np.load(path, mmap_mode="r").shape[1] for path in files} for files in (first, second)]
     assert widths == [{24}, {24 * 4}]

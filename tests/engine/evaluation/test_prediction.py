@@ -17,10 +17,10 @@ from matplotlib import image
 from mam2.engine import UserError
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier
-from mam2.engine.cli import main
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.video import Skipped
 from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
+from tests.helpers.commands import exit_status
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 NAMES = ("archery", "juggling", "wave")
@@ -61,12 +61,6 @@ def plain(run, path):
     with torch.no_grad():
         logits = [model(torch.from_numpy(clip).permute(3, 0, 1, 2)[None]) for clip in clips]
     return torch.stack([each.double().softmax(-1)[0] for each in logits]).mean(0).numpy()
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["predict", *map(str, arguments)])
-    return end.value.code
 
 
 def test_a_folder_gets_the_mean_over_views_and_the_broken_file_is_named(run, videos):
@@ -132,7 +126,9 @@ def test_a_file_that_breaks_later_is_skipped_too(run, videos, tmp_path):
 
 
 def test_files_hold_what_the_terminal_shows(run, videos, tmp_path, capsys):
-    status = call(run, "--data", videos, "--out", tmp_path / "p.json", "--draw", tmp_path / "drawn", "--top", 2)
+    status = exit_status(
+        "predict", run, "--data", videos, "--out", tmp_path / "p.json", "--draw", tmp_path / "drawn", "--top", 2
+    )
     assert status == 0
     told = capsys.readouterr()
     written = json.loads((tmp_path / "p.json").read_text())
@@ -154,14 +150,14 @@ def test_files_hold_what_the_terminal_shows(run, videos, tmp_path, capsys):
 
 
 def test_csv_and_json_lines(run, videos, tmp_path):
-    assert call(run, "--data", videos, "--out", tmp_path / "p.csv", "--top", 0) == 0
+    assert exit_status("predict", run, "--data", videos, "--out", tmp_path / "p.csv", "--top", 0) == 0
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(Path(row["path"]).name, row["rank"]) for row in rows[:2]] == [("c.mp4", ""), ("a.mp4", "1")]
     assert rows[0]["problem"] == "damaged, or not a video"
     assert sum(float(row["probability"]) for row in rows[1:4]) == pytest.approx(1, abs=1e-5)
     files = [videos / "b.mp4", videos / "c.mp4"]
-    assert call(run, "--data", *files, "--out", tmp_path / "p.jsonl") == 0
+    assert exit_status("predict", run, "--data", *files, "--out", tmp_path / "p.jsonl") == 0
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines] == [str(path) for path in files]
     assert lines[0]["top"][0]["class"] in NAMES
@@ -171,7 +167,7 @@ def test_csv_and_json_lines(run, videos, tmp_path):
 def test_names_come_over_the_standard_input(run, videos, tmp_path, monkeypatch, capsys):
     names = b"\n".join(os.fsencode(path) for path in sorted(videos.iterdir())) + b"\n\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names)))
-    assert call(run, "--data", "-", "--out", tmp_path / "p.jsonl") == 0
+    assert exit_status("predict", run, "--data", "-", "--out", tmp_path / "p.jsonl") == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 5
 
@@ -196,7 +192,7 @@ def test_mistakes_are_named_before_anything_is_classified(run, videos, tmp_path,
         (run, "--data", videos / "c.mp4"): "none of the 1 videos can be used",
         (videos, "--data", videos): "config.json cannot be read",
     }.items():
-        assert call(*arguments) == 2
+        assert exit_status("predict", *arguments) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"--classes: names 2 classes, .* tells 3 apart"):

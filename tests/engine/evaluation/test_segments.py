@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mam2.engine import UserError, probe
-from mam2.engine.cli import main
 from mam2.engine.evaluation.embedding import Embedding
 from mam2.engine.evaluation.embedding_files import read_embedding, write_embedding
 from mam2.engine.evaluation.segments import Segment, probe_segments, read_segments, segment_features
+from tests.helpers.commands import exit_status
 
 SUFFIXES = (".npy", ".npz", ".safetensors", *([".parquet"] if importlib.util.find_spec("pyarrow") else []))
 VIDEOS = 8
@@ -69,14 +69,8 @@ def test_a_segment_is_the_mean_of_the_windows_whose_middle_lies_in_it(folder):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_the_windows_show_is_found(folder, suffix, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(
-            [
-                *("probe", str(folder / f"f{suffix}"), "--data", str(folder / "train.csv")),
-                *("--val", str(folder / "test.csv"), "--out", str(tmp_path / "p.json")),
-            ]
-        )
-    assert end.value.code == 0
+    lists = ("--data", folder / "train.csv", "--val", folder / "test.csv")
+    assert exit_status("probe", folder / f"f{suffix}", *lists, "--out", tmp_path / "p.json") == 0
     told = capsys.readouterr().out
     assert "15 training and 9 test segments of 2 classes, 1 left out; always the most frequent class: 66.7 %" in told
     written = json.loads((tmp_path / "p.json").read_text())

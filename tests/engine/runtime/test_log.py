@@ -1,9 +1,11 @@
 """The log of a run never ends it: full disks, closed pipes, names that are no text."""
 
+import ast
 import errno
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +165,15 @@ def test_where_the_output_is_no_terminal_there_is_a_line_every_few_percent(monke
     for _ in progress.Progress(range(10), "reading", shown=False):
         pass
     assert len(stream.getvalue().splitlines()) == 20
+
+
+def test_no_verb_has_a_bar_that_only_a_terminal_shows():
+    """tqdm's own bar writes nothing useful into a log: every bar of the engine is a `Progress`."""
+    engine = Path(progress.__file__).resolve().parents[1]
+    bare = [
+        f"{path.relative_to(engine)}:{node.lineno}"
+        for path in sorted(engine.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("tqdm", "trange")
+    ]
+    assert bare == []

@@ -125,7 +125,7 @@ def test_a_killed_writing_goes_on_to_the_same_bytes(tmp_path: Path, config: Pret
     absent = ((0, 3), (1, 8))
     written(tmp_path / "whole", config, absent=absent)
     fill(writer(tmp_path / "resumed", config), config, absent=absent, clips=stopped_after)
-    (tmp_path / "resumed" / "shards" / "a001-000000.npy.part").write_bytes(b"half")
+    (tmp_path / "resumed" / "shards" / ".part-a001-000000.npy").write_bytes(b"half")
     with pytest.raises(UserError, match=r"a00\d-00000\d.npy is missing"):
         CodeCache(tmp_path / "resumed", progress=False)
     rest = writer(tmp_path / "resumed", config)

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.frozen import load_pretrained
-from mam2.engine.cli import main
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.plots import PANELS, draw_logs
 from mam2.engine.evaluation.pretext import evaluation_mask
@@ -28,6 +26,7 @@ from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.engine.train.held_out import LOSS, SCORES
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 KINDS = {
@@ -38,9 +37,9 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clips(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=16, progress=False)
+    synthetic_clips(folder, train=32, test=16)
     return folder
 
 
@@ -167,9 +166,7 @@ def test_what_is_wrong_with_the_videos_is_said(clips, tmp_path, small, capsys):
     with pytest.raises(UserError, match="no such file or folder"):
         pretrain(config, clips / "train", tmp_path / "other", val=tmp_path / "nowhere", progress=False)
     assert not (tmp_path / "other").exists()
-    with pytest.raises(SystemExit) as end:
-        main(["pretrain", "demo", "--data", str(clips / "train"), "--out", "x", "--validation.every", "0"])
-    assert end.value.code == 2
+    assert exit_status("pretrain", "demo", "--data", clips / "train", "--out", "x", "--validation.every", "0") == 2
     assert "validation.every" in capsys.readouterr().err
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine import cli
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder, load_model
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.mam2 import MAM2
@@ -22,6 +20,7 @@ from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.initial_weights import complete_config, read_initial_weights, take_weights
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.commands import exit_status
 from tests.helpers.small_models import classifier, shaken
 
 CODES = 16
@@ -160,9 +159,9 @@ def test_positions_come_from_the_trained_table_however_often_the_size_changes(co
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clips(tmp_path_factory, synthetic_clips):
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=16, test=0, progress=False)
+    synthetic_clips(folder, train=16)
     return folder / "train"
 
 
@@ -214,14 +213,8 @@ def test_codes_stay_those_of_the_checkpoints_tokenizer(config, clips, tmp_path, 
     pretrain(config, clips, tmp_path / "first", progress=False)
     still = changed(config, optim={"base_lr": 0.0, "min_lr": 0.0})
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(still)))
-    with pytest.raises(SystemExit) as end:
-        cli.main(
-            [
-                *("pretrain", str(tmp_path / "recipe.json"), "--data", str(clips)),
-                *("--out", str(tmp_path / "second"), "--checkpoint", str(tmp_path / "first")),
-            ]
-        )
-    assert end.value.code == 0
+    places = ("--data", clips, "--out", tmp_path / "second", "--checkpoint", tmp_path / "first")
+    assert exit_status("pretrain", tmp_path / "recipe.json", *places) == 0
     told = capsys.readouterr()
     assert "codes   from the tokenizer that the checkpoint was trained with" in told.out + told.err
     one, other = ((tmp_path / name / "tokenizer.safetensors").read_bytes() for name in ("first", "second"))

@@ -14,7 +14,6 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.finetune import FinetuneOptimConfig
 from mam2.engine.config.pretrain import OptimConfig
 from mam2.engine.config.recipe import load_recipe
-from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.mam2 import MAM2
@@ -218,13 +217,6 @@ def test_a_first_step_that_is_not_finite_changes_nothing():
     hook.remove()
     assert equal([p.detach() for p in take.model.parameters()], before)
     assert all(value.count_nonzero() == 0 for entries in take.optimizer.state.values() for value in entries.values())
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_dataset(folder, train=32, test=0, progress=False)
-    return folder / "train"
 
 
 @pytest.mark.slow
