@@ -81,11 +81,11 @@ class MaskConfig:
     strength: float = limited(0.5, SHARE)
     """Effect of motion with `motion`: from 0 (the same masks as `tube`) to 1 (only motion decides)."""
     decoded: float = limited(1.0, Limits(above=0, at_most=1))
-    """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
-    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
+    """Share of the masked tokens that regressor and decoders predict, int(decoded * masked) per clip. Below 1, a step
+    costs less and has fewer predictions (VideoMAE v2's dual masking). The encoder's input stays the same."""
     decoded_kind: Literal["cell", "random"] = "cell"
-    """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
-    space and time evenly; `random` draws it anew for each clip without regard to the place."""
+    """Choice of the predicted tokens: `cell` rotates through each cell of 2×2 patches from slot to slot, which covers
+    space and time evenly; `random` draws them for each clip, independent of their position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,12 +262,12 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+    """Use of the held-out videos of `mam2 pretrain --val`; the training is identical with and without them."""
 
     every: float = limited(1.0, POSITIVE, resumable=True)
     """Epochs between two measurements of the held-out losses; there is always one at the end."""
     videos: int = limited(512, COUNT_OR_NONE, resumable=True)
-    """At most so many of the videos, evenly spread over the list; 0: all."""
+    """Maximum number of videos, evenly spaced in the list; 0: all."""
 
 
 class TokenGrid:

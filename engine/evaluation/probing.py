@@ -42,7 +42,7 @@ def probe(
     precision: Literal["auto", "bfloat16", "float32"] = "auto",
     progress: bool = True,
 ) -> ProbeReport:
-    """Probes frozen encoders: one clip per video, features computed once and kept.
+    """Probes frozen encoders on one clip per video; features are computed once and cached.
 
     Args:
         checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
@@ -79,7 +79,7 @@ def probe(
     for layer in layers:
         check_value("--layers", layer, COUNT)
     if not checkpoints or not probes or not pools:
-        raise UserError("probe: name at least a checkpoint, a probe and a pool: mam2 probe CHECKPOINT --data LIST")
+        raise UserError("probe: expected at least one checkpoint, probe and pool: mam2 probe CHECKPOINT --data LIST")
     data, val = Path(data), Path(val) if val is not None else None
     if out is not None:
         for source in (data, val or data):

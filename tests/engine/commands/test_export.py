@@ -155,7 +155,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "none: no such file or folder" in capsys.readouterr().err
     (tmp_path / "there").write_text("mine")
     assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there") == 2
-    assert "there: is there already" in capsys.readouterr().err
+    assert "there already exists" in capsys.readouterr().err
     assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there" / "out.pth") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

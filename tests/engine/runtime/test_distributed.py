@@ -157,7 +157,7 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("mam2: error:")]
     assert len(told) == 1, done.stderr[-3000:]
-    assert "rank 1: out of GPU memory with 8 clips a pass" in told[0]
+    assert "rank 1: out of GPU memory with 8 clips per pass" in told[0]
     assert "Traceback (most recent call last)" not in done.stderr.partition("mam2: error:")[0]
 
 

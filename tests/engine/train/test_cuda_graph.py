@@ -129,7 +129,7 @@ def test_a_graph_that_gains_nothing_is_not_taken(monkeypatch):
     take = build()
     choice = choose(take, Replayer(monkeypatch, replayed=1.99))
     assert not isinstance(choice.step_function, StepGraph)
-    assert choice.reason.startswith("launched kernel by kernel: as a CUDA graph it gains nothing (a step of 1990 ms")
+    assert choice.reason.startswith("launched kernel by kernel: a CUDA graph is not faster (a step of 1990 ms")
     assert [(group["lr"], group["capturable"]) for group in take.optimizer.param_groups] == [(0.0, False)] * 2
 
 
@@ -220,7 +220,7 @@ def test_a_graph_that_is_asked_for_is_not_compared(monkeypatch):
     plain, asked = build(), build()
     choice = choose(asked, Replayer(monkeypatch, replayed=3.0), compare=False)
     assert isinstance(choice.step_function, StepGraph)
-    assert choice.reason == "one CUDA graph: run.graph is on, nothing was compared"
+    assert choice.reason == "one CUDA graph: run.graph is on, without a comparison"
     run_steps(plain), run_steps(asked)
     assert equal(state(asked), state(plain))
 
@@ -232,7 +232,7 @@ def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(monkeypatch):
 
     with pytest.raises(UserError, match=r"run\.graph on: .*not permitted.*; set run\.graph auto or off"):
         choose(build(), Refuses(monkeypatch), compare=False)
-    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph is for a GPU"):
+    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph needs a GPU"):
         build(graph="on").maybe_capture_cuda_graph(0, [batch(0)])
 
 

@@ -195,7 +195,7 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
         before.classes,
         [video.label for video in before.videos],
     )
-    assert "manifest.jsonl is gone: the videos are those of" in (run / "log.txt").read_text()
+    assert "manifest.jsonl is missing: using the videos of" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -235,7 +235,9 @@ def test_passes_add_up_to_the_whole_batch(clips, few, tmp_path, small_finetuning
     """Two passes see the clips, the draws and the partners of one: the same weights, up to the order of additions."""
     runs = []
     for most in (0, 8):
-        values = EVERYTHING | {"optim": EVERYTHING["optim"] | {"epochs": 1.0, "micro_batch": most}}
+        # AdamW: Muon's iteration in bfloat16 enlarges the differences that the order of additions makes
+        optim = EVERYTHING["optim"] | {"epochs": 1.0, "micro_batch": most, "name": "adamw"}
+        values = EVERYTHING | {"optim": optim}
         out = tmp_path / str(most)
         finetune(small_finetuning(**values), few, out, val=clips / "test", encoder=None, progress=False)
         runs.append(tensors(out))

@@ -234,12 +234,12 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
 
     monkeypatch.setattr(PretrainStep, "__call__", step)
     assert pretrain(config, clips, tmp_path / "run", progress=False).step == 3
-    with pytest.raises(UserError, match=r"optim\.name = 'muon', this call says 'adamw'"):
+    with pytest.raises(UserError, match=r"optim\.name = 'muon', now it is 'adamw'"):
         pretrain(small(run={"log_every": 1}), clips, tmp_path / "run", resume=True, progress=False)
     path = checkpoint.newest(tmp_path / "run") / "state.json"
     written = path.read_text()
     path.write_text(written.replace('"name": "muon",', ""))  # by a version that had AdamW only
-    with pytest.raises(UserError, match=r"optim\.name = 'adamw', this call says 'muon'"):
+    with pytest.raises(UserError, match=r"optim\.name = 'adamw', now it is 'muon'"):
         pretrain(config, clips, tmp_path / "run", resume=True, progress=False)
     path.write_text(written)
     assert pretrain(config, clips, tmp_path / "run", resume=True, progress=False).step == 8
