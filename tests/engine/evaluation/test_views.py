@@ -221,7 +221,7 @@ def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
     assert [row["class"] for row in predictions(tmp_path / "bare")] == ["0", "1", "2", "2", "0"]
     with pytest.raises(UserError, match="the class 'archery' is not one of the classifier's 3"):
         evaluate(bare, clips, tmp_path / "none", **views, **said)
-    with pytest.raises(UserError, match=r"names 2 classes, .* tells 3 apart"):
+    with pytest.raises(UserError, match=r"--classes: 2 names, but .* has 3 classes"):
         evaluate(bare, clips, tmp_path / "none", **views, **said, names=NAMES[:2])
     write_videomae(load_encoder(saved), tmp_path / "encoder.pth")
     with pytest.raises(UserError, match="contains no classifier"):
