@@ -243,7 +243,7 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
         pretrain(config, clips, tmp_path / "run", resume=True, progress=False)
     path.write_text(written)
     assert pretrain(config, clips, tmp_path / "run", resume=True, progress=False).step == 8
-    assert "a step, Muon on " in (tmp_path / "run" / "log.txt").read_text()
+    assert "per step, Muon on " in (tmp_path / "run" / "log.txt").read_text()
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         tensors = [load_file(checkpoint.newest(tmp_path / run) / name) for run in ("whole", "run")]
         assert tensors[0].keys() == tensors[1].keys()
