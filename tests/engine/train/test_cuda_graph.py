@@ -167,7 +167,8 @@ def test_what_cannot_be_recorded_is_launched(monkeypatch):
     take, plain = build(), build()
     choice = choose(take, Refuses(monkeypatch))
     assert choice.reason == (
-        "launched kernel by kernel: it cannot be captured as a CUDA graph (operation not permitted when stream is capturing)"
+        "launched kernel by kernel: it cannot be captured as a CUDA graph "
+        "(operation not permitted when stream is capturing)"
     )
     run_steps(take), run_steps(plain)
     assert equal(state(take), state(plain))
@@ -179,7 +180,8 @@ def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch):
         def record(self, work):
             raise NotImplementedError
 
-    assert choose(build(), Refuses(monkeypatch)).reason.endswith("it cannot be captured as a CUDA graph (NotImplementedError)")
+    reason = choose(build(), Refuses(monkeypatch)).reason
+    assert reason.endswith("it cannot be captured as a CUDA graph (NotImplementedError)")
 
 
 @pytest.mark.slow
