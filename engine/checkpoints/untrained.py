@@ -11,8 +11,9 @@ import torch
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.checkpoints.frozen import FrozenEncoder, clips_for, digest, load_frozen
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.pretrain import DataConfig, check
+from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.classifier import Classifier

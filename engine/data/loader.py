@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import DataConfig, check_data
+from mam2.engine.config.training import DataConfig, check_data
 from mam2.engine.data.assigned_decoders import AssignedDecoders
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest

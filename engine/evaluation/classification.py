@@ -19,7 +19,7 @@ from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.sources import read_source

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, MaskClip, render_mask_clip

@@ -17,7 +17,7 @@ from typing import Literal
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec

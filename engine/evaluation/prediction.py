@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.video import Skipped, Video, probe_file

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError

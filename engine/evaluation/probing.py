@@ -10,7 +10,7 @@ from typing import Literal
 
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import is_embedding_file

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sampling import ClipRequest, View, frame_step

@@ -23,8 +23,9 @@ from torch import Tensor
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import PretrainConfig, RunConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.config.limits import resumable_fields
-from mam2.engine.config.pretrain import DataConfig, PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mam2.engine.config.limits import Limits, check_value
-from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
 from mam2.engine.data.sources import check_source

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Skipped, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source

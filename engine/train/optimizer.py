@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.finetune import FinetuneOptimConfig
-from mam2.engine.config.pretrain import OptimConfig
+from mam2.engine.config.training import OptimConfig
 from mam2.engine.model.blocks import Attention, Block, RegressorBlock
 from mam2.engine.train.muon import MuonAdamW
 

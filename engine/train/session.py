@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.config.limits import resumable_keys, with_present_names
-from mam2.engine.config.pretrain import TrainConfig, micro_batches_per_step
 from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, read_saved_manifest, write_manifest

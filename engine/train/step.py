@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2

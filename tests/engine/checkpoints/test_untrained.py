@@ -9,7 +9,7 @@ import torch
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder, digest
 from mam2.engine.checkpoints.untrained import _like, is_random, load_all_frozen
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import initialize
 from mam2.engine.model.positions import set_clip_size

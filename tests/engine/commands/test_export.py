@@ -14,7 +14,8 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
-from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
+from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2

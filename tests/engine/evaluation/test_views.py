@@ -14,7 +14,7 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabelled
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sampling import draw_clip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.config.pretrain import micro_batches_per_step
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain

@@ -12,8 +12,8 @@ from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.finetune import FinetuneOptimConfig
-from mam2.engine.config.pretrain import OptimConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import OptimConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.mam2 import MAM2
