@@ -1,7 +1,8 @@
 """The gradients of a step on several processes: started by test_distributed.py through torchrun.
 
-`ranks.py OUT CASE…` with cases as SHARDING-BALANCE-MICRO_BATCH-OPTIMIZER-TARGET: rank 0 writes losses, gradients and, after
-three steps, weights of each to OUT/CASE. The encoder's width is odd, so that FSDP2's shards of a matrix differ in size.
+`ranks.py OUT CASE…` with cases as SHARDING-BALANCE-MICRO_BATCH-OPTIMIZER-TARGET: rank 0 writes losses, gradients
+and, after three steps, weights of each to OUT/CASE. The encoder's width is odd, so that FSDP2's shards of a matrix
+differ in size.
 """
 
 import dataclasses
