@@ -215,7 +215,7 @@ def test_what_a_model_without_codes_or_regressor_cannot_do_is_named(small):
         check(without_regressor(small(loss={"alignment": 2.0})))
     with pytest.raises(UserError, match=r"loss.appearance_target 'pixels' has no codes"):
         tokenize(small(**PIXELS), "nowhere", "nowhere")
-    with pytest.raises(ValueError, match=r"codes: expected the codebook size.*'pixels' or 'none'"):
+    with pytest.raises(ValueError, match=r"codes: expected the codebook size.*'pixels', 'latents' or 'none'"):
         MAM2(small(), 0)
     with pytest.raises(ValueError, match=r"found loss.appearance_target 'none'"):
         measure_pretext(build(small(**MOTION_ALONE)), None, None, small(**MOTION_ALONE))
