@@ -2,8 +2,8 @@
 
 Its standardized features are what the appearance decoder predicts, as in V-JEPA (Bardes et al., arXiv 2404.08471: the
 encoder's output, an L1 loss) and data2vec (Baevski et al., arXiv 2202.03555: an average over the last blocks). If
-teacher and encoder agreed on the same features for every token, the loss would be 0 and nothing learned; `spread`
-measures how far the features are from that collapse.
+teacher and encoder agreed on the same features for every token, the loss would be 0 and nothing learned;
+`rank_and_deviation` measures how far the features are from that collapse.
 
 Shapes: B clips, T frames, N tokens, D the encoder's width.
 """
@@ -45,7 +45,7 @@ def latent_targets(teacher: Encoder, video: Tensor, blocks: int) -> Tensor:
 
 
 @torch.no_grad()
-def follow(teacher: Encoder, encoder: Encoder, share: Tensor) -> None:
+def move_teacher(teacher: Encoder, encoder: Encoder, share: Tensor) -> None:
     """Moves the teacher's weights towards the encoder's by `share`, a 0-d tensor on their device.
 
     A share of 0 changes no bit of it, if the encoder is finite.
@@ -59,7 +59,7 @@ def momentum(first: float, last: float, progress: float) -> float:
     return first + (last - first) * progress
 
 
-def spread(features: Tensor) -> tuple[Tensor, Tensor]:
+def rank_and_deviation(features: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the effective rank and the mean standard deviation of features [..., D] over all tokens, 0-d float32.
 
     The effective rank is the participation ratio of the covariance's eigenvalues, (Σλ)² / Σλ²: 1 if the features lie on

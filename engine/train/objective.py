@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mam2.engine.config.pretrain import LossConfig, PretrainConfig
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
-from mam2.engine.model.teacher import spread
+from mam2.engine.model.teacher import rank_and_deviation
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.cuda import Values
 from mam2.kernels import TubeMask
@@ -117,13 +117,13 @@ class MAM2Objective(Objective):
         """Returns figures of each existing target.
 
         These are the share of correct codes, that of always predicting the clips' most frequent code, effective rank
-        and mean standard deviation of the teacher's features (see `spread`), and the motion loss divided by that of
-        predicting no motion (1: nothing learned).
+        and mean standard deviation of the teacher's features (see `rank_and_deviation`), and the motion loss divided by
+        that of predicting no motion (1: nothing learned).
         """
         latents = self.model.complete(video, mask)
         figures = {}
         if self._loss.appearance_target == "latents":
-            figures["teacher/rank"], figures["teacher/deviation"] = spread(self.model.latent_targets(video))
+            figures["teacher/rank"], figures["teacher/deviation"] = rank_and_deviation(self.model.latent_targets(video))
         if self._loss.appearance_target == "codes":
             assert codes is not None
             answers = masked_codes(codes, mask)

@@ -21,7 +21,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded, sample_masks
-from mam2.engine.model.teacher import follow, momentum
+from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -233,7 +233,7 @@ class PretrainStep(Step[Tensor | None]):
         if self._momentum is not None:
             assert isinstance(self.model, MAM2)
             assert self.model.teacher is not None
-            follow(self.model.teacher, self.model.encoder, (1 - self._momentum) * (1 - bad))
+            move_teacher(self.model.teacher, self.model.encoder, (1 - self._momentum) * (1 - bad))
 
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)

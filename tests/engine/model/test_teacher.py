@@ -11,7 +11,7 @@ from mam2.engine.evaluation.pretext import evaluation_mask, reconstruct
 from mam2.engine.evaluation.scores import score
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded, sample_masks
-from mam2.engine.model.teacher import follow, latent_targets, momentum, spread
+from mam2.engine.model.teacher import latent_targets, momentum, move_teacher, rank_and_deviation
 from mam2.engine.train.objective import build_objective
 from tests.helpers.small_models import shaken
 
@@ -122,9 +122,9 @@ def test_the_teacher_follows_by_the_share_that_is_given(small):
     _, model = built(small)
     before = {name: tensor.double() for name, tensor in model.teacher.state_dict().items()}
     student = {name: tensor.double() for name, tensor in model.encoder.state_dict().items()}
-    follow(model.teacher, model.encoder, torch.tensor(0.0))
+    move_teacher(model.teacher, model.encoder, torch.tensor(0.0))
     assert all(torch.equal(before[name], found.double()) for name, found in model.teacher.state_dict().items())
-    follow(model.teacher, model.encoder, torch.tensor(0.25))
+    move_teacher(model.teacher, model.encoder, torch.tensor(0.25))
     for name, found in model.teacher.state_dict().items():
         torch.testing.assert_close(found.double(), 0.75 * before[name] + 0.25 * student[name], rtol=1e-5, atol=1e-6)
     loss = LossConfig()
@@ -138,13 +138,13 @@ def test_the_effective_rank_is_that_of_the_eigenvalues():
     features = torch.randn(5, 40, 6) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1, 0.0]) + 7
     flat = features.flatten(0, 1).double()
     values = torch.linalg.eigvalsh(torch.cov(flat.T, correction=0))
-    rank, deviation = spread(features)
+    rank, deviation = rank_and_deviation(features)
     torch.testing.assert_close(rank.double(), values.sum().square() / values.square().sum(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(deviation.double(), flat.std(0, correction=0).mean(), rtol=1e-4, atol=1e-4)
-    assert [float(found) for found in spread(torch.ones(5, 40, 6))] == [0, 0]
+    assert [float(found) for found in rank_and_deviation(torch.ones(5, 40, 6))] == [0, 0]
     line = torch.randn(200, 1) * torch.tensor([1.0, 2.0, 0.0])
-    assert float(spread(line)[0]) == pytest.approx(1, abs=1e-3)
-    assert float(spread(torch.eye(8))[0]) == pytest.approx(7, abs=1e-3)
+    assert float(rank_and_deviation(line)[0]) == pytest.approx(1, abs=1e-3)
+    assert float(rank_and_deviation(torch.eye(8))[0]) == pytest.approx(7, abs=1e-3)
 
 
 def test_scores_and_pictures_of_a_perfect_prediction(monkeypatch, small):
