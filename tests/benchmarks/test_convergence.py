@@ -37,6 +37,7 @@ from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, fine
 from benchmarks.trials.worker import config_of
 from mam2.engine.data.synthetic import MOTIONS, SHAPES, SIZE, draw_coverage
 from mam2.engine.errors import UserError
+from mam2.engine.model.mam2 import MAM2
 from tests.helpers.paths import ROOT
 
 
@@ -268,6 +269,56 @@ def test_where_a_best_rate_is_at_an_end_every_variant_gets_one_more(tmp_path, mo
     assert at_an_end([1.0, 2.0, 4.0], 1.0)
     assert not at_an_end([1.0, 2.0, 4.0], 2.0)
     assert not at_an_end([1.0], 1.0), "a single rate is no sweep"
+
+
+def test_the_reported_trainings_on_real_clips_have_the_best_rate_of_their_sweep(tmp_path, monkeypatch):
+    """With a rate per variant that is best on real clips, and another that is best on the synthetic ones."""
+    best = {"mam2-muon": 6.4e-2, "videomae-muon": 1.6e-2, "motion alone": 3.2e-2, "codes alone": 1.6e-2}
+    setting, trained, reported = SETTINGS["cpu"], [], []
+
+    def train(self, jobs):
+        trained.extend(job for job in jobs if job not in trained)
+        self.done |= {job.key: {} for job in jobs}
+        return [
+            {
+                **dataclasses.asdict(job),
+                "probe_validation": -abs(job.base_lr - 3.2e-2),
+                REAL_JUDGED: -abs(job.base_lr - best.get(job.variant, 0)),
+            }
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(Run, "train", train)
+    for step in ("prepare", "prepare_real", "measure"):
+        monkeypatch.setattr(Run, step, lambda self: None)
+    monkeypatch.setattr(Run, "results", lambda self, jobs, final: reported.extend(jobs))
+    Run(setting, tmp_path, Real((real.Lists(Path("a"), Path("b")),), Path("a"))).all()
+    assert {(job.variant, job.base_lr) for job in reported if job.group == "real"} == set(best.items())
+    swept = [job for job in reported if job.group == "real sweep"]
+    assert len(swept) == len({job.key for job in swept}) == 3 * len(setting.real_variants)
+    groups = [job.group for job in trained]
+    small = [job for job in trained if job.group == "main" and job.epochs < setting.long_epochs and job.seed < 2]
+    assert groups.index("real sweep") > max(trained.index(job) for job in small), "small budgets first"
+    assert groups.index("real sweep") < min(trained.index(job) for job in final_jobs(setting))
+
+
+def test_a_rate_is_judged_by_the_first_question_with_a_mean_per_time_slot():
+    config = pretraining(QUICK, {})
+    torch.manual_seed(0)
+    encoder = MAM2(config, 16).encoder
+    clips = np.random.default_rng(3).integers(0, 256, (24, 1, 1, 8, 40, 40, 3), dtype=np.uint8)
+    labels, groups = torch.arange(24) % 2, torch.arange(24)
+    first, second = (
+        real.Question(groups[:12], shown[:12], groups[12:], shown[12:], groups[:12], groups[12:])
+        for shown in (labels, groups // 2 % 2)
+    )
+    asked = real.RealClips(clips, {"words": first, "phrases": second})
+    answers = real.ask(encoder, asked, config)
+    accuracies = [answers["words"]["time"], answers["words"]["mean"], answers["phrases"]["time"]]
+    assert len({found.accuracy for found in accuracies}) == 3, "each wrong choice would show"
+    assert real.judge(encoder, asked, config) == answers["words"]["time"].accuracy
+    swapped = real.RealClips(clips, {"phrases": second, "words": first})
+    assert real.judge(encoder, swapped, config) == answers["phrases"]["time"].accuracy
 
 
 def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
