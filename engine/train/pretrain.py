@@ -172,7 +172,7 @@ class _Pretraining:
             session.log.info(describe_schedule(config))
         self._metadata = metadata_of(start, session.saved)
         self.train_step = PretrainStep(config, model, device, world)
-        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
+        self._held_out = None if val is None else HeldOut(session, val, codebook_size, model)
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
@@ -180,7 +180,7 @@ class _Pretraining:
 
     def after_step(self, step: int, steps: int) -> None:
         if self._held_out:
-            self._held_out.measure_if_due(self.train_step.model, step, steps)
+            self._held_out.measure_if_due(step, steps)
 
     def describe(self) -> Description:
         config = self._session.config
