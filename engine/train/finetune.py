@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
+from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
@@ -246,7 +247,7 @@ class _Finetuning:
     def _write_best(self, step: int, found: dict[str, float]) -> None:
         session = self._session
         try:
-            weights = checkpoint.copies(self._judge.state_dict(), keep=True)
+            weights = copies(self._judge.state_dict(), keep=True)
             checkpoint.write_best(session.folder, step, weights, session.config, dict(self._metadata), found)
         except OSError as error:
             session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run continues")
