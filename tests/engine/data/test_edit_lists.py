@@ -18,7 +18,7 @@ HIDDEN, FRAMES = 5, 24
 
 
 def cut(path, source, **options):
-    """Writes the packets of `source` with times that start HIDDEN frames before 0: in an MP4 an edit list hides them."""
+    """Writes the packets of `source` with times that start HIDDEN frames before 0; in an MP4 they are hidden."""
     with av.open(str(source)) as given, av.open(str(path), "w", options=options) as out:
         stream = given.streams.video[0]
         copy = out.add_stream_from_template(stream)
