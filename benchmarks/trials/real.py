@@ -155,7 +155,8 @@ def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, 
 def judge(encoder: Encoder, real: RealClips, config: PretrainConfig) -> float:
     """The accuracy by which learning rates are chosen: of the first question, with the pool `JUDGED_POOL`."""
     asked = next(iter(real.questions.values()))
-    pooled = features(encoder, Split(real.clips, torch.empty(0)).videos(EVALUATED), config, [JUDGED_POOL])[JUDGED_POOL]
+    clips = Split(real.clips, torch.empty(0)).videos(EVALUATED)
+    pooled = extract_features(encoder, clips, [JUDGED_POOL], run=config.run)[JUDGED_POOL]
     return _answer(pooled[asked.train], pooled[asked.test], asked).accuracy
 
 
