@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Weights = Callable[[], Mapping[str, Tensor]]
 
-
-def share_weights(model: nn.Module, weights: Weights) -> Callable[[], None]:
+def share_weights(model: nn.Module, weights: Callable[[], Mapping[str, Tensor]]) -> Callable[[], None]:
     """Makes `model` use the weights of a model in training; returns a function to call before each use.
 
     Args:
