@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints, overload
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from mam2.engine.config.limits import renamed_keys, with_present_names
 from mam2.engine.config.pretrain import PretrainConfig
@@ -159,6 +159,9 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
                 raise UserError(f"{where}: {key!r} is a table of keys, found {value!r}")
             built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
             continue
+        if get_origin(hints[key]) is tuple:
+            built[key] = _numbers(where, key, value)
+            continue
         allowed = get_args(hints[key])  # the strings of a Literal, otherwise empty
         number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
         if not (number or value in allowed or (not allowed and type(value) is hints[key])):
@@ -168,9 +171,24 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
     return cls(**built)
 
 
+def _numbers(where: str, key: str, value: Any) -> tuple[float, ...]:
+    """Returns a list of numbers as a tuple."""
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        raise UserError(f"{where}: {key!r} expects a list of numbers, found {value!r}")
+    return tuple(float(number) for number in numbers)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns nested plain values; the inverse of `from_dict`."""
-    return dataclasses.asdict(config)
+    """Returns nested plain values, as JSON has them; the inverse of `from_dict`."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = to_dict(value)
+        else:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n v
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.training import RunConfig
+from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
@@ -147,8 +147,11 @@ def _aside(path: Path) -> Path:
 
 def _clips(want: FeatureSpec) -> dict[str, object]:
     """Returns the config values that determine the pixels that an encoder sees."""
-    fields = dataclasses.asdict(want.frozen.data)
-    return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    fields = to_dict(want.frozen.data)
+    found = {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    others = {"channels": fields["channels"]}
+    default = to_dict(DataConfig())
+    return found | {name: value for name, value in others.items() if value != default[name]}
 
 
 def _device(frozen: FrozenEncoder) -> torch.device:

@@ -38,7 +38,7 @@ def extract_features(
 
 
 def layer_tokens(encoder: Encoder, video: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Returns every token after each of the given blocks, from one pass: video [B, 3, T, H, W] -> [B, N, D] per layer.
+    """Returns every token after each of the given blocks, from one pass: video [B, C, T, H, W] -> [B, N, D] per layer.
 
     layers: numbers from 1. The tokens of the last block are the encoder's output, after its final LayerNorm.
     """
