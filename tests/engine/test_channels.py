@@ -194,7 +194,8 @@ def test_a_gray_run_is_evaluated_exported_and_fine_tuned(
     (picture,) = page.parent.glob("01-*.png")
     with Image.open(picture) as image:
         assert image.convert("RGB").size[0] > 100
-    video = torch.randint(0, 256, (2, 1, 8, 64, 64), dtype=torch.uint8)[:, :, : own.grid[0] * own.patch_size[0]]
+    sides = [tokens * size for tokens, size in zip(own.grid, own.patch_size, strict=True)]
+    video = torch.randint(0, 256, (2, 1, *sides), dtype=torch.uint8)
     expected = own.encode(video)
     (tmp_path / "hf").mkdir()
     write_hugging_face(own, tmp_path / "hf")
