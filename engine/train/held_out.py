@@ -20,6 +20,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
+from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
@@ -35,6 +36,7 @@ LOSS = "validation/loss"
 SCORES = {
     "validation/motion_relative": "relative_motion",
     "validation/pixels_relative": "relative_pixels",
+    "validation/latents_relative": "relative_latents",
     "validation/codes": "code_accuracy",
     "validation/commonest_code": "commonest_code",
 }
@@ -43,6 +45,7 @@ WORDS = {
     LOSS: "loss {:.4g}",
     "validation/motion_relative": "motion {:.1%} of no motion",
     "validation/pixels_relative": "pixels {:.1%} of the mean color",
+    "validation/latents_relative": "features {:.1%} of predicting 0",
     "validation/codes": "correct codes {:.1%}",
 }
 
@@ -50,8 +53,11 @@ WORDS = {
 class HeldOut:
     """Measures the trained model on the middle clips of held-out videos."""
 
-    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
-        """videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
+    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int, choices: Choices) -> None:
+        """Reads the videos and builds a copy of the model.
+
+        videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
+        trained model's attention implementations.
 
         Raises UserError if the videos cannot be read.
         """
@@ -70,6 +76,7 @@ class HeldOut:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
         # a separate copy, so that compiled and sharded models need no special code
         self._model = model.to(device).eval().requires_grad_(False)
+        self._model.set_attention(choices)
         self._objective = build_objective(self._model, config, lambda part: part)
         self._loader: ClipLoader | None = None
         if own.videos:
