@@ -115,7 +115,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Returns the number of trained parameters."""
-        return sum(cost.parameters for name, cost in self.parts.items() if name != "tokenizer")
+        return sum(cost.parameters for name, cost in self.parts.items() if name not in costs.FROZEN)
 
     @property
     def memory(self) -> dict[str, float]:
@@ -132,15 +132,21 @@ class Plan:
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
+        teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
-            "weights": state + tokenizer.parameters * costs.SINGLE,
+            "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
             "gradients": state,
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
+        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
 
     @property
     def fits(self) -> bool:
@@ -219,12 +225,19 @@ class Plan:
         fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
+        if config.needs_teacher:
+            lines.append("(the teacher is not trained but averaged from the encoder: all parameters exclude it)")
+        else:
+            lines.append(
+                "(the tokenizer is frozen: all parameters exclude it; its activations are held "
+                f"{'in addition to' if self.cuda else 'before'} the others)"
+            )
         lines += [
-            "(the tokenizer is frozen: all parameters exclude it; its activations are held "
-            f"{'in addition to' if self.cuda else 'before'} the others)",
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",

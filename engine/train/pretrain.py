@@ -21,7 +21,7 @@ from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import shapes_of, use_fastest
+from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.tokenizer.cache import CodeCache, check_cache
@@ -48,6 +48,7 @@ PROGRESS_FORMAT = {
     "loss/motion": "motion {:.4g}",
     "loss/motion_relative": "({:.0%} of no motion)",
     "loss/pixels": "pixels {:.3f}",
+    "teacher/rank": "rank {:.1f}",
     "accuracy/codes": "correct codes {:.0%}",
 }
 
@@ -158,12 +159,14 @@ class _Pretraining:
                 progress=session.progress,
             )
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
-        for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the same generator.
         torch.manual_seed(config.run.seed)
         codebook_size = self._codes.codebook_size if self._codes else 0
         model = build_model(config, codebook_size)
+        model.set_attention(choices)
         start = setup.start
         if start:
             same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
@@ -172,7 +175,7 @@ class _Pretraining:
             session.log.info(describe_schedule(config))
         self._metadata = metadata_of(start, session.saved)
         self.train_step = PretrainStep(config, model, device, world)
-        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
+        self._held_out = None if val is None else HeldOut(session, val, codebook_size, choices, model)
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
@@ -180,7 +183,7 @@ class _Pretraining:
 
     def after_step(self, step: int, steps: int) -> None:
         if self._held_out:
-            self._held_out.measure_if_due(self.train_step.model, step, steps)
+            self._held_out.measure_if_due(step, steps)
 
     def describe(self) -> Description:
         config = self._session.config
@@ -188,6 +191,8 @@ class _Pretraining:
         formats = PROGRESS_FORMAT
         if config.loss.appearance_target == "pixels":
             formats = formats | {"loss/appearance": formats["loss/pixels"]}
+        elif config.loss.appearance_target == "latents":
+            formats = formats | {"loss/appearance": "features {:.3f}"}
         return describe_task(
             "pre-training",
             self._session,
