@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sets import read_sets
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
 from mam2.engine.model.build import build_model
@@ -50,15 +52,15 @@ WORDS = {
 class HeldOut:
     """Measures the trained model on the middle clips of held-out videos."""
 
-    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
-        """videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
+    def __init__(self, session: Session[PretrainConfig], videos: Sequence[Path], codebook_size: int) -> None:
+        """videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
 
         Raises UserError if the videos cannot be read.
         """
         self._session = session
         config, world, device = session.config, session.world, session.device
         threads = config.data.threads
-        manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
+        manifest = world.broadcast(lambda: read_sets(videos, threads=threads, progress=session.progress))
         used = _spread(len(manifest.videos), config.validation.videos)
         self._numbers = used[world.rank :: world.size]
         """Numbers of this rank's videos; a clip's mask depends only on the number of its video."""
@@ -83,7 +85,7 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {', '.join(map(str, videos))}, "
             f"every {config.validation.every:g} epochs"
         )
         if both:
