@@ -71,7 +71,7 @@ def test_a_run_on_two_sets_says_what_it_saw(whole, config, sets, tmp_path):
     saved = load_recipe(whole / "config.json")
     assert (saved.data.sets, saved.data.weights) == (tuple(map(str, sets)), (1.0, 1.0))
     assert [each.videos for each in read_saved_manifest(whole / "manifest.jsonl").sets] == [24, 8]
-    export(whole, "mam2", tmp_path / "card")
+    export(whole, "mam2", tmp_path / "card", license="other")
     card = (tmp_path / "card" / "README.md").read_text()
     assert "| data set `many` | 24 videos, 0 unusable files, 50.0% of the clips |" in card
     assert "| data set `few` | 8 videos, 1 unusable files, 50.0% of the clips |" in card
