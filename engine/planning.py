@@ -117,7 +117,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Returns the number of trained parameters."""
-        return sum(cost.parameters for name, cost in self.parts.items() if name != "tokenizer")
+        return sum(cost.parameters for name, cost in self.parts.items() if name not in costs.FROZEN)
 
     @property
     def memory(self) -> dict[str, float]:
@@ -134,9 +134,10 @@ class Plan:
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
+        teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
-            "weights": state + tokenizer.parameters * costs.SINGLE,
+            "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
             "gradients": state,
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
@@ -223,9 +224,14 @@ class Plan:
         fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
+        if config.needs_teacher:
+            lines.append("(the teacher is not trained but averaged from the encoder: all parameters exclude it)")
+        else:
+            lines.append(
+                "(the tokenizer is frozen: all parameters exclude it; its activations are held "
+                f"{'in addition to' if self.cuda else 'before'} the others)"
+            )
         lines += [
-            "(the tokenizer is frozen: all parameters exclude it; its activations are held "
-            f"{'in addition to' if self.cuda else 'before'} the others)",
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",

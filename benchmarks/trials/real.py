@@ -36,6 +36,9 @@ COMPONENTS = 80
 POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
 """Of the tokens of a clip, see `mam2.engine.evaluation.pools`: the field's, and those that keep time."""
 
+JUDGED_POOL: Pool = "time"
+"""The pool by which learning rates are chosen: it keeps time."""
+
 
 class Lists(NamedTuple):
     """A question as the command line gives it."""
@@ -146,6 +149,13 @@ def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, 
         name: {pool: _answer(pooled[pool][asked.train], pooled[pool][asked.test], asked) for pool in POOLS}
         for name, asked in real.questions.items()
     }
+
+
+def judge(encoder: Encoder, real: RealClips, config: PretrainConfig) -> float:
+    """The accuracy by which learning rates are chosen: of the first question, with the pool `JUDGED_POOL`."""
+    asked = next(iter(real.questions.values()))
+    pooled = features(encoder, Split(real.clips, torch.empty(0)).videos(EVALUATED), config, [JUDGED_POOL])[JUDGED_POOL]
+    return _answer(pooled[asked.train], pooled[asked.test], asked).accuracy
 
 
 def pixel_answers(real: RealClips) -> dict[str, Answer]:

@@ -65,6 +65,8 @@ class Setting:
     """Of the pre-training on real clips, which may be shorter than the synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
     real_epochs: float = 10
+    real_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Learning rates tried on real clips, as multiples of the rate that the sweep on synthetic clips chose."""
     real_seeds: int = 2
     rounds: int = 20
     """In which a step of every variant is timed."""
@@ -214,6 +216,7 @@ QUICK = dataclasses.replace(
     finetune={**CPU.finetune, "optim.epochs": 1, "optim.warmup_epochs": 0.0},
     finetune_seeds=1,
     real_epochs=1,
+    real_factors=(1.0, 0.5),
 )
 GPU = Setting(
     name="gpu",

@@ -79,7 +79,8 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
     end = min(int(0.9 * steps), steps - 1)
     for step in range(steps):
         rate = learning_rate(step, steps, per_epoch, config.optim, global_batch=config.optim.batch)
-        values = take(step, [next(stream)], rate, inspect=step >= end and (step - end) % 10 == 0)
+        inspect = step >= end and (step - end) % 10 == 0
+        values = take(step, [next(stream)], rate, inspect=inspect, progress=step / steps)
         if step >= end:
             last.append(values)
     names = sorted({name for values in last for name in values if not name.startswith("gradient/")})

@@ -34,6 +34,16 @@ TRAINING_SHOWN = (
     ("run", "seed"),
 )
 """Keys of a config in the table of the recipe."""
+TEACHER_SHOWN = tuple(
+    ("loss", key) for key in ("visible", "teacher_blocks", "teacher_momentum", "teacher_momentum_end")
+)
+"""Further keys of a run that predicts the features of a teacher."""
+
+
+def has_teacher(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config, as nested plain values, is of a pre-training with a teacher."""
+    objective, loss = config.get("model", {}).get("objective"), config.get("loss", {})
+    return objective == "mam2" and loss.get("appearance_target") == "latents"
 
 
 def check_license(license: str) -> None:
@@ -109,6 +119,8 @@ def _summary(model: Model, config: Mapping[str, Any], metadata: Mapping[str, str
     ]
     if "step" in metadata:
         lines.append(f"\nThe weights are those after step {metadata['step']}.")
+    if has_teacher(config):
+        lines.append("The weights are those of the trained encoder, not of its teacher (a moving average).")
     if "start" in metadata:
         began = json.loads(metadata["start"])
         lines.append(f"Training started from the weights of `{printable(Path(began['checkpoint']).name)}`.")
@@ -157,7 +169,7 @@ def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
         return ""
     rows = [
         (f"`{table}.{key}`", f"`{config[table][key]}`")
-        for table, key in TRAINING_SHOWN
+        for table, key in TRAINING_SHOWN + TEACHER_SHOWN * has_teacher(config)
         if key in config.get(table, {}) and config[table][key] != ""
     ]
     whole = json.dumps(config, indent=1)

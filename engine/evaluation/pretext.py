@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.evaluation.feature_pictures import feature_pictures
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
@@ -88,6 +89,10 @@ class ClipReconstruction:
     """The prediction (decoded codes, or pixels) in the masked patches, the original in the visible ones."""
     codes: Tensor | None = None
     """The decoded codes of the original: the best possible prediction of the appearance decoder."""
+    features: Tensor | None = None
+    """The teacher's features, their three principal components as red, green and blue."""
+    predicted_features: Tensor | None = None
+    """The predicted features in the masked patches in the same colors, gray elsewhere."""
     motion: Tensor | None = None
     """True difference to the next frame; gray means no motion."""
     predicted_motion: Tensor | None = None
@@ -104,7 +109,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     latents = model.complete(video, mask)
     frames = clip[:, :: config.model.tubelet].float() / 255
-    true_codes = appearance = motion = predicted_motion = None
+    true_codes = appearance = features = predicted_features = motion = predicted_motion = None
     if config.loss.appearance_target == "codes":
         assert tokenizer is not None
         codes, predicted = tokenizer.codes(video), model.predict_codes(latents, mask)
@@ -115,6 +120,9 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     elif config.loss.appearance_target == "pixels":
         completed = completed_cubes(token_cubes(clip, config), mask, model.predict_pixels(latents, mask), config)
         appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
+    elif config.loss.appearance_target == "latents":
+        predicted = model.predict_latents(latents, mask)
+        features, predicted_features = feature_pictures(model.latent_targets(video), predicted, mask, config)
     if config.loss.motion_target != "none":
         motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
     return ClipReconstruction(
@@ -122,6 +130,8 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
         masked=hide(frames, mask, config),
         codes=true_codes,
         appearance=appearance,
+        features=features,
+        predicted_features=predicted_features,
         motion=motion,
         predicted_motion=predicted_motion,
     )

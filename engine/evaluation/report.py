@@ -22,6 +22,8 @@ ROWS = {
     "masked": "masked",
     "appearance": "predicted\nappearance",
     "codes": "the true\ncodes",
+    "features": "teacher's\nfeatures",
+    "predicted_features": "predicted\nfeatures",
     "motion": "true\nmotion",
     "predicted_motion": "predicted\nmotion",
 }

@@ -37,6 +37,7 @@ LOSS = "validation/loss"
 SCORES = {
     "validation/motion_relative": "relative_motion",
     "validation/pixels_relative": "relative_pixels",
+    "validation/latents_relative": "relative_latents",
     "validation/codes": "code_accuracy",
     "validation/commonest_code": "commonest_code",
 }
@@ -45,6 +46,7 @@ WORDS = {
     LOSS: "loss {:.4g}",
     "validation/motion_relative": "motion {:.1%} of no motion",
     "validation/pixels_relative": "pixels {:.1%} of the mean color",
+    "validation/latents_relative": "features {:.1%} of predicting 0",
     "validation/codes": "correct codes {:.1%}",
 }
 

@@ -146,6 +146,15 @@ def take_weights(
                 names |= inside
     else:
         new.append(f"all parts after the encoder (the checkpoint is a {type(start.model).__name__})")
+    if isinstance(model, MAM2) and model.teacher:
+        averaged = {name for name in own if name.startswith("teacher.")}
+        if averaged <= source.keys():
+            taken.append("teacher")
+            names |= averaged
+        else:
+            source |= {f"teacher.{name}": tensor for name, tensor in start.encoder.state_dict().items()}
+            names |= {name for name in averaged if name.replace("teacher.", "encoder.", 1) in names}
+            taken.append("teacher (the same encoder: the checkpoint has no teacher)")
     with torch.no_grad():
         for name in names:
             own[name].copy_(source[name])
@@ -196,6 +205,8 @@ def _why_new(
         if now.appearance_target == "codes" and not same_tokenizer:
             return "another tokenizer"
         if now.appearance_target == "pixels" and before.pixel_normalize != now.pixel_normalize:
+            return "another target"
+        if now.appearance_target == "latents" and before.teacher_blocks != now.teacher_blocks:
             return "another target"
     if part == "motion head":
         assert start.config is not None

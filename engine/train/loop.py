@@ -194,7 +194,7 @@ class Loop:
             self.session.log.info(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a captured step does not report whether its update ran
-        values = self.train_step(self.step, clips, rate, inspect=inspect)
+        values = self.train_step(self.step, clips, rate, inspect=inspect, progress=self.step / self.steps)
         self.recorded = self.updates == updates
         self.step += 1
         self.sound = True

@@ -49,6 +49,7 @@ PROGRESS_FORMAT = {
     "loss/motion": "motion {:.4g}",
     "loss/motion_relative": "({:.0%} of no motion)",
     "loss/pixels": "pixels {:.3f}",
+    "teacher/rank": "rank {:.1f}",
     "accuracy/codes": "correct codes {:.0%}",
 }
 
@@ -193,6 +194,8 @@ class _Pretraining:
         formats = PROGRESS_FORMAT
         if config.loss.appearance_target == "pixels":
             formats = formats | {"loss/appearance": formats["loss/pixels"]}
+        elif config.loss.appearance_target == "latents":
+            formats = formats | {"loss/appearance": "features {:.3f}"}
         return describe_task(
             "pre-training",
             self._session,
