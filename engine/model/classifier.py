@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.model.blocks import layer_norm
+from mam2.engine.model.blocks import VideoTransformer, layer_norm
 from mam2.engine.model.encoder import Encoder
 
 HEAD_SCALE = 0.001
@@ -22,7 +22,7 @@ First steps change the encoder only a little.
 """
 
 
-class Classifier(nn.Module):
+class Classifier(VideoTransformer):
     """Encoder, mean over tokens, LayerNorm, head.
 
     Args:

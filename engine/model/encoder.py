@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.blocks import Block, initialize, layer_norm, sincos_positions
+from mam2.engine.model.blocks import Block, VideoTransformer, initialize, layer_norm, sincos_positions
 from mam2.engine.model.positions import set_clip_size
 from mam2.kernels import gather_tubes
 
@@ -25,7 +25,7 @@ OVERSHOOT = 0.25
 """Distance by which a float clip may exceed 0 to 1: bicubic resizing overshoots by less."""
 
 
-class Encoder(nn.Module):
+class Encoder(VideoTransformer):
     """ViT over tubelets: linear patch embedding, fixed sin-cos positions, pre-norm blocks, final LayerNorm.
 
     Args:

@@ -13,9 +13,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.blocks import VideoTransformer
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
@@ -25,7 +26,7 @@ from mam2.engine.model.teacher import latent_targets, teacher_of
 from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
 
 
-class MAM2(nn.Module):
+class MAM2(VideoTransformer):
     """Encoder, regressor, and an appearance and a motion decoder, each unless its target is `none`.
 
     With the target `latents` there is also a `teacher`, a moving average of the encoder. The training updates it; no

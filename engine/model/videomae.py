@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token
+from mam2.engine.model.blocks import MASK_TOKEN_STD, VideoTransformer, initialize, mask_token
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import CHANNELS, Encoder
 from mam2.engine.model.positions import position_table
 from mam2.kernels import TubeMask, masked_pixel_loss
 
 
-class VideoMAE(nn.Module):
+class VideoMAE(VideoTransformer):
     """Encoder on the visible tokens; decoder on all: visible latents and mask tokens, each with its position."""
 
     positions: Tensor

@@ -30,7 +30,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import mean_class_accuracy, top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
+from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.runtime.device import autocast, matmul_dtype
@@ -127,10 +127,12 @@ class _Finetuning:
             matmul_dtype(config.run, session.device),
             classifier_shapes(config, session.clips_per_micro_batch),
         )
-        for line in use_fastest(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, setup.embeddings)
+        model.set_attention(choices)
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
@@ -150,6 +152,7 @@ class _Finetuning:
 
         # a separate copy for validation, so that averaged, compiled and sharded models need no special code
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
+        self._judge.set_attention(choices)
         self._val = setup.val_manifest
         self._val_loader = session.own(
             ClipLoader(

@@ -22,6 +22,7 @@ from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sets import read_sets
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
+from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
@@ -54,8 +55,13 @@ WORDS = {
 class HeldOut:
     """Measures the trained model on the middle clips of held-out videos."""
 
-    def __init__(self, session: Session[PretrainConfig], videos: Sequence[Path], codebook_size: int) -> None:
-        """videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
+    def __init__(
+        self, session: Session[PretrainConfig], videos: Sequence[Path], codebook_size: int, choices: Choices
+    ) -> None:
+        """Reads the videos and builds a copy of the model.
+
+        videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
+        trained model's attention implementations.
 
         Raises UserError if the videos cannot be read.
         """
@@ -74,6 +80,7 @@ class HeldOut:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
         # a separate copy, so that compiled and sharded models need no special code
         self._model = model.to(device).eval().requires_grad_(False)
+        self._model.set_attention(choices)
         self._objective = build_objective(self._model, config, lambda part: part)
         self._loader: ClipLoader | None = None
         if own.videos:

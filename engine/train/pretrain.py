@@ -22,7 +22,7 @@ from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sets import Sources, sources_of, training_sources, with_sources
 from mam2.engine.data.sources import check_source
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import shapes_of, use_fastest
+from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.tokenizer.cache import CodeCache, check_cache
@@ -164,12 +164,14 @@ class _Pretraining:
                 progress=session.progress,
             )
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
-        for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the same generator.
         torch.manual_seed(config.run.seed)
         codebook_size = self._codes.codebook_size if self._codes else 0
         model = build_model(config, codebook_size)
+        model.set_attention(choices)
         start = setup.start
         if start:
             same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
@@ -178,7 +180,7 @@ class _Pretraining:
             session.log.info(describe_schedule(config))
         self._metadata = metadata_of(start, session.saved)
         self.train_step = PretrainStep(config, model, device, world)
-        self._held_out = HeldOut(session, val, codebook_size) if val else None
+        self._held_out = HeldOut(session, val, codebook_size, choices) if val else None
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
