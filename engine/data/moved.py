@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mam2.engine.data.manifest import Manifest, read_manifest, scan
-from mam2.engine.data.sets import joined, parts_of, set_names
+from mam2.engine.data.sets import join_sets, parts_of, set_names
 from mam2.engine.data.sources import read_source
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
@@ -31,7 +31,7 @@ def follow_sets(
         for part, source in zip(parts, data, strict=True)
     ]
     lines = [line for _, line in found if line]
-    return joined([part for part, _ in found], data), "; ".join(lines)
+    return join_sets([part for part, _ in found], data), "; ".join(lines)
 
 
 def follow(

@@ -68,10 +68,10 @@ def check_sources(sources: Iterable[Path], out: str | Path) -> None:
 def read_sets(sources: Sequence[Path], *, threads: int = 0, progress: bool = True) -> Manifest:
     """Returns the videos of all data sets as one manifest; of a single one what `read_manifest` returns."""
     parts = [read_manifest(source, threads=threads, progress=progress) for source in sources]
-    return joined(parts, sources)
+    return join_sets(parts, sources)
 
 
-def joined(parts: Sequence[Manifest], sources: Sequence[Path]) -> Manifest:
+def join_sets(parts: Sequence[Manifest], sources: Sequence[Path]) -> Manifest:
     """Joins the manifests of data sets, in their order. Labels are kept only if all sets have the same classes."""
     if len(parts) == 1:
         return dataclasses.replace(parts[0], sets=())
@@ -89,7 +89,7 @@ def joined(parts: Sequence[Manifest], sources: Sequence[Path]) -> Manifest:
 
 
 def parts_of(manifest: Manifest) -> list[Manifest]:
-    """Returns the manifest of each data set; the inverse of `joined`."""
+    """Returns the manifest of each data set; the inverse of `join_sets`."""
     if not manifest.sets:
         return [manifest]
     parts, video, skipped = [], 0, 0

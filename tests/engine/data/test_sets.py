@@ -17,7 +17,7 @@ from mam2.engine.config.training import DataConfig
 from mam2.engine.data.manifest import Manifest, VideoSet, read_manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.moved import follow_sets
 from mam2.engine.data.sets import (
-    joined,
+    join_sets,
     parts_of,
     read_sets,
     set_names,
@@ -50,7 +50,7 @@ def test_a_manifest_of_two_sets_survives_its_file_and_can_be_split(halves, tmp_p
     write_manifest(both, tmp_path / "manifest.jsonl")
     assert read_saved_manifest(tmp_path / "manifest.jsonl") == both
     assert [(len(part.videos), len(part.skipped)) for part in parts_of(both)] == [(7, 0), (3, 1)]
-    assert joined(parts_of(both), halves) == both
+    assert join_sets(parts_of(both), halves) == both
     assert set_names(both) == ["large", "small"]
     other = dataclasses.replace(both, sets=(VideoSet("a/train", 7, 0), VideoSet("b/train", 3, 1)))
     assert set_names(other) == ["a/train", "b/train"]
@@ -64,12 +64,12 @@ def test_one_set_stays_what_it_was(halves, tmp_path):
 
 
 def test_labels_are_kept_only_where_all_sets_have_the_same_classes(videos):
-    same = joined([videos, videos], [Path("a"), Path("b")])
+    same = join_sets([videos, videos], [Path("a"), Path("b")])
     assert (same.classes, [video.label for video in same.videos]) == (
         videos.classes,
         2 * [video.label for video in videos.videos],
     )
-    other = joined([videos, dataclasses.replace(videos, classes=("x", "y"))], [Path("a"), Path("b")])
+    other = join_sets([videos, dataclasses.replace(videos, classes=("x", "y"))], [Path("a"), Path("b")])
     assert (other.classes, {video.label for video in other.videos}) == ((), {-1})
 
 
@@ -110,7 +110,7 @@ def test_a_broken_video_is_replaced_by_one_of_its_set(halves, tmp_path):
 
 def test_a_set_of_which_nothing_can_be_decoded_is_named(videos):
     unknown = dataclasses.replace(videos, videos=tuple(dataclasses.replace(v, fps=0.0) for v in videos.videos))
-    both = joined([videos, unknown], [Path("good"), Path("bad")])
+    both = join_sets([videos, unknown], [Path("good"), Path("bad")])
     with pytest.raises(UserError, match=r"^bad: none of its videos can be decoded here"):
         open_loader(both, dataclasses.replace(CONFIG, stride=0, fps=5.0, weights=(1.0, 1.0)))
 
