@@ -1,6 +1,6 @@
 """The order of the samples of a run over one or several data sets: a pure function of (seed, number of the sample).
 
-Without weights the videos of all sets form one list, which is shuffled anew for every pass. With weights the stream is
+Without weights the videos of all sets form one list, which is shuffled again for every pass. With weights the stream is
 divided into blocks of equal length. Every block contains the same number of samples of each set, in a random order of
 its own, so that the shares of the sets are exact after every block. Each set continues through its own shuffled passes,
 and shows every video once per pass.
