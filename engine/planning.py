@@ -146,6 +146,11 @@ class Plan:
         }
 
     @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
+        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
+
+    @property
     def fits(self) -> bool:
         """Returns whether a step fits into nine tenths of a device's memory."""
         return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
@@ -235,6 +240,8 @@ class Plan:
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",

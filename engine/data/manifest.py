@@ -131,7 +131,7 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     """Returns the known entry of a file if the file is unchanged, else opens the file."""
     earlier = before.get(path)
     # An index of an earlier version lacks some of today's fields.
-    if earlier is None or (isinstance(earlier, Video) and not (earlier.content and earlier.transfer)):
+    if earlier is None or (isinstance(earlier, Video) and not _complete(earlier)):
         return probe_file(path)
     try:
         status = os.stat(path)
@@ -139,6 +139,10 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     except OSError:
         return probe_file(path)
     return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)
+
+
+def _complete(video: Video) -> bool:
+    return bool(video.content and video.transfer) and video.trimmed >= 0
 
 
 def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:

@@ -38,6 +38,7 @@ def choose_decoder(
     size: tuple[int, int] | None = None,
     interlaced: bool = False,
     bytes: int = 0,
+    trimmed: int = 0,
     dali: bool = True,
     broken: Mapping[str, str] | None = None,
 ) -> str:
@@ -52,6 +53,7 @@ def choose_decoder(
         size: width and height of the stored frame in pixels; None if unknown.
         interlaced: frames consist of two fields.
         bytes: size of the file; 0 if unknown.
+        trimmed: number of packets that an edit list hides, or whose time is negative; see `Video`.
         dali: whether the nvidia.dali package is installed.
         broken: codecs that NVDEC does not decode on this machine, with the reasons.
 
@@ -63,6 +65,9 @@ def choose_decoder(
         "dali-cpu": _dali_cpu_problem(codec, rotation),
         "pyav": "",
     }
+    if trimmed > 0:  # DALI's index leaves out packets with a negative time, but not those that an edit list hides
+        hidden = f"an edit list hides {trimmed} of its frames, which DALI may count"
+        problems |= {name: problems[name] or hidden for name in ("nvdec", "dali-cpu")}
     if not dali:
         problems |= {name: f"{name} needs NVIDIA DALI, which is not installed" for name in ("nvdec", "dali-cpu")}
     if forced == "auto":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.host_copies import HostBuffers
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
@@ -81,7 +82,10 @@ class Loop:
                 session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
             )
         self.description = task.describe()
-        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=self.description.metadata)
+        buffers = HostBuffers(session.device, session.log.info) if session.device.type == "cuda" else None
+        self.saver = checkpoint.Saver(
+            session.folder, config, main=world.main, metadata=self.description.metadata, buffers=buffers
+        )
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after this number of steps."""
         self.updates, self.recorded = 0, False

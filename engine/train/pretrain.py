@@ -180,7 +180,7 @@ class _Pretraining:
             session.log.info(describe_schedule(config))
         self._metadata = metadata_of(start, session.saved)
         self.train_step = PretrainStep(config, model, device, world)
-        self._held_out = HeldOut(session, val, codebook_size, choices) if val else None
+        self._held_out = HeldOut(session, val, codebook_size, choices, model) if val else None
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
@@ -188,7 +188,7 @@ class _Pretraining:
 
     def after_step(self, step: int, steps: int) -> None:
         if self._held_out:
-            self._held_out.measure_if_due(self.train_step.model, step, steps)
+            self._held_out.measure_if_due(step, steps)
 
     def describe(self) -> Description:
         config = self._session.config
