@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from torch import Tensor
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
@@ -107,7 +107,7 @@ def _begun(run: Path) -> bool:
 def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """Returns the settings that determine the trained tokenizer, as plain JSON values."""
     ignored = resumable_fields(type(config.data))
-    data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in ignored}
+    data = {name: value for name, value in to_dict(config.data).items() if name not in ignored}
     videos = hashlib.sha256()
     for video in manifest.videos:
         videos.update(f"{video.content} {video.frames}\n".encode())
