@@ -122,7 +122,8 @@ def _nested(cls: type, field: str) -> bool:
 def _row(cls: type, field: dataclasses.Field[Any], table: str) -> str:
     kind, limits = _class(cls, field.name), declared(cls, field.name)
     if get_origin(kind) is tuple:
-        values = f"list of numbers, {limits}" if limits != Limits() else "list of numbers"
+        words = {str: "list of texts", float: "list of numbers"}[get_args(kind)[0]]
+        values = f"{words}, {limits}" if limits != Limits() else words
     elif choices := get_args(kind):
         values = ", ".join(f"`{choice}`" for choice in choices)
     else:

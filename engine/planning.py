@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.training import micro_batches_per_step
+from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.peak import measured_peak_flops
@@ -143,6 +145,11 @@ class Plan:
         }
 
     @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
+        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
+
+    @property
     def fits(self) -> bool:
         """Returns whether a step fits into nine tenths of a device's memory."""
         return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
@@ -185,18 +192,20 @@ class Plan:
         clips = videos * self.config.optim.epochs * self.config.data.views
         return clips / self.clips_per_s / 3600
 
-    def report(self, videos: int = 0) -> str:
-        """Returns the text that `mam2 plan` prints."""
+    def report(self, videos: int | Sequence[int] = 0) -> str:
+        """Returns the text that `mam2 plan` prints. videos: their number, or that of each data set; 0: unknown."""
         config = self.config
+        counts = [videos] if isinstance(videos, int) else list(videos)
+        sets = _mixture(config, counts)
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
         visible = tokens - config.masked_tokens
         some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
         dtype = str(self.dtype).removeprefix("torch.")
-        count = micro_batches_per_step(config, self.gpus)
+        passes = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
-            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
+            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]
         if config.needs_codes:
@@ -230,15 +239,18 @@ class Plan:
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",
         ]
-        if videos:
+        if count := sum(counts):
             lines.append(
-                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
-                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {_duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{count:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
+        lines += sets
         return "\n".join(lines)
 
 
@@ -295,6 +307,24 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         + (", one of each frame" if config.tokenizer.frames == "all" else "")
         + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
     )
+
+
+def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
+    """Returns a line per data set; none for a single one. Raises UserError if the number of weights differs."""
+    weights = config.data.weights
+    if weights and any(counts) and len(weights) != len(counts):
+        raise UserError(
+            f"data.weights: expected one number per data set of --videos, {len(counts)}; found {len(weights)}"
+        )
+    if len(counts) < 2:
+        return []
+    if 0 in counts:
+        raise UserError(f"--videos {' '.join(map(str, counts))}: expected at least one video per data set")
+    shares = SampleOrder(counts, weights, config.run.seed).shares
+    return [
+        f"set {number}    {count:,} videos, {share:.2%} of clips: {share * sum(counts) / count:.3g} passes per epoch"
+        for number, (count, share) in enumerate(zip(counts, shares, strict=True), 1)
+    ]
 
 
 def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:

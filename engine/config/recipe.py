@@ -27,7 +27,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FINETUNE = "finetune"
 """File name of the shipped recipes for fine-tuning; all others are for pre-training."""
 
-_PATHS = {"tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
+_PATHS = {"data": ("sets",), "tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
 """Keys whose values are paths of the machine that trained."""
 
 Config = TypeVar("Config")
@@ -160,7 +160,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
             built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
             continue
         if get_origin(hints[key]) is tuple:
-            built[key] = _numbers(where, key, value)
+            built[key] = _sequence(value, get_args(hints[key])[0], f"{where}: {key!r}")
             continue
         allowed = get_args(hints[key])  # the strings of a Literal, otherwise empty
         number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
@@ -171,29 +171,31 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
     return cls(**built)
 
 
-def _numbers(where: str, key: str, value: Any) -> tuple[float, ...]:
-    """Returns a list of numbers as a tuple."""
-    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-        raise UserError(f"{where}: {key!r} expects a list of numbers, found {value!r}")
-    return tuple(float(number) for number in numbers)
+def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    """Returns a list of a recipe as a tuple. kind: type of its elements, str or float. Raises UserError."""
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, list | tuple) or not all(type(element) in accepted for element in value):
+        raise UserError(f"{where} expects a list of {kind.__name__}, found {value!r}")
+    return tuple(map(kind, value))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns nested plain values, as JSON has them; the inverse of `from_dict`."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found[field.name] = to_dict(value)
-        else:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    """Returns nested plain values as JSON has them, lists for tuples; the inverse of `from_dict`."""
+    return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without the paths of the training machine."""
     return {
-        table: {key: "" if key in _PATHS.get(table, ()) else value for key, value in values.items()}
+        table: {
+            key: type(value)() if key in _PATHS.get(table, ()) else value  # "" or []
+            for key, value in values.items()
+        }
         for table, values in config.items()
     }

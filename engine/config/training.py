@@ -28,6 +28,12 @@ MOST_CHANNELS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    sets: tuple[str, ...] = resumable(())
+    """Data sets of a pre-training, folders or lists; `--data`, once per set, overrides them. A saved config names them
+    only if there are several."""
+    weights: tuple[float, ...] = limited((), POSITIVE)
+    """Share of each data set in the clips, in the order of `sets` or `--data`: 3 and 1 are three quarters and one
+    quarter. Empty: every video equally often, so that a large set contributes more."""
     frames: int = limited(16, COUNT)
     """Frames in a clip (T)."""
     stride: int = limited(4, COUNT_OR_NONE)

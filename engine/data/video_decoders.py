@@ -39,6 +39,7 @@ def choose_decoder(
     size: tuple[int, int] | None = None,
     interlaced: bool = False,
     bytes: int = 0,
+    trimmed: int = 0,
     dali: bool = True,
     channels: int = 3,
     broken: Mapping[str, str] | None = None,
@@ -54,6 +55,7 @@ def choose_decoder(
         size: width and height of the stored frame in pixels; None if unknown.
         interlaced: frames consist of two fields.
         bytes: size of the file; 0 if unknown.
+        trimmed: number of packets that an edit list hides, or whose time is negative; see `Video`.
         dali: whether the nvidia.dali package is installed.
         channels: of the clips; only PyAV decodes others than RGB.
         broken: codecs that NVDEC does not decode on this machine, with the reasons.
@@ -70,6 +72,9 @@ def choose_decoder(
         raise UserError(f"a video file has 1 or 3 channels, not {channels} (data.channels)")
     if channels != 3:
         problems |= {name: f"{name} decodes RGB, data.channels is {channels}" for name in ("nvdec", "dali-cpu")}
+    if trimmed > 0:  # DALI's index leaves out packets with a negative time, but not those that an edit list hides
+        hidden = f"an edit list hides {trimmed} of its frames, which DALI may count"
+        problems |= {name: problems[name] or hidden for name in ("nvdec", "dali-cpu")}
     if not dali:
         problems |= {name: f"{name} needs NVIDIA DALI, which is not installed" for name in ("nvdec", "dali-cpu")}
     if forced == "auto":

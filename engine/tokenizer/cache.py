@@ -46,8 +46,8 @@ SHARD_VIDEOS = 1024
 """Videos per shard: the most that a killed `mam2 tokenize` loses."""
 DRAWN_VIDEOS = 16
 """Number of videos whose draws are stored in the key, since other versions of MAM2 or NumPy may draw differently."""
-IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder"}
-"""Fields of the data config that affect how a clip is read, but not its content."""
+IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder", "weights"}
+"""Fields of the data config that affect how a clip is read, and which clips are chosen, but not a clip's content."""
 
 
 def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dict[str, Any]:

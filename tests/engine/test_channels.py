@@ -157,7 +157,7 @@ def test_statistics_need_a_number_per_channel(small: Config, key: str, value: li
         check(small(data={key: tuple(value)}))
     with pytest.raises(UserError, match=r"data.std 0.0: expected above 0"):
         check(small(data={"std": (0.5, 0.0, 0.5)}))
-    with pytest.raises(UserError, match=r"'mean' expects a list of numbers, found 0.5"):
+    with pytest.raises(UserError, match=r"'mean' expects a list of float, found 0.5"):
         from_dict(PretrainConfig, {"data": {"mean": 0.5}})
     config = small(data={key: (0.1, 0.2, 0.3)})
     assert from_dict(PretrainConfig, to_dict(config)) == config
