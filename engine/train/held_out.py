@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sets import read_sets
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
 from mam2.engine.model.attention import Choices
@@ -56,14 +58,14 @@ class HeldOut:
     def __init__(
         self,
         session: Session[PretrainConfig],
-        videos: Path,
+        videos: Sequence[Path],
         codebook_size: int,
         choices: Choices,
         trained: torch.nn.Module,
     ) -> None:
         """Reads the videos and builds a model with the weights of the trained one.
 
-        videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
+        videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
         trained model's attention implementations. trained: the model that is measured.
 
         Raises UserError if the videos cannot be read.
@@ -71,7 +73,7 @@ class HeldOut:
         self._session = session
         config, world, device = session.config, session.world, session.device
         threads = config.data.threads
-        manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
+        manifest = world.broadcast(lambda: read_sets(videos, threads=threads, progress=session.progress))
         used = _spread(len(manifest.videos), config.validation.videos)
         self._numbers = used[world.rank :: world.size]
         """Numbers of this rank's videos; a clip's mask depends only on the number of its video."""
@@ -98,7 +100,7 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {', '.join(map(str, videos))}, "
             f"every {config.validation.every:g} epochs"
         )
         if both:

@@ -182,6 +182,7 @@ class Loop:
                     if "clips_per_s" in numbers:
                         numbers["mfu"] = numbers["clips_per_s"] / self.description.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+                    numbers |= session.set_numbers(self.step)
                     step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
                 if self.step % config.run.save_every == 0 and self.step < self.steps:
@@ -288,6 +289,8 @@ class Loop:
             found = checkpoint.read_state(best)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
             session.log.info(f"best    after step {found['step']}: {measured}; {best}")
+        if seen := session.describe_seen(step):
+            session.log.info(f"data    {seen}")
         session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 
