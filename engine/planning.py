@@ -107,6 +107,8 @@ class Plan:
     """Source of the tokenizer's size."""
     cuda: bool
     """Whether the devices are GPUs."""
+    automatic: bool = False
+    """Whether the run chooses the size of its passes; on a GPU `config` has the estimated one."""
 
     @property
     def clips_a_pass(self) -> int:
@@ -159,15 +161,22 @@ class Plan:
 
         The largest `optim.micro_batch` that fits, or other settings.
         """
-        config = self.config
-        for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
-            optim = dataclasses.replace(config.optim, micro_batch=clips)
-            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
-            if smaller.clips_a_pass == clips and smaller.fits:
-                return f"--optim.micro-batch {clips} fits"
+        config, smaller = self.config, self.with_largest_pass()
+        if smaller:
+            return f"--optim.micro-batch {smaller.clips_a_pass} fits"
         ways = [] if config.run.recompute else ["--run.recompute"]
         ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
         return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
+
+    def with_largest_pass(self) -> Plan | None:
+        """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
+        config = self.config
+        for clips in range(self.clips_a_pass, config.clips_per_group - 1, -1):
+            optim = dataclasses.replace(config.optim, micro_batch=clips)
+            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
+            if smaller.clips_a_pass == clips and smaller.fits:
+                return smaller
+        return None
 
     @property
     def clips_per_s(self) -> float:
@@ -206,7 +215,8 @@ class Plan:
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
             f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
+            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"{' (optim.micro_batch auto: estimated here, tried by the run)' * self.automatic}",
         ]
         if config.needs_codes:
             lines.append(f"codes    {self.source}")
@@ -292,7 +302,7 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
     if config.needs_codes:
         tokenizer, source = _tokenizer(config)
     in_step = None if config.tokenizer.cache else tokenizer
-    return Plan(
+    found = Plan(
         config=config,
         parts=costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=dtype.itemsize),
         dtype=dtype,
@@ -306,7 +316,9 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         source=source
         + (", one of each frame" if config.tokenizer.frames == "all" else "")
         + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+        automatic=config.optim.micro_batch == "auto",
     )
+    return (found.with_largest_pass() or found) if found.automatic and found.cuda else found
 
 
 def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
