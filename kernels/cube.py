@@ -38,16 +38,15 @@ def store_rounded(pointer, values, mask):
 
 
 @jit
-def listed_token(index_ptr, count, slots, rows, columns):
-    """Returns this program's place in the list of tokens, its clip (int64), its token, and whether there is such a one.
+def listed_token(index_ptr, place, count, slots, rows, columns):
+    """Returns the clip (int64) of a place in the lists of tokens, its token, and whether the token is in the grid.
 
-    `count` is the length of a clip's list. A number out of range is replaced by token 0.
+    `count` is the length of a clip's list. A token that is not in the grid is replaced by token 0.
     """
-    place = tl.program_id(0)
     clip = (place // count).to(tl.int64)
     token = tl.load(index_ptr + place)
     inside = (token >= 0) & (token < slots * rows * columns)
-    return place, clip, tl.where(inside, token, 0).to(tl.int32), inside
+    return clip, tl.where(inside, token, 0).to(tl.int32), inside
 
 
 @jit

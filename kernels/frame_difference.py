@@ -64,7 +64,8 @@ def _frame_difference_kernel(
     DTYPE: tl.constexpr,
 ):
     LENGTH: tl.constexpr = WIDTH * CHANNELS
-    place, clip, token, inside = listed_token(index_ptr, count, slots, rows, columns)
+    place = tl.program_id(0)
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     row, exists, target = token_target(
         video_ptr, affine_ptr, clip, token, inside, slots, rows, columns, stride_b, stride_c, stride_t, stride_h,
         stride_w, KIND, NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,

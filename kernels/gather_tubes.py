@@ -57,7 +57,8 @@ def _gather_tubes_kernel(
     DTYPE: tl.constexpr,
 ):
     LENGTH: tl.constexpr = WIDTH * CHANNELS
-    place, clip, token, inside = listed_token(index_ptr, count, slots, rows, columns)
+    place = tl.program_id(0)
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     base, _ = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
     row, _, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset

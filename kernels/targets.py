@@ -108,7 +108,7 @@ def token_target(
     affine_ptr,
     clip,
     token,
-    inside,
+    used,
     slots,
     rows,
     columns,
@@ -134,12 +134,12 @@ def token_target(
 ):
     """Returns patch rows [ROWS,1] of a token, whether each has a target, and the target segments, see `cube_target`.
 
-    `clip`, `token` and `inside` are those of `listed_token`.
+    `clip` and `token` are those of `listed_token`; a token that is not `used` is not read.
     """
     base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
     row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset
-    mask = inside & (row < TUBELET * HEIGHT)
+    mask = used & (row < TUBELET * HEIGHT)
     exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
     target = cube_target(
         source,

@@ -87,7 +87,7 @@ def model_card(
         _summary(model, config, metadata),
         _usage(name, to, model),
         _classes(classes),
-        _data(run),
+        _data(run, config),
         _recipe(config, metadata),
         _hardware(run),
         _scores(run, scores),
@@ -131,7 +131,7 @@ def _usage(name: str, to: str, model: Model) -> str:
     load = "load_model" if isinstance(model, Classifier) else "load_encoder"
     call = "model(video).softmax(-1)  # [B, classes]" if load == "load_model" else "model.encode(video)  # [B, N, D]"
     code = f'from mam2.engine import {load}\n\nmodel = {load}("hub:{name}")\n'
-    code += f"output = {call}; video [B, 3, T, H, W] uint8\n"
+    code += f"output = {call}; video [B, {encoder_of(model).channels}, T, H, W] uint8\n"
     if to == "huggingface":
         kind = "VideoMAEForVideoClassification" if isinstance(model, Classifier) else "VideoMAEModel"
         code += f'\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n'
@@ -143,7 +143,7 @@ def _classes(classes: Sequence[str]) -> str:
     return f"## Classes\n\n{named}\n" if classes else ""
 
 
-def _data(run: Path | None) -> str:
+def _data(run: Path | None, config: Mapping[str, Any]) -> str:
     path = run / "manifest.jsonl" if run else None
     if path is None or not path.is_file():
         return ""
@@ -157,6 +157,10 @@ def _data(run: Path | None) -> str:
         rows.append(("hours of video", f"{sum(known) / 3600:.2f}"))
     if sides:
         rows.append(("shorter side, median", f"{sides[len(sides) // 2]} pixels"))
+    weights = config.get("data", {}).get("weights") or [each.videos for each in manifest.sets]
+    for each, weight in zip(manifest.sets, weights, strict=False):
+        counts = f"{each.videos:,} videos, {each.skipped:,} unusable files, {weight / sum(weights):.1%} of the clips"
+        rows.append((f"data set `{printable(Path(each.source).name)}`", counts))
     return f"## Training data\n\n{_table(('', ''), rows)}"
 
 
