@@ -77,7 +77,8 @@ def test_every_command_of_a_recipe_is_accepted_by_its_parser(monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "line", ["pretrain laptop --data videos/", "plan laptop --vidoes 3", "probe a --data b --probes lin", "index"]
+    "line",
+    ["pretrain laptop --data videos/", "plan laptop --vidoes 3", "probe a --data b --probes lin", "index a --size"],
 )
 def test_a_wrong_command_is_not_accepted(line, monkeypatch, capsys):
     with pytest.raises(AssertionError, match=f"mam2 {line}"):
