@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.load import Model, encoder_of, load_model
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import PretrainConfig
@@ -139,7 +140,7 @@ def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainCo
     frames, size = encoder.trained_grid[0] * tubelet, encoder.trained_grid[1] * patch
     same = (frames, size) == (config.data.frames, config.data.size)
     model = dataclasses.replace(config.model, frames=0 if same else frames, size=0 if same else size)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, data=data_for(config.data, encoder, start.path), model=model)
 
 
 class Match(NamedTuple):
@@ -195,14 +196,20 @@ def take_weights(
     source, own = start.model.state_dict(), model.state_dict()
     if isinstance(start.model, Encoder):
         source = {f"encoder.{name}": tensor for name, tensor in source.items()}
+    lines = []
+    if becomes_gray(config.data, start.encoder):
+        embedding = gray_encoder(start.encoder, config.data).patch_embed.state_dict()
+        source |= {f"encoder.patch_embed.{name}": tensor for name, tensor in embedding.items()}
+        lines.append(GRAY)
     names, taken, new = matching_weights(model, config, start, same_tokenizer=same_tokenizer)
     if not {name for name in names if name.startswith("teacher.")} <= source.keys():
-        source |= {f"teacher.{name}": tensor for name, tensor in start.encoder.state_dict().items()}
+        encoder = {name: tensor for name, tensor in source.items() if name.startswith("encoder.")}
+        source |= {name.replace("encoder.", "teacher.", 1): tensor for name, tensor in encoder.items()}
     with torch.no_grad():
         for name in names:
             own[name].copy_(source[name])
     what = start.file if start.step is None else f"{start.file}, step {start.step}"
-    lines = [f"start   from {start.path} ({what}): {', '.join(taken)}"]
+    lines.insert(0, f"start   from {start.path} ({what}): {', '.join(taken)}")
     if new:
         lines.append(f"start   new, with random weights: {'; '.join(new)}")
     if config.trained_grid != config.grid:

@@ -125,7 +125,8 @@ class _PretrainSetup(Setup[PretrainConfig]):
         if path is not None and not run.saved:
             self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options, moments=self._moments))
             run.world.broadcast(lambda: check(complete_config(run.config, self.start)) if self.start else None)
-            own = self.start.tokenizer
+            same = self.start.encoder.channels == run.config.data.channels
+            own = self.start.tokenizer if same else None
             if own and run.config.needs_codes and not (options.path or options.cache):
                 run.log.info(f"codes   from the tokenizer that the checkpoint was trained with, {own}")
                 run.world.broadcast(lambda: self._load(str(own)))
