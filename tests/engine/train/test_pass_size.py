@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from mam2.engine.train.objective import MAM2Objective
 from mam2.engine.train.pass_size import PassChoice, fewest_passes
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep, Step
-from tests.helpers.commands import outcome
-from tests.helpers.runs import same_weights
+from tests.engine.train import pass_ranks
+from tests.helpers.commands import outcome, torchrun
+from tests.helpers.runs import same_tensors, same_weights
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 CPU = torch.device("cpu")
@@ -81,7 +83,8 @@ def finetuning(small_finetuning):
 
 
 def gradients(step, batches):
-    values = step._gradients(step._pass_arguments(0, batches), step.passes, inspect=False)
+    passes = step._passes(0, batches)
+    values = step._gradients(passes, len(passes), inspect=False)
     found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
     step.optimizer.zero_grad()
     return {name: value for name, value in values.items() if name.startswith("loss/")}, found
@@ -141,6 +144,16 @@ def test_where_nothing_fits_it_is_one_line_with_remedies(limit, small):
 @pytest.mark.parametrize(("clips", "group", "passes"), [(8, 1, [1, 2, 4, 8]), (12, 4, [1, 3]), (6, 6, [1])])
 def test_groups_are_not_divided(clips, group, passes):
     assert equal_passes(clips, group) == passes
+
+
+@pytest.mark.slow
+def test_processes_with_different_memory_agree_and_keep_the_same_weights(tmp_path):
+    """With DDP, random masks and balanced gradients, whose exchanges a process that tries alone must not wait for."""
+    done = torchrun(2, Path(pass_ranks.__file__), tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (first, weights), (second, others) = torch.load(tmp_path / "out.pt")
+    assert (first, second) == (2, 2)  # 4 clips each; the second process fits 2
+    assert same_tensors(weights, others)
 
 
 @pytest.mark.slow
