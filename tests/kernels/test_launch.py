@@ -120,7 +120,7 @@ def test_products_keep_float32_where_the_gpu_can(
         (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 4), False),
         (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 1), True),
     ],
-    ids=["channels_last", "planes", "grey", "every other pixel", "channels apart", "pixels apart", "one pixel wide"],
+    ids=["channels_last", "planes", "gray", "every other pixel", "channels apart", "pixels apart", "one pixel wide"],
 )
 def test_a_patch_row_without_gaps_is_read_in_wide_pieces(
     video: torch.Tensor, patch: tuple[int, int, int], rows_are_whole: bool
