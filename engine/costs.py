@@ -16,7 +16,6 @@ from collections import Counter
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import mlp_width
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.model.motion_targets import motion_values
 from mam2.engine.tokenizer.vqgan import VQGANConfig
 from mam2.kernels import costs as operators
@@ -69,7 +68,7 @@ def part_costs(
     masked = config.decoded_tokens
     visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
-    values = math.prod(config.patch_size) * CHANNELS
+    values = math.prod(config.patch_size) * config.data.channels
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
     parts = {
         "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
@@ -108,7 +107,7 @@ def part_costs(
             "latent head and loss": latent_head(predicted, width, model.width, item_bytes),
             "teacher": teacher(config, item_bytes),
         }
-    if motion := motion_values(config.loss.motion_target, config.patch_size):
+    if motion := motion_values(config.loss.motion_target, config.patch_size, config.data.channels):
         parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
@@ -244,7 +243,7 @@ def latent_head(rows: int, width: int, outputs: int, item_bytes: int) -> PartCos
 
 def teacher(config: PretrainConfig, item_bytes: int) -> PartCost:
     """Returns the cost of the teacher's forward pass on all tokens of a clip; it holds nothing for a backward pass."""
-    tokens, values = math.prod(config.grid), math.prod(config.patch_size) * CHANNELS
+    tokens, values = math.prod(config.grid), math.prod(config.patch_size) * config.data.channels
     forward = linear(tokens, values, config.model.width, item_bytes) + encoder_blocks(config, tokens, item_bytes)
     read = operators.gather_tubes(1, tokens, values, out_bytes=item_bytes).bytes_moved
     return PartCost(
@@ -378,7 +377,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
 
     width = config.channels
-    conv(CHANNELS, width, 3, normed=False)
+    conv(config.image_channels, width, 3, normed=False)
     last = len(config.channel_multipliers) - 1
     for level, multiplier in enumerate(config.channel_multipliers):
         for _ in range(config.res_blocks):
@@ -396,8 +395,9 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     conv(width, config.z_channels, 3)
     conv(config.z_channels, config.embed_dim, 1, normed=False)
     if config.patch_path:
-        inward = CHANNELS * config.factor**2 * config.embed_dim
-        moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
+        values = config.image_channels * config.factor**2
+        inward = values * config.embed_dim
+        moved = pixels * (values + config.embed_dim) * SINGLE
         total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)

@@ -16,7 +16,6 @@ from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.peak import measured_peak_flops
 from mam2.engine.tokenizer.files import load_vqgan
@@ -131,7 +130,7 @@ class Plan:
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
         tokenizer = self.parts.get("tokenizer", costs.PartCost())
-        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
+        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
         teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
@@ -333,7 +332,7 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     if options.path:
         found = load_vqgan(options.path).config
         return found, f"{found.codes} codes of {options.path}"
-    own = small(options.channels, options.codes, code_factor(config))
+    own = small(options.channels, options.codes, code_factor(config), config.data.channels)
     return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
 
 

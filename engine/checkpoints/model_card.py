@@ -131,7 +131,7 @@ def _usage(name: str, to: str, model: Model) -> str:
     load = "load_model" if isinstance(model, Classifier) else "load_encoder"
     call = "model(video).softmax(-1)  # [B, classes]" if load == "load_model" else "model.encode(video)  # [B, N, D]"
     code = f'from mam2.engine import {load}\n\nmodel = {load}("hub:{name}")\n'
-    code += f"output = {call}; video [B, 3, T, H, W] uint8\n"
+    code += f"output = {call}; video [B, {encoder_of(model).channels}, T, H, W] uint8\n"
     if to == "huggingface":
         kind = "VideoMAEForVideoClassification" if isinstance(model, Classifier) else "VideoMAEModel"
         code += f'\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n'

@@ -274,7 +274,7 @@ class ClipLoader:
         size = 0
         for row, (_, place) in enumerate(planned):
             video = self._manifest.videos[self._usable[place]]
-            needed = video.width * video.height * 3 * self._config.frames
+            needed = video.width * video.height * self._config.channels * self._config.frames
             if rows and size + needed > CHUNK_BYTES:
                 yield rows
                 rows, size = [], 0

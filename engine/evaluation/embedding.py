@@ -263,6 +263,7 @@ def _window_batches(
                 size=frozen.data.size,
                 window=window.frames(video),
                 hop=hop.frames(video),
+                channels=frozen.data.channels,
                 threads=threads,
                 timeout_s=frozen.data.timeout_s,
             ):

@@ -5,7 +5,6 @@ Shapes: D an encoder's width, n videos of a manifest, R groups of tokens (pools.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -19,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.training import RunConfig
+from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
@@ -120,8 +120,11 @@ def _aside(path: Path) -> Path:
 
 def _clips(want: FeatureSpec) -> dict[str, object]:
     """Returns the config values that determine the pixels that an encoder sees."""
-    fields = dataclasses.asdict(want.frozen.data)
-    return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    fields = to_dict(want.frozen.data)
+    found = {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    others = {"channels": fields["channels"]}
+    default = to_dict(DataConfig())
+    return found | {name: value for name, value in others.items() if value != default[name]}
 
 
 def _device(frozen: FrozenEncoder) -> torch.device:

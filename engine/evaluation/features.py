@@ -34,7 +34,7 @@ def extract_features(
 
     Args:
         encoder: is switched to evaluation mode.
-        clips: at least one batch, uint8 [B, 3, T, H, W], on any device.
+        clips: at least one batch, uint8 [B, C, T, H, W], on any device.
         kinds: each of `clip_features`.
         run: contains the precision of the encoder.
 
@@ -52,7 +52,7 @@ def extract_features(
 def clip_features(
     encoder: Encoder, video: Tensor, wanted: Collection[tuple[int, Kind]], *, run: RunConfig
 ) -> dict[tuple[int, Kind], Tensor]:
-    """Computes features of one batch of clips, uint8 [B, 3, T, H, W], with one forward pass.
+    """Computes features of one batch of clips, uint8 [B, C, T, H, W], with one forward pass.
 
     Args:
         encoder: in evaluation mode.
@@ -89,7 +89,7 @@ def cell_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def layer_tokens(encoder: Encoder, video: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Returns every token after each of the given blocks, from one pass: video [B, 3, T, H, W] -> [B, N, D] per layer.
+    """Returns every token after each of the given blocks, from one pass: video [B, C, T, H, W] -> [B, N, D] per layer.
 
     layers: numbers from 1. The tokens of the last block are the encoder's output, after its final LayerNorm.
     """

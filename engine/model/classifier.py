@@ -41,7 +41,7 @@ class Classifier(VideoTransformer):
         """Returns logits [B, V], float32.
 
         Args:
-            video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+            video: [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
             path_scales: [depth, 2, B] for stochastic depth, see `mam2.engine.model.blocks.Block`.
             feature_scales: [B, D], factors of the features before the head, for dropout; drawn outside.
         """

@@ -67,7 +67,7 @@ def prepare_tokenizer(
         if own.is_file():
             info(f"codes   {own} is from other data or settings: training a new one")
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
-        architecture = small(options.channels, options.codes, code_factor(config))
+        architecture = small(options.channels, options.codes, code_factor(config), config.data.channels)
         frames = clip_frames(loader, options.batch)
         vqgan, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
@@ -134,7 +134,13 @@ def build_tokenizer(
     device: torch.device,
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Tokenizer:
-    """Returns a Tokenizer for a run's token grid and precision."""
+    """Returns a Tokenizer for a run's token grid and precision. Raises UserError for another number of channels."""
+    takes, given = vqgan.config.image_channels, config.data.channels
+    if takes != given:
+        raise UserError(
+            f"the tokenizer takes {takes} channels, data.channels is {given}; leave tokenizer.path empty, or pass one "
+            f"of mam2 train-tokenizer --image-channels {given}"
+        )
     rounded = matmul_dtype(config.run, device) == torch.bfloat16
     precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
     return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
 from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.checkpoints.load import load_encoder
@@ -308,6 +309,10 @@ def _resolved(
         encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
         info(f"encoder from {path}")
+        config = dataclasses.replace(config, data=data_for(config.data, encoder, path))
+        if becomes_gray(config.data, encoder):
+            encoder = gray_encoder(encoder, config.data)
+            info(GRAY)
     else:
         info("encoder with random weights (--scratch)")
     embeddings = None

@@ -6,13 +6,14 @@ RUN/config.json  manifest.jsonl  skipped.tsv  log.jsonl  log.txt  tensorboard/
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -37,6 +38,8 @@ from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
 
 SKIPPED = "skipped.tsv"
+EXTENDABLE = {"optim.epochs", "optim.decay_share"}
+"""Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Available = Callable[[int, int], bool]
@@ -165,6 +168,7 @@ def open_session(
             _report(run, skipped)
         config, manifest = setup.complete(run, manifest)
         unusable = UnusableVideos(manifest, config.data.max_unusable, lambda skipped: _report(run, skipped))
+        run = dataclasses.replace(run, config=config)
         loader = resources.enter_context(_open_loader(run, manifest, unusable, setup.available(run, manifest)))
         parts = vars(run) | {"config": config}
         session = Session(**parts, manifest=manifest, loader=loader, unusable=unusable, resources=resources)
@@ -191,7 +195,7 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
         try:
             saved = world.broadcast(lambda: checkpoint.newest_whole(folder, log.info) if resume else None)
             run = RunContext(
-                config=config,
+                config=_as_saved(config, saved) if saved else config,
                 folder=folder,
                 device=device,
                 world=world,
@@ -266,6 +270,17 @@ def _report(run: RunContext[Config], skipped: Skipped) -> None:
             run.log.info(f"log     {run.folder / SKIPPED} cannot be written: {error.strerror}")
 
 
+def _as_saved(config: Config, saved: Path) -> Config:
+    """Returns the config of a resumed run with the lists of [data] that are empty in it as they were saved."""
+    before = checkpoint.read_state(saved)["config"]["data"]
+    kept: dict[str, Any] = {
+        name: tuple(value)
+        for name, value in before.items()
+        if isinstance(value, list) and not getattr(config.data, name)
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **kept))  # type: ignore[type-var]
+
+
 def _check_continues(run: RunContext[Config], saved: Path) -> None:
     """Raises UserError if a resumed run would not continue the saved one; logs differences that may change bits."""
     state, now = checkpoint.read_state(saved), to_dict(run.config)
@@ -273,6 +288,11 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
     if foreign:
         raise run.world.error(f"{run.folder} contains a run of another kind: its config has [{foreign[0]}]")
     free = resumable_keys(type(run.config))
+    loss = now.get("loss", {})
+    # the momentum of a teacher may follow the length of the run
+    steady = not getattr(run.config, "needs_teacher", False) or loss["teacher_momentum"] == loss["teacher_momentum_end"]
+    if steady and state["config"]["optim"].get("schedule") == now["optim"]["schedule"] == "warmup-stable-decay":
+        free |= EXTENDABLE  # the loop checks that no done step had another learning rate
     defaults = to_dict(type(run.config)())  # a key newer than the checkpoint had its default
     for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():
