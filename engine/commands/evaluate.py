@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
             precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         """
         from mam2.engine.commands.options import read_class_names
-        from mam2.engine.evaluation.classification import evaluate
+        from mam2.engine.evaluation.classification import MultiLabelResult, RegressionResult, evaluate
 
         result = evaluate(
             checkpoint,
@@ -66,10 +66,15 @@ def run(arguments: list[str]) -> int:
             names=read_class_names(classes),
         )
         if os.environ.get("RANK", "0") == "0":
+            if isinstance(result, RegressionResult):
+                found = f"mean absolute error {result.mae:.4g}, R² {result.r2:.4f}"
+            elif isinstance(result, MultiLabelResult):
+                found = f"mean average precision {result.mean_average_precision:.2%}"
+            else:
+                found = f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}"
             print(
-                f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}: "
-                f"{result.videos} videos in {result.temporal} × {result.spatial} views, {result.unusable} unusable\n"
-                f"written to {out}"
+                f"{found}: {result.videos} videos in {result.temporal} × {result.spatial} views, "
+                f"{result.unusable} unusable\nwritten to {out}"
             )
         return 0
 

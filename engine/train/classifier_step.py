@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -39,17 +40,18 @@ def classifier_flops(config: FinetuneConfig) -> float:
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets.
+    """Cross-entropy with soft targets; binary cross-entropy for several classes per video; MSE or MAE in regression.
 
     Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped.
 
     The targets of a clip sum to the weight of the clip.
     """
 
-    def __init__(self, model: Classifier, compiled: Compile) -> None:
+    def __init__(self, model: Classifier, compiled: Compile, regression: Literal["mse", "mae"] = "mse") -> None:
+        """regression: loss of a model whose task is regression."""
         super().__init__()
-        self.model = model
-        self._loss = compiled(self._cross_entropy)
+        self.model, self._regression = model, regression
+        self._loss = compiled(self._compare)
 
     def forward(
         self,
@@ -63,10 +65,14 @@ class ClassifierObjective(Objective):
         loss = self._loss(video, targets, path_scales, feature_scales)
         return loss, {"loss/training": loss.detach()}, {}
 
-    def _cross_entropy(
+    def _compare(
         self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
     ) -> Tensor:
         logits = self.model(video, path_scales, feature_scales)
+        if self.model.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        if self.model.task == "regression":
+            return (F.mse_loss if self._regression == "mse" else F.l1_loss)(logits, targets)
         return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
@@ -95,7 +101,7 @@ class FinetuneStep(Step[Prepared]):
             self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def build_objective(self, compiled: Compile) -> Objective:
-        return ClassifierObjective(self.model, compiled)
+        return ClassifierObjective(self.model, compiled, self.config.head.loss)
 
     def build_optimizer(self) -> Optimizer:
         dtype = matmul_dtype(self.config.run, self.device)

@@ -24,7 +24,8 @@ from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.classifier_step import FinetuneStep
-from mam2.engine.train.finetune import ACCURACY, finetune
+from mam2.engine.train.finetune import finetune
+from mam2.engine.train.finetune_tasks import ACCURACY
 from tests.helpers.commands import exit_status, outcome, torchrun
 from tests.helpers.paths import CLIPS
 from tests.helpers.runs import same_tensors
