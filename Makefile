@@ -65,10 +65,13 @@ sanitize:
 bench:
 	$(PY) -m pytest benchmarks --benchmark-quiet $(ARGS)
 
-# Half the epochs, and half the time? Under two hours on two cores; ARGS=--quick in minutes. With labelled real clips
-# where there are any: ARGS="--real-train DATA --real-test DATA".
-CLIPS := ../shared/clips/mini5
-REAL := $(if $(wildcard $(CLIPS)_train.csv),--real-train $(CLIPS)_train.csv --real-test $(CLIPS)_test.csv)
+# Half the epochs, and half the time? About two hours on two cores; ARGS=--quick in minutes. With labeled real clips
+# where there are any: ARGS="--real-train DATA --real-test DATA"; see docs/convergence.md.
+MIRACL := ../shared/miracl
+ASKED := words_by_speaker phrases_by_speaker speaker_by_instance
+LISTS = $(foreach name,$(ASKED),--real-train $(MIRACL)/$(name)_train.csv --real-test $(MIRACL)/$(name)_test.csv)
+REAL := $(if $(wildcard $(MIRACL)/meta.csv),$(LISTS) --real-pretrain $(MIRACL)/unlabelled_by_speaker_train.csv \
+	--real-group $(MIRACL)/meta.csv:speaker --real-shots speaker_by_instance=5)
 convergence: $(VENV)/installed
 	$(BIN)/python -m benchmarks.convergence $(REAL) $(ARGS)
 

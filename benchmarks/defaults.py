@@ -144,7 +144,10 @@ def main() -> int:
     random_encoder = accuracies(Encoder.from_config(default), data, default)
     test = len(data.splits["test"].labels)
     print(f"{clips} training clips, {test} test clips, {given.steps} steps of {default.optim.batch}")
-    print("| | value | probe by slots, % | of the mean, % | motion error / none | right codes, % | commonest, % | s |")
+    print(
+        "| | value | probe by slots, % | of the mean, % | motion error / none | correct codes, % | most frequent, % "
+        "| s |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     print(f"| | random encoder | {100 * random_encoder[0]:.1f} | {100 * random_encoder[1]:.1f} | | | | |", flush=True)
     for family, label, changes in (("", "default, seed 0", {}), *ROWS):

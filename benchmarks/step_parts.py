@@ -77,7 +77,7 @@ def part_rows(
 
 
 def muon_updates(model: nn.Module, config: PretrainConfig) -> dict[str, Callable[[], Any]]:
-    """Ways to update all parameters, whose gradients are set: ours, and PyTorch's Muon beside its AdamW."""
+    """Returns ways to update all parameters, whose gradients are set: ours, and PyTorch's Muon with its AdamW."""
     optimizer = build_optimizer(model, dataclasses.replace(config.optim, name="muon"))
     matrices = hidden_matrices(model)
     parts = []

@@ -51,7 +51,8 @@ class DemoResult:
         """Returns the demo's claims, and whether each holds."""
         return {
             "probe: pre-trained beats random by 10 points": self.probe_pretrained - self.probe_random >= 0.10,
-            "codes: at least twice the commonest code": self.pretext.code_accuracy >= 2 * self.pretext.commonest_code,
+            "codes: at least twice the most frequent code": self.pretext.code_accuracy
+            >= 2 * self.pretext.commonest_code,
             "motion: better than predicting none, whole interval": self.pretext.motion_interval[1] < 1,
         }
 
@@ -165,7 +166,7 @@ def _rows(result: DemoResult) -> list[tuple[str, str]]:
         ("linear probe, pre-trained encoder", share(result.probe_pretrained, result.probe_pretrained_interval)),
         ("linear probe, random encoder", share(result.probe_random, result.probe_random_interval)),
         ("gain", share(gain, result.probe_gain_interval).replace("%", "points", 1)),
-        ("hidden codes predicted right", share(pretext.code_accuracy, pretext.code_interval)),
-        ("always the commonest code", f"{100 * pretext.commonest_code:.1f} %"),
-        ("motion error / that of predicting no motion", share(pretext.relative_motion, pretext.motion_interval)),
+        ("masked codes predicted correctly", share(pretext.code_accuracy, pretext.code_interval)),
+        ("always the most frequent code", f"{100 * pretext.commonest_code:.1f} %"),
+        ("motion error / error of predicting no motion", share(pretext.relative_motion, pretext.motion_interval)),
     ]

@@ -10,8 +10,8 @@ from pathlib import Path
 import av
 import torch
 
-from mam2.engine.config.pretrain import DataConfig, RunConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.dali import dali_version
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from mam2.engine import costs
-from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device

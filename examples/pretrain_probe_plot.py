@@ -39,7 +39,7 @@ def main(out: Path, *, quick: bool = False) -> dict[str, Any]:
         )
     print(plan(config).report(videos=len(videos.videos)))
 
-    # Pre-train; a second call goes on where the first was stopped
+    # Pre-train; a second call continues where the first stopped
     trained = pretrain(config, out / "clips" / "train", run, resume=True)
     print(f"{trained.step} steps, {trained.checkpoint}")
     plot([run], out / "losses.png")

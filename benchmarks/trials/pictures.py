@@ -11,10 +11,11 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from benchmarks.trials.intervals import welch
+from benchmarks.trials.intervals import paired
 from benchmarks.trials.selection import (
+    CHANCE,
+    CURVES,
     JUDGED,
-    MEASURES,
     METHODS,
     Axis,
     Measure,
@@ -28,7 +29,12 @@ from benchmarks.trials.selection import (
     values,
 )
 
-COLOURS = {"mam2": "C3", "videomae": "C0"}
+STYLES: dict[str, dict[str, Any]] = {
+    "mam2-muon": {"color": "C3", "linestyle": "-"},
+    "mam2": {"color": "C3", "linestyle": "--"},
+    "videomae-muon": {"color": "C0", "linestyle": "-"},
+    "videomae": {"color": "C0", "linestyle": "--"},
+}
 AXES: dict[Axis, tuple[str, float]] = {
     "epochs": ("epochs of pre-training", 1),
     "seconds": ("seconds, preparation counted", 1),
@@ -48,6 +54,7 @@ SEED: dict[str, Any] = {
     "linestyle": "none",
     "zorder": 3,
 }
+QUESTIONS: dict[Measure, str] = {"probe": "what moves how (motion)", "shape": "what it is (shape)"}
 WIDTH = 11
 """Inches; with fonts of 10 points legible down to 1100 pixels."""
 
@@ -58,7 +65,7 @@ def draw(results: Results, path: Path) -> None:
     Nothing is drawn without trials of the group "main".
     """
     trials = trials_of(results, "main")
-    measures = [measure for measure in MEASURES if values(trials, measure)]
+    measures = [measure for measure in CURVES if values(trials, measure)]
     if not measures:
         return
     figure = Figure(figsize=(WIDTH, 3.1 * len(measures) + 0.5), layout="constrained")
@@ -66,7 +73,7 @@ def draw(results: Results, path: Path) -> None:
     for row, measure in zip(panels, measures, strict=True):
         for axes, axis in zip(row, AXES, strict=True):
             _panel(axes, results, trials, measure, axis)
-        row[0].set_ylabel(f"{MEASURES[measure]}, %")
+        row[0].set_ylabel(f"{QUESTIONS[measure]}, %")
     for axes, (label, _) in zip(panels[-1], AXES.values(), strict=True):
         axes.set_xlabel(label)
     handles, labels = panels[0, 1].get_legend_handles_labels()
@@ -80,16 +87,16 @@ def _panel(axes: Axes, results: Results, trials: list[Trial], measure: Measure, 
     scale = AXES[axis][1]
     for (variant,), mine in grouped(trials, "variant").items():
         cells = by_epochs(mine, measure).values()
-        colour, name = COLOURS.get(variant, "C2"), METHODS.get(variant, variant)
+        style, name = STYLES.get(variant, {"color": "C2"}), METHODS.get(variant, variant)
         means = [100 * statistics.fmean(values(cell, measure)) for cell in cells]
         places = [statistics.fmean(cost(trial, axis) for trial in cell) / scale for cell in cells]
-        axes.errorbar(places, means, [_spread(cell, measure) for cell in cells], color=colour, capsize=4, label=name)
+        axes.errorbar(places, means, [_spread(cell, measure) for cell in cells], **style, capsize=3, label=name)
         if axis == "seconds" and any(trial["preparation_s"] for trial in mine):
             places = [statistics.fmean(cost(trial, "training_seconds") for trial in cell) for cell in cells]
-            axes.plot(places, means, color=colour, linewidth=0.9, linestyle="-.", label=f"{name} without preparation")
+            axes.plot(places, means, **{**style, "linestyle": ":"}, linewidth=0.9, label="_without preparation")
         for trial in (trial for cell in cells for trial in cell):
-            axes.plot(cost(trial, axis) / scale, 100 * trial[measure], color=colour, **SEED)
-    _references(axes, results, trials[0]["data"], measure)
+            axes.plot(cost(trial, axis) / scale, 100 * trial[measure], color=style["color"], **SEED)
+    _references(axes, results, measure)
     axes.set_xscale("log", base=2 if axis == "epochs" else 10)
     if axis == "epochs":
         budgets = sorted({trial["epochs"] for trial in trials})
@@ -103,12 +110,11 @@ def _panel(axes: Axes, results: Results, trials: list[Trial], measure: Measure, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _references(axes: Axes, results: Results, data: str, measure: Measure) -> None:
-    random = results.get("random", {}).get(data, {}).get(measure)
+def _references(axes: Axes, results: Results, measure: Measure) -> None:
+    random = values([trial for trial in results.get("random", []) if trial["data"] == "synthetic"], measure)
     if random:
-        axes.axhline(100 * statistics.fmean(random), color="grey", linestyle="--", label=METHODS["random"])
-    classes = results["data"][data]["classes"]
-    axes.axhline(100 / classes, color="grey", linestyle=":", label="chance")
+        axes.axhline(100 * statistics.fmean(random), color="gray", linestyle="--", label=METHODS["random"])
+    axes.axhline(100 / CHANCE[measure], color="gray", linestyle=":", label="chance")
 
 
 def _spread(cell: list[Trial], key: str) -> float:
@@ -125,13 +131,13 @@ def draw_ablations(results: Results, path: Path) -> None:
     default, changed = ablations_of(results)
     if not changed:
         return
-    reference = values(default, JUDGED)
+    reference = {trial["seed"]: trial[JUDGED] for trial in default}
     families = grouped(changed, "family")
     count = sum(1 + len(grouped(family, "label")) for family in families.values())
     figure = Figure(figsize=(WIDTH, 0.27 * count + 1.4), layout="constrained")
     axes = figure.add_subplot()
     if reference:
-        middle, spread = 100 * statistics.fmean(reference), _spread(default, JUDGED)
+        middle, spread = 100 * statistics.fmean(reference.values()), _spread(default, JUDGED)
         axes.axvspan(middle - spread, middle + spread, color="C2", alpha=0.2, label="the default: mean ± spread")
         axes.axvline(middle, color="C2")
     ticks: list[tuple[int, str]] = []
@@ -148,7 +154,7 @@ def draw_ablations(results: Results, path: Path) -> None:
         axes.axhline(place, color="black", alpha=0.12, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(ticks) - 0.3, -0.7)
-    axes.set_xlabel(f"{MEASURES['probe']} on validation clips, %")
+    axes.set_xlabel(f"{QUESTIONS['probe']} on validation clips, %")
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for verdict, style in VERDICTS.items():
@@ -157,9 +163,9 @@ def draw_ablations(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _ablation(axes: Axes, place: int, cell: list[Trial], reference: list[float]) -> None:
+def _ablation(axes: Axes, place: int, cell: list[Trial], reference: dict[int, float]) -> None:
     scores = values(cell, JUDGED)
-    difference = welch(scores, reference)
+    difference = paired({trial["seed"]: trial[JUDGED] for trial in cell}, reference)
     style = VERDICTS[difference.verdict if difference else None]
     middle = 100 * statistics.fmean(scores)
     axes.plot([100 * score for score in scores], [place] * len(scores), color="0.35", **SEED)

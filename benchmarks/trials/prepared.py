@@ -2,19 +2,22 @@
 
 FOLDER/videos/<split>/<class>/*       files; FOLDER/tokenizer.safetensors   trained on the training clips
 FOLDER/<split>.npy                    uint8 [videos, augmentations, views, T, H, W, C]; one of each but for training
-FOLDER/<split>-labels.npy             int64 [videos]
+FOLDER/<split>-labels.npy             int64 [videos]; -1 where the videos have none
+FOLDER/<split>-questions.npz          int64 [videos] by name: what else is known of each
 FOLDER/codes.npy                      int16 [videos, augmentations, views, N, frames of a tubelet]
 FOLDER/prepared.json                  what the tokenizer and its codes cost
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,8 @@ class Split:
     """uint8 [videos, augmentations, views, T, H, W, C]"""
     labels: Tensor
     """int64 [videos]"""
+    questions: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """int64 [videos] by name: what else is known of each video."""
 
     def videos(self, count: int) -> Iterator[Tensor]:
         """The first clip of each, `count` at a time: uint8 [count or fewer, 3, T, H, W]."""
@@ -73,23 +78,34 @@ def as_video(clips: np.ndarray) -> Tensor:
 
 def load(folder: Path) -> Prepared:
     facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
-    splits = {
-        name: Split(
-            np.load(folder / f"{name}.npy", mmap_mode="r"), torch.from_numpy(np.load(folder / f"{name}-labels.npy"))
+    splits = {}
+    for name in facts["videos"]:
+        table = folder / f"{name}-questions.npz"
+        splits[name] = Split(
+            np.load(folder / f"{name}.npy", mmap_mode="r"),
+            torch.from_numpy(np.load(folder / f"{name}-labels.npy")),
+            {key: torch.from_numpy(found) for key, found in np.load(table).items()} if table.is_file() else {},
         )
-        for name in facts["videos"]
-    }
     codes = np.load(folder / "codes.npy", mmap_mode="r")
     return Prepared(splits, codes, facts["codebook_size"], facts["classes"], facts)
 
 
-def prepare(data: Mapping[str, Path], folder: Path, config: PretrainConfig, *, recorded: int, views: int) -> Prepared:
+def prepare(
+    data: Mapping[str, Path],
+    folder: Path,
+    config: PretrainConfig,
+    *,
+    recorded: int,
+    views: int,
+    questions: Path | None = None,
+) -> Prepared:
     """Renders the videos of each split, trains a tokenizer on the training clips and computes their codes.
 
     Args:
-        data: folders or lists of the splits, `train` among them.
+        data: folders or lists of the splits, `train` among them. Where that has no labels, none are needed.
         folder: is made; what is there already is kept.
         recorded, views: clips of each training video, and crops of each clip.
+        questions: table of what else is known of the videos: a column `path`, and one for each question.
 
     Raises:
         UserError: videos without a label, of a class that the training videos lack, or that cannot be decoded.
@@ -99,11 +115,15 @@ def prepare(data: Mapping[str, Path], folder: Path, config: PretrainConfig, *, r
     folder.mkdir(parents=True, exist_ok=True)
     manifests = {name: read_manifest(path) for name, path in data.items()}
     classes = manifests["train"].classes
-    manifests = {name: relabelled(manifest, data[name], classes) for name, manifest in manifests.items()}
+    if classes:
+        manifests = {name: relabelled(manifest, data[name], classes) for name, manifest in manifests.items()}
     for name, manifest in manifests.items():
         train = name == "train"
         data_config = dataclasses.replace(config.data, recorded=recorded if train else 1, views=views if train else 1)
-        _render(name, manifest, folder, dataclasses.replace(config, data=data_config))
+        if not (folder / f"{name}-labels.npy").is_file():
+            render(name, manifest, folder, dataclasses.replace(config, data=data_config), train=train)
+        if questions:
+            np.savez(folder / f"{name}-questions.npz", **answers(questions, [video.path for video in manifest.videos]))
     facts = {
         "videos": {name: len(manifest.videos) for name, manifest in manifests.items()},
         "classes": len(classes),
@@ -114,8 +134,23 @@ def prepare(data: Mapping[str, Path], folder: Path, config: PretrainConfig, *, r
     return load(folder)
 
 
-def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig) -> None:
-    data, train, device = config.data, name == "train", pick_device(config.run)
+def answers(table: Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of a table with a column `path`, for each path: int64 [paths] by name, a column's values numbered in
+    alphabetical order. Raises UserError for a path that the table lacks."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = {os.path.abspath(table.parent / row.pop("path")): row for row in csv.DictReader(file)}
+    if missing := next((path for path in paths if path not in rows), None):
+        raise UserError(f"{table}: no line for {missing}; the table must name every video")
+    found = {}
+    for name in next(iter(rows.values())):
+        numbers = {value: number for number, value in enumerate(sorted({row[name] for row in rows.values()}))}
+        found[name] = np.array([numbers[rows[path][name]] for path in paths])
+    return found
+
+
+def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, *, train: bool) -> None:
+    """Writes FOLDER/NAME.npy and FOLDER/NAME-labels.npy. UserError for a video that cannot be decoded."""
+    data, device = config.data, pick_device(config.run)
     shape = (len(manifest.videos), data.recorded, data.views, data.frames, data.size, data.size, 3)
     clips = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)
     with ClipLoader(manifest, data, batch=BATCH, device=device, seed=config.run.seed, train=train) as loader:
@@ -131,14 +166,15 @@ def _render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig)
 
 
 def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[str, float]:
-    """Trains the tokenizer, writes codes.npy; returns seconds and FLOPs of both."""
+    """Trains the tokenizer, writes codes.npy; returns seconds (on a CPU of the processor) and FLOPs of both."""
     options, device = config.tokenizer, pick_device(config.run)
     architecture = small(options.channels, options.codes, code_factor(config))
-    start = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
         frames = clip_frames(loader, options.batch)
         vqgan, _ = train_with_progress(frames, architecture, options.steps, device, seed=config.run.seed)
-    trained_s = time.perf_counter() - start
+    trained_s = clock() - start
     save_vqgan(vqgan, folder / FILE)
     every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))
     tokenizer = build_tokenizer(vqgan, every_frame, device)
@@ -147,12 +183,12 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
     shape = (*clips.shape[:3], tokens, tubelet)
     codes = np.lib.format.open_memmap(folder / "codes.npy", mode="w+", dtype=np.int16, shape=shape)
     share = max(BATCH // math.prod(clips.shape[1:3]), 1)
-    start = time.perf_counter()
+    start = clock()
     for first in tqdm(range(0, len(clips), share), desc="tokenizing", unit="batch"):
         part = clips[first : first + share]
         found = tokenizer.codes(as_video(part.reshape(-1, *part.shape[3:])).to(device))
         codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], tokens, tubelet)
-    tokenized_s = (time.perf_counter() - start) / tubelet  # MAM2's default needs one frame's
+    tokenized_s = (clock() - start) / tubelet  # MAM2's default needs one frame's
     codes.flush()
     image = costs.tokenizer_image(architecture, config.grid[1:], costs.SINGLE).forward_flops
     crop = costs.tokenizer_image(architecture, tuple(min(side, CROP_CODES) for side in config.grid[1:]), costs.SINGLE)

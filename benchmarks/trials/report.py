@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import Row, table
-from benchmarks.trials.intervals import welch, wilson
+from benchmarks.trials.intervals import Difference, paired
 from benchmarks.trials.pictures import draw, draw_ablations
 from benchmarks.trials.reach import DRAWS, Reach, reach
+from benchmarks.trials.real_report import real_parts
 from benchmarks.trials.selection import (
+    CURVES,
     JUDGED,
     MEASURES,
     METHODS,
@@ -29,9 +31,16 @@ BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 PICTURES = "convergence.png", "convergence-ablations.png"
 """Beside the page."""
 ABLATION_COLUMNS = (
-    *("family", "setting", "seeds", "on validation, %", "difference [95 %]", "clearly", "on test, %"),
-    *("s an epoch", "× default"),
+    *("family", "setting", "seeds", "motion on validation, %", "difference [95 %]", "clearly", "motion, %"),
+    *("shape, %", "shape, difference [95 %]", "s per epoch", "× default"),
 )
+PAIRS = (("mam2", "videomae"), ("mam2-muon", "videomae-muon"), ("mam2-muon", "mam2"), ("videomae-muon", "videomae"))
+"""Whose differences are reported: the methods under one optimizer, and the optimizers on one method."""
+REACHED = (
+    *(("mam2", "videomae"), ("mam2-muon", "videomae-muon"), ("mam2-muon", "videomae"), ("videomae-muon", "videomae")),
+    *(("videomae", "mam2"), ("videomae-muon", "mam2-muon"), ("videomae", "videomae")),
+)
+"""Who is asked for whose final accuracy; the last is what the way of reckoning gives where nothing is gained."""
 UNITS: dict[Axis, tuple[str, float]] = {
     "epochs": ("epochs", 1),
     "seconds": ("seconds with preparation", 1),
@@ -54,7 +63,35 @@ def main_table(results: Results) -> str:
         }
         setting = {"epochs": f"{epochs:g}", "base lr": f"{base_lr:g}", "seeds": len(cell)}
         rows.append({"method": METHODS.get(variant, variant), **setting, **_accuracies(cell), **costs})
-    return table([*rows, *_random_rows(results, trials_of(results, "main"))], list(rows[0]) if rows else [])
+    untrained = [trial for trial in results.get("random", []) if trial["data"] == "synthetic"]
+    if rows and untrained:
+        rows.append({"method": METHODS["random"], "seeds": len(untrained), **_accuracies(untrained)})
+    return table(rows, list(rows[0]) if rows else [])
+
+
+def paired_table(results: Results) -> str:
+    """Markdown: differences of two variants at each budget over the seeds that both have. Empty without any."""
+    cells = grouped(trials_of(results, "main"), "variant", "epochs")
+    rows: list[Row] = []
+    for better, other in PAIRS:
+        for epochs in sorted({epochs for variant, epochs in cells if variant == better}):
+            row: Row = {"difference": f"{METHODS[better]} − {METHODS[other]}", "epochs": f"{epochs:g}"}
+            for measure in CURVES:
+                mine, theirs = (_by_seed(cells.get((name, epochs), []), measure) for name in (better, other))
+                if found := paired(mine, theirs):
+                    row["seeds"] = len(mine.keys() & theirs.keys())
+                    row[f"{MEASURES[measure]}, points [95 %]"] = _points(found)
+            if "seeds" in row:
+                rows.append(row)
+    return table(rows, ["difference", "epochs", "seeds", *(f"{MEASURES[m]}, points [95 %]" for m in CURVES)])
+
+
+def _by_seed(cell: list[Trial], key: str) -> dict[int, float]:
+    return {trial["seed"]: trial[key] for trial in cell if trial.get(key) is not None}
+
+
+def _points(found: Difference) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in found))
 
 
 def sweep_table(results: Results) -> str:
@@ -71,7 +108,8 @@ def sweep_table(results: Results) -> str:
                     "epochs": f"{epochs:g}",
                     "base lr": f"{base_lr:g}",
                     "seeds": len(cell),
-                    "linear probe on validation, %": percent(values(cell, JUDGED)),
+                    "motion on validation, %": percent(values(cell, JUDGED)),
+                    "shape on validation, %": percent(values(cell, "shape_validation")),
                     "best": f"best{at_end}" if base_lr == best else None,
                 }
             )
@@ -83,14 +121,15 @@ def ablation_table(results: Results) -> str:
     default, changed = ablations_of(results)
     if not changed:
         return ""
-    reference = values(default, JUDGED)
     rows = [{"family": "default", **_ablation_row(default, default)}] if default else []
     for (family,), members in grouped(changed, "family").items():
         for place, cell in enumerate(grouped(members, "label").values()):
             row: Row = {"family": None if place else family, **_ablation_row(cell, default)}
-            if difference := welch(values(cell, JUDGED), reference):
-                row["difference [95 %]"] = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in difference))
+            if difference := paired(_by_seed(cell, JUDGED), _by_seed(default, JUDGED)):
+                row["difference [95 %]"] = _points(difference)
                 row["clearly"] = difference.verdict
+            if difference := paired(_by_seed(cell, "shape"), _by_seed(default, "shape")):
+                row["shape, difference [95 %]"] = _points(difference)
             rows.append(row)
     return table(rows, ABLATION_COLUMNS)
 
@@ -100,46 +139,12 @@ def _ablation_row(cell: list[Trial], default: list[Trial]) -> Row:
     return {
         "setting": cell[0]["label"],
         "seeds": len(cell),
-        "on validation, %": percent(values(cell, JUDGED)),
-        "on test, %": percent(values(cell, "probe")),
-        "s an epoch": seconds,
+        "motion on validation, %": percent(values(cell, JUDGED)),
+        "motion, %": percent(values(cell, "probe")),
+        "shape, %": percent(values(cell, "shape")),
+        "s per epoch": seconds,
         "× default": f"{seconds / _mean(default, 'epoch_s'):.2f}" if default else None,
     }
-
-
-def real_table(results: Results) -> str:
-    """Markdown: accuracy on the test videos of the real clips, with what their number allows. Empty without trials."""
-    trials = trials_of(results, "real")
-    if not trials:
-        return ""
-    videos = results["data"]["real"]["test"]
-    rows: list[Row] = []
-    for (variant, epochs), cell in sorted(grouped(trials, "variant", "epochs").items()):
-        row: Row = {"method": METHODS.get(variant, variant), "epochs": f"{epochs:g}", "seeds": len(cell)}
-        for measure, name in MEASURES.items():
-            sample = values(cell, measure)
-            row[f"{name}, %"] = percent(sample)
-            row[f"{name}, 95 % of {videos} videos"] = _binomial(sample, videos)
-        rows.append(row)
-    return table([*rows, *_random_rows(results, trials)], list(rows[0]))
-
-
-def _binomial(sample: list[float], videos: int) -> str | None:
-    if not sample:
-        return None
-    # seeds see the same videos, so that more of them do not make the interval narrower
-    low, high = wilson(statistics.fmean(sample), videos)
-    return f"{100 * low:.1f} to {100 * high:.1f}"
-
-
-def _random_rows(results: Results, trials: list[Trial]) -> list[Row]:
-    random = results.get("random", {})
-    rows: list[Row] = []
-    for (data,) in grouped(trials, "data"):
-        if data in random:
-            accuracies = {f"{name}, %": percent(random[data].get(measure) or []) for measure, name in MEASURES.items()}
-            rows.append({"method": METHODS["random"], **accuracies})
-    return rows
 
 
 def _accuracies(cell: list[Trial]) -> Row:
@@ -200,8 +205,19 @@ def page(results: Results) -> str:
             f"![Accuracy against epochs, seconds and FLOPs]({PICTURES[0]})",
             numbers,
             "Each row is a finished training with a schedule of its own; ± is the sample standard deviation over "
-            "seeds, on the same test clips. Seconds are of one training alone (on CPUs on one thread), "
-            "without decoding; seconds and TFLOP count the preparation once a training.",
+            "seeds, on the same test clips. Motion, shape, color and texture are linear probes of the same features. "
+            "Seconds are of one training alone (on CPUs processor time of one thread, the optimizer's counted), "
+            "without decoding; seconds and TFLOP count the preparation once per training.",
+            *_missing(results),
+        ]
+        if differences := paired_table(results):
+            parts += [
+                "### Differences, paired by seed",
+                differences,
+                "Two trainings of one seed see the same clips in the same order. Intervals are Student's t over seeds.",
+            ]
+        parts += [
+            "### What it takes to reach the other's accuracy",
             *_ratios(results),
         ]
     if numbers := ablation_table(results):
@@ -213,15 +229,7 @@ def page(results: Results) -> str:
         ]
     if numbers := sweep_table(results):
         parts += ["### Learning rates", numbers]
-    if numbers := real_table(results):
-        counts = results["data"]["real"]
-        parts += [
-            "### Real clips",
-            numbers,
-            f"{counts['classes']} classes, {counts['test']} test videos: one video is {100 / counts['test']:.1f} "
-            "points. The interval is Wilson's for the mean accuracy on that many videos; ± tells only how seeds "
-            "differ on the same videos.",
-        ]
+    parts += real_parts(results)
     return "\n\n".join([*parts, END])
 
 
@@ -229,29 +237,50 @@ def _what_ran(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         f"Setting `{results['setting']}`, {results['date']}, on {results['machine']} ({versions}): "
-        f"{len(results['trials'])} trainings, {results['wall_s'] / 60:.0f} minutes in all."
+        f"{_trainings(results)} trainings, {results['wall_s'] / 60:.0f} minutes in all, of which the processes worked "
+        f"{_worked_s(results) / 60:.0f}."
     ]
     for name, counts in results["data"].items():
         lines.append(
             f"{name.capitalize()} clips: {counts['classes']} classes, {counts['train']} to train on, "
             f"{counts['validation']} for validation, {counts['test']} to test on."
+            if name == "synthetic"
+            else f"Real clips: {counts['train']} to pre-train on."
         )
     if paid := results.get("preparation"):
         flops = (paid["tokenizer_flops"] + paid["tokenize_flops"]) / 1e12
         lines.append(
-            f"What MAM2 with codes pays once a data set: {paid['tokenizer_s']:.1f} s to train the tokenizer, "
+            f"What MAM2 with codes pays once per data set: {paid['tokenizer_s']:.1f} s to train the tokenizer, "
             f"{paid['tokenize_s']:.1f} s to compute the codes, {flops:.3g} TFLOP together."
         )
     return "\n".join(lines)
 
 
+def _trainings(results: Results) -> int:
+    # the default's trainings stand among the ablations once more
+    return sum(trial["family"] != "default" for trial in results["trials"])
+
+
+def _worked_s(results: Results) -> float:
+    """Processor seconds of all trainings and what was measured of them."""
+    done = [trial for trial in results["trials"] if trial["family"] != "default"]
+    return sum(trial.get("cpu_s", 0.0) + trial.get("measuring_cpu_s", 0.0) for trial in done)
+
+
+def _missing(results: Results) -> list[str]:
+    """A sentence on trainings of the main comparison that were planned and not done."""
+    planned = results["seeds"] * len(results["budgets"]) * 4
+    done = len(trials_of(results, "main"))
+    return (
+        [f"{planned - done} of the {planned} trainings were not done; rows show their seeds."] if done < planned else []
+    )
+
+
 def _ratios(results: Results) -> list[str]:
-    # the last is what the way of reckoning gives where nothing is gained: noise on a flat curve crosses early
-    pairs = (("mam2", "videomae"), ("videomae", "mam2"), ("videomae", "videomae"))
     sentences = [
-        f"- {name.capitalize()}: {sentence}"
-        for measure, name in MEASURES.items()
-        for method, other in pairs
+        f"- {MEASURES[measure].capitalize()}: {sentence}"
+        for measure in CURVES
+        for method, other in REACHED
         if (sentence := ratio_sentence(results, measure, method=method, other=other))
     ]
     if not sentences:
@@ -270,11 +299,11 @@ def _about_ablations(results: Results) -> str:
     count = len(grouped(changed, "family", "label"))
     budgets = ", ".join(f"{epochs:g}" for (epochs,) in grouped(changed, "epochs"))
     return (
-        f"Budget: {budgets} epochs; accuracies of the linear probe. Difference: points against the default on the "
-        "validation clips, by which choices are made, with the 95 % interval of Welch's t over seeds. Trainings of one "
-        "seed are not paired: where a seed moves both alike the interval is too wide rather than too narrow. `clearly` "
-        f"marks intervals without 0; were no setting to matter, about {0.05 * count:.1f} of the {count} rows would be "
-        "marked all the same. Seconds are of training alone."
+        f"Default: {METHODS[results['default']]}. Budget: {budgets} epochs; accuracies of the linear probe. "
+        "Difference: points against the default, paired by seed, with the 95 % interval of Student's t; for motion on "
+        "the validation clips, by which choices are made. `clearly` marks intervals without 0; were no setting to "
+        f"matter, about {0.05 * count:.1f} of the {count} rows would be marked all the same. Seconds are of training "
+        "alone."
     )
 
 

@@ -1,13 +1,13 @@
 """One training from prepared clips: pre-train an encoder, probe it frozen, fine-tune it.
 
-Step, losses, masks, optimiser and schedule are the engine's own; only the loader is replaced by arrays, so that a
+Step, losses, masks, optimizer and schedule are the engine's own; only the loader is replaced by arrays, so that a
 training costs no decoding. The clips of a step are a pure function of (seed, step), the same for every variant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.trials.prepared import Prepared, Split, as_video
+from benchmarks.trials.prepared import Prepared, as_video
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
 from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.evaluation.pools import Pool, pool_tokens
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -88,30 +89,43 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, split: Split, config: PretrainConfig) -> Tensor:
-    """Mean of the tokens of each video's clip, nothing hidden: float32 [videos, D] on the CPU."""
+def features(
+    encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig, pools: Sequence[Pool] = ("mean",)
+) -> dict[Pool, Tensor]:
+    """Means of a clip's tokens, nothing hidden, by the way they are pooled: float32 [clips, R·D] on the CPU."""
     device = next(encoder.parameters()).device
     encoder.eval()
-    found = []
-    for part in split.videos(EVALUATED):
+    found: dict[Pool, list[Tensor]] = {pool: [] for pool in pools}
+    for part in clips:
         with autocast(config.run, device):
-            found.append(encoder.encode(part.to(device)).float().mean(1).cpu())
-    return torch.cat(found)
+            tokens = encoder.encode(part.to(device)).float()
+        for pool, parts in found.items():
+            parts.append(pool_tokens(tokens, config.grid, pool).flatten(1).cpu())
+    return {pool: torch.cat(parts) for pool, parts in found.items()}
 
 
-def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, float]:
-    """Accuracy of a linear probe on frozen features, on the videos of every split but `train`."""
+def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, dict[str, float]]:
+    """Accuracy of linear probes of the mean token: for each split but `train`, by question.
+
+    "probe" asks for the videos' labels; the other questions are those of the splits. All are asked of the same
+    features.
+    """
     splits = prepared.splits
-    found = {name: features(encoder, split, config) for name, split in splits.items()}
+    found = {name: features(encoder, split.videos(EVALUATED), config)["mean"] for name, split in splits.items()}
     judged = [name for name in splits if name != "train"]
-    result = linear_probe(
-        found["train"],
-        splits["train"].labels,
-        torch.cat([found[name] for name in judged]),
-        torch.cat([splits[name].labels for name in judged]),
-    )
-    right = result.right.double().split([len(splits[name].labels) for name in judged])
-    return {name: float(part.mean()) for name, part in zip(judged, right, strict=True)}
+    asked = {name: {"probe": split.labels, **split.questions} for name, split in splits.items()}
+    result: dict[str, dict[str, float]] = {name: {} for name in judged}
+    for question, labels in asked["train"].items():
+        answers = linear_probe(
+            found["train"],
+            labels,
+            torch.cat([found[name] for name in judged]),
+            torch.cat([asked[name][question] for name in judged]),
+        )
+        right = answers.right.double().split([len(splits[name].labels) for name in judged])
+        for name, part in zip(judged, right, strict=True):
+            result[name][question] = float(part.mean())
+    return result
 
 
 def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, labelled: int) -> float:

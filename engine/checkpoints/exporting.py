@@ -1,4 +1,4 @@
-"""`export`: a checkpoint as a folder for Hugging Face, a file for VideoMAE's code, or a graph for any program."""
+"""`export`: writes a checkpoint as a Hugging Face folder, a file for VideoMAE's code, or a graph for any program."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from mam2.engine.model.videomae import VideoMAE
 
 Format = Literal["huggingface", "mam2", "videomae", "torch", "onnx"]
 FOLDERS = ("huggingface", "mam2")
-"""Formats that are a folder, which can have a model card and be pushed."""
+"""Formats that are a folder; these can have a model card and be pushed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
     path: Path | None
-    """The folder or file that was written; None where it was only pushed."""
+    """The written folder or file; None if it was only pushed."""
     model: str
-    """Name of the class in the other project, or of ours."""
+    """Name of the class in the other project, or in MAM2."""
     clip: tuple[int, int, int]
-    """Frames, height and width of the clips that it takes."""
+    """Frames, height and width of the model's clips."""
     classes: tuple[str, ...]
     """Names of a classifier's classes in the order of its logits; empty for other models."""
     decoder_left_out: str
-    """Why a decoder is not in what was written; empty where it is, and where there is none."""
+    """Why a decoder was not exported; empty if it was, or if there is none."""
     address: str
-    """Of the repository that it was pushed to; empty otherwise."""
+    """Address of the repository if it was pushed, else empty."""
 
 
 def export(
@@ -58,27 +58,27 @@ def export(
     heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> ExportResult:
-    """Writes a model for other programs: a classifier, VideoMAE with its decoder where that has a place, or an encoder.
+    """Exports a model: a classifier, VideoMAE with its decoder if the format supports it, or an encoder.
 
     Args:
-        checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a folder of Hugging Face.
+        checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a Hugging Face folder.
         to: `huggingface` writes a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
-            `mam2` a folder with everything that a checkpoint of ours holds, tokenizer included; `videomae` a .pth for
-            the --finetune option of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx` a graph that takes
-            uint8 clips [B, 3, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
-        out: the folder or file to write; must not exist. None only with `push`.
-        push: OWNER/NAME of a repository on the hub that the folder is uploaded to with a model card (`huggingface` and
-            `mam2`). `load_encoder("hub:OWNER/NAME")` reads it. Whoever is logged in to the hub must own it.
-        private: the repository, where it is made, can only be seen by its owner.
+            `mam2` a folder with all contents of a MAM2 checkpoint, including the tokenizer; `videomae` a .pth for the
+            --finetune option of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx` a graph that maps uint8
+            clips [B, 3, T, H, W] to tokens [B, N, D], or to a classifier's logits.
+        out: output folder or file; must not exist. None only with `push`.
+        push: OWNER/NAME of a repository on the hub, to which the folder is uploaded with a model card (`huggingface`
+            and `mam2`). `load_encoder("hub:OWNER/NAME")` reads it. The user must be logged in to the hub as its owner.
+        private: make a new repository visible only to its owner.
         license: identifier of the license, such as apache-2.0; with it the folder gets a model card, README.md, written
             from the files of the run. `push` needs it.
-        scores: files that `mam2 probe` and `mam2 evaluate` wrote, for the card; those in the run folder are found.
-        frames, size: of the clips that it takes, where the checkpoint does not say them; height and width in pixels.
-        heads, decoder_heads: attention heads, of a checkpoint of VideoMAE's code of a width that it never published.
+        scores: result files of `mam2 probe` and `mam2 evaluate` for the card; those in the run folder are found.
+        frames, size: clip size, if the checkpoint does not state it; height and width in pixels.
+        heads, decoder_heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
 
     Raises:
-        UserError: for a checkpoint that cannot be read or has no place in the format, a place that cannot be written,
-            and a hub that refuses the upload.
+        UserError: the checkpoint cannot be read or does not fit the format, the output cannot be written, or the hub
+            refuses the upload.
     """
     check_flags(frames=(frames, COUNT), size=(size, COUNT), heads=(heads, COUNT), decoder_heads=(decoder_heads, COUNT))
     _check_sharing(to, out, push, license)
@@ -90,8 +90,8 @@ def export(
         return dataclasses.replace(result, path=None, address=address)
     out = Path(out)
     if out.exists():
-        raise UserError(f"--out {out}: is there already; name another one")
-    # Before the model is read and traced, which takes minutes.
+        raise UserError(f"--out {out} already exists: choose another path")
+    # Checked before the model is read and traced, which takes minutes.
     make_folder(out.absolute().parent)
     result = _export(checkpoint, to, out, push, license, scores, frames, size, heads, decoder_heads)
     if push:
@@ -104,13 +104,13 @@ def _check_sharing(to: Format, out: str | Path | None, push: str, license: str) 
     if (push or license) and to not in FOLDERS:
         raise UserError(f"--to {to}: a model card and --push are for the folders of {' and '.join(FOLDERS)}")
     if push and not license:
-        raise UserError(f"--push {push}: name the license of the weights, such as --license apache-2.0 (or other)")
+        raise UserError(f"--push {push}: expected the license of the weights, such as --license apache-2.0 (or other)")
     if license:
         check_license(license)
     if push:
         hub.check_push(push)
     if out is None and not push:
-        raise UserError("export: name the folder or file to write with --out, or a repository with --push")
+        raise UserError("export: expected --out with a folder or file, or --push with a repository")
 
 
 def _export(
@@ -155,9 +155,9 @@ def _export(
             else:
                 {"torch": write_torch, "onnx": write_onnx}[to](graph, aside / out.name, classes)
                 written = type(graph).__name__
-            for file in aside.iterdir():  # ONNX's weights may be a file of their own
+            for file in aside.iterdir():  # ONNX's weights may be a separate file
                 file.rename(out.with_name(file.name))
-    except (OSError, SafetensorError) as error:  # the latter is the library's word for the former
+    except (OSError, SafetensorError) as error:  # the library converts an OSError to the latter
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--out {out}: cannot be written: {reason}") from None
     finally:

@@ -14,8 +14,9 @@ from torch import nn
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.config.pretrain import DataConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.pretrain import ModelConfig, PretrainConfig
 from mam2.engine.config.recipe import from_dict
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Attention
 from mam2.engine.model.encoder import Encoder

@@ -1,7 +1,7 @@
-"""Checkpoints by name on a hub of models: `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION` stands for a repository there.
+"""Checkpoints on a model hub: `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION` names a repository there.
 
-The hub is Hugging Face's, or the one whose address HF_ENDPOINT holds. Its client keeps what was downloaded, and has
-the token of whoever is logged in (`hf auth login`).
+The hub is Hugging Face's, or that of the address in HF_ENDPOINT. Its client caches downloads, and uses the token of the
+logged-in user (`hf auth login`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mam2.engine.errors import UserError
 
 PREFIX = "hub:"
 FILES = ["*.json", "*.safetensors", "*.bin", "*.md"]
-"""What is downloaded of a repository."""
+"""Files to download from a repository."""
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether a path is a name on the hub."""
+    """Returns whether a path is a name on the hub."""
     return str(path).startswith(PREFIX)
 
 
 def local_path(path: str | Path) -> Path:
-    """The path, or for a name on the hub the folder that it is downloaded to. Raises UserError where that fails."""
+    """Returns the path, or for a name on the hub the folder of its download. Raises UserError if that fails."""
     return _download(str(path)) if is_hub_name(path) else Path(path)
 
 
@@ -41,16 +41,16 @@ def _download(name: str) -> Path:
 
 
 def check_push(repository: str) -> None:
-    """Raises UserError where a name is none, or the hub's client is not installed."""
+    """Raises UserError if a name is invalid, or the hub's client is not installed."""
     _check_name(repository, f"--push {repository}")
     with _told(f"--push {repository}"):
         import huggingface_hub  # noqa: F401
 
 
 def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
-    """Uploads a folder as one commit of a repository, which is made where it is missing. Returns its address.
+    """Uploads a folder as one commit to a repository, which is created if missing. Returns its address.
 
-    private: of a repository that is made. Raises UserError where the hub refuses it or cannot be reached.
+    private: visibility of a new repository. Raises UserError if the hub refuses it or cannot be reached.
     """
     with _told(f"--push {repository}: cannot be uploaded"):
         from huggingface_hub import HfApi
@@ -73,7 +73,7 @@ def _endpoint() -> str | None:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Turns what the hub's client raises into a UserError of one line."""
+    """Converts exceptions of the hub's client to a UserError of one line."""
     try:
         yield
     except ModuleNotFoundError as error:

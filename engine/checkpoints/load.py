@@ -27,7 +27,8 @@ from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.names import Tensors
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.pretrain import DataConfig, DecoderConfig, LossConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.pretrain import DecoderConfig, LossConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.build import build_model
 from mam2.engine.model.classifier import Classifier, linear_head

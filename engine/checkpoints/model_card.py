@@ -1,6 +1,7 @@
-"""A model card (README.md of a repository of models), written from the files of a run: nothing in it is typed by hand.
+"""Writes a model card (the README.md of a model repository) from the files of a run; nothing in it is typed by hand.
 
-What a run's files do not say is left out; of a checkpoint of others the card says only its sizes.
+Information that is not in a run's files is omitted; for a checkpoint of another project the card contains only its
+sizes.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from mam2.engine.model.classifier import Classifier
 from mam2.engine.runtime.log import read_log
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-"""An identifier as the hub has them: apache-2.0, cc-by-nc-4.0, other."""
+"""A license identifier of the hub: apache-2.0, cc-by-nc-4.0, other."""
 LAST_SHOWN = ("loss/", "accuracy/", "validation/")
-"""Beginnings of the quantities of a log whose last values are shown."""
+"""Prefixes of the log's quantities whose last values are shown."""
 TRAINING_SHOWN = (
     *(("data", key) for key in ("frames", "stride", "fps", "sampling", "size", "crop", "flip", "views")),
     *(("optim", key) for key in ("name", "batch", "epochs", "warmup_epochs", "base_lr", "weight_decay", "layer_decay")),
@@ -32,11 +33,11 @@ TRAINING_SHOWN = (
     *(("loss", key) for key in ("appearance_target", "motion_target", "pixel_normalize")),
     ("run", "seed"),
 )
-"""Keys of a config that the table of the recipe shows."""
+"""Keys of a config in the table of the recipe."""
 
 
 def check_license(license: str) -> None:
-    """Raises UserError for what is no identifier of a license."""
+    """Raises UserError for an invalid license identifier."""
     if not LICENSE.fullmatch(license):
         raise UserError(
             f"--license {license!r}: expected an identifier of the hub, such as apache-2.0, cc-by-nc-4.0 or other"
@@ -44,7 +45,7 @@ def check_license(license: str) -> None:
 
 
 def run_folder(path: str | Path) -> Path | None:
-    """The run folder that a checkpoint of ours lies in; None for any other."""
+    """Returns the run folder of a MAM2 checkpoint; None for any other."""
     weights = find_weights(path)
     if weights is None:
         return None
@@ -54,18 +55,18 @@ def run_folder(path: str | Path) -> Path | None:
 def model_card(
     path: str | Path, model: Model, *, name: str, license: str, to: str, classes: Sequence[str], scores: Sequence[Path]
 ) -> str:
-    """The card of a checkpoint as Markdown.
+    """Returns the card of a checkpoint as Markdown.
 
     Args:
         path: the checkpoint.
-        model: what it holds.
-        name: of the repository, or of the folder.
-        license: identifier of the hub.
-        to: `huggingface` or `mam2`, the format of the weights beside the card.
-        classes: of a classifier.
-        scores: files of `mam2 probe` and `mam2 evaluate`, beside those in the run folder.
+        model: the model of the checkpoint.
+        name: name of the repository or folder.
+        license: license identifier of the hub.
+        to: `huggingface` or `mam2`, the format of the weights.
+        classes: class names of a classifier.
+        scores: result files of `mam2 probe` and `mam2 evaluate`, in addition to those in the run folder.
 
-    Raises UserError for files of scores that cannot be read.
+    Raises UserError if a file of scores cannot be read.
     """
     weights, run = find_weights(path), run_folder(path)
     metadata = checkpoint.read_metadata(weights) if weights else {}
@@ -139,7 +140,7 @@ def _data(run: Path | None) -> str:
     manifest = read_saved_manifest(path)
     known = [video.duration_s for video in manifest.videos if video.duration_s]
     sides = sorted(min(video.shown_size) for video in manifest.videos)
-    rows = [("videos", f"{len(manifest.videos):,}"), ("files left out as unusable", f"{len(manifest.skipped):,}")]
+    rows = [("videos", f"{len(manifest.videos):,}"), ("unusable files", f"{len(manifest.skipped):,}")]
     if manifest.classes:
         rows.append(("classes", f"{len(manifest.classes):,}"))
     if known:
@@ -197,7 +198,7 @@ def _scores(run: Path | None, files: Sequence[Path]) -> str:
 
 
 def _of_file(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of results.json of `mam2 evaluate`, or of the JSON file of `mam2 probe`."""
+    """Returns the rows of results.json of `mam2 evaluate`, or of the JSON file of `mam2 probe`."""
     if "temporal" in values:
         what = f"{values['videos']} test videos, {values['temporal']} × {values['spatial']} views"
     if "mean_average_precision" in values:

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mam2.engine.checkpoints.weight_files import sort_metadata
-from mam2.engine.config.pretrain import PretrainConfig, TrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict
+from mam2.engine.config.training import TrainConfig
 from mam2.engine.errors import UserError
 
 FOLDER = "checkpoints"

@@ -1,4 +1,4 @@
-"""`random` as a checkpoint: an encoder with the weights that training would start from, the baseline of every score."""
+"""`random` as a checkpoint: an encoder with the initial weights of training, a baseline for every score."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.checkpoints.frozen import FrozenEncoder, clips_for, digest, load_frozen
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.pretrain import DataConfig, check
+from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.classifier import Classifier
@@ -21,16 +22,16 @@ from mam2.engine.model.encoder import Encoder
 RANDOM = Path("random")
 SEED = 0
 LAYER_SCALE = 0.1
-"""First value of LayerScale, CAE's, of an encoder like one that has it."""
+"""Initial value of LayerScale (CAE's) for an encoder like one that has it."""
 
 
 def is_random(path: str | Path) -> bool:
-    """Whether a path is the word `random`. Raises UserError where that is also the name of a file or folder here."""
+    """Returns whether a path is the word `random`. Raises UserError if a file or folder here has this name too."""
     if Path(path) != RANDOM:
         return False
     if RANDOM.exists():
         raise UserError(
-            f"{RANDOM}: stands for random weights, and {RANDOM.absolute()} exists; name that by its absolute path, "
+            f"{RANDOM}: means random weights, but {RANDOM.absolute()} exists; pass it by its absolute path, "
             "or work in another folder"
         )
     return True
@@ -46,11 +47,11 @@ def load_all_frozen(
     size: int | None = None,
     heads: int | None = None,
 ) -> list[FrozenEncoder]:
-    """`load_frozen` for each path, of which one may be `random`.
+    """Runs `load_frozen` for each path; one of them may be `random`.
 
-    recipe: the model and the clips of `random`; empty: those of the first other path.
+    recipe: recipe with the model and clips of `random`; empty: those of the first other path.
 
-    Raises UserError where there is neither, and as `load_frozen`.
+    Raises UserError if there is neither, and as in `load_frozen`.
     """
     known = {
         path: load_frozen(path, device, stride=stride, frames=frames, size=size, heads=heads)
@@ -58,7 +59,7 @@ def load_all_frozen(
         if not is_random(path)
     }
     if recipe and len(known) == len(set(paths)):
-        raise UserError(f"--recipe {recipe}: says the model of the checkpoint `random`, which is not named")
+        raise UserError(f"--recipe {recipe}: only for the checkpoint `random`, which is not among the checkpoints")
     if len(known) < len(set(paths)):
         if recipe:
             known[RANDOM] = _from_recipe(recipe, device, stride, frames, size)
@@ -72,9 +73,9 @@ def load_all_frozen(
 def random_classifier(
     recipe: str, classes: Sequence[str], *, frames: int | None = None, size: int | None = None
 ) -> tuple[Classifier, FinetuneConfig]:
-    """A classifier as fine-tuning with `--scratch` starts from, on the CPU, in evaluation.
+    """Returns the initial classifier of fine-tuning with `--scratch`, on the CPU, in evaluation mode.
 
-    Raises UserError without a recipe that fine-tunes, or for clips that its patches do not divide.
+    Raises UserError without a fine-tuning recipe, or if the clips cannot be divided into its patches.
     """
     if not recipe:
         raise UserError(_which_model("kinetics400/finetune"))
@@ -95,7 +96,7 @@ def _which_model(example: str) -> str:
 
 
 def _like(frozen: FrozenEncoder) -> FrozenEncoder:
-    """Random weights in an encoder of the same size, positions and clips."""
+    """Returns an encoder with random weights and the same size, positions and clips."""
     other = frozen.encoder
     block = other.blocks[0]
     assert isinstance(block, Block)

@@ -19,7 +19,7 @@ VERBS = {
     "embed": "CHECKPOINT --data FOLDER --out FILE   compute feature vectors of videos, as .npy, .parquet or others",
     "finetune": "RECIPE --data LIST --val LIST --checkpoint RUN --out RUN   train a classifier on an encoder",
     "evaluate": "CHECKPOINT --data LIST --out FOLDER   test a classifier with several views per video",
-    "predict": "CHECKPOINT --data VIDEOS   the likeliest classes of videos without labels; - reads a stream of names",
+    "predict": "CHECKPOINT --data VIDEOS   print the most probable classes of videos; - reads paths from stdin",
     "export": "CHECKPOINT --to FORMAT --out PATH   export to Hugging Face, VideoMAE's code, torch or ONNX",
 }
 """Help text per verb. A hyphen in a verb is an underscore in its module's name."""

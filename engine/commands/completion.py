@@ -1,4 +1,4 @@
-"""`mam2 completion`: a script that teaches a shell to complete verbs, recipes and flags."""
+"""`mam2 completion`: prints a script for shell completion of verbs, recipes and flags."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import recipe_names
 
 ENTRY = re.compile(r"^[│ ]*((?:-\w, )?--[a-z].*)$", re.MULTILINE)
-"""A line of tyro's help that begins with an option."""
+"""A line of tyro's help that starts with an option."""
 FLAG = re.compile(r"--[a-z][\w.-]*\w")
 PRETRAINING = ("pretrain", "tokenize", "plan")
-"""Verbs whose first argument is a recipe that pre-trains."""
+"""Verbs whose first argument is a pre-training recipe."""
 
 BASH = """\
 # mam2 completion bash: eval "$(mam2 completion bash)" in ~/.bashrc, or save it in bash-completion's folder
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:
-    """Print a script with which a shell completes the verbs, recipes and flags of this version.
+    """Print a script for shell completion of the verbs, recipes and flags of this version.
 
     Args:
         shell: bash: `eval "$(mam2 completion bash)"` in ~/.bashrc. zsh: the same in ~/.zshrc, after compinit. fish:
@@ -64,12 +64,12 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> i
 
 
 def flags_of(verb: str) -> list[str]:
-    """Returns the flags that the help of a verb names."""
+    """Returns the flags in the help of a verb."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         importlib.import_module(f"mam2.engine.commands.{verb.replace('-', '_')}").run(["--help"])
     entries = ENTRY.findall(text.getvalue())
-    # an option's names come before two spaces and its meaning
+    # two spaces separate an option's names from its meaning
     return sorted({flag for entry in entries for flag in FLAG.findall(entry.partition("   ")[0])} - {"--help"})
 
 

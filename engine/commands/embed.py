@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+
+from mam2.engine.commands.flags import ENCODER, EncoderFlags
 
 
 def run(arguments: list[str]) -> int:
@@ -16,15 +19,8 @@ def run(arguments: list[str]) -> int:
         window: str | None = None,
         hop: str | None = None,
         layer: int = 0,
-        recipe: str = "",
         pool: Literal["mean", "time", "time-center", "time-space"] = "mean",
-        stride: int = 0,
-        frames: int | None = None,
-        size: int | None = None,
-        heads: int | None = None,
-        batch: int = 32,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+        encoder: Annotated[EncoderFlags, tyro.conf.arg(name="")] = ENCODER,
     ) -> int:
         """Write a feature vector of the middle clip of every video, or with --window or --hop of all its parts.
 
@@ -40,16 +36,9 @@ def run(arguments: list[str]) -> int:
             hop: distance of the starts of two windows, in frames of the file (8) or seconds (1s); default: the length
                 of a window.
             layer: encoder block whose tokens are averaged, from 1; 0 is the last.
-            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
             pool: mean: average over all tokens, D values. time: average per time slot, slots × D concatenated values.
                 time-center, time-space: see mam2 probe.
-            stride: distance of two sampled frames; default: the checkpoint's.
-            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels, likewise.
-            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
-            batch: clips per forward pass.
-            device: `auto` uses a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+            encoder: model and clips of the encoders, and how they are computed.
         """
         from mam2.engine.evaluation.embedding import embed
         from mam2.engine.files import one_line
@@ -61,15 +50,8 @@ def run(arguments: list[str]) -> int:
             window=window,
             hop=hop,
             layer=layer,
-            recipe=recipe,
             pool=pool,
-            stride=stride,
-            frames=frames,
-            size=size,
-            heads=heads,
-            batch=batch,
-            device=device,
-            precision=precision,
+            **dataclasses.asdict(encoder),
         )
         count, values = found.features.shape
         videos = f"{len(set(found.paths))} videos"

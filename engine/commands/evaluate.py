@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
+
+from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
 
 
 def run(arguments: list[str]) -> int:
@@ -15,16 +17,7 @@ def run(arguments: list[str]) -> int:
         data: Path,
         out: Path,
         recipe: str = "",
-        temporal: int = 0,
-        spatial: int = 0,
-        batch: int = 0,
-        frames: int | None = None,
-        size: int | None = None,
-        heads: int | None = None,
-        classes: Path | None = None,
-        threads: int = 0,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+        classifier: Annotated[ClassifierFlags, tyro.conf.arg(name="")] = CLASSIFIER,
     ) -> int:
         """Classify every video in several views; write accuracies, predictions and a confusion matrix.
 
@@ -35,18 +28,8 @@ def run(arguments: list[str]) -> int:
             data: labeled videos: a folder with one folder per class, or an annotation list.
             out: folder for results.json, predictions.tsv, classes.tsv, confusion.png and unusable.tsv.
             recipe: fine-tuning recipe with the model and clips of the checkpoint `random`.
-            temporal: clips per video; 0: as in the recipe.
-            spatial: crops per clip; 0: as in the recipe.
-            batch: maximum clips per forward pass; 0: as in the recipe, or 32.
-            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels, likewise.
-            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
-            classes: text file with one class name per line in the order of the logits, for a checkpoint without names.
-            threads: decoding threads; 0: one per core that this process may use.
-            device: auto uses a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+            classifier: its model, the views of a video, and how they are computed.
         """
-        from mam2.engine.commands.options import read_class_names
         from mam2.engine.evaluation.classification import MultiLabelResult, RegressionResult, evaluate
 
         result = evaluate(
@@ -54,16 +37,7 @@ def run(arguments: list[str]) -> int:
             data,
             out,
             recipe=recipe,
-            temporal=temporal,
-            spatial=spatial,
-            batch=batch,
-            device=device,
-            precision=precision,
-            threads=threads,
-            frames=frames,
-            size=size,
-            heads=heads,
-            names=read_class_names(classes),
+            **classifier.arguments(),
         )
         if os.environ.get("RANK", "0") == "0":
             if isinstance(result, RegressionResult):

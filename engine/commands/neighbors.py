@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from mam2.engine.commands.flags import ENCODER, EncoderFlags
 
 if TYPE_CHECKING:
     from mam2.engine.evaluation.neighbors import NeighborsReport
@@ -17,7 +20,6 @@ def run(arguments: list[str]) -> int:
         out: Path,
         data: Path | None = None,
         val: Path | None = None,
-        recipe: str = "",
         layer: int = 0,
         pool: Literal["mean", "time", "time-center", "time-space"] = "mean",
         masks: int = 12,
@@ -26,13 +28,7 @@ def run(arguments: list[str]) -> int:
         radius: int = 12,
         context: int = 7,
         cache: Path = Path("features"),
-        stride: int = 0,
-        frames: int | None = None,
-        size: int | None = None,
-        heads: int | None = None,
-        batch: int = 32,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+        encoder: Annotated[EncoderFlags, tyro.conf.arg(name="")] = ENCODER,
     ) -> int:
         """Compare frozen encoders without training, by retrieval of videos and propagation of masks through clips.
 
@@ -42,7 +38,6 @@ def run(arguments: list[str]) -> int:
             out: folder for neighbors.json, retrieval.png and masks.png.
             data: labeled folder or list to search in; without it there is no retrieval.
             val: labeled folder or list of queries; default: each video of data is a query.
-            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
             layer: encoder block whose tokens are compared, from 1; 0 is the last.
             pool: how tokens are averaged to the feature of a clip, see mam2 probe.
             masks: number of synthetic clips with known masks, whose first mask is propagated to the other frames; 0:
@@ -52,13 +47,7 @@ def run(arguments: list[str]) -> int:
             radius: maximum distance of these tokens in rows and columns.
             context: number of previous frames with these tokens, in addition to the first frame.
             cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
-            stride: distance of two sampled frames; default: the checkpoint's.
-            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels, likewise.
-            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
-            batch: clips per forward pass.
-            device: auto uses a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+            encoder: model and clips of the encoders, and how they are computed.
         """
         from mam2.engine.evaluation.neighbors import neighbors
 
@@ -67,7 +56,6 @@ def run(arguments: list[str]) -> int:
             out,
             data=data,
             val=val,
-            recipe=recipe,
             layer=layer,
             pool=pool,
             masks=masks,
@@ -76,13 +64,7 @@ def run(arguments: list[str]) -> int:
             radius=radius,
             context=context,
             cache=cache,
-            stride=stride,
-            frames=frames,
-            size=size,
-            heads=heads,
-            batch=batch,
-            device=device,
-            precision=precision,
+            **dataclasses.asdict(encoder),
         )
         print(tables(report))
         print(f"written to {out}")

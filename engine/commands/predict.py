@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
+
+from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
 
 STDIN = Path("-")
 
@@ -20,16 +22,7 @@ def run(arguments: list[str]) -> int:
         out: Path | None = None,
         draw: Path | None = None,
         top: int = 5,
-        temporal: int = 0,
-        spatial: int = 0,
-        batch: int = 0,
-        frames: int | None = None,
-        size: int | None = None,
-        heads: int | None = None,
-        classes: Path | None = None,
-        threads: int = 0,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+        classifier: Annotated[ClassifierFlags, tyro.conf.arg(name="")] = CLASSIFIER,
     ) -> int:
         """Print the most probable classes of every video, as soon as it is classified.
 
@@ -44,18 +37,8 @@ def run(arguments: list[str]) -> int:
                 written immediately).
             draw: folder for a picture of every video with its most probable classes.
             top: classes per video; 0: all.
-            temporal: clips per video; 0: as in the recipe.
-            spatial: crops per clip; 0: as in the recipe.
-            batch: maximum clips per forward pass; 0: as in the recipe, or 32.
-            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels, likewise.
-            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
-            classes: text file with one class name per line in the order of the logits, for a checkpoint without names.
-            threads: decoding threads; 0: one per core that this process may use.
-            device: auto uses a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+            classifier: its model, the views of a video, and how they are computed.
         """
-        from mam2.engine.commands.options import read_class_names
         from mam2.engine.data.sources import read_source
         from mam2.engine.data.video import Skipped
         from mam2.engine.errors import UserError
@@ -82,17 +65,8 @@ def run(arguments: list[str]) -> int:
             out=out,
             draw=draw,
             top=top,
-            temporal=temporal,
-            spatial=spatial,
-            batch=batch,
-            frames=frames,
-            size=size,
-            heads=heads,
-            names=read_class_names(classes),
-            threads=threads,
-            device=device,
-            precision=precision,
             on_result=show,
+            **classifier.arguments(),
         )
         if not result.predictions:
             raise UserError(f"--data: none of the {len(result.skipped)} videos can be decoded")

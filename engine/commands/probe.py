@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from mam2.engine.commands.flags import ENCODER, EncoderFlags
 
 if TYPE_CHECKING:
     from mam2.engine.evaluation.probe_run import ProbeReport, Score
@@ -17,20 +20,13 @@ def run(arguments: list[str]) -> int:
         checkpoints: tyro.conf.Positional[tuple[Path, ...]],
         data: Path,
         val: Path | None = None,
-        recipe: str = "",
         probes: tuple[Literal["linear", "attentive", "knn"], ...] = ("linear", "attentive", "knn"),
         pools: tuple[Literal["mean", "time", "time-center", "time-space"], ...] = ("mean", "time"),
         layers: tuple[int, ...] = (),
         group: str = "",
         out: Path = Path("probe.json"),
         cache: Path = Path("features"),
-        stride: int = 0,
-        frames: int | None = None,
-        size: int | None = None,
-        heads: int | None = None,
-        batch: int = 32,
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        precision: Literal["auto", "bfloat16", "float32"] = "auto",
+        encoder: Annotated[EncoderFlags, tyro.conf.arg(name="")] = ENCODER,
     ) -> int:
         """Probe frozen encoders on one clip per video; features are computed once and cached.
 
@@ -40,7 +36,6 @@ def run(arguments: list[str]) -> int:
                 --recipe.
             data: labeled folder or list to train the probes.
             val: labeled folder or list to test them; default: a fifth of each class of data.
-            recipe: pre-training recipe with the model and clips of the checkpoint `random`.
             probes: logistic regression or nearest neighbors on averaged tokens; attentive: learned queries over the
                 tokens instead of averages.
             pools: how tokens are averaged. mean: all tokens of a clip, which is common but loses the temporal order.
@@ -52,13 +47,7 @@ def run(arguments: list[str]) -> int:
                 groups.
             out: output file for the table as JSON.
             cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
-            stride: distance of two sampled frames; default: the checkpoint's.
-            frames: frames per clip; needed if the checkpoint does not state them, else overrides them.
-            size: height and width of the clips in pixels, likewise.
-            heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
-            batch: clips per forward pass.
-            device: `auto` uses a GPU if there is one.
-            precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+            encoder: model and clips of the encoders, and how they are computed.
         """
         from mam2.engine.evaluation.probing import probe
 
@@ -66,20 +55,13 @@ def run(arguments: list[str]) -> int:
             checkpoints,
             data,
             val,
-            recipe=recipe,
             probes=probes,
             pools=pools,
             layers=layers,
             group=group,
             out=out,
             cache=cache,
-            stride=stride,
-            frames=frames,
-            size=size,
-            heads=heads,
-            batch=batch,
-            device=device,
-            precision=precision,
+            **dataclasses.asdict(encoder),
         )
         print(table(result))
         print(out)

@@ -1,4 +1,4 @@
-"""`mam2 recipes`: the shipped recipes, all values of one, and a file to start an own recipe from."""
+"""`mam2 recipes`: lists the shipped recipes, prints all values of one, or writes them to a file for editing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def recipes(
     name: tyro.conf.Positional[str] = "",
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> int:
-    """List the shipped recipes; print all values of one; or write it to a file to change.
+    """List the shipped recipes, print all values of one, or write them to a file for editing.
 
     Args:
-        name: a shipped recipe or a file. Without it the shipped ones are listed.
-        out: a new TOML file, which gets every key of the recipe with its value and its meaning. It is itself a recipe:
-            `mam2 pretrain FILE --data …`.
+        name: a shipped recipe or a file; default: list the shipped recipes.
+        out: new TOML file with every key of the recipe, its value and its meaning. The file is a recipe: `mam2 pretrain
+            FILE --data …`.
     """
     if not name:
         if out:
@@ -39,17 +39,15 @@ def recipes(
         return 0
     config = load_any(name)
     if out is None:
-        print(f"# {name}: every value, those that it takes from others included.\n")
+        print(f"# {name}: all values, including those of its base recipes.\n")
         print(as_toml(config), end="")
         return 0
     if out.suffix != ".toml":
         raise UserError(f"--out {out}: expected a name that ends in .toml")
     if os.path.lexists(out):
-        raise UserError(f"--out {out}: exists already; name a new file")
+        raise UserError(f"--out {out}: already exists; choose a new file")
     verb = "pretrain" if isinstance(config, PretrainConfig) else "finetune"
-    head = (
-        f"# Written by `mam2 recipes {name}`; every key is here, and each may be deleted: its default is then taken.\n"
-    )
+    head = f"# Written by `mam2 recipes {name}`; it contains every key; a deleted key gets its default.\n"
     head += f"#   mam2 {verb} {out} …\n\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, (head + as_toml(config, explained=True)).encode())
@@ -70,7 +68,7 @@ def load_any(name: str) -> PretrainConfig | FinetuneConfig:
 
 
 def listing() -> str:
-    """Returns a line for each shipped recipe: its most important values, and the first line of its file."""
+    """Returns a line per shipped recipe: its most important values, and the first line of its file."""
     rows = [("recipe", "method", "model", "clip", "batch", "epochs", "what")]
     for name in [*recipe_names(), *recipe_names(FinetuneConfig)]:
         config = load_any(name)

@@ -1,4 +1,4 @@
-"""Configs as text for people: what each key means, and a recipe as a TOML file to start from."""
+"""Configs as text: the meaning of each key, and a recipe as a TOML file for editing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 def as_toml(config: Any, *, explained: bool = False) -> str:
-    """Returns a config as TOML with every key; `load_recipe` of it gives the same config.
+    """Returns a config as TOML with every key; `load_recipe` reads it back.
 
-    explained: with the meaning of each key as a comment above it.
+    explained: add the meaning of each key as a comment above it.
     """
     return "\n".join(_table(config, "", explained)).strip() + "\n"
 

@@ -16,7 +16,7 @@ from mam2.engine.config.limits import (
     Limits,
     limited,
 )
-from mam2.engine.config.pretrain import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
+from mam2.engine.config.training import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
 
 Task = Literal["classes", "multi-label", "regression"]

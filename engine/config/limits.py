@@ -66,7 +66,7 @@ def resumable(default: Any) -> Any:
 
 
 def renamed(default: Any, *, earlier: str) -> Any:
-    """A dataclass field without limits that had the name `earlier` before; files and flags may still use it."""
+    """Returns a dataclass field without limits with the former name `earlier`, which files and flags may still use."""
     return dataclasses.field(default=default, metadata={EARLIER: earlier})
 
 

@@ -1,74 +1,24 @@
-"""The config of a run: frozen, keyword-only dataclasses, read from a recipe (recipe.py) and overridden by flags."""
+"""The config of pre-training: frozen, keyword-only dataclasses, read from a recipe (recipe.py), overridden by flags."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mam2.engine.config.limits import (
     BATCH,
-    BELOW_ONE,
     COUNT,
     COUNT_OR_NONE,
     NOT_NEGATIVE,
     POSITIVE,
-    SEED,
     SHARE,
     Limits,
-    check_limits,
     limited,
-    renamed,
     resumable,
 )
+from mam2.engine.config.training import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    frames: int = limited(16, COUNT)
-    """Frames in a clip (T)."""
-    stride: int = limited(4, COUNT_OR_NONE)
-    """Distance of two sampled frames, in frames of the file; 0 if `fps` is set."""
-    fps: float = limited(0.0, NOT_NEGATIVE)
-    """Sampled frames per second, for files with different rates; 0 if `stride` is set. Set exactly one of the two."""
-    sampling: Literal["dense", "uniform"] = "dense"
-    """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
-    size: int = limited(224, COUNT)
-    """Height and width of a clip in pixels, a multiple of the patch size."""
-    crop: Literal["random-resized", "multi-scale"] = "random-resized"
-    """`multi-scale` is VideoMAE's crop: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or
-    center; it ignores `min_area`, `max_area` and `max_aspect`."""
-    min_area: float = limited(0.5, Limits(above=0, at_most=1))
-    """Smallest share of the frame's area that a random resized crop keeps, 0 to 1."""
-    max_area: float = limited(1.0, Limits(above=0, at_most=1))
-    """Largest share of the frame's area that a random resized crop keeps, 0 to 1."""
-    max_aspect: float = limited(4 / 3, Limits(at_least=1))
-    """Aspect ratios of the crop are drawn log-uniformly from 1/max_aspect to max_aspect; at least 1."""
-    flip: bool = True
-    """Mirror half of the clips left to right. Turn it off if direction matters (SSv2, the demo)."""
-    views: int = limited(1, COUNT)
-    """Crops (and masks) drawn from one decoded clip: repeated augmentation. Must divide the batch size."""
-    recorded: int = limited(0, COUNT_OR_NONE)
-    """Number of augmentations per video: epoch e repeats number e mod `recorded`, so that codes can be computed once
-    (`mam2 tokenize`). 0: new augmentations in every epoch."""
-    decoder: Literal["auto", "nvdec", "dali-cpu", "pyav"] = renamed("auto", earlier="front_end")
-    """Decoder: `auto` uses NVDEC on a GPU for the codecs that it supports, and PyAV for all others. Use `dali-cpu`
-    (VP8, VP9, MJPEG) only for undamaged files: damage that the check of packets and key frames misses may end the
-    process."""
-    threads: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
-    nvdec_threads: int = limited(32, COUNT, resumable=True)
-    """Threads that feed NVDEC; they mostly wait, so that there may be more threads than cores."""
-    prefetch: int = limited(2, COUNT, resumable=True)
-    """Batches prepared ahead of the step."""
-    timeout_s: float = limited(60.0, POSITIVE, resumable=True)
-    """Seconds after which a file that is still being decoded counts as unusable, and NVDEC as not working."""
-    wait_s: float = limited(300.0, NOT_NEGATIVE, resumable=True)
-    """Seconds to wait for unavailable data (a missing folder, an I/O error) before the run ends. Keep it below the 10
-    minutes after which the other processes of a run end."""
-    max_unusable: float = limited(0.5, SHARE, resumable=True)
-    """The run stops if more than this share of the videos cannot be decoded, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +31,11 @@ class MaskConfig:
     strength: float = limited(0.5, SHARE)
     """Effect of motion with `motion`: from 0 (the same masks as `tube`) to 1 (only motion decides)."""
     decoded: float = limited(1.0, Limits(above=0, at_most=1))
-    """Share of the hidden tokens that regressor and decoders predict, int(decoded * hidden) of each clip. Below 1
-    a step costs less and learns from fewer predictions (VideoMAE v2's dual masking). The encoder sees the same."""
+    """Share of the masked tokens that regressor and decoders predict, int(decoded * masked) per clip. Below 1, a step
+    costs less and has fewer predictions (VideoMAE v2's dual masking). The encoder's input stays the same."""
     decoded_kind: Literal["cell", "random"] = "cell"
-    """Which of them: `cell` lets the choice run through each cell of 2×2 patches from slot to slot, so that it covers
-    space and time evenly; `random` draws it anew for each clip without regard to the place."""
+    """Choice of the predicted tokens: `cell` rotates through each cell of 2×2 patches from slot to slot, which covers
+    space and time evenly; `random` draws them for each clip, independent of their position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,103 +145,13 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
-    batch: int = limited(64, BATCH)
-    """Clips per optimizer step, over all processes. The learning rate is set for it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Maximum clips of one process per forward pass; gradients are accumulated over the passes of a step. 0: the
-    process's whole share of the batch."""
-    epochs: float = limited(400, POSITIVE)
-    """Passes over the data set; each shows every video once, in `data.views` views."""
-    warmup_epochs: float = limited(20, NOT_NEGATIVE)
-    """Linear warm-up of the learning rate from 0."""
-    base_lr: float = limited(1.5e-4, NOT_NEGATIVE)
-    """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
-    min_lr: float = limited(1e-5, NOT_NEGATIVE)
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
-    weight_decay: float = limited(0.05, NOT_NEGATIVE)
-    """Weight decay of both optimizers, times the learning rate; not applied to 1-D parameters and mask tokens."""
-    beta2: float = limited(0.95, BELOW_ONE)
-    """AdamW's second beta; the first is 0.9."""
-    momentum: float = limited(0.95, BELOW_ONE)
-    """Muon's momentum."""
-    muon_rate: float = limited(1.0, POSITIVE)
-    """Muon's learning rate, divided by AdamW's."""
-    clip_norm: float = limited(0.0, NOT_NEGATIVE)
-    """Largest gradient norm; 0 turns clipping off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    seed: int = limited(0, SEED)
-    """Seed of weights, order, clips and masks."""
-    device: Literal["auto", "cuda", "cpu"] = resumable("auto")
-    """`auto` uses a GPU if there is one."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs with AVX512-BF16 or AMX, else
-    float32."""
-    compile: bool = resumable(True)
-    """Compile the step with torch.compile; the log reports if that is not possible."""
-    graph: Literal["auto", "on", "off"] = resumable("auto")
-    """Run the whole step as one CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one process, one
-    pass per step), `on` without a measurement (raises if not possible), or `off`."""
-    deterministic: bool = False
-    """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
-    recompute: bool = resumable(False)
-    """Recompute the blocks' activations in the backward pass: less memory, about a third more work."""
-    log_every: int = limited(20, COUNT, resumable=True)
-    """Steps between two lines of the log."""
-    save_every: int = limited(1000, COUNT, resumable=True)
-    """Steps between two checkpoints; one is always written at the end."""
-    sharding: Literal["ddp", "fsdp"] = resumable("ddp")
-    """For several processes: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer moments."""
-    keep: int = limited(3, COUNT, resumable=True)
-    """Number of newest checkpoints to keep."""
-    keep_every: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Also keep checkpoints of steps that are multiples of this number; 0: none."""
-    max_nonfinite: int = limited(20, COUNT, resumable=True)
-    """The run skips steps whose loss or gradient is not finite, and stops after this many in a row."""
-    profile: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Number of steps to profile, from the sixth of this call on; writes a trace and a table of operators to
-    RUN/profile/."""
-    tracker: Literal["none", "wandb", "trackio"] = resumable("none")
-    """Service that also receives the numbers of the log; its package must be installed."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Of the held-out videos that `mam2 pretrain --val` names; training is the same with and without them."""
+    """Use of the held-out videos of `mam2 pretrain --val`; the training is identical with and without them."""
 
     every: float = limited(1.0, POSITIVE, resumable=True)
     """Epochs between two measurements of the held-out losses; there is always one at the end."""
     videos: int = limited(512, COUNT_OR_NONE, resumable=True)
-    """At most so many of the videos, evenly spread over the list; 0: all."""
-
-
-class TokenGrid:
-    """Token-grid sizes of a config that has the tables `data` and `model`."""
-
-    data: Any
-    model: Any
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Returns the number of tokens along time, height and width."""
-        side = self.data.size // self.model.patch
-        return self.data.frames // self.model.tubelet, side, side
-
-    @property
-    def trained_grid(self) -> tuple[int, int, int]:
-        """The token grid of the clips that the weights were trained on, whose positions are resampled to `grid`."""
-        side = (self.model.size or self.data.size) // self.model.patch
-        return (self.model.frames or self.data.frames) // self.model.tubelet, side, side
-
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        """Returns frames, height and width of a token."""
-        return self.model.tubelet, self.model.patch, self.model.patch
+    """Maximum number of videos, evenly spaced in the list; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,38 +197,6 @@ class PretrainConfig(TokenGrid):
     def clips_per_group(self) -> int:
         """Returns the number of clips that must be in one pass: the views of a video."""
         return self.data.views
-
-
-class TrainConfig(Protocol):
-    """The tables that every kind of training run has."""
-
-    @property
-    def data(self) -> DataConfig: ...
-
-    @property
-    def optim(self) -> OptimConfig: ...
-
-    @property
-    def run(self) -> RunConfig: ...
-
-    @property
-    def clips_per_group(self) -> int: ...
-
-
-def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
-    """Returns the forward passes per process and optimizer step: the fewest that `optim.micro_batch` allows.
-
-    Raises UserError if the batch cannot be divided evenly.
-    """
-    batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
-    for count in range(1, batch // (processes * group) + 1):
-        if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
-            return count
-    raise UserError(
-        f"optim.batch {batch} cannot be divided among {processes} processes in equal passes of whole views "
-        f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
-        f"clips; a multiple of {processes * group} can"
-    )
 
 
 def check(config: PretrainConfig) -> None:
@@ -434,27 +262,3 @@ def check(config: PretrainConfig) -> None:
         raise UserError(f"tokenizer.channels {config.tokenizer.channels}: expected a multiple of 8")
     if config.tokenizer.cache and not data.recorded:
         raise UserError("tokenizer.cache contains codes of recorded augmentations: set data.recorded to their number")
-
-
-def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
-    """Does the part of `check` that all kinds of config share; a token has `tubelet` frames and `patch`² pixels."""
-    data = config.data
-    check_limits(config)
-    if data.size % patch:
-        below = max(data.size // patch, 1) * patch
-        raise UserError(f"data.size {data.size} is not a multiple of model.patch {patch}; use for example {below}")
-    if data.frames % tubelet:
-        raise UserError(f"data.frames {data.frames} is not a multiple of model.tubelet {tubelet}")
-    check_data(data)
-    micro_batches_per_step(config, 1)
-
-
-def check_data(data: DataConfig) -> None:
-    """Does the part of `check` that concerns only [data]."""
-    check_limits(data, "data.")
-    if data.min_area > data.max_area:
-        raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
-    if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):
-        raise UserError(
-            f"data.stride {data.stride}, data.fps {data.fps:g}: dense sampling needs exactly one; set the other to 0"
-        )

@@ -67,9 +67,9 @@ def load_recipe(
     ones override earlier ones, and the recipe itself overrides all.
 
     Args:
-        name: of a shipped recipe, or a path.
+        name: name of a shipped recipe, or a path.
         kind: class of the config: `PretrainConfig`, or `FinetuneConfig` for a recipe that fine-tunes.
-        size: tiny, small, base, large or huge: the encoder of that size, and the rest in proportion (pre-training).
+        size: tiny, small, base, large or huge: size of the encoder; other parts are scaled with it (pre-training).
         preset: fast or cae: regressor and decoders of that preset (pre-training).
         values: tables with values that override the recipe's, after `size` and `preset`.
 
@@ -95,7 +95,7 @@ def _resized(name: str | Path, config: Any, size: str, preset: str) -> PretrainC
 
 
 def recipe_head(name: str) -> str:
-    """Returns the first line of a shipped recipe's file, which says what it is for."""
+    """Returns the first line of a shipped recipe's file, its description."""
     return _shipped()[name].read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
 
 
@@ -174,7 +174,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the paths of the machine that trained."""
+    """Returns a config without the paths of the training machine."""
     return {
         table: {key: "" if key in _PATHS.get(table, ()) else value for key, value in values.items()}
         for table, values in config.items()

@@ -9,7 +9,7 @@ decoding.py       frames by PyAV; frame_folders.py: folders of images, one per f
 dali.py, crops.py crop, resize and flip, by a DALI graph or by PyTorch; vetting.py: rejects files that crash DALI
 renderer.py       one batch: decode, crop, retry clip by clip; outage.py: waits for storage that is unavailable
 loader.py         all batches of all epochs, in a thread ahead of the step (prefetch.py); batch.py: its result;
-                  unusable.py: the videos that cannot be used
-draws.py          named random draws; encoding.py: writes videos; side_stream.py: work beside the step on a GPU
+                  unusable.py: unusable videos
+draws.py          named random draws; encoding.py: writes videos; side_stream.py: work parallel to the step on a GPU
 transcode.py      `mam2 transcode`; synthetic.py: synthetic clips; moved.py: a resumed run whose videos moved
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.dali import dali_version
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs

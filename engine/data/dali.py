@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.nvdec import NvdecHangs, error_of, within
 from mam2.engine.data.sampling import View
 from mam2.engine.errors import UserError

@@ -1,4 +1,4 @@
-"""Random draws with a name: one counter-based generator (Philox) for each draw, whatever was drawn before."""
+"""Named random draws: one counter-based generator (Philox) per draw, independent of earlier draws."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 @unique
 class Draw(IntEnum):
-    """What is drawn. The numbers are part of every run's random state: none may change or be used twice."""
+    """The kinds of draws. The numbers are part of every run's random state: none may change or be used twice."""
 
     ORDER = 0
     """The order of the videos in an epoch."""
     CLIP = 1
     """Frames and crops of a clip."""
     REPLACEMENT = 2
-    """The video shown instead of one that cannot be decoded."""
+    """The replacement of a video that cannot be decoded."""
     RAND_AUGMENT = 16
     ERASE = 17
     MIX = 18
@@ -25,9 +25,9 @@ class Draw(IntEnum):
 
 
 def generator_of(draw: Draw, seed: int, *counter: int) -> np.random.Generator:
-    """Returns the generator of one draw: equal arguments give equal numbers, and others independent ones.
+    """Returns the generator of one draw: equal arguments give equal numbers, other arguments independent ones.
 
-    counter: at most three numbers of at least 0 that name the draw, an epoch or step first; missing ones are 0.
+    counter: at most three numbers of at least 0 that identify the draw, an epoch or step first; missing ones are 0.
     """
     # Philox increments the first counter word with every number drawn.
     words = np.zeros(4, np.uint64)

@@ -1,4 +1,4 @@
-"""`index`: opens every video of a data set once and keeps what it holds in a file beside the data."""
+"""`index`: opens every video of a data set once and stores its properties in a file next to the data."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from mam2.engine.files import check_apart, check_folder, writing
 @dataclass(frozen=True, kw_only=True)
 class IndexResult:
     manifest: Manifest
-    """The videos that can be used, and the files that cannot, with the reason of each."""
+    """The usable videos, and the unusable files with the reasons."""
     changes: Changes
-    """Numbers of files that are new, changed, gone and unchanged since the index was written last."""
+    """Numbers of new, changed, removed and unchanged files since the index was last written."""
     path: Path
-    """The index that was written."""
+    """The written index."""
     replaced: str
-    """Why an index that was there could not be read and was written anew; empty otherwise."""
+    """Why an existing index could not be read and was replaced; empty otherwise."""
 
     def summary(self) -> str:
-        """What the videos hold, who decodes them and what to change, as lines of text; decodes some of them to measure
-        clips per second."""
+        """Returns the contents of the videos, their decoders and advice as text.
+
+        Decodes some to measure clips per second.
+        """
         return summary(self.manifest, measure_clips_per_s(self.manifest.videos))
 
 
@@ -46,20 +48,19 @@ def index(
     plot: str | Path | None = None,
     progress: bool = True,
 ) -> IndexResult:
-    """Opens every video once and writes what it holds as JSON lines, which `read_manifest` finds beside the data.
+    """Opens every video once and writes its properties as JSON lines, which `read_manifest` finds next to the data.
 
-    A second call opens only files whose size or time of change is another one. An index that cannot be read is written
-    anew.
+    A second call opens only files whose size or modification time has changed. An unreadable index is replaced.
 
     Args:
         data: a folder of videos, an annotation list, or a video.
-        out: the index; None for DATA.index.jsonl beside the data.
+        out: the index; None for DATA.index.jsonl next to the data.
         threads: files opened at once; 0 for twice the cores.
-        plot: a picture of lengths, sizes and key-frame distances is drawn into this file (.png, .svg, .pdf).
+        plot: file for histograms of lengths, sizes and key-frame intervals (.png, .svg, .pdf).
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for data without a usable video, and places that cannot be written.
+        UserError: the data has no usable video, or the output cannot be written.
     """
     check_flags(threads=(threads, COUNT_OR_NONE))
     check_source(data)
@@ -75,8 +76,8 @@ def index(
     try:
         known = read_saved_manifest(path) if path.exists() else known
     except UserError as error:
-        if not path.name.endswith(INDEX_SUFFIX):  # whatever it is, nobody asked to replace it
-            raise UserError(f"--out {error}; name another file, or remove this one") from None
+        if not path.name.endswith(INDEX_SUFFIX):  # not an index: it must not be replaced
+            raise UserError(f"--out {error}; choose another file, or remove this one") from None
         replaced = str(error)
     manifest, changes = scan(data, known, threads=threads, progress=progress)
     with writing(path):

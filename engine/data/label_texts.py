@@ -26,6 +26,17 @@ def names_in(text: str) -> list[str]:
     return list(dict.fromkeys(name for part in text.split(SEPARATOR) if (name := part.strip())))
 
 
+def check_one_class(manifest: Manifest, source: str | Path) -> None:
+    """Raises UserError for labels of which some are whole numbers and others are not: they are not single classes."""
+    whole = next((name for name in manifest.classes if name.isdecimal()), None)
+    other = next((name for name in manifest.classes if not name.isdecimal()), None)
+    if whole is not None and other is not None:
+        raise UserError(
+            f"{source}: has the labels {whole!r} and {other!r}; one class per video needs only whole numbers or only "
+            "names: set head.task multi-label or regression, or correct the labels"
+        )
+
+
 def class_names(manifest: Manifest) -> tuple[str, ...]:
     """Returns the names of all classes in the labels, in order; numbers in the order of their values."""
     names = {name for text in manifest.classes for name in names_in(text)}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import DataConfig, check_data
+from mam2.engine.config.training import DataConfig, check_data
 from mam2.engine.data.assigned_decoders import AssignedDecoders
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
@@ -309,7 +309,7 @@ class ClipLoader:
             yield from self._batch_of(chunk, way)
 
     def _try_again(self, sample: _Sample, reason: str, way: _Way) -> list[_Sample]:
-        """Retries a sample with PyAV, then replaces it by another video; returns None if it is to be left out."""
+        """Retries a sample with PyAV, then replaces it by another video; returns an empty list if it leaves it out."""
         job = sample.job
         video = self._manifest.videos[job.request.video]
         if self._decoders.fall_back(job.request.video, job.decoder):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, decode_frames
 from mam2.engine.data.synthetic import write_trial
 from mam2.engine.errors import UserError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph, dali_version, with_number
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.draws import Draw, generator_of
 from mam2.engine.data.manifest import Video
 from mam2.engine.errors import UserError

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -190,14 +190,10 @@ def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, prog
     Half are mp4, half webm. Existing files are kept, so that an interrupted call continues where it stopped.
     """
     jobs = []
-    for split, count in counts.items():
-        for index in range(count):
-            motion = MOTIONS[index % len(MOTIONS)]
-            suffix = ".mp4" if (index // len(MOTIONS)) % 2 else ".webm"
-            path = folder / split / motion / f"{index:05d}{suffix}"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append((path, render, split, motion, index))
+    for path, split, motion, index in clip_paths(folder, counts):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            jobs.append((path, render, split, motion, index))
     if not jobs:
         return
     workers = min(len(os.sched_getaffinity(0)), 16)
@@ -206,6 +202,15 @@ def write_clips(folder: Path, counts: Mapping[str, int], render: Render, *, prog
         done = pool.map(_write_one, jobs, chunksize=32)
         for _ in Progress(done, "writing clips", len(jobs), unit="clip", shown=progress):
             pass
+
+
+def clip_paths(folder: Path, counts: Mapping[str, int]) -> Iterator[tuple[Path, str, str, int]]:
+    """Path, split, motion and number of each clip that `write_clips` writes."""
+    for split, count in counts.items():
+        for index in range(count):
+            motion = MOTIONS[index % len(MOTIONS)]
+            suffix = ".mp4" if (index // len(MOTIONS)) % 2 else ".webm"
+            yield folder / split / motion / f"{index:05d}{suffix}", split, motion, index
 
 
 def _write_one(job: tuple[Path, Render, str, str, int]) -> None:

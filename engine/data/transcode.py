@@ -143,12 +143,12 @@ def transcode(
         out: folder for the new videos.
         codec: h264 or hevc, which NVDEC decodes, or vp9, which DALI decodes on a CPU.
         short_side: pixels of the shorter side; smaller videos keep their size.
-        gop: the most frames from a key frame to the next.
-        jobs: files at once; 0 for one per core.
-        progress: draw a progress bar (only on a terminal).
+        gop: largest number of frames from a key frame to the next.
+        jobs: files at once; 0: one per core.
+        progress: show a progress bar (only on a terminal).
 
     Raises:
-        UserError: for invalid values, and if `out` holds files of other settings.
+        UserError: a value is invalid, or `out` contains files of other settings.
     """
     settings = Settings(codec=codec, short_side=short_side, gop=gop)
     out = Path(out).absolute()

@@ -1,4 +1,4 @@
-"""The videos that cannot be used: each is reported once, and too many of them end the run."""
+"""Unusable videos: each is reported once, and too many of them end the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIRST_FILES = 16
 
 
 class UnusableVideos:
-    """Videos of a manifest that turned out to be unusable after it was made. Threads may add to it."""
+    """Videos found to be unusable after the manifest was written. Threads may add to it."""
 
     def __init__(
         self, manifest: Manifest, max_unusable: float, report: Callable[[Skipped], None] | None = None
@@ -21,19 +21,19 @@ class UnusableVideos:
         self._manifest, self._max_unusable, self._report = manifest, max_unusable, report
         self._paths = {skipped.path for skipped in manifest.skipped}
         self.found: list[Skipped] = []
-        """In the order in which they were found."""
+        """Videos in the order in which they were found."""
 
     def __len__(self) -> int:
-        """Of all unusable videos, those that the manifest names included."""
+        """Returns the number of all unusable videos, including those of the manifest."""
         return len(self._paths)
 
     @property
     def total(self) -> int:
-        """Usable and unusable videos."""
+        """Returns the number of usable and unusable videos."""
         return len(self._manifest.videos) + len(self._manifest.skipped)
 
     def add(self, skipped: Skipped) -> None:
-        """Reports and keeps a video, unless it is known already."""
+        """Reports and stores a video, unless it is already known."""
         if skipped.path in self._paths:
             return
         self._paths.add(skipped.path)
@@ -42,7 +42,7 @@ class UnusableVideos:
             self._report(skipped)
 
     def too_many(self) -> str | None:
-        """The error message where more than `max_unusable` of all videos are unusable."""
+        """Returns the error message if more than `max_unusable` of all videos are unusable, else empty."""
         if len(self) <= self._max_unusable * self.total:
             return None
         last = [*self._manifest.skipped, *self.found][-1]
@@ -52,9 +52,9 @@ class UnusableVideos:
         )
 
     def all_alike(self) -> str | None:
-        """The error message where many videos failed, all for the same reason: then the cause is not in the videos.
+        """Returns the error message if many videos failed for the same reason: then the cause is not in the videos.
 
-        For a loader that has decoded nothing yet.
+        Call it only for a loader that has not decoded anything yet.
         """
         reasons = {skipped.reason for skipped in self.found}
         if self._max_unusable >= 1 or len(self.found) < FIRST_FILES or len(reasons) > 1:

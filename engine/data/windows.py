@@ -1,8 +1,8 @@
-"""Sliding windows over a whole video, from one pass over its file: each becomes a clip with its start and end time.
+"""Sliding windows over a whole video in one pass over its file: each window becomes a clip with start and end time.
 
-A window is W frames of the file long, the next one begins H frames later. The first begins at frame 0; the last is the
-first one that reaches the end, and repeats the last frame where the video ends before it. The T frames of a clip are
-spread evenly over its window. Only frames of windows that are not complete yet are in memory.
+A window has W frames of the file; the next one starts H frames later. The first starts at frame 0; the last is the
+first one that reaches the end of the video, and repeats the last frame if it exceeds the end. The T frames of a clip
+are evenly spaced in its window. The memory holds only the frames of incomplete windows.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
 
 CROPPED_AT_ONCE = 32
-"""Frames that are cropped and resized together."""
+"""Number of frames that are cropped and resized together."""
 _SPAN = re.compile(r"(\d+(?:\.\d*)?|\.\d+) *(s?)")
 
 
 class Span(NamedTuple):
-    """A length of time: frames of the file, or seconds."""
+    """A duration: frames of the file, or seconds."""
 
     value: float
     seconds: bool
@@ -50,19 +50,19 @@ class Span(NamedTuple):
         return f"{self.value:g}{'s' if self.seconds else ''}"
 
     def frames(self, video: Video) -> int:
-        """Frames of a video, at least 1. Raises UserError for seconds of a video whose frame rate is not known."""
+        """Returns the number of frames in a video, at least 1. Raises UserError for seconds if the rate is unknown."""
         if not self.seconds:
             return int(self.value)
         if not video.fps:
-            raise UserError(f"no frame rate is known for {self} to be counted in frames; give frames")
+            raise UserError(f"unknown frame rate, so {self} cannot be converted to frames; pass a number of frames")
         return max(round(self.value * video.fps), 1)
 
 
 def parse_span(text: str | float, argument: str) -> Span:
-    """`16` or 16: frames of the file; `2s` or `0.5s`: seconds. Raises UserError, with the argument's name."""
+    """Parses `16` or 16 as frames of the file, `2s` or `0.5s` as seconds. Raises UserError with the argument's name."""
     match = _SPAN.fullmatch(str(text).strip())
     if not match or not float(match[1]) or (not match[2] and not float(match[1]).is_integer()):
-        raise UserError(f"{argument} {text}: expected a whole number of frames (16) or seconds (2s, 0.5s), above 0")
+        raise UserError(f"{argument} {text}: expected an integer number of frames (16) or seconds (2s, 0.5s), above 0")
     return Span(float(match[1]), bool(match[2]))
 
 
@@ -71,31 +71,31 @@ class Window:
     """A part of a video as a clip."""
 
     first: int
-    """Number of its first frame."""
+    """Number of the window's first frame."""
     stop: int
-    """Number of the frame after its last one, at most the number of frames there are."""
+    """Number of the frame after its last one, at most the number of frames of the video."""
     start_s: float
-    """Seconds from the video's first frame to its own first one; NaN where neither timestamps nor a rate are known."""
+    """Seconds from the video's first frame to the window's; NaN if neither timestamps nor a rate are known."""
     end_s: float
-    """Seconds to the end of its last frame."""
+    """Seconds from the video's first frame to the end of the window's last frame."""
     clip: Tensor
-    """uint8 [T, H, W, C], the middle square of the frames."""
+    """uint8 [T, H, W, C], the center square of the frames."""
 
 
 def sliding_windows(
     video: Video, *, frames: int, size: int, window: int, hop: int, threads: int = 1, timeout_s: float = TIMEOUT_S
 ) -> Iterator[Window]:
-    """The windows of a video in order.
+    """Yields the windows of a video in order.
 
     Args:
         video: a file or a folder of images.
-        frames, size: of a clip: T, and its height and width in pixels.
-        window, hop: frames of the file; W and H.
-        threads: that decode the file.
-        timeout_s: longest time to open the file, and for a read from it, in seconds.
+        frames, size: T of a clip, and its height and width in pixels.
+        window, hop: W and H, in frames of the file.
+        threads: decoding threads.
+        timeout_s: limit in seconds for opening the file, and for a read.
 
     Raises:
-        DecodeError: the file cannot be read, or holds no frame that can be decoded.
+        DecodeError: the file cannot be read, or contains no decodable frame.
     """
     offsets = [k * window // frames for k in range(frames)]
     offset_set = frozenset(offsets)
@@ -148,7 +148,7 @@ def sliding_windows(
 
 
 class _Crops:
-    """Frames cropped to their middle square and resized, some at a time: filters are computed once for all of them."""
+    """Crops frames to their center square and resizes them, several at a time; filters are computed only once."""
 
     def __init__(self, video: Video, size: int) -> None:
         self._view, self._size = middle_square(video), size
@@ -156,25 +156,25 @@ class _Crops:
         self._waiting: dict[int, NDArray[np.uint8]] = {}
 
     def add(self, number: int, image: NDArray[np.uint8]) -> dict[int, Tensor]:
-        """Takes a frame [h, w, C]; frames that are done by now, uint8 [size, size, C]."""
+        """Adds a frame [h, w, C]; returns finished frames, uint8 [size, size, C]."""
         self._waiting[number] = image
         return self.flush() if len(self._waiting) >= CROPPED_AT_ONCE else {}
 
     def flush(self) -> dict[int, Tensor]:
-        """All frames that were added since the last time."""
+        """Returns all frames that were added since the last result."""
         if not self._waiting:
             return {}
         images = torch.from_numpy(np.stack(list(self._waiting.values())))
         done = dict(zip(self._waiting, crop(images, self._view, self._size).unbind(0), strict=True))
         self._waiting = {}
-        # a row of the batch would keep the memory of all of it
+        # copied, because a row would keep the memory of the whole batch
         return {number: image.clone() for number, image in done.items()}
 
 
 def _all_frames(
     video: Video, least: tuple[float, float], threads: int, timeout_s: float
 ) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
-    """Every frame with its time in seconds from the first one, and a function that converts it to RGB [h, w, C]."""
+    """Yields every frame's time in seconds from the first frame, and a function that converts it to RGB [h, w, C]."""
     read = _image_frames(video.path, timeout_s) if os.path.isdir(video.path) else None
     convert: FrameConverter | None = None
     first_s: float | None = None
@@ -190,7 +190,7 @@ def _all_frames(
 
 
 def _file_frames(path: str, threads: int, timeout_s: float) -> Iterator[tuple[VideoFrame, float | None]]:
-    """Frames of a file in the order in which they are shown, with their timestamps in seconds where they have one."""
+    """Yields the frames of a file in display order, with their timestamps in seconds if they have one."""
     with open_video(path, timeout_s) as (container, stream):
         stream.codec_context.thread_count = threads
         stream.thread_type = "AUTO"

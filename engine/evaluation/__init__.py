@@ -1,13 +1,13 @@
-"""What an encoder is worth: probes, classification, predictions as numbers and pictures.
+"""Evaluation of encoders: probes, classification, predictions as numbers and pictures.
 
-features.py, feature_files.py             frozen features, kept by the hash of the encoder
-pools.py                                  over which tokens of a clip a feature is taken
+features.py, feature_files.py             frozen features, cached by the hash of the encoder
+pools.py                                  the groups of tokens over which features are averaged
 embedding.py, embedding_files.py          features of videos, and of windows over long ones, as files
 segments.py                               probes of temporal segments from windows
 probing.py, probe_run.py                  all probes: linear_probe.py, attentive.py, knn.py
 neighbors.py                              without training: retrieval.py; mask_propagation.py, propagation.py,
                                           mask_clips.py
-classification.py, views.py, accuracy.py  a classifier on many views of every video
+classification.py, views.py, accuracy.py  a classifier on several views per video
 prediction.py, prediction_files.py        classes of videos without labels, as files and pictures
 pretext.py                                codes and motion predicted on unseen clips
 visualize.py, visualize_page.py           predictions on a page; pixel_*.py, motion_pictures.py: the pictures

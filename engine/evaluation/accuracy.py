@@ -1,4 +1,4 @@
-"""How right predictions are, and what is taken for what: numbers, a table, a picture.
+"""Top-k accuracy, per-class table and confusion matrix of predictions.
 
 Shapes: n videos, V classes.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 from mam2.engine.files import printable, write_table
 
 NAMED_CLASSES = 60
-"""More than these are not named in the confusion picture."""
+"""Maximum number of classes whose names are shown in the confusion matrix."""
 DRAWN_CLASSES = 1000
-"""Rows and columns of the confusion at most: a picture shows no more."""
+"""Maximum rows and columns of the confusion matrix: a picture cannot show more."""
 
 
 def top_k(probabilities: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is among the k likeliest classes, or all if they are fewer: [n, V], int64 [n] -> bool [n]."""
+    """Returns whether the label is among the k most probable classes: [n, V], int64 [n] -> bool [n]."""
     k = min(k, probabilities.shape[1])
     return (probabilities.topk(k, dim=1).indices == labels[:, None]).any(1)
 
 
 def class_accuracies(probabilities: Tensor, labels: Tensor) -> tuple[list[int], list[float | None]]:
-    """Videos of each class, and the share of them that is right; None for a class without videos."""
+    """Returns the videos of each class, and the share that is correct; None for a class without videos."""
     classes = probabilities.shape[1]
     totals = torch.bincount(labels, minlength=classes).tolist()
     rights = torch.bincount(labels[probabilities.argmax(1) == labels], minlength=classes).tolist()
@@ -81,9 +81,10 @@ def r_squared(predicted: Tensor, values: Tensor) -> float:
 
 
 def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Videos of each class (row) that were taken for each class (column): int64 [V, V].
+    """Counts the videos of each class (row) by predicted class (column): int64 [V, V].
 
-    More than DRAWN_CLASSES classes are counted in that many groups of neighbors: V² numbers would fill the memory.
+    More than DRAWN_CLASSES classes are merged into that many groups of adjacent classes, because V² numbers would fill
+    the memory.
     """
     classes = probabilities.shape[1]
     bins = min(classes, DRAWN_CLASSES)
@@ -92,8 +93,8 @@ def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
-    """PNG of what `confusion` counted, each row as shares of its videos."""
-    # Imported here: fine-tuning, which only counts, needs no pictures.
+    """Draws the result of `confusion` as PNG, each row as shares of its videos."""
+    # Imported here, because fine-tuning only counts and draws no pictures.
     from matplotlib.figure import Figure
 
     from mam2.engine.evaluation.plots import png
@@ -110,7 +111,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
         axis.set_yticks(range(len(names)), names, fontsize=8)
     grouped = len(matrix) < len(classes)
     unit = f"group of about {len(classes) / len(matrix):.0f} classes" if grouped else "class"
-    axis.set_xlabel(f"taken for ({unit})" if grouped else "taken for")
+    axis.set_xlabel(f"predicted ({unit})" if grouped else "predicted")
     axis.set_ylabel(unit)
     figure.colorbar(picture, ax=axis, shrink=0.6, label=f"share of the {'group' if grouped else 'class'}")
     return png(figure)
@@ -119,8 +120,8 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
 def write_predictions(
     path: Path, videos: Sequence[str], labels: Tensor, probabilities: Tensor, classes: Sequence[str]
 ) -> None:
-    """TSV, one line per video: its path, its class, whether that is the likeliest, and the five likeliest with their
-    probabilities. Raises OSError."""
+    """Writes a TSV with one line per video: its path, its class, whether the prediction is correct, and the five most
+    probable classes with their probabilities. Raises OSError."""
     most = min(5, len(classes))
     values, likeliest = probabilities.topk(most, dim=1)
     header = ["path", "class", "right", *(f"{name}{k + 1}" for k in range(most) for name in ("class", "probability"))]

@@ -1,8 +1,8 @@
-"""Attentive probe: learned queries read the frozen tokens of a video, a linear layer names its class.
+"""Attentive probe: learned queries attend to the frozen tokens of a video, and a linear layer predicts the class.
 
-As CAE's and V-JEPA's probes: one cross-attention over the tokens instead of their mean, trained by AdamW; in place of
-a mean for each group of tokens (pools.py) there is a query for each. n videos, K cells of tokens per video, R groups,
-D the encoder's width, V classes.
+As in CAE's and V-JEPA's probes, one cross-attention over the tokens replaces their mean; it is trained by AdamW. Each
+group of tokens (pools.py) has one query. n videos, K cells of tokens per video, R groups, D the encoder's width, V
+classes.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from mam2.engine.model.blocks import initialize, layer_norm
 
 HEAD_WIDTH = 32
-"""Values of an attention head, at most."""
+"""Maximum values per attention head."""
 BATCH = 128
-"""Videos of a step, or all where there are fewer."""
+"""Videos per step, or all if there are fewer."""
 EPOCHS = 20
 FEWEST_STEPS = 300
-"""So many steps of a small training set, which are more epochs than `EPOCHS`."""
+"""Minimum number of steps; for a small training set these are more than `EPOCHS` epochs."""
 WARM_UP = 0.1
-"""Share of the steps in which the rate rises linearly; it falls as a cosine after that."""
+"""Share of the steps with a linear warm-up of the learning rate; a cosine decay follows."""
 WEIGHT_DECAY = 0.01
 RATES = (3e-4, 3e-3)
-"""Peak learning rates tried; the better on a held-out fifth of the training videos is used."""
+"""Peak learning rates to try; the better one on a held-out fifth of the training videos is used."""
 CHUNK = 512
 
 
 class AttentiveProbe(nn.Module):
-    """Tokens [B, K, D] -> logits [B, V]: each group of tokens is asked by a query of its own."""
+    """Maps tokens [B, K, D] to logits [B, V]; each group of tokens has its own query."""
 
     mean: Tensor
     std: Tensor
     groups: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor, groups: Tensor, classes: int) -> None:
-        """mean, std: [D] of the training tokens, which are standardized by them. groups: bool [R, K], none empty."""
+        """mean, std: [D] of the training tokens, for their standardization. groups: bool [R, K], none empty."""
         super().__init__()
         width, asked = len(mean), len(groups)
         self.heads = max(heads for heads in range(1, width // min(HEAD_WIDTH, width) + 1) if width % heads == 0)
@@ -72,12 +72,12 @@ def attentive_probe(
     device: torch.device,
     groups: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """Answers of an attentive probe, int64 [m] on the CPU, and the learning rate chosen.
+    """Returns the predictions of an attentive probe, int64 [m] on the CPU, and the chosen learning rate.
 
     Args:
-        train, test: [n, K, D] and [m, K, D], memory-mapped or not: read a batch at a time.
+        train, test: [n, K, D] and [m, K, D], possibly memory-mapped; they are read in batches.
         train_labels: int64 [n], 0 to V - 1.
-        held: bool [n], the training videos by which the learning rate is chosen; the final probe learns from them too.
+        held: bool [n], held-out training videos that choose the learning rate; the final probe is trained on them too.
         groups: bool [R, K], from `token_groups`; None: one group of all tokens.
     """
     mean, std = _statistics(train)
@@ -122,7 +122,7 @@ def _rows(tokens: NDArray[np.floating], rows: Tensor, device: torch.device) -> T
 
 
 def _statistics(tokens: NDArray[np.floating]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each of the D values over all tokens, float32 [D]."""
+    """Returns mean and standard deviation of each of the D values over all tokens, float32 [D]."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK].astype(np.float64)

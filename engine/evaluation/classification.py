@@ -1,4 +1,4 @@
-"""`mam2 evaluate`: how right a fine-tuned model is on labelled videos, each seen in many views.
+"""`mam2 evaluate`: measures a fine-tuned model on labeled videos, with several views per video.
 
 OUT/results.json  predictions.tsv  unusable.tsv; for classes also classes.tsv, for one class per video confusion.png
 """
@@ -21,7 +21,7 @@ from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import Task
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.label_texts import SEPARATOR, class_places, true_classes, true_values, values_of
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
@@ -35,17 +35,17 @@ from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import join
 
 BATCH = 32
-"""Clips in a forward pass where nothing else is asked for."""
+"""Default number of clips per forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestedOn:
-    """What a result is of."""
+    """The videos, views and checkpoint of a result."""
 
     videos: int
-    """That could be decoded."""
+    """Videos that could be decoded."""
     unusable: int
-    """That could not, and are in none of the accuracies."""
+    """Videos that could not be decoded; the accuracies exclude them."""
     temporal: int
     spatial: int
     checkpoint: str
@@ -101,28 +101,29 @@ def evaluate(
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> Result:
-    """Classifies all videos of a folder or list, and writes what came of it to the folder `out`.
+    """Classifies all videos of a folder or list, and writes the results to the folder `out`.
 
     The result is of the kind of labels (`head.task`) that the checkpoint was trained on.
 
     Args:
-        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
-            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification; or `random`.
-        data: labelled videos: a folder with a folder a class, or an annotation list.
-        out: made if missing.
-        recipe: of fine-tuning: what `random` weights are the weights of.
-        temporal, spatial: views; 0 takes those of the run's recipe.
-        batch: most clips in a forward pass; 0 for 32, or as many as a clip has crops.
-        device: auto takes a GPU if there is one.
-        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
-        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
-        names: of the classes, in the order of the logits, for a checkpoint that does not say them. Without either,
-            labels that are numbers from 0 are taken for the places of the logits.
-        threads: decoding threads, 0 for as many as this process may use cores.
+        checkpoint: a run of `mam2 finetune` (its best checkpoint), one of its checkpoints, a fine-tuned checkpoint of
+            VideoMAE's or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification; or
+            `random`.
+        data: labeled videos: a folder with one folder per class, or an annotation list.
+        out: output folder; created if missing.
+        recipe: fine-tuning recipe with the model of `random`.
+        temporal, spatial: number of views; 0: as in the run's recipe.
+        batch: maximum clips per forward pass; 0: 32, or the number of crops per clip.
+        device: auto uses a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+        frames, size, heads: for a checkpoint that does not state them, see `load_encoder`.
+        names: names of the classes in the order of the logits, for a checkpoint without names. Without any names,
+            labels that are numbers from 0 are used as indices of the logits.
+        threads: decoding threads; 0: one per core that this process may use.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for checkpoints, data and folders that cannot be used.
+        UserError: checkpoint, data or folder cannot be used.
     """
     check_flags(
         temporal=(temporal, COUNT_OR_NONE),
@@ -142,27 +143,27 @@ def evaluate(
         if model.task != "classes":
             raise UserError(f"--recipe {recipe}: `random` needs a recipe with head.task classes, found {model.task}")
     elif recipe:
-        raise UserError(f"--recipe {recipe}: says the model of the checkpoint `random`; {checkpoint} says its own")
+        raise UserError(f"--recipe {recipe}: only for the checkpoint `random`; {checkpoint} contains its model")
     else:
         model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
     foreign = not random and find_weights(checkpoint) is None
     outputs = logits_of(model)
     if names and len(names) != outputs:
-        raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {outputs} apart")
+        raise UserError(f"--classes: {len(names)} names, but {checkpoint} has {outputs} classes")
     numbers = tuple(map(str, range(outputs)))
     classes = tuple(names) or classes or numbers
     temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial
     if min(temporal, spatial) < 1:
         raise UserError(f"expected at least one view, found temporal {temporal}, spatial {spatial}")
     run = RunConfig(device=device, precision=precision)
-    # what cannot be decoded is counted here, however much it is
+    # videos that cannot be decoded are counted here, without a limit
     videos = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
     where = pick_device(run)
     with join(where) as world:
         world.broadcast(lambda: make_folder(out))
         manifest = world.broadcast(lambda: read_manifest(data, threads=threads, progress=progress))
         if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
-            classes = numbers  # a list that numbers the classes, as VideoMAE's do
+            classes = numbers  # a list with numbers as classes, as in VideoMAE's
         manifest = world.broadcast(lambda: _labelled_for(model, manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:

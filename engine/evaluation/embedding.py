@@ -1,4 +1,4 @@
-"""`embed`: features of videos, one of the middle clip of each, or one of every window of a long video.
+"""`embed`: computes feature vectors of videos, one per middle clip, or one per window of a long video.
 
 Shapes: n features, R groups of tokens (pools.py), D the encoder's width.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher
@@ -33,27 +33,27 @@ from mam2.engine.runtime.device import autocast, matmul_dtype, pick_device
 from mam2.engine.runtime.progress import Progress
 
 BATCHES_AHEAD = 2
-"""Batches of windows that are decoded before the encoder asks for them."""
+"""Batches of windows that are decoded ahead of the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
-    """Features with what they are of, row by row."""
+    """Features with the origin of each row."""
 
     features: NDArray[np.float32]
-    """[n, R·D]; of windows a memory map of a file without a name, so that many hours of video fit."""
+    """[n, R·D]; for windows a memory map of an unnamed file, so that many hours of video fit."""
     paths: tuple[str, ...]
-    """The video of each row; the windows of a video lie one after the other."""
+    """The video of each row; the windows of a video are adjacent."""
     labels: NDArray[np.int64]
-    """[n], the class of its video, -1 where there is none."""
+    """[n], the class of the row's video, -1 without a label."""
     start_s: NDArray[np.float64] | None = None
-    """[n], where a window begins, in seconds from the video's first frame; None where a row is a whole video."""
+    """[n], start of the window in seconds from the video's first frame; None if the rows are whole videos."""
     end_s: NDArray[np.float64] | None = None
-    """[n], where it ends."""
+    """[n], end of the window in seconds."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Paths of videos without features, or whose windows end early, with the reason."""
+    """Paths of videos without features, or with missing windows at the end, and the reasons."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Checkpoint, layer, pool, precision, window and hop, classes: plain values, as JSON holds them."""
+    """Checkpoint, layer, pool, precision, window and hop, classes, as plain JSON values."""
 
 
 def embed(
@@ -75,33 +75,33 @@ def embed(
     precision: Literal["auto", "bfloat16", "float32"] = "auto",
     progress: bool = True,
 ) -> Embedding:
-    """Features of the videos of a folder or list: of the middle clip of each, or with `window` or `hop` of all of it.
+    """Computes features of the videos of a folder or list: of the middle clips, or with `window` or `hop` of all parts.
 
-    With windows a file is read and decoded once from its start to its end; in memory are the frames of the windows that
-    are not complete, and a few batches.
+    With windows a file is read and decoded once from start to end; the memory holds only the frames of incomplete
+    windows and a few batches.
 
     Args:
-        checkpoint: a run, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is an encoder with random
-            weights, the model of `recipe`.
+        checkpoint: a run, a checkpoint, or weights of VideoMAE or Hugging Face; `random` is the encoder of `recipe`
+            with random weights.
         data: a folder of videos, an annotation list, or a video.
-        out: a file to write: .npy (and .json beside it), .npz, .safetensors or .parquet, which needs pyarrow; with
-            windows also a table .csv beside it that says what each row is. None writes nothing.
+        out: output file: .npy (with a .json file next to it), .npz, .safetensors or .parquet, which needs pyarrow; for
+            windows also a .csv table next to it that describes each row. None writes nothing.
         window: length of a window: a number of frames of the file (16), or seconds ("2s"). The encoder's frames are
-            spread evenly over it. None with a hop: as long as the clips that the checkpoint was trained on.
-        hop: distance of the beginnings of two windows, in frames of the file or seconds; None: the window's length.
-        layer: block of the encoder whose tokens are averaged, from 1; 0 is the last.
-        recipe: of pre-training: model and clips of the checkpoint `random`.
-        pool: over which groups of tokens means are taken, see `mam2.engine.evaluation.pools`.
-        stride: distance of two sampled frames instead of the checkpoint's; not with a window, which decides it.
-        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
-        batch: clips that go through the encoder at once.
-        device: auto takes a GPU if there is one.
-        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+            evenly spaced in it. None with a hop: the length of the checkpoint's training clips.
+        hop: distance of the starts of two windows, in frames of the file or seconds; None: the window's length.
+        layer: encoder block whose tokens are averaged, from 1; 0 is the last.
+        recipe: pre-training recipe with the model and clips of the checkpoint `random`.
+        pool: groups of tokens to average, see `mam2.engine.evaluation.pools`.
+        stride: distance of two sampled frames; 0: the checkpoint's. Not with a window, which determines it.
+        frames, size, heads: for a checkpoint that does not state them, see `load_encoder`.
+        batch: clips per forward pass.
+        device: auto uses a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for checkpoints, data and files that cannot be used. A single video that cannot be decoded is no
-            error: it is in `skipped`.
+        UserError: checkpoint, data or file cannot be used. A single video that cannot be decoded does not raise; it is
+            listed in `skipped`.
     """
     check_flags(
         layer=(layer, COUNT_OR_NONE),
@@ -116,7 +116,7 @@ def embed(
         for name, value in {"window": window, "hop": hop}.items()
     }
     if window is not None and stride:
-        raise UserError(f"--stride {stride}: a window of {window} decides the distance of its frames; leave one out")
+        raise UserError(f"--stride {stride}: a window of {window} determines the distance of its frames; pass only one")
     target = Path(out) if out is not None else None
     if target:
         check_embedding_file(target)
@@ -129,7 +129,7 @@ def embed(
         [Path(checkpoint)], where, recipe=recipe, stride=stride, frames=frames, size=size, heads=heads
     )
     if not 0 <= layer <= frozen.depth:
-        raise UserError(f"--layer {layer}: {checkpoint} has the layers 1 to {frozen.depth}; 0 is the last")
+        raise UserError(f"--layer {layer}: {checkpoint} has layers 1 to {frozen.depth}; 0 is the last")
     spec = FeatureSpec(frozen, layer or frozen.depth, pool)
     manifest = read_manifest(data, progress=progress)
     about = {
@@ -157,7 +157,7 @@ def embed(
 
 
 def _trained_span(data: DataConfig) -> Span:
-    """What a clip of a checkpoint covers."""
+    """Returns the duration of a checkpoint's training clips."""
     return Span(data.frames / data.fps, True) if data.fps else Span(data.frames * data.stride, False)
 
 
@@ -251,9 +251,9 @@ def _window_batches(
     skipped: dict[str, str],
     done: Callable[[], object],
 ) -> Generator[tuple[list[int], list[Window]], None, None]:
-    """Windows of all videos in order, `batch` together: the places of their videos, and the windows.
+    """Yields batches of the windows of all videos in order: the indices of their videos, and the windows.
 
-    skipped: gets the reason of every video that cannot be decoded to its end. done: called after every video.
+    skipped: receives the reason for every video that cannot be decoded to its end. done: called after every video.
     """
     numbers: list[int] = []
     windows: list[Window] = []

@@ -1,10 +1,10 @@
-"""Features of videos and windows as files that other programs read.
+"""Writes features of videos and windows as files for other programs.
 
-.npy          float32 [n, values]; .json beside it says what each row is
-.npz          the arrays features, video, label and of windows start_s, end_s; paths and about are JSON
-.safetensors  the same as tensors; paths and about are in its metadata
-.parquet      a row per feature; about is in the metadata of its schema
-.csv          of windows, beside each of them: a row per feature with path, label, start_s, end_s
+.npy          float32 [n, values]; a .json file next to it describes each row
+.npz          the arrays features, video, label and for windows start_s, end_s; paths and about as JSON
+.safetensors  the same as tensors; paths and about in its metadata
+.parquet      one row per feature vector; about in the metadata of its schema
+.csv          for windows, next to each of them: one row per feature vector with path, label, start_s, end_s
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet")
 _Contents = tuple[dict[str, Any], list[str], dict[str, Any]]
 """Arrays of a file by their names, the path of each row's video, and what the file says of itself."""
 ROWS_AT_ONCE = 65536
-"""Rows of a group in a parquet file; one group is in memory while it is written."""
+"""Rows per group in a parquet file; one group is in memory at a time."""
 
 
 def check_embedding_file(out: Path) -> None:
-    """Raises UserError for a name of no known format, and where a package is missing."""
+    """Raises UserError for a name without a known format, or if a package is missing."""
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -43,7 +43,7 @@ def check_embedding_file(out: Path) -> None:
 
 
 def write_embedding(out: Path, embedding: Embedding) -> None:
-    """Writes the file and what lies beside it, each whole. Raises OSError."""
+    """Writes the file and the files next to it, each atomically. Raises OSError."""
     {".npy": _write_npy, ".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[
         out.suffix
     ](out, embedding)
@@ -121,7 +121,7 @@ def _write_npy(out: Path, embedding: Embedding) -> None:
     index = embedding.about | {"skipped": embedding.skipped, "paths": embedding.paths}
     index |= {name: array.tolist() for name, array in _columns(embedding).items()}
     index["labels"] = index.pop("label")
-    # ASCII escapes carry every path, also one that is not UTF-8
+    # ASCII escapes represent every path, also one that is not UTF-8
     write_whole(out.with_suffix(".json"), json.dumps(index, indent=1) + "\n")
 
 
@@ -168,7 +168,7 @@ def _write_parquet(out: Path, embedding: Embedding) -> None:
 
 
 def _table(embedding: Embedding) -> bytes:
-    """CSV: number of the row, path, name of the class, start and end in seconds."""
+    """Returns the CSV table: row number, path, class name, start and end in seconds."""
     assert embedding.start_s is not None
     assert embedding.end_s is not None
     text = io.StringIO()
@@ -182,7 +182,7 @@ def _table(embedding: Embedding) -> bytes:
 
 
 def _columns(embedding: Embedding) -> dict[str, Any]:
-    """Arrays with an entry per feature, by their names in a file."""
+    """Returns arrays with one entry per feature vector, by their names in a file."""
     times = {"start_s": embedding.start_s, "end_s": embedding.end_s}
     return {"label": embedding.labels} | {name: array for name, array in times.items() if array is not None}
 
@@ -192,6 +192,6 @@ def _about(embedding: Embedding) -> dict[str, Any]:
 
 
 def _videos(embedding: Embedding) -> tuple[list[str], Any]:
-    """The videos, each once, and int64 [n], the place of each row's video among them."""
+    """Returns the videos, each once, and int64 [n], the index of each row's video among them."""
     places = {path: place for place, path in enumerate(dict.fromkeys(embedding.paths))}
     return list(places), np.array([places[path] for path in embedding.paths], np.int64)

@@ -1,4 +1,4 @@
-"""Frozen features as .npy files, written while the videos are decoded, and a folder that keeps them.
+"""Frozen features as .npy files, written while the videos are decoded, and a folder that caches them.
 
 Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n videos of a manifest, R groups of tokens
 (pools.py), K = T'·k·k cells.
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
@@ -33,8 +33,8 @@ from mam2.engine.runtime.device import autocast, matmul_dtype
 from mam2.engine.runtime.progress import Progress
 
 CELLS = 4
-"""Tokens are averaged over so many rows and columns of cells a slot for the attentive probe: a clip of 16 frames at
-224² takes 0.2 MB in float16 then, at a width of 768; all its tokens 2.4."""
+"""For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames
+of 224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
 FeatureKind = Pool | Literal["cells"]
 
 
@@ -43,14 +43,14 @@ class FeatureSpec(NamedTuple):
 
     frozen: FrozenEncoder
     layer: int
-    """From 1; the last one's tokens have passed the encoder's final LayerNorm."""
+    """Number of the layer, from 1; the tokens of the last include the encoder's final LayerNorm."""
     kind: FeatureKind
 
 
 class FeatureCache:
-    """A folder of features; a file's name is the hash of the encoder, videos, sampling, precision, layer and kind.
+    """A folder of features; a file's name is the hash of encoder, videos, sampling, precision, layer and kind.
 
-    run: its precision is that of the encoders.
+    run: contains the precision of the encoders.
     """
 
     def __init__(self, folder: Path, run: RunConfig | None = None) -> None:
@@ -59,14 +59,14 @@ class FeatureCache:
     def get(
         self, manifest: Manifest, wanted: Iterable[FeatureSpec], *, batch: int, progress: bool = True
     ) -> dict[FeatureSpec, NDArray[np.floating]]:
-        """Features of all videos of a manifest, rows in its order, memory-mapped; what is missing is computed first.
+        """Returns memory-mapped features of all videos of a manifest, in its order; computes missing ones first.
 
-        A video that cannot be decoded has a row of NaN. batch: clips that go through an encoder at once.
+        A video that cannot be decoded has a row of NaN. batch: clips per forward pass.
         """
         paths = {want: self._folder / f"{_key(manifest, want, self._run)}.npy" for want in wanted}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # two paths can stand for one encoder: a run and its best checkpoint
+            # two paths can name the same encoder: a run and its best checkpoint
             missing = {path: want for want, path in paths.items() if not path.is_file()}
             wanted_once = {want: path for path, want in missing.items()}
             write_features(manifest, wanted_once, batch=batch, run=self._run, progress=progress)
@@ -81,8 +81,8 @@ def write_features(
 ) -> dict[str, str]:
     """Writes features of the middle clip of every video to .npy files; see `FeatureCache.get` for what they hold.
 
-    Encoders that see the same clips share one decoding; each runs once for all its layers. A file appears when it is
-    whole. `run` tells the precision. Returns the paths of the videos that could not be decoded, with the reason.
+    Encoders with the same clips share one decoding; each runs once for all its layers. A file appears when it is
+    complete. `run` contains the precision. Returns the paths of videos that could not be decoded, with the reasons.
     """
     skipped: dict[str, str] = {}
     by_clips: dict[str, list[FeatureSpec]] = {}
@@ -121,13 +121,13 @@ def _pooled(tokens: Tensor, want: FeatureSpec) -> Tensor:
 
 
 def cell_grid(frozen: FrozenEncoder) -> tuple[int, int, int]:
-    """Slots, rows and columns of the cells of an encoder: K is their product."""
+    """Returns slots, rows and columns of an encoder's cells; their product is K."""
     slots, height, width = frozen.encoder.grid
     return slots, min(CELLS, height), min(CELLS, width)
 
 
 def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
-    """An .npy file aside, full of NaN. Raises OSError where the disk has no room for all of it."""
+    """Creates a temporary .npy file filled with NaN. Raises OSError if the disk has no space for it."""
     width = want.frozen.encoder.width
     if want.kind == "cells":
         shape = [math.prod(cell_grid(want.frozen)), width]
@@ -135,7 +135,7 @@ def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
         shape = [len(token_groups(want.frozen.encoder.grid, want.kind)) * width]
     dtype = np.dtype("float16" if want.kind == "cells" else "float32")
     rows = np.lib.format.open_memmap(_aside(path), "w+", dtype, (len(manifest.videos), *shape))
-    with _aside(path).open("rb+") as file:  # a disk that runs full under a memory map ends the process with SIGBUS
+    with _aside(path).open("rb+") as file:  # a full disk under a memory map ends the process with SIGBUS
         os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
     rows[:] = np.nan
     return rows
@@ -146,7 +146,7 @@ def _aside(path: Path) -> Path:
 
 
 def _clips(want: FeatureSpec) -> dict[str, object]:
-    """What of the config decides which pixels an encoder sees."""
+    """Returns the config values that determine the pixels that an encoder sees."""
     fields = dataclasses.asdict(want.frozen.data)
     return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
 

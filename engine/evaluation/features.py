@@ -1,4 +1,4 @@
-"""Frozen features of labelled videos: one clip a video, all tokens visible, the encoder's outputs averaged."""
+"""Frozen features of labeled videos: one clip per video, all tokens visible, averaged outputs of the encoder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mam2.engine.runtime.progress import Progress
 def extract_features(
     models: list[MAM2 | VideoMAE], loader: ClipLoader, *, progress: bool = True
 ) -> tuple[list[Tensor], Tensor]:
-    """Mean-pooled encoder outputs of every video of a loader, for several models from one decoding.
+    """Computes mean-pooled encoder outputs of every video of a loader, for several models with one decoding.
 
-    Returns one float32 [videos, D] for each model, on the CPU, and the labels int64 [videos].
+    Returns one float32 [videos, D] per model, on the CPU, and the labels int64 [videos].
     """
     device = next(models[0].parameters()).device
     features: list[list[Tensor]] = [[] for _ in models]
@@ -38,9 +38,9 @@ def extract_features(
 
 
 def layer_tokens(encoder: Encoder, video: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Every token after some of the encoder's blocks, from one pass: video [B, 3, T, H, W] -> [B, N, D] a layer.
+    """Returns every token after each of the given blocks, from one pass: video [B, 3, T, H, W] -> [B, N, D] per layer.
 
-    layers: numbers from 1. The last block's tokens are the encoder's output, after its final LayerNorm.
+    layers: numbers from 1. The tokens of the last block are the encoder's output, after its final LayerNorm.
     """
     depth = len(encoder.blocks)
     if not all(1 <= layer <= depth for layer in layers):

@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features. n training and m test videos, D values, V classes."""
+"""k nearest neighbors on frozen features. n training and m test videos, D values, V classes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-"""Both are DINO's (Caron et al. 2021, after Wu et al. 2018): a neighbour's vote is exp(cosine / temperature)."""
+"""Both are DINO's (Caron et al. 2021, after Wu et al. 2018): a neighbor's vote is exp(cosine / temperature)."""
 CHUNK = 1024
 
 
 def knn(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
-    """The class with most votes among the nearest training features: [n, D], int64 [n], [m, D] -> int64 [m].
+    """Returns the class with most votes among the nearest training features: [n, D], int64 [n], [m, D] -> int64 [m].
 
-    Cosines are taken after the training features' mean is subtracted: what all features share says nothing.
-    Where there are fewer than `NEIGHBOURS` training videos, all vote.
+    The training features' mean is subtracted before cosines are computed, because the common part carries no
+    information. With fewer than `Neighbors` training videos, all vote.
     """
     mean = train.float().mean(0)
     train, test = (F.normalize(features.float() - mean, dim=1) for features in (train, test))

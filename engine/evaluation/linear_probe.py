@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""L2 penalties tried; the best on a held-out fifth of the training features is used. The last ones are for features of
-more dimensions than there are videos."""
+"""L2 penalties to try; the best one on a held-out fifth of the training features is used. The largest are for features
+with more dimensions than videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
     accuracy: float
-    """Share of right answers on the test features, 0 to 1."""
+    """Share of correct answers on the test features, 0 to 1."""
     interval: tuple[float, float]
-    """95 % bootstrap interval of it."""
+    """95 % bootstrap interval of the accuracy."""
     right: Tensor
-    """bool [test clips], on the CPU."""
+    """Whether each answer is correct: bool [test clips], on the CPU."""
     penalty: float
-    """L2 penalty chosen."""
+    """The chosen L2 penalty."""
 
 
 def linear_probe(
@@ -31,7 +31,7 @@ def linear_probe(
 
     Features are standardized by the training features' statistics. The penalty is chosen without the test features.
 
-    held: bool [n], the training features by which the penalty is chosen, from `held_out`; None: a fifth at random.
+    held: bool [n], held-out training features that choose the penalty, from `held_out`; None: a random fifth.
     """
     # one copy in double precision: those of a pool with many groups are large
     train, test = (features.to(torch.float64, copy=True) for features in (train, test))
@@ -54,10 +54,10 @@ def linear_probe(
 
 
 def held_out(count: int, groups: Tensor | None = None, least: int = 1) -> Tensor:
-    """bool [count]: a fifth of so many training videos, by which a probe's one setting is chosen.
+    """Selects a fifth of `count` training videos, bool [count], to choose a probe's setting.
 
-    groups: int64 [count], the group of each video, such as who is seen in it; then a fifth of the groups, `least`
-        at least, is held out whole, as the test videos' groups are others too. One group alone is not kept whole.
+    groups: int64 [count], the group of each video, such as the person in it; then a fifth of the groups, but at least
+        `least`, is held out completely, since test videos are of other groups too. A single group is split.
     """
     generator = torch.Generator().manual_seed(0)
     if groups is not None and len(present := groups.unique()) > 1:
@@ -91,10 +91,10 @@ def bootstrap(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean (or of sum(values) / sum(weights)) over resampled clips; values [n].
+    """Returns the 95 % percentile interval of a mean (or of sum(values) / sum(weights)) over resampled clips.
 
-    groups: int64 [n], the group of each clip: whole groups are resampled instead (the cluster bootstrap), since clips
-        of one group, such as those of one speaker, are right or wrong together.
+    Values [n]. groups: int64 [n], the group of each clip; then whole groups are resampled (cluster bootstrap), because
+        the results of clips of one group, such as those of one speaker, are correlated.
     """
     values = values.double()
     weights = torch.ones_like(values) if weights is None else weights.double()

@@ -1,6 +1,6 @@
-"""A small set of clips with true masks, made on the spot: textured blobs that move, turn, grow and cover each other.
+"""A small set of synthetic clips with true masks: textured blobs that move, rotate, grow and cover each other.
 
-Objects and background have the same kind of texture, so a match needs more than a mean color.
+Objects and background have the same kind of texture, so that a mean color is not enough for a match.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 CLIP_FRAMES = 24
 OBJECTS = 2
 TEXELS = 24
-"""Rows and columns of random colors that a texture is stretched from."""
+"""Rows and columns of random colors from which a texture is interpolated."""
 LOBES = 3
-"""Waves around a blob's outline."""
+"""Number of waves in a blob's outline."""
 
 
 class MaskClip(NamedTuple):
@@ -27,14 +27,14 @@ class MaskClip(NamedTuple):
 
 
 def render_mask_clip(number: int, size: int, seed: int = 0) -> MaskClip:
-    """Clip `number` of a seed at any size in pixels; objects stay visible in part."""
+    """Renders clip `number` of a seed at a size in pixels; a part of every object stays visible."""
     generator = torch.Generator().manual_seed(1000 * seed + number)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
 
     progress = torch.linspace(-0.5, 0.5, CLIP_FRAMES)
-    places = (torch.arange(size) + 0.5) / size * 2 - 1  # of the pixels' centers, -1 to 1
+    places = (torch.arange(size) + 0.5) / size * 2 - 1  # positions of the pixels' centers, -1 to 1
     y, x = torch.meshgrid(places, places, indexing="ij")
     drift = uniform(-0.3, 0.3, 2)
     here = torch.stack([x, y], -1) - progress[:, None, None, None] * drift
@@ -60,7 +60,7 @@ def render_mask_clip(number: int, size: int, seed: int = 0) -> MaskClip:
 
 
 def _texture(places: Tensor, generator: torch.Generator) -> Tensor:
-    """A random texture read at places [T, H, W, 2] (-1 to 1, mirrored beyond): [T, H, W, 3] in 0 to 1."""
+    """Returns a random texture at positions [T, H, W, 2] (-1 to 1, mirrored beyond): [T, H, W, 3] in 0 to 1."""
     tint = torch.rand(3, 1, 1, generator=generator)
     colors = 0.5 * torch.rand(3, TEXELS, TEXELS, generator=generator) + 0.5 * tint
     spread = colors.expand(len(places), -1, -1, -1)

@@ -1,4 +1,4 @@
-"""Frozen encoders judged by label propagation on the clips of mask_clips.py.
+"""Evaluates frozen encoders by label propagation on the clips of mask_clips.py.
 
 Shapes: T frames, H'×W' tokens per frame, D the encoder's width, S the size of a clip in pixels.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, MaskClip, render_mask_clip
@@ -27,25 +27,25 @@ from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.progress import Progress
 
 Context = Literal["still", "window"]
-"""How a frame becomes a clip. still: it is repeated, and the slots are averaged. window: it is shown among the frames
-around it, and the slot that begins with it is read."""
+"""How a frame becomes a clip. still: the frame is repeated, and the slots are averaged. window: the clip contains the
+frames around it, and the slot that starts with the frame is used."""
 CONTEXTS: tuple[Context, ...] = ("still", "window")
 DRAWN_CLIPS, DRAWN_FRAMES = 3, 5
 COLORS = ((0.0, 0.0, 0.0), (0.95, 0.25, 0.2), (0.2, 0.75, 0.3))
-"""Of the background and each object, in the picture."""
+"""Colors of the background and each object in the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PropagationScore:
     checkpoint: str
-    """Empty for the mask of the first frame kept as it is."""
+    """The checkpoint; empty for the baseline, the unchanged mask of the first frame."""
     context: Context | Literal[""]
     size: int
-    """S."""
+    """Size S of the clips."""
     region: float
     """DAVIS' J: intersection over union, 0 to 1, the mean over clips."""
     boundary: float
-    """DAVIS' F, 0 to 1, likewise."""
+    """DAVIS' F, 0 to 1, the mean over clips."""
     interval: tuple[float, float]
     """95 % bootstrap interval of the mean of J and F, over the clips."""
 
@@ -61,10 +61,10 @@ def score_propagation(
     run: RunConfig,
     progress: bool = True,
 ) -> tuple[list[PropagationScore], bytes]:
-    """Scores encoders on `clips` clips; also a PNG of the masks of some of them.
+    """Scores encoders on `clips` clips; also returns a PNG of the masks of some of them.
 
-    encoders: and of each the layer, from 1, and S. top_k, radius, context: see `propagate_masks`. batch: clips that go
-    through an encoder at once. run: its precision is that of the encoders.
+    encoders: each with its layer, from 1, and S. top_k, radius, context: see `propagate_masks`. batch: clips per
+    forward pass. run: contains the precision of the encoders.
     """
     sized = {frozen: _at_size(frozen.encoder, size) for frozen, (_, size) in encoders.items()}
     scored: dict[tuple[str, Context | Literal[""], int], list[tuple[float, float]]] = {}
@@ -93,9 +93,10 @@ def score_propagation(
 def frame_features(
     encoder: Encoder, frames: Tensor, layer: int, context: Context, *, batch: int, run: RunConfig
 ) -> Tensor:
-    """Features of each token of each frame: uint8 [T, S, S, 3] -> float32 [T, H', W', D] on the encoder's device.
+    """Computes features of each token of each frame.
 
-    A frame beyond an end of the clip is the one at that end.
+    Uint8 [T, S, S, 3] -> float32 [T, H', W', D], on the encoder's device. Frames beyond the ends of the clip repeat the
+    first or last frame.
     """
     (slots, height, width), tubelet = encoder.grid, encoder.patch_size[0]
     device = encoder.positions.device
@@ -135,7 +136,7 @@ def _score(
 
 
 def _colored(clip: MaskClip, masks: Tensor) -> Tensor:
-    """Some frames of a clip with the masks over them: float [DRAWN_FRAMES, S, S, 3] in 0 to 1."""
+    """Draws the masks over some frames of a clip: float [DRAWN_FRAMES, S, S, 3] in 0 to 1."""
     places = torch.linspace(0, CLIP_FRAMES - 1, DRAWN_FRAMES).round().long()
     gray = clip.frames[places].float().mean(-1, keepdim=True) / 255
     colors = torch.tensor(COLORS)[masks[places]]

@@ -1,8 +1,8 @@
-"""Motion targets and their predictions as pictures around grey, one for each slot.
+"""Draws motion targets and their predictions as pictures around gray, one per slot.
 
-RGB differences of a tubelet's first frame to the next, contrast doubled; flow as red to the right and green down;
-histograms of gradients by the direction of the strongest edges. B clips, N tokens, T'×H'×W' their grid, Pd values of a
-token's target, C = 3.
+RGB differences are those from a tubelet's first frame to the next, with doubled contrast. Flow to the right is red and
+downward green. Histograms of gradients are drawn by the direction of the strongest edges. B clips, N tokens, T'×H'×W'
+their grid, Pd values of a token's target, C = 3.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mam2.engine.model.motion_targets import FLOW_CELLS, HOG_CELLS, ORIENTATIONS
 from mam2.kernels import TubeMask, frame_difference
 
 FULL_COLOUR_PIXELS = 8
-"""Flow that is drawn in full colour."""
+"""Flow in pixels that is drawn in full color."""
 
 
 def motion_pictures(video: Tensor, mask: TubeMask, predicted: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
-    """The true motion, and the predicted one in the hidden patches: both [B, T', H, W, C] in 0 to 1.
+    """Draws the true motion, and the predicted motion of the masked patches: both [B, T', H, W, C] in 0 to 1.
 
     Args:
         video: [B, 3, T, H, W].
-        predicted: [B, Nm, Pd]. A normalised RGB difference is brought back with its own cube's deviation.
+        predicted: [B, Nm, Pd]. A normalized RGB difference is multiplied by its cube's standard deviation.
     """
     target = motion_target(video, config.loss, config.patch_size)
     prediction = torch.zeros_like(target)
@@ -43,12 +43,13 @@ def motion_pictures(video: Tensor, mask: TubeMask, predicted: Tensor, config: Pr
 
 
 def motion_picture(difference: Tensor) -> Tensor:
-    """Differences of pixels as pictures around grey, contrast doubled."""
+    """Draws pixel differences as pictures around gray, with doubled contrast."""
     return (0.5 + 2 * difference).clamp(0, 1)
 
 
 def _cube_scale(raw: Tensor, target: Tensor, config: PretrainConfig) -> Tensor:
-    """Deviation of each token's cube and channel, from the target in both forms: [B, N, Pd]; 0 where nothing moves."""
+    """Returns the standard deviation of each token's cube and channel, from raw and normalized target: [B, N, Pd]; 0
+    without motion."""
     patch = config.model.patch
     split = "b n (t h w c) -> b n (t h w) c"
     raw, target = (rearrange(x, split, h=patch, w=patch, c=CHANNELS) for x in (raw, target))
@@ -57,7 +58,7 @@ def _cube_scale(raw: Tensor, target: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def _first_difference(difference: Tensor, config: PretrainConfig) -> Tensor:
-    """The first difference of every tubelet of [B, N, Pd], laid out: [B, T', H, W, C]."""
+    """Arranges the first difference of every tubelet of [B, N, Pd] as pictures [B, T', H, W, C]."""
     frame = difference[..., : config.model.patch**2 * CHANNELS]
     return _laid_out(frame, config, config.model.patch)
 
@@ -72,14 +73,14 @@ def _draw_flow(flow: Tensor, config: PretrainConfig) -> Tensor:
 def _draw_hog(histograms: Tensor, config: PretrainConfig) -> Tensor:
     """[B, N, Pd] -> [B, T', H, W, C]"""
     strength = histograms.unflatten(-1, (HOG_CELLS**2, CHANNELS, ORIENTATIONS)).mean(-2)
-    # an orientation and its opposite are the same: twice the angle goes once around
+    # opposite orientations are equal: twice the angle covers the full circle
     angle = (torch.arange(ORIENTATIONS, device=histograms.device) + 0.5) * (2 * math.pi / ORIENTATIONS)
     shades = torch.stack([strength @ angle.cos(), strength @ angle.sin(), torch.zeros_like(strength[..., 0])], dim=-1)
     return (0.5 + _laid_out(shades.flatten(-2) / 2, config, HOG_CELLS)).clamp(0, 1)
 
 
 def _laid_out(values: Tensor, config: PretrainConfig, cells: int) -> Tensor:
-    """[B, N, cells·cells·C] -> [B, T', H, W, C], a cell as wide as its share of the patch."""
+    """Arranges [B, N, cells·cells·C] as pictures [B, T', H, W, C]; a cell is as wide as its share of the patch."""
     slots, rows, columns = config.grid
     layout = "b (t i j) (h w c) -> b t (i h) (j w) c"
     picture = rearrange(values, layout, t=slots, i=rows, j=columns, h=cells, w=cells)

@@ -1,8 +1,8 @@
-"""`mam2 neighbors`: frozen features judged by what they find alike, without training anything.
+"""`mam2 neighbors`: evaluates frozen features by their nearest neighbors, without training.
 
 OUT/neighbors.json
-    retrieval.png     queries and the videos found for them
-    masks.png         masks carried from the first frame of a clip to the others
+    retrieval.png     queries and their results
+    masks.png         masks propagated from the first frame of a clip to the others
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
@@ -29,19 +29,19 @@ from mam2.engine.files import check_apart, make_folder, write_whole, writing
 from mam2.engine.runtime.device import pick_device
 
 FEWEST_ROWS = 14
-"""Tokens along a side of the mask clips, a ViT's at 224²: fewer show no masks."""
+"""Minimum tokens along a side of the mask clips, as in a ViT at 224²: fewer cannot represent masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborsReport:
     layer: int
-    """0 for each encoder's last."""
+    """The layer; 0: each encoder's last."""
     pool: Pool
     retrieval: Retrieval | None
-    """None where no data was named."""
+    """Results of retrieval; None without data."""
     mask_clips: int
     propagation: tuple[PropagationScore, ...]
-    """First that of the first frame's mask kept as it is; empty without mask clips."""
+    """Results of mask propagation, the unchanged first mask first; empty without mask clips."""
 
 
 def neighbors(
@@ -71,26 +71,26 @@ def neighbors(
     """Compares frozen encoders by retrieval of videos and by propagation of masks.
 
     Args:
-        checkpoints: as `load_encoder` takes them, or `random`.
-        out: folder for neighbors.json, retrieval.png and masks.png; made if missing.
-        data: labelled folder or list, the gallery; None leaves retrieval out.
-        val: labelled folder or list of queries; None: each video of `data` is a query for the others.
-        recipe: of pre-training: model and clips of `random`.
-        layer: block of the encoder whose tokens are compared, from 1; 0 is the last.
-        pool: over what of a clip its feature is taken, see pools.py.
-        masks: clips, made on the spot, whose masks are propagated; 0 leaves that out.
-        mask_size: their height and width in pixels, a multiple of the patch; 0: the encoder's own, or 14
-            patches where that is more.
+        checkpoints: arguments of `load_encoder`, or `random`.
+        out: folder for neighbors.json, retrieval.png and masks.png; created if missing.
+        data: labeled folder or list, the gallery; None: no retrieval.
+        val: labeled folder or list of queries; None: each video of `data` is a query for the others.
+        recipe: pre-training recipe with the model and clips of `random`.
+        layer: encoder block whose tokens are compared, from 1; 0 is the last.
+        pool: groups of tokens for the feature of a clip, see pools.py.
+        masks: number of synthetic clips whose masks are propagated; 0: none.
+        mask_size: their height and width in pixels, a multiple of the patch; 0: the encoder's, or 14 patches if that is
+            larger.
         top_k, radius, context: see `propagate_masks`.
-        cache: folder that keeps the features of videos, see `FeatureCache`.
+        cache: folder for the features of videos, see `FeatureCache`.
         stride, frames, size, heads: see `load_frozen`.
-        batch: clips that go through an encoder at once.
-        device: auto takes a GPU if there is one.
-        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+        batch: clips per forward pass.
+        device: auto uses a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         progress: draw progress bars (only on a terminal).
 
     Raises:
-        UserError: for checkpoints, data, sizes and folders that cannot be used.
+        UserError: checkpoints, data, sizes or folders cannot be used.
     """
     check_flags(
         layer=(layer, COUNT_OR_NONE),
@@ -106,9 +106,11 @@ def neighbors(
         batch=(batch, BATCH),
     )
     if not checkpoints:
-        raise UserError("neighbors: name at least one checkpoint: mam2 neighbors CHECKPOINT --data LIST --out FOLDER")
+        raise UserError(
+            "neighbors: expected at least one checkpoint: mam2 neighbors CHECKPOINT --data LIST --out FOLDER"
+        )
     if data is None and (val is not None or not masks):
-        raise UserError("neighbors: nothing to compare: name a list with --data, or ask for --masks without --val")
+        raise UserError("neighbors: nothing to compare: pass a list with --data, or --masks without --val")
     for source in (data, val):
         if source is not None:
             check_source(source)
@@ -125,7 +127,7 @@ def neighbors(
     )
     for frozen in encoders:
         if layer > frozen.depth:
-            raise UserError(f"--layer {layer}: {frozen.name} has the layers 1 to {frozen.depth}; 0 is the last")
+            raise UserError(f"--layer {layer}: {frozen.name} has layers 1 to {frozen.depth}; 0 is the last")
     asked = {frozen: (layer or frozen.depth, _mask_size(frozen, mask_size)) for frozen in encoders}
     folder = make_folder(out)
     retrieval = None

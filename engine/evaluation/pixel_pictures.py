@@ -1,5 +1,7 @@
-"""Predicted pixels, which are standardised, as pictures: B clips, T'×H'×W' the token grid, N tokens, Nm masked,
-P values of a token, τ×s×s its pixels, C = 3."""
+"""Converts standardized predicted pixels to pictures.
+
+B clips, T'×H'×W' the token grid, N tokens, Nm masked, P values per token, τ×s×s its pixels, C = 3.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask
 
 EPS = 1e-6
-"""Of the pixel target's deviation, as `masked_pixel_loss` has it."""
+"""eps of the pixel target's standard deviation, as in `masked_pixel_loss`."""
 
 
 def token_cubes(clip: Tensor, config: PretrainConfig) -> Tensor:
-    """Pixels of each token in 0 to 1: clip uint8 [B, T, H, W, C] -> float [B, N, τ, s·s, C]."""
+    """Returns the pixels of each token in 0 to 1: clip uint8 [B, T, H, W, C] -> float [B, N, τ, s·s, C]."""
     tubelet, side, _ = config.patch_size
     return rearrange(clip.float() / 255, "b (t p) (h q) (w r) c -> b (t h w) p (q r) c", p=tubelet, q=side, r=side)
 
@@ -23,7 +25,7 @@ def token_cubes(clip: Tensor, config: PretrainConfig) -> Tensor:
 def completed_cubes(cubes: Tensor, mask: TubeMask, predicted: Tensor, config: PretrainConfig) -> Tensor:
     """Cubes [B, N, τ, s·s, C] with the hidden ones as predicted [B, Nm, P].
 
-    A prediction is standardised: each hidden cube lends its own mean and deviation, so colour and contrast of a patch
+    A prediction is standardised: each hidden cube lends its own mean and deviation, so color and contrast of a patch
     are given, not predicted.
     """
     mean, deviation = _statistics(cubes, config.loss.pixel_normalize)
@@ -39,7 +41,7 @@ def completed_cubes(cubes: Tensor, mask: TubeMask, predicted: Tensor, config: Pr
 
 
 def laid_out(part: Tensor, config: PretrainConfig) -> Tensor:
-    """One frame of each token [B, N, s·s, C] -> [B, T', H, W, C]"""
+    """Arranges one frame of each token [B, N, s·s, C] as pictures [B, T', H, W, C]."""
     slots, rows, columns = config.grid
     side = config.model.patch
     layout = "b (t h w) (q r) c -> b t (h q) (w r) c"
@@ -47,7 +49,7 @@ def laid_out(part: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def _statistics(cubes: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each cube [B, N, τ, s·s, C] that the pixel target was standardised by."""
+    """Returns mean and standard deviation of each cube [B, N, τ, s·s, C], as used in the pixel target."""
     if normalize == "none":
         return cubes.new_zeros(()), cubes.new_ones(())
     over = (2, 3) if normalize == "channel" else (2, 3, 4)

@@ -1,4 +1,4 @@
-"""What a model that only predicts pixels sees in the hidden patches: VideoMAE and MAE-DFER's joint decoder.
+"""Predictions of models that only predict pixels: VideoMAE and MAE-DFER's joint decoder.
 
 Shapes: B clips, T frames, H×W pixels, C = 3.
 """
@@ -17,7 +17,7 @@ from mam2.engine.model.videomae import VideoMAE
 
 @torch.no_grad()
 def reconstruct_pixels(model: VideoMAE, clip: Tensor, config: PretrainConfig) -> ClipReconstruction:
-    """Masks clips uint8 [B, T, H, W, C], predicts them, and brings the predictions back to pixels."""
+    """Masks clips uint8 [B, T, H, W, C], predicts the masked part, and converts the predictions to pixels."""
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     cubes = token_cubes(clip, config)
     completed = completed_cubes(cubes, mask, model.predict_pixels(video, mask), config)

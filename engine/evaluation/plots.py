@@ -1,4 +1,4 @@
-"""The curves of one run's log, or of several in the same axes."""
+"""Plots the log of one run, or the logs of several runs in the same axes."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
 
 Lines = Sequence[Mapping[str, Any]]
-"""Of a log, as `mam2.engine.runtime.log.read_log` gives them."""
+"""Lines of a log, as returned by `mam2.engine.runtime.log.read_log`."""
 
 
 class Panel(NamedTuple):
     title: str
     columns: dict[str, str]
-    """Of the log, and the name of each; no name where there is only one."""
+    """Columns of the log with their names; an empty name for a single column."""
     percent: bool = False
     logarithmic: bool = False
     reference: float | None = None
-    """Where a dotted line is drawn."""
+    """Value of a dotted line."""
 
 
 PANELS = (
     Panel("appearance loss", {"loss/appearance": ""}),
     Panel(
-        "motion loss", {"loss/motion": "of the step", "loss/motion_peak": "largest since the last"}, logarithmic=True
+        "motion loss",
+        {"loss/motion": "of the step", "loss/motion_peak": "largest since the last line"},
+        logarithmic=True,
     ),
-    Panel("motion loss / that of no motion", {"loss/motion_relative": ""}, reference=1),
+    Panel("motion loss / loss of predicting no motion", {"loss/motion_relative": ""}, reference=1),
     Panel(
-        "right codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "always the commonest"}, percent=True
+        "correct codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "most frequent code"}, percent=True
     ),
     Panel("pixel loss", {"loss/pixels": ""}),
     Panel("alignment loss", {"loss/alignment": ""}),
@@ -49,8 +51,8 @@ PANELS = (
     Panel("held-out loss, all together", {"validation/loss": ""}),
     Panel("held-out motion loss / that of no motion", {"validation/motion_relative": ""}, reference=1),
     Panel(
-        "held-out right codes (%)",
-        {"validation/codes": "model", "validation/commonest_code": "always the commonest"},
+        "held-out correct codes (%)",
+        {"validation/codes": "model", "validation/commonest_code": "most frequent code"},
         percent=True,
     ),
     Panel("held-out pixel loss / that of the mean color", {"validation/pixels_relative": ""}, reference=1),
@@ -71,24 +73,24 @@ PANELS = (
     Panel("learning rate", {"learning_rate": ""}),
     Panel("clips per second", {"clips_per_s": ""}),
     Panel("waiting for data (% of the time)", {"data_wait": ""}, percent=True),
-    Panel("model FLOPs utilisation (%)", {"mfu": ""}, percent=True),
+    Panel("model FLOPs utilization (%)", {"mfu": ""}, percent=True),
     Panel("memory (GiB)", {"memory_gib": ""}),
 )
 STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
-"""Of the columns of one panel, where colours tell runs apart."""
+"""Line styles of the columns of one panel; colors distinguish runs."""
 PAUSE = 5
-"""A step that took so many times the median is one after a pause: the run was stopped and resumed."""
+"""A step that took this many times the median follows a pause: the run was stopped and resumed."""
 
 
 def draw_logs(logs: Mapping[str, Lines], *, against: Sequence[Literal["step", "hours"]] = ("step",)) -> bytes:
-    """PNG of what the logs hold, a panel for each quantity that at least one of them has.
+    """Draws the logs as PNG, with one panel per quantity that at least one of them has.
 
     Args:
-        logs: name of each run and its lines.
-        against: what the curves are drawn over; with both, each panel twice, side by side.
+        logs: lines of each run by its name.
+        against: quantity of the x-axis; two quantities draw each panel twice, side by side.
 
     Raises:
-        ValueError: no log holds anything that is drawn.
+        ValueError: no log has any of the quantities.
     """
     panels = [
         panel
@@ -123,7 +125,7 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
             x, y = zip(*points, strict=True)
             values = [100 * value for value in y] if panel.percent else y
             style = {"color": f"C{number}", "linestyle": STYLES[index]} if several else {"color": f"C{index}"}
-            # a single point has no line to be seen by
+            # a single point would have no visible line
             axis.plot(x, values, label=label, linewidth=1.3, marker="." if len(x) == 1 else None, **style)
     if panel.reference is not None:
         axis.axhline(panel.reference, color="grey", linewidth=0.8, linestyle=":")
@@ -141,23 +143,23 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
 
 
 def hours(lines: Lines) -> list[float]:
-    """Hours of training up to each line, from its time: what lies between a stop and a resume is left out."""
+    """Returns the hours of training up to each line; the time between a stop and a resume is excluded."""
     gaps = [
         (after["step"] - before["step"], after["time"] - before["time"]) for before, after in itertools.pairwise(lines)
     ]
     usual = statistics.median(seconds / steps for steps, seconds in gaps) if gaps else 0.0
     passed = [0.0]
     for steps, seconds in gaps:
-        # a clock set back, or lines of another process of the same run, cannot take time away
+        # a clock that was set back, or lines of another process of the run, must not reduce the time
         paused = not 0 <= seconds <= PAUSE * usual * steps
         passed.append(passed[-1] + (usual * steps if paused else seconds) / 3600)
     return passed[: len(lines)]
 
 
 def png(figure: Any) -> bytes:
-    """The picture of a figure."""
+    """Returns a figure as PNG."""
     buffer = io.BytesIO()
-    # tight: the layout can leave too little room for a long label beside pictures of a fixed aspect
+    # tight, because the layout can leave too little space for a long label next to pictures of a fixed aspect
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
 
@@ -171,12 +173,12 @@ def plot(
     """Draws the curves of one run, or of several in the same axes; returns the picture's path.
 
     Args:
-        runs: run folders; a run that is still going on is drawn as far as it is.
-        out: the picture, PNG; None for curves.png in the folder of a single run, runs.png here for several.
-        against: what the curves are drawn over; hours leave out the time between a stop and a resume.
+        runs: run folders; an active run is plotted up to its current step.
+        out: output file, PNG; None: curves.png in the folder of a single run, runs.png here for several.
+        against: quantity of the x-axis; hours exclude the time between a stop and a resume.
 
     Raises:
-        UserError: for folders without a log, and a place that cannot be written.
+        UserError: a folder has no log, or the file cannot be written.
     """
     folders, target = tuple(map(Path, runs)), Path(out) if out else None
     if not runs:

@@ -1,6 +1,6 @@
-"""From a clip's tokens to one feature: over which groups of tokens a mean is taken, or a learned query attends.
+"""Groups of a clip's tokens, over which a feature is averaged or a learned query attends.
 
-mean          all tokens: the field's probe. It says what is in a clip, and loses the order of what happens.
+mean          all tokens: the usual probe. It describes the content of a clip, but loses the temporal order.
 time          the tokens of one time slot, for each slot: keeps the order.
 time-center   `time`, and for each slot the tokens of the central half of rows and columns.
 time-space    the tokens of one quarter of the frame in one time slot, for each slot and quarter.
@@ -21,7 +21,7 @@ REGIONS = 2
 
 
 def token_groups(grid: tuple[int, int, int], pool: Pool) -> Tensor:
-    """Which tokens of a grid (T', H', W') belong to which group: bool [R, N]; no group is empty."""
+    """Returns the tokens of each group for a grid (T', H', W'): bool [R, N]; no group is empty."""
     slots, height, width = grid
     whole = torch.ones(1, height, width, dtype=torch.bool)
     if pool == "mean":
@@ -34,9 +34,9 @@ def token_groups(grid: tuple[int, int, int], pool: Pool) -> Tensor:
 
 
 def pool_tokens(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tensor:
-    """Mean of every group of tokens: [B, N, D] -> [B, R, D], float32.
+    """Averages every group of tokens: [B, N, D] -> [B, R, D], float32.
 
-    Raises ValueError where the tokens are not those of the grid.
+    Raises ValueError if the tokens do not match the grid.
     """
     if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(f"tokens: expected [B, N, D] of a grid of {grid}, found {tuple(tokens.shape)}")
@@ -48,7 +48,7 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tenso
 
 
 def _center(height: int, width: int) -> Tensor:
-    """bool [1, H', W']: the central half of rows and columns; all of them where there are fewer than three."""
+    """Returns bool [1, H', W']: the central half of rows and columns; all of them if there are fewer than three."""
     center = torch.zeros(1, height, width, dtype=torch.bool)
     top, left = (height + 1) // 4, (width + 1) // 4
     center[:, top : height - top, left : width - left] = True
@@ -56,13 +56,13 @@ def _center(height: int, width: int) -> Tensor:
 
 
 def _regions(height: int, width: int) -> Tensor:
-    """bool [regions, H', W']: the middle row or column of an odd number belongs to both sides."""
+    """Returns bool [regions, H', W']; with an odd number, the middle row or column belongs to both sides."""
     rows, columns = _parts(height), _parts(width)
     return torch.einsum("rh,cw->rchw", rows, columns).bool().flatten(0, 1)
 
 
 def _parts(count: int) -> Tensor:
-    """float [parts, count], 1 where a row or column belongs to a part."""
+    """Returns float [parts, count], 1 if a row or column belongs to a part."""
     parts = torch.zeros(min(REGIONS, count), count)
     for place, part in enumerate(parts):
         part[place * count // len(parts) : -(-(place + 1) * count // len(parts))] = 1

@@ -1,4 +1,4 @@
-"""`predict`: a classifier's classes of videos without labels, of a folder at once or of a stream one by one.
+"""`predict`: classifies videos without labels, all of a folder at once or those of a stream one by one.
 
 Shapes: V classes.
 """
@@ -20,7 +20,7 @@ from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import Task
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.video import Skipped, Video, probe_file
@@ -32,26 +32,26 @@ from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.progress import Progress
 
 BATCH = 32
-"""Clips in a forward pass where nothing else is asked for."""
+"""Default number of clips per forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
-    """What a classifier says of one video."""
+    """A classifier's prediction for one video."""
 
     path: str
-    """Absolute."""
+    """Absolute path of the video."""
     task: Task
     """What the checkpoint predicts: one class per video, several, or a number."""
     probabilities: NDArray[np.float64]
     """[V], the mean over the views; in regression the only value, not a probability."""
     classes: tuple[str, ...]
-    """Their names."""
+    """Names of the classes."""
     views: int
-    """How many clips and crops were seen; fewer than asked for where some could not be decoded."""
+    """Number of evaluated clips and crops; smaller than requested if some could not be decoded."""
 
     def top(self, count: int = 5) -> list[tuple[str, float]]:
-        """The `count` likeliest classes with their probabilities, the likeliest first; 0 for all classes."""
+        """Returns the `count` most probable classes with their probabilities, in descending order; 0: all classes."""
         order = np.argsort(-self.probabilities, kind="stable")[: count or None]
         return [(self.classes[place], float(self.probabilities[place])) for place in order]
 
@@ -59,18 +59,18 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True)
 class PredictResult:
     predictions: tuple[Prediction, ...]
-    """In the order of the videos."""
+    """Predictions in the order of the videos."""
     skipped: tuple[Skipped, ...]
-    """Videos that cannot be decoded, with the reason of each."""
+    """Videos that cannot be decoded, with the reasons."""
     classes: tuple[str, ...]
-    """In the order of `Prediction.probabilities`."""
+    """Names of the classes in the order of `Prediction.probabilities`."""
 
 
 class Predictor:
-    """A classifier that is loaded once and asked for as many videos as there are.
+    """A classifier that is loaded once and classifies any number of videos.
 
     predictor = Predictor("runs/ft")
-    for found in predictor.stream(paths):       # any iterable of paths, also one without end
+    for found in predictor.stream(paths):       # any iterable of paths, also an endless one
         if isinstance(found, Prediction):       # otherwise a Skipped: a video that cannot be decoded
             print(found.path, found.top(1))
     """
@@ -90,7 +90,7 @@ class Predictor:
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bfloat16", "float32"] = "auto",
     ) -> None:
-        """Takes the arguments of `predict`, and raises the same errors for them."""
+        """Takes the arguments of `predict` and raises the same errors."""
         check_flags(
             temporal=(temporal, COUNT_OR_NONE),
             spatial=(spatial, COUNT_OR_NONE),
@@ -102,13 +102,13 @@ class Predictor:
         )
         model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
         if names and len(names) != logits_of(model):
-            raise UserError(f"--classes: names {len(names)} classes, {checkpoint} tells {logits_of(model)} apart")
+            raise UserError(f"--classes: {len(names)} names, but {checkpoint} has {logits_of(model)} classes")
         self.classes = tuple(names) or classes or tuple(map(str, range(logits_of(model))))
-        """Names of the classes in the order of the probabilities; numbers where nothing says the names."""
+        """Names of the classes in the order of the probabilities; numbers if the names are unknown."""
         self.checkpoint, self.weights = Path(checkpoint), find_weights(checkpoint) or Path(checkpoint)
-        """The checkpoint as it was named, and the file or folder that was read."""
+        """The checkpoint as passed by the caller, and the file or folder that was read."""
         self.temporal, self.spatial = temporal or config.test.temporal, spatial or config.test.spatial
-        """Clips of a video, and crops of a clip."""
+        """Clips per video, and crops per clip."""
         self._run = RunConfig(device=device, precision=precision)
         self._device = pick_device(self._run)
         self._model = model.to(self._device).eval()
@@ -118,10 +118,10 @@ class Predictor:
         self._batch = max(batch or config.test.batch or BATCH, self.spatial)
 
     def predict(self, data: str | Path, *, progress: bool = True) -> Iterator[Prediction | Skipped]:
-        """The videos of a folder or list in order, each as soon as it is classified; what cannot be decoded as Skipped.
+        """Yields the results of a folder or list in order, each as soon as available; Skipped for undecodable videos.
 
-        data: a folder of videos, an annotation list, whose labels are not read, or a video. progress: draw a bar (only
-        on a terminal). Raises UserError where there is no usable video.
+        data: a folder of videos, an annotation list, whose labels are ignored, or a video. progress: draw a bar (only
+        on a terminal). Raises UserError if no video is usable.
         """
         manifest = read_manifest(data, threads=self._data.threads, progress=progress)
         yield from manifest.skipped
@@ -131,10 +131,10 @@ class Predictor:
                 bar.update()
 
     def stream(self, paths: Iterable[str | Path], *, group: int = 1) -> Iterator[Prediction | Skipped]:
-        """The videos of an iterable in order; what cannot be opened or decoded comes as Skipped.
+        """Yields the results of an iterable in order; Skipped for videos that cannot be opened or decoded.
 
-        group: so many paths are taken from the iterable before the first of them is decoded. Larger groups use more
-        cores and fill the batches, a group of one answers at once.
+        group: number of paths to take from the iterable before the first of them is decoded. Larger groups use more
+        cores and fill the batches; a group of one returns each result immediately.
         """
         if group < 1:
             raise ValueError(f"group: expected at least 1, found {group}")
@@ -147,7 +147,7 @@ class Predictor:
                     yield one if isinstance(one, Skipped) else next(found)
 
     def _classified(self, videos: tuple[Video, ...]) -> Iterator[Prediction | Skipped]:
-        """One result for every video, in order."""
+        """Yields one result per video, in order."""
         if not videos:
             return
         reasons: dict[str, str] = {}
@@ -213,27 +213,27 @@ def predict(
     """Classifies videos that need no labels.
 
     Args:
-        checkpoint: a run of `mam2 finetune` (its best), one of its checkpoints, a fine-tuned checkpoint of VideoMAE's
-            or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
-        data: a folder of videos, an annotation list, whose labels are not read, or a video; or an iterable of videos:
-            of a list or tuple all are classified together, of any other iterable one after the other as they come.
-        out: a file to write: .json holds everything, .csv a row per class and video, .jsonl a line per video, written
-            as soon as it is classified.
-        draw: a folder for a picture of every video: four frames and its likeliest classes.
-        top: classes of a video that are written and drawn, the likeliest first; 0 for all.
-        temporal, spatial: clips of a video and crops of a clip, whose probabilities are averaged; 0 takes the recipe's.
-        batch: most clips in a forward pass; 0 takes the recipe's, or 32.
-        frames, size, heads: of a checkpoint that does not say them, see `load_encoder`.
-        names: of the classes, in the order of the logits, for a checkpoint that does not say them.
-        threads: decoding threads; 0 for as many as this process may use cores.
-        device: auto takes a GPU if there is one.
-        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
-        on_result: called with every prediction, and every video that is skipped, as soon as it is known.
+        checkpoint: a run of `mam2 finetune` (its best checkpoint), one of its checkpoints, a fine-tuned checkpoint of
+            VideoMAE's or VideoMAE v2's code (.pth), or a Hugging Face folder of VideoMAEForVideoClassification.
+        data: a folder of videos, an annotation list, whose labels are ignored, or a video; or an iterable of videos: a
+            list or tuple is classified as a whole, any other iterable one video after the other.
+        out: output file: .json contains everything, .csv one row per class and video, .jsonl one line per video,
+            written as soon as the video is classified.
+        draw: folder for a picture of every video: four frames and its most probable classes.
+        top: classes per video to write and draw, the most probable first; 0: all.
+        temporal, spatial: clips per video and crops per clip, whose probabilities are averaged; 0: as in the recipe.
+        batch: maximum clips per forward pass; 0: as in the recipe, or 32.
+        frames, size, heads: for a checkpoint that does not state them, see `load_encoder`.
+        names: names of the classes in the order of the logits, for a checkpoint without names.
+        threads: decoding threads; 0: one per core that this process may use.
+        device: auto uses a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
+        on_result: called with every prediction and every skipped video as soon as it is known.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for checkpoints, data and places that cannot be used. A single video that cannot be decoded is no
-            error: it is in `skipped`, and in the file.
+        UserError: checkpoint, data or output cannot be used. A single video that cannot be decoded does not raise; it
+            is listed in `skipped` and in the file.
     """
     check_flags(top=(top, COUNT_OR_NONE))
     predictor = Predictor(

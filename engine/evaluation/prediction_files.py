@@ -1,4 +1,4 @@
-"""Predictions as files: JSON, CSV or JSON lines, and a picture of every video with its likeliest classes."""
+"""Writes predictions as JSON, CSV or JSON lines, and a picture of every video with its most probable classes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mam2.engine.files import check_apart, check_folder, make_folder, printable,
 
 SUFFIXES = (".json", ".csv", ".jsonl")
 DRAWN_FRAMES = 4
-"""Frames of a picture, evenly spread over the video."""
+"""Frames per picture, evenly spaced in the video."""
 FRAME_HEIGHT = 240
-"""Pixels that the frames of a picture are decoded at, at least."""
+"""Minimum height in pixels at which the frames of a picture are decoded."""
 DRAWN_CLASSES = 10
-"""Classes of a picture at most."""
+"""Maximum classes per picture."""
 
 Top = Sequence[tuple[str, float]]
-"""Names of the likeliest classes with their probabilities, the likeliest first."""
+"""Names of the most probable classes with their probabilities, in descending order."""
 
 
 class PredictionFiles:
-    """Writes predictions while they come. What is there when the block ends, by an error too, is in the files."""
+    """Writes predictions as they arrive. When the block ends, also by an error, the files contain all of them."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class PredictionFiles:
         top: int,
         source: str | Path | None,
     ) -> None:
-        """out: the file, by whose suffix its format goes. draw: folder of the pictures. about: what the JSON file says
-        beside the predictions. top: classes of a video. source: the data, which must be at another place.
+        """out: output file, whose suffix selects the format. draw: folder for pictures. about: further content of the
+        JSON file. top: classes per video. source: the data, which must not be overwritten.
 
-        Raises UserError where they cannot be written, before anything is classified.
+        Raises UserError if the outputs cannot be written, before anything is classified.
         """
         self._out, self._draw = (Path(place) if place else None for place in (out, draw))
         self._about, self._top = about, top
@@ -80,7 +80,7 @@ class PredictionFiles:
                 write_whole(self._out, self._as_csv() if self._out.suffix.lower() == ".csv" else self._as_json())
 
     def add(self, path: str, top: Top, views: int) -> None:
-        """A video that was classified, or of which a number was predicted."""
+        """Adds a video that was classified, or whose number was predicted."""
         number = "value" if self._about.get("task") == "regression" else "probability"
         self._write({"path": path, "views": views, "top": [{"class": name, number: p} for name, p in top]})
         if self._draw and (picture := draw_prediction(path, top[:DRAWN_CLASSES])):
@@ -91,12 +91,12 @@ class PredictionFiles:
                 write_whole(place, picture)
 
     def add_skipped(self, skipped: Skipped) -> None:
-        """A video that cannot be decoded."""
+        """Adds a video that cannot be decoded."""
         self._write({"path": skipped.path, "reason": skipped.reason})
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._lines:
-            # ASCII escapes carry every path, also one that is not UTF-8
+            # ASCII escapes represent every path, also one that is not UTF-8
             with writing(self._out or ""):
                 self._lines.write(json.dumps(row) + "\n")
                 self._lines.flush()
@@ -122,9 +122,11 @@ class PredictionFiles:
 
 
 def draw_prediction(path: str, top: Top) -> bytes | None:
-    """PNG: frames of a video from its start to its end, and bars of its likeliest classes. None where no frame can be
-    decoded any more."""
-    from matplotlib.figure import Figure  # imported here: predictions without pictures need none
+    """Draws frames of a video from its start to its end, and bars of its most probable classes, as PNG.
+
+    Returns None if no frame can be decoded any more.
+    """
+    from matplotlib.figure import Figure  # imported here, because predictions without pictures do not need it
 
     video = probe_file(path)
     if isinstance(video, Skipped):
@@ -157,7 +159,7 @@ def draw_prediction(path: str, top: Top) -> bytes | None:
 
 
 def _spread_frames(video: Video) -> NDArray[np.uint8]:
-    """Frames from the first to the last of a video: uint8 [DRAWN_FRAMES, H, W, 3]."""
+    """Returns frames from the first to the last of a video: uint8 [DRAWN_FRAMES, H, W, 3]."""
     numbers = np.linspace(0, max(video.frames - 1, 0), DRAWN_FRAMES).round().astype(int).tolist()
     width, height = video.shown_size
     least = (FRAME_HEIGHT * width / height, float(FRAME_HEIGHT))
@@ -165,5 +167,5 @@ def _spread_frames(video: Video) -> NDArray[np.uint8]:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands."""
+    """Escapes text so that matplotlib draws it literally."""
     return printable(text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""How well a MAM2 model solves its own task on clips it has not seen, and what its predictions look like."""
+"""Measures a MAM2 model's pretext task on unseen clips, and draws its predictions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mam2.kernels import TubeMask
 @dataclass(frozen=True, kw_only=True)
 class PretextResult:
     code_accuracy: float
-    """Share of the hidden tokens' codes that are the likeliest ones, 0 to 1."""
+    """Share of the masked tokens' codes that are predicted correctly, 0 to 1."""
     code_interval: tuple[float, float]
     """95 % bootstrap interval over clips."""
     commonest_code: float
-    """Share of the hidden tokens' codes that are the commonest one: the accuracy of always answering it."""
+    """Share of the most frequent code among the masked tokens: the accuracy of always predicting it."""
     relative_motion: float
-    """Motion loss over that of predicting no motion; 1 means nothing learned, 0 perfect."""
+    """Motion loss divided by that of predicting no motion; 1: nothing learned, 0: perfect."""
     motion_interval: tuple[float, float]
     """95 % bootstrap interval over clips."""
 
@@ -39,15 +39,15 @@ class PretextResult:
 def measure_pretext(
     model: MAM2, tokenizer: Tokenizer, loader: ClipLoader, config: PretrainConfig, *, progress: bool = True
 ) -> PretextResult:
-    """Runs the pretext task, motion included, over all videos of a loader, one clip and one mask each.
+    """Runs the pretext task, including motion, over all videos of a loader, with one clip and one mask per video.
 
-    Raises ValueError for a config that has no codes or no motion to predict.
+    Raises ValueError for a config without codes or motion as targets.
     """
     if not config.needs_codes or config.loss.motion_target == "none":
         raise ValueError(
             "config: expected a MAM2 that predicts codes and motion, found loss.appearance_target "
             f"{config.loss.appearance_target!r} and loss.motion_target {config.loss.motion_target!r}; "
-            "measure a run that has both"
+            "measure a run with both"
         )
     model.eval()
     parts = []
@@ -73,32 +73,32 @@ def measure_pretext(
 
 
 def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0) -> TubeMask:
-    """The masks that evaluation uses for clips [B, T, H, W, C]: of a step that no training reaches."""
+    """Draws evaluation's masks for clips [B, T, H, W, C], from a step number that no training reaches."""
     return sample_masks(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipReconstruction:
-    """Pictures of clips, float [B, T', H, W, C] in 0 to 1: one for each slot, by its first frame."""
+    """Pictures of clips, float [B, T', H, W, C] in 0 to 1: the first frame of each slot."""
 
     original: Tensor
     masked: Tensor
-    """The original with hidden patches grey."""
+    """The original with gray masked patches."""
     appearance: Tensor | None = None
-    """What is predicted, visible patches kept: from codes decoded, or pixels."""
+    """The prediction (decoded codes, or pixels) in the masked patches, the original in the visible ones."""
     codes: Tensor | None = None
-    """The original's codes decoded: the best the appearance decoder could do."""
+    """The decoded codes of the original: the best possible prediction of the appearance decoder."""
     motion: Tensor | None = None
-    """True difference to the next frame, grey for none."""
+    """True difference to the next frame; gray means no motion."""
     predicted_motion: Tensor | None = None
-    """Predicted difference in the hidden patches, grey elsewhere."""
+    """Predicted difference in the masked patches, gray elsewhere."""
 
 
 @torch.no_grad()
 def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: PretrainConfig) -> ClipReconstruction:
     """Masks clips uint8 [B, T, H, W, C], completes them, and brings the predictions back to pixels.
 
-    tokenizer: only read where codes are predicted.
+    tokenizer: used only if codes are predicted.
     """
     model.eval()
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
@@ -128,7 +128,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
 
 
 def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
-    """Pictures [B, T', H, W, C] with the hidden patches grey."""
+    """Returns the pictures [B, T', H, W, C] with gray masked patches."""
     hidden = rearrange(mask.as_bool(), "b (t h w) -> b t h w 1", t=config.grid[0], h=config.grid[1])
     hidden = hidden.repeat_interleave(config.model.patch, 2).repeat_interleave(config.model.patch, 3)
     return torch.where(hidden, 0.5, frames)

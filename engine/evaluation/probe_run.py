@@ -1,4 +1,4 @@
-"""Probes of frozen encoders on a labelled set: linear, attentive and k-NN, of several checkpoints and layers.
+"""Probes frozen encoders on labeled videos: linear, attentive and k-NN, for several checkpoints and layers.
 
 n training and m test videos, D an encoder's width, V classes.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
@@ -30,27 +30,27 @@ from mam2.engine.evaluation.pools import Pool, token_groups
 Probe = Literal["linear", "attentive", "knn"]
 FEWEST_VIDEOS = 5
 TEST_SHARE = 5
-"""Without a test list, one video in so many of each class is tested on."""
+"""Without a test list, one in this number of videos of each class is a test video."""
 POOLS: tuple[Pool, ...] = ("mean", "time")
-"""The field's, and the one that keeps time."""
+"""The usual pool, and one that keeps the temporal order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one probe of one layer of one checkpoint gave on the test videos."""
+    """Result of one probe of one layer of one checkpoint on the test videos."""
 
     checkpoint: str
     layer: int
     pool: Pool
     probe: Probe
     accuracy: float
-    """Share of right answers, 0 to 1."""
+    """Share of correct answers, 0 to 1."""
     interval: tuple[float, float]
-    """95 % bootstrap interval of it, over the test videos, or over their groups."""
+    """95 % bootstrap interval of the accuracy, over the test videos, or over their groups."""
     gain: float
-    """Over the first checkpoint's last layer asked for, the same pool and probe."""
+    """Difference to the first checkpoint's last probed layer, with the same pool and probe."""
     gain_interval: tuple[float, float]
-    """95 % bootstrap interval of it, the videos paired."""
+    """95 % paired bootstrap interval of the gain."""
     setting: float
     """L2 penalty or learning rate chosen on held-out training videos; 0 for k-NN, which has none."""
 
@@ -58,17 +58,17 @@ class Score:
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
     train: int
-    """Training videos that have a label and could be decoded."""
+    """Number of decodable training videos with a label."""
     test: int
     both: int
-    """Videos of the test list that are training videos as well: the accuracies are then too high."""
+    """Number of test videos that are also training videos; the accuracies are then too high."""
     skipped: int
-    """Labelled videos that could not be decoded."""
+    """Number of labeled videos that could not be decoded."""
     classes: int
     groups: int
-    """Groups of the test videos, over which the intervals are; 0 where they are over the videos."""
+    """Number of groups of the test videos, for intervals over groups; 0: intervals over videos."""
     commonest: float
-    """Accuracy of always answering the test videos' commonest class."""
+    """Accuracy of always predicting the most frequent class of the test videos."""
     scores: tuple[Score, ...]
     unit: str = "videos"
     """What is counted: videos, or segments of videos."""
@@ -78,11 +78,11 @@ class ProbeReport:
 class _Split:
     manifest: Manifest
     rows: NDArray[np.int64]
-    """Places in the manifest."""
+    """Indices in the manifest."""
     labels: Tensor
-    """int64, of each row."""
+    """int64, the label of each row."""
     groups: Tensor | None = None
-    """int64, of each row, where the videos have groups."""
+    """int64, the group of each row, if the videos have groups."""
 
 
 def probe_encoders(
@@ -99,27 +99,27 @@ def probe_encoders(
     run: RunConfig | None = None,
     progress: bool = True,
 ) -> ProbeReport:
-    """Probes every encoder at every layer on labelled videos.
+    """Probes every encoder at every layer on labeled videos.
 
     Args:
         encoders: from `load_frozen`.
-        data: folder or list with labels to train the probes on.
-        val: one to test them on; None: a fifth of each class of `data`, or of its groups.
-        pools: over what of a clip the features are taken, see pools.py; all from one pass over the videos.
-        layers: numbers from 1; none: each encoder's last.
-        group: a column of the lists, or TABLE:COLUMN of another table with a column of paths, that says what videos
-            belong together, such as who is seen in them. Intervals are then over groups, and settings are chosen on
-            groups that the probe does not learn from.
-        cache: folder that keeps the features, see `FeatureCache`.
-        batch: clips that go through an encoder at once.
-        run: its precision is that of the encoders.
+        data: labeled folder or list to train the probes.
+        val: labeled folder or list to test them; None: a fifth of each class of `data`, or of its groups.
+        pools: groups of tokens for the features, see pools.py; all are computed in one pass over the videos.
+        layers: numbers from 1; empty: each encoder's last.
+        group: a column of the lists, or TABLE:COLUMN of another table with a column of paths, that assigns videos to
+            groups, such as the person in them. Intervals are then over groups, and settings are chosen on groups
+            without training videos of the probe.
+        cache: folder for the features, see `FeatureCache`.
+        batch: clips per forward pass.
+        run: contains the precision of the encoders.
 
     Raises:
-        UserError: for data without labels or groups, too few videos, or layers that an encoder lacks.
+        UserError: data without labels or groups, too few videos, or layers that an encoder does not have.
     """
     for frozen in encoders:
         if not all(1 <= layer <= frozen.depth for layer in layers):
-            raise UserError(f"--layers {list(layers)}: {frozen.name} has the layers 1 to {frozen.depth}")
+            raise UserError(f"--layers {list(layers)}: {frozen.name} has layers 1 to {frozen.depth}")
     train, test = _splits(data, val, group, progress)
     kinds: list[FeatureKind] = [*pools] if set(probes) - {"attentive"} else []
     if "attentive" in probes:
@@ -142,7 +142,7 @@ def probe_encoders(
         )
     groups = 0 if test.groups is None else len(test.groups.unique())
     if groups == 1:
-        raise UserError(f"--group {group}: the test videos are of one group; expected two or more")
+        raise UserError(f"--group {group}: all test videos are in one group; expected two or more")
     scores: list[Score] = []
     first: dict[tuple[Pool, Probe], Tensor] = {}
     device = next(encoders[0].encoder.parameters()).device
@@ -186,7 +186,7 @@ def probe_encoders(
 
 
 def _asked_of(want: FeatureSpec, pools: Sequence[Pool], probes: Sequence[Probe]) -> list[tuple[Pool, Probe]]:
-    """The pools and probes that read these features: attentive ones pool the cells themselves."""
+    """Returns the pools and probes for these features; attentive probes pool the cells themselves."""
     if want.kind == "cells":
         return [(pool, "attentive") for pool in pools]
     return [(want.kind, probe) for probe in probes if probe != "attentive"]
@@ -202,7 +202,7 @@ def _right(
     test: _Split,
     device: torch.device,
 ) -> tuple[Tensor, float]:
-    """Which test videos a probe names rightly, float64 [m] on the CPU, and the setting chosen."""
+    """Returns which test videos a probe classifies correctly, float64 [m] on the CPU, and the chosen setting."""
     known, asked = train_features[train.rows], test_features[test.rows]
     held = held_out(len(known), train.groups)
     if probe == "attentive":
@@ -236,7 +236,7 @@ def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_
 
 
 def _test_rows(labels: Tensor) -> Tensor:
-    """bool [n]: a fifth of each class."""
+    """Selects a fifth of each class: bool [n]."""
     test = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     for label in labels.unique():
@@ -256,25 +256,25 @@ def _labelled(source: Path, manifest: Manifest, group: str) -> _Split:
 
 
 def _groups(source: Path, group: str, paths: Sequence[str]) -> Tensor:
-    """int64, the group of each video, two or more: by a column of its own list or TABLE:COLUMN."""
+    """Returns the group of each video, int64, from a column of its list or TABLE:COLUMN; at least two groups."""
     table, _, column = group.rpartition(":")
     names = read_column(Path(table) if table else list_and_split(source)[0], column)
     if missing := [path for path in paths if not names.get(path)]:
         raise UserError(f"--group {group}: no group for {len(missing)} of the videos, the first is {missing[0]}")
     places = {name: place for place, name in enumerate(sorted({names[path] for path in paths}))}
     if len(places) == 1:
-        raise UserError(f"--group {group}: all videos of {source} are of one group; expected two or more")
+        raise UserError(f"--group {group}: all videos of {source} are in one group; expected two or more")
     return torch.tensor([places[names[path]] for path in paths])
 
 
 def _part(split: _Split, kept: Tensor) -> _Split:
-    """The rows of a split where `kept` (bool) says so."""
+    """Returns the rows of a split for which `kept` is true."""
     groups = None if split.groups is None else split.groups[kept]
     return dataclasses.replace(split, rows=split.rows[kept.numpy()], labels=split.labels[kept], groups=groups)
 
 
 def _decoded(split: _Split, features: Sequence[NDArray[np.floating]]) -> _Split:
-    """Without the videos that have no features."""
+    """Returns a split without the videos that have no features."""
     there = np.ones(len(split.rows), bool)
     for rows in features:
         there &= ~np.isnan(rows.reshape(len(rows), -1)[split.rows, 0])

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags, check_value
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import is_embedding_file
@@ -42,7 +42,7 @@ def probe(
     precision: Literal["auto", "bfloat16", "float32"] = "auto",
     progress: bool = True,
 ) -> ProbeReport:
-    """Probes frozen encoders: one clip per video, features computed once and kept.
+    """Probes frozen encoders on one clip per video; features are computed once and cached.
 
     Args:
         checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
@@ -79,7 +79,7 @@ def probe(
     for layer in layers:
         check_value("--layers", layer, COUNT)
     if not checkpoints or not probes or not pools:
-        raise UserError("probe: name at least a checkpoint, a probe and a pool: mam2 probe CHECKPOINT --data LIST")
+        raise UserError("probe: expected at least one checkpoint, probe and pool: mam2 probe CHECKPOINT --data LIST")
     data, val = Path(data), Path(val) if val is not None else None
     if out is not None:
         for source in (data, val or data):

@@ -1,7 +1,7 @@
-"""Label propagation: the masks of a clip's first frame are carried to its other frames by matching features.
+"""Label propagation: propagates the masks of a clip's first frame to its other frames by matching features.
 
-DAVIS' protocol for self-supervised features (Jabri et al. 2020, as in DINO's evaluation): every token of a frame takes
-the soft labels of the tokens that look most like it, in the first frame and in the last few. Nothing is trained.
+It follows DAVIS' protocol for self-supervised features (Jabri et al. 2020, as in DINO's evaluation): every token of a
+frame gets the soft labels of its most similar tokens in the first frame and in the last few. Nothing is trained.
 
 Shapes: T frames of H×W pixels, H'×W' tokens per frame, D values, O objects; masks hold 0 for the background and 1 to O.
 """
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOP_K, RADIUS, CONTEXT = 5, 12, 7
-"""Of DINO's evaluation (Caron et al. 2021): tokens that a token takes its labels from, how many rows and columns away
-they may be, and frames before the present one that they are searched in, besides the first."""
+"""Values of DINO's evaluation (Caron et al. 2021): number of tokens from which a token gets its labels, their maximum
+distance in rows and columns, and the number of previous frames to search, in addition to the first."""
 TEMPERATURE = 0.1
 BOUNDARY_TOLERANCE = 0.008
-"""Of the frame's diagonal: how far from the true boundary a boundary pixel still counts as right."""
+"""Distance to the true boundary, as a share of the frame's diagonal, up to which a boundary pixel is correct."""
 
 
 @torch.no_grad()
@@ -32,15 +32,15 @@ def propagate_masks(
     radius: int = RADIUS,
     context: int = CONTEXT,
 ) -> Tensor:
-    """Masks of all frames from the mask of the first.
+    """Computes the masks of all frames from the mask of the first.
 
     Args:
-        features: of each token of each frame, float [T, H', W', D].
+        features: features of each token of each frame, float [T, H', W', D].
         first: the first frame's mask, int64 [H, W], 0 to O.
-        objects: O.
-        top_k: tokens that a token takes its labels from.
-        radius: rows and columns that they may be away.
-        context: frames before the present one that they are in, besides the first frame.
+        objects: number of objects O.
+        top_k: number of tokens from which a token gets its labels.
+        radius: maximum distance of these tokens in rows and columns.
+        context: number of previous frames with these tokens, in addition to the first frame.
 
     Returns:
         int64 [T, H, W]; the first is `first`.
@@ -50,7 +50,7 @@ def propagate_masks(
     flat = F.normalize(features.float().flatten(1, 2), dim=-1)
     near = _neighborhood(rows, columns, radius).to(flat.device)
     pixels = F.one_hot(first, objects + 1).movedim(-1, 0).float()
-    labels = [F.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(1).T]  # [H'·W', O + 1] of each frame
+    labels = [F.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(1).T]  # per frame [H'·W', O + 1]
     masks = [first]
     for frame in range(1, frames):
         sources = sorted({0, *range(max(frame - context, 0), frame)})
@@ -67,16 +67,16 @@ def propagate_masks(
 
 
 def region_similarity(found: Tensor, true: Tensor) -> Tensor:
-    """J: pixels in both masks over pixels in either, bool [..., H, W] -> float64 [...]; 1 where both are empty."""
+    """Computes J, intersection over union of two masks: bool [..., H, W] -> float64 [...]; 1 if both are empty."""
     both, either = ((found & true), (found | true))
     inside, total = (mask.flatten(-2).sum(-1).double() for mask in (both, either))
     return torch.where(total > 0, inside / total.clamp_min(1), 1.0)
 
 
 def boundary_accuracy(found: Tensor, true: Tensor) -> Tensor:
-    """F: harmonic mean of the shares of each mask's boundary that lie near the other's, bool [..., H, W] -> float64.
+    """Computes F, the harmonic mean of the shares of each mask's boundary near the other's.
 
-    1 where neither mask has a boundary.
+    Bool [..., H, W] -> float64. F is 1 if neither mask has a boundary.
     """
     height, width = true.shape[-2:]
     reach = math.ceil(BOUNDARY_TOLERANCE * math.hypot(height, width))
@@ -89,7 +89,7 @@ def boundary_accuracy(found: Tensor, true: Tensor) -> Tensor:
         torch.where(count > 0, hit / count.clamp_min(1), (other == 0).double())
         for hit, count, other in zip(hits, counts, reversed(counts), strict=True)
     )
-    # DAVIS: a mask without a boundary where there is one has no false pixel, and finds none
+    # DAVIS: a mask without a boundary, where the other has one, has precision 1 and recall 0
     precision = torch.where((counts[0] == 0) & (counts[1] > 0), 1.0, precision)
     recall = torch.where((counts[1] == 0) & (counts[0] > 0), 1.0, recall)
     total = precision + recall
@@ -97,8 +97,10 @@ def boundary_accuracy(found: Tensor, true: Tensor) -> Tensor:
 
 
 def score_masks(found: Tensor, true: Tensor, objects: int) -> tuple[float, float]:
-    """J and F of a clip's masks, int64 [T, H, W], as means over frames and objects: without the first and the last
-    frame, as DAVIS does. A clip needs three frames."""
+    """Returns J and F of a clip's masks, int64 [T, H, W], as means over frames and objects.
+
+    As in DAVIS, the first and the last frame do not count. A clip needs three frames.
+    """
     inner = slice(1, -1)
     pairs = [(found[inner] == number, true[inner] == number) for number in range(1, objects + 1)]
     region = torch.stack([region_similarity(*pair) for pair in pairs]).mean()
@@ -107,19 +109,19 @@ def score_masks(found: Tensor, true: Tensor, objects: int) -> tuple[float, float
 
 
 def _neighborhood(rows: int, columns: int, radius: int) -> Tensor:
-    """float [H'·W', H'·W'], 1 where two tokens are at most `radius` rows and columns apart."""
+    """Returns float [H'·W', H'·W'], 1 if two tokens are at most `radius` rows and columns apart."""
     near = [(torch.arange(count)[:, None] - torch.arange(count)).abs() <= radius for count in (rows, columns)]
     return (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(rows * columns, -1).float()
 
 
 def _stretched(soft: Tensor) -> Tensor:
-    """Each object's labels [O + 1, H, W] from 0 to 1, so that a small object is not lost among the soft labels."""
+    """Scales each object's labels [O + 1, H, W] to 0 to 1, so that small objects are not lost."""
     low, high = soft.amin((1, 2), keepdim=True), soft.amax((1, 2), keepdim=True)
     return torch.where(high > 0, (soft - low) / (high - low).clamp_min(1e-12), 0.0)
 
 
 def _boundary(mask: Tensor) -> Tensor:
-    """Pixels whose right, lower or lower right neighbor is on the other side of the mask's edge."""
+    """Returns the pixels whose right, lower or lower right neighbor is on the other side of the mask's edge."""
     right, below = mask.clone(), mask.clone()
     right[..., :, :-1], below[..., :-1, :] = mask[..., :, 1:], mask[..., 1:, :]
     corner = mask.clone()
@@ -129,7 +131,7 @@ def _boundary(mask: Tensor) -> Tensor:
 
 
 def _dilated(mask: Tensor, reach: int) -> Tensor:
-    """Pixels within `reach` pixels of the mask."""
+    """Returns the pixels within `reach` pixels of the mask."""
     offsets = torch.arange(-reach, reach + 1, device=mask.device)
     disc = (offsets[:, None] ** 2 + offsets**2 <= reach**2).float()
     flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()

@@ -1,4 +1,7 @@
-"""What the regressor looks at: B clips, Nv/Nm visible/masked tokens, M = Nv or Nv + Nm keys, H heads of K values."""
+"""Attention maps of the regressor.
+
+B clips, Nv/Nm visible/masked tokens, M = Nv or Nv + Nm keys, H heads of K values.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from mam2.kernels import TubeMask
 
 @torch.no_grad()
 def regressor_attention(model: MAM2, video: Tensor, mask: TubeMask) -> Tensor:
-    """How much each hidden token reads from each visible one: video [B, 3, T, H, W] -> float32 [B, Nm, Nv].
+    """Returns the attention of each masked token to each visible one: video [B, 3, T, H, W] -> float32 [B, Nm, Nv].
 
-    softmax(q kᵀ / √K) from the queries and keys of each block, the mean over heads and blocks. A row sums to 1 where
-    keys are the visible latents only, to less where hidden tokens are keys as well: the rest is read from those.
+    softmax(q kᵀ / √K) of the queries and keys of each block, averaged over heads and blocks. A row sums to 1 if the
+    keys are only the visible latents, and to less if masked tokens are keys too, which get the rest.
 
     Raises ValueError for a model without a regressor.
     """
     if not model.regressor.blocks:
-        raise ValueError("model: expected a regressor with blocks, found none; it has no attention to show")
+        raise ValueError("model: expected a regressor with blocks, found none; without them there is no attention map")
     maps: list[Tensor] = []
     with ExitStack() as hooks:
         for block in model.regressor.blocks:
@@ -37,7 +40,7 @@ def regressor_attention(model: MAM2, video: Tensor, mask: TubeMask) -> Tensor:
 
 
 def _weights(module: CrossAttention, queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention weights [B, Nm, M], the mean over heads; one head at a time bounds the memory."""
+    """Returns attention weights [B, Nm, M], averaged over heads; it computes one head at a time to save memory."""
     q, k = (x.float().unflatten(-1, (module.heads, -1)) for x in (module.q(queries), module.k(keys)))
     total = q.new_zeros(len(q), q.shape[1], k.shape[1])
     for head in range(module.heads):

@@ -1,4 +1,4 @@
-"""RUN/report.html: one self-contained page with the curves of a run and its model's predictions, the PNGs beside it."""
+"""Writes RUN/report.html, a self-contained page with a run's curves and predictions, and the PNGs next to it."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ ROWS = {
 
 
 def draw_strips(strips: ClipReconstruction, titles: Sequence[str]) -> bytes:
-    """PNG: for each clip a column of slots over time, one row for each thing shown."""
+    """Draws strips as PNG: a column of slots per clip, a row per kind of picture."""
     return draw_rows([(ROWS[name], pictures) for name, pictures in shown(strips).items()], titles)
 
 
 def shown(strips: ClipReconstruction) -> dict[str, Tensor]:
-    """What there is of the pictures, in the order of `ROWS`."""
+    """Returns the available pictures in the order of `ROWS`."""
     return {name: getattr(strips, name) for name in ROWS if getattr(strips, name) is not None}
 
 
 def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inches: float = 0.62) -> bytes:
-    """PNG of named rows of pictures [B, T', H, W, C] in 0 to 1, a column for each of the B clips.
+    """Draws named rows of pictures [B, T', H, W, C] in 0 to 1 as PNG, with one column per clip.
 
-    inches: width of a picture; there are 150 pixels to one.
+    inches: width of a picture, at 150 pixels per inch.
     """
     clips, slots = len(titles), max(pictures.shape[1] for _, pictures in rows)
     label_inches = 0.1 + 0.07 * max(len(line) for label, _ in rows for line in label.split("\n"))
@@ -74,13 +74,13 @@ def write_report(
     notes: str,
     config: Mapping[str, Any],
 ) -> Path:
-    """Writes RUN/report.html, curves.png and strips.png. Returns the page.
+    """Writes RUN/report.html, curves.png and strips.png. Returns the path of the page.
 
     Args:
         rows: names and values of the results.
-        verdicts: claims, and whether these results bear them out.
+        verdicts: claims, and whether the results support them.
         strips: PNG of the predictions.
-        config: of the run, as nested plain values; the page shows it folded.
+        config: the run's config as nested plain values; the page shows it collapsed.
     """
     curves = draw_logs({run.name: read_log(run)})
     (run / "curves.png").write_bytes(curves)
@@ -126,10 +126,9 @@ figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 <ul>{claims}</ul>
 <figure><div class="wide"><img alt="original, masked, predicted and true appearance and motion of test clips"
 src="data:image/png;base64,{strips}"></div>
-<figcaption>Test clips. Each picture is one slot of the clip, by its first frame. Masked: hidden patches are grey.
-Predicted appearance: the predicted codes decoded, visible patches keep their true codes; below it the true codes
-decoded, the best that could be predicted. Motion: difference to the next frame, contrast doubled, grey where nothing
-moves.
+<figcaption>Test clips. Each picture shows the first frame of one slot of the clip. Masked: masked patches are gray.
+Predicted appearance: the decoded predicted codes, with true codes in visible patches; below it the decoded true codes,
+the best possible prediction. Motion: difference to the next frame with doubled contrast; gray means no motion.
 </figcaption></figure>
 <figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
 <details><summary>Config of the run (config.json)</summary><pre>{config}</pre></details>

@@ -1,7 +1,7 @@
-"""Nearest-neighbor retrieval: for each query video, the gallery videos whose features look most like its own.
+"""Nearest-neighbor retrieval: finds for each query video the gallery videos with the most similar features.
 
-Labels are only counted with: recall@k is the share of queries that have a video of their class among the k nearest, as
-in the field's tables (Xu et al. 2019). m queries, n gallery videos, D values, S the size of a clip in pixels.
+Labels are used only for the score: recall@k is the share of queries with a video of their class among the k nearest, as
+usual (Xu et al. 2019). m queries, n gallery videos, D values, S the size of a clip in pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
@@ -31,27 +31,27 @@ CHUNK = 1024
 DRAWN_QUERIES, DRAWN_NEIGHBORS = 8, 5
 BLACK, GREEN, RED = (0.0, 0.0, 0.0), (0.2, 0.7, 0.3), (0.85, 0.2, 0.15)
 NAME_LENGTH = 24
-"""Characters of a class name in the picture."""
+"""Maximum characters of a class name in the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalScore:
-    """How well one checkpoint's features find videos of the query's class."""
+    """Retrieval score of one checkpoint's features."""
 
     checkpoint: str
     recall: dict[int, float]
     """recall@k by k: share of the queries, 0 to 1."""
     interval: dict[int, tuple[float, float]]
-    """95 % bootstrap interval of it, over the queries."""
+    """95 % bootstrap interval of recall@k, over the queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
     gallery: int
-    """Videos with a label that could be decoded."""
+    """Number of decodable videos with a label."""
     queries: int
     chance: dict[int, float]
-    """recall@k of neighbors drawn at random."""
+    """recall@k of random neighbors."""
     scores: tuple[RetrievalScore, ...]
 
 
@@ -59,17 +59,17 @@ class Retrieval:
 class _Videos:
     manifest: Manifest
     rows: NDArray[np.int64]
-    """Places in the manifest of the videos that have a label and features."""
+    """Manifest indices of the videos with a label and features."""
     features: Mapping[FeatureSpec, NDArray[np.floating]]
 
     @property
     def names(self) -> list[str]:
-        """Class of each video."""
+        """Returns the class of each video."""
         return [self.manifest.classes[self.manifest.videos[row].label] for row in self.rows]
 
     @property
     def contents(self) -> list[str]:
-        """What tells copies of a video from other videos."""
+        """Returns identifiers that are equal for copies of a video."""
         videos = [self.manifest.videos[row] for row in self.rows]
         return [video.content or video.path for video in videos]
 
@@ -83,12 +83,12 @@ def retrieve(
     batch: int,
     progress: bool = True,
 ) -> tuple[Retrieval, bytes]:
-    """Scores features of several encoders; also a PNG of queries and what was found for them.
+    """Scores features of several encoders; also returns a PNG of queries and their results.
 
-    data: labelled folder or list, the gallery. val: the queries; None: each video of `data` is one for the others.
-    batch: clips that go through an encoder at once.
+    data: labeled folder or list, the gallery. val: the queries; None: each video of `data` is a query for the others.
+    batch: clips per forward pass.
 
-    Raises UserError for data without labels, and with fewer than two videos that can be decoded.
+    Raises UserError for data without labels, or with fewer than two decodable videos.
     """
     gallery = _videos(data, specs, cache, batch, progress)
     queries = gallery if val is None else _videos(val, specs, cache, batch, progress)
@@ -130,16 +130,16 @@ def _videos(source: Path, specs: Sequence[FeatureSpec], cache: FeatureCache, bat
 
 
 def _numbered(*parts: Sequence[str]) -> list[Tensor]:
-    """Names as numbers, equal ones alike in all parts: int64 each."""
+    """Converts names to numbers, equal names to equal numbers in all parts: int64 each."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for part in parts for name in part))}
     return [torch.tensor([numbers[name] for name in part]) for part in parts]
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int, *, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
-    """Places in the gallery of the nearest videos, the nearest first: [m, D], [n, D] -> int64 [m, min(k, n)].
+    """Returns the gallery indices of the nearest videos, the nearest first: [m, D], [n, D] -> int64 [m, min(k, n)].
 
-    Cosines are taken after the gallery's mean is subtracted, as in the k-NN probe. A video with the id of the query
-    (int64 [m] and [n]: the same video, or a copy) comes last, and its place is -1.
+    The gallery's mean is subtracted before cosines are computed, as in the k-NN probe. A video with the id of the query
+    (int64 [m] and [n]: the same video, or a copy) comes last, with index -1.
     """
     mean = gallery.float().mean(0)
     queries, gallery = (F.normalize(features.float() - mean, dim=1) for features in (queries, gallery))
@@ -152,7 +152,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, *, query_ids: Tensor, gall
 
 
 def hits(neighbors: Tensor, query_labels: Tensor, gallery_labels: Tensor, ranks: Sequence[int] = RANKS) -> Tensor:
-    """Whether one of the k nearest has the query's label, for each k of `ranks`: from `nearest`, bool [m, ranks]."""
+    """Returns whether one of the k nearest has the query's label, for each k of `ranks`: bool [m, ranks]."""
     same = (gallery_labels[neighbors] == query_labels[:, None]) & (neighbors >= 0)
     return torch.stack([same[:, :rank].any(1) for rank in ranks], 1)
 
@@ -164,13 +164,13 @@ def chance(
     gallery_ids: Tensor,
     ranks: Sequence[int] = RANKS,
 ) -> list[float]:
-    """Recall@k of neighbors drawn at random, for each k of `ranks`."""
+    """Returns recall@k of random neighbors, for each k of `ranks`."""
     copies = query_ids[:, None] == gallery_ids
     count = (~copies).sum(1)
     right = ((gallery_labels == query_labels[:, None]) & ~copies).sum(1)
     shares = []
     for rank in ranks:
-        # none of `drawn` draws without putting back is one of the right ones
+        # the probability that `drawn` draws without replacement contain no correct video
         drawn = torch.minimum(count, torch.tensor(rank))
         left = (count - right).double()
         missed = torch.exp(_log_choose(left, drawn) - _log_choose(count.double(), drawn))
@@ -183,7 +183,7 @@ def _log_choose(among: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _draw(gallery: _Videos, queries: _Videos, found: Mapping[FeatureSpec, Tensor]) -> bytes:
-    """PNG: a row for each of some queries, and for each encoder a column of the query and its nearest videos."""
+    """Draws a PNG with a row per query, and a column of the query and its nearest videos per encoder."""
     drawn = np.unique(np.linspace(0, len(queries.rows) - 1, DRAWN_QUERIES).round().astype(int)).tolist()
     near = {spec: places[drawn, :DRAWN_NEIGHBORS] for spec, places in found.items()}
     data = next(iter(found)).frozen.data
@@ -207,7 +207,7 @@ def _draw(gallery: _Videos, queries: _Videos, found: Mapping[FeatureSpec, Tensor
 
 
 def _middle_frames(videos: _Videos, places: Sequence[int], data: DataConfig) -> dict[int, Tensor]:
-    """The middle frame of the middle clip of some videos, by their places in `videos`: float [S, S, 3] in 0 to 1."""
+    """Returns the middle frames of the middle clips of videos, by index in `videos`: float [S, S, 3] in 0 to 1."""
     part = Manifest(tuple(videos.manifest.videos[videos.rows[place]] for place in places))
     with ClipLoader(part, data, batch=1, device="cpu", seed=0, train=False) as loader:
         batches = [(places[int(batch.index[0])], batch.clip[0]) for batch in loader.evaluate()]
@@ -215,7 +215,7 @@ def _middle_frames(videos: _Videos, places: Sequence[int], data: DataConfig) -> 
 
 
 def _framed(picture: Tensor, color: tuple[float, float, float]) -> Tensor:
-    """A picture with a frame of a color around it."""
+    """Returns a picture with a colored frame."""
     edge = max(len(picture) // 24, 1)
     framed = torch.tensor(color).repeat(picture.shape[0] + 2 * edge, picture.shape[1] + 2 * edge, 1)
     framed[edge:-edge, edge:-edge] = picture

@@ -1,4 +1,4 @@
-"""How well a model predicts the hidden tokens of clips, beside a prediction that knows nothing.
+"""Scores of a model's predictions for masked tokens, compared with an uninformed prediction.
 
 Shapes: B clips, T frames, V codes.
 """
@@ -21,36 +21,35 @@ from mam2.kernels import TubeMask, masked_pixel_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of B clips, on the CPU; None for what a model does not predict."""
+    """Scores of B clips, on the CPU; None for targets that a model does not predict."""
 
     right: Tensor | None = None
-    """float64 [B]: share of a clip's hidden codes that are the likeliest ones."""
+    """float64 [B]: share of a clip's masked codes that are predicted correctly."""
     histogram: Tensor | None = None
-    """int64 [V]: how often each code is a hidden one."""
+    """int64 [V]: number of masked tokens with each code."""
     motion: Tensor | None = None
-    """float64 [B, 2]: the motion loss summed over hidden tokens, and that of predicting no motion."""
+    """float64 [B, 2]: the motion loss summed over masked tokens, and that of predicting no motion."""
     pixels: Tensor | None = None
-    """float64 [B, 2]: the pixel loss likewise, and that of predicting 0, which is the mean color of standardized
-    patches."""
+    """float64 [B, 2]: the same for the pixel loss, and that of predicting 0, the mean color of standardized patches."""
 
     @property
     def code_accuracy(self) -> float | None:
-        """Share of the hidden codes predicted right, 0 to 1."""
+        """Returns the share of correctly predicted masked codes, 0 to 1."""
         return None if self.right is None else float(self.right.mean())
 
     @property
     def commonest_code(self) -> float | None:
-        """Share of the hidden codes that are the commonest one: the accuracy of always answering it."""
+        """Returns the share of the most frequent code among the masked ones: the accuracy of always predicting it."""
         return None if self.histogram is None else int(self.histogram.max()) / int(self.histogram.sum())
 
     @property
     def relative_motion(self) -> float | None:
-        """Motion loss over that of predicting no motion; None also where nothing moves."""
+        """Returns the motion loss divided by that of predicting no motion; None also without any motion."""
         return _relative(self.motion)
 
     @property
     def relative_pixels(self) -> float | None:
-        """Pixel loss over that of predicting 0."""
+        """Returns the pixel loss divided by that of predicting 0."""
         return _relative(self.pixels)
 
 
@@ -58,7 +57,7 @@ class Scores:
 def score(
     model: MAM2 | VideoMAE, tokenizer: Tokenizer | None, clip: Tensor, mask: TubeMask, config: PretrainConfig
 ) -> Scores:
-    """Scores of a model in evaluation: clip uint8 [B, T, H, W, C]; tokenizer: only read where codes are predicted."""
+    """Scores a model in evaluation mode. clip: uint8 [B, T, H, W, C]. tokenizer: used only if codes are predicted."""
     video = clip.permute(0, 4, 1, 2, 3)
     if isinstance(model, VideoMAE):
         return Scores(pixels=_pixels(model.predict_pixels(video, mask), video, mask, config))
@@ -82,7 +81,7 @@ def score(
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of all clips of at least one part; all parts are of one model."""
+    """Joins the scores of at least one part; all parts belong to one model."""
     by_clip = {
         name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
         for name in ("right", "motion", "pixels")
@@ -108,7 +107,7 @@ def _pixels(pred: Tensor, video: Tensor, mask: TubeMask, config: PretrainConfig)
 
 
 def _summed(model: Tensor, nothing: Tensor) -> Tensor:
-    """Losses of hidden tokens, two of [B, Nm] -> float64 [B, 2]."""
+    """Sums two losses of masked tokens [B, Nm] to float64 [B, 2]."""
     return torch.stack([model.double().sum(1), nothing.double().sum(1)], 1).cpu()
 
 

@@ -1,8 +1,9 @@
-"""Many views of every video: which clips and crops they are, and the mean of what a classifier says of them.
+"""Draws several views (clips and crops) per video, and averages a classifier's predictions over them.
 
-VideoMAE's test: dense clips evenly from the start of a video to its end, or uniform ones interleaved (of two, one sees
-the first frames of the parts, one those in the middle); each in square crops at full short side, evenly along the
-longer side; the softmax of each view, averaged. One clip or one crop is the middle one.
+It follows VideoMAE's test: dense clips evenly from the start of a video to its end, or uniform clips interleaved (of
+two, one has the first frames of the parts, the other those in the middle); each in square crops with the full shorter
+side, evenly along the longer side; the softmax outputs of all views are averaged. A single clip or crop is the middle
+one.
 
 Shapes: B clips, V classes, n videos.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sampling import ClipRequest, View, frame_step
@@ -27,18 +28,18 @@ from mam2.engine.runtime.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """Of the videos with at least one view that could be decoded."""
+    """Predictions for the videos with at least one decodable view."""
 
     videos: Tensor
-    """int64 [n], places in the manifest, ascending."""
+    """int64 [n], indices in the manifest, ascending."""
     probabilities: Tensor
     """float64 [n, V], the mean over a video's views; in regression the values."""
     views: Tensor
-    """int64 [n], how many they were."""
+    """int64 [n], the number of views."""
 
 
 def view_clip(place: int, video: Video, number: int, data: DataConfig, *, temporal: int, spatial: int) -> ClipRequest:
-    """Clip `number` of `temporal` of a video, which is at `place` in its manifest, in `spatial` crops."""
+    """Returns clip `number` of `temporal` of the video with index `place` in its manifest, in `spatial` crops."""
     width, height = video.shown_size
     wide, high = min(1.0, height / width), min(1.0, width / height)
     views = []
@@ -78,14 +79,14 @@ def classify_views(
     precision: Callable[[], AbstractContextManager[object]],
     scores: Callable[[Tensor], Tensor] = softmax,
 ) -> Iterator[tuple[int, Tensor, int]]:
-    """Videos in the order of `places`, as soon as their views are classified.
+    """Classifies the videos `places`, in this order, and yields each result as soon as its views are classified.
 
-    classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: its batch is at least `spatial`. places: of videos
-    in the loader's manifest, without repeats. precision: makes the autocast context to classify in. scores: logits
+    classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: its batch is at least `spatial`. places: indices in
+    the loader's manifest, without repeats. precision: returns the autocast context for `classify`. scores: logits
     [B, V] -> what is averaged over the views, float64 [B, V].
 
-    Yields a video's place, the sum of its views' probabilities (float64 [V], on the CPU) and the number of views. A
-    video without a view that can be decoded is left out.
+    Yields a video's index, the sum of its views' probabilities (float64 [V], on the CPU) and the number of views. A
+    video without any decodable view is left out.
     """
 
     def draw(place: int, video: Video, number: int) -> ClipRequest:
@@ -96,7 +97,7 @@ def classify_views(
         with precision():
             logits = classify(batch.video)
         shares = scores(logits).unflatten(0, (-1, spatial)).sum(1).cpu()
-        # in the order of the views, whatever the batch
+        # in the order of the views, independent of the batch
         for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
             if place == current:
                 total, count = total + share, count + spatial
@@ -121,7 +122,7 @@ def classify_videos(
     progress: bool = True,
     scores: Callable[[Tensor], Tensor] = softmax,
 ) -> Predictions:
-    """What a classifier says of all videos of a manifest; each rank looks at every so-many-th, all get the whole.
+    """Classifies all videos of a manifest; each rank classifies every `world.size`-th video, all get all results.
 
     classify, precision, scores: as in `classify_views`. loader: of this manifest, its batch at least `spatial`.
     """

@@ -1,7 +1,7 @@
-"""What checkpoints predict in clips: pictures, moving pictures and a page with a slider.
+"""Draws the predictions of checkpoints for clips: pictures, animations and a page with a slider.
 
-    OUT/index.html                    self-contained: every clip, every checkpoint, attention by touch
-        01-NAME.png  .gif  .mp4       of each clip
+    OUT/index.html                    self-contained: every clip, every checkpoint, attention maps by a click
+        01-NAME.png  .gif  .mp4       for each clip
 
 Shapes: B clips, T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C = 3.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
-from mam2.engine.config.pretrain import PretrainConfig, RunConfig
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
@@ -44,11 +45,11 @@ from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.kernels import TubeMask
 
 TILE = 160
-"""Height of a picture in the GIF and the video, pixels."""
+"""Height of a picture in the GIF and the video, in pixels."""
 PER_SECOND = 4
-"""Slots shown a second."""
+"""Slots per second."""
 ROUNDS = 3
-"""How often the video shows the clip."""
+"""Number of repetitions of the clip in the video."""
 STRIP_INCHES = 1.0
 
 
@@ -67,20 +68,20 @@ def visualize(
     device: Literal["auto", "cuda", "cpu"] = "auto",
     progress: bool = True,
 ) -> Path:
-    """Draws what checkpoints predict in clips of `data`, side by side; returns the page.
+    """Draws the predictions of checkpoints for clips of `data`, side by side; returns the path of the page.
 
     Args:
         checkpoints: runs or checkpoints of pre-training, also VideoMAE's or Hugging Face's.
-        data: a video, a folder or a list; `clips` videos of it are shown, evenly spread.
-        out: folder, made if missing.
-        tokenizer: VQGAN for checkpoints whose run folder no longer holds theirs.
-        stride: distance of two sampled frames instead of the checkpoints'.
-        frames, size, heads, decoder_heads: of checkpoints that do not say them, see `load_model`.
-        device: where the models run; auto takes a GPU if there is one.
+        data: a video, a folder or a list, of which `clips` evenly spaced videos are shown.
+        out: output folder, created if missing.
+        tokenizer: VQGAN for checkpoints whose run folder no longer contains theirs.
+        stride: distance of two sampled frames; 0: as in the checkpoints.
+        frames, size, heads, decoder_heads: for checkpoints that do not state them, see `load_model`.
+        device: device of the models; auto uses a GPU if there is one.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for what cannot be read or written.
+        UserError: an input cannot be read, or the output cannot be written.
     """
     check_flags(
         clips=(clips, COUNT),
@@ -91,7 +92,9 @@ def visualize(
         decoder_heads=(decoder_heads, COUNT),
     )
     if not checkpoints:
-        raise UserError("visualize: name at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER")
+        raise UserError(
+            "visualize: expected at least one checkpoint: mam2 visualize CHECKPOINT --data CLIPS --out FOLDER"
+        )
     out, where = Path(out), pick_device(RunConfig(device=device))
     check_apart(data, out, inside=False)
     everything = read_manifest(data, progress=progress)
@@ -106,7 +109,7 @@ def visualize(
         for place, one in found.items():
             by_clip.setdefault(place, []).append(one)
     if not by_clip:
-        raise UserError(f"{data}: none of the {len(places)} videos that were to be shown can be decoded")
+        raise UserError(f"{data}: none of the {len(places)} selected videos can be decoded")
     try:
         out.mkdir(parents=True, exist_ok=True)
         named: dict[str, list[ClipView]] = {}
@@ -119,7 +122,7 @@ def visualize(
                 for kind, pictures in one.panels.items()
             ]
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph")  # of scripts that matplotlib's font lacks
+                warnings.filterwarnings("ignore", message="Glyph")  # for scripts that matplotlib's font lacks
                 (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
             pages = _side_by_side(seen, named=len(checkpoints) > 1)
             images = [Image.fromarray(frame) for frame in pages]
@@ -136,7 +139,7 @@ def visualize(
 def _look(
     path: Path, manifest: Manifest, device: torch.device, tokenizer: Path | None, said: dict[str, Any]
 ) -> tuple[PretrainConfig, dict[int, ClipView]]:
-    """A checkpoint's config, and what it makes of each clip, by its place in the manifest."""
+    """Returns a checkpoint's config, and its predictions for each clip by index in the manifest."""
     model, config = load_pretrained(path, device, **said)
     model.eval()
     predict: Callable[[Tensor], ClipReconstruction]
@@ -146,7 +149,7 @@ def _look(
             codes = build_tokenizer(load_vqgan(tokenizer or _tokenizer_of(path)), config, device)
             if codes.codebook_size != (answers := model.codebook_size):
                 raise UserError(
-                    f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; name its own"
+                    f"{path}: predicts {answers} codes, the tokenizer has {codes.codebook_size}; pass that of its run"
                 )
 
         def predict(clip: Tensor) -> ClipReconstruction:
@@ -183,17 +186,20 @@ def _look(
 
 
 def _tokenizer_of(path: Path) -> Path:
-    """The tokenizer in the run folder that a checkpoint lies in."""
+    """Returns the tokenizer in the run folder of a checkpoint."""
     weights = find_weights(path)
-    assert weights is not None  # a MAM2 model comes from nowhere else
+    assert weights is not None  # a MAM2 model always has a weights file
     for folder in list(weights.absolute().parents)[:3]:
         if (folder / TOKENIZER_FILE).is_file():
             return folder / TOKENIZER_FILE
-    raise UserError(f"{path}: no {TOKENIZER_FILE} in its run folder; name the run's VQGAN with --tokenizer")
+    raise UserError(f"{path}: no {TOKENIZER_FILE} in its run folder; pass the run's VQGAN with --tokenizer")
 
 
 def _movement(clip: Tensor, config: PretrainConfig) -> Tensor:
-    """Mean absolute difference of each token's frames to the next ones: clip [B, T, H, W, C] -> [B, N]."""
+    """Returns the mean absolute difference of each token's frames to the next frames.
+
+    Clip [B, T, H, W, C] -> [B, N].
+    """
     changes = torch.zeros(clip.shape, device=clip.device)
     changes[:, :-1] = clip.float().diff(dim=1).abs()
     tubelet, side, _ = config.patch_size
@@ -201,7 +207,7 @@ def _movement(clip: Tensor, config: PretrainConfig) -> Tensor:
 
 
 def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, config: PretrainConfig) -> Tensor:
-    """The visible patches of a clip, the brighter the more the marked hidden one reads them; that one is framed."""
+    """Draws a clip's visible patches, brighter with more attention from the marked masked patch, which is framed."""
     slots, rows, columns = config.grid
     side = config.model.patch
     light = torch.zeros(slots * rows * columns)
@@ -220,7 +226,7 @@ def _reading(original: Tensor, mask: TubeMask, attention: Tensor, marked: int, c
 
 
 def _side_by_side(seen: Sequence[ClipView], *, named: bool) -> np.ndarray:
-    """A column for each kind of picture, a row for each checkpoint, with names: uint8 [T', H, W, 3], even sides."""
+    """Arranges a column per kind of picture and a row per checkpoint, with names: uint8 [T', H, W, 3], even sides."""
     kinds = [name for name in LABELS if any(name in one.panels for one in seen)]
     slots = max(one.grid[0] for one in seen)
     gap, head = 4, 18

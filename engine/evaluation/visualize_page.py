@@ -1,4 +1,4 @@
-"""The page of `mam2 visualize`: one file, no network; pictures are strips of slots that a slider moves along.
+"""The page of `mam2 visualize`: one file, no network; a slider moves through pictures stored as strips of slots.
 
 Shapes: T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C = 3.
 """
@@ -23,34 +23,34 @@ from mam2.engine.evaluation.scores import Scores, joined
 READS = "reads"
 LABELS = {name: label.replace("\n", " ") for name, label in ROWS.items()} | {READS: "read by the marked patch"}
 TIE = 1e-9
-"""Shares that differ by less are equal up to rounding."""
+"""Shares that differ by less count as equal."""
 EXACT_UP_TO = 96
-"""Pictures of at most so many pixels' height are kept as PNG, larger ones as JPEG."""
+"""Pictures up to this height in pixels are stored as PNG, larger ones as JPEG."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipView:
-    """One clip through one checkpoint; nothing is batched."""
+    """The results of one checkpoint for one clip, without a batch dimension."""
 
     checkpoint: str
     scores: Scores
     panels: dict[str, Tensor]
-    """By the names of `LABELS`, [T', H, W, C] float in 0 to 1, on the CPU."""
+    """Pictures by the names of `LABELS`, [T', H, W, C] float in 0 to 1, on the CPU."""
     grid: tuple[int, int, int]
     visible: Tensor
-    """int64 [Nv]."""
+    """Visible tokens, int64 [Nv]."""
     masked: Tensor
-    """int64 [Nm]."""
+    """Masked tokens, int64 [Nm]."""
     attention: Tensor | None = None
-    """float32 [Nm, Nv], see `regressor_attention`; None of a model without a regressor."""
+    """float32 [Nm, Nv], see `regressor_attention`; None for a model without a regressor."""
     marked: int = 0
-    """Place in `masked` of the hidden token that moves most."""
+    """Index in `masked` of the masked token with the most motion."""
 
 
 def write_page(path: Path, clips: Mapping[str, Sequence[ClipView]], configs: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Writes the page of named clips, each seen by one checkpoint or more. Returns its path.
+    """Writes the page of named clips, each with the results of one or more checkpoints. Returns its path.
 
-    configs: of each checkpoint, as nested plain values; the page shows them folded.
+    configs: config of each checkpoint as nested plain values; the page shows them collapsed.
     """
     maps: list[dict[str, Any]] = []
     sections = []
@@ -90,11 +90,11 @@ def write_page(path: Path, clips: Mapping[str, Sequence[ClipView]], configs: Map
 
 
 def _table(scores: Mapping[str, Scores]) -> str:
-    """A row for each checkpoint: how well it predicts what is shown, beside a prediction that knows nothing."""
+    """Returns a table with a row per checkpoint: its scores on these clips and those of an uninformed prediction."""
     columns = (
-        ("hidden codes right", [one.code_accuracy for one in scores.values()]),
-        ("always the commonest", [one.commonest_code for one in scores.values()]),
-        ("motion error / predicting none", [one.relative_motion for one in scores.values()]),
+        ("correct masked codes", [one.code_accuracy for one in scores.values()]),
+        ("always the most frequent", [one.commonest_code for one in scores.values()]),
+        ("motion error / predicting no motion", [one.relative_motion for one in scores.values()]),
         ("pixel error / predicting 0", [one.relative_pixels for one in scores.values()]),
     )
     kept = [(title, values) for title, values in columns if any(value is not None for value in values)]
@@ -104,11 +104,11 @@ def _table(scores: Mapping[str, Scores]) -> str:
         cells = (values[number] for _, values in kept)
         told = "".join(f"<td>{'–' if cell is None else f'{100 * cell:.1f} %'}</td>" for cell in cells)
         rows += f"<tr><th>{html.escape(name)}</th>{told}<td>{_verdict(one)}</td></tr>"
-    return f"<table><tr><th>checkpoint</th>{head}<th>better than knowing nothing</th></tr>{rows}</table>"
+    return f"<table><tr><th>checkpoint</th>{head}<th>better than uninformed</th></tr>{rows}</table>"
 
 
 def _verdict(scores: Scores) -> str:
-    """Whether each prediction beats the one that knows nothing."""
+    """Returns whether each prediction is better than the uninformed one."""
     accuracy, commonest = scores.code_accuracy, scores.commonest_code
     beats = {"codes": None if accuracy is None or commonest is None else accuracy > commonest + TIE}
     for name, relative in (("motion", scores.relative_motion), ("pixels", scores.relative_pixels)):
@@ -121,10 +121,13 @@ def _verdict(scores: Scores) -> str:
 
 
 def _tile(one: ClipView, kind: str, number: int, named: bool) -> str:
-    """One kind of picture of one checkpoint; where patches can be touched, `number` is that of its attention map."""
+    """Returns one kind of picture of one checkpoint.
+
+    `number` is that of its attention map, if patches can be clicked.
+    """
     touched = one.attention is not None and kind in ("masked", READS)
     data = f' data-map="{number}" data-kind="{kind}"' if touched else ""
-    pictures = one.panels["original" if kind == READS else kind]  # what is read is drawn over the original
+    pictures = one.panels["original" if kind == READS else kind]  # attention is drawn over the original
     exact = pictures.shape[1] <= EXACT_UP_TO
     return (
         f'<figure><div class="tile" role="img" aria-label="{html.escape(LABELS[kind])}" '
@@ -137,7 +140,7 @@ def _tile(one: ClipView, kind: str, number: int, named: bool) -> str:
 
 
 def _strip(pictures: Tensor, exact: bool) -> str:
-    """[T', H, W, C] side by side, as a data URL: PNG if exact, else JPEG."""
+    """Returns [T', H, W, C] side by side as a data URL: PNG if exact, else JPEG."""
     joined = (pictures.clamp(0, 1) * 255).round().byte().movedim(0, 1).flatten(1, 2).numpy()
     buffer = io.BytesIO()
     Image.fromarray(joined).save(buffer, "PNG" if exact else "JPEG", **({} if exact else {"quality": 88}))
@@ -145,7 +148,7 @@ def _strip(pictures: Tensor, exact: bool) -> str:
 
 
 def _attention(one: ClipView, attention: Tensor) -> dict[str, Any]:
-    """What the page needs to draw any patch's reading: weights of each row over its largest, in bytes."""
+    """Returns the data for the attention map of any patch: the weights of each row divided by its largest, as bytes."""
     relative = attention / attention.amax(1, keepdim=True).clamp_min(1e-12)
     weights = (relative * 255).round().byte().numpy().tobytes()
     return {
@@ -185,12 +188,12 @@ figure { margin: 0; min-width: 0 } figcaption { font-size: .75rem; color: #555; 
 </style></head><body>
 <h1>What the model predicts</h1>
 <div class="wide">%SCORES%</div>
-<p>Measured on the hidden patches of the %CLIPS% clips shown, too few to compare models by. Predicting 0 means the mean
-color of each patch where pixels are standardized.</p>
-<p>Each picture is one slot of the clip, by its first frame. Hidden patches are grey; of predicted motion, visible ones
-too. Motion is the difference to the next frame, contrast doubled. Where a regressor completes the hidden patches, touch
-one of them in the masked picture: the last picture shows which visible patches it reads, the brighter the more, in all
-slots.</p>
+<p>Measured on the masked patches of the %CLIPS% clips shown, too few to compare models. Predicting 0 means predicting
+the mean color of each patch if pixels are standardized.</p>
+<p>Each picture shows the first frame of one slot of the clip. Masked patches are gray; in pictures of predicted motion,
+visible patches too. Motion is the difference to the next frame, with doubled contrast. If the model has a regressor,
+click a patch in the masked picture: the last picture shows its attention to the visible patches in all slots; brighter
+patches get more.</p>
 %SECTIONS%
 %CONFIGS%
 <script>

@@ -1,4 +1,4 @@
-"""The mask that a run's config asks for, and which of the hidden tokens are predicted."""
+"""Draws the masks of a run's config, and the masked tokens to predict."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from mam2.kernels import TubeMask, motion_tube_mask, random_mask, tube_mask
 from mam2.kernels.reference import philox
 
 DECODED_STREAM = 1 << 62
-"""Is added to the seed for the choice of tokens to predict: with the mask's own keys, both draws would depend on each
-other."""
+"""Added to the seed for the choice of tokens to predict, so that this draw is independent of the mask's."""
 CELL = 4
-"""Patches of a cell of 2×2."""
+"""Number of patches in a cell of 2×2."""
 
 
 def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
@@ -39,9 +38,10 @@ def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_samp
 
 
 def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
-    """Keeps of the hidden tokens only those that are predicted, `mask.decoded` of them, ascending.
+    """Keeps only the masked tokens to predict, the share `mask.decoded`, ascending.
 
-    Drawn from (run.seed, step, sample) on the mask's device. The other hidden tokens are in neither part of the result.
+    They are drawn from (run.seed, step, sample) on the mask's device. The other masked tokens are in neither part of
+    the result.
     """
     count = config.decoded_tokens
     if count == mask.masked.shape[1]:

@@ -19,7 +19,7 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     edge = EDGES[device.type]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # a run's draws do not depend on the measurement
+    with torch.random.fork_rng(devices):  # the measurement must not affect a run's random draws
         left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = left @ right  # to warm up
     seconds = []

@@ -1,17 +1,18 @@
-"""Codes on disk, in the place of a tokenizer: those of every recorded augmentation of every video of a data set.
+"""Cached codes on disk, which replace a tokenizer: those of every recorded augmentation of every video.
 
     CODES/cache.json              what the codes depend on, codebook size, precision
-          manifest.jsonl          the videos, in the order that the codes have
-          tokenizer.safetensors   the tokenizer that they come from
+          manifest.jsonl          the videos, in the order of the codes
+          tokenizer.safetensors   the tokenizer that computed them
           shards/a000-000000.npy  codes [videos of the shard, views, N] of one augmentation, read by memory map;
                                   [videos of the shard, views, N, tubelet] where all frames have codes
           shards.json             the finished shards, each with its SHA-256
 
-A clip is (place in manifest.videos, augmentation, view); `draw_clip` gives it the same frames, crop and mirroring in
-every run whose key is equal. One that could not be decoded is absent: its codes are the largest number of their type.
+A clip is (index in manifest.videos, augmentation, view); `draw_clip` returns the same frames, crop and mirroring for it
+in every run with the same key. A clip that could not be decoded is absent: its codes are the largest number of their
+type.
 
-A shard is written aside, synced, renamed and then listed; writing goes on where it stopped. Opening a cache reads all
-of it once for the checksums, as fast as the disk gives it: a run of days cannot meet a damaged shard on its third.
+A shard is written to a temporary file, synced, renamed and then listed; an interrupted call continues there. Opening a
+cache reads all of it once for the checksums, so that damage is reported at startup and not days into a run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mam2.engine.config.limits import resumable_fields
-from mam2.engine.config.pretrain import DataConfig, PretrainConfig
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
 from mam2.engine.errors import UserError
@@ -41,21 +43,21 @@ from mam2.engine.runtime.progress import Progress
 
 HEADER, SHARDS = "cache.json", "shards.json"
 SHARD_VIDEOS = 1024
-"""Videos of a shard: what a killed `mam2 tokenize` loses at most."""
+"""Videos per shard: the most that a killed `mam2 tokenize` loses."""
 DRAWN_VIDEOS = 16
-"""Of which the key holds what is drawn, since another version of this program or of NumPy might draw otherwise."""
+"""Number of videos whose draws are stored in the key, since other versions of MAM2 or NumPy may draw differently."""
 IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder"}
-"""Fields of the data config that decide how a clip is read, and not which clip it is."""
+"""Fields of the data config that affect how a clip is read, but not its content."""
 
 
 def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dict[str, Any]:
-    """All that codes depend on, by the names that a user knows. tokenizer: its fingerprint."""
+    """Returns everything that determines the codes, by the names of the user's keys. tokenizer: its fingerprint."""
     data = dataclasses.asdict(config.data)
     videos, draws = hashlib.sha256(), hashlib.sha256()
     for video in manifest.videos:
         videos.update(repr(_identity(video)).encode("utf-8", "surrogateescape"))
     for place, video in enumerate(manifest.videos[:DRAWN_VIDEOS]):
-        with contextlib.suppress(UserError):  # a video of unknown frame rate under data.fps: no clip is drawn of it
+        with contextlib.suppress(UserError):  # with data.fps, a video of unknown frame rate has no clips
             draws.update(repr(draw_clip(place, video, 0, config.data, config.run.seed)).encode())
     return {
         **{f"data.{name}": value for name, value in data.items() if name not in IGNORED_IN_KEY},
@@ -70,36 +72,36 @@ def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dic
 
 
 def check_cache(folder: str | Path) -> None:
-    """Raises UserError where a cache is not there or unfinished; reads no codes, so that it can be asked first."""
+    """Raises UserError if a cache is missing or unfinished; reads no codes, so that this check is fast."""
     CodeCache(folder, verify=False)
 
 
 class CodeCache:
-    """A finished cache, open for reading. Threads may share it."""
+    """A complete cache, open for reading. Threads may share it."""
 
     def __init__(self, folder: str | Path, *, verify: bool = True, progress: bool = True) -> None:
-        """Raises UserError where the cache is not there, unfinished or damaged.
+        """Raises UserError if the cache is missing, unfinished or damaged.
 
         verify: read all of it once and compare the checksums.
         """
         self.folder = Path(folder)
         header = _read_header(self.folder)
         if header is None:
-            raise UserError(f"{self.folder}: no cache of codes; mam2 tokenize writes one")
+            raise UserError(f"{self.folder}: not a cache of codes; write one with mam2 tokenize")
         self.header = header
         finished = _finished_shards(self.folder, header, verify=verify, progress=progress)
         self._shards = {}
         for place in _places(header):
             if place not in finished:
                 raise UserError(
-                    f"{self.folder}: {_shard_name(*place)} is missing or damaged; mam2 tokenize with the same values "
-                    "writes what is not there"
+                    f"{self.folder}: {_shard_name(*place)} is missing or damaged; run mam2 tokenize with the same "
+                    "values to write it"
                 )
             try:
                 self._shards[place] = np.load(self.folder / "shards" / _shard_name(*place), mmap_mode="r")
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder}: {_shard_name(*place)} cannot be read ({error}); tokenize anew"
+                    f"{self.folder}: {_shard_name(*place)} cannot be read ({error}); run mam2 tokenize again"
                 ) from None
 
     @property
@@ -109,29 +111,29 @@ class CodeCache:
 
     @property
     def precision(self) -> str:
-        """Of the tokenizer's convolutions: float32 or bfloat16."""
+        """Precision of the tokenizer's convolutions: float32 or bfloat16."""
         return self.header["precision"]
 
     @property
     def bytes(self) -> int:
-        """Of all codes."""
+        """Bytes of all codes."""
         return sum(shard.nbytes for shard in self._shards.values())
 
     @property
     def tokenizer(self) -> str:
-        """Fingerprint of the tokenizer that the codes come from."""
+        """Fingerprint of the tokenizer that computed the codes."""
         return self.header["key"]["tokenizer"]
 
     def check(self, manifest: Manifest, config: PretrainConfig, tokenizer: str) -> None:
-        """Raises UserError naming the first thing in which a run differs from what the codes were made for."""
+        """Raises UserError for the first setting in which a run differs from that of the codes."""
         _check_key(self.folder, self.header["key"], cache_key(manifest, config, tokenizer), manifest)
 
     def has(self, video: int, augmentation: int) -> bool:
-        """Whether a clip could be decoded. video: its place in manifest.videos."""
+        """Returns whether a clip could be decoded. video: its index in manifest.videos."""
         return self._row(video, augmentation).flat[0] != _absent(self.codebook_size)
 
     def codes(self, video: Tensor, augmentation: Tensor, view: Tensor) -> Tensor:
-        """int64 [B, N] or [B, N, tubelet] of clips given by int64 [B] on the CPU.
+        """Returns int64 [B, N] or [B, N, tubelet] of clips given by int64 [B] on the CPU.
 
         Raises:
             ValueError: the codes of a clip are absent.
@@ -139,16 +141,16 @@ class CodeCache:
         clips = zip(video.tolist(), augmentation.tolist(), view.tolist(), strict=True)
         codes = np.stack([self._row(place, number)[shown] for place, number, shown in clips]).astype(np.int64)
         if (codes == _absent(self.codebook_size)).any():
-            raise ValueError("video: expected clips that the cache has codes of, found one that could not be decoded")
+            raise ValueError("video: expected clips with codes in the cache, found one that could not be decoded")
         return torch.from_numpy(codes)
 
     def count_absent(self) -> int:
-        """Clips (views not counted) that could not be decoded."""
+        """Returns the number of clips (not counting views) that could not be decoded."""
         absent = _absent(self.codebook_size)
         return sum(int((_firsts(shard) == absent).sum()) for shard in self._shards.values())
 
     def histogram(self) -> Tensor:
-        """How often each code occurs, int64 [V]."""
+        """Returns how often each code occurs, int64 [V]."""
         counts = np.zeros(self.codebook_size, np.int64)
         for shard in self._shards.values():
             present = shard[_firsts(shard) != _absent(self.codebook_size)]
@@ -161,7 +163,7 @@ class CodeCache:
 
 
 class CodeCacheWriter:
-    """Writes a cache, or the rest of one. Clips come in the order of `missing`; the ones left out are absent."""
+    """Writes a cache, or its missing part. Add clips in the order of `missing`; skipped clips are absent."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class CodeCacheWriter:
         precision: str,
         progress: bool = True,
     ) -> None:
-        """Raises UserError where the folder holds a cache of something else, naming what differs."""
+        """Raises UserError if the folder contains a cache with other settings; the error names the difference."""
         self.folder = Path(folder)
         slots, rows, columns = config.grid
         header: dict[str, Any] = {
@@ -194,7 +196,9 @@ class CodeCacheWriter:
         else:
             _check_key(self.folder, before["key"], header["key"], manifest)
             if before["precision"] != precision:
-                raise UserError(f"{self.folder}: holds codes in {before['precision']}, this run computes {precision}")
+                raise UserError(
+                    f"{self.folder}: contains codes in {before['precision']}, this run computes in {precision}"
+                )
             header = before
         self._header = header
         self._code_shape = config.code_shape
@@ -203,7 +207,7 @@ class CodeCacheWriter:
         self._shard: NDArray[Any] = np.empty(0)
 
     def missing(self) -> Iterator[tuple[int, int]]:
-        """Augmentation and place in manifest.videos of the clips that are not in a finished shard."""
+        """Yields augmentation and index in manifest.videos of the clips that are not in a finished shard."""
         for augmentation, number in _places(self._header):
             if (augmentation, number) not in self._finished:
                 first = number * self._header["shard_videos"]
@@ -212,14 +216,14 @@ class CodeCacheWriter:
 
     @property
     def total(self) -> int:
-        """Clips of the finished cache, views not counted."""
+        """Returns the number of clips of the finished cache, not counting views."""
         return self._header["videos"] * self._header["augmentations"]
 
     def add(self, video: Tensor, augmentation: Tensor, view: Tensor, codes: Tensor) -> None:
-        """Codes int64 [B, N] or [B, N, tubelet] of clips given by int64 [B], all on the CPU.
+        """Adds codes int64 [B, N] or [B, N, tubelet] of clips given by int64 [B], all on the CPU.
 
         Raises:
-            ValueError: a clip of a shard that is finished already.
+            ValueError: a clip belongs to a finished shard.
         """
         clips = zip(video.tolist(), augmentation.tolist(), view.tolist(), codes.numpy(), strict=True)
         for place, number, shown, row in clips:
@@ -228,7 +232,7 @@ class CodeCacheWriter:
             self._shard[line, shown] = row
 
     def finish(self) -> None:
-        """To be called after the last clip of `missing`, and only then: what has not come is absent."""
+        """Finishes the cache; call it only after the last clip of `missing`. Clips that were not added are absent."""
         for place in _places(self._header):
             if place not in self._finished:
                 self._open(place)
@@ -259,28 +263,28 @@ class CodeCacheWriter:
 
 
 def _identity(video: Video) -> tuple[Any, ...]:
-    """What of a video decides its clips; not the folder it lies in, nor its label."""
+    """Returns the properties of a video that determine its clips; not its folder or its label."""
     size = video.frames, video.width, video.height, video.rotation, video.fps
     return os.path.basename(video.path), *size, video.codec, video.pixel_format, video.content
 
 
 def _check_key(folder: Path, there: dict[str, Any], here: dict[str, Any], manifest: Manifest) -> None:
-    there = {"tokenizer.frames": "first"} | there  # which caches of earlier versions do not say
+    there = {"tokenizer.frames": "first"} | there  # missing in caches of earlier versions
     for name in (name for name in [*here, *there] if there.get(name) != here.get(name)):
         if name == "videos":
-            raise UserError(f"{folder}: holds codes of other videos: {_first_difference(folder, manifest)}")
+            raise UserError(f"{folder}: contains codes of other videos: {_first_difference(folder, manifest)}")
         if name == "tokenizer":
             raise UserError(
-                f"{folder}: holds codes of the tokenizer {there[name][:12]}, this run's is {here[name][:12]}; "
-                "leave tokenizer.path empty to use the cache's own"
+                f"{folder}: contains codes of the tokenizer {there[name][:12]}, this run's is {here[name][:12]}; "
+                "leave tokenizer.path empty to use the cache's tokenizer"
             )
         if name == "draws":
             raise UserError(
-                f"{folder}: holds codes of clips that another version of this program or of NumPy drew; tokenize anew"
+                f"{folder}: contains codes of clips drawn by another version of MAM2 or NumPy; run mam2 tokenize again"
             )
         raise UserError(
-            f"{folder}: holds codes made with {name} = {there.get(name)!r}, this run says {here.get(name)!r}; "
-            "use the same value, or mam2 tokenize into another folder"
+            f"{folder}: contains codes made with {name} = {there.get(name)!r}, this run has {here.get(name)!r}; "
+            "use the same value, or run mam2 tokenize with another folder"
         )
 
 
@@ -298,13 +302,13 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / HEADER}: not the head of a cache of codes ({error})") from None
+        raise UserError(f"{folder / HEADER}: not the header of a cache of codes ({error})") from None
 
 
 def _finished_shards(
     folder: Path, header: dict[str, Any], *, verify: bool, progress: bool
 ) -> dict[tuple[int, int], str]:
-    """The shards that are listed, and the SHA-256 each is listed with; with `verify` only those that have it."""
+    """Returns the listed shards with their SHA-256; with `verify` only those whose file matches."""
     try:
         listed = json.loads((folder / SHARDS).read_text(encoding="ascii"))
     except FileNotFoundError:
@@ -323,7 +327,7 @@ def _finished_shards(
 
 
 def _places(header: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Augmentation and number of every shard."""
+    """Yields augmentation and number of every shard."""
     for augmentation in range(header["augmentations"]):
         for number in range(-(-header["videos"] // header["shard_videos"])):
             yield augmentation, number
@@ -338,7 +342,7 @@ def _shard_name(augmentation: int, number: int) -> str:
 
 
 def _firsts(shard: NDArray[Any]) -> NDArray[Any]:
-    """The first code of each video of a shard."""
+    """Returns the first code of each video of a shard."""
     return shard.reshape(len(shard), -1)[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""VQGANs on disk: our safetensors, and the Lightning checkpoints that taming-transformers published."""
+"""Reads and writes VQGANs: our safetensors, and Lightning checkpoints published by taming-transformers."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from mam2.engine.files import write_whole
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "patch_in.", "patch_out.")
-"""What is kept of a checkpoint; the rest (the discriminator, the perceptual network) is training's."""
+"""Parts of a checkpoint that are read; the others (discriminator, perceptual network) are only for training."""
 CONFIG_KEY = "vqgan_config"
 CONFIGURED_RESOLUTION = 256
-"""taming's configs place attention by the resolution of 256-pixel images."""
+"""taming's configs specify attention by resolutions of 256-pixel images."""
 
 
 class VQGANFileError(UserError, ValueError):
-    """A file that is not a VQGAN: one line that names it, what was expected and what was found."""
+    """Raised for a file that is not a VQGAN; the message names the file, what was expected and what was found."""
 
 
 def save_vqgan(vqgan: VQGAN, path: str | Path) -> None:
-    """Write safetensors with the config in the metadata, all or nothing."""
+    """Writes safetensors with the config in the metadata, atomically."""
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in vqgan.state_dict().items()}
-    # not save_file, which lets nobody else read what it writes
+    # not save_file, whose files other users cannot read
     write_whole(path, save(state, {CONFIG_KEY: json.dumps(dataclasses.asdict(vqgan.config))}))
 
 
 def fingerprint(vqgan: VQGAN) -> str:
-    """SHA-256 over config and weights (hexadecimal): two VQGANs with one fingerprint give the same codes."""
+    """Returns the SHA-256 over config and weights (hexadecimal): equal fingerprints mean equal codes."""
     fields = dataclasses.asdict(vqgan.config)
     if not vqgan.config.patch_path:
         del fields["patch_path"]  # a VQGAN without it keeps the fingerprint that caches of codes already name
@@ -52,19 +52,19 @@ def fingerprint(vqgan: VQGAN) -> str:
 
 
 def load_vqgan(path: str | Path) -> VQGAN:
-    """A VQGAN on the CPU, in evaluation, from safetensors (ours, or taming's keys) or from taming's `last.ckpt`.
+    """Loads a VQGAN to the CPU, in evaluation mode, from safetensors (ours, or taming's keys) or taming's `last.ckpt`.
 
-    The config is that of the metadata, or is inferred from the shapes. Every key and shape must fit.
+    The config comes from the metadata, or is inferred from the shapes. Every key and shape must match.
 
     Raises:
-        VQGANFileError (a UserError and a ValueError): no such file, another kind of file, a pickle that asks for
-            anything but tensors and the training framework's classes, or missing, surplus or misshapen parameters.
+        VQGANFileError (a UserError and a ValueError): no such file, another kind of file, a pickle with anything but
+            tensors and classes of training frameworks, or parameters that are missing, unexpected or of a wrong shape.
     """
     return read_vqgan(path)[0]
 
 
 def read_vqgan(path: str | Path) -> tuple[VQGAN, list[str]]:
-    """`load_vqgan`, and the names of the parameters in the file that are training's and were left out."""
+    """Does the same as `load_vqgan`; also returns the names of the file's training parameters, which it ignores."""
     path = Path(path)
     if not path.is_file():
         raise VQGANFileError(f"{path}: expected a VQGAN checkpoint (.ckpt or .safetensors), found no such file")
@@ -87,7 +87,7 @@ def read_vqgan(path: str | Path) -> tuple[VQGAN, list[str]]:
         name = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise VQGANFileError(
             f"{path}: expected {name} of shape {expected.get(name, 'none')}, found {found.get(name, 'none')}; "
-            "this is not a VQGAN of taming-transformers' form"
+            "this is not a VQGAN of taming-transformers"
         )
     vqgan.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return vqgan.eval(), left_out
@@ -120,7 +120,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], None]:
 
 
 def _infer_config(path: Path, state: dict[str, Tensor]) -> VQGANConfig:
-    """The config that gives these parameter shapes, with taming's 32 groups."""
+    """Returns the config with these parameter shapes, and taming's 32 groups."""
     with contextlib.suppress(KeyError, ValueError):
         channels = len(state["encoder.conv_in.weight"])
         levels = 1 + max(_indices(state, "decoder.up."))

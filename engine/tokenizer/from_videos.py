@@ -1,4 +1,4 @@
-"""`train-tokenizer`: a VQ model of the user's own clips, measured on videos that it was not trained on."""
+"""`train-tokenizer`: trains a VQ model on the user's videos and measures it on held-out videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mam2.engine.config.limits import Limits, check_value
-from mam2.engine.config.pretrain import DataConfig, RunConfig
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
 from mam2.engine.data.sources import check_source
@@ -38,11 +38,11 @@ class TokenizerResult:
     path: Path
     """The tokenizer's file, for `tokenizer.path`."""
     quality: Reconstruction
-    """Measured on the videos that were held out."""
+    """Measured on the held-out videos."""
     held_out: int
-    """Their number."""
+    """Number of held-out videos."""
     advice: str
-    """What to do with a tokenizer of these numbers, in a line."""
+    """Whether the tokenizer is fit for use, in a line."""
 
 
 def train_tokenizer(
@@ -77,10 +77,10 @@ def train_tokenizer(
         seed: seed of weights, frames and crops.
         threads: decoding threads; 0: one per core that this process may use.
         device: auto uses a GPU if there is one.
-        progress: draw a progress bar (only on a terminal).
+        progress: show a progress bar (only on a terminal).
 
     Raises:
-        UserError: for values, data and folders that cannot be used.
+        UserError: a value is invalid, the data has fewer than two usable videos, or a folder cannot be used.
     """
     out = Path(out)
     least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
@@ -157,12 +157,12 @@ def verdict(result: Reconstruction, file: Path) -> str:
     """Returns advice on a tokenizer with these results."""
     if result.explained <= 0:
         return (
-            "not fit for pre-training: its codes tell less of held-out frames than their mean color; give it more "
+            "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
             "videos, or more --steps"
         )
     if result.explained < result.kmeans_explained:
         return (
-            "weak: k-means of raw patches explains more of held-out frames with as many codes; give it more --steps, "
-            f"more --channels, or more videos. It can be used with --tokenizer.path {file}"
+            "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
+            f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

@@ -1,4 +1,4 @@
-"""k-means of vectors: it places the codes of a tokenizer, and codes of raw patches are what a tokenizer has to beat."""
+"""k-means of vectors: it initializes the codes of a tokenizer, and of raw patches it is the baseline of a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 ROUNDS = 15
 SEEDED_FROM = 32
-"""Vectors per center, drawn at random, among which the first centers are chosen."""
+"""Number of random vectors per center from which the initial centers are chosen."""
 ROWS_AT_ONCE = 16384
-"""Vectors that are compared with the centers at once."""
+"""Number of vectors that are compared with the centers at once."""
 
 
 def kmeans(vectors: Tensor, count: int, generator: torch.Generator, *, rounds: int = ROUNDS) -> Tensor:
-    """Centers of vectors [M, E] float32: [count, E].
+    """Returns centers [count, E] of vectors [M, E] float32.
 
-    Starts from k-means++ (Arthur and Vassilvitskii 2007): each further center is a vector drawn with a probability
-    proportional to its squared distance to the nearest center so far. A center that no vector is nearest to moves to a
-    vector drawn in the same way. generator: on the CPU; decides all that is random.
+    It starts with k-means++ (Arthur and Vassilvitskii 2007): each further center is a vector drawn with a probability
+    proportional to its squared distance to the nearest center so far. A center without vectors moves to a vector drawn
+    in the same way. generator: on the CPU; the only source of random numbers.
     """
     centers = _spread(vectors, count, generator)
     for _ in range(rounds):
@@ -29,13 +29,13 @@ def kmeans(vectors: Tensor, count: int, generator: torch.Generator, *, rounds: i
 
 
 def nearest_center(vectors: Tensor, centers: Tensor) -> Tensor:
-    """Of each vector [M, E] the nearest center [V, E], by Euclidean distance: int64 [M]."""
+    """Returns the nearest of the centers [V, E] for each vector [M, E], by Euclidean distance: int64 [M]."""
     norms = centers.square().sum(1)  # a vector's own norm is the same for every center
     return torch.cat([(norms - 2 * part @ centers.T).argmin(1) for part in vectors.split(ROWS_AT_ONCE)])
 
 
 def tally(vectors: Tensor, assigned: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """How many vectors each of `count` centers has [V], and their sums [V, E]. assigned: int64 [M]."""
+    """Returns the number of vectors of each of `count` centers [V], and their sums [V, E]. assigned: int64 [M]."""
     sizes, sums = vectors.new_zeros(count), vectors.new_zeros(count, vectors.shape[1])
     for part, to in zip(vectors.split(ROWS_AT_ONCE), assigned.split(ROWS_AT_ONCE), strict=True):
         one_hot = torch.nn.functional.one_hot(to, count).to(vectors.dtype)  # a product repeats bit for bit on a GPU
@@ -45,7 +45,7 @@ def tally(vectors: Tensor, assigned: Tensor, count: int) -> tuple[Tensor, Tensor
 
 
 def draw(vectors: Tensor, distances: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` vectors of [M, E], each with a probability proportional to its squared distance [M] to its center."""
+    """Draws `count` vectors of [M, E] with probabilities proportional to the squared distances [M] to their centers."""
     reach = (distances.double() + 1e-12).cumsum(0)
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(vectors.device)
     return vectors[torch.searchsorted(reach, drawn * reach[-1]).clamp(max=len(vectors) - 1)]

@@ -1,4 +1,4 @@
-"""Tokenizing a data set once: every recorded augmentation of every video through the tokenizer, into a code cache."""
+"""Tokenizes a data set once: writes the codes of every recorded augmentation of every video to a code cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.pretrain import PretrainConfig, check, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Skipped, read_manifest, write_manifest
 from mam2.engine.data.sources import check_source
@@ -27,23 +28,23 @@ from mam2.engine.tokenizer.vqgan import VQGAN
 @dataclass(frozen=True, kw_only=True)
 class TokenizeResult:
     clips: int
-    """Clips (views not counted) tokenized by this call."""
+    """Clips (not counting views) tokenized by this call."""
     seconds: float
-    """That this took."""
+    """Duration of this call."""
     cache: CodeCache
 
 
 def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progress: bool = True) -> TokenizeResult:
-    """Writes the codes of all recorded augmentations to the folder `out`, or the rest of them if some are there.
+    """Writes the codes of all recorded augmentations to the folder `out`, or those that are still missing there.
 
     Args:
-        config: of the pre-training that will use them: its data, model, tokenizer and run tables decide the codes.
+        config: config of the pre-training that will use them; its tables data, model, tokenizer and run matter.
         data: a folder or an annotation list.
         out: folder of the cache; see `mam2.engine.tokenizer.cache`.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: a config without codes or recorded augmentations, or a folder that holds other codes.
+        UserError: the config has no codes or no recorded augmentations, or the folder contains other codes.
     """
     check(config)
     if not config.needs_codes:
@@ -53,9 +54,9 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
             which = f"model.objective {objective!r}"
         raise UserError(f"{which} has no codes to predict: nothing to tokenize")
     if not config.data.recorded:
-        raise UserError("data.recorded is 0: set it to the number of augmentations of each video to tokenize")
+        raise UserError("data.recorded is 0: set it to the number of augmentations per video to tokenize")
     if config.tokenizer.cache:
-        raise UserError("tokenizer.cache names the cache to read; name the one to write with --out")
+        raise UserError("tokenizer.cache is the cache to read; set the cache to write with --out")
     out, device = Path(out), pick_device(config.run)
     check_source(data)
     check_apart(data, out)
@@ -99,7 +100,7 @@ def _tokenize(
 
 
 def _fill(writer: CodeCacheWriter, loader: ClipLoader, source: CodeSource, device: torch.device, progress: bool) -> int:
-    """Writes all that is missing. Returns how many clips were there to write."""
+    """Writes all missing codes. Returns the number of clips."""
     clips = 0
     done = writer.total - sum(1 for _ in writer.missing())
     with Progress(desc="tokenizing", total=writer.total, initial=done, unit="clip", shown=progress) as bar:

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: a VQGAN read from a file, or a small one trained on the run's own clips."""
+"""Prepares the tokenizer of a run: reads a VQGAN from a file, or trains a small one on the run's clips."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig, small
 
 FILE = "tokenizer.safetensors"
 TRAINING = "tokenizer.json"
-"""Says of the one trained here which settings and videos made it."""
+"""File with the settings and videos of a tokenizer that the run trained."""
 
 Info = Callable[[str], None]
-"""Takes a line for the log."""
+"""Writes a line to the log."""
 
 
 def prepare_tokenizer(
@@ -45,12 +45,12 @@ def prepare_tokenizer(
     named: VQGAN | None = None,
     progress: bool = True,
 ) -> VQGAN:
-    """The VQGAN that `config.tokenizer` asks for, on the CPU.
+    """Returns the VQGAN of `config.tokenizer`, on the CPU.
 
-    It is kept in RUN/tokenizer.safetensors and belongs to the run's checkpoints. One that an attempt without a
-    checkpoint left there is taken only where RUN/tokenizer.json says that the same training on the same videos made it.
-    named: the one of `config.tokenizer.path`, where it is loaded already; without a path, one to use instead of
-        training one.
+    It is stored in RUN/tokenizer.safetensors and belongs to the run's checkpoints. One left there by an attempt without
+    a checkpoint is used only if RUN/tokenizer.json records the same training on the same videos.
+    named: the VQGAN of `config.tokenizer.path`, if it is already loaded; without a path, one to use instead of
+    training.
     """
     options = config.tokenizer
     own = run / FILE
@@ -65,7 +65,7 @@ def prepare_tokenizer(
         vqgan, source = load_vqgan(own), str(own)
     else:
         if own.is_file():
-            info(f"codes   {own} is left from other data or settings: it is trained anew")
+            info(f"codes   {own} is from other data or settings: training a new one")
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         architecture = small(options.channels, options.codes, code_factor(config))
         frames = clip_frames(loader, options.batch)
@@ -86,25 +86,26 @@ def prepare_tokenizer(
 
 
 def load_for_run(path: Path, run: Path, loaded: VQGAN | None = None) -> VQGAN:
-    """A VQGAN from a file, copied to RUN/tokenizer.safetensors. UserError where the run's checkpoints need another."""
+    """Copies a VQGAN from a file to RUN/tokenizer.safetensors.
+
+    Raises UserError if the run's checkpoints need another.
+    """
     vqgan, own = loaded or load_vqgan(path), run / FILE
     if not own.is_file() or (not _begun(run) and path.resolve() != own.resolve()):
         (run / TRAINING).unlink(missing_ok=True)
         save_vqgan(vqgan, own)
     elif path.resolve() != own.resolve() and fingerprint(load_vqgan(own)) != fingerprint(vqgan):
-        raise UserError(
-            f"{own}: the run's tokenizer is another one than {path}; start a new run, or name the first one"
-        )
+        raise UserError(f"{own}: the run's tokenizer differs from {path}; start a new run, or pass the original one")
     return vqgan
 
 
 def _begun(run: Path) -> bool:
-    """Whether a folder holds checkpoints, or codes, that belong to the tokenizer in it."""
+    """Returns whether a folder contains checkpoints or codes that belong to its tokenizer."""
     return checkpoint.newest(run) is not None or (run / SHARDS).is_file()
 
 
 def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What decides the tokenizer that is trained on the data: plain values, as JSON gives them back."""
+    """Returns the settings that determine the trained tokenizer, as plain JSON values."""
     ignored = resumable_fields(type(config.data))
     data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in ignored}
     videos = hashlib.sha256()
@@ -133,7 +134,7 @@ def build_tokenizer(
     device: torch.device,
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Tokenizer:
-    """A VQGAN laid over a run's token grid, in the precision of the run."""
+    """Returns a Tokenizer for a run's token grid and precision."""
     rounded = matmul_dtype(config.run, device) == torch.bfloat16
     precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
     return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
@@ -148,7 +149,7 @@ def train_with_progress(
     seed: int,
     progress: bool = True,
 ) -> tuple[VQGAN, list[dict[str, float]]]:
-    """`train_vqgan` under a progress bar: the VQGAN, on the CPU, and what was reported on the way with its step."""
+    """Runs `train_vqgan` with a progress bar; returns the VQGAN, on the CPU, and its reports with their steps."""
     reports: list[dict[str, float]] = []
     with Progress(total=steps, desc="tokenizer", unit="step", shown=progress) as bar:
 
@@ -162,7 +163,7 @@ def train_with_progress(
 
 
 def clip_frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
-    """Endless batches uint8 [batch, H, W, C] of frames: two of every clip, so that few clips need decoding."""
+    """Yields endless batches uint8 [batch, H, W, C] of frames: two per clip, so that few clips need decoding."""
     held: list[Tensor] = []
     for clips in loader.stream():
         frames = clips.clip[:, :: max(clips.clip.shape[1] // 2, 1)].flatten(0, 1)
@@ -174,12 +175,12 @@ def clip_frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:
 
 
 def code_factor(config: PretrainConfig) -> int:
-    """Pixels a code: the largest power of two up to the patch that the clip's size is a multiple of."""
+    """Returns the pixels per code: the largest power of two up to the patch size that divides the clip's size."""
     powers = (2**exponent for exponent in range(1, 11))
     factors = [power for power in powers if power <= config.model.patch and config.data.size % power == 0]
     if not factors:
         raise UserError(
             f"model.patch {config.model.patch} and data.size {config.data.size}: a VQ model trained on the data needs "
-            "a patch of at least 2 and an even size; change them, or give tokenizer.path"
+            "a patch of at least 2 and an even size; change them, or set tokenizer.path"
         )
     return factors[-1]

@@ -1,4 +1,4 @@
-"""How well a VQGAN gives back frames from their codes: numbers and pictures.
+"""Measures how well a VQGAN reconstructs frames from their codes: numbers and pictures.
 
 Shapes: B clips, T frames, F = B·T frames, H×W pixels, C = 3.
 """
@@ -20,48 +20,48 @@ from mam2.engine.tokenizer.training import frame_patches
 from mam2.engine.tokenizer.vqgan import VQGAN
 
 SHOWN = 8
-"""Frames in the picture."""
+"""Number of frames in the picture."""
 GRAY = 1e-3
-"""Share of the variance that is color, below which frames count as gray: so much is left by a video's compression."""
+"""Share of color in the variance below which frames count as gray; video compression leaves about this much."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What frames look like after they were codes."""
+    """Frames reconstructed from their codes."""
 
     frames: int
     psnr_db: float
-    """Peak signal to noise of all pixels together: 10 log10(1 / mean squared error), pixels in 0 to 1."""
+    """Peak signal-to-noise ratio over all pixels: 10 log10(1 / mean squared error), for pixels from 0 to 1."""
     mean_color_psnr_db: float
-    """That of answering each frame with its mean color."""
+    """PSNR of replacing each frame by its mean color."""
     explained: float
     """Share of the variance within a frame that the decoded codes explain: 1 − squared error / squared deviation from
     the frame's mean color, both summed over all frames. 1 is perfect; 0 is no better than the mean color."""
     color_explained: float | None
-    """The same of color alone: of each pixel's difference to the mean of its three channels. None for gray frames."""
+    """The same for color only: each pixel's difference to the mean of its three channels. None for gray frames."""
     kmeans_explained: float
-    """`explained` of k-means of raw patches, with as many centers as there are codes: each patch is its center."""
+    """`explained` for k-means of raw patches with one center per code: each patch is replaced by its center."""
     kmeans_color_explained: float | None
-    """`color_explained` of it."""
+    """`color_explained` for the same k-means."""
     codes_used: int
-    """Different codes among those of all frames."""
+    """Number of different codes over all frames."""
     perplexity: float
     """See `codebook_usage`."""
     original: Tensor
     """[SHOWN or fewer, H, W, C] float32 in 0 to 1."""
     reconstructed: Tensor
-    """As `original`: from the codes."""
+    """Reconstructions from the codes, like `original`."""
     from_kmeans: Tensor
-    """As `original`: each patch its k-means center."""
+    """Reconstructions from k-means centers, like `original`."""
 
 
 @torch.no_grad()
 def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tensor) -> Reconstruction:
-    """Frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device, through their codes and back.
+    """Encodes and decodes the frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device.
 
     Args:
         clips: H and W are multiples of the VQGAN's factor.
-        centers: [V, P], k-means of patches of the frames trained on, from `frame_patches`.
+        centers: [V, P], k-means centers of patches of the training frames, from `frame_patches`.
 
     Raises:
         ValueError: there is no clip.
@@ -84,7 +84,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         deviation += torch.tensor([_squares(one - one.mean((2, 3), keepdim=True)) for _, one in pairs])
         values += original.numel()
         codes.append(found.flatten().cpu())
-        if len(shown) < SHOWN:  # one of each clip
+        if len(shown) < SHOWN:  # one per clip
             step = clip.shape[1]
             shown += zip(*(pictures[::step].cpu() for pictures in (original, back, by_patch)), strict=True)
     if not codes:
@@ -110,7 +110,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
 
 
 def _color(images: Tensor) -> Tensor:
-    """[B, 3, H, W] without their gray."""
+    """Subtracts gray from images [B, 3, H, W]."""
     return images - images.mean(1, keepdim=True)
 
 
@@ -119,7 +119,7 @@ def _squares(values: Tensor) -> float:
 
 
 def draw_reconstructions(result: Reconstruction, path: Path) -> None:
-    """PNG: frames above, what their codes give below, and k-means of patches with as many centers below that."""
+    """Draws frames, their reconstructions, and those of k-means of patches below each other, as PNG."""
     count = len(result.original)
     rows = {"original": result.original, "from codes": result.reconstructed, "k-means": result.from_kmeans}
     figure = Figure(figsize=(1.6 * count + 0.9, 1.7 * len(rows)), layout="constrained")
@@ -134,11 +134,11 @@ def draw_reconstructions(result: Reconstruction, path: Path) -> None:
 
 
 def draw_training(reports: Sequence[dict[str, float]], path: Path) -> None:
-    """PNG: the loss, and the use of the codes, over the steps; reports from `train_with_progress`."""
+    """Draws the loss and the use of the codes over the steps, as PNG; reports from `train_with_progress`."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     loss, usage = figure.subplots(1, 2)
     steps = [report["step"] for report in reports]
-    marker = "." if len(steps) == 1 else None  # a single point has no line to be seen by
+    marker = "." if len(steps) == 1 else None  # a single point would have no visible line
     loss.plot(steps, [report["loss"] for report in reports], marker=marker)
     loss.set_title("reconstruction loss", fontsize=10)
     for name, label in {"codes_used": "codes in use", "perplexity": "perplexity"}.items():

@@ -1,4 +1,4 @@
-"""Where a step's codes come from: a tokenizer that works beside the step, or a cache. The loop cannot tell which."""
+"""The source of a step's codes: a tokenizer that runs during training, or a cache; both have the same interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
 MEASURED_CLIPS = 8
-"""Of the first batch, compared with float32."""
+"""Clips of the first batch that are compared with float32."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class CodeSource:
     codebook_size: int
     """V: codes are 0 to V - 1."""
     codes: Callable[[Batch], Tensor]
-    """Codes of a batch, on its device: int64 [B, N] or [B, N, F], see `Tokenizer`."""
+    """Returns the codes of a batch, on its device: int64 [B, N] or [B, N, F], see `Tokenizer`."""
     tokenizer: VQGANConfig | None = None
-    """Of the network that a step runs for them; None where none does."""
+    """Config of the network that runs in a step; None with a cache."""
 
 
 def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, progress: bool = True) -> CodeCache | None:
-    """The cache that `config.tokenizer.cache` names, None where there is none or the run predicts no codes.
+    """Opens the cache `config.tokenizer.cache`; returns None if none is set or the run predicts no codes.
 
-    Raises UserError where it is not one for this run.
+    Raises UserError if the cache does not match this run.
     """
     options = config.tokenizer
     if not options.cache or not config.needs_codes:
@@ -50,7 +50,7 @@ def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, prog
         cache = CodeCache(options.cache, progress=progress)
         cache.check(manifest, config, fingerprint(load_vqgan(options.path)) if options.path else cache.tokenizer)
 
-    world.broadcast(check)  # one rank reads all of it
+    world.broadcast(check)  # only one rank reads all of it
     return CodeCache(options.cache, verify=False)
 
 
@@ -66,9 +66,9 @@ def prepare_codes(
     named: VQGAN | None = None,
     progress: bool = True,
 ) -> CodeSource:
-    """The codes of a run; its tokenizer is kept in RUN/tokenizer.safetensors, also where a cache makes it idle.
+    """Returns the source of a run's codes; stores its tokenizer in RUN/tokenizer.safetensors, also with a cache.
 
-    cache: from `open_cache`; the loader then has to have its `has` as `available`, and fetches its codes.
+    cache: from `open_cache`; the loader must then have the cache's `has` as `available`, and fetches its codes.
     named: see `prepare_tokenizer`.
     """
     if cache is None:
@@ -79,7 +79,7 @@ def prepare_codes(
     world.broadcast(lambda: _keep_tokenizer(cache, run))
     info(
         f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
-        f"each video, {cache.bytes / 1e6:.3g} MB, chosen in {cache.precision}; {cache.count_absent()} clips absent"
+        f"each video, {cache.bytes / 1e6:.3g} MB, computed in {cache.precision}; {cache.count_absent()} clips absent"
     )
     loader.fetch_codes(cache.codes)
     return CodeSource(cache.codebook_size, _fetched)
@@ -92,11 +92,13 @@ def _fetched(batch: Batch) -> Tensor:
 
 def _keep_tokenizer(cache: CodeCache, run: Path) -> None:
     if fingerprint(load_for_run(cache.folder / FILE, run)) != cache.tokenizer:
-        raise UserError(f"{cache.folder / FILE}: not the tokenizer that the codes beside it come from; tokenize anew")
+        raise UserError(
+            f"{cache.folder / FILE}: not the tokenizer of the codes in this folder; run mam2 tokenize again"
+        )
 
 
 def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
-    """Codes from a tokenizer. The share of them that bfloat16 changes is measured on the first batch, and said."""
+    """Returns codes from a tokenizer. Logs the share that bfloat16 changes, measured on the first batch."""
     measured = tokenizer.precision == "float32"
 
     def codes(batch: Batch) -> Tensor:
@@ -115,6 +117,6 @@ def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
 def with_codes(
     batches: Iterator[Batch], source: CodeSource | None, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Batches with their codes, or with None where there is no source. On a GPU they are computed on a side stream."""
+    """Yields batches with their codes, or with None if there is no source; on a GPU computed on a side stream."""
     pairs = ((batch, source.codes(batch) if source else None) for batch in batches)
     return on_side_stream(pairs, device) if source else pairs

@@ -1,8 +1,8 @@
-"""The tokenizer: VQGAN codes of the tokens of a clip, its names for how they look.
+"""The tokenizer: maps a clip to VQGAN codebook indices, one per token (or per token and frame).
 
-Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, F codes a token, V codes.
-A token's code is that of its first frame, or there is one of each of its frames; frames are resized so that the code
-map is exactly H'×W'. Without the dimension F only first frames have codes.
+Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, F codes per token, V codes.
+A token has the code of its first frame, or one code per frame; frames are resized so that the code map is exactly
+H'×W'. Without the dimension F only first frames have codes.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from mam2.engine.tokenizer.vqgan import VQGAN
 
 MOST_WASTE = 0.25
-"""Largest share of padding in the images of a call that spares a compilation for another number of images."""
+"""Largest share of padding images in a call that is accepted to avoid a compilation for another number of images."""
 MOST_SIZES = 4
-"""Numbers of images that the network is compiled for, beside `images_per_pass`: torch.compile allows 8."""
+"""Maximum numbers of images for which the network is compiled, besides `images_per_pass`: torch.compile allows 8."""
 
 
 class Tokenizer(nn.Module):
-    """A frozen VQGAN laid over the token grid of a clip.
+    """A frozen VQGAN that encodes clips on their token grid.
 
     Args:
-        vqgan: set to evaluation and frozen here.
+        vqgan: is set to evaluation mode and frozen.
         grid: tokens along time, height and width (T', H', W').
-        precision: of the convolutions; `float32` is exact float32 on a GPU too, without TF32. Codes are chosen in
-            float32 from what the convolutions return; bfloat16 changes some of them.
-        frames: `first`: one code a token; `all`: F, one of each of its frames.
-        images_per_pass: frames that go through the network at once; bounds its memory.
-        compiled: makes a faster function of the one from images to codes, `torch.compile` for example. Each number of
-            images costs a compilation, so that parts are then padded to a few numbers of images.
+        precision: precision of the convolutions; `float32` is exact float32 on a GPU too, without TF32. The nearest
+            codes are computed in float32; bfloat16 convolutions change some of them.
+        frames: `first`: one code per token; `all`: F codes per token, one per frame.
+        images_per_pass: frames per pass of the network; limits its memory.
+        compiled: compiles the function from images to codes, for example `torch.compile`. Each number of images costs
+            a compilation, so that parts are padded to a few numbers of images.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, video: Tensor) -> Tensor:
-        """Codes of every token: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
+        """Computes all codes: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
 
         Raises:
             ValueError: T is not a multiple of the grid's T'.
@@ -80,14 +80,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def changed_share(self, video: Tensor) -> float:
-        """Share of the codes of a video, as for `codes`, that exact float32 convolutions would choose otherwise."""
+        """Returns the share of a video's codes that would differ with exact float32 convolutions."""
         parts = self._frames(video).split(self.images_per_pass)
         with self._arithmetic(video.device, "float32"):
             expected = torch.cat([self.vqgan.codes(self._prepared(part)) for part in parts])
         return float((self.codes(video) != self._by_token(expected, len(video))).float().mean())
 
     def _part_size(self, images: int) -> int:
-        """Images of each part of a call with so many: a known number where it pads little, else one of few new ones."""
+        """Returns the images per part of a call: a compiled number if it needs little padding, else a new one."""
 
         def padded(size: int) -> int:
             return -(-images // size) * size
@@ -100,24 +100,24 @@ class Tokenizer(nn.Module):
         return known
 
     def _by_token(self, maps: Tensor, clips: int) -> Tensor:
-        """Code maps [B·T'·F, H', W'] -> [B, N] or [B, N, F]."""
+        """Rearranges code maps [B·T'·F, H', W'] to [B, N] or [B, N, F]."""
         slots, rows, columns = self.grid
         codes = maps.view(clips, slots, -1, rows * columns).transpose(2, 3).flatten(1, 2)
         return codes if self.frames == "all" else codes.squeeze(2)
 
     def _frames(self, video: Tensor) -> Tensor:
-        """The frames of a video that have codes: [B·T', 3, H, W] or [B·T, 3, H, W]."""
+        """Returns the frames of a video that have codes: [B·T', 3, H, W] or [B·T, 3, H, W]."""
         slots = self.grid[0]
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % slots:
             raise ValueError(
                 f"video: expected [B, 3, T, H, W] with T a multiple of {slots}, found {tuple(video.shape)}; "
-                "give the tokenizer the grid of these clips"
+                "build the tokenizer with the grid of these clips"
             )
         step = 1 if self.frames == "all" else video.shape[2] // slots
         return video[:, :, ::step].transpose(1, 2).flatten(0, 1)
 
     def _prepared(self, frames: Tensor, images: int = 0) -> Tensor:
-        """Frames at the VQGAN's scale and range, [images, 3, h, w]: black ones fill up where there are fewer."""
+        """Returns frames in the VQGAN's scale and range, [images, 3, h, w], padded with black frames."""
         if self._compiled and len(frames) < images:
             frames = F.pad(frames, (0, 0) * 3 + (0, images - len(frames)))
         height, width = (side * self.vqgan.config.factor for side in self.grid[1:])
@@ -125,7 +125,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes, at the VQGAN's own scale, float32 in [0, 1].
+        """Decodes codes to pictures in the VQGAN's scale, float32 in [0, 1].
 
         [B, N] int64 -> [B, T', 3, h, w] of first frames; [B, N, F] -> [B, T'·F, 3, h, w] of all.
         """
@@ -141,9 +141,9 @@ class Tokenizer(nn.Module):
 
     @contextmanager
     def _arithmetic(self, device: torch.device, precision: str) -> Iterator[None]:
-        """Convolutions in a precision; float32 ones without TF32, which is cuDNN's default."""
+        """Context for convolutions in a precision; float32 without TF32, which is cuDNN's default."""
         cudnn: Any = torch.backends.cudnn
-        # What `flags` is not told it switches off, cuDNN itself as well.
+        # `flags` switches off everything that is not passed, even cuDNN itself.
         exact = cudnn.flags(
             enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
         )
@@ -152,26 +152,26 @@ class Tokenizer(nn.Module):
 
 
 def scale_pixels(frames: Tensor) -> Tensor:
-    """Pixels to the VQGAN's range: uint8 (0 to 255) or float (0 to 1) -> float32 in [-1, 1]."""
+    """Converts pixels to the VQGAN's range: uint8 (0 to 255) or float (0 to 1) -> float32 in [-1, 1]."""
     return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float() * 2 - 1
 
 
 def codebook_usage(codes: Tensor, size: int) -> tuple[int, float]:
-    """`usage_of` for `codes` of any shape (int64) from a codebook of `size`."""
+    """Runs `usage_of` for `codes` of any shape (int64) and a codebook of `size`."""
     return usage_of(torch.bincount(codes.flatten(), minlength=size))
 
 
 def usage_of(histogram: Tensor) -> tuple[int, float]:
-    """How many codes occur, given how often each does [V], and the perplexity of their distribution.
+    """Returns the number of codes that occur, and the perplexity, from the counts [V] of the codes.
 
-    The perplexity, exp(entropy), is how many equally frequent codes would be as hard to guess: 1 when all are one.
+    The perplexity, exp(entropy), is the number of equally frequent codes with the same entropy: 1 if only one occurs.
     """
     share = histogram.double() / histogram.sum()
     return int((histogram > 0).sum()), float(torch.special.entr(share).sum().exp())
 
 
 def _prepare(frames: Tensor, height: int, width: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, height, width] float32 in [-1, 1], channels last."""
+    """Resizes [B, 3, H, W] to [B, 3, height, width] float32 in [-1, 1], channels last."""
     images = scale_pixels(frames).contiguous(memory_format=torch.channels_last)
     if images.shape[2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)

@@ -1,9 +1,10 @@
-"""Training a small VQGAN on the user's own frames, so that nothing has to be downloaded.
+"""Trains a small VQGAN on the user's frames, so that nothing has to be downloaded.
 
-No discriminator and no perceptual loss: the codes are wanted, not the pictures. The network begins as k-means of
-patches: its linear path holds the principal components of the first frames' patches, k-means of what they give places
-all codes at once, and both convolutional networks begin at zero. Training then makes it better than that. Codes follow
-the latents as moving averages, and a code that names almost nothing is moved to a latent that its code describes badly.
+It uses neither a discriminator nor a perceptual loss, because only the codes are needed, not the pictures. The network
+starts as k-means of patches: its linear path contains the principal components of the first frames' patches, k-means of
+the resulting latents initializes all codes, and both convolutional networks start at zero. Training improves on that.
+Codes are moving averages of their latents, and a code with almost no latents is moved to a latent that its code
+describes badly.
 
 Shapes: B frames, H×W pixels, E code width, V codes, M latents of a batch, P values of a patch.
 Definition: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.1.
@@ -23,19 +24,19 @@ from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
 
 CROP_CODES = 8
-"""Side of the largest windows trained on, in codes; a frame that is no larger is trained on as a whole."""
+"""Side of the largest training windows, in codes; a smaller frame is used as a whole."""
 COMMITMENT = 1.0
-"""Weight of a latent's squared distance to its code, per pixel value as the loss is. With van den Oord's 0.25 latents
-run away from their codes, and more so the wider the network is."""
+"""Weight of a latent's squared distance to its code, per pixel value like the loss. With van den Oord's 0.25, latents
+drift away from their codes, the more the wider the network is."""
 DECAY = 0.99
-"""Of the moving averages that are the codes."""
+"""Decay of the moving averages of the codes."""
 DEAD_SHARE = 0.01
-"""A code that names fewer latents than this share of the mean is moved. Rare codes are worth having: where most of a
-frame is background, those of what stands out name a small share of the patches and much of the variance."""
+"""A code with fewer latents than this share of the mean is moved. Rare codes are useful: if most of a frame is
+background, the codes of the foreground have few patches but much of the variance."""
 PATCHES_PER_CODE, LEAST_PER_CODE = 128, 32
-"""k-means sees the first as many patches per code, or fewer where they would be more than `MOST_VALUES`."""
+"""Patches per code in k-means, and the minimum if they would exceed `MOST_VALUES`."""
 MOST_VALUES = 2**26
-"""Values of the patches that k-means sees: 256 MiB."""
+"""Maximum number of values of the patches in k-means: 256 MiB."""
 REPORT_EVERY = 20
 """Steps between two calls of `progress`."""
 
@@ -52,25 +53,24 @@ def train_vqgan(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> VQGAN:
-    """A VQGAN trained to reproduce `frames`.
+    """Trains a VQGAN to reconstruct `frames` and returns it.
 
     Args:
-        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; started anew when they end too soon.
-        config: of the `vq` quantizer.
-        steps: optimizer steps. Each takes as many frames as a batch has out of those that k-means has seen, and puts
-            a new batch in their place.
+        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; iterated again if they end too soon.
+        config: config with the `vq` quantizer.
+        steps: optimizer steps. Each takes one batch of frames from the pool of k-means, and replaces it by a new batch.
         progress: called with the step and, since the last call, `loss` (mean squared error, pixels in -1 to 1) and
             `explained` (share of the variance within a window, see `Reconstruction.explained`); `codes_used` and
             `perplexity` are of the moving average.
-        learning_rate: Adam's peak; falls to 0 along a cosine.
-        seed: of the initial weights, k-means and the moved codes.
+        learning_rate: Adam's peak learning rate; it decreases to 0 along a cosine.
+        seed: seed of the initial weights, k-means and the moved codes.
 
     Raises:
-        ValueError: another quantizer, no linear path, no steps, or frames that run out.
+        ValueError: another quantizer, no linear path, fewer than 2 steps, or too few frames.
     """
     if config.quantizer != "vq" or not config.patch_path:
         raise ValueError(
-            "config: expected quantizer 'vq' and patch_path (what is trained here; see `small`), found "
+            "config: expected quantizer 'vq' and patch_path (see `small`), found "
             f"{config.quantizer!r} and {config.patch_path}"
         )
     if steps < 2:
@@ -97,7 +97,7 @@ def train_vqgan(
     for step in range(1, steps + 1):
         chosen = torch.randperm(len(pool), generator=generator)[:at_once].to(pool.device)
         images = scale_pixels(_random_crop(pool[chosen], config.factor, generator).to(device).movedim(-1, 1))
-        fresh = next(stream)  # frames of one batch are often of the same videos: the pool parts them
+        fresh = next(stream)  # frames of one batch are often of the same videos: the pool separates them
         pool[chosen[: len(fresh)]] = fresh[:at_once]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             latents = vqgan.encode(images)
@@ -121,7 +121,7 @@ def train_vqgan(
 
 
 class MovingCodebook:
-    """Codes [V, E], updated in place, as moving averages of the latents that they name."""
+    """Codes [V, E] as moving averages of their latents, updated in place."""
 
     def __init__(self, codes: Tensor, generator: torch.Generator) -> None:
         self.codes = codes
@@ -130,9 +130,9 @@ class MovingCodebook:
         self.sums = torch.zeros_like(codes)
 
     def place(self, latents: Tensor, *, batch_rows: int) -> None:
-        """k-means of latents [M, E] float32.
+        """Initializes the codes by k-means of latents [M, E] float32.
 
-        batch_rows: latents of the updates to come; the averages start as if such batches had made them.
+        batch_rows: latents per following update; the averages start as if they came from such batches.
         """
         self.codes.copy_(kmeans(latents, len(self.codes), self.generator))
         counts, _ = tally(latents, nearest_center(latents, self.codes), len(self.codes))
@@ -140,7 +140,7 @@ class MovingCodebook:
         self.sums = self.codes * self.counts[:, None]
 
     def update(self, latents: Tensor, assigned: Tensor) -> None:
-        """latents [M, E] and the code of each [M] int64."""
+        """Updates the averages with latents [M, E] and the code of each [M] int64."""
         counts, sums = tally(latents, assigned, len(self.codes))
         distances = (latents - self.codes[assigned]).square().sum(1)
         self.counts.lerp_(counts, 1 - DECAY)
@@ -150,7 +150,7 @@ class MovingCodebook:
         self._move(self.counts < DEAD_SHARE * self.counts.mean(), drawn)
 
     def usage(self) -> dict[str, float]:
-        """`codes_used` (codes that are not dead) and `perplexity` of the moving average."""
+        """Returns `codes_used` (codes that are not dead) and `perplexity` of the moving average."""
         total = self.counts.sum()
         if not total:
             return {"codes_used": 0.0, "perplexity": 0.0}
@@ -158,7 +158,7 @@ class MovingCodebook:
         return {"codes_used": alive.item(), "perplexity": torch.special.entr(self.counts / total).sum().exp().item()}
 
     def _move(self, dead: Tensor, drawn: Tensor) -> None:
-        """Gives the codes where `dead` [V] is true the places `drawn` [V, E], and the mean count."""
+        """Moves the codes with `dead` [V] to `drawn` [V, E], and sets their count to the mean."""
         mean_count = self.counts.mean()
         self.codes.copy_(torch.where(dead[:, None], drawn, self.codes))
         self.counts = torch.where(dead, mean_count, self.counts)
@@ -166,13 +166,16 @@ class MovingCodebook:
 
 
 def frame_patches(frames: Tensor, factor: int) -> Tensor:
-    """uint8 [B, H, W, 3] -> every whole patch of factor² pixels, [B·h·w, P] float32 in -1 to 1, P by channel first."""
+    """Cuts uint8 [B, H, W, 3] into all whole patches of factor² pixels.
+
+    [B·h·w, P] float32 in -1 to 1, channel first.
+    """
     pixels = scale_pixels(frames.movedim(-1, 1))
     return F.unfold(pixels, factor, stride=factor).movedim(1, -1).flatten(0, 1)
 
 
 def first_frames(frames: Iterator[Tensor], config: VQGANConfig) -> list[Tensor]:
-    """The first batches uint8 [B, H, W, 3] of `frames`, which have the patches that k-means is to see."""
+    """Returns the first batches uint8 [B, H, W, 3] of `frames`, with the patches for k-means."""
     taken: list[Tensor] = []
     patches = 0
     while patches < _patches_seen(config):
@@ -184,22 +187,21 @@ def first_frames(frames: Iterator[Tensor], config: VQGANConfig) -> list[Tensor]:
 
 
 def first_patches(first: list[Tensor], config: VQGANConfig) -> Tensor:
-    """Patches of `first_frames`: [M, P] float32, see `frame_patches`."""
+    """Returns the patches of `first_frames`: [M, P] float32, see `frame_patches`."""
     return torch.cat([frame_patches(batch, config.factor) for batch in first])[: _patches_seen(config)]
 
 
 def _patches_seen(config: VQGANConfig) -> int:
-    """M, the patches that k-means sees."""
+    """Returns M, the number of patches for k-means."""
     most = max(MOST_VALUES // (3 * config.factor**2), LEAST_PER_CODE * config.codes)
     return min(PATCHES_PER_CODE * config.codes, most)
 
 
 def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
-    """Puts the principal components of patches [M, P] into the linear path, each channel's mean into its biases.
+    """Sets the linear path to the principal components of patches [M, P], and its biases to each channel's mean.
 
     Returns:
-        The latents they give, [M, E], of mean square 1; and by how much their squared distances are to be multiplied
-        to be those of pixels.
+        The resulting latents [M, E], of mean square 1; and the factor from their squared distances to those of pixels.
     """
     mean = patches.unflatten(1, (3, -1)).mean((0, 2))
     centered = (patches.unflatten(1, (3, -1)) - mean[:, None]).flatten(1)
@@ -219,9 +221,9 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
 
 
 def _initialize(vqgan: VQGAN) -> None:
-    """Orthogonal convolutions without bias, residual branches small, and the last layer of both networks zero.
+    """Initializes convolutions orthogonally without bias, residual branches small, both networks' last layers to zero.
 
-    PyTorch's default shrinks the image layer by layer below its biases, and color is then learned very late.
+    With PyTorch's default, the signal shrinks from layer to layer below the biases, and color is learned very late.
     """
     for name, layer in vqgan.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -233,7 +235,7 @@ def _initialize(vqgan: VQGAN) -> None:
 
 
 def _window(frames: Tensor, factor: int) -> tuple[int, int]:
-    """Codes along height and width of the windows of frames [B, H, W, 3] that are trained on."""
+    """Returns the codes along height and width of the training windows of frames [B, H, W, 3]."""
     height, width = (min(side // factor, CROP_CODES) for side in frames.shape[1:3])
     if not height or not width:
         raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
@@ -241,7 +243,7 @@ def _window(frames: Tensor, factor: int) -> tuple[int, int]:
 
 
 def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """[B, H, W, 3] -> one random window, the same for every frame."""
+    """Crops [B, H, W, 3] to a random window, the same for every frame."""
     height, width = (side * factor for side in _window(frames, factor))
     top = int(torch.randint(frames.shape[1] - height + 1, (), generator=generator))
     left = int(torch.randint(frames.shape[2] - width + 1, (), generator=generator))
@@ -249,12 +251,12 @@ def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Ten
 
 
 def _learning_rate_factor(done: float) -> float:
-    """Linear warm-up over the first 5 % of the training, then a cosine to 0."""
+    """Returns the learning-rate factor: linear warm-up over the first 5 % of the training, then a cosine to 0."""
     return min(1.0, done / 0.05 + 0.05) * (1 + math.cos(math.pi * done)) / 2
 
 
 def _rows(latents: Tensor) -> Tensor:
-    """[B, E, h, w] -> [B·h·w, E] float32, detached."""
+    """Rearranges [B, E, h, w] to [B·h·w, E] float32, detached."""
     return latents.detach().float().movedim(1, -1).flatten(0, 2)
 
 
@@ -265,4 +267,6 @@ def _endless(frames: Iterable[Tensor]) -> Iterator[Tensor]:
             count += 1
             yield batch
         if not count:
-            raise ValueError("frames: expected batches [B, H, W, 3] for every step or an iterable that starts anew")
+            raise ValueError(
+                "frames: expected batches [B, H, W, 3] for every step, or an iterable that can be iterated again"
+            )

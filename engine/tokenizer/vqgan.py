@@ -1,7 +1,7 @@
-"""The VQGAN of taming-transformers, under its own parameter names, so that its checkpoints load as they are.
+"""The VQGAN of taming-transformers, with the same parameter names, so that its checkpoints load without changes.
 
 Encoder and decoder are convolutional residual networks with a few attention blocks; between them every position of
-the code map takes one of V codes, by nearest neighbour (`vq`) or by the largest logit (`gumbel`).
+the code map is quantized to one of V codes, by nearest neighbor (`vq`) or by the largest logit (`gumbel`).
 
 Shapes: B images, H×W pixels, h×w codes (H / factor), E code width, V codes, C channels.
 Definition: Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841.
@@ -22,27 +22,27 @@ from mam2.engine.model.attention import attention
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
-    """The fields of taming's `ddconfig` and quantizer that shape the network."""
+    """The fields of taming's `ddconfig` and quantizer that define the network."""
 
     codes: int
     """Codebook size V."""
     quantizer: Literal["vq", "gumbel"] = "vq"
-    """How a code is chosen: the nearest codebook vector, or the largest of V logits."""
+    """Choice of a code: the nearest codebook vector, or the largest of V logits."""
     embed_dim: int = 256
     """Width E of a codebook vector."""
     z_channels: int = 256
-    """Channels out of the encoder and into the decoder."""
+    """Output channels of the encoder and input channels of the decoder."""
     channels: int = 128
     """Base width; level i has `channels * channel_multipliers[i]`."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """One a level; each level but the last halves height and width."""
+    """One factor per level; each level but the last halves height and width."""
     res_blocks: int = 2
-    """Residual blocks of a level in the encoder; the decoder has one more."""
+    """Residual blocks per level in the encoder; the decoder has one more."""
     attention_levels: tuple[int, ...] = (4,)
-    """Levels whose residual blocks are followed by attention. (taming names resolutions instead: level i is
-    256 / 2^i, the resolution of its configs, whatever the size of the images.)"""
+    """Levels whose residual blocks are followed by attention. (taming specifies resolutions: level i is 256 / 2^i, the
+    resolution of its configs, independent of the image size.)"""
     groups: int = 32
-    """Of the group normalisation."""
+    """Groups of the group normalization."""
     patch_path: bool = False
     """Adds a linear path past both networks: a patch's pixels to its latent, and a code's vector to pixels. The models
     trained here have it, so that they begin as k-means of patches; taming's do not."""
@@ -68,10 +68,12 @@ PATCH_DIMENSIONS = 64
 
 
 def small(channels: int, codes: int, factor: int) -> VQGANConfig:
-    """A network of the family that a CPU trains in seconds: one residual block a level, attention in the middle only.
+    """Returns a small config, which a CPU trains in seconds.
+
+    One residual block per level, attention only in the middle.
 
     Args:
-        channels: base width, a multiple of 8; 16 suffices for simple frames of 64×64 and factor 8.
+        channels: base width, a multiple of 8; 16 is enough for simple frames of 64×64 and factor 8.
         codes: codebook size.
         factor: pixels per code along height and width, a power of two from 2.
     """
@@ -94,7 +96,7 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
 
 
 class VQGAN(nn.Module):
-    """Images to codes and back. Images are [B, 3, H, W] in [-1, 1], H and W multiples of `config.factor`."""
+    """Encodes and decodes images [B, 3, H, W] in [-1, 1]; H and W are multiples of `config.factor`."""
 
     quantize: VectorQuantizer | GumbelQuantizer
     patch_in: nn.Conv2d
@@ -114,7 +116,7 @@ class VQGAN(nn.Module):
             self.patch_out = nn.ConvTranspose2d(width, 3, factor, stride=factor)
 
     def encode(self, images: Tensor) -> Tensor:
-        """What is quantised: images [B, 3, H, W] -> [B, E, h, w]."""
+        """Encodes images [B, 3, H, W] to the latents before quantization [B, E, h, w]."""
         factor = self.config.factor
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(
@@ -128,15 +130,18 @@ class VQGAN(nn.Module):
             return latents.float() + self.patch_in(images.float())
 
     def codes(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, h, w] int64; chosen in float32, without the noise of Gumbel training."""
+        """Returns the codes of images [B, 3, H, W]: [B, h, w] int64.
+
+        Chosen in float32, without Gumbel training's noise.
+        """
         return self.quantize.codes(self.encode(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes [B, h, w] int64 -> images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codes [B, h, w] int64 to images [B, 3, H, W], about -1 to 1 (not clamped)."""
         return self.decode_latents(self.quantize.lookup(codes))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Codebook vectors [B, E, h, w] -> images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codebook vectors [B, E, h, w] to images [B, 3, H, W], about -1 to 1 (not clamped)."""
         images = self.decoder(self.post_quant_conv(latents))
         if not self.config.patch_path:
             return images
@@ -145,7 +150,7 @@ class VQGAN(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest codebook vector, by Euclidean distance in float32: bfloat16 distances would choose others."""
+    """Chooses the nearest codebook vector, by Euclidean distance in float32: bfloat16 would choose others."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -157,7 +162,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             weight = self.embedding.weight.float()
             rows = latents.float().movedim(1, -1)
-            # |z|² is the same for every code and is left out.
+            # |z|² is the same for every code and is omitted.
             return (weight.square().sum(1) - 2 * rows @ weight.T).argmin(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ class VectorQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """The code of the largest logit, in float32."""
+    """Chooses the code with the largest logit, in float32."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -176,7 +181,7 @@ class GumbelQuantizer(nn.Module):
     def codes(self, latents: Tensor) -> Tensor:
         """latents [B, E, h, w] -> [B, h, w] int64."""
         with torch.autocast(latents.device.type, enabled=False):
-            # a matrix product: as a convolution it would run in TF32 on a GPU
+            # a matrix product, because a convolution would run in TF32 on a GPU
             rows = latents.float().movedim(1, -1)
             return F.linear(rows, self.proj.weight.flatten(1).float(), self.proj.bias).argmax(-1)
 
@@ -186,7 +191,7 @@ class GumbelQuantizer(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """images [B, 3, H, W] -> [B, z_channels, H / factor, W / factor]."""
+    """Maps images [B, 3, H, W] to [B, z_channels, H / factor, W / factor]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -212,14 +217,14 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """[B, z_channels, h, w] -> images [B, 3, h · factor, w · factor]."""
+    """Maps [B, z_channels, h, w] to images [B, 3, h · factor, w · factor]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.groups)
-        self.up = nn.ModuleList()  # taming numbers the levels as the encoder does and runs them from the last
+        self.up = nn.ModuleList()  # taming numbers the levels as in the encoder and runs them from the last
         for level, width in enumerate(widths):
             up = Level(config, level, widths[min(level + 1, len(widths) - 1)], width, config.res_blocks + 1)
             if level:
@@ -236,7 +241,7 @@ class ConvDecoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the config says, then a change of scale."""
+    """Residual blocks of one resolution, each followed by attention if configured, then a change of scale."""
 
     def __init__(self, config: VQGANConfig, level: int, width_in: int, width_out: int, blocks: int) -> None:
         super().__init__()
@@ -272,7 +277,7 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut; a 1×1 convolution is the shortcut where the width changes."""
+    """Two normalized convolutions and a shortcut, which is a 1×1 convolution if the width changes."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -307,7 +312,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2, padded below and to the right only."""
+    """Convolution of stride 2, padded only at the bottom and the right."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -318,7 +323,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution."""
+    """Nearest-neighbor upsampling, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

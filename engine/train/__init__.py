@@ -1,18 +1,18 @@
-"""A training run, told from the outside in.
+"""A training run, from the outside to the inside.
 
 pretrain.py, finetune.py   the task: model, extras of a batch, work after a step; description.py: what is logged of it
 session.py                 everything around the loop: run folder, log, resume, manifest, loaders, unusable videos
-loop.py                    batches -> steps -> log lines -> checkpoints; whatever ends it, sound weights are saved first
+loop.py                    batches -> steps -> log lines -> checkpoints; saves valid weights, whatever ends the run
 step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss
 step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, update
 classifier_step.py         the same for fine-tuning
 objective.py               forward pass and losses; measures and balances the gradients of the two losses
-cuda_graph.py              the same step as one CUDA graph, where that is measured to be faster
-held_out.py                the pretext losses on videos that are not trained on
+cuda_graph.py              the same step as one CUDA graph, if that is measured to be faster
+held_out.py                the pretext losses on held-out videos
 optimizer.py, muon.py      AdamW or Muon, layer decay, learning rate
 augment.py, randaugment.py fine-tuning's augmentation on the device
 
-One step: the loader returns uint8 clips [B, T, H, W, C] on the device; `gather_tubes` takes the visible tokens; the
+One step: the loader returns uint8 clips [B, T, H, W, C] on the device; `gather_tubes` selects the visible tokens; the
 encoder turns them into latents; the regressor predicts the latents of the masked tokens; two decoders predict their
 codes and their motion; the fused losses read their targets from the clip and return gradients; the optimizer updates.
 """

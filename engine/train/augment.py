@@ -1,14 +1,14 @@
-"""What fine-tuning does to clips on the device: RandAugment, random erasing, mixup and cutmix, and its dropped parts.
+"""Augmentation of fine-tuning on the device: RandAugment, random erasing, mixup, cutmix, stochastic depth, dropout.
 
-Shapes: B clips, T frames, C = 3 channels, V classes. Clips stay uint8; every operation rounds to whole grey levels.
-Everything drawn for a clip is keyed by (seed, step, the clip's place in the step's batch): repeated, resumed and shared
-out to any number of processes, a step sees the same. All frames of a clip get the same; operations that look at the
-picture (equalize, autocontrast, contrast) look at the whole clip, so that none makes still things flicker.
+Shapes: B clips, T frames, C = 3 channels, V classes. Clips stay uint8; every operation rounds to integer levels.
+All random draws of a clip are keyed by (seed, step, index of the clip in the step's batch), so that a step is the same
+if it is repeated, resumed or distributed over any number of processes. All frames of a clip are augmented equally;
+operations that depend on the image (equalize, autocontrast, contrast) use the whole clip, so that none causes flicker.
 
-Everything is drawn on the host; `prepare` sends it to the device in one copy, which waits for nothing, and what is done
-with it is only queued.
+Everything is drawn on the host. `prepare` sends the draws to the device in one asynchronous copy, and queues the work.
 
-RandAugment "m7-n4-mstd0.5-inc1", VideoMAE's choice of timm's variants; it comes after the crop here, before it there.
+RandAugment is "m7-n4-mstd0.5-inc1", VideoMAE's choice of timm's variants; here it follows the crop, there it precedes
+it.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 ERASED_AREA = (0.02, 1 / 3)
 """Smallest and largest share of the frame that is erased."""
 ERASED_ASPECT = 10 / 3
-"""Aspect ratios are drawn log-uniformly from its inverse to it."""
+"""Aspect ratios are drawn log-uniformly from the inverse of this value to this value."""
 ERASE_TRIES = 10
 ALIGNMENT = 16
-"""Bytes that an array starts at a multiple of in what is sent to the device."""
+"""Arrays in the copy to the device start at multiples of this number of bytes."""
 
 
 class Drawn(NamedTuple):
-    """What was drawn on the host for a batch."""
+    """Draws on the host for a batch."""
 
     arrays: list[Any]
     """NumPy arrays that the device needs."""
     apply: Callable[..., Any]
-    """Called with these arrays as tensors on the device, and with what the draws are applied to."""
+    """Called with these arrays as tensors on the device, and with the tensors to which the draws are applied."""
 
 
 class Prepared(NamedTuple):
-    """What a fine-tuning objective takes, on the device."""
+    """Inputs of a fine-tuning objective, on the device."""
 
     video: Tensor
     """[B, C, T, H, W] uint8, augmented and mixed."""
@@ -66,15 +66,15 @@ def prepare(
     step: int,
     first_sample: int,
 ) -> Prepared:
-    """All that fine-tuning does to a batch.
+    """Applies all augmentation of fine-tuning to a batch.
 
     Args:
         video: [B, C, T, H, W] uint8, any strides; B as for `mix`.
         labels: [B] int64 on the CPU, 0 to V - 1.
-        config: its augmentation, model, head and optimiser tables.
+        config: the tables augment, model, head and optim are used.
         targets: what makes targets of labels; None for one class per video, without class weights.
-        step: optimiser step.
-        first_sample: the first clip's place in the step's batch.
+        step: optimizer step.
+        first_sample: index of the first clip in the step's batch.
     """
     model, count, height, width = config.model, len(video), *video.shape[-2:]
     targets = targets or ClassTargets(model.classes, config.augment.label_smoothing)
@@ -92,7 +92,7 @@ def prepare(
 
 
 def send(drawn: Sequence[Drawn], device: torch.device) -> list[Callable[..., Any]]:
-    """Copies all arrays to a device, packed into one that is pinned: `apply` of each, with its tensors at hand."""
+    """Copies all arrays to a device, packed into one pinned array; returns each `apply`, bound to its tensors."""
     arrays = [np.ascontiguousarray(array) for one in drawn for array in one.arrays]
     starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]).tolist()
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -107,10 +107,9 @@ def send(drawn: Sequence[Drawn], device: torch.device) -> list[Callable[..., Any
 
 
 def augment(video: Tensor, config: AugmentConfig, *, seed: int, step: int, first_sample: int) -> Tensor:
-    """RandAugment, then random erasing.
+    """Applies RandAugment, then random erasing; returns a new tensor.
 
-    video: [B, C, T, H, W] uint8, any strides; of it a new one is returned. first_sample: its first clip's place in the
-    step's batch.
+    video: [B, C, T, H, W] uint8, any strides. first_sample: index of its first clip in the step's batch.
     """
     size = (video.shape[-2], video.shape[-1])
     (apply,) = send([_draw_augmentation(config, size, len(video), seed, step, first_sample)], video.device)
@@ -147,7 +146,7 @@ def _draw_augmentation(
 
 
 def _plan(config: AugmentConfig, generator: np.random.Generator) -> list[tuple[Operation | None, float]]:
-    """A clip's operations with their strengths; None where one is left out."""
+    """Draws a clip's operations with their strengths; None for an operation that is not applied."""
     plan: list[tuple[Operation | None, float]] = []
     for _ in range(config.operations):
         operation = OPERATIONS[generator.integers(len(OPERATIONS))]
@@ -163,11 +162,11 @@ class _Box(NamedTuple):
     rows: slice
     columns: slice
     seed: int
-    """Of the noise in it."""
+    """Seed of the noise in the box."""
 
 
 def _draw_box(size: tuple[int, int], chance: float, generator: np.random.Generator) -> _Box | None:
-    """A box of a frame to be erased, or none."""
+    """Draws a box of the frame to erase, or None."""
     height, width = size
     if generator.random() >= chance:
         return None
@@ -182,8 +181,8 @@ def _draw_box(size: tuple[int, int], chance: float, generator: np.random.Generat
 
 
 def _erase(box: Tensor, seed: int) -> None:
-    """Puts noise into a box [C, T, h, w] of a clip, another in every frame: normal with ImageNet's statistics."""
-    # a box of noise is too much to draw on the host
+    """Fills a box [C, T, h, w] of a clip with noise, different in every frame: normal with ImageNet's statistics."""
+    # drawing a box of noise on the host would be too slow
     noise = torch.Generator(box.device).manual_seed(seed)
     drawn = torch.randn(box.shape, generator=noise, device=box.device)
     mean, std = (255 * constant(values, box.device) for values in (PIXEL_MEAN, PIXEL_STD))
@@ -202,14 +201,14 @@ def mix(
     step: int,
     first_sample: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixes neighbouring videos in pairs, by mixup or cutmix, and makes the soft targets that go with it.
+    """Mixes adjacent videos in pairs, by mixup or cutmix, and returns the corresponding soft targets.
 
-    A pair shares its draw: the first clip keeps the weight w and gets 1 - w of the second, and the other way round
-    (timm's mode "pair"; VideoMAE has one draw for a batch of each process, which depends on their number).
+    Both videos of a pair use the same draw: the first clip keeps the weight w and gets 1 - w of the second, and vice
+    versa (timm's mode "pair"; VideoMAE has one draw per batch and process, so that its result depends on their number).
 
     Args:
-        video: [B, C, T, H, W] uint8; the `views` of a video lie next to each other, and are mixed each with the
-            neighbour's of the same number. B is a multiple of 2 · views.
+        video: [B, C, T, H, W] uint8; the `views` of a video are adjacent, and each is mixed with the view of the same
+            number of the other video. B is a multiple of 2 · views.
         labels: [B] int64, 0 to V - 1.
         classes: V.
 
@@ -258,7 +257,7 @@ def _draw_mixing(
 def _mixture(
     config: AugmentConfig, size: Sequence[int], generator: np.random.Generator
 ) -> tuple[float, tuple[slice, slice] | None]:
-    """The weight of a clip's own part, and the box that its partner fills; None for mixup."""
+    """Draws the weight of a clip, and the box that its partner fills; None for mixup."""
     cutmix = config.cutmix > 0 and (config.mixup == 0 or generator.random() < 0.5)
     alpha = config.cutmix if cutmix else config.mixup
     weight = float(generator.beta(alpha, alpha))
@@ -275,9 +274,9 @@ def _mixture(
 def path_scales(
     clips: int, depth: int, drop_path: float, *, seed: int, step: int, first_sample: int, device: torch.device
 ) -> Tensor | None:
-    """For stochastic depth, float32 [depth, 2, B], see `mam2.engine.model.blocks.Block`; None without it.
+    """Draws stochastic depth, float32 [depth, 2, B], see `mam2.engine.model.blocks.Block`; None without it.
 
-    A branch of block k is left out with a chance of drop_path · k / (depth - 1), for each clip by itself.
+    A branch of block k is dropped with probability drop_path · k / (depth - 1), independently for each clip.
     """
     (apply,) = send([_draw_paths(clips, depth, drop_path, seed, step, first_sample)], device)
     return apply()
@@ -302,7 +301,7 @@ def _draw_paths(
 def feature_scales(
     clips: int, width: int, dropout: float, *, seed: int, step: int, first_sample: int, device: torch.device
 ) -> Tensor | None:
-    """For dropout of features, float32 [B, D]: 0, or 1 / (1 - dropout); None without it."""
+    """Draws dropout factors of the features, float32 [B, D]: 0 or 1 / (1 - dropout); None without dropout."""
     (apply,) = send([_draw_features(clips, width, dropout, seed, step, first_sample)], device)
     return apply()
 

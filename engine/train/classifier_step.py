@@ -25,7 +25,7 @@ from mam2.engine.train.step import Step
 
 
 def classifier_flops(config: FinetuneConfig) -> float:
-    """FLOPs of a clip in a step: all tokens through the encoder, forward and backward; the head is next to nothing.
+    """Returns the FLOPs per clip of a step: all tokens through the encoder, both passes; the head is negligible.
 
     Frozen blocks and a frozen patch embedding run only forward.
     """
@@ -77,7 +77,7 @@ class ClassifierObjective(Objective):
 
 
 class FinetuneStep(Step[Prepared]):
-    """A step of fine-tuning: what goes with a video is what `prepare` made of it and its labels."""
+    """A step of fine-tuning; the extras of a video are the results of `prepare`."""
 
     config: FinetuneConfig
     model: Classifier
@@ -108,7 +108,10 @@ class FinetuneStep(Step[Prepared]):
         return build_layered_optimizer(self.model, self.config.model.depth, self.config.optim, dtype)
 
     def prepare(self, number: int, video: Tensor, labels: Tensor) -> Prepared:
-        """What goes with the video [B, C, T, H, W] uint8 of pass `number`, from 0; labels: int64 [B] on the CPU."""
+        """Returns the extras of the video [B, C, T, H, W] uint8 of pass `number`, from 0.
+
+        Labels: int64 [B] on the CPU.
+        """
         step, index = divmod(number, self.micro_batches)
         first_sample = (index * self.world.size + self.world.rank) * len(video)
         return augment.prepare(video, labels, self.config, self._targets, step=step, first_sample=first_sample)

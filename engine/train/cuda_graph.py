@@ -1,8 +1,8 @@
-"""A whole step as a CUDA graph, taken where it is measured to be faster than launching its kernels one by one.
+"""Runs a whole step as a CUDA graph, if that is measured to be faster than launching its kernels one by one.
 
-Before the first step of a run both ways take the same steps on its first batch, from the same weights, have to agree,
-and are timed: the launched one first, whose memory is released before the other is recorded, because a graph keeps the
-activations of a step to itself. Weights and moments are put back afterwards: nothing of it is left but the choice.
+Before the first step of a run, both variants run the same steps on its first batch, from the same weights; they must
+agree, and are timed. The launched variant comes first, and its memory is released before the graph is captured, because
+a graph reserves memory for the activations of a step. Weights and moments are restored afterwards.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mam2.engine.runtime.distributed import first_line
 
 Arguments = tuple[Any, ...]
 StepFunction = Callable[[Arguments, bool], Values]
-"""A step of one pass: what its objective takes, and whether it is inspected."""
+"""A step of one pass; its arguments are the objective's inputs, and whether to compute the costlier figures."""
 
 RATE = 1e-3
-"""Learning rate of the steps that are compared: large enough to be seen in the next loss."""
+"""Learning rate of the compared steps: large enough to change the next loss visibly."""
 TOLERANCE = 1e-2
-"""Largest relative difference of a loss or a gradient norm between the two ways, two steps deep."""
+"""Largest relative difference of a loss or gradient norm between the two variants, after two steps."""
 STEPS, ROUNDS = 5, 3
 MARGIN = 0.99
-"""The graph keeps memory of its own: it is taken where it needs less than this share of the time."""
+"""The graph is used only if it needs less than this share of the time, because it reserves memory."""
 
 
 class StepGraph:
-    """A recorded step. Its inputs are copied to where the recording reads them."""
+    """A captured step. Its inputs are copied to the tensors that the graph reads."""
 
     def __init__(self, step_function: StepFunction, arguments: Arguments, recorder: Recorder) -> None:
         self._arguments = tree_map_only(Tensor, torch.clone, arguments)
@@ -54,9 +54,9 @@ class StepGraph:
 
 class StepChoice(NamedTuple):
     step_function: StepFunction
-    """The faster way that is right."""
+    """The faster correct variant."""
     reason: str
-    """For the log."""
+    """Reason of the choice, for the log."""
 
 
 def choose_step(
@@ -70,14 +70,14 @@ def choose_step(
 ) -> StepChoice:
     """Takes steps both ways on the same input and keeps the better one.
 
-    Weights, moments and learning rates are afterwards what they were. Where the graph is kept, the learning rates of
-    the optimiser's groups are tensors: fill them, as `set_rate` does.
+    Weights, moments and learning rates are restored. If the graph is kept, the learning rates of the optimizer's groups
+    are tensors, to be filled as in `set_rate`.
 
     Args:
-        compare: False records the graph and takes it, neither compared nor timed.
+        compare: False captures and uses the graph without comparing or timing it.
 
     Raises:
-        UserError: without `compare`, where the step cannot be recorded.
+        UserError: compare is False, and the step cannot be captured.
     """
     with _unchanged(model, optimizer) as put_back:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -85,9 +85,9 @@ def choose_step(
         graph, problem = None, None
         try:
             graph, reason = (_compare if compare else _record)(step_function, arguments, optimizer, recorder, put_back)
-        except RuntimeError as error:  # also of memory: a graph keeps its own
+        except RuntimeError as error:  # also out of memory, because a graph reserves memory
             problem = first_line(error)
-            reason = f"launched kernel by kernel: it cannot be a CUDA graph ({problem})"
+            reason = f"launched kernel by kernel: it cannot be captured as a CUDA graph ({problem})"
         if graph is None:
             _set_capturable(optimizer, False)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -95,12 +95,14 @@ def choose_step(
     recorder.wait()
     recorder.release()
     if problem is not None and not compare:
-        raise UserError(f"run.graph on: the step cannot be a CUDA graph ({problem}); set run.graph auto or off")
+        raise UserError(
+            f"run.graph on: the step cannot be captured as a CUDA graph ({problem}); set run.graph auto or off"
+        )
     return StepChoice(graph or step_function, reason)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of a step, times each group's `scale`."""
+    """Sets the learning rate of a step, times each group's `scale`."""
     for group in optimizer.param_groups:
         value = rate * group.get("scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -116,7 +118,7 @@ def _compare(
     recorder: Recorder,
     put_back: Callable[[], None],
 ) -> tuple[StepGraph | None, str]:
-    """The graph, or None and why not."""
+    """Returns the graph, or None, and the reason."""
     set_rate(optimizer, RATE)
     _warm_up(step_function, arguments, recorder, put_back)
     expected = _numbers(step_function, arguments)
@@ -133,7 +135,7 @@ def _compare(
     measured = f"a step of {replayed:.4g} ms replayed, {launched:.4g} ms launched kernel by kernel"
     if replayed < MARGIN * launched:
         return graph, f"one CUDA graph: {measured}"
-    return None, f"launched kernel by kernel: as a CUDA graph it gains nothing ({measured})"
+    return None, f"launched kernel by kernel: a CUDA graph is not faster ({measured})"
 
 
 def _record(
@@ -143,10 +145,10 @@ def _record(
     recorder: Recorder,
     put_back: Callable[[], None],
 ) -> tuple[StepGraph | None, str]:
-    """The graph as it is."""
+    """Captures the graph."""
     set_rate(optimizer, RATE)
     _warm_up(step_function, arguments, recorder, put_back)
-    return StepGraph(step_function, arguments, recorder), "one CUDA graph: run.graph is on, nothing was compared"
+    return StepGraph(step_function, arguments, recorder), "one CUDA graph: run.graph is on, without a comparison"
 
 
 def _warm_up(
@@ -159,7 +161,7 @@ def _warm_up(
 
 
 def _time_ms(way: StepFunction, arguments: Arguments, recorder: Recorder) -> float:
-    """Milliseconds of a step, the median of a few rounds."""
+    """Returns the milliseconds of a step, the median of a few rounds."""
     samples = []
     for _ in range(ROUNDS):
         recorder.wait()
@@ -172,7 +174,7 @@ def _time_ms(way: StepFunction, arguments: Arguments, recorder: Recorder) -> flo
 
 
 def _numbers(way: StepFunction, arguments: Arguments) -> dict[str, float]:
-    """Losses and gradient norm of two steps; the second sees what the first has learned."""
+    """Returns losses and gradient norm of two steps; the second depends on the first one's update."""
     found: dict[str, float] = {}
     for step in (1, 2):
         values = way(arguments, False)
@@ -186,7 +188,7 @@ def _numbers(way: StepFunction, arguments: Arguments) -> dict[str, float]:
 
 @contextmanager
 def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
-    """Puts weights and moments back at its end, and whenever the function it gives is called."""
+    """Yields a function that restores weights and moments; also restores them at the end."""
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     moments = {
         parameter: {name: value.clone() for name, value in entries.items()}
@@ -200,7 +202,7 @@ def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[C
         for owner, entries in optimizer.state.items():
             before = moments.get(owner)
             for name, value in entries.items():
-                # a recording keeps their places: what was not there yet begins at zero
+                # a graph keeps their addresses, so new state is set to zero instead of being removed
                 value.copy_(before[name]) if before else value.zero_()
 
     try:

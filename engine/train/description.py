@@ -1,4 +1,4 @@
-"""What a task says of itself: to the log, the progress bar and its checkpoints."""
+"""The description of a task for the log, the progress bar and its checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe_task(
     lines = (
         f"model   {title}: {parts} parameters",
         f"paths   kernels: {active_path(device)}; "
-        f"attention: {active_backend(device, dtype)}{' where not measured' * (device.type == 'cuda')}; "
+        f"attention: {active_backend(device, dtype)}{' for shapes that are not measured' * (device.type == 'cuda')}; "
         f"step: {train_step.compiled}; {str(dtype).removeprefix('torch.')}, matrices at {peak / 1e12:.3g} TFLOP/s",
     )
     return Description(

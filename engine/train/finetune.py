@@ -1,7 +1,7 @@
-"""Fine-tuning: labelled videos and a pre-trained encoder → a classifier, validated as it learns.
+"""Fine-tuning: labeled videos and a pre-trained encoder → a classifier, validated as it learns.
 
-The clips of a step, their augmentation, their partners and what is dropped are a pure function of (seed, step). Beside
-what every run has, RUN/best holds the classifier of the best validation.
+The clips of a step, their augmentation, their partners and dropped parts are pure functions of (seed, step). In
+addition to the files of every run, RUN/best contains the classifier of the best validation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.label_texts import class_names, class_places, values_of
+from mam2.engine.data.label_texts import check_one_class, class_names, class_places, values_of
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from mam2.engine.data.side_stream import on_side_stream
@@ -55,22 +55,22 @@ def finetune(
     progress: bool = True,
     encoder_options: Mapping[str, int | None] | None = None,
 ) -> TrainResult:
-    """Fine-tunes an encoder to tell classes of videos apart; leaves checkpoints, RUN/best and logs in `out`.
+    """Fine-tunes an encoder to classify videos; writes checkpoints, RUN/best and logs to `out`.
 
     Args:
         config: a recipe's values; see `mam2.engine.config.finetune`.
-        data: labelled training videos: a folder with a folder a class, or an annotation list.
-        out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`.
-        val: labelled videos to validate on, of the same classes by name.
-        encoder: what `mam2.engine.load_encoder` takes: a run or checkpoint of MAM2's, VideoMAE's or Hugging Face's;
-            None draws the weights at random. A resumed run does not read it.
-        resume: go on from the newest whole checkpoint in `out`, if there is one.
+        data: labeled training videos: a folder with one folder per class, or an annotation list.
+        out: the run folder; created if missing. A folder with a checkpoint needs `resume`.
+        val: labeled validation videos with the same class names.
+        encoder: an argument of `mam2.engine.load_encoder`: a run or checkpoint of MAM2, VideoMAE or Hugging Face; None:
+            random weights. A resumed run does not read it.
+        resume: continue from the newest complete checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
-        encoder_options: frames, size and heads for `load_encoder`, of an encoder whose file does not say them.
+        encoder_options: frames, size and heads for `load_encoder`, if the encoder's file does not state them.
 
     Raises:
-        UserError: for data, configs and checkpoints that cannot be used.
-        PeerFailed: another process of the run has failed, and says why.
+        UserError: data, config or checkpoint cannot be used.
+        PeerFailed: another process of the run has failed; it prints the reason.
     """
     config.check()
     for labelled in (data, val):
@@ -83,7 +83,7 @@ def finetune(
 
 
 class _FinetuneSetup(Setup[FinetuneConfig]):
-    """Reads the classes, the encoder to start from and the validation videos."""
+    """Reads the classes, the initial encoder and the validation videos."""
 
     def __init__(self, data: Path, val: Path, encoder: str | Path | None, options: Mapping[str, int | None]) -> None:
         self.data, self._val, self._path, self._options = data, val, encoder, options
@@ -91,7 +91,7 @@ class _FinetuneSetup(Setup[FinetuneConfig]):
         """Names in the order of the logits."""
         self.encoder: Encoder | None = None
         self.embeddings: Tensor | None = None
-        """Of the classes; of a resumed run both are in its checkpoint."""
+        """Text embeddings of the classes; a resumed run reads both from its checkpoint."""
         self.val_manifest = Manifest(())
 
     def check(self, run: RunContext[FinetuneConfig]) -> None:
@@ -143,13 +143,13 @@ class _Finetuning:
             )
         self._measure = self._task.measure
 
-        # validated apart: an averaged, compiled or sharded model needs no other way
+        # a separate copy for validation, so that averaged, compiled and sharded models need no special code
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
         self._val = setup.val_manifest
         self._val_loader = session.own(
             ClipLoader(
                 self._val,
-                dataclasses.replace(config.data, max_unusable=1.0),  # the log names them
+                dataclasses.replace(config.data, max_unusable=1.0),  # the log lists them
                 batch=config.test.batch or session.clips_per_micro_batch,
                 device=session.device,
                 seed=0,
@@ -178,7 +178,7 @@ class _Finetuning:
         return on_side_stream(prepared, self._session.device)
 
     def after_step(self, step: int, steps: int) -> None:
-        """Validates each `test.every` epochs and at the end, but no step twice."""
+        """Validates every `test.every` epochs and at the end, but no step twice."""
         every = round(self._session.config.test.every * self._session.steps_per_epoch)
         due = step % max(every, 1) == 0 or step == steps
         if not due or step in self._validated:
@@ -206,7 +206,7 @@ class _Finetuning:
         with torch.no_grad():
             whole = checkpoint.copies(self.train_step.model.state_dict() | dict(self.train_step.average), keep=True)
             self._judge.load_state_dict(whole)
-        # a signal need not wait for the whole of it, where no other process waits for this one
+        # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             predictions = classify_videos(
                 self._judge,
@@ -231,10 +231,10 @@ class _Finetuning:
             weights = checkpoint.copies(self._judge.state_dict(), keep=True)
             checkpoint.write_best(session.folder, step, weights, session.config, dict(self._metadata), found)
         except OSError as error:
-            session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run goes on")
+            session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run continues")
 
     def _note_unusable(self) -> None:
-        """Names validation videos that cannot be used, once, in the log."""
+        """Logs each unusable validation video once."""
         loader = self._val_loader
         for skipped in [
             *self._val.skipped,
@@ -255,6 +255,7 @@ def _classes(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) ->
         values_of(manifest, data)
         return (VALUE,)
     if task == "classes":
+        check_one_class(manifest, data)
         return manifest.classes
     classes = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES])) if run.saved else class_names(manifest)
     class_places(manifest, data, classes)
@@ -279,9 +280,9 @@ def _checked(manifest: Manifest, source: Path, config: FinetuneConfig, classes: 
 
 
 def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) -> Manifest:
-    """The videos with labels in the order of the checkpoint's logits, also where RUN/manifest.jsonl was made anew.
+    """Returns the videos with labels in the order of the checkpoint's logits, also with a new RUN/manifest.jsonl.
 
-    Raises UserError where the classes are others than the checkpoint's.
+    Raises UserError if the classes differ from the checkpoint's.
     """
     assert run.saved
     before = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES]))
@@ -293,7 +294,7 @@ def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, dat
         lacking = "lacks the class" if others[0] in before else "has the class"
         raise UserError(
             f"--data {data} {lacking} {others[0]!r}: expected the {len(before)} classes of {run.saved}; "
-            "name the data that the run was started with, or start a new run"
+            "pass the data of the original run, or start a new run"
         )
     manifest = relabelled(manifest, data, before)
     write_manifest(manifest, run.folder / MANIFEST)
@@ -308,7 +309,7 @@ def _resolved(
     path: str | Path | None,
     options: Mapping[str, int | None],
 ) -> tuple[FinetuneConfig, Encoder | None, Tensor | None]:
-    """The config with what data and files decide, the encoder to start from, and the embeddings of the classes.
+    """Returns the config completed from data and files, the initial encoder, and the embeddings of the classes.
 
     A resumed run has the last two in its checkpoint.
     """
@@ -322,7 +323,7 @@ def _resolved(
         model = _described(encoder)
         info(f"encoder from {path}")
     else:
-        info("encoder drawn at random (--scratch)")
+        info("encoder with random weights (--scratch)")
     embeddings = None
     if config.head.text_embeddings:
         embeddings = read_text_embeddings(config.head.text_embeddings, classes)

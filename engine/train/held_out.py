@@ -1,6 +1,6 @@
-"""The pretext task on held-out videos while a run pre-trains: the same clips and masks each time.
+"""Measures the pretext task on held-out videos during pre-training, with the same clips and masks each time.
 
-Training does not notice: nothing here draws from the generators that it uses, and its model is only read.
+It does not affect the training: it does not use the training's random generators, and only reads its model.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ SCORES = {
     "validation/codes": "code_accuracy",
     "validation/commonest_code": "commonest_code",
 }
-"""Numbers of the log, and the properties of `Scores` that they are."""
+"""Numbers of the log and the corresponding properties of `Scores`."""
 WORDS = {
     LOSS: "loss {:.4g}",
     "validation/motion_relative": "motion {:.1%} of no motion",
     "validation/pixels_relative": "pixels {:.1%} of the mean color",
-    "validation/codes": "right codes {:.1%}",
+    "validation/codes": "correct codes {:.1%}",
 }
 
 
 class HeldOut:
-    """Measures a model that is being trained on the middle clips of held-out videos."""
+    """Measures the trained model on the middle clips of held-out videos."""
 
     def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
-        """videos: folder or list. codebook_size: of the run's tokenizer, 0 where no codes are predicted.
+        """videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
 
-        Raises UserError where the videos cannot be read.
+        Raises UserError if the videos cannot be read.
         """
         self._session = session
         config, world, device = session.config, session.world, session.device
@@ -61,19 +61,19 @@ class HeldOut:
         manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
         used = _spread(len(manifest.videos), config.validation.videos)
         self._numbers = used[world.rank :: world.size]
-        """Of this rank's videos: a clip's mask depends on the number of its video alone."""
+        """Numbers of this rank's videos; a clip's mask depends only on the number of its video."""
         own = Manifest(tuple(manifest.videos[number] for number in self._numbers))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             model = build_model(config, codebook_size)
             self._tokenizer: Tokenizer | None = None
             if config.needs_codes:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
-        # measured apart: a compiled or sharded model needs no other way
+        # a separate copy, so that compiled and sharded models need no special code
         self._model = model.to(device).eval().requires_grad_(False)
         self._objective = build_objective(self._model, config, lambda part: part)
         self._loader: ClipLoader | None = None
         if own.videos:
-            data = dataclasses.replace(config.data, views=1, recorded=0, max_unusable=1.0)  # the log names them
+            data = dataclasses.replace(config.data, views=1, recorded=0, max_unusable=1.0)  # the log lists them
             batch = session.clips_per_micro_batch
             self._loader = session.own(ClipLoader(own, data, batch=batch, device=device, seed=0, train=False))
         self._named: set[str] = set()
@@ -87,18 +87,20 @@ class HeldOut:
             f"every {config.validation.every:g} epochs"
         )
         if both:
-            session.log.info(f"warning: {both} of the videos of --val are trained on as well: their loss is too low")
+            session.log.info(f"warning: {both} videos of --val are also training videos: their loss is too low")
 
     def measure_if_due(self, model: torch.nn.Module, step: int, steps: int) -> None:
-        """Writes the held-out losses of a model after `step` of `steps` steps to the log, every `validation.every`
-        epochs and at the end, but no step twice."""
+        """Logs the held-out losses of a model after `step` of `steps` steps.
+
+        It does so every `validation.every` epochs and at the end, but not twice for one step.
+        """
         session = self._session
         every = max(round(session.config.validation.every * session.steps_per_epoch), 1)
         if (step % every and step != steps) or step in self._measured:
             return
         with torch.no_grad():
             self._model.load_state_dict(checkpoint.copies(model.state_dict(), keep=True))
-        # a signal need not wait for the whole of it, where no other process waits for this one
+        # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             numbers, clips = self._measure()
         self._measured.add(step)
@@ -107,13 +109,13 @@ class HeldOut:
         session.log.info(f"step {step}: held out ({clips} clips): {words}")
 
     def _measured_before(self) -> set[int]:
-        """Steps measured before a run was stopped."""
+        """Returns the steps measured before a run was stopped."""
         session = self._session
         return {line["step"] for line in read_log(session.folder) if LOSS in line} if session.saved else set()
 
     @torch.no_grad()
     def _measure(self) -> tuple[dict[str, float], int]:
-        """Numbers for the log, over the clips of all ranks, and how many clips these are."""
+        """Returns the numbers for the log over the clips of all ranks, and the number of clips."""
         session = self._session
         sums: dict[str, float] = defaultdict(float)
         parts: list[Scores] = []
@@ -133,7 +135,7 @@ class HeldOut:
             self._name(skipped)
         clips = sum(count for _, _, count, _ in everything)
         if not clips:
-            raise session.world.error("none of the videos of --val can be decoded; name others")
+            raise session.world.error("none of the videos of --val can be decoded; pass others")
         names = dict.fromkeys(name for losses, _, _, _ in everything for name in losses)
         numbers = {name: sum(losses.get(name, 0.0) for losses, _, _, _ in everything) / clips for name in names}
         scores = joined([part for _, found, _, _ in everything for part in found])
@@ -141,7 +143,7 @@ class HeldOut:
         return numbers | {name: value for name, value in found.items() if value is not None}, clips
 
     def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores]:
-        """Means of the losses over a batch, under their names in the log, and the scores of its clips."""
+        """Returns the mean losses of a batch by their names in the log, and the scores of its clips."""
         config, video = self._session.config, batch.video
         numbers = [int(self._numbers[place]) for place in batch.index.tolist()]
         masks = [evaluation_mask(clip[None], config, number) for clip, number in zip(batch.clip, numbers, strict=True)]
@@ -153,7 +155,7 @@ class HeldOut:
         return {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}, scores
 
     def _name(self, skipped: list[tuple[str, str]]) -> None:
-        """Names videos that cannot be used, once, in the log."""
+        """Logs each unusable video once."""
         for path, reason in skipped:
             if path not in self._named:
                 self._named.add(path)
@@ -164,5 +166,5 @@ class HeldOut:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many of the numbers below `count`, evenly spread; all for 0."""
+    """Returns at most `most` evenly spaced numbers below `count`; all if `most` is 0."""
     return np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist()

@@ -1,7 +1,7 @@
-"""Weights to start pre-training from: those of a published VideoMAE, of Hugging Face, or of any run of ours.
+"""Initial weights of pre-training: from a published VideoMAE, from Hugging Face, or from any run of MAM2.
 
-The encoder is taken as a whole. Regressor and decoders are taken part by part where the model to train has the same
-part; a head only where it also predicts the same thing. Positions are resampled where the clips are of another size.
+The encoder is loaded as a whole. Regressor and decoders are loaded part by part if the trained model has the same part;
+a head only if it also predicts the same target. Positions are resampled if the clip size differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.prepare import FILE as TOKENIZER
 
 START = "start"
-"""Key of a checkpoint's metadata: what its run began with, as JSON of `InitialWeights.about`."""
+"""Key of a checkpoint's metadata: the initial weights of its run, as JSON of `InitialWeights.about`."""
 PARTS = {
     MAM2: {
         "regressor": ("regressor.",),
@@ -43,23 +43,23 @@ PARTS = {
         "pixel head": ("decoder.head.",),
     },
 }
-"""Parts of a model beside its encoder, by the beginnings of their parameters' names."""
+"""Parts of a model other than its encoder, with the prefixes of their parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
     path: str
-    """As it was named."""
+    """The path as passed by the user."""
     file: Path
     """The file or folder that was read."""
     model: Model
-    """On the CPU."""
+    """The model of the checkpoint, on the CPU."""
     config: PretrainConfig | None
-    """Of a run of ours that pre-trained."""
+    """Config of a pre-training run of MAM2, else None."""
     tokenizer: Path | None
-    """The tokenizer beside the checkpoint, where its run predicted codes."""
+    """The tokenizer next to the checkpoint, if its run predicted codes."""
     step: int | None
-    """Steps behind a checkpoint of ours."""
+    """Step of a checkpoint of MAM2."""
 
     @property
     def encoder(self) -> Encoder:
@@ -67,14 +67,14 @@ class InitialWeights:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Where a run began, as plain values."""
+        """Returns the origin of the weights as plain values."""
         return {"checkpoint": self.path, "weights": str(self.file), "step": self.step}
 
 
 def read_initial_weights(path: str | Path, options: Mapping[str, int | None]) -> InitialWeights:
     """Reads a checkpoint of any kind that `load_model` takes.
 
-    options: frames, size, heads and decoder_heads, of a file that does not say them. Raises UserError.
+    options: frames, size, heads and decoder_heads, if the file does not state them. Raises UserError.
     """
     weights = find_weights(path)
     model = load_model(weights or path, **options)
@@ -91,9 +91,9 @@ def read_initial_weights(path: str | Path, options: Mapping[str, int | None]) ->
 
 
 def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainConfig:
-    """The config with the clip size of the weights, whose positions are resampled to the config's own.
+    """Returns the config with the clip size of the weights; their positions are resampled to the config's clip size.
 
-    Raises UserError where the encoder is not the config's, with the values that make it so.
+    Raises UserError if the encoder differs from the config's; the message lists the values to set.
     """
     encoder, block = start.encoder, start.encoder.blocks[0]
     tubelet, patch, _ = encoder.patch_size
@@ -113,9 +113,7 @@ def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainCo
     if wrong:
         asked = ", ".join(f"model.{name} {getattr(config.model, name):g}" for name in wrong)
         flags = " ".join(f"--model.{name.replace('_', '-')} {value:g}" for name, value in wrong.items())
-        raise UserError(
-            f"--checkpoint {start.path}: its encoder is another one than the recipe's ({asked}); add {flags}"
-        )
+        raise UserError(f"--checkpoint {start.path}: its encoder differs from the recipe's ({asked}); add {flags}")
     frames, size = encoder.trained_grid[0] * tubelet, encoder.trained_grid[1] * patch
     same = (frames, size) == (config.data.frames, config.data.size)
     model = dataclasses.replace(config.model, frames=0 if same else frames, size=0 if same else size)
@@ -125,9 +123,9 @@ def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainCo
 def take_weights(
     model: MAM2 | VideoMAE, config: PretrainConfig, start: InitialWeights, *, same_tokenizer: bool
 ) -> list[str]:
-    """Puts the weights that fit into a model. Returns lines for the log: what was taken, what is new, and why.
+    """Loads the matching weights into a model. Returns lines for the log: what was loaded, what is new, and why.
 
-    config: of the model, from `complete_config`. same_tokenizer: whether both predict codes of one tokenizer.
+    config: config of the model, from `complete_config`. same_tokenizer: whether both predict codes of one tokenizer.
     """
     source, own = start.model.state_dict(), model.state_dict()
     taken, new = ["encoder"], []
@@ -147,14 +145,14 @@ def take_weights(
                 taken.append(part)
                 names |= inside
     else:
-        new.append(f"all that follows the encoder (the checkpoint is a {type(start.model).__name__})")
+        new.append(f"all parts after the encoder (the checkpoint is a {type(start.model).__name__})")
     with torch.no_grad():
         for name in names:
             own[name].copy_(source[name])
     what = start.file if start.step is None else f"{start.file}, step {start.step}"
     lines = [f"start   from {start.path} ({what}): {', '.join(taken)}"]
     if new:
-        lines.append(f"start   new, drawn at random: {'; '.join(new)}")
+        lines.append(f"start   new, with random weights: {'; '.join(new)}")
     if config.trained_grid != config.grid:
         lines.append(
             f"start   positions of {config.model.frames or config.data.frames} frames of "
@@ -168,11 +166,11 @@ def take_weights(
 
 
 def describe_schedule(config: PretrainConfig) -> str:
-    """A line for the log: which schedule a run from given weights has."""
+    """Returns a line for the log with the schedule of a run from given weights."""
     optim = config.optim
     return (
-        f"start   optimizer and schedule begin anew: the learning rate rises over {optim.warmup_epochs:g} epochs "
-        f"and falls to its end at {optim.epochs:g} (optim.warmup_epochs, optim.epochs)"
+        f"start   new optimizer and schedule: the learning rate increases for {optim.warmup_epochs:g} epochs "
+        f"and decreases until epoch {optim.epochs:g} (optim.warmup_epochs, optim.epochs)"
     )
 
 
@@ -184,7 +182,7 @@ def _why_new(
     start: InitialWeights,
     same_tokenizer: bool,
 ) -> str:
-    """What keeps a part from being taken; empty where it fits."""
+    """Returns why a part cannot be loaded; empty if it can."""
     other = start.model
     assert isinstance(other, MAM2 | VideoMAE)
     source, own = other.state_dict(), model.state_dict()
@@ -219,7 +217,7 @@ def _why_new(
 
 
 def _heads(model: nn.Module, names: set[str]) -> list[int]:
-    """Attention heads of the modules that hold some parameters."""
+    """Returns the attention heads of the modules with the given parameters."""
     return [
         int(getattr(module, "heads", 0))
         for name, module in model.named_modules()
@@ -228,7 +226,7 @@ def _heads(model: nn.Module, names: set[str]) -> list[int]:
 
 
 def metadata_of(start: InitialWeights | None, saved: Path | None) -> dict[str, str]:
-    """What the checkpoints of a run say of where it began; a resumed run keeps what its own say."""
+    """Returns a run's checkpoint metadata about its initial weights; a resumed run keeps that of its checkpoint."""
     if saved:
         known = checkpoint.read_metadata(saved)
         return {START: known[START]} if START in known else {}

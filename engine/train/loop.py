@@ -1,7 +1,7 @@
-"""The loop of every training run: batches, steps, log lines, checkpoints, and an end that loses nothing.
+"""The training loop shared by pre-training and fine-tuning: batches, steps, log lines, checkpoints.
 
-What a step sees is a pure function of (seed, step), and nothing else in it is random. So a run goes on from a
-checkpoint as if it had never stopped, and only the step number has to be remembered.
+It saves at the end. The inputs of a step are pure functions of (seed, step), and nothing else in it is random. A run
+therefore resumes from a checkpoint as if it had never stopped, and only the step number must be saved.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ Extras = TypeVar("Extras")
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     step: int
-    """Optimiser steps done in all."""
+    """Optimizer steps done in total."""
     steps: int
-    """Optimiser steps the recipe asks for."""
+    """Optimizer steps of the recipe."""
     checkpoint: Path
     """Folder of the last checkpoint."""
     used: int
-    """Videos that were usable."""
+    """Number of usable videos."""
     skipped: int
-    """Videos that were not."""
+    """Number of unusable videos."""
     signal: int
     """Number of the signal that ended the run early, or 0."""
 
 
 class Task(Protocol[Extras]):
-    """What a loop trains. `Extras` is what goes with each batch into the step: codes, or targets and drop masks."""
+    """The task of a loop. `Extras` are further inputs of a step per batch: codes, or targets and drop factors."""
 
     @property
     def train_step(self) -> Step[Extras]: ...
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Extras]]:
-        """Batches of the session's loader with their extras, without end, from micro-batch `first_micro_batch` on."""
+        """Yields endless batches of the session's loader with their extras, from micro-batch `first_micro_batch` on."""
 
     def after_step(self, step: int, steps: int) -> None:
         """Called with the number of steps done, of `steps` in all: after each step before its checkpoint is written,
@@ -65,7 +65,7 @@ class Task(Protocol[Extras]):
         """
 
     def describe(self) -> Description:
-        """Returns what the log, the progress bar and the checkpoints say of the task."""
+        """Returns the task's description for the log, the progress bar and the checkpoints."""
 
 
 class Loop:
@@ -83,9 +83,9 @@ class Loop:
         self.description = task.describe()
         self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=self.description.metadata)
         self.step, self.sound = self.first, True
-        """Steps done, and whether weights and moments are those after as many."""
+        """Steps done, and whether weights and moments are those after this number of steps."""
         self.updates, self.recorded = 0, False
-        """Updates that the optimizer told of; a recorded step (CUDA graph) tells of none."""
+        """Updates reported by the optimizer; a captured step (CUDA graph) reports none."""
         train_step.optimizer.register_step_pre_hook(self._note_update)
         self.step_log = StepLog(session, self.description.progress_format)
         self.steps_per_epoch = session.steps_per_epoch
@@ -99,14 +99,14 @@ class Loop:
         )
         session.log.info(
             f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
-            f"{config.optim.batch} clips a step{shared}, {describe(self.train_step.optimizer)}"
+            f"{config.optim.batch} clips per step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
             session.log.info(f"warning: {problem}")
         session.write_config()
 
     def train(self) -> TrainResult:
-        """Runs the steps that are left, or as many as a signal allows. Whatever ends them, what is sound is saved."""
+        """Runs the remaining steps, or until a signal. Saves the last valid state, whatever ends the run."""
         session = self.session
         ended = 0
         try:
@@ -123,10 +123,10 @@ class Loop:
                 return self._result(ended)
         finally:
             if ended:
-                end_soon(ended)  # what is new is on the disk: decoding threads need not be waited for
+                end_soon(ended)  # everything is saved, so there is no need to wait for decoding threads
 
     def _run(self) -> int:
-        """The steps; the signal that ended them early, or 0."""
+        """Runs the steps; returns the signal that ended them early, or 0."""
         session, step_log = self.session, self.step_log
         config, stop, info = session.config, session.stop, session.log.info
         ended = 0
@@ -148,18 +148,16 @@ class Loop:
             ended = self._after_step(window) if self.step else 0
             began = time.perf_counter()
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
-            if compiles:  # the tokenizer too, when it is asked for the first codes
-                info(
-                    "step    the first one compiles the model, which can take minutes; --run.no-compile starts at once"
-                )
+            if compiles:  # the tokenizer is also compiled, at the first batch
+                info("step    the first step compiles the model, which can take minutes; --run.no-compile avoids this")
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
                         with stop.interruptible(session.world.size == 1):
                             batches = [next(stream) for _ in range(self.train_step.micro_batches)]
-                    except Interrupted:  # a loader that hangs must not keep what is done from being saved
+                    except Interrupted:  # a hanging loader must not prevent the checkpoint
                         return int(stop.received or 0)
-                    except torch.OutOfMemoryError as error:  # of the tokenizer or the augmentation, beside the step
+                    except torch.OutOfMemoryError as error:  # in the tokenizer or the augmentation, outside of the step
                         raise out_of_memory(config, session.clips_per_micro_batch, error) from error
                     logged = (self.step + 1) % config.run.log_every == 0 or self.step + 1 == self.steps
                     rate = learning_rate(
@@ -168,7 +166,7 @@ class Loop:
                     clips = [(batch.video, extras) for batch, extras in batches]
                     values = self._run_step(clips, rate, inspect=logged)
                 if compiles:
-                    info(f"step    the first one is done, compiled in {time.perf_counter() - began:.0f} s")
+                    info(f"step    the first step is done, compiled in {time.perf_counter() - began:.0f} s")
                     compiles = False
                 profiler_step()
                 bar.update()
@@ -183,18 +181,18 @@ class Loop:
                     step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
                 if self.step % config.run.save_every == 0 and self.step < self.steps:
-                    step_log.write(bar, wait=True)  # a run that goes on from here does not log these steps again
+                    step_log.write(bar, wait=True)  # a run that resumes here does not log these steps again
                     self._save(self.step)
                 ended = ended or stop_consensus(int(stop.received or 0))
             step_log.write(bar, wait=True)
         return ended
 
     def _run_step(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
-        """One step; `self.step` and `self.sound` follow what the weights are."""
+        """Runs one step; `self.step` and `self.sound` describe the state of the weights."""
         if self.step == self.first and (found := self.train_step.maybe_capture_cuda_graph(self.step, clips)):
             self.session.log.info(f"step    {found}")
         updates = self.updates
-        self.sound = not self.recorded  # a recorded step does not tell whether it came to its update
+        self.sound = not self.recorded  # a captured step does not report whether its update ran
         values = self.train_step(self.step, clips, rate, inspect=inspect)
         self.recorded = self.updates == updates
         self.step += 1
@@ -202,16 +200,16 @@ class Loop:
         return values
 
     def _note_update(self, *_: object) -> None:
-        """Before the optimizer changes weights: until the step is whole they are neither the old ones nor the new."""
+        """Called before the optimizer changes weights, which are neither old nor new until the step ends."""
         self.updates += 1
         self.sound = False
 
     def _rescued(self, error: Exception) -> Exception:
-        """Saves what is sound before an error ends the run. The error to raise: it says where to go on from."""
+        """Saves the last valid state before an error ends the run; returns the error to raise, with the checkpoint."""
         problem = compile_problem(error)
         told = ""
         if self.step > self.first:
-            with contextlib.suppress(Exception):  # they are only log lines
+            with contextlib.suppress(Exception):  # only log lines are lost
                 self.step_log.write_lines(wait=True)
             place = self._save_before_end(error)
             self.session.log.info(f"error   {place}")
@@ -223,14 +221,14 @@ class Loop:
         return error
 
     def _save_before_end(self, error: Exception) -> str:
-        """Saves the state after the last whole step, where it is sound; in words, which checkpoint there is."""
+        """Saves the state after the last complete step if it is valid; returns a sentence about the checkpoint."""
         session, world, step = self.session, self.session.world, self.step
-        # Of several processes this one may be alone with its error. Then nothing can be saved that needs the others;
-        # and on a GPU a step may be queued that adds up gradients with processes that are gone.
+        # With several processes, the others may not have this error; then nothing can be saved that needs them. On a
+        # GPU, a queued step may exchange gradients with processes that have ended.
         alone = world.size > 1 and not getattr(error, "everywhere", False)
-        reason = "" if self.sound else "its weights are those of half a step"
+        reason = "" if self.sound else "its last step is incomplete"
         if alone and (session.config.run.sharding == "fsdp" or session.device.type == "cuda"):
-            reason = "that needs the other processes"
+            reason = "saving needs the other processes"
         if not reason:
             try:
                 self._save(step, last=True)
@@ -238,11 +236,11 @@ class Loop:
             except Exception as failure:
                 reason = first_line(failure)
         whole = checkpoint.newest(session.folder)
-        where = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint"
+        where = f"the last complete checkpoint is {whole}" if whole else "there is no checkpoint"
         return f"the state after step {step} is not saved ({reason}); {where}"
 
     def _after_step(self, window: _Window) -> int:
-        """Lets the task work, which no rate counts; the signal that ended its work early, or 0."""
+        """Runs the task's hook, whose time no rate counts; returns the signal that ended it early, or 0."""
         start = time.perf_counter()
         try:
             self.task.after_step(self.step, self.steps)
@@ -252,32 +250,32 @@ class Loop:
         return 0
 
     def _save(self, step: int, *, last: bool = False) -> None:
-        """Starts a checkpoint; the last one is waited for, and only then a full disk is an error."""
+        """Starts a checkpoint; waits for the last one of the run, where a full disk raises."""
         session = self.session
         if session.lock and session.lock.lost:
-            raise UserError(f"step {step}: another process has taken {session.folder} over, so nothing is saved here")
+            raise UserError(f"step {step}: another process has taken over {session.folder}, so nothing is saved here")
         problem = self.saver.save(step, self.train_step.model, self.train_step.optimizer, self.train_step.extra_state())
         if last:
             problem = self.saver.wait()
         folder = checkpoint.folder_of(session.folder, step)
         if problem is None:
             if last and session.world.main and not folder.is_dir():
-                raise UserError(f"step {step}: {folder} was written and is gone; look after the disk")
+                raise UserError(f"step {step}: {folder} was written but has disappeared; check the disk")
             return
         whole = checkpoint.newest(session.folder)
-        there = f"the last whole one is {whole}" if whole else "there is none yet"
+        there = f"the last complete one is {whole}" if whole else "there is none yet"
         message = f"a checkpoint cannot be written: {problem}; {there}"
         if last:
             raise UserError(f"step {step}: {message}")
-        session.log.info(f"step {step}: {message}. The run goes on, the next attempt is at the next checkpoint")
+        session.log.info(f"step {step}: {message}. The run continues and tries again at the next checkpoint")
 
     def _result(self, ended: int) -> TrainResult:
         session, step = self.session, self.step
         unusable = len(session.unusable)
         used = session.unusable.total - unusable
-        where = f" (named in {session.folder / 'skipped.tsv'})" if unusable else ""
+        where = f" (listed in {session.folder / 'skipped.tsv'})" if unusable else ""
         name = signal.Signals(ended).name if ended else ""
-        how = f"stopped by {name} after step {step}; --resume goes on" if ended else f"done: {step} steps"
+        how = f"stopped by {name} after step {step}; continue with --resume" if ended else f"done: {step} steps"
         folder = checkpoint.folder_of(session.folder, step)
         if self.step_log.last:
             session.log.info(f"last    {self.step_log.last}")
@@ -310,7 +308,7 @@ class _Window:
             "data_wait": (self._loader.wait_s - self._waited) / seconds,
             "decoded_frames_per_s": (self._loader.decoded_frames - self._decoded) / seconds,
         }
-        if self._step is not None:  # the first window also holds the compilation
+        if self._step is not None:  # the first window includes the compilation
             rates["clips_per_s"] = (step - self._step) * batch / seconds
             rates["step_ms"] = 1000 * seconds / (step - self._step)
         self._restart(step)

@@ -1,9 +1,9 @@
-"""Muon: momentum, made orthogonal, for the matrices inside a network; AdamW for everything else. One optimizer.
+"""One optimizer with Muon (orthogonalized momentum) for the matrices inside a network, and AdamW for everything else.
 
 The update is that of `torch.optim.Muon` (Jordan et al., https://kellerjordan.github.io/posts/muon/) with
-`adjust_lr_fn="match_rms_adamw"` ("Muon is Scalable for LLM Training", arXiv 2502.16982). PyTorch's goes matrix by
-matrix, which is slower where they are small, and reads the learning rate on the host. Here matrices
-of one shape go through together, and nothing waits for the device: so it can leave out a step, and be a CUDA graph.
+`adjust_lr_fn="match_rms_adamw"` ("Muon is Scalable for LLM Training", arXiv 2502.16982). PyTorch's processes one matrix
+after the other, which is slower for small matrices, and reads the learning rate on the host. Here matrices of one shape
+are processed together, and nothing waits for the device: a step can be skipped or captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from mam2.engine.costs import MUON_ITERATIONS
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic polynomial, as in Jordan's code: steep at 0; leaves singular values between about 0.7 and 1.2."""
+"""Coefficients of the quintic polynomial in Jordan's code: steep at 0; singular values become about 0.7 to 1.2."""
 EPS = 1e-7
-"""Smallest norm that a matrix is divided by."""
+"""Lower bound of the norm by which a matrix is divided."""
 RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW's (arXiv 2502.16982)."""
 VALUES_AT_ONCE = 2**24
-"""Most values of matrices that are taken together: a bound on the memory beside weights and momentum."""
+"""Maximum number of values processed together; limits the memory in addition to weights and momentum."""
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for parameter groups with `parts`, fused AdamW for the others; state, hooks and groups are those of both.
 
-    A group's `parts` says of how many matrices, one below the other, each of its parameters [R, C] consists: each part
-    [R / parts, C] is made orthogonal by itself. Groups have `lr` (a float or a 0-d tensor on the parameters' device)
-    and `weight_decay`; Muon's also `momentum`, AdamW's `betas` and `eps`.
+    A group's `parts` is the number of matrices that are stacked in each of its parameters [R, C]: each part [R / parts,
+    C] is orthogonalized separately. Groups have `lr` (a float or a 0-d tensor on the parameters' device) and
+    `weight_decay`; Muon's also `momentum`, AdamW's `betas` and `eps`.
 
-    `found_inf`, a 0-d float tensor on the parameters' device, tells of a step that is to be left out: where it is 1,
-    `step` leaves weights and state as they are, whatever the gradients hold.
+    `found_inf` is a 0-d float tensor on the parameters' device: if it is 1, `step` does not change weights and state,
+    whatever the gradients contain.
 
     Args:
-        groups: taken over, not copied.
-        dtype: that the iteration's products are computed in; torch.optim.Muon's is bfloat16.
+        groups: used without a copy.
+        dtype: dtype of the iteration's products; torch.optim.Muon uses bfloat16.
     """
 
     found_inf: Tensor | None = None
@@ -57,7 +57,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Updates all parameters that have a gradient."""
         self._adamw.state = self.state  # also after load_state_dict, which replaces both
         self._adamw.param_groups = [group for group in self.param_groups if "parts" not in group]
         self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Of matrices of one shape."""
+        """Updates matrices of one shape."""
         rows, columns = parameters[0].shape
         momentum = group["momentum"]
         for parameter in parameters:
@@ -80,7 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
         average = torch.stack(buffers)
         rate: float | Tensor = group["lr"]
         if self.found_inf is not None:
-            gradient = torch.where(self.found_inf.bool(), average, gradient)  # an average of equals stays what it is
+            gradient = torch.where(self.found_inf.bool(), average, gradient)  # the average with itself does not change
             rate = rate * (1 - self.found_inf)
         average.lerp_(gradient, 1 - momentum)
         update = _whole(gradient.lerp_(average, momentum).to(self.dtype), parameters[0])
@@ -93,9 +93,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Five Newton-Schulz iterations on each matrix of [n, R, C], float: about U Vᵀ of its singular value decomposition.
+    """Runs five Newton-Schulz iterations on each matrix of [n, R, C], float; returns about U Vᵀ of its SVD.
 
-    In the dtype of the input, which is not changed. A matrix of zeros stays one.
+    The result has the dtype of the input, which is not changed. A matrix of zeros stays zero.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -108,7 +108,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one shape together, in their order, at most `VALUES_AT_ONCE` values."""
+    """Groups parameters by shape, in their order, with at most `VALUES_AT_ONCE` values per group."""
     shapes: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         shapes.setdefault(parameter.shape, []).append(parameter)
@@ -119,12 +119,12 @@ def _alike(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 has spread."""
+    """Returns this process's shard of a tensor that FSDP2 has sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(stacked: Tensor, parameter: Tensor) -> Tensor:
-    """A stack of whole matrices [n, R, C] from every process's stack of its parts of them."""
+    """Gathers a stack of whole matrices [n, R, C] from the shards of all processes."""
     if not isinstance(parameter, DTensor):
         return stacked
     shape = torch.Size((len(stacked), *parameter.shape))
@@ -140,7 +140,7 @@ def _whole(stacked: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _share(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's parts of a stack of whole matrices [n, R, C], which every process has."""
+    """Returns this process's shards of a stack of whole matrices [n, R, C], which every process has."""
     if not isinstance(parameter, DTensor):
         return whole
     placements = _placements(parameter)
@@ -148,5 +148,5 @@ def _share(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _placements(parameter: DTensor) -> list[Any]:
-    """Of a stack of tensors that are placed as `parameter` is."""
+    """Returns the placements of a stack of tensors that are placed like `parameter`."""
     return [Shard(place.dim + 1) if isinstance(place, Shard) else place for place in parameter.placements]

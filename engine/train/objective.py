@@ -1,8 +1,8 @@
-"""What a step learns: MAM2's losses on the same latents, or VideoMAE's pixels.
+"""The objective of a step: MAM2's losses on the same latents, or VideoMAE's pixel loss.
 
-MAM2's latents are handed to each loss through a fork. On the way back it sees every loss's gradient there side by side:
-it notes their norms, can bring them into a set proportion, and passes on their sum. With fixed weights that is the
-ordinary gradient of the weighted losses.
+MAM2's latents are passed to each loss through a fork. In backward this node receives each loss's gradient, records its
+norm, optionally rescales one to a fixed proportion, and returns the sum. With fixed weights that is the ordinary
+gradient of the weighted losses.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from mam2.kernels import TubeMask
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 INSPECTED_CLIPS = 8
-"""Of a pass, whose predictions the log's costlier figures are of: the codes' logits of a whole one are gigabytes."""
+"""Clips per pass for the log's costlier figures: the logits of all clips would take gigabytes."""
 
 
 class Objective(nn.Module):
     """A model with its losses.
 
-    Called with a video [B, C, T, H, W] uint8, its mask and its codes int64 [B, N] or [B, N, F] (None where the
-    objective needs none); returns the weighted loss, to be backpropagated, and as 0-d tensors each loss and, with
-    `inspect`, costlier figures. All of it happens in one call, so that FSDP2 has the weights at hand.
+    Call it with a video [B, C, T, H, W] uint8, its mask and its codes int64 [B, N] or [B, N, F] (None if the objective
+    needs none). It returns the weighted loss for backpropagation, and 0-d tensors of each loss and, with `inspect`,
+    costlier figures. Everything happens in one call, so that FSDP2 has gathered the weights.
     """
 
     def gradient_norms(self) -> Values:
-        """Norms noted during the last backward pass, over all ranks: 0-d tensors on the device."""
+        """Returns the norms recorded in the last backward pass, over all ranks: 0-d tensors on the device."""
         return {}
 
 
 def build_objective(model: MAM2 | VideoMAE, config: PretrainConfig, compiled: Compile) -> Objective:
-    """The objective that `config.model.objective` names, its parts passed through `compiled`."""
+    """Builds the objective `config.model.objective`; its parts are passed through `compiled`."""
     if isinstance(model, VideoMAE):
         return VideoMAEObjective(model, compiled)
     return MAM2Objective(model, config, compiled)
@@ -71,7 +71,7 @@ class MAM2Objective(Objective):
         self._pixels = compiled(model.pixel_loss)
         self._motion = compiled(model.motion_loss)
         self._alignment = compiled(model.alignment_loss)
-        # on a CPU a few clips every few steps are not worth a compilation
+        # on a CPU, a few clips every few steps do not justify a compilation
         on_gpu = next(model.parameters()).device.type != "cpu"
         self._figures = compiled(self._inspect) if on_gpu else self._inspect
         balanced = config.loss.balance == "gradient"
@@ -105,12 +105,15 @@ class MAM2Objective(Objective):
             return total, values, self._figures(video[some], shown, None if codes is None else codes[some])
 
     def gradient_norms(self) -> Values:
-        """Of the weighted losses at the decoders' common input."""
+        """Returns the norms of the weighted losses' gradients at the decoders' common input."""
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
 
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
-        """Share of right codes, that of always answering these clips' commonest code, and the motion loss over that of
-        predicting no motion (1: nothing learned); of each what the targets are."""
+        """Returns figures of each existing target.
+
+        These are the share of correct codes, that of always predicting the clips' most frequent code, and the motion
+        loss divided by that of predicting no motion (1: nothing learned).
+        """
         latents = self.model.complete(video, mask)
         figures = {}
         if self._loss.appearance_target == "codes":
@@ -118,7 +121,7 @@ class MAM2Objective(Objective):
             answers = masked_codes(codes, mask)
             right = (self.model.predict_codes(latents, mask) == answers).float().mean()
             answers = answers.flatten()
-            # bincount would wait for the device to learn its size
+            # bincount would wait for the device to determine its size
             counts = answers.new_zeros(self.model.codebook_size)
             counts.scatter_add_(0, answers, torch.ones_like(answers))
             figures = {"accuracy/codes": right, "accuracy/commonest_code": counts.max() / answers.numel()}
@@ -133,15 +136,15 @@ class MAM2Objective(Objective):
 
 
 class Balance:
-    """Norms of two gradients, and the factor that brings the first to `proportion` times the second (None: 1).
+    """Norms of two gradients, and the factor that scales the first to `proportion` times the second (None: 1).
 
-    Where one of the two has no target, there is the other alone.
+    If one of the two has no target, only the other exists.
     """
 
     def __init__(self, proportion: float | None) -> None:
         self.proportion = proportion
         self.norms: Values = {}
-        # a group of its own: in DDP's it would wait, amid the backward pass, for the gradients queued before
+        # a separate group, because in DDP's group it would wait in backward for the gradients queued earlier
         several = dist.is_available() and dist.is_initialized()
         self._ranks: dist.ProcessGroup | None = dist.new_group() if several else None
 
@@ -161,12 +164,12 @@ class Balance:
 
 
 class _Fork(torch.autograd.Function):
-    """Latents for appearance, motion and alignment; backward adds up their gradients, the first in proportion."""
+    """Copies latents for appearance, motion and alignment; backward adds their gradients, the first rescaled."""
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, balance: Balance) -> tuple[Tensor, Tensor, Tensor]:
         ctx.balance = balance
-        ctx.set_materialize_grads(False)  # not every loss need be there
+        ctx.set_materialize_grads(False)  # a loss may be missing
         return latents.view_as(latents), latents.view_as(latents), latents.view_as(latents)
 
     @staticmethod

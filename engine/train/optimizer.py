@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.finetune import FinetuneOptimConfig
-from mam2.engine.config.pretrain import OptimConfig
+from mam2.engine.config.training import OptimConfig
 from mam2.engine.model.blocks import Attention, Block, RegressorBlock
 from mam2.engine.train.muon import MuonAdamW
 
@@ -17,9 +17,9 @@ Optimizer = torch.optim.AdamW | MuonAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.bfloat16) -> Optimizer:
-    """The optimizer that `config.name` names; no weight decay on 1-D parameters (biases, norms) and mask tokens.
+    """Builds the optimizer `config.name`, without weight decay on 1-D parameters (biases, norms) and mask tokens.
 
-    dtype: of Muon's matrix products.
+    dtype: dtype of Muon's matrix products.
     """
     return _built(
         [(name, parameter, 1.0) for name, parameter in model.named_parameters() if parameter.requires_grad],
@@ -32,11 +32,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = 
 def build_layered_optimizer(
     model: nn.Module, depth: int, config: FinetuneOptimConfig, dtype: torch.dtype = torch.bfloat16
 ) -> Optimizer:
-    """The optimizer of a classifier whose encoder has `depth` blocks; no weight decay on parameters with less than two
-    dimensions.
+    """Builds the optimizer of a classifier whose encoder has `depth` blocks.
 
-    A group's `scale` is to multiply its learning rate: `layer_decay` to the power of the layers above it. The head is
-    layer depth + 1 (scale 1), block k layer k + 1, the patch embedding layer 0.
+    Parameters with fewer than two dimensions have no weight decay. A group's `scale` multiplies its learning rate:
+    `layer_decay` to the power of the number of layers above it. The head is layer depth + 1 (scale 1), block k is layer
+    k + 1, the patch embedding is layer 0.
     """
     return _built(
         [
@@ -53,7 +53,7 @@ def build_layered_optimizer(
 def _built(
     trained: list[tuple[str, nn.Parameter, float]], model: nn.Module, config: OptimConfig, dtype: torch.dtype
 ) -> Optimizer:
-    """trained: each parameter with its name and what multiplies its learning rate."""
+    """Builds an optimizer. trained: each parameter with its name and its learning-rate factor."""
     matrices = hidden_matrices(model) if config.name == "muon" else {}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter, scale in trained:
@@ -72,10 +72,10 @@ def _built(
 
 
 def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
-    """What Muon trains: the weight matrices of all blocks (encoder, regressor, decoders), with the number of matrices
-    that each consists of: 3 for queries, keys and values in one, else 1.
+    """Returns the parameters for Muon: the weight matrices of all blocks (encoder, regressor, decoders).
 
-    AdamW trains the rest: patch embedding, heads, projections between widths, mask tokens, norms, biases, LayerScale.
+    The value is the number of matrices in a parameter: 3 for combined queries, keys and values, else 1. AdamW trains
+    all other parameters: patch embedding, heads, projections between widths, mask tokens, norms, biases, LayerScale.
     """
     found: dict[Tensor, int] = {}
     for block in model.modules():
@@ -87,7 +87,7 @@ def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """What trains how much, for the log."""
+    """Returns which optimizer trains how many parameters, for the log."""
     matrices = [p for group in optimizer.param_groups if "parts" in group for p in group["params"]]
     if not matrices:
         return "AdamW"
@@ -95,7 +95,7 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer, 0 to depth + 1, that a parameter of a classifier belongs to, by its name."""
+    """Returns the layer, 0 to depth + 1, of a classifier's parameter by its name."""
     part, _, rest = name.removeprefix("encoder.").partition(".")
     if part == "blocks" and name.startswith("encoder."):
         return int(rest.partition(".")[0]) + 1
@@ -103,18 +103,18 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def long_warmup(config: OptimConfig | FinetuneOptimConfig) -> str | None:
-    """One sentence where the warm-up takes more than half of the training, else None."""
+    """Returns a warning if the warm-up takes more than half of the training, else None."""
     if config.warmup_epochs <= config.epochs / 2:
         return None
     return (
-        f"optim.warmup_epochs {config.warmup_epochs:g} of optim.epochs {config.epochs:g}: the learning rate rises for "
-        f"{min(config.warmup_epochs / config.epochs, 1):.0%} of the training and is small in most of it; "
-        f"a short trial takes --optim.warmup-epochs {config.epochs / 20:g}"
+        f"optim.warmup_epochs {config.warmup_epochs:g} of optim.epochs {config.epochs:g}: the learning rate increases "
+        f"for {min(config.warmup_epochs / config.epochs, 1):.0%} of the training and is mostly small; "
+        f"for a short trial use --optim.warmup-epochs {config.epochs / 20:g}"
     )
 
 
 def learning_rate(step: int, steps: int, steps_per_epoch: float, config: OptimConfig, *, global_batch: int) -> float:
-    """Of step `step` of `steps`: linear warm-up from 0, then half a cosine to the minimum; times batch/256."""
+    """Returns the rate of a step, times batch/256: linear warm-up from 0, then half a cosine to the minimum."""
     peak, floor = (rate * global_batch / 256 for rate in (config.base_lr, config.min_lr))
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
     if step < warmup:

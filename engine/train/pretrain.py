@@ -1,8 +1,8 @@
 """Pre-training: video files → clips (→ codes) → MAM2 or VideoMAE → checkpoints.
 
-The clips and masks of a step are a pure function of (seed, step). Started by torchrun, every process works on its part
-of each batch; rank 0 writes the run folder, in which the tokenizer of a run that predicts codes lies beside what every
-run has, as `tokenizer.safetensors`.
+The clips and masks of a step are pure functions of (seed, step). Under torchrun every process handles its part of each
+batch, and rank 0 writes the run folder. A run that predicts codes also stores its tokenizer there, as
+`tokenizer.safetensors`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PROGRESS_FORMAT = {
     "loss/motion": "motion {:.4g}",
     "loss/motion_relative": "({:.0%} of no motion)",
     "loss/pixels": "pixels {:.3f}",
-    "accuracy/codes": "right codes {:.0%}",
+    "accuracy/codes": "correct codes {:.0%}",
 }
 
 
@@ -63,25 +63,25 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Pre-trains an encoder on the videos of a folder or list and leaves checkpoints and logs in `out`.
+    """Pre-trains an encoder on the videos of a folder or list; writes checkpoints and logs to `out`.
 
     Args:
         config: a recipe's values; see `mam2.engine.config.pretrain`.
         data: a folder (with or without class folders) or an annotation list.
-        out: the run folder; made if missing. One that holds a checkpoint is only touched with `resume`. Several
+        out: the run folder; created if missing. A folder with a checkpoint needs `resume`. Several
             machines must share it.
-        checkpoint: start from the weights of a run or checkpoint of ours, of VideoMAE or VideoMAE v2 (.pth), or of a
-            Hugging Face folder; None draws them at random. The encoder has to be the config's; regressor and decoders
-            are taken where they fit; positions are resampled; optimizer and schedule begin anew. The log says what was
-            taken. A resumed run does not read it.
-        checkpoint_options: frames, size, heads and decoder_heads for `load_model`, of a file that does not say them.
-        val: videos, as `data`, that are not trained on: their losses are logged as `config.validation` says.
-        resume: go on from the newest whole checkpoint in `out`, if there is one.
+        checkpoint: initial weights: a run or checkpoint of MAM2, a .pth of VideoMAE or VideoMAE v2, or a Hugging Face
+            folder; None: random weights. The encoder must match the config; regressor and decoders are loaded if they
+            match; positions are resampled; optimizer and schedule start again. The log lists the loaded parts. A
+            resumed run does not read it.
+        checkpoint_options: frames, size, heads and decoder_heads for `load_model`, if the file does not state them.
+        val: validation videos, like `data`; their losses are logged as configured in `config.validation`.
+        resume: continue from the newest complete checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for data, configs and checkpoints that cannot be used.
-        PeerFailed: another process of the run has failed, and says why.
+        UserError: data, config or checkpoint cannot be used.
+        PeerFailed: another process of the run has failed; it prints the reason.
     """
     check(config)
     check_apart(data, out)
@@ -94,13 +94,13 @@ def pretrain(
 
 
 class _PretrainSetup(Setup[PretrainConfig]):
-    """Reads the weights to start from, and opens the tokenizer and the cache of codes."""
+    """Reads the initial weights, and opens the tokenizer and the cache of codes."""
 
     start: InitialWeights | None = None
-    """What a new run starts from, where that is not random."""
+    """Initial weights of a new run, if they are not random."""
 
     vqgan: VQGAN | None = None
-    """On rank 0: the tokenizer that the config names, where codes are predicted."""
+    """On rank 0: the tokenizer of the config, if codes are predicted."""
     cache: CodeCache | None = None
 
     def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None]) -> None:
@@ -160,7 +160,7 @@ class _Pretraining:
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
         for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
             session.log.info(line)
-        # Weights are drawn after the tokenizer's training, which uses the generator as well.
+        # Weights are drawn after the tokenizer's training, which uses the same generator.
         torch.manual_seed(config.run.seed)
         codebook_size = self._codes.codebook_size if self._codes else 0
         model = build_model(config, codebook_size)
@@ -199,7 +199,7 @@ class _Pretraining:
 
 
 def _same_tokenizer(start: InitialWeights, folder: Path) -> bool:
-    """Whether a run's codes are those that its first weights were trained to predict."""
+    """Returns whether a run predicts the codes of the tokenizer with which its initial weights were trained."""
     own = folder / FILE
     if not (start.tokenizer and own.is_file()):
         return False

@@ -1,8 +1,8 @@
-"""RandAugment's operations on clips, for a batch at a time: the fifteen of timm's "increasing" set.
+"""RandAugment's operations on batches of clips: the fifteen operations of timm's "increasing" set.
 
-Shapes: b clips, C = 3, T frames. Each takes clips [b, C, T, H, W] float32 with whole values from 0 to 255 and a
-strength for each clip [b], and returns such clips, not rounded and clamped yet. Definitions are those of Pillow's
-ImageOps and ImageEnhance, with the clip in place of the picture.
+Shapes: b clips, C = 3, T frames. Each takes clips [b, C, T, H, W] float32 with integer values from 0 to 255 and a
+strength per clip [b], and returns clips that are not yet rounded and clamped. The definitions are those of Pillow's
+ImageOps and ImageEnhance, applied to a clip instead of an image.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from mam2.engine.model.encoder import PIXEL_MEAN
 
 LEVELS = 256
 LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue (ITU-R 601)."""
+"""Weights of red, green and blue (ITU-R 601)."""
 
 
 class Operation(NamedTuple):
     name: str
     apply: Callable[[Tensor, Tensor], Tensor]
     strength: Callable[[float], float]
-    """From a magnitude, 0 to 1."""
+    """Returns the strength for a magnitude from 0 to 1."""
     signed: bool = False
-    """Whether half of the clips get the strength with the opposite sign."""
+    """Whether the sign of the strength is flipped for half of the clips."""
 
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 on a device, copied there once: each such copy waits for the device."""
+    """Returns float32 values on a device, copied only once, because each copy waits for the device."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
-    """Each channel stretched to 0 to 255."""
+    """Stretches each channel to 0 to 255."""
     low, high = clips.amin((2, 3, 4), keepdim=True), clips.amax((2, 3, 4), keepdim=True)
     return torch.where(high > low, (clips - low) * 255 / (high - low).clamp_min(1), clips)
 
 
 def equalize(clips: Tensor, _: Tensor) -> Tensor:
-    """Each channel's levels spread so that all are about equally frequent."""
+    """Spreads each channel's levels so that all are about equally frequent."""
     levels = clips.long().flatten(2)
     counts = torch.zeros(*levels.shape[:2], LEVELS, device=clips.device, dtype=torch.int64)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
@@ -63,18 +63,18 @@ def invert(clips: Tensor, _: Tensor) -> Tensor:
 
 
 def posterize(clips: Tensor, bits: Tensor) -> Tensor:
-    """Only the highest bits kept."""
+    """Keeps only the highest bits."""
     step = 2 ** (8 - _each(bits))
     return (clips / step).floor() * step
 
 
 def solarize(clips: Tensor, threshold: Tensor) -> Tensor:
-    """Levels from a threshold on inverted."""
+    """Inverts levels from a threshold on."""
     return torch.where(clips < _each(threshold), clips, 255 - clips)
 
 
 def solarize_add(clips: Tensor, added: Tensor) -> Tensor:
-    """The darker half of the levels made brighter."""
+    """Makes the darker half of the levels brighter."""
     return torch.where(clips < 128, clips + _each(added), clips)
 
 
@@ -91,7 +91,7 @@ def brightness(clips: Tensor, change: Tensor) -> Tensor:
 
 
 def sharpness(clips: Tensor, change: Tensor) -> Tensor:
-    """Away from, or towards, a smoothed clip; the frame's edge stays."""
+    """Moves a clip away from, or towards, its smoothed version; the frame's edge stays unchanged."""
     kernel = torch.ones(3, 3, device=clips.device)
     kernel[1, 1] = 5
     smooth = clips.clone()
@@ -101,7 +101,7 @@ def sharpness(clips: Tensor, change: Tensor) -> Tensor:
 
 
 def rotate(clips: Tensor, degrees: Tensor) -> Tensor:
-    """About the frame's centre, against the clock."""
+    """Rotates counterclockwise about the frame's center."""
     height, width = clips.shape[-2:]
     cos, sin = (degrees * math.pi / 180).cos(), (degrees * math.pi / 180).sin()
     x, y = width / 2, height / 2
@@ -119,13 +119,13 @@ def shear_y(clips: Tensor, share: Tensor) -> Tensor:
 
 
 def translate_x(clips: Tensor, share: Tensor) -> Tensor:
-    """By a share of the frame's width."""
+    """Translates by a share of the frame's width."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
     return _move(clips, (one, zero, share * clips.shape[-1]), (zero, one, zero))
 
 
 def translate_y(clips: Tensor, share: Tensor) -> Tensor:
-    """By a share of the frame's height."""
+    """Translates by a share of the frame's height."""
     zero, one = torch.zeros_like(share), torch.ones_like(share)
     return _move(clips, (one, zero, zero), (zero, one, share * clips.shape[-2]))
 
@@ -140,14 +140,14 @@ def _grey(clips: Tensor) -> Tensor:
 
 
 def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
-    """1 + change times as far from `plain` as the clips are."""
+    """Returns clips whose distance to `plain` is multiplied by 1 + change."""
     return plain + (clips - plain) * (1 + _each(change))
 
 
 def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Reads each output pixel where an affine map of its place in pixels, (row . (x, y, 1)), says; bilinear.
+    """Reads each output pixel at an affine map of its position in pixels, (row . (x, y, 1)); bilinear.
 
-    What lies outside is ImageNet's mean.
+    Pixels outside are ImageNet's mean.
     """
     count, channels, frames, height, width = clips.shape
     y, x = torch.meshgrid(
@@ -158,7 +158,7 @@ def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tens
     )
     grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
     fill = 255 * constant(PIXEL_MEAN, clips.device)[:, None, None, None]
-    # zeros are what grid_sample knows outside
+    # grid_sample pads with zeros outside
     flat = (clips - fill).reshape(count, channels * frames, height, width)
     return F.grid_sample(flat, grid, align_corners=False).view_as(clips) + fill
 

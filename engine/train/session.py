@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.config.limits import resumable_keys, with_present_names
-from mam2.engine.config.pretrain import TrainConfig, micro_batches_per_step
 from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, read_saved_manifest, write_manifest
@@ -44,7 +44,7 @@ Available = Callable[[int, int], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext(Generic[Config]):
-    """A run that has begun, seen from one of its processes. Its videos need not be read yet."""
+    """An open run, from the view of one of its processes; its videos may not be read yet."""
 
     config: Config
     folder: Path
@@ -75,16 +75,16 @@ class Session(RunContext[Config]):
     """A run whose videos are read and whose training loader is open. It closes all its loaders at its end."""
 
     manifest: Manifest
-    """The videos that are trained on."""
+    """The training videos."""
     loader: ClipLoader
     """Training clips: each batch is one micro-batch of this process."""
     unusable: UnusableVideos
-    """Of `manifest`, as far as all ranks know of them; see `exchange_skips`."""
+    """Unusable videos of `manifest` that all ranks know; see `exchange_skips`."""
     resources: ExitStack
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which all ranks together see every usable video once, in all its views."""
+        """Returns the optimizer steps in which all ranks together see every usable video once, in all its views."""
         return self.loader.steps_per_epoch / self.micro_batches
 
     def own(self, loader: ClipLoader) -> ClipLoader:
@@ -92,7 +92,7 @@ class Session(RunContext[Config]):
         return self.resources.enter_context(loader)
 
     def exchange_skips(self) -> None:
-        """Tells every rank which files the others found unusable. Raises on all ranks where they are too many."""
+        """Exchanges the unusable files of all ranks. Raises on all ranks if there are too many."""
         for found in self.world.all_gather(list(self.loader.skipped)):
             for skipped in found:
                 self.unusable.add(skipped)
@@ -106,17 +106,17 @@ class Session(RunContext[Config]):
 
 
 class Setup(Generic[Config]):
-    """What a kind of training adds while its session opens. Every rank calls the methods, in this order."""
+    """Hooks of a kind of training while its session opens. Every rank calls the methods in this order."""
 
     def check(self, run: RunContext[Config]) -> None:
         """Checks inputs before the videos are opened, which can take hours. Raises UserError."""
 
     def complete(self, run: RunContext[Config], manifest: Manifest) -> tuple[Config, Manifest]:
-        """Returns the config and the manifest with what the data and other files determine."""
+        """Returns the config and the manifest, completed from the data and other files."""
         return run.config, manifest
 
     def available(self, run: RunContext[Config], manifest: Manifest) -> Available | None:
-        """Returns which clips can be used, None for all."""
+        """Returns a function that tells which clips can be used; None: all."""
         return None
 
 
@@ -133,23 +133,23 @@ def open_session(
     """Opens a run in the folder `out` on every process that torchrun started; it ends with the block.
 
     Args:
-        config: as the user asked for it; `setup` may complete it.
-        data: the training videos. A resumed run keeps its own list, whose order decides the clips, also where `data`
-            has the same videos at another place now.
+        config: the user's config; `setup` may complete it.
+        data: the training videos. A resumed run keeps its list, whose order determines the clips, also if the videos
+            have moved to `data`.
         out: the run folder.
-        setup: what the kind of training adds.
-        resume: continue from the newest whole checkpoint in `out`, if there is one.
+        setup: the hooks of the kind of training.
+        resume: continue from the newest complete checkpoint in `out`, if there is one.
         progress: draw progress bars.
 
     Raises:
-        UserError: the folder holds a run and `resume` is not set, cannot be written, or belongs to a run with other
+        UserError: the folder contains a run and `resume` is not set, cannot be written, or belongs to a run with other
             values; or the videos cannot be used.
     """
     setup = setup or Setup()
     with _open_run(config, Path(out), resume=resume, progress=progress) as run, ExitStack() as resources:
         setup.check(run)
         manifest = run.world.broadcast(lambda: _read_manifest(run, Path(data)))
-        if run.world.main:  # emptied also when a run is resumed: what can be read again is no longer in it
+        if run.world.main:  # also emptied for a resumed run, because files may have become readable
             (run.folder / SKIPPED).unlink(missing_ok=True)
         for skipped in manifest.skipped:
             _report(run, skipped)
@@ -169,9 +169,9 @@ def open_session(
 
 @contextmanager
 def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> Iterator[RunContext[Config]]:
-    """The run before its videos are read. Raises UserError where the folder cannot be used."""
+    """Opens the run without its videos. Raises UserError if the folder cannot be used."""
     if checkpoint.newest(folder) and not resume:
-        raise UserError(f"{folder} holds a run: add --resume to go on with it, or name another folder with --out")
+        raise UserError(f"{folder} contains a run: pass --resume to continue it, or another folder with --out")
     device = pick_device(config.run)
     with StopSignal() as stop, join(device) as world, determinism(config.run), _opened(folder, config, world) as opened:
         micro_batches_per_step(config, world.size)
@@ -198,7 +198,7 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
             if saved:
                 log.info(f"resume  from {saved}")
             elif resume:
-                log.info(f"resume  {folder} holds no whole checkpoint: the run begins anew")
+                log.info(f"resume  {folder} contains no complete checkpoint: the run starts from the beginning")
             yield run
         except BaseException as error:
             log.note(f"ended   {type(error).__name__}: {error}")
@@ -206,22 +206,20 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
 
 
 def _read_manifest(run: RunContext[Config], data: Path) -> Manifest:
-    """The saved list of a resumed run, else a new one of `data`; written into the run folder."""
+    """Returns the saved list of a resumed run, else a new list of `data`, written to the run folder."""
     path, config = run.folder / MANIFEST, run.config.data
     if run.saved and path.is_file():
         saved = read_saved_manifest(path)
         manifest, found = follow(
             saved, data, threads=config.threads, progress=run.progress, max_missing=config.max_unusable
         )
-        run.log.info(f"resume  with the run's own list of videos ({path})")
+        run.log.info(f"resume  with the run's list of videos ({path})")
         if found:
             run.log.info(f"resume  {found}")
             write_manifest(manifest, path)
         return manifest
     if run.saved:
-        run.log.info(
-            f"resume  {path} is gone: the videos are those of {data} now, and the clips of a step may be others"
-        )
+        run.log.info(f"resume  {path} is missing: using the videos of {data}; the clips of a step may differ")
     manifest = read_manifest(data, threads=config.threads, progress=run.progress)
     write_manifest(manifest, path)
     return manifest
@@ -239,7 +237,7 @@ def _open_loader(
         seed=config.run.seed,
         rank=world.rank,
         world=world.size,
-        # several processes tell each other when the log is written, so that each file is named once
+        # with several processes, exchanged when the log is written, so that each file is reported once
         on_skip=unusable.add if world.size == 1 else None,
         available=available,
         info=run.log.info if world.main else lambda line: tqdm.write(f"rank {world.rank}: {line}"),
@@ -247,7 +245,7 @@ def _open_loader(
 
 
 def _report(run: RunContext[Config], skipped: Skipped) -> None:
-    """Names a file that cannot be used in the log and in skipped.tsv."""
+    """Reports an unusable file in the log and in skipped.tsv."""
     run.log.info(f"unusable: {skipped.path}: {skipped.reason}")
     if run.world.main:
         try:
@@ -257,31 +255,33 @@ def _report(run: RunContext[Config], skipped: Skipped) -> None:
 
 
 def _check_continues(run: RunContext[Config], saved: Path) -> None:
-    """Raises UserError where a resumed run would not continue the saved one; logs what may change its bits."""
+    """Raises UserError if a resumed run would not continue the saved one; logs differences that may change bits."""
     state, now = checkpoint.read_state(saved), to_dict(run.config)
     foreign = [table for table in state["config"] if table not in now]
     if foreign:
-        raise run.world.error(f"{run.folder} holds a run of another kind: its config has [{foreign[0]}]")
+        raise run.world.error(f"{run.folder} contains a run of another kind: its config has [{foreign[0]}]")
     free = resumable_keys(type(run.config))
-    defaults = to_dict(type(run.config)())  # a key that is newer than the checkpoint had its default
+    defaults = to_dict(type(run.config)())  # a key newer than the checkpoint had its default
     for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():
             if f"{table}.{key}" not in free and key in now[table] and old != now[table][key]:
                 raise run.world.error(
-                    f"{saved} was written with {table}.{key} = {old!r}, this call says {now[table][key]!r}: "
+                    f"{saved} was written with {table}.{key} = {old!r}, now it is {now[table][key]!r}: "
                     f"use the saved values ({run.folder / 'config.json'}) or start a new run; "
                     f"--checkpoint {run.folder} starts it from these weights"
                 )
     for name, mine in (("code", checkpoint.code_version()), ("torch", torch.__version__)):
         if state.get(name, mine) != mine:
-            run.log.info(f"resume  written by {name} {state[name]}, this is {mine}: the bits may differ from here")
+            run.log.info(
+                f"resume  written by {name} {state[name]}, this is {mine}: results may differ in bits from here on"
+            )
 
 
 @contextmanager
 def _opened(folder: Path, config: TrainConfig, world: World) -> Iterator[tuple[Log, RunLock | None]]:
-    """The run folder's log and lock on rank 0, for as long as the block lasts; nothing on the others.
+    """Yields the run folder's log and lock on rank 0, and silent ones on other ranks.
 
-    Raises UserError where the folder cannot be written or another process writes it.
+    Raises UserError if the folder cannot be written or another process writes it.
     """
     held: list[RunLock] = []
     logs: list[RunLog] = []
@@ -295,7 +295,7 @@ def _opened(folder: Path, config: TrainConfig, world: World) -> Iterator[tuple[L
             held.append(lock)
             logs.append(RunLog(folder, config.run.tracker))
         except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror}; choose another folder") from None
         for line in messages:
             logs[0].info(line)
 

@@ -1,6 +1,6 @@
-"""Watches the motion loss of every step for a jump far above its usual value.
+"""Detects jumps of the motion loss in every step.
 
-The loss of a log line is that of one step; a clip that ruins another step of the window would not be seen in it.
+A log line contains the loss of only one step; a jump in another step would not be visible there.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 LOSS, PEAK = "loss/motion", "loss/motion_peak"
 FACTOR = 100
-"""A loss so many times the median is a jump."""
+"""A loss of this many times the median is a jump."""
 REMEMBERED = 101
-"""Log lines of which the median is taken."""
+"""Number of log lines for the median."""
 
 
 class Spikes:
-    """The largest motion loss since the last log line, on the device, and the warning where it is a jump."""
+    """Tracks the largest motion loss since the last log line, on the device, and warns of a jump."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
@@ -28,12 +28,12 @@ class Spikes:
         self._warned = False
 
     def see(self, values: Mapping[str, Tensor]) -> None:
-        """Takes note of the numbers of a step, 0-d tensors."""
+        """Records the numbers of a step, 0-d tensors."""
         if LOSS in values:
             self._losses.append(values[LOSS])
 
     def peak(self) -> dict[str, Tensor]:
-        """The largest loss since the last call as a number of the log; nothing where there is no motion loss."""
+        """Returns the largest loss since the last call as a number for the log; empty without a motion loss."""
         if not self._losses:
             return {}
         peak = torch.stack(self._losses).amax()
@@ -41,7 +41,7 @@ class Spikes:
         return {PEAK: peak}
 
     def warning(self, steps: range, numbers: Mapping[str, float]) -> str | None:
-        """What to log of a line with these numbers; the first jump of a run is told, later ones are in `PEAK`."""
+        """Returns a warning for the first jump of a run, else None; later jumps are only visible in `PEAK`."""
         if PEAK not in numbers:
             return None
         self._usual.append(numbers[LOSS])
@@ -51,6 +51,6 @@ class Spikes:
         self._warned = True
         return (
             f"steps {steps[0]} to {steps[-1]}: the motion loss rose to {numbers[PEAK]:.3g}, more than {FACTOR} times "
-            f"its median {median:.3g}. Patches of almost one color that change do that where loss.motion_eps is small "
-            f"(its default is 0.05). This is told once; log.jsonl holds the peak of every line as {PEAK}"
+            f"its median {median:.3g}. Changing patches of almost one color can cause this if loss.motion_eps is "
+            f"small (default: 0.05). This warning appears once; log.jsonl contains the peak of every line as {PEAK}"
         )

@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
+"""One optimizer step: forward and backward passes, clipping, optimizer. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mam2.engine.config.pretrain import PretrainConfig, TrainConfig, micro_batches_per_step
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
@@ -29,30 +30,30 @@ from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
 
 Extras = TypeVar("Extras")
-"""What goes with a video into its step: codes, or targets and drop masks."""
+"""Further inputs of a step per video: codes, or targets and drop factors."""
 
 
 class Step(ABC, Generic[Extras]):
-    """The model of a run, spread over its processes and compiled as its config says, with its optimiser.
+    """The model of a run, distributed over its processes and compiled according to the config, with its optimizer.
 
-    Ranks take neighbouring parts of each pass, and what is drawn for a clip belongs to its place among all: so any
-    number of ranks and passes sees the same clips under the same draws.
+    Ranks process adjacent parts of each pass. Random draws are keyed by a clip's index in the global batch, so that the
+    results do not depend on the number of ranks and passes.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, world: World) -> None:
         self.config, self.model, self.device, self.world = config, model.to(device), device, world
         self.micro_batches = micro_batches_per_step(config, world.size)
         if config.run.compile:
-            torch.compiler.reset()  # torch.compile counts the compilations of a function over all models of a process
+            torch.compiler.reset()  # torch.compile limits the compilations of a function over all models of a process
         compiled, self.compiled = compiler(config.run, device)
         blocks = [module for module in model.modules() if isinstance(module, Block | RegressorBlock)]
         if config.run.recompute:
             for block in blocks:
-                # nothing is drawn in a block, and random states cannot be read while a CUDA graph is recorded
+                # blocks draw no random numbers, and random states cannot be read while a CUDA graph is captured
                 again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
                 block.forward = again  # type: ignore[method-assign]
         sharded = config.run.sharding == "fsdp" and world.size > 1
-        if sharded:  # FSDP's hooks sit between the blocks and cannot be in a graph
+        if sharded:  # FSDP's hooks between the blocks cannot be part of a graph
             for block in blocks:
                 block.forward = compiled(block.forward)  # type: ignore[method-assign]
             compiled, self.compiled = (lambda part: part), f"{self.compiled}, block by block"
@@ -64,7 +65,7 @@ class Step(ABC, Generic[Extras]):
                 fully_shard(block, mp_policy=policy)
             fully_shard(self.objective, mp_policy=policy)
         elif world.size > 1:
-            # positions and masks are the same everywhere: there are no buffers to keep equal
+            # positions and masks are the same on all ranks: there are no buffers to synchronize
             self.forward = DistributedDataParallel(
                 self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -75,27 +76,27 @@ class Step(ABC, Generic[Extras]):
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
-        """The model with its loss, its parts passed through `compiled`."""
+        """Builds the model with its loss; its parts are passed through `compiled`."""
 
     @abstractmethod
     def build_optimizer(self) -> Optimizer:
-        """Of the model's parameters; a group's `scale` multiplies the step's learning rate."""
+        """Builds the optimizer; a group's `scale` multiplies the step's learning rate."""
 
     @abstractmethod
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
-        """What the objective takes of one pass of step `step`; its first clip is the step's `first_sample`th."""
+        """Returns the objective's inputs for one pass of step `step`, whose first clip has index `first_sample`."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
-        """Tensors beside the model's and the optimiser's that a checkpoint has to hold."""
+        """Returns further tensors for the checkpoint, besides the model's and the optimizer's."""
         return {}
 
     def __call__(
         self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], rate: float, *, inspect: bool
     ) -> dict[str, Tensor]:
-        """Takes step `step` on pairs of a video [B, C, T, H, W] uint8 and what goes with it, one for each pass.
+        """Runs step `step` on pairs of a video [B, C, T, H, W] uint8 and its extras, one pair per pass.
 
-        Returns 0-d tensors on the device; `bad` is 1 where loss or gradient was not finite on any rank: nothing was
-        changed then. inspect: with the objective's costlier figures. Raises UserError when GPU memory runs out.
+        Returns 0-d tensors on the device; `bad` is 1 if loss or gradient was not finite on any rank; then nothing was
+        changed. inspect: add the objective's costlier figures. Raises UserError if GPU memory is exhausted.
         """
         if self._lead:
             self._lead.wait()
@@ -116,17 +117,17 @@ class Step(ABC, Generic[Extras]):
         return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
 
     def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
-        """Before the first step, with what it will see: measures whether it is to be a CUDA graph.
+        """Times eager launches against a CUDA graph on the first batch and keeps the faster.
 
-        Returns what was found, for the log; None where there is no choice. Weights and moments stay as they are.
-        Raises UserError where `run.graph` is on and the step cannot be one.
+        Call it before the first step. Returns the reason for the log, or None if there is no choice. Weights and
+        moments do not change. Raises UserError if `run.graph` is on and the step cannot be captured.
         """
         wanted = self.config.run.graph
         if wanted == "off" or (self.device.type != "cuda" and wanted == "auto"):
             return None
         several = self.world.size > 1 or len(micro_batches) > 1
         if self.device.type != "cuda" or several or self.config.run.deterministic:
-            needs = "a CUDA graph is for a GPU, one process, one pass and free algorithms"
+            needs = "a CUDA graph needs a GPU, one process, one pass and run.deterministic off"
             if wanted == "on":
                 raise UserError(f"run.graph on: {needs}; set run.graph auto or off")
             return f"launched kernel by kernel: {needs}"
@@ -143,7 +144,7 @@ class Step(ABC, Generic[Extras]):
         return reason
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
-        """What the objective takes of a pass of this process."""
+        """Returns the objective's inputs for a pass of this process."""
         video, extras = micro_batches[index]
         return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, extras)
 
@@ -151,13 +152,13 @@ class Step(ABC, Generic[Extras]):
         return self._gradients([arguments], 1, inspect) | self._update(inspect)
 
     def _gradients(self, passes: Iterable[tuple[Any, ...]], count: int, inspect: bool) -> dict[str, Tensor]:
-        """Adds up the gradients of `count` passes; returns the means of what they log."""
+        """Accumulates the gradients of `count` passes; returns the means of their logged values."""
         values: dict[str, Tensor] = {}
         for index, arguments in enumerate(passes):
             self._exchange_gradients(index + 1 == count)
             with autocast(self.config.run, self.device):
                 total, losses, figures = self.forward(*arguments, inspect=inspect and index == 0)
-                # A loss that is not finite makes the gradient so, and with it that of every rank.
+                # A loss that is not finite makes the gradient not finite, on every rank.
                 scale = torch.where(total.detach().isfinite(), 1 / count, torch.nan)
                 (total * scale).backward()
             shares = {name: loss / count for name, loss in losses.items()} | self.objective.gradient_norms()
@@ -167,7 +168,7 @@ class Step(ABC, Generic[Extras]):
         return values
 
     def _exchange_gradients(self, now: bool) -> None:
-        """Ranks add their gradients up in the last pass of a step only."""
+        """Makes ranks exchange gradients only in the last pass of a step."""
         if isinstance(self.forward, DistributedDataParallel):
             self.forward.require_backward_grad_sync = now
         elif self._sharded:
@@ -186,7 +187,7 @@ class Step(ABC, Generic[Extras]):
         if self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm, foreach=True)
         bad = (~norm.isfinite()).float()
-        # The optimizer reads this flag on the device and leaves weights and moments as they are.
+        # The optimizer reads this flag on the device and does not change weights and moments.
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -194,7 +195,7 @@ class Step(ABC, Generic[Extras]):
 
 
 class PretrainStep(Step[Tensor | None]):
-    """A step of pre-training: what goes with a video are its codes [B, N]; a mask is drawn for each clip."""
+    """A step of pre-training; the extras of a video are its codes [B, N]; a mask is drawn for each clip."""
 
     config: PretrainConfig
     model: MAM2 | VideoMAE
@@ -211,10 +212,10 @@ class PretrainStep(Step[Tensor | None]):
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:
-    """What FSDP2 gathers and adds up: weights in 16 bits halve the traffic, gradients are summed in float32.
+    """Returns FSDP2's precision: weights are gathered in 16 bits, which halves the traffic; gradients sum in float32.
 
-    Inputs of a block are left as they are: the residual stream stays float32. On a CPU all is float32, because autocast
-    does not bring a LayerNorm's weights back to float32 there.
+    Inputs of a block are not cast: the residual stream stays float32. On a CPU everything is float32, because autocast
+    does not convert a LayerNorm's weights back to float32 there.
     """
     if dtype == torch.float32 or device.type == "cpu":
         return MixedPrecisionPolicy()
@@ -223,7 +224,7 @@ def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:
 
 @contextmanager
 def _whole_sums() -> Iterator[None]:
-    """bfloat16 products sum in float32 throughout: cuBLAS may else add up parts of a long sum in bfloat16.
+    """Makes bfloat16 products sum only in float32: otherwise cuBLAS may add parts of a long sum in bfloat16.
 
     A weight's gradient is a sum over all tokens of a batch.
     """
@@ -237,14 +238,13 @@ def _whole_sums() -> Iterator[None]:
 
 
 def _gradient_norm(module: nn.Module) -> Tensor:
-    """Of all gradients of a module together, 0-d; on every rank the whole of it."""
+    """Returns the norm of all gradients of a module, 0-d, over all ranks."""
     norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
-    """What to change when a pass of so many clips, or what is made of them beside the step, does not fit into the GPU's
-    memory."""
+    """Returns an error with remedies for a pass of `clips` clips that does not fit into the GPU's memory."""
     remedies = [f"optim.micro_batch below {clips} (the result stays that of optim.batch {config.optim.batch})"]
     if not config.run.recompute:
         remedies.append("run.recompute true")
@@ -253,4 +253,4 @@ def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
     first = first_line(error)
-    return UserError(f"out of GPU memory with {clips} clips a pass: {first} Set {', or '.join(remedies)}")
+    return UserError(f"out of GPU memory with {clips} clips per pass: {first} Set {', or '.join(remedies)}")

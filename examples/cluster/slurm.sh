@@ -1,10 +1,10 @@
 #!/bin/bash
-# Pre-trains under Slurm on one or several nodes, and puts itself back into the queue at its time limit.
+# Pre-trains under Slurm on one or several nodes, and requeues itself at its time limit.
 #
 #   sbatch examples/cluster/slurm.sh kinetics400/mam2-fast --data train.csv --out /shared/runs/k400
 #
 # 300 seconds before the limit Slurm sends SIGUSR1 to every process of the run. They finish their step, rank 0 writes a
-# checkpoint, and the run ends with status 138 (128 + SIGUSR1). The job is then requeued and goes on from there.
+# checkpoint, and the run ends with status 138 (128 + SIGUSR1). The job is then requeued and resumes from the checkpoint.
 
 #SBATCH --job-name=mam2
 #SBATCH --nodes=1
@@ -17,7 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=mam2-%j.log
 
-# One process per GPU, started by Slurm and not by torchrun: so the signal reaches each of them.
+# Slurm starts one process per GPU, without torchrun, so that the signal reaches every process.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on a node need two ports
 export MASTER_ADDR MASTER_PORT

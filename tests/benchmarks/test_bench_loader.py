@@ -58,7 +58,7 @@ def test_every_row_has_a_ratio_or_a_reason_and_none_a_rate_of_a_cpu(bench):
 
 @pytest.mark.slow
 def test_without_dali_pyav_and_the_step_are_still_measured(bench, monkeypatch):
-    for place in ("loader", "renderer"):
+    for place in ("assigned_decoders", "renderer"):
         monkeypatch.setattr(importlib.import_module(f"mam2.engine.data.{place}"), "dali_version", lambda: "")
     monkeypatch.setattr(bench, "_installed", lambda name: name != "nvidia.dali")
     rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))

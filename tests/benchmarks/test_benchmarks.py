@@ -286,6 +286,7 @@ def bench(folder: Path, *options: str, **variables: str) -> subprocess.Completed
     ]
     command += ["-k", "gather_tubes and not compiled"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark times nothing where it finds it
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -12,12 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import Job, Run, beyond, final_jobs, main_jobs, ranked_rates, sweep_jobs
-from benchmarks.trials import prepared, trial
-from benchmarks.trials.clips import STREAMS, render_hard_clip, write_hard_dataset
+from benchmarks.convergence import OutOfTime, Real, Run
+from benchmarks.trials import prepared, real, trial
+from benchmarks.trials.clips import COLORS, STREAMS, TEXTURES, render_hard_clip, render_with_looks, write_hard_dataset
+from benchmarks.trials.jobs import (
+    Job,
+    ablation_jobs,
+    at_an_end,
+    early_jobs,
+    final_jobs,
+    finetune_jobs,
+    later_jobs,
+    main_jobs,
+    random_jobs,
+    ranked_rates,
+    real_jobs,
+    sweep_jobs,
+    trained_by,
+    wider,
+)
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
-from mam2.engine.config.pretrain import check
-from mam2.engine.data.synthetic import MOTIONS, SIZE
+from benchmarks.trials.worker import config_of
+from mam2.engine.data.synthetic import MOTIONS, SHAPES, SIZE, draw_coverage
 from mam2.engine.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -25,13 +41,18 @@ from tests.helpers.paths import ROOT
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A quick run's folder."""
-    out = tmp_path_factory.mktemp("convergence")
-    _run(out)
+    out, clips = tmp_path_factory.mktemp("convergence"), tmp_path_factory.mktemp("real")
+    write_hard_dataset(clips, {"train": 16, "test": 8})
+    lines = [f"{file.relative_to(clips)},{file.parent.name[0]}" for file in sorted(clips.glob("*/*/*"))]
+    (clips / "groups.csv").write_text("\n".join(["path,way", *lines]))
+    _run(out, clips)
     return out
 
 
-def _run(out):
+def _run(out, clips):
     command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(out)]
+    command += ["--real-train", str(clips / "train"), "--real-test", str(clips / "test")]
+    command += ["--real-group", f"{clips / 'groups.csv'}:way"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -82,7 +103,7 @@ def test_the_class_is_the_motion_before_the_background():
 
 def test_interrupted_writing_goes_on(tmp_path):
     write_hard_dataset(tmp_path, {"train": 16})
-    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    files = sorted(path for path in tmp_path.glob("train/*/*"))
     assert [file.suffix for file in files].count(".mp4") == 8 == len(files) / 2
     before = {path: (path.stat().st_mtime_ns, _frames(path)) for path in files}
     files[3].unlink()
@@ -97,29 +118,97 @@ def _frames(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def test_what_a_clip_shows_does_not_tell_how_it_moves(tmp_path):
+    write_hard_dataset(tmp_path, {"train": 8})
+    rows = [line.split(",") for line in (tmp_path / "labels.csv").read_text().splitlines()]
+    assert rows[0] == ["path", "shape", "color", "texture"]
+    assert sorted(row[0] for row in rows[1:]) == sorted(
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("train/*/*")
+    )
+    looks = [
+        [render_with_looks(motion, "test", np.random.default_rng([5, number]), size=2)[1] for number in range(100)]
+        for motion in MOTIONS[:2]
+    ]
+    assert looks[0] == looks[1]
+    for kind, names in enumerate((SHAPES, COLORS, TEXTURES)):
+        counts = [[each[kind] for each in looks[0]].count(name) for name in names]
+        assert sum(counts) == 100
+        assert min(counts) > 0.5 * 100 / len(names)
+
+
+def test_the_labels_are_what_is_seen():
+    for seed in range(6):
+        clip, looks = render_with_looks("left", "test", np.random.default_rng(seed))
+        frame = clip[12].astype(int)
+        # the shape is brighter than any background: its pixels are those that stand out in its channel
+        channel = COLORS.index(looks.color)
+        shape = frame[..., channel] > 0.75 * frame[..., channel].max()
+        assert frame[shape].mean(0).argmax() == channel
+    fine, coarse = (
+        np.mean([np.abs(np.diff(clip[0, :, :, 1].astype(float))).mean() for clip in found])
+        for found in (
+            [c for c, looks in (_small(seed) for seed in range(40)) if looks.texture == name]
+            for name in ("fine", "coarse")
+        )
+    )
+    assert fine > 1.2 * coarse
+    assert draw_coverage("left", SHAPES[0], np.random.default_rng(0)).max() == 1
+
+
+def _small(seed):
+    return render_with_looks("left", "test", np.random.default_rng([8, seed]))
+
+
+def test_answers_are_numbered_in_alphabetical_order(tmp_path):
+    table = tmp_path / "looks.csv"
+    table.write_text("path,shape,color\na.mp4,cross,red\nsub/b.mp4,bar,blue\n")
+    found = prepared.answers(table, [str(tmp_path / "sub/b.mp4"), str(tmp_path / "a.mp4")])
+    assert {name: numbers.tolist() for name, numbers in found.items()} == {"shape": [0, 1], "color": [0, 1]}
+    with pytest.raises(UserError, match=r"no line for .*c\.mp4"):
+        prepared.answers(table, [str(tmp_path / "c.mp4")])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_training_of_every_setting_is_possible(name):
     setting = SETTINGS[name]
-    rates = dict.fromkeys(setting.methods, 1e-3)
+    rates = dict.fromkeys(setting.variants, 1e-3)
+    tried = {len(setting.rates[optimizer]) for optimizer in ("adamw", "muon")}
+    assert len(tried) == 1, "as many rates for each optimizer"
+    long_rates = dict.fromkeys(setting.variants, 2e-3)
+    main, ablations = main_jobs(setting, rates, long_rates), ablation_jobs(setting, rates)
+    on_real, untrained = real_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
     jobs = [
-        *sweep_jobs(setting, dict.fromkeys(setting.methods, setting.rates)),
-        *main_jobs(setting, rates, real_epochs=3.0),
+        *sweep_jobs(setting, dict.fromkeys(setting.variants, (1e-3, 2e-3))),
+        *main,
+        *ablations,
+        *on_real,
+        *untrained,
     ]
-    assert len({job.key for job in jobs}) == len(jobs)
-    final = final_jobs(setting, {method: [rate, 2 * rate] for method, rate in rates.items()})
-    assert len({job.key for job in final} & {job.key for job in jobs}) == len(final) / 2, (
-        "the winners are not run again"
-    )
+    finetuned = finetune_jobs(setting, rates, long_rates)
+    assert len({job.key for job in [*jobs, *finetuned]}) == len(jobs) + len(finetuned)
+    assert {trained_by(job).key for job in finetuned} <= {job.key for job in jobs}
     for job in jobs:
-        config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr)
-        check(config)
+        config = config_of(setting, job)
         # a video in v views is v clips: every variant takes the same number of steps
         assert config.optim.epochs * config.data.views == pytest.approx(job.epochs)
         assert config.optim.warmup_epochs == pytest.approx(0.05 * config.optim.epochs)
+        assert config.optim.name == ("muon" if job.label or "muon" in job.variant else "adamw")
     finetuning(setting, pretraining(setting, {})).check()
     assert setting.ablation_epochs in setting.budgets
-    assert {job.variant for job in jobs if job.group == "main"} == set(setting.methods)
-    assert setting.seeds >= (2 if name == "quick" else 3)
+    assert {job.variant for job in main} == set(setting.variants)
+    early, later = early_jobs(setting, rates, real=True), later_jobs(setting, rates, long_rates)
+    assert {job.key for job in [*early, *later]} == {job.key for job in [*main, *ablations, *on_real, *untrained]}
+    assert {job.base_lr for job in main if job.epochs >= setting.long_epochs} == {2e-3}
+    assert {job.base_lr for job in main if job.epochs < setting.long_epochs} == {1e-3}
+    assert setting.ablation_epochs < setting.long_epochs
+    assert setting.long_epochs in setting.budgets
+    best = {job.variant: job.base_lr for job in final_jobs(setting)}
+    of_final = {job.key for job in final_jobs(setting)}
+    shared = {job.key for job in main_jobs(setting, rates, best)} & of_final
+    assert len(shared) == len(setting.variants), "the best trainings of the last round are not done again"
+    assert {job.family for job in ablations} == set(setting.families)
+    assert {job.variant for job in on_real} == set(setting.real_variants)
+    assert setting.seeds >= (2 if name == "quick" else 5)
     changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]
     assert len(set(changes)) == len(changes), "two ablations are the same"
     default = pretraining(setting, {})
@@ -145,46 +234,82 @@ def test_rates_are_ranked_by_the_mean_on_validation_clips():
     assert ranked_rates([*trials, unlucky])["mam2"] == [3, 2, 1]
 
 
-def test_a_best_rate_at_an_end_is_looked_beyond(tmp_path, monkeypatch):
-    setting = dataclasses.replace(QUICK, rates=(1e-2, 2e-2, 4e-2))
-    best = {"mam2": 2e-2, "videomae": 3e-1}
+def test_where_a_best_rate_is_at_an_end_every_variant_gets_one_more(tmp_path, monkeypatch):
+    setting = dataclasses.replace(QUICK, rates={"adamw": (1e-2, 2e-2, 4e-2), "muon": (1e-2, 2e-2, 4e-2)})
+    best = {"mam2": 2.1e-2, "videomae": 3e-1, "mam2-muon": 1.9e-2, "videomae-muon": 2e-2}
     trained = []
 
     def train(self, jobs):
-        trained.append([(job.variant, job.base_lr) for job in jobs])
+        trained.append(len(jobs))
         return [
             {"variant": job.variant, "base_lr": job.base_lr, "probe_validation": -abs(job.base_lr - best[job.variant])}
             for job in jobs
         ]
 
     monkeypatch.setattr(Run, "train", train)
-    jobs, rates = Run(setting, tmp_path, None).sweep()
-    assert {method: ranked[0] for method, ranked in rates.items()} == {"mam2": 2e-2, "videomae": 16e-2}
-    assert [len(ranked) for ranked in rates.values()] == [2, 2]
-    assert [len(done) for done in trained] == [6, 7, 8]
-    assert sorted(job.base_lr for job in jobs if job.variant == "videomae") == [1e-2, 2e-2, 4e-2, 8e-2, 16e-2]
-    assert beyond([1.0, 2.0, 4.0], 1.0) == [0.5]
-    assert beyond([1.0, 2.0, 4.0], 2.0) == []
-    assert beyond([1.0], 1.0) == [], "a single rate is no sweep"
+    wanted = []
+    rates = Run(setting, tmp_path, None).sweep(wanted)
+    assert rates == {"mam2": 2e-2, "videomae": 8e-2, "mam2-muon": 2e-2, "videomae-muon": 2e-2}
+    assert trained == [12, 16]
+    tried = {variant: sorted(job.base_lr for job in wanted if job.variant == variant) for variant in best}
+    assert tried["videomae"] == [1e-2, 2e-2, 4e-2, 8e-2]
+    assert {len(each) for each in tried.values()} == {4}
+    assert tried["mam2"] == [5e-3, 1e-2, 2e-2, 4e-2], "beyond the better of the two ends"
+    assert wider([1.0, 2.0, 4.0], [4.0, 2.0, 1.0]) == 8.0
+    assert at_an_end([1.0, 2.0, 4.0], 1.0)
+    assert not at_an_end([1.0, 2.0, 4.0], 2.0)
+    assert not at_an_end([1.0], 1.0), "a single rate is no sweep"
+
+
+def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
+    run = Run(QUICK, tmp_path, None, minutes=1e-9)
+    rates = dict.fromkeys(QUICK.variants, 1e-3)
+    with pytest.raises(OutOfTime):
+        run.train(main_jobs(QUICK, rates, rates))
+    assert run.done == {}
+
+
+def test_groups_come_from_a_table(tmp_path):
+    table = tmp_path / "meta.csv"
+    table.write_text("path,speaker\na.mp4,M\nb.mp4,F\n")
+    paths = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.mp4")]
+    assert real.read_groups(f"{table}:speaker", paths).tolist() == [1, 0, 1]
+    for groups, message in (
+        (f"{table}:person", "no column for 'person'"),
+        (str(table), "expected TABLE:COLUMN"),
+        (f"{tmp_path / 'none.csv'}:speaker", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            real.read_groups(groups, paths)
+    with pytest.raises(UserError, match="no group for c"):
+        real.read_groups(f"{table}:speaker", ["c"])
 
 
 @pytest.mark.slow
 def test_a_quick_run_trains_all_and_writes_its_page(finished):
     results = json.loads((finished / "results.json").read_text())
     trained = {(t["group"], t["variant"]) for t in results["trials"]}
-    assert {("main", "mam2"), ("main", "videomae"), ("sweep", "mam2")} <= trained
-    assert results["steps_ms"].keys() == {*QUICK.methods, *(a.label for a in ABLATIONS)}
-    assert {label for group, label in trained if group == "ablation"} == {"mam2", *(a.label for a in ABLATIONS)}
+    assert {(group, variant) for group in ("main", "sweep") for variant in QUICK.variants} <= trained
+    assert {variant for group, variant in trained if group == "real"} == set(QUICK.real_variants)
+    assert results["steps_ms"].keys() == {*QUICK.variants, *(a.label for a in ABLATIONS)}
+    labels = {a.label for a in ABLATIONS}
+    assert {label for group, label in trained if group == "ablation"} == {"mam2-muon", *labels}
     page = (finished / "convergence.md").read_text()
-    for text in ("VideoMAE's final", "± ", *(ablation.label for ablation in ABLATIONS)):
+    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", *labels):
         assert text in page
+    assert "were not done" not in page.partition("numbers: begin")[2]
     for picture in ("convergence.png", "convergence-ablations.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    without = ("videomae", "videomae-muon", "motion alone", "pixels instead of codes")
     for found in results["trials"]:
-        assert 0 <= found["probe"] <= 1
         assert found["train_s"] == pytest.approx(found["steps"] * found["step_ms"] / 1000)
-        coded = found["variant"] not in ("videomae", "appearance decoder off", "pixels instead of codes")
-        assert (found["preparation_s"] > 0) == coded, found["variant"]
+        assert (found["preparation_s"] > 0) == (found["variant"] not in without), found["variant"]
+        if found["group"] == "real":
+            assert {len(answer["right"]) for answer in found["answers"]["train"].values()} == {8}
+        else:
+            assert all(0 <= found[name] <= 1 for name in ("probe", "shape", "color", "texture", "shape_validation"))
+        tuned = found["group"] == "main" and found["seed"] == 0
+        assert (found["finetune"] is not None) == (tuned or (found["family"] == "default" and found["seed"] == 0))
 
 
 @pytest.mark.slow
@@ -223,17 +348,18 @@ def test_a_run_that_is_done_trains_nothing_again(finished):
     before = (finished / "trials.jsonl").read_text()
     lines = before.splitlines(keepends=True)
     (finished / "trials.jsonl").write_text("".join(lines[:-1]))
-    _run(finished)
+    _run(finished, Path(json.loads((finished / "setting.json").read_text())[1][-1]).parent)
     after = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
     assert after[:-1] == lines[:-1]
     again, first = json.loads(after[-1]), json.loads(lines[-1])
-    assert {**again, "wall_s": 0} == {**first, "wall_s": 0}, "the same training twice gave other numbers"
+    spent = dict.fromkeys(("wall_s", "cpu_s", "measuring_cpu_s"), 0)
+    assert {**again, **spent} == {**first, **spent}, "the same training twice gave other numbers"
 
 
 @pytest.mark.slow
 def test_variants_of_a_seed_see_the_same_clips(finished):
     clips = prepared.load(finished / "synthetic")
-    one, other = (pretraining(QUICK, changes, seed=5) for changes in QUICK.methods.values())
+    one, other = (pretraining(QUICK, changes, seed=5) for changes in list(QUICK.variants.values())[:2])
     for _, (mine, codes), (theirs, none) in zip(
         range(5), trial.batches(one, clips), trial.batches(other, clips), strict=False
     ):
@@ -251,7 +377,7 @@ def test_the_trainings_learn(finished):
     It starts from MAM2 after one pass: at this size encoders of a few more passes fine-tune worse.
     """
     clips, encoders = prepared.load(finished / "synthetic"), []
-    for changes in QUICK.methods.values():
+    for changes in list(QUICK.variants.values())[:2]:
         short, long = (
             trial.pretrain(pretraining(QUICK, changes, epochs=epochs, base_lr=1.6e-2), clips) for epochs in (1.0, 20.0)
         )
@@ -283,10 +409,11 @@ def test_jobs_that_differ_have_other_keys():
 def test_a_folder_of_another_run_is_left_alone(tmp_path):
     assert Run(QUICK, tmp_path, None).done == {}
     assert Run(QUICK, tmp_path, None).done == {}
+    assert Run(dataclasses.replace(QUICK, seeds=7), tmp_path, None).done == {}, "more of the same"
     with pytest.raises(UserError, match="other settings or data: name another folder"):
-        Run(dataclasses.replace(QUICK, seeds=7), tmp_path, None)
+        Run(dataclasses.replace(QUICK, recorded=1), tmp_path, None)
     with pytest.raises(UserError, match="name another folder"):
-        Run(QUICK, tmp_path, (Path("a"), Path("b")))
+        Run(QUICK, tmp_path, Real((real.Lists(Path("a"), Path("b")),), Path("a")))
 
 
 def test_real_clips_that_do_not_fit_are_named(tmp_path):

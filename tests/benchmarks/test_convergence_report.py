@@ -49,6 +49,8 @@ def trials(group: str, variant: str, probe: float, *, epochs: float = 20, seeds:
             "seed": seed,
             "probe": probe + offset,
             "probe_validation": probe + offset,
+            "shape": probe / 2 - offset,
+            "shape_validation": probe / 2 - offset,
             "finetune": probe + 0.1 + offset,
             "train_s": 2 * slow * epochs,
             "step_ms": 20 * slow,
@@ -71,8 +73,12 @@ def results_of(*groups: list[dict]) -> dict[str, Any]:
         "date": "2026-01-01",
         "wall_s": 600.0,
         "versions": {"torch": "2.13"},
-        "data": {"synthetic": {**counts, "classes": 8}, "real": {**counts, "test": 25, "classes": 5}},
+        "default": "mam2",
+        "budgets": list(BUDGETS),
+        "seeds": 3,
+        "data": {"synthetic": {**counts, "classes": 8}, "real": {**counts, "classes": 0}},
         "trials": [trial for group in groups for trial in group],
+        "random": [],
     }
 
 
@@ -97,12 +103,31 @@ def full() -> dict[str, Any]:
         trials("sweep", "mam2", probe, seeds=1, base_lr=base_lr)
         for base_lr, probe in ((3e-3, 0.5), (3e-4, 0.4), (1e-3, 0.6))
     ]
-    real = [trials("real", "mam2", 0.55, epochs=40, data="real", finetune=None)]
-    default = [trials("ablation", "mam2", 0.625, label="as it is")]
-    results = results_of(*main_groups(BETTER, WORSE), *changed, *default, *sweep, *real)
+    default = trials("ablation", "mam2", 0.625, label="as it is", family="default")
+    real = [
+        {**trial, "answers": answers(right)}
+        for variant, rights in (("mam2-muon", ("1101", "1111")), ("videomae-muon", ("1000", "1000")))
+        for trial, right in zip(trials("real", variant, 0.5, seeds=2, data="real"), rights, strict=True)
+    ]
+    results = results_of(*main_groups(BETTER, WORSE), *changed, default, *sweep, real)
     results["preparation"] = {"tokenizer_s": 5.0, "tokenize_s": 7.0, "tokenizer_flops": 1.5e12, "tokenize_flops": 5e11}
-    results["random"] = {"synthetic": {"probe": [0.2, 0.22], "finetune": [0.3]}, "real": {"probe": [0.25]}}
+    untrained = {"data": "synthetic", "finetune": None, "shape": 0.2}
+    results["random"] = [
+        {**untrained, "probe": 0.2},
+        {**untrained, "probe": 0.22, "finetune": 0.3},
+        {"data": "real", "answers": answers("0101")},
+    ]
+    asked = {"train": 8, "test": 4, "classes": 2, "groups": [7, 7, 9, 9]}
+    results["real"] = {"pixels": {"words": {"pixels": answer("1100")}}, "questions": {"words": asked}}
     return results
+
+
+def answer(right: str) -> dict[str, Any]:
+    return {"accuracy": right.count("1") / len(right), "right": right}
+
+
+def answers(right: str) -> dict[str, Any]:
+    return {"words": {"mean": answer("0000"), "time": answer(right)}}
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
@@ -117,30 +142,27 @@ def test_quantiles_of_student(freedom: float, expected: float) -> None:
     assert module("intervals").t_quantile(freedom) == pytest.approx(expected, rel=1e-3)
 
 
-def test_welch_interval() -> None:
-    welch = module("intervals").welch
-    # equal spread and size: the pooled test with 4 degrees of freedom
-    found = welch([0.71, 0.72, 0.73], [0.61, 0.62, 0.63])
-    half = 2.77645 * 0.01 * math.sqrt(2 / 3)
-    assert found == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
-    assert found.verdict == "better"
-    assert welch([0.51, 0.52, 0.53], [0.61, 0.62, 0.63]).verdict == "worse"
-    assert welch([0.61, 0.62, 0.66], [0.61, 0.62, 0.63]).verdict is None
-    assert welch([0.7], [0.61, 0.62]) is None
-    assert welch([0.7, 0.7], [0.6, 0.6]) is None
+def test_paired_interval() -> None:
+    paired = module("intervals").paired
+    # differences 0.1, 0.2, 0.3 over the seeds 1 to 3; seed 4 has no partner
+    found = paired({1: 0.6, 2: 0.8, 3: 0.7, 4: 0.0}, {3: 0.4, 2: 0.6, 1: 0.5, 9: 0.1})
+    half = 4.30265 * 0.1 / math.sqrt(3)
+    assert found == pytest.approx((0.2, 0.2 - half, 0.2 + half), rel=1e-3)
+    assert found.verdict is None
+    assert paired({1: 0.6, 2: 0.82}, {1: 0.5, 2: 0.71}).verdict == "better"
+    assert paired({1: 0.5, 2: 0.71}, {1: 0.6, 2: 0.82}).verdict == "worse"
+    assert paired({1: 0.6, 2: 0.8}, {2: 0.6, 3: 0.5}) is None
+    assert paired({1: 0.75, 2: 0.5}, {1: 0.5, 2: 0.25}) is None
 
 
-def test_welch_interval_holds_the_difference_as_often_as_it_says() -> None:
+def test_paired_interval_holds_the_difference_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    wide, narrow = generator.normal(0, 3, (1000, 3)), generator.normal(0, 1, (1000, 4))
-    intervals = [module("intervals").welch(*map(list, pair)) for pair in zip(wide, narrow, strict=True)]
-    assert 0.93 < statistics.fmean(each.low < 0 < each.high for each in intervals) < 0.98
-
-
-def test_wilson_interval() -> None:
-    assert module("intervals").wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    low, high = module("intervals").wilson(1.0, 25)
-    assert (low, high) == pytest.approx((0.8668, 1), abs=1e-4)
+    seeds = generator.normal(0, 3, (1000, 4))
+    other = seeds + generator.normal(0, 1, seeds.shape)
+    intervals = [
+        module("intervals").paired(*(dict(enumerate(each)) for each in pair)) for pair in zip(other, seeds, strict=True)
+    ]
+    assert 0.93 < statistics.fmean(each.low < 0 < each.high for each in intervals) < 0.97
 
 
 def test_reach_between_two_budgets() -> None:
@@ -226,24 +248,40 @@ def test_nothing_is_reached_without_one_of_the_methods() -> None:
 def test_main_table() -> None:
     rows = rows_of(module("report").main_table(full()))
     assert [(row["method"], row["epochs"]) for row in rows] == [
-        *(("MAM2", f"{epochs}") for epochs in BUDGETS),
-        *(("VideoMAE", f"{epochs}") for epochs in BUDGETS),
+        *(("MAM2, AdamW", f"{epochs}") for epochs in BUDGETS),
+        *(("VideoMAE, AdamW", f"{epochs}") for epochs in BUDGETS),
         ("random encoder", ""),
     ]
     assert rows[1] == {
-        "method": "MAM2",
+        "method": "MAM2, AdamW",
         "epochs": "10",
         "base lr": "0.001",
         "seeds": "3",
-        "linear probe, %": "50.0 ± 1.0",
-        "fine-tuning, %": "60.0 ± 1.0",
+        "motion, %": "50.0 ± 1.0",
+        "shape, %": "25.0 ± 1.0",
+        "motion, fine-tuned, %": "60.0 ± 1.0",
         "seconds": "42",
         "training s": "30",
         "preparation s": "12",
         "TFLOP": "17",
     }
-    assert rows[-1]["linear probe, %"] == "21.0 ± 1.4"
-    assert rows[-1]["fine-tuning, %"] == "30.0"
+    assert rows[-1]["motion, %"] == "21.0 ± 1.4"
+    assert rows[-1]["motion, fine-tuned, %"] == "30.0"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    results = full()
+    assert module("report").paired_table(results) == "", "the same in every seed: no interval"
+    for trial in results["trials"]:
+        if trial["group"] == "main" and trial["variant"] == "mam2":
+            trial["probe"] += 0.001 * trial["seed"]
+    results["trials"] = [t for t in results["trials"] if (t["variant"], t["epochs"], t["seed"]) != ("videomae", 40, 0)]
+    rows = rows_of(module("report").paired_table(results))
+    assert [(row["epochs"], row["seeds"]) for row in rows] == [("5", "3"), ("10", "3"), ("20", "3"), ("40", "2")]
+    half = 4.30265 * 0.1 / math.sqrt(3)
+    expected = f"+10.1 [{10.1 - half:+.1f}, {10.1 + half:+.1f}]"
+    assert rows[0]["motion, points [95 %]"] == expected
+    assert rows[0]["difference"] == "MAM2, AdamW − VideoMAE, AdamW"
 
 
 def test_ablation_table() -> None:
@@ -254,15 +292,23 @@ def test_ablation_table() -> None:
         ("", "0.8"),
         ("motion", "no motion decoder"),
     ]
-    assert [row["clearly"] for row in rows] == ["", "", "better", "worse"]
-    assert [row["difference [95 %]"] for row in rows] == [
-        *("", "-0.5 [-2.8, +1.8]", "+27.5 [+25.2, +29.8]", "-22.5 [-24.8, -20.2]"),
-    ]
     assert [row["× default"] for row in rows] == ["1.00", "1.00", "2.00", "1.00"]
+    assert rows[0]["motion, %"] == "62.5 ± 1.0"
+
+
+def test_ablations_are_compared_seed_by_seed() -> None:
+    results = full()
+    for trial in results["trials"]:
+        if trial["label"] == "no motion decoder":
+            trial["probe_validation"] += 0.001 * trial["seed"]
+    row = rows_of(module("report").ablation_table(results))[-1]
+    half = 4.30265 * 0.1 / math.sqrt(3)
+    assert row["difference [95 %]"] == f"-22.4 [{-22.4 - half:+.1f}, {-22.4 + half:+.1f}]"
+    assert row["clearly"] == "worse"
 
 
 def test_two_defaults_are_refused() -> None:
-    groups = [trials("ablation", "mam2", 0.6, label=label) for label in ("default", "mask ratio 0.8")]
+    groups = [trials("ablation", "mam2", 0.6, label=label, family="default") for label in ("default", "mask ratio 0.8")]
     with pytest.raises(ValueError, match=r"found \['default', 'mask ratio 0.8'\]"):
         module("report").ablation_table(results_of(*groups))
 
@@ -276,14 +322,21 @@ def test_sweep_table() -> None:
         assert [row["best"] for row in rows_of(report.sweep_table(ends)) if row["best"]] == [best]
 
 
-def test_real_table_says_what_so_few_videos_allow() -> None:
-    report = module("report")
-    rows = rows_of(report.real_table(full()))
-    low, high = module("intervals").wilson(0.55, 25)
-    assert rows[0]["linear probe, 95 % of 25 videos"] == f"{100 * low:.1f} to {100 * high:.1f}"
-    assert "fine-tuning, %" not in rows[0]
-    assert rows[1] == {**dict.fromkeys(rows[0], ""), "method": "random encoder", "linear probe, %": "25.0"}
-    assert "25 test videos: one video is 4.0 points" in report.page(full())
+def test_real_table() -> None:
+    rows = rows_of(module("real_report").real_table(full(), "words"))
+    assert [(row["encoder"], row["pool"], row["seeds"], row["accuracy, %"]) for row in rows] == [
+        ("pixel components", "", "", "50.0"),
+        ("MAM2, Muon", "a mean per time slot", "2", "87.5"),
+        ("VideoMAE, Muon", "a mean per time slot", "2", "25.0"),
+        ("random encoder", "a mean per time slot", "1", "50.0"),
+        ("MAM2, Muon", "the mean of all tokens", "2", "0.0"),
+        ("VideoMAE, Muon", "the mean of all tokens", "2", "0.0"),
+        ("random encoder", "the mean of all tokens", "1", "0.0"),
+    ]
+    # of the groups of two clips MAM2 has 1.0 and 0.75 right, VideoMAE 0.5 and 0
+    assert rows[1]["95 % over groups"] == "75.0 to 100.0"
+    assert rows[1]["against VideoMAE"] == "+62.5 [+50.0 to +75.0]"
+    assert rows[2]["against VideoMAE"] == ""
 
 
 def test_page_has_every_part() -> None:
@@ -292,26 +345,35 @@ def test_page_has_every_part() -> None:
     assert page.endswith(MARKERS[1])
     assert [line for line in page.splitlines() if line.startswith("#")] == [
         "### Accuracy against epochs, seconds and FLOPs",
+        "### What it takes to reach the other's accuracy",
         "### Ablations",
         "### Learning rates",
         "### Real clips",
     ]
     assert "(convergence.png)" in page
     assert "(convergence-ablations.png)" in page
-    assert "on a machine (torch 2.13): 42 trainings, 10 minutes in all" in page
+    assert "on a machine (torch 2.13): 40 trainings, 10 minutes in all" in page
+    assert "24 of the 48 trainings were not done" in page
     assert "5.0 s to train the tokenizer, 7.0 s to compute the codes, 2 TFLOP together" in page
-    assert "- Linear probe: MAM2 reaches VideoMAE's final 60.0 % (40 epochs) with **0.35 ×** the epochs" in page
-    assert "- Linear probe: VideoMAE does not reach MAM2's final 80.0 % (40 epochs) within its 40 epochs: " in page
-    assert "- Linear probe: VideoMAE reaches VideoMAE's final 60.0 % (40 epochs) with **1.00 ×** the epochs" in page
-    assert page.count("- Fine-tuning: ") == 3
+    wanted = "- Motion: MAM2, AdamW reaches VideoMAE, AdamW's final 60.0 % (40 epochs) with **0.35 ×** the epochs"
+    assert wanted in page
+    assert (
+        "- Motion: VideoMAE, AdamW does not reach MAM2, AdamW's final 80.0 % (40 epochs) within its 40 epochs: " in page
+    )
+    assert (
+        "- Shape: VideoMAE, AdamW reaches VideoMAE, AdamW's final 30.0 % (40 epochs) with **1.00 ×** the epochs" in page
+    )
+    assert page.count("- Shape: ") == 3
+    assert "**words**: 2 classes (chance 50 %), 8 clips to fit on, 4 to test on, of 2 groups." in page
 
 
 def test_page_leaves_out_what_was_not_run() -> None:
     page = module("report").page(results_of(*main_groups(BETTER, WORSE, seeds=1, finetune=None)))
     assert [line for line in page.splitlines() if line.startswith("#")] == [
-        "### Accuracy against epochs, seconds and FLOPs"
+        "### Accuracy against epochs, seconds and FLOPs",
+        "### What it takes to reach the other's accuracy",
     ]
-    assert "ine-tuning" not in page
+    assert "ine-tun" not in page
     assert "ablations" not in page
     assert "None" not in page
     assert "nan" not in page
@@ -361,11 +423,12 @@ def test_picture_of_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = {line.get_label(): line for line in panels[1].lines}
     assert labels["random encoder"].get_ydata()[0] == pytest.approx(21)
     assert labels["chance"].get_ydata()[0] == pytest.approx(12.5)
-    assert labels["MAM2 without preparation"].get_xdata().tolist() == [15, 30, 60, 120]
+    assert labels["_without preparation"].get_xdata().tolist() == [15, 30, 60, 120]
+    assert panels[3].containers[1].lines[0].get_ydata() == pytest.approx([50 * probe for probe in WORSE])
 
 
 def test_picture_of_one_measure_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = results_of(*main_groups(BETTER, WORSE, seeds=1, finetune=None))
+    results = results_of(*main_groups(BETTER, WORSE, seeds=1, shape=None))
     assert len(panels_of(monkeypatch, "draw", results)) == 3
     assert not panels_of(monkeypatch, "draw_ablations", results)
     assert not panels_of(monkeypatch, "draw", results_of())
@@ -377,6 +440,6 @@ def test_picture_of_ablations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert labels == ["mask ratio", "0.75", "0.8", "motion", "no motion decoder"]
     points = [container.lines[0] for container in axes.containers]
     assert [float(point.get_xdata()[0]) for point in points] == pytest.approx([62, 90, 40])
-    assert [point.get_color() for point in points] == ["0.35", "C0", "C3"]
+    assert [point.get_color() for point in points] == ["0.35", "0.35", "0.35"], "the same in every seed: no interval"
     band = axes.patches[0]
     assert (band.get_x(), band.get_width()) == pytest.approx((61.5, 2))

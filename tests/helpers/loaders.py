@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.model.classifier import Classifier, linear_head
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
 

@@ -122,11 +122,11 @@ def test_no_path_of_this_machine_is_shared(run, clips, tmp_path, small):
 
 def test_mistakes_are_named(run, hub, tmp_path, capsys):
     for arguments, message in (
-        ((run, "--to", "mam2", "--push", "somebody/x"), "--push somebody/x: name the license of the weights"),
+        ((run, "--to", "mam2", "--push", "somebody/x"), "--push somebody/x: expected the license of the weights"),
         ((run, "--to", "mam2", "--push", "x", "--license", "mit"), "--push x: expected OWNER/NAME"),
         ((run, "--to", "mam2", "--out", tmp_path / "x", "--license", "My own!"), "--license 'My own!': expected"),
         ((run, "--to", "onnx", "--push", "a/b", "--license", "mit"), "--to onnx: a model card and --push are for"),
-        ((run, "--to", "mam2"), "name the folder or file to write with --out, or a repository with --push"),
+        ((run, "--to", "mam2"), "expected --out with a folder or file, or --push with a repository"),
         (
             ("hub:somebody/nothing", "--to", "mam2", "--out", tmp_path / "x"),
             "hub:somebody/nothing: cannot be downloaded",

@@ -9,7 +9,7 @@ import torch
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder, digest
 from mam2.engine.checkpoints.untrained import _like, is_random, load_all_frozen
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import initialize
 from mam2.engine.model.positions import set_clip_size
@@ -59,7 +59,7 @@ def test_a_recipe_says_the_model_and_flags_the_clips():
         (["embed", "random", "--recipe", "ucf101/finetune"], "recipe"),
         (["embed", "random", "--recipe", "demo", "--size", "17"], "17"),
         (["evaluate", "random"], "random weights of which model? Add --recipe"),
-        (["evaluate", "videos", "--recipe", "ucf101/finetune"], "says the model of the checkpoint `random`"),
+        (["evaluate", "videos", "--recipe", "ucf101/finetune"], "only for the checkpoint `random`"),
     ],
 )
 def test_what_is_missing_is_said_in_a_line(tmp_path, monkeypatch, capsys, synthetic_clips, arguments, message):
@@ -77,7 +77,7 @@ def test_a_folder_of_this_name_is_not_taken_for_it(tmp_path, monkeypatch):
     assert is_random("random")
     assert not is_random("runs/random")
     Path("random").mkdir()
-    with pytest.raises(UserError, match="name that by its absolute path"):
+    with pytest.raises(UserError, match="pass it by its absolute path"):
         is_random("random")
     assert not is_random(Path("random").absolute())
 

@@ -14,7 +14,8 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
-from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
+from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
 from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2
@@ -155,7 +156,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "none: no such file or folder" in capsys.readouterr().err
     (tmp_path / "there").write_text("mine")
     assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there") == 2
-    assert "there: is there already" in capsys.readouterr().err
+    assert "there already exists" in capsys.readouterr().err
     assert exit_status("export", run, "--to", "videomae", "--out", tmp_path / "there" / "out.pth") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

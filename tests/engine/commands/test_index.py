@@ -174,7 +174,7 @@ def test_a_broken_index_is_written_anew_and_a_foreign_file_is_left_alone(
     assert len(read_saved_manifest(broken).videos) == 1
     status, _, err = outcome(capsys, "index", tmp_path / "data", "--out", foreign)
     assert status == 2
-    assert "name another file, or remove this one" in err
+    assert "choose another file, or remove this one" in err
     assert foreign.read_text() == "{}\n"
     list_of_one = tmp_path / "list.csv"
     list_of_one.write_text("data/a.mp4 0\n")

@@ -53,7 +53,7 @@ def test_several_runs_share_axes_and_missing_columns_are_left_out(tmp_path: Path
     by_title = {axis.get_title(): axis for axis in figure.axes[::2] if axis.get_title()}
     assert len(by_title["gradient norm"].lines) == 2
     assert len(by_title["pixel loss"].lines) == 1
-    np.testing.assert_allclose(by_title["model FLOPs utilisation (%)"].lines[0].get_ydata(), 25)
+    np.testing.assert_allclose(by_title["model FLOPs utilization (%)"].lines[0].get_ydata(), 25)
     np.testing.assert_allclose(by_title["gradient norm"].lines[0].get_xdata(), [20, 40, 60, 80, 100])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["mam2", "videomae"]

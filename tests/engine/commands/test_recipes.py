@@ -54,7 +54,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for arguments, reason in (
         (("--out", tmp_path / "a.toml"), "expected the name of a recipe"),
         (("laptop", "--out", tmp_path / "a.json"), "ends in .toml"),
-        (("laptop", "--out", tmp_path / "there.toml"), "exists already"),
+        (("laptop", "--out", tmp_path / "there.toml"), "already exists"),
         (("labtop",), "did you mean laptop?"),
     ):
         status, _, said = outcome(capsys, "recipes", *arguments)

@@ -136,7 +136,7 @@ def test_a_stopped_tokenizing_goes_on_to_the_same_bytes(
         patch.setattr(CodeCacheWriter, "add", stopped)
         with pytest.raises(KeyboardInterrupt):
             tokenize(config, clips, tmp_path / "part", progress=False)
-    with pytest.raises(UserError, match=r"is missing or damaged; mam2 tokenize"):
+    with pytest.raises(UserError, match=r"is missing or damaged; run mam2 tokenize"):
         pretrain(with_tokenizer(config, cache=str(tmp_path / "part")), clips, tmp_path / "run", progress=False)
     assert tokenize(config, clips, tmp_path / "part", progress=False).clips == 32 - 10  # two shards were whole
     assert tokenize(config, clips, tmp_path / "part", progress=False).clips == 0
@@ -150,17 +150,17 @@ def test_a_cache_that_does_not_fit_is_an_error_before_anything_is_trained(
 ) -> None:
     cached = with_tokenizer(config, cache=str(codes))
     other = dataclasses.replace(cached, data=dataclasses.replace(cached.data, min_area=0.5))
-    with pytest.raises(UserError, match=r"data.min_area = 0.7, this run says 0.5"):
+    with pytest.raises(UserError, match=r"data.min_area = 0.7, this run has 0.5"):
         pretrain(other, clips, tmp_path / "run", progress=False)
     less = tmp_path / "less"
     shutil.copytree(clips, less)
     next(less.rglob("*.mp4")).unlink()
-    with pytest.raises(UserError, match="holds codes of other videos"):
+    with pytest.raises(UserError, match="contains codes of other videos"):
         pretrain(cached, less, tmp_path / "run", progress=False)
     another = load_vqgan(codes / "tokenizer.safetensors")
     another.quantize.embedding.weight.data[0] += 1
     save_vqgan(another, tmp_path / "another.safetensors")
-    with pytest.raises(UserError, match="holds codes of the tokenizer"):
+    with pytest.raises(UserError, match="contains codes of the tokenizer"):
         pretrain(
             with_tokenizer(cached, path=str(tmp_path / "another.safetensors")), clips, tmp_path / "run", progress=False
         )
@@ -175,7 +175,7 @@ def test_a_cache_whose_tokenizer_was_exchanged_is_an_error(
     vqgan = load_vqgan(codes / "tokenizer.safetensors")
     vqgan.quantize.embedding.weight.data[0] += 1
     save_vqgan(vqgan, tmp_path / "codes" / "tokenizer.safetensors")
-    with pytest.raises(UserError, match="not the tokenizer that the codes beside it come from"):
+    with pytest.raises(UserError, match="not the tokenizer of the codes in this folder"):
         pretrain(with_tokenizer(config, cache=str(tmp_path / "codes")), clips, tmp_path / "run", progress=False)
 
 
@@ -190,7 +190,7 @@ def test_a_resumed_run_may_take_a_cache_and_not_another_tokenizer(
     vqgan = load_vqgan(tmp_path / "tokenizer.safetensors")
     vqgan.quantize.embedding.weight.data[0] += 1
     save_vqgan(vqgan, tmp_path / "tokenizer.safetensors")
-    with pytest.raises(UserError, match="the run's tokenizer is another one than"):
+    with pytest.raises(UserError, match="the run's tokenizer differs from"):
         pretrain(cached, clips, tmp_path, resume=True, progress=False)
 
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_tokenized_is_named(
         tokenize(small(), clips, tmp_path, progress=False)
     with pytest.raises(UserError, match="'videomae' has no codes"):
         tokenize(small(model={"objective": "videomae"}), clips, tmp_path, progress=False)
-    with pytest.raises(UserError, match="the cache to read; name the one to write with --out"):
+    with pytest.raises(UserError, match="the cache to read; set the cache to write with --out"):
         tokenize(with_tokenizer(config, cache=str(tmp_path)), clips, tmp_path, progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -236,4 +236,4 @@ def test_the_verb_says_what_it_did(
     assert int(used[1]) == int((CodeCache(codes, progress=False).histogram() > 0).sum())
     assert f"--tokenizer.cache {codes} --data.recorded 2" in out
     assert exit_status(*arguments, "--data.size", "64") == 2
-    assert "data.size = 32, this run says 64" in capsys.readouterr().err
+    assert "data.size = 32, this run has 64" in capsys.readouterr().err

@@ -28,7 +28,7 @@ import av
 import numpy as np
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.loader import ClipLoader

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data import crops
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph

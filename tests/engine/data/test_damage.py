@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.loader import ClipLoader

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data import loader
 from mam2.engine.data.manifest import Skipped
 from mam2.engine.data.sampling import draw_clip, sample_at

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data import decoding, outage, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames

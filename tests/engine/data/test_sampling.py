@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.manifest import Video
 from mam2.engine.data.sampling import CROP_PLACES, CROP_SCALES, draw_clip, replacement, sample_at
 from mam2.engine.errors import UserError

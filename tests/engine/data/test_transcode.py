@@ -190,7 +190,7 @@ def test_an_interrupted_run_leaves_only_whole_files_and_goes_on(tmp_path, clip_b
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_encode", slow)
-    monkeypatch.setattr(module, "tqdm", interrupting)
+    monkeypatch.setattr(module, "Progress", interrupting)
     with pytest.raises(KeyboardInterrupt):
         transcode(tmp_path / "in", tmp_path / "out", short_side=32, jobs=1)
     assert files(tmp_path / "out") == ["0.mp4", "1.mp4", module.SETTINGS]

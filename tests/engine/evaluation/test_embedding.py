@@ -146,9 +146,9 @@ def test_a_video_that_breaks_keeps_the_windows_before(videos, run, monkeypatch):
 
 def test_mistakes_are_named(videos, run, tmp_path):
     for options, message in (
-        ({"window": "2m"}, "--window 2m: expected a whole number of frames"),
-        ({"hop": 0}, "--hop 0: expected a whole number"),
-        ({"window": 8, "stride": 2}, "--stride 2: a window of 8 decides"),
+        ({"window": "2m"}, "--window 2m: expected an integer number of frames"),
+        ({"hop": 0}, "--hop 0: expected an integer number"),
+        ({"window": 8, "stride": 2}, "--stride 2: a window of 8 determines"),
         ({"out": tmp_path / "f.csv", "hop": 8}, "expected a name that ends in .npy, .npz, .safetensors, .parquet"),
     ):
         with pytest.raises(UserError, match=message.replace(".", r"\.")):

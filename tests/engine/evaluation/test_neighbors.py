@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, render_mask_clip
 from mam2.engine.evaluation.mask_propagation import frame_features

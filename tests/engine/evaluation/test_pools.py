@@ -172,7 +172,7 @@ def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatc
     [
         ("color", "no column for 'color'; its first line holds path, label, speaker"),
         ("other.csv:speaker", "no group for 31 of the videos, the first is"),
-        ("one.csv:speaker", "are of one group"),
+        ("one.csv:speaker", "are in one group"),
         ("none.csv:speaker", "no such file"),
     ],
 )

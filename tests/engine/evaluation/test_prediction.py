@@ -195,5 +195,5 @@ def test_mistakes_are_named_before_anything_is_classified(run, videos, tmp_path,
         assert exit_status("predict", *arguments) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"--classes: names 2 classes, .* tells 3 apart"):
+    with pytest.raises(UserError, match=r"--classes: 2 names, but .* has 3 classes"):
         Predictor(run, names=("one", "two"))

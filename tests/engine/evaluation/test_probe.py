@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mam2.engine.checkpoints.frozen import load_frozen, load_pretrained
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.evaluation.attentive import RATES, attentive_probe

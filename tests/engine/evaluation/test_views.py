@@ -14,7 +14,7 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabelled
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder
-from mam2.engine.config.pretrain import DataConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sampling import draw_clip
@@ -221,7 +221,7 @@ def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
     assert [row["class"] for row in predictions(tmp_path / "bare")] == ["0", "1", "2", "2", "0"]
     with pytest.raises(UserError, match="the class 'archery' is not one of the classifier's 3"):
         evaluate(bare, clips, tmp_path / "none", **views, **said)
-    with pytest.raises(UserError, match=r"names 2 classes, .* tells 3 apart"):
+    with pytest.raises(UserError, match=r"--classes: 2 names, but .* has 3 classes"):
         evaluate(bare, clips, tmp_path / "none", **views, **said, names=NAMES[:2])
     write_videomae(load_encoder(saved), tmp_path / "encoder.pth")
     with pytest.raises(UserError, match="contains no classifier"):

@@ -287,7 +287,7 @@ def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small
         lines = read_log(tmp_path / name)
         logs.append([{key: value for key, value in line.items() if key.startswith("loss/")} for line in lines])
     assert logs[0] == logs[1]
-    with pytest.raises(UserError, match=r"tokenizer.frames = 'all', this run says 'first'"):
+    with pytest.raises(UserError, match=r"tokenizer.frames = 'all', this run has 'first'"):
         pretrain(
             small(**sizes, tokenizer={"cache": str(tmp_path / "codes")}), videos, tmp_path / "other", progress=False
         )

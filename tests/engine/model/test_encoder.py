@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import DataConfig, ModelConfig, PretrainConfig, check
+from mam2.engine.config.pretrain import ModelConfig, PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.config.sizes import PRESETS, SIZES, parameters_by_part, resized, with_preset
+from mam2.engine.config.training import DataConfig
 from mam2.engine.costs import part_costs
 from mam2.engine.model.blocks import Attention, mlp_width, sincos_positions
 from mam2.engine.model.encoder import Encoder

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mam2.engine.config.pretrain import (
-    DataConfig,
     DecoderConfig,
     LossConfig,
     MaskConfig,
@@ -19,6 +18,7 @@ from mam2.engine.config.pretrain import (
     PretrainConfig,
     RegressorConfig,
 )
+from mam2.engine.config.training import DataConfig
 from mam2.engine.model.blocks import RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.kernels import TubeMask, frame_difference, tube_mask

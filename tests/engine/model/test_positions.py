@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mam2.engine.config.pretrain import DataConfig, DecoderConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig
+from mam2.engine.config.training import DataConfig
 from mam2.engine.data.synthetic import MOTIONS, render_clip
 from mam2.engine.model.blocks import sincos_positions
 from mam2.engine.model.encoder import Encoder

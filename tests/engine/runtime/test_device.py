@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import RunConfig
+from mam2.engine.config.training import RunConfig
 from mam2.engine.runtime.device import matmul_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.config.pretrain import micro_batches_per_step
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.pretrain import pretrain
@@ -157,7 +157,7 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("mam2: error:")]
     assert len(told) == 1, done.stderr[-3000:]
-    assert "rank 1: out of GPU memory with 8 clips a pass" in told[0]
+    assert "rank 1: out of GPU memory with 8 clips per pass" in told[0]
     assert "Traceback (most recent call last)" not in done.stderr.partition("mam2: error:")[0]
 
 

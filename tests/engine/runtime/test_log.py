@@ -47,7 +47,7 @@ def test_lines_that_a_full_disk_refused_are_written_later_and_told_once(tmp_path
     assert (tmp_path / "log.txt").read_text() == "one\ntwo\nthree\n"
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("log ")]
     assert len(told) == 2
-    assert all("No space left on device. The run goes on" in line for line in told)
+    assert all("No space left on device. The run continues" in line for line in told)
 
 
 def test_tensorboard_and_a_tracker_that_fail_end_nothing(tmp_path, monkeypatch, capsys):

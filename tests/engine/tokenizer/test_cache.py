@@ -94,7 +94,7 @@ def test_codes_of_all_frames_come_back(tmp_path: Path, config: PretrainConfig) -
     assert torch.equal(opened.histogram(), codes.flatten().bincount(minlength=CODES))
     assert opened.count_absent() == 18
     assert [opened.has(1, 0), opened.has(7, 0), opened.has(2, 0), opened.has(1, 1)] == [True, True, False, False]
-    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'all', this run says 'first'"):
+    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'all', this run has 'first'"):
         opened.check(manifest(), config, TOKENIZER)
 
 
@@ -105,7 +105,7 @@ def test_a_cache_that_does_not_say_which_frames_has_the_first_ones(tmp_path: Pat
     (tmp_path / "cache.json").write_text(json.dumps(header))
     CodeCache(tmp_path, progress=False).check(manifest(), config, TOKENIZER)
     every = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, frames="all"))
-    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'first', this run says 'all'"):
+    with pytest.raises(UserError, match=r"made with tokenizer.frames = 'first', this run has 'all'"):
         writer(tmp_path, every)
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_shard_is_named_and_written_anew(tmp_path: Path, config: Pretr
     shard = tmp_path / "shards" / "a001-000001.npy"
     content = shard.read_bytes()
     shard.write_bytes(content[:-7] + b"\x01" + content[-6:])
-    with pytest.raises(UserError, match=r"a001-000001.npy is missing or damaged; mam2 tokenize"):
+    with pytest.raises(UserError, match=r"a001-000001.npy is missing or damaged; run mam2 tokenize"):
         CodeCache(tmp_path, progress=False)
     rest = writer(tmp_path, config)
     assert list(rest.missing()) == [(1, video) for video in range(4, 8)]
@@ -159,22 +159,22 @@ def test_a_damaged_shard_is_named_and_written_anew(tmp_path: Path, config: Pretr
 
 
 MISMATCHES = {
-    r"data.size = 32, this run says 64": {"data": {"size": 64}},
-    r"data.stride = 2, this run says 3": {"data": {"stride": 3}},
-    r"data.frames = 8, this run says 16": {"data": {"frames": 16}},
-    r"data.fps = 0.0, this run says 5.0": {"data": {"fps": 5.0}},
-    r"data.sampling = 'dense', this run says 'uniform'": {"data": {"sampling": "uniform"}},
-    r"data.crop = 'random-resized', this run says 'multi-scale'": {"data": {"crop": "multi-scale"}},
-    r"data.min_area = 0.7, this run says 0.8": {"data": {"min_area": 0.8}},
-    r"data.max_area = 1.0, this run says 0.9": {"data": {"max_area": 0.9}},
-    r"data.max_aspect = 1.1, this run says 1.2": {"data": {"max_aspect": 1.2}},
-    r"data.flip = False, this run says True": {"data": {"flip": True}},
-    r"data.views = 3, this run says 2": {"data": {"views": 2}},
-    r"data.recorded = 2, this run says 4": {"data": {"recorded": 4}},
-    r"run.seed = 0, this run says 1": {"run": {"seed": 1}},
-    r"model.patch = 8, this run says 16": {"model": {"patch": 16}},
-    r"model.tubelet = 2, this run says 4": {"model": {"tubelet": 4}},
-    r"tokenizer.frames = 'first', this run says 'all'": {"tokenizer": {"frames": "all"}},
+    r"data.size = 32, this run has 64": {"data": {"size": 64}},
+    r"data.stride = 2, this run has 3": {"data": {"stride": 3}},
+    r"data.frames = 8, this run has 16": {"data": {"frames": 16}},
+    r"data.fps = 0.0, this run has 5.0": {"data": {"fps": 5.0}},
+    r"data.sampling = 'dense', this run has 'uniform'": {"data": {"sampling": "uniform"}},
+    r"data.crop = 'random-resized', this run has 'multi-scale'": {"data": {"crop": "multi-scale"}},
+    r"data.min_area = 0.7, this run has 0.8": {"data": {"min_area": 0.8}},
+    r"data.max_area = 1.0, this run has 0.9": {"data": {"max_area": 0.9}},
+    r"data.max_aspect = 1.1, this run has 1.2": {"data": {"max_aspect": 1.2}},
+    r"data.flip = False, this run has True": {"data": {"flip": True}},
+    r"data.views = 3, this run has 2": {"data": {"views": 2}},
+    r"data.recorded = 2, this run has 4": {"data": {"recorded": 4}},
+    r"run.seed = 0, this run has 1": {"run": {"seed": 1}},
+    r"model.patch = 8, this run has 16": {"model": {"patch": 16}},
+    r"model.tubelet = 2, this run has 4": {"model": {"tubelet": 4}},
+    r"tokenizer.frames = 'first', this run has 'all'": {"tokenizer": {"frames": "all"}},
 }
 
 
@@ -228,7 +228,7 @@ def test_other_draws_are_an_error(tmp_path: Path, config: PretrainConfig, monkey
         return dataclasses.replace(drawn, frames=tuple(frame + 1 for frame in drawn.frames))
 
     monkeypatch.setattr(code_cache, "draw_clip", otherwise)
-    with pytest.raises(UserError, match="another version of this program or of NumPy drew"):
+    with pytest.raises(UserError, match="drawn by another version of MAM2 or NumPy"):
         cache.check(manifest(), config, TOKENIZER)
 
 
@@ -236,7 +236,7 @@ def test_another_tokenizer_is_an_error(tmp_path: Path, config: PretrainConfig) -
     cache = written(tmp_path, config)
     with pytest.raises(UserError, match=r"tokenizer 0123456789ab, this run's is ffffffffffff"):
         cache.check(manifest(), config, "f" * 64)
-    with pytest.raises(UserError, match="holds codes in float32, this run computes bfloat16"):
+    with pytest.raises(UserError, match="contains codes in float32, this run computes in bfloat16"):
         writer(tmp_path, config, precision="bfloat16")
 
 
@@ -249,10 +249,10 @@ def test_clips_out_of_order_are_refused(tmp_path: Path, config: PretrainConfig) 
 
 
 def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing: no cache of codes; mam2 tokenize writes one"):
+    with pytest.raises(UserError, match=r"nothing: not a cache of codes; write one with mam2 tokenize"):
         CodeCache(tmp_path / "nothing", progress=False)
     (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json: not the head of a cache"):
+    with pytest.raises(UserError, match=r"cache.json: not the header of a cache"):
         CodeCache(tmp_path, progress=False)
 
 

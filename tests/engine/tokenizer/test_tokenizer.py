@@ -325,5 +325,5 @@ def test_training_refuses_what_it_cannot_do() -> None:
         train_vqgan(batches(), small(8, 8, 4), 1)
     with pytest.raises(ValueError, match="at least 8"):
         train_vqgan([toy_frames(2, size=4)], small(8, 8, 8), 2)
-    with pytest.raises(ValueError, match="starts anew"):
+    with pytest.raises(ValueError, match="iterated again"):
         train_vqgan(iter([toy_frames(2)]), small(8, 8, 8), 5)

@@ -129,7 +129,7 @@ def test_a_graph_that_gains_nothing_is_not_taken(monkeypatch):
     take = build()
     choice = choose(take, Replayer(monkeypatch, replayed=1.99))
     assert not isinstance(choice.step_function, StepGraph)
-    assert choice.reason.startswith("launched kernel by kernel: as a CUDA graph it gains nothing (a step of 1990 ms")
+    assert choice.reason.startswith("launched kernel by kernel: a CUDA graph is not faster (a step of 1990 ms")
     assert [(group["lr"], group["capturable"]) for group in take.optimizer.param_groups] == [(0.0, False)] * 2
 
 
@@ -167,7 +167,8 @@ def test_what_cannot_be_recorded_is_launched(monkeypatch):
     take, plain = build(), build()
     choice = choose(take, Refuses(monkeypatch))
     assert choice.reason == (
-        "launched kernel by kernel: it cannot be a CUDA graph (operation not permitted when stream is capturing)"
+        "launched kernel by kernel: it cannot be captured as a CUDA graph "
+        "(operation not permitted when stream is capturing)"
     )
     run_steps(take), run_steps(plain)
     assert equal(state(take), state(plain))
@@ -179,7 +180,8 @@ def test_an_error_without_a_message_is_named_by_its_kind(monkeypatch):
         def record(self, work):
             raise NotImplementedError
 
-    assert choose(build(), Refuses(monkeypatch)).reason.endswith("it cannot be a CUDA graph (NotImplementedError)")
+    reason = choose(build(), Refuses(monkeypatch)).reason
+    assert reason.endswith("it cannot be captured as a CUDA graph (NotImplementedError)")
 
 
 @pytest.mark.slow
@@ -220,7 +222,7 @@ def test_a_graph_that_is_asked_for_is_not_compared(monkeypatch):
     plain, asked = build(), build()
     choice = choose(asked, Replayer(monkeypatch, replayed=3.0), compare=False)
     assert isinstance(choice.step_function, StepGraph)
-    assert choice.reason == "one CUDA graph: run.graph is on, nothing was compared"
+    assert choice.reason == "one CUDA graph: run.graph is on, without a comparison"
     run_steps(plain), run_steps(asked)
     assert equal(state(asked), state(plain))
 
@@ -232,7 +234,7 @@ def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error(monkeypatch):
 
     with pytest.raises(UserError, match=r"run\.graph on: .*not permitted.*; set run\.graph auto or off"):
         choose(build(), Refuses(monkeypatch), compare=False)
-    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph is for a GPU"):
+    with pytest.raises(UserError, match=r"run\.graph on: a CUDA graph needs a GPU"):
         build(graph="on").maybe_capture_cuda_graph(0, [batch(0)])
 
 

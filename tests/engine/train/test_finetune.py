@@ -196,7 +196,7 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
         before.classes,
         [video.label for video in before.videos],
     )
-    assert "manifest.jsonl is gone: the videos are those of" in (run / "log.txt").read_text()
+    assert "manifest.jsonl is missing: using the videos of" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow

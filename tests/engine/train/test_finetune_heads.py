@@ -203,7 +203,7 @@ def test_a_partly_frozen_run_resumes_bit_for_bit(partly_trained, unbalanced, tmp
     options = {"val": unbalanced, "encoder": None, "progress": False}
     assert finetune(config, unbalanced, tmp_path, **options).step == 2
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, train_last=2))
-    with pytest.raises(UserError, match=r"optim\.train_last = 1, this call says 2"):
+    with pytest.raises(UserError, match=r"optim\.train_last = 1, now it is 2"):
         finetune(other, unbalanced, tmp_path, **options, resume=True)
     finetune(config, unbalanced, tmp_path, **options, resume=True)
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):

@@ -104,7 +104,7 @@ def test_other_sizes_and_objectives_leave_the_encoder(config, runs):
     taken, drawn = origins(found, fresh, source)
     assert {name.split(".")[0] for name in taken} == {"encoder"}
     assert not [name for name in drawn if name.startswith("encoder.")]
-    assert "all that follows the encoder (the checkpoint is a VideoMAE)" in lines[1]
+    assert "all parts after the encoder (the checkpoint is a VideoMAE)" in lines[1]
 
 
 def test_an_encoder_of_another_size_is_an_error_with_the_values(config, runs):
@@ -178,7 +178,7 @@ def test_a_run_starts_from_a_run_at_another_size_and_goes_on(config, clips, tmp_
     assert all(torch.equal(before[name], after[name]) for name in before)
     log = (tmp_path / "second" / "log.txt").read_text()
     assert f"positions of {first.data.frames} frames of {first.data.size}² resampled to" in log
-    assert "the learning rate rises over 0.5 epochs and falls to its end at 2 " in log
+    assert "the learning rate increases for 0.5 epochs and decreases until epoch 2 " in log
     model = json.loads((tmp_path / "second" / "config.json").read_text())["model"]
     assert (model["frames"], model["size"]) == (first.data.frames, first.data.size)
     known = json.loads(checkpoint.read_metadata(result.checkpoint)["start"])

@@ -12,8 +12,8 @@ from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.finetune import FinetuneOptimConfig
-from mam2.engine.config.pretrain import OptimConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import OptimConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.mam2 import MAM2
@@ -234,16 +234,16 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
 
     monkeypatch.setattr(PretrainStep, "__call__", step)
     assert pretrain(config, clips, tmp_path / "run", progress=False).step == 3
-    with pytest.raises(UserError, match=r"optim\.name = 'muon', this call says 'adamw'"):
+    with pytest.raises(UserError, match=r"optim\.name = 'muon', now it is 'adamw'"):
         pretrain(small(run={"log_every": 1}), clips, tmp_path / "run", resume=True, progress=False)
     path = checkpoint.newest(tmp_path / "run") / "state.json"
     written = path.read_text()
     path.write_text(written.replace('"name": "muon",', ""))  # by a version that had AdamW only
-    with pytest.raises(UserError, match=r"optim\.name = 'adamw', this call says 'muon'"):
+    with pytest.raises(UserError, match=r"optim\.name = 'adamw', now it is 'muon'"):
         pretrain(config, clips, tmp_path / "run", resume=True, progress=False)
     path.write_text(written)
     assert pretrain(config, clips, tmp_path / "run", resume=True, progress=False).step == 8
-    assert "a step, Muon on " in (tmp_path / "run" / "log.txt").read_text()
+    assert "per step, Muon on " in (tmp_path / "run" / "log.txt").read_text()
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         tensors = [load_file(checkpoint.newest(tmp_path / run) / name) for run in ("whole", "run")]
         assert tensors[0].keys() == tensors[1].keys()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.config.pretrain import OptimConfig
+from mam2.engine.config.training import OptimConfig
 from mam2.engine.train.optimizer import build_optimizer, learning_rate, long_warmup
 
 CONFIG = OptimConfig(epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)

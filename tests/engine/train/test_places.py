@@ -115,11 +115,11 @@ def test_the_data_is_no_place_for_results(verb, clips, run, tmp_path, capsys):
 def test_what_is_missing_is_told_before_the_videos_are_opened(clips, tmp_path, monkeypatch, small, small_finetuning):
     monkeypatch.setattr("mam2.engine.data.manifest.scan", lambda *_, **__: pytest.fail("videos were opened"))
     config = small(tokenizer={"cache": str(tmp_path / "codes")}, data={"recorded": 1})
-    with pytest.raises(UserError, match=r"codes: no cache of codes; mam2 tokenize writes one"):
+    with pytest.raises(UserError, match=r"codes: not a cache of codes; write one with mam2 tokenize"):
         pretrain(config, clips, tmp_path / "run", progress=False)
     with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
         finetune(small_finetuning(), clips, tmp_path / "ft", val=tmp_path / "nowhere", encoder=None, progress=False)
-    with pytest.raises(UserError, match="no cache of codes"):
+    with pytest.raises(UserError, match="not a cache of codes"):
         CodeCache(tmp_path)
 
 

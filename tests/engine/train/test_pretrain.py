@@ -81,7 +81,7 @@ def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, s
 
 @pytest.mark.slow
 def test_resuming_with_other_values_is_refused(finished, clips, small):
-    with pytest.raises(UserError, match=r"mask\.ratio = 0\.5, this call says 0\.75"):
+    with pytest.raises(UserError, match=r"mask\.ratio = 0\.5, now it is 0\.75"):
         pretrain(small(mask={"ratio": 0.75}), clips, finished, resume=True, progress=False)
 
 
@@ -93,7 +93,10 @@ def test_a_wrong_tokenizer_is_told_before_the_videos_are_opened(tmp_path, small)
 def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
     with pytest.raises(UserError, match="nowhere"):
         pretrain(small(), tmp_path / "nowhere", tmp_path / "run", resume=True, progress=False)
-    assert "holds no whole checkpoint: the run begins anew" in (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        "contains no complete checkpoint: the run starts from the beginning"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -228,7 +231,7 @@ def test_a_loss_that_is_not_finite_is_left_out_counted_and_its_clips_named(value
     pretrain(small(), clips, tmp_path, progress=False)
     assert all(tensor.isfinite().all() for tensor in newest_weights(tmp_path).values())
     assert [line.get("skipped_steps", 0) for line in read_log(tmp_path)] == [0, 1, 0, 0]
-    assert "step 3: loss or gradient not finite, left out" in (tmp_path / "log.txt").read_text()
+    assert "step 3: loss or gradient not finite, skipped" in (tmp_path / "log.txt").read_text()
     named = [line.split("\t") for line in (tmp_path / "nonfinite.tsv").read_text().splitlines()]
     assert {step for step, _ in named} == {"3"}
     assert len(named) == 8  # 16 clips in two views each
@@ -276,7 +279,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path
     result = pretrain(small(run=run), clips, tmp_path, progress=False)
     assert result.step == 8
     assert same_weights(finished, tmp_path)
-    assert "No space left on device; there is none yet. The run goes on" in (tmp_path / "log.txt").read_text()
+    assert "No space left on device; there is none yet. The run continues" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -286,7 +289,7 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(clips, tmp_path, monk
 
     monkeypatch.setattr(PretrainStep, "_gradients", full)
     with pytest.raises(
-        UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
+        UserError, match=r"with 16 clips per pass: .*2\.00 GiB\. Set optim\.micro_batch below 16.*recompute"
     ):
         pretrain(small(), clips, tmp_path, progress=False)
 
@@ -297,7 +300,7 @@ def test_a_tokenizer_that_runs_out_of_memory_says_what_to_change(clips, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
 
     monkeypatch.setattr(Tokenizer, "codes", full)
-    with pytest.raises(UserError, match=r"with 16 clips a pass: .*2\.00 GiB\. Set optim\.micro_batch below 16"):
+    with pytest.raises(UserError, match=r"with 16 clips per pass: .*2\.00 GiB\. Set optim\.micro_batch below 16"):
         pretrain(small(), clips, tmp_path, progress=False)
 
 

@@ -76,10 +76,7 @@ def test_half_a_step_is_not_saved(config, clips, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         pretrain(config, clips, tmp_path, progress=False)
     assert checkpoint.newest(tmp_path) is None
-    assert (
-        "the state after step 2 is not saved (its weights are those of half a step)"
-        in (tmp_path / "log.txt").read_text()
-    )
+    assert "the state after step 2 is not saved (its last step is incomplete)" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -298,10 +295,10 @@ def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError):
         pretrain(values, clips, tmp_path, progress=False)
     text = (tmp_path / "log.txt").read_text()
-    assert "step    the first one compiles the model" in text
+    assert "step    the first step compiles the model" in text
     assert "--run.no-compile" in text
     pretrain(values, clips, tmp_path, progress=False)
-    assert (tmp_path / "log.txt").read_text().count("step    the first one is done, compiled in") == 1
+    assert (tmp_path / "log.txt").read_text().count("step    the first step is done, compiled in") == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,170 @@
+"""Questions about real clips: what an encoder that was pre-trained on some of them tells about others.
+
+A question is a pair of labeled lists, to fit a probe on and to test it. The clips of all questions are decoded once,
+the middle clip of each video; where a table says what belongs together (a speaker), so do the intervals.
+
+FOLDER/clips.npy        uint8 [videos, 1, 1, T, H, W, C]
+FOLDER/questions.npz    NAME/train, NAME/test: places in clips.npy; NAME/train-labels, NAME/test-labels;
+                        NAME/train-groups, NAME/test-groups: the group of each clip; all int64
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.trials.prepared import Split, render
+from benchmarks.trials.trial import EVALUATED, features
+from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.manifest import Manifest, scan
+from mam2.engine.data.sources import read_column
+from mam2.engine.errors import UserError
+from mam2.engine.evaluation.linear_probe import held_out, linear_probe
+from mam2.engine.evaluation.pools import Pool
+from mam2.engine.model.encoder import Encoder
+
+CLIPS, QUESTIONS = "clips", "questions.npz"
+COMPONENTS = 80
+"""Principal components of the pixel baseline."""
+POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
+"""Of the tokens of a clip, see `mam2.engine.evaluation.pools`: the field's, and those that keep time."""
+
+
+class Lists(NamedTuple):
+    """A question as the command line gives it."""
+
+    train: Path
+    test: Path
+    shots: int = 0
+    """Clips of each class that are fitted on; 0: all."""
+
+    @property
+    def name(self) -> str:
+        """Of the list that is fitted on, without its ending."""
+        return self.train.stem.removesuffix("_train").removesuffix("-train")
+
+
+class Question(NamedTuple):
+    """Rows of the clips, with their labels from 0."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    train_groups: Tensor
+    """Each clip is a group of its own where no table says what belongs together."""
+    test_groups: Tensor
+
+
+class RealClips(NamedTuple):
+    clips: np.ndarray
+    questions: Mapping[str, Question]
+
+
+class Answer(NamedTuple):
+    accuracy: float
+    """Share of right answers on the test clips, 0 to 1."""
+    right: str
+    """A digit per test clip, in their order: 1 for a right answer."""
+
+
+def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config: PretrainConfig) -> None:
+    """Decodes the videos of all questions; what is there already is kept.
+
+    groups: TABLE:COLUMN, a table with a column `path` and the column that names what a video belongs to; empty: none.
+    Raises UserError for lists or a table that cannot be used.
+    """
+    if (folder / QUESTIONS).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    known, places, videos = Manifest(()), {}, []
+    parts: dict[str, np.ndarray] = {}
+    for lists in asked:
+        classes: tuple[str, ...] = ()
+        for part, source in (("train", lists.train), ("test", lists.test)):
+            manifest, _ = scan(source, known)
+            classes = classes or manifest.classes
+            manifest = relabelled(manifest, source, classes)
+            if part == "train" and lists.shots:
+                manifest = some_of_each_class(manifest, lists.shots)
+            for video in manifest.videos:
+                if video.path not in places:
+                    places[video.path] = len(videos)
+                    videos.append(video)
+            known = Manifest(tuple(videos))
+            paths = [video.path for video in manifest.videos]
+            parts[f"{lists.name}/{part}"] = np.array([places[path] for path in paths])
+            parts[f"{lists.name}/{part}-labels"] = np.array([video.label for video in manifest.videos])
+            parts[f"{lists.name}/{part}-groups"] = read_groups(groups, paths) if groups else np.arange(len(paths))
+    data = dataclasses.replace(config.data, recorded=1, views=1)
+    render(CLIPS, Manifest(tuple(videos)), folder, dataclasses.replace(config, data=data), train=False)
+    np.savez(folder / QUESTIONS, **parts)
+
+
+def some_of_each_class(manifest: Manifest, count: int) -> Manifest:
+    """At most so many videos of each class, evenly from the order of the list."""
+    chosen: list[int] = []
+    for label in range(len(manifest.classes)):
+        places = [place for place, video in enumerate(manifest.videos) if video.label == label]
+        taken = min(count, len(places))
+        chosen += [places[number * len(places) // taken] for number in range(taken)]
+    return dataclasses.replace(manifest, videos=tuple(manifest.videos[place] for place in sorted(chosen)))
+
+
+def read_groups(groups: str, paths: Sequence[str]) -> np.ndarray:
+    """The group of each path, numbered in alphabetical order: int64. UserError where the table does not tell."""
+    table, _, column = groups.rpartition(":")
+    if not table:
+        raise UserError(f"--real-group {groups}: expected TABLE:COLUMN, a table with a column of paths")
+    names = read_column(Path(table), column)
+    if missing := next((path for path in paths if not names.get(path)), None):
+        raise UserError(f"--real-group {groups}: no group for {missing}; the table must name every video")
+    numbers = {name: number for number, name in enumerate(sorted(set(names.values())))}
+    return np.array([numbers[names[path]] for path in paths])
+
+
+def load_questions(folder: Path) -> RealClips:
+    parts = {name: torch.from_numpy(found) for name, found in np.load(folder / QUESTIONS).items()}
+    names = dict.fromkeys(name.partition("/")[0] for name in parts)
+    fields = {field: field.replace("_", "-") for field in Question._fields}
+    questions = {name: Question(**{field: parts[f"{name}/{key}"] for field, key in fields.items()}) for name in names}
+    return RealClips(np.load(folder / f"{CLIPS}.npy", mmap_mode="r"), questions)
+
+
+def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, dict[str, Answer]]:
+    """The answers to every question, by the way the tokens are pooled."""
+    clips = Split(real.clips, torch.empty(0))
+    pooled = features(encoder, clips.videos(EVALUATED), config, POOLS)
+    return {
+        name: {pool: _answer(pooled[pool][asked.train], pooled[pool][asked.test], asked) for pool in POOLS}
+        for name, asked in real.questions.items()
+    }
+
+
+def pixel_answers(real: RealClips) -> dict[str, Answer]:
+    """Those of `COMPONENTS` principal components of the gray pixels of all frames, without any encoder."""
+    gray = torch.from_numpy(np.array(real.clips[:, 0, 0])).float().mean(-1).flatten(1)
+    found = {}
+    for name, asked in real.questions.items():
+        train, test = gray[asked.train], gray[asked.test]
+        center = train.mean(0)
+        # the components of n clips from their n×n products: n is smaller than the number of pixels
+        vectors = torch.linalg.eigh((train - center) @ (train - center).T).eigenvectors
+        axes = torch.nn.functional.normalize((train - center).T @ vectors[:, -COMPONENTS:], dim=0)
+        found[name] = _answer((train - center) @ axes, (test - center) @ axes, asked)
+    return found
+
+
+def _answer(train: Tensor, test: Tensor, asked: Question) -> Answer:
+    # where the test clips' groups are new to the probe, its setting is chosen on groups that are new to it, too
+    apart = set(asked.train_groups.tolist()).isdisjoint(asked.test_groups.tolist())
+    held = held_out(len(train), asked.train_groups if apart else None)
+    result = linear_probe(train, asked.train_labels, test, asked.test_labels, held)
+    return Answer(result.accuracy, "".join(str(int(right)) for right in result.right))

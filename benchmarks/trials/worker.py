@@ -1,0 +1,119 @@
+"""What the processes of a convergence run do: a training, or the timing of all steps."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from benchmarks.trials import prepared, real, trial
+from benchmarks.trials.jobs import Job, trained_by
+from benchmarks.trials.settings import ABLATIONS, Setting, finetuning, pretraining
+from mam2.engine.config.pretrain import PretrainConfig, check
+
+WARM_UP_ROUNDS = 2
+
+
+def config_of(setting: Setting, job: Job) -> PretrainConfig:
+    config = pretraining(setting, dict(job.changes), epochs=job.epochs, base_lr=job.base_lr, seed=job.seed)
+    check(config)
+    return config
+
+
+def begin() -> None:
+    """Of a process that trains; it ends with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    limit_threads()
+
+
+def limit_threads() -> None:
+    """One thread on a CPU, where as many processes as cores work side by side: so all that is timed has the same."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    # one process compiles every variant
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
+def encoder_file(out: Path, job: Job) -> Path:
+    """Where the encoder of a training is kept."""
+    return out / "encoders" / f"{hashlib.sha256(job.key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
+    """In a process of its own: one training with what is measured of it, or one fine-tuning."""
+    clips, config = prepared.load(out / job.data), config_of(setting, job)
+    start, cpu = time.perf_counter(), time.process_time()
+    if job.group == "finetune":
+        encoder = trial.pretraining(config, clips).model.encoder
+        encoder.load_state_dict(load_file(encoder_file(out, trained_by(job))))
+        tuned = trial.finetune(encoder, clips, finetuning(setting, config), labelled=setting.labelled)
+        return {"finetune": tuned, "wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+    if job.group == "random":
+        pretrained = trial.Pretrained(trial.pretraining(config, clips).model.encoder, 0, {})
+    else:
+        pretrained = trial.pretrain(config, clips)
+    spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+    if job.group in ("main", "random") and job.data == "synthetic":
+        file = encoder_file(out, job)
+        file.parent.mkdir(exist_ok=True)
+        save_file(pretrained.encoder.state_dict(), file)
+    found: dict[str, Any] = {"steps": pretrained.steps, "losses": pretrained.losses, **spent}
+    if job.data == "real":
+        answers = real.ask(pretrained.encoder, real.load_questions(out / "real"), config)
+        found["answers"] = {
+            question: {pool: answer._asdict() for pool, answer in pools.items()} for question, pools in answers.items()
+        }
+    else:
+        accuracy = trial.probe(pretrained.encoder, clips, config)
+        found |= accuracy["test"] | {f"{name}_validation": value for name, value in accuracy["validation"].items()}
+    return found | {"measuring_cpu_s": time.process_time() - cpu - spent["cpu_s"]}
+
+
+def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
+    """Median milliseconds of a step of each variant. They take turns, in another order each round, so that a change of
+    clocks, and what one leaves in the caches for the next, meets all of them.
+
+    On a CPU it is the time of the processor, on one thread: what else the machine does takes none of it.
+    """
+    clips = prepared.load(folder)
+    variants = {**setting.variants, **ablations_of(setting)}
+    configs = {variant: pretraining(setting, changes) for variant, changes in variants.items()}
+    steps = {variant: trial.pretraining(config, clips) for variant, config in configs.items()}
+    streams = {variant: trial.batches(config, clips) for variant, config in configs.items()}
+    samples: dict[str, list[float]] = {variant: [] for variant in variants}
+    order, shuffle = list(variants), random.Random(0).shuffle
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    for number in tqdm(range(WARM_UP_ROUNDS + setting.rounds), desc="steps", unit="round"):
+        shuffle(order)
+        for variant in order:
+            batch = next(streams[variant])
+            start = clock()
+            steps[variant](number, [batch], 1e-4, inspect=False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= WARM_UP_ROUNDS:
+                samples[variant].append(clock() - start)
+    return {variant: 1000 * statistics.median(found) for variant, found in samples.items()}
+
+
+def ablations_of(setting: Setting) -> dict[str, Any]:
+    """Changes of the default, by the label of the ablation."""
+    default = setting.variants[setting.default]
+    return {label: {**default, **changes} for family, label, changes in ABLATIONS if family in setting.families}

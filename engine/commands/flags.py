@@ -1,0 +1,67 @@
+"""Flags that several verbs take together; each class is one group, and its fields are parameters of the functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFlags:
+    """A frozen encoder: its model and clips, and how they are computed (probe, neighbors, embed)."""
+
+    recipe: str = ""
+    """pre-training recipe with the model and clips of the checkpoint `random`."""
+    stride: int = 0
+    """distance of two sampled frames; default: the checkpoint's."""
+    frames: int | None = None
+    """frames per clip; needed if the checkpoint does not state them, else overrides them."""
+    size: int | None = None
+    """height and width of the clips in pixels, likewise."""
+    heads: int | None = None
+    """attention heads, for a checkpoint of VideoMAE's code whose width was never published."""
+    batch: int = 32
+    """clips per forward pass."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto uses a GPU if there is one."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFlags:
+    """A classifier on views of videos: its model, the views, and how they are computed (evaluate, predict)."""
+
+    temporal: int = 0
+    """clips per video; 0: as in the recipe."""
+    spatial: int = 0
+    """crops per clip; 0: as in the recipe."""
+    batch: int = 0
+    """maximum clips per forward pass; 0: as in the recipe, or 32."""
+    frames: int | None = None
+    """frames per clip; needed if the checkpoint does not state them, else overrides them."""
+    size: int | None = None
+    """height and width of the clips in pixels, likewise."""
+    heads: int | None = None
+    """attention heads, for a checkpoint of VideoMAE's code whose width was never published."""
+    classes: Path | None = None
+    """text file with one class name per line in the order of the logits, for a checkpoint without names."""
+    threads: int = 0
+    """decoding threads; 0: one per core that this process may use."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto uses a GPU if there is one."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the parameters of `evaluate` and `predict`, with the file of class names read. Raises UserError."""
+        from mam2.engine.commands.options import read_class_names
+
+        values = dataclasses.asdict(self)
+        values["names"] = read_class_names(values.pop("classes"))
+        return values
+
+
+ENCODER, CLASSIFIER = EncoderFlags(), ClassifierFlags()

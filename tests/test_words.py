@@ -1,0 +1,67 @@
+"""Words and spellings that must not return: code, pages and messages use American spelling and the field's terms."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+TEXTS = sorted(
+    path
+    for folder in ("kernels", "engine", "examples", "benchmarks", "docs")
+    for suffix in ("*.py", "*.md")
+    for path in (ROOT / folder).rglob(suffix)
+    if not any(part in path.parts for part in ("trials", "convergence.py"))
+) + [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+
+KINDS = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+CODE = re.compile(r"`[^`]*`|\{[^{}]*\}|https?://\S+|\S+\(\S*|[\w-]*[_.][\w.]+")
+"""Code in backticks, fields of f-strings, addresses and dotted names, which may keep another spelling."""
+
+BRITISH = (
+    r"colours?|centred?|centres|grey|neighbours?|behaviours?|labelled|unlabelled|modelling|artefacts?|"
+    r"(?:normal|standard|optim|util|quant|special|vector|synchron|initial|recogn|summar|minim|maxim|organ)"
+    r"is(?:e|es|ed|er|ers|ing|ation)"
+)
+DIALECT = {
+    r"\bBeside (?:it|what|every)\b|\bbeside (?:the|it|what|its|ours|our)\b": "say 'next to' or 'compared with'",
+    r"\bwhere nothing (?:says|else)\b|\bnothing says\b": "say 'if … is unknown'",
+    r"\bthat there is\b|\bwhat (?:came|comes) of it\b|\bas it stands\b|\bso many\b|\bso-many-th\b": "name the thing",
+    r"\banew\b": "say 'again' or 'a new …'",
+    r"\bgoes? on (?:with|from|where|there)\b|\bThe run goes on\b": "say 'continues'",
+    r"\bcommonest\b(?!_)": "say 'most frequent'",
+    r"\blikeliest\b": "say 'most probable'",
+    r"\bgives? up\b|\bgiven up\b": "say 'stops' or 'no longer uses'",
+    r"\b(?:clips|frames|codes|values|bytes|steps|tokens) an? (?:second|step|pass|token|clip|video)\b": "say 'per'",
+    r"\ba folder a class\b|\bone a (?:line|frame|channel|core|level)\b": "say 'per'",
+    r"^\s*(?:r?\"\"\"|# )Of (?:the|a|an|each|what|this|one)\b": "begin with what it is or does",
+}
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """Numbered lines of a page, or of the comments, docstrings and messages of a module, without names of code."""
+    text = path.read_text(encoding="utf-8")
+    lines = list(enumerate(text.splitlines(), 1))
+    if path.suffix == ".py":
+        lines = []
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in KINDS and " " in token.string:
+                lines += enumerate(token.string.splitlines(), token.start[0])
+    return [(number, CODE.sub("·", line)) for number, line in lines]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_worst_words_do_not_return(path):
+    rules = {rf"(?<![\w-])(?:{BRITISH})(?![\w=:-])": "American spelling", **DIALECT}
+    found = [
+        f"{path.name}:{number}: {match[0].strip()!r}: {remedy}"
+        for number, line in prose(path)
+        for pattern, remedy in rules.items()
+        if (match := re.search(pattern, line))
+    ]
+    assert not found, "\n".join(found)
