@@ -15,6 +15,7 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
+from mam2.engine.model.adapters import merge_adapters
 from mam2.engine.model.classifier import Classifier, TextHead, in_units, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import set_clip_size
@@ -109,7 +110,7 @@ def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = N
 def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
     """Returns the classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
 
-    In regression it predicts the value in the units of the labels.
+    Adapters are merged into the weights. In regression it predicts the value in the units of the labels.
 
     path: a run folder, a checkpoint folder or a weights file, see `find_weights`. Raises UserError for anything else.
     """
@@ -118,7 +119,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple
         raise UserError(f"{path}: contains no classifier; expected a run of mam2 finetune, or one of its checkpoints")
     config = checkpoint.read_config(weights, FinetuneConfig)
     classifier = build_classifier(config)
-    checkpoint.load_weights(classifier, weights)
+    checkpoint.load_weights(classifier, weights, lambda tensors: merge_adapters(tensors, config.adapters))
     if config.head.task == "regression":
         in_units(classifier, config.model.target_mean, config.model.target_std)
     return classifier, config, tuple(json.loads(checkpoint.read_metadata(weights)[CLASSES]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mam2.engine.checkpoints.names import Tensors, from_hugging_face, from_videomae
 from mam2.engine.checkpoints.pickles import load_pickle
 from mam2.engine.checkpoints.weight_files import kind_of, open_safetensors
-from mam2.engine.config.finetune import Task
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 
@@ -42,7 +42,7 @@ HEAD_NORM_EPS = 1e-5
 """Epsilon of Hugging Face's LayerNorm before a head, PyTorch's default; VideoMAE has 1e-6 everywhere."""
 
 
-PROBLEM_TYPES: dict[Task, str] = {
+PROBLEM_TYPES: dict[HeadTask, str] = {
     "classes": "single_label_classification",
     "multi-label": "multi_label_classification",
     "regression": "regression",
@@ -71,7 +71,7 @@ class Weights:
 
     Hugging Face uses another one.
     """
-    task: Task = "classes"
+    task: HeadTask = "classes"
     """What the head's outputs are of."""
     normalized_pixels: bool = True
     """Whether the decoder predicts standardized pixels."""

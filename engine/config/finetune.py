@@ -19,7 +19,7 @@ from mam2.engine.config.limits import (
 from mam2.engine.config.training import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
 
-Task = Literal["classes", "multi-label", "regression"]
+HeadTask = Literal["classes", "multi-label", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    task: Task = "classes"
+    task: HeadTask = "classes"
     """What the labels are. `classes`: one class per video (softmax, cross-entropy); `multi-label`: several classes per
     video, separated by `;` (sigmoid, binary cross-entropy, mean average precision); `regression`: a number."""
     loss: Literal["mse", "mae"] = "mse"
@@ -78,6 +78,15 @@ class HeadConfig:
     """Keep the text embeddings fixed; false trains them too."""
     temperature: float = limited(0.01, POSITIVE)
     """Initial divisor of the cosines; it is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    rank: int = limited(0, COUNT_OR_NONE)
+    """Rank of the low-rank adapters (LoRA) of all linear layers of the blocks; 0: none. With adapters the encoder is
+    frozen, and only adapters and head are trained. Needs the package peft."""
+    alpha: float = limited(16.0, POSITIVE)
+    """Numerator of the adapters' scale alpha / rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +164,7 @@ class FinetuneConfig(TokenGrid):
     model: EncoderConfig = field(default_factory=EncoderConfig, metadata={RESUMABLE: True})
     """A resumed run reads this table from its checkpoint."""
     head: HeadConfig = field(default_factory=HeadConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
@@ -184,6 +194,11 @@ class FinetuneConfig(TokenGrid):
             raise UserError(f"model.width {model.width} is not a multiple of model.heads {model.heads}")
         if head.text_embeddings and head.text_encoder:
             raise UserError("head.text_embeddings and head.text_encoder both provide the text embeddings: set only one")
+        if self.adapters.rank and self.optim.train_last >= 0:
+            raise UserError(
+                f"optim.train_last {self.optim.train_last}: adapters.rank {self.adapters.rank} freezes the whole "
+                "encoder; set optim.train_last -1, or adapters.rank 0"
+            )
         if head.text_encoder and "{}" not in head.prompt:
             raise UserError(f"head.prompt: expected {{}} in place of the class name, found {head.prompt!r}")
         if head.task != "classes":

@@ -1,6 +1,6 @@
 """Labels that are not one class: several classes per video, separated by `;`, or a number to predict.
 
-A manifest keeps the text of such a label as its class. The functions here say what the texts mean.
+A manifest keeps the text of such a label as its class. The functions here parse these texts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_one_class(manifest: Manifest, source: str | Path) -> None:
         )
 
 
-def class_names(manifest: Manifest) -> tuple[str, ...]:
+def names_of_all(manifest: Manifest) -> tuple[str, ...]:
     """Returns the names of all classes in the labels, in order; numbers in the order of their values."""
     names = {name for text in manifest.classes for name in names_in(text)}
     return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
@@ -63,7 +63,7 @@ def class_places(manifest: Manifest, source: str | Path, classes: Sequence[str])
 
 
 def values_of(manifest: Manifest, source: str | Path) -> list[float]:
-    """Returns the number that each label of a manifest stands for. Raises UserError for a label that is none."""
+    """Returns the number of each label of a manifest. Raises UserError for a label that is not a number."""
     values = []
     for text in manifest.classes:
         try:

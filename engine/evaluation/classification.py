@@ -19,7 +19,7 @@ from mam2.engine.checkpoints.classifiers import check_labelled, relabelled
 from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.config.finetune import Task
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.training import RunConfig
 from mam2.engine.data.label_texts import SEPARATOR, class_places, true_classes, true_values, values_of
@@ -54,17 +54,17 @@ class TestedOn:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(TestedOn):
-    """Of one class per video: accuracies in 0 to 1, of the videos that could be decoded."""
+    """Accuracies of one class per video, 0 to 1, over the videos that could be decoded."""
 
     top1: float
     top5: float
     mean_class: float
-    """Mean of the classes' top-1 accuracies, of the classes that have videos."""
+    """Mean of the top-1 accuracies of the classes that have videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabelResult(TestedOn):
-    """Of several classes per video."""
+    """Precision of several classes per video."""
 
     mean_average_precision: float
     """0 to 1: mean of the average precisions of the classes that have videos."""
@@ -72,7 +72,7 @@ class MultiLabelResult(TestedOn):
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionResult(TestedOn):
-    """Of a number per video."""
+    """Error of a number per video."""
 
     mae: float
     """Mean absolute error, in the units of the labels."""
@@ -192,7 +192,7 @@ def evaluate(
             checkpoint=str(checkpoint),
             data=str(data),
         )
-        judges: dict[Task, Judge] = {"classes": _of_classes, "multi-label": _of_sets, "regression": _of_values}
+        judges: dict[HeadTask, Judge] = {"classes": _of_classes, "multi-label": _of_sets, "regression": _of_values}
         result, write = judges[model.task](tested, predictions.probabilities, manifest, places, classes)
         reasons = {entry.path: entry.reason for entry in manifest.skipped} | skipped
 
@@ -210,7 +210,7 @@ def evaluate(
 
 
 def _labelled_for(model: Classifier, manifest: Manifest, data: str | Path, classes: Sequence[str]) -> Manifest:
-    """The manifest as the model's task reads it. Raises UserError for labels that it cannot be compared with."""
+    """Returns the manifest with labels for the model's task. Raises UserError for labels of another kind."""
     if model.task == "classes":
         return relabelled(manifest, data, classes)
     check_labelled(manifest, data)
@@ -222,9 +222,9 @@ def _labelled_for(model: Classifier, manifest: Manifest, data: str | Path, class
 
 
 Write = Callable[[Path], None]
-"""Writes what is special for a task into a folder. Raises OSError."""
+"""Writes the files that only one task has into a folder. Raises OSError."""
 Judge = Callable[[TestedOn, Tensor, Manifest, list[int], Sequence[str]], tuple[Result, Write]]
-"""Of a task: from the scores [n, V] of the videos at so many places in a manifest."""
+"""Compares the scores [n, V] of n videos, given by their indices in a manifest, with their labels."""
 
 
 def _of_classes(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.weights import find_weights
-from mam2.engine.config.finetune import Task
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
@@ -41,7 +41,7 @@ class Prediction:
 
     path: str
     """Absolute path of the video."""
-    task: Task
+    task: HeadTask
     """What the checkpoint predicts: one class per video, several, or a number."""
     probabilities: NDArray[np.float64]
     """[V], the mean over the views; in regression the only value, not a probability."""

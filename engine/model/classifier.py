@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.config.finetune import Task
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.model.blocks import layer_norm
 from mam2.engine.model.encoder import Encoder
 
@@ -32,9 +32,9 @@ class Classifier(nn.Module):
         task: what the logits are of: one class per video, several, or a number to predict.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module, task: Task = "classes") -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module, task: HeadTask = "classes") -> None:
         super().__init__()
-        self.task: Task = task
+        self.task: HeadTask = task
         self.encoder = encoder
         self.encoder.norm = nn.Identity()  # type: ignore[assignment]
         self.norm = layer_norm(encoder.width)

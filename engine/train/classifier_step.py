@@ -12,8 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.finetune_costs import HEAD, finetune_costs
+from mam2.engine.model.adapters import add_adapters
 from mam2.engine.model.classifier import Classifier, train_only_last
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import augment
@@ -27,16 +28,9 @@ from mam2.engine.train.step import Step
 def classifier_flops(config: FinetuneConfig) -> float:
     """Returns the FLOPs per clip of a step: all tokens through the encoder, both passes; the head is negligible.
 
-    Frozen blocks and a frozen patch embedding run only forward.
+    Frozen blocks and a frozen patch embedding run only forward; frozen weights with adapters have no weight gradient.
     """
-    model, (slots, rows, columns) = config.model, config.grid
-    tokens = slots * rows * columns
-    pixels = model.tubelet * model.patch**2 * CHANNELS
-    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    frozen = config.frozen_blocks
-    embedded = embedding.flops if config.optim.train_last < 0 else embedding.forward_flops
-    return embedded + frozen * block.forward_flops + (model.depth - frozen) * block.flops
+    return sum(cost.flops for name, cost in finetune_costs(config, costs.SINGLE).items() if name != HEAD)
 
 
 class ClassifierObjective(Objective):
@@ -92,6 +86,8 @@ class FinetuneStep(Step[Prepared]):
     ) -> None:
         """targets: see `mam2.engine.train.augment.prepare`."""
         self._targets = targets
+        if config.adapters.rank:
+            add_adapters(model, config.adapters)
         train_only_last(model, config.optim.train_last)
         super().__init__(config, model, device, world)
         self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)

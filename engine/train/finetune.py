@@ -23,7 +23,7 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.label_texts import check_one_class, class_names, class_places, values_of
+from mam2.engine.data.label_texts import check_one_class, names_of_all, class_places, values_of
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from mam2.engine.data.side_stream import on_side_stream
@@ -31,6 +31,7 @@ from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
+from mam2.engine.model.adapters import check_peft, merge_adapters
 from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
@@ -73,6 +74,7 @@ def finetune(
         PeerFailed: another process of the run has failed; it prints the reason.
     """
     config.check()
+    check_peft(config.adapters)
     for labelled in (data, val):
         check_apart(labelled, out)
     if not resume:
@@ -135,10 +137,13 @@ class _Finetuning:
         self._task = TASKS[config.head.task](config, setup.classes)
         targets = self._task.targets(session.manifest, setup.data, session.log.info)
         self.train_step = FinetuneStep(config, model, session.device, world, targets)
-        if config.optim.train_last >= 0:
+        if config.optim.train_last >= 0 or config.adapters.rank:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            parts = f"{config.optim.train_last} of {config.model.depth} blocks"
+            if config.adapters.rank:
+                parts = f"adapters of rank {config.adapters.rank}"
             session.log.info(
-                f"trained {config.optim.train_last} of {config.model.depth} blocks and the head: {trained / 1e6:.2f} M "
+                f"trained {parts} and the head: {trained / 1e6:.2f} M "
                 f"of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, the rest is frozen"
             )
         self._measure = self._task.measure
@@ -205,7 +210,7 @@ class _Finetuning:
         session, config = self._session, self._session.config
         with torch.no_grad():
             whole = checkpoint.copies(self.train_step.model.state_dict() | dict(self.train_step.average), keep=True)
-            self._judge.load_state_dict(whole)
+            self._judge.load_state_dict(merge_adapters(whole, config.adapters))
         # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             predictions = classify_videos(
@@ -257,7 +262,7 @@ def _classes(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) ->
     if task == "classes":
         check_one_class(manifest, data)
         return manifest.classes
-    classes = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES])) if run.saved else class_names(manifest)
+    classes = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES])) if run.saved else names_of_all(manifest)
     class_places(manifest, data, classes)
     if not run.saved:
         run.log.info(f"classes {len(classes)}, any number of them per video")

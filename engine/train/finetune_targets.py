@@ -1,4 +1,4 @@
-"""Training targets of fine-tuning: what a label of the training list becomes, before clips are mixed.
+"""Training targets of fine-tuning: converts labels of the training list, before clips are mixed.
 
 Shapes: B clips, V outputs of the head.
 """
@@ -22,7 +22,7 @@ class Targets(ABC):
 
     @abstractmethod
     def arrays(self, labels: Tensor) -> list[NDArray[Any]]:
-        """Returns what the device needs for `labels`, int64 [B] on the CPU."""
+        """Returns the arrays to copy to the device for `labels`, int64 [B] on the CPU."""
 
     @abstractmethod
     def on_device(self, sent: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What fine-tuning makes of the labels: its targets, and the measures of a validation, for each `head.task`.
+"""Targets and validation measures of fine-tuning, for each `head.task`.
 
 Shapes: n validation videos, V outputs of the head.
 """
@@ -38,7 +38,7 @@ class LabelTask(ABC):
     """A kind of labels, for one run."""
 
     measure: str
-    """Of the log; RUN/best keeps the weights with the largest."""
+    """Name in the log of the measure whose largest value RUN/best keeps."""
 
     def __init__(self, config: FinetuneConfig, classes: tuple[str, ...]) -> None:
         """classes: names in the order of the head's outputs."""
@@ -52,13 +52,13 @@ class LabelTask(ABC):
     def measures(self, scores: Tensor, manifest: Manifest, places: list[int]) -> dict[str, float]:
         """Returns numbers for the log.
 
-        scores: float64 [n, V], what the trained model says of the videos at `places` in a manifest; in regression
-        standardized values.
+        scores: float64 [n, V], the outputs of the trained model for the videos at the indices `places` in a manifest;
+        in regression standardized values.
         """
 
     @abstractmethod
     def describe(self, found: dict[str, float]) -> str:
-        """Returns words for what `measures` returned."""
+        """Returns a text for the log about the result of `measures`."""
 
 
 class ClassTask(LabelTask):
@@ -134,7 +134,7 @@ TASKS: dict[str, type[LabelTask]] = {"classes": ClassTask, "multi-label": SetTas
 
 
 def standard(manifest: Manifest, source: str | Path) -> tuple[float, float]:
-    """Returns mean and standard deviation of the numbers of a manifest's videos; 1 where all are the same."""
+    """Returns mean and standard deviation of the numbers of a manifest's videos; 1 if all are equal."""
     values = values_of(manifest, source)
     own = [values[video.label] for video in manifest.videos]
     return statistics.fmean(own), statistics.pstdev(own) or 1.0
