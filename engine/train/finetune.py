@@ -23,7 +23,7 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.label_texts import check_one_class, names_of_all, class_places, values_of
+from mam2.engine.data.label_texts import check_one_class, class_places, names_of_all, values_of
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from mam2.engine.data.side_stream import on_side_stream
