@@ -5,7 +5,8 @@
     sweep      as many learning rates for each method and optimizer, judged by a linear probe on validation clips
     main       both methods under both optimizers at several budgets of epochs, each a training with its own schedule
     ablations  one change of the default each, at one budget
-    real       pre-training on real clips and questions about others (--real-train, --real-test), where there are any
+    real       pre-training on real clips and questions about others (--real-train, --real-test), where there are any,
+               at the best of three rates per variant, judged by the first question
     finetune   of the encoders of the main comparison
 
 Trainings run side by side, one on each CPU core (on a GPU one after the other), the important ones first. Every one
@@ -39,6 +40,7 @@ from benchmarks.trials import prepared, real, worker
 from benchmarks.trials.clips import LABELS, write_hard_dataset
 from benchmarks.trials.jobs import Job, ranked_rates
 from benchmarks.trials.report import around, write_page
+from benchmarks.trials.selection import JUDGED, REAL_JUDGED
 from benchmarks.trials.settings import SETTINGS, Setting, changed, optimizer_of, pretraining
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.costs import step_flops
@@ -116,8 +118,12 @@ class Run:
             self.prepare_real()
             early, final = plan.early_jobs(setting, rates, real=bool(self.real)), plan.final_jobs(setting)
             wanted += early
-            self.train([*early, *final])
-            long_rates = {variant: ranked[0] for variant, ranked in ranked_rates(self.train(final)).items()}
+            self.train(early)
+            if self.real:
+                wanted += (swept := plan.real_sweep_jobs(setting, rates))
+                wanted += (real_jobs := plan.real_jobs(setting, self.best_rates(swept, REAL_JUDGED)))
+                self.train(real_jobs)
+            long_rates = self.best_rates(final, JUDGED)
             later = plan.later_jobs(setting, rates, long_rates)
             finetuned = plan.finetune_jobs(setting, rates, long_rates)
             wanted += [job for job in [*later, *finetuned] if job not in early]
@@ -147,6 +153,10 @@ class Run:
                 variant: sorted([*tried[variant], plan.wider(tried[variant], ranked[variant])]) for variant in tried
             }
         return {variant: rates[0] for variant, rates in ranked.items()}
+
+    def best_rates(self, jobs: Sequence[Job], judged: str) -> dict[str, float]:
+        """Trains the jobs; returns the learning rate of each of their variants with the highest `judged`."""
+        return {variant: rates[0] for variant, rates in ranked_rates(self.train(jobs), judged).items()}
 
     def prepare(self) -> None:
         worker.limit_threads()
@@ -206,7 +216,7 @@ class Run:
                     file.flush()
                     self.note_time()
                     bar.update()
-                    score = found.get("finetune", found.get("probe"))
+                    score = found.get("finetune", found.get("probe", found.get(REAL_JUDGED)))
                     told = "" if score is None else f": {100 * score:.1f} %"
                     bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{told}")
         if any(job.key not in self.done for job in jobs):

@@ -14,7 +14,6 @@ from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.costs import PartCost
 from mam2.engine.model.blocks import mlp_width
-from mam2.engine.model.encoder import CHANNELS
 
 PATCHES, FROZEN, BLOCKS, ADAPTERS, HEAD = "patch embedding", "frozen blocks", "blocks", "adapters", "head"
 
@@ -25,7 +24,7 @@ def finetune_costs(config: FinetuneConfig, item_bytes: int) -> dict[str, PartCos
     item_bytes: bytes of a value in the compute dtype. Without a known number of classes the head is one of 1 class.
     """
     model, tokens, rank = config.model, math.prod(config.grid), config.adapters.rank
-    pixels = model.tubelet * model.patch**2 * CHANNELS
+    pixels = model.tubelet * model.patch**2 * config.data.channels
     embedding = costs.linear(tokens, pixels, model.width, item_bytes, input_gradient=False)
     whole = costs.block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     frozen = config.frozen_blocks

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from mam2.engine import costs, planning
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.finetune_costs import ADAPTERS, finetune_costs, trained_matrices, trained_parameters
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.planning import _bytes, _count, _duration, _plain, _row
 
 
@@ -33,23 +33,34 @@ class FinetunePlan(planning.Plan):
     def memory(self) -> dict[str, float]:
         """Returns the bytes held at the peak of a step on one device.
 
-        Validation has a copy of the weights. Under autocast the backward pass holds the weights in 16 bits, also the
+        Validation has a copy of weights that adapters are merged into, or that are sharded. Under autocast the backward pass holds the weights in 16 bits, also the
         frozen ones of blocks with adapters.
         """
         config, item, trained = self.config, self.dtype.itemsize, self.parameters
         data, clips = config.data, self.clips_a_pass
         shards = self.gpus if config.run.sharding == "fsdp" else 1
         cast = self.all_parameters if config.adapters.rank else trained
+        own_copy = config.adapters.rank or shards > 1
         return {
             "weights": self.all_parameters * costs.SINGLE / shards,
-            "validation": float(self.all_parameters * costs.SINGLE),
+            **({"validation": float(self.all_parameters * costs.SINGLE)} if own_copy else {}),
             **({"average": trained * costs.SINGLE / shards} if config.optim.ema else {}),
             "gradients": trained * costs.SINGLE / shards,
-            "moments": costs.SINGLE * (2 * trained - self._muon.parameters) / shards,
+            "moments": self._moments / shards,
             **({"weights cast": float(cast * item)} if item < costs.SINGLE else {}),
             "activations": float(sum(cost.held_bytes for cost in self.parts.values()) * clips),
-            "clips": float((data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS),
+            "clips": float((data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels),
         }
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: all weights, optimizer state, and their moving average if there is one."""
+        averaged = self.parameters * bool(self.config.optim.ema)
+        return (self.all_parameters + averaged) * costs.SINGLE + self._moments
+
+    @property
+    def _moments(self) -> int:
+        return costs.SINGLE * (2 * self.parameters - self._muon.parameters)
 
     @property
     def _muon(self) -> costs.PartCost:
@@ -75,8 +86,9 @@ class FinetunePlan(planning.Plan):
         step = self._update_bytes * self.gpus / self.config.optim.batch
         return (sum(cost.bytes_moved for cost in self.parts.values()) + step) / self.bytes_per_s
 
-    def report(self, videos: int = 0) -> str:
-        """Returns the text that `mam2 plan` prints."""
+    def report(self, videos: int | Sequence[int] = 0) -> str:
+        """Returns the text that `mam2 plan` prints. videos: their number, 0: unknown; of a sequence, the sum."""
+        videos = videos if isinstance(videos, int) else sum(videos)
         config, data = self.config, self.config.data
         dtype = str(self.dtype).removeprefix("torch.")
         count = micro_batches_per_step(config, self.gpus)
@@ -98,6 +110,8 @@ class FinetunePlan(planning.Plan):
             "",
             f"memory   {_bytes(sum(memory.values()))}{limit} per device (estimated): {parts}"
             f"{'' if self.fits else f'  DOES NOT FIT: {self.remedy()}'}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of "
             f"that peak is assumed, not measured; bound by {bound}; loading and validation not counted)",

@@ -21,7 +21,7 @@ class Job:
     """One training, or the fine-tuning of what one left."""
 
     group: str
-    """sweep, main, ablation, real, random, or finetune."""
+    """sweep, main, ablation, real sweep, real, random, or finetune."""
     variant: str
     changes: tuple[tuple[str, Any], ...]
     epochs: float
@@ -86,12 +86,11 @@ def main_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[
 
 
 def early_jobs(setting: Setting, rates: Mapping[str, float], *, real: bool) -> list[Job]:
-    """The first trainings after the sweep: the small budgets, untrained encoders and real clips."""
+    """The first trainings after the sweep: the small budgets and untrained encoders. real: of real clips, too."""
     main = main_jobs(setting, rates, rates)
     return [
         *(job for job in main if job.seed < setting.first_seeds and job.epochs < setting.long_epochs),
         *random_jobs(setting, ["synthetic", *(["real"] if real else [])]),
-        *(real_jobs(setting, rates) if real else []),
     ]
 
 
@@ -125,17 +124,30 @@ def ablation_jobs(setting: Setting, rates: Mapping[str, float], families: Sequen
     ]  # fmt: skip
 
 
+def real_sweep_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
+    """On real clips: a training for each of `real_variants` and each of `real_factors`.
+
+    rates: by method and optimizer, those that the sweep on synthetic clips chose.
+    """
+    return [
+        _real_job(setting, "real sweep", variant, rates[base_of(setting, variant)] * factor, SWEEP_SEED)
+        for variant in setting.real_variants
+        for factor in sorted(setting.real_factors)
+    ]
+
+
 def real_jobs(setting: Setting, rates: Mapping[str, float]) -> list[Job]:
-    """On real clips: the variants of the default's optimizer, and its targets alone, at the rate of their method."""
-    jobs = []
-    for seed in range(setting.real_seeds):
-        for variant in setting.real_variants:
-            changes = {**setting.all_variants[variant], **setting.real}
-            jobs.append(
-                Job("real", variant, tuple(changes.items()), setting.real_epochs, rates[base_of(setting, variant)],
-                    seed, data="real", label=variant)
-            )  # fmt: skip
-    return jobs
+    """On real clips: the trainings that are reported. rates: by real variant."""
+    return [
+        _real_job(setting, "real", variant, rates[variant], seed)
+        for seed in range(setting.real_seeds)
+        for variant in setting.real_variants
+    ]
+
+
+def _real_job(setting: Setting, group: str, variant: str, rate: float, seed: int) -> Job:
+    changes = {**setting.all_variants[variant], **setting.real}
+    return Job(group, variant, tuple(changes.items()), setting.real_epochs, rate, seed, data="real", label=variant)
 
 
 def finetune_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
@@ -150,10 +162,10 @@ def trained_by(job: Job) -> Job:
     return dataclasses.replace(job, group="random" if job.variant == "random" else "main")
 
 
-def ranked_rates(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Each variant's learning rates, that of the best mean accuracy on validation clips first."""
+def ranked_rates(trials: Sequence[Mapping[str, Any]], judged: str = JUDGED) -> dict[str, list[float]]:
+    """Each variant's learning rates, that of the highest mean accuracy first. judged: where a trial has it."""
     ranked: dict[str, list[float]] = {}
     for (variant,), mine in grouped([dict(trial) for trial in trials], "variant").items():
-        means = {rate: statistics.fmean(values(cell, JUDGED)) for (rate,), cell in grouped(mine, "base_lr").items()}
+        means = {rate: statistics.fmean(values(cell, judged)) for (rate,), cell in grouped(mine, "base_lr").items()}
         ranked[variant] = sorted(means, key=lambda rate: -means[rate])
     return ranked

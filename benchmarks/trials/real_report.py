@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, table
-from benchmarks.trials.selection import METHODS, Results, grouped, trials_of
+from benchmarks.trials.jobs import ranked_rates
+from benchmarks.trials.real import JUDGED_POOL
+from benchmarks.trials.selection import METHODS, REAL_JUDGED, Results, grouped, trials_of
 from mam2.engine.evaluation.linear_probe import bootstrap
 
 POOLS = {
@@ -51,9 +53,10 @@ def real_table(results: Results, question: str) -> str:
         for method, right in found.items():
             cell = trained.get(method, [])
             row: Row = {
-                "encoder": METHODS.get(method, f"MAM2, {method}"),
+                "encoder": _name(method),
                 "pool": name if method != "pixels" else None,
                 "epochs": f"{cell[0]['epochs']:g}" if cell else None,
+                "base lr": f"{cell[0]['base_lr']:g}" if cell else None,
                 "seeds": len(_answers(results)[method]) if method != "pixels" else None,
                 "accuracy, %": f"{100 * right.mean():.1f}",
                 "95 % over groups": _interval(bootstrap(right, groups=groups)),
@@ -63,6 +66,30 @@ def real_table(results: Results, question: str) -> str:
                 row["against VideoMAE"] = f"{100 * gain.mean():+.1f} [{_interval(bootstrap(gain, groups=groups), '+')}]"
             rows.append(row)
     return table(rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+def real_sweep_table(results: Results) -> str:
+    """Markdown: the accuracy by which each variant's learning rate on real clips was chosen. Empty without a sweep."""
+    rows: list[Row] = []
+    for (variant,), trials in grouped(trials_of(results, "real sweep"), "variant").items():
+        found = {trial["base_lr"]: trial[REAL_JUDGED] for trial in trials}
+        best = ranked_rates(trials, REAL_JUDGED)[variant][0]
+        at_end = " (an end of the sweep)" if len(found) > 2 and best in (min(found), max(found)) else ""
+        rows += [
+            {
+                "encoder": _name(variant),
+                "epochs": f"{trials[0]['epochs']:g}",
+                "base lr": f"{rate:g}",
+                "accuracy, %": f"{100 * accuracy:.1f}",
+                "best": f"best{at_end}" if rate == best else None,
+            }
+            for rate, accuracy in sorted(found.items())
+        ]
+    return table(rows, list(rows[0]) if rows else [])
+
+
+def _name(method: str) -> str:
+    return METHODS.get(method, f"MAM2, {method}")
 
 
 def _interval(ends: tuple[float, float], sign: str = "") -> str:
@@ -80,6 +107,17 @@ def real_parts(results: Results) -> list[str]:
         "probe of the frozen encoder, fitted and tested on clips of their own. The interval draws "
         "whole groups (speakers, where the clips have any) of the test clips; seeds are averaged before."
     )
+    first, *others = results["real"]["questions"]
+    if swept := real_sweep_table(results):
+        unseen = (
+            f"; {' and '.join(others)} did not take part in the choice." if others else ", and there are no others."
+        )
+        parts += [
+            f"Each encoder's learning rate was chosen on **{first}**, with {POOLS[JUDGED_POOL]}: the highest accuracy "
+            "on its test clips, of one training per rate, with a seed that is not reported. All trainings below have "
+            f"the chosen rate. So the numbers of {first} are of clips that chose the rate{unseen}",
+            swept,
+        ]
     for name, asked in results["real"]["questions"].items():
         groups = len(set(asked["groups"]))
         told = f"of {groups} groups" if groups < asked["test"] else "without groups"

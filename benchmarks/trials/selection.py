@@ -17,6 +17,8 @@ Axis = Literal["epochs", "seconds", "training_seconds", "flops"]
 
 JUDGED = "probe_validation"
 """What choices are made by, of learning rates and of settings: the test clips stay for what is reported."""
+REAL_JUDGED = "judged"
+"""What learning rates on real clips are chosen by, see `real.judge`."""
 METHODS = {
     "mam2-muon": "MAM2, Muon",
     "mam2": "MAM2, AdamW",

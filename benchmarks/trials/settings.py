@@ -65,6 +65,8 @@ class Setting:
     """Of the pre-training on real clips, which may be shorter than the synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
     real_epochs: float = 10
+    real_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Learning rates tried on real clips, as multiples of the rate that the sweep on synthetic clips chose."""
     real_seeds: int = 2
     rounds: int = 20
     """In which a step of every variant is timed."""
@@ -150,10 +152,16 @@ TARGETS_ALONE: Mapping[str, Changes] = {
     "motion alone": {"loss.appearance_target": "none", **ALONE},
     "codes alone": {"loss.motion_target": "none", **ALONE},
 }
+LATENTS: Changes = {"loss.appearance_target": "latents", "loss.teacher_momentum": 0.99}
+"""Features of a teacher that follows within a hundred steps, as so short a training needs."""
 ABLATIONS = (
     *(Ablation("targets", label, changes) for label, changes in TARGETS_ALONE.items()),
     Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
     Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
+    Ablation("targets", "latents instead of codes", LATENTS),
+    Ablation("targets", "latents × 1", {**LATENTS, "loss.appearance": 1.0}),
+    Ablation("targets", "latents × 1, of visible tokens too", {**LATENTS, "loss.appearance": 1.0, "loss.visible": 1.0}),
+    Ablation("targets", "latents alone", {**LATENTS, "loss.motion_target": "none", **ALONE}),
     Ablation("regressor", "off: the decoders do both jobs", {"model.regressor.depth": 0}),
     Ablation("regressor", "keys and values: all", {"model.regressor.keys": "all"}),
     Ablation("motion target", "intra", {"loss.motion_target": "intra"}),
@@ -214,6 +222,7 @@ QUICK = dataclasses.replace(
     finetune={**CPU.finetune, "optim.epochs": 1, "optim.warmup_epochs": 0.0},
     finetune_seeds=1,
     real_epochs=1,
+    real_factors=(1.0, 0.5),
 )
 GPU = Setting(
     name="gpu",

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.trials import prepared, real, trial
 from benchmarks.trials.jobs import Job, trained_by
+from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, Setting, finetuning, pretraining
 from mam2.engine.config.pretrain import PretrainConfig, check
 
@@ -75,7 +76,9 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
         file.parent.mkdir(exist_ok=True)
         save_file(pretrained.encoder.state_dict(), file)
     found: dict[str, Any] = {"steps": pretrained.steps, "losses": pretrained.losses, **spent}
-    if job.data == "real":
+    if job.group == "real sweep":
+        found[REAL_JUDGED] = real.judge(pretrained.encoder, real.load_questions(out / "real"), config)
+    elif job.data == "real":
         answers = real.ask(pretrained.encoder, real.load_questions(out / "real"), config)
         found["answers"] = {
             question: {pool: answer._asdict() for pool, answer in pools.items()} for question, pools in answers.items()

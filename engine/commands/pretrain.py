@@ -17,15 +17,15 @@ def run(arguments: list[str]) -> int:
 
     def pretrain(
         recipe: tyro.conf.Positional[str],
-        data: Path,
         out: Path,
+        data: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = recipe,
         checkpoint: Path | None = None,
         checkpoint_frames: int | None = None,
         checkpoint_size: int | None = None,
         checkpoint_heads: int | None = None,
         checkpoint_decoder_heads: int | None = None,
-        val: Path | None = None,
+        val: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
         resume: bool = False,
         size: str | None = None,
         preset: str | None = None,
@@ -34,8 +34,9 @@ def run(arguments: list[str]) -> int:
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
-            data: folder of videos, with or without class folders, or an annotation list.
             out: run folder for checkpoints and logs.
+            data: folder of videos, with or without class folders, or an annotation list. Repeat the flag for several
+                data sets; --data.weights 3 1 sets their shares. Default: data.sets of the recipe.
             config: values that override the recipe.
             checkpoint: start from its weights: a run or checkpoint of mam2, of VideoMAE or VideoMAE v2, or a folder of
                 Hugging Face. The encoder has to be the recipe's; regressor and decoders are taken where they fit.
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
             checkpoint_size: height and width of the clips in pixels, likewise.
             checkpoint_heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
             checkpoint_decoder_heads: the same for its decoder.
-            val: folder or list of validation videos, whose losses are logged, see [validation].
+            val: folder or list of validation videos, whose losses are logged, see [validation]; may be repeated.
             resume: continue from the newest checkpoint in the run folder.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).

@@ -190,6 +190,8 @@ class FinetuneConfig(TokenGrid):
         """
         model, head = self.model, self.head
         check_training(self, model.patch, model.tubelet)
+        if self.data.sets or self.data.weights:
+            raise UserError("data.sets, data.weights: only pre-training takes several data sets; pass one with --data")
         if model.width % model.heads:
             raise UserError(f"model.width {model.width} is not a multiple of model.heads {model.heads}")
         if head.text_embeddings and head.text_encoder:

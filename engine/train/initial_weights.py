@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.load import Model, encoder_of, load_model
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import PretrainConfig
@@ -117,7 +118,7 @@ def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainCo
     frames, size = encoder.trained_grid[0] * tubelet, encoder.trained_grid[1] * patch
     same = (frames, size) == (config.data.frames, config.data.size)
     model = dataclasses.replace(config.model, frames=0 if same else frames, size=0 if same else size)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, data=data_for(config.data, encoder, start.path), model=model)
 
 
 def take_weights(
@@ -128,10 +129,14 @@ def take_weights(
     config: config of the model, from `complete_config`. same_tokenizer: whether both predict codes of one tokenizer.
     """
     source, own = start.model.state_dict(), model.state_dict()
-    taken, new = ["encoder"], []
+    taken, new, lines = ["encoder"], [], []
     names = {f"encoder.{name}" for name in model.encoder.state_dict()}
     if isinstance(start.model, Encoder):
         source = {f"encoder.{name}": tensor for name, tensor in source.items()}
+    if becomes_gray(config.data, start.encoder):
+        embedding = gray_encoder(start.encoder, config.data).patch_embed.state_dict()
+        source |= {f"encoder.patch_embed.{name}": tensor for name, tensor in embedding.items()}
+        lines.append(GRAY)
     if isinstance(start.encoder.norm, nn.Identity):
         names = {name for name in names if not name.startswith("encoder.norm.")}
         new.append("the encoder's last LayerNorm (that encoder has none)")
@@ -146,11 +151,20 @@ def take_weights(
                 names |= inside
     else:
         new.append(f"all parts after the encoder (the checkpoint is a {type(start.model).__name__})")
+    if isinstance(model, MAM2) and model.teacher:
+        averaged = {name for name in own if name.startswith("teacher.")}
+        if averaged <= source.keys():
+            taken.append("teacher")
+            names |= averaged
+        else:
+            source |= {f"teacher.{name}": tensor for name, tensor in start.encoder.state_dict().items()}
+            names |= {name for name in averaged if name.replace("teacher.", "encoder.", 1) in names}
+            taken.append("teacher (the same encoder: the checkpoint has no teacher)")
     with torch.no_grad():
         for name in names:
             own[name].copy_(source[name])
     what = start.file if start.step is None else f"{start.file}, step {start.step}"
-    lines = [f"start   from {start.path} ({what}): {', '.join(taken)}"]
+    lines.insert(0, f"start   from {start.path} ({what}): {', '.join(taken)}")
     if new:
         lines.append(f"start   new, with random weights: {'; '.join(new)}")
     if config.trained_grid != config.grid:
@@ -196,6 +210,8 @@ def _why_new(
         if now.appearance_target == "codes" and not same_tokenizer:
             return "another tokenizer"
         if now.appearance_target == "pixels" and before.pixel_normalize != now.pixel_normalize:
+            return "another target"
+        if now.appearance_target == "latents" and before.teacher_blocks != now.teacher_blocks:
             return "another target"
     if part == "motion head":
         assert start.config is not None

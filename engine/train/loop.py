@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.host_copies import HostBuffers
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
@@ -81,7 +82,10 @@ class Loop:
                 session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
             )
         self.description = task.describe()
-        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=self.description.metadata)
+        buffers = HostBuffers(session.device, session.log.info) if session.device.type == "cuda" else None
+        self.saver = checkpoint.Saver(
+            session.folder, config, main=world.main, metadata=self.description.metadata, buffers=buffers
+        )
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after this number of steps."""
         self.updates, self.recorded = 0, False
@@ -178,6 +182,7 @@ class Loop:
                     if "clips_per_s" in numbers:
                         numbers["mfu"] = numbers["clips_per_s"] / self.description.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+                    numbers |= session.set_numbers(self.step)
                     step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
                 if self.step % config.run.save_every == 0 and self.step < self.steps:
@@ -193,7 +198,7 @@ class Loop:
             self.session.log.info(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a captured step does not report whether its update ran
-        values = self.train_step(self.step, clips, rate, inspect=inspect)
+        values = self.train_step(self.step, clips, rate, inspect=inspect, progress=self.step / self.steps)
         self.recorded = self.updates == updates
         self.step += 1
         self.sound = True
@@ -284,6 +289,8 @@ class Loop:
             found = checkpoint.read_state(best)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
             session.log.info(f"best    after step {found['step']}: {measured}; {best}")
+        if seen := session.describe_seen(step):
+            session.log.info(f"data    {seen}")
         session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 

@@ -21,6 +21,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded, sample_masks
+from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -86,21 +87,38 @@ class Step(ABC, Generic[Extras]):
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
         """Returns the objective's inputs for one pass of step `step`, whose first clip has index `first_sample`."""
 
+    def begin(self, progress: float) -> None:
+        """Called before each step with the share of the run's steps that are done, 0 to 1."""
+
+    def after_update(self, bad: Tensor) -> None:
+        """Called after the optimizer's update, also while a CUDA graph is captured.
+
+        bad: 0-d float, 1 if the update was skipped.
+        """
+
     def extra_state(self) -> Mapping[str, Tensor]:
         """Returns further tensors for the checkpoint, besides the model's and the optimizer's."""
         return {}
 
     def __call__(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], rate: float, *, inspect: bool
+        self,
+        step: int,
+        micro_batches: Sequence[tuple[Tensor, Extras]],
+        rate: float,
+        *,
+        inspect: bool,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """Runs step `step` on pairs of a video [B, C, T, H, W] uint8 and its extras, one pair per pass.
 
         Returns 0-d tensors on the device; `bad` is 1 if loss or gradient was not finite on any rank; then nothing was
-        changed. inspect: add the objective's costlier figures. Raises UserError if GPU memory is exhausted.
+        changed. inspect: add the objective's costlier figures. progress: share of the run's steps that are done, 0 to
+        1, for schedules other than the rate's. Raises UserError if GPU memory is exhausted.
         """
         if self._lead:
             self._lead.wait()
         cuda_graph.set_rate(self.optimizer, rate)
+        self.begin(progress)
         try:
             with _whole_sums():
                 values = self._step(step, micro_batches, inspect)
@@ -190,6 +208,7 @@ class Step(ABC, Generic[Extras]):
         # The optimizer reads this flag on the device and does not change weights and moments.
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
+        self.after_update(bad)
         self.optimizer.zero_grad()
         return {**norms, "gradient/norm": norm, "bad": bad}
 
@@ -199,6 +218,22 @@ class PretrainStep(Step[Tensor | None]):
 
     config: PretrainConfig
     model: MAM2 | VideoMAE
+
+    def __init__(self, config: PretrainConfig, model: MAM2 | VideoMAE, device: torch.device, world: World) -> None:
+        super().__init__(config, model, device, world)
+        # on the device, because a CUDA graph reads it there
+        self._momentum = torch.full((), config.loss.teacher_momentum, device=device) if config.needs_teacher else None
+
+    def begin(self, progress: float) -> None:
+        if self._momentum is not None:
+            loss = self.config.loss
+            self._momentum.fill_(momentum(loss.teacher_momentum, loss.teacher_momentum_end, progress))
+
+    def after_update(self, bad: Tensor) -> None:
+        if self._momentum is not None:
+            assert isinstance(self.model, MAM2)
+            assert self.model.teacher is not None
+            move_teacher(self.model.teacher, self.model.encoder, (1 - self._momentum) * (1 - bad))
 
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)

@@ -27,14 +27,17 @@ from benchmarks.trials.jobs import (
     random_jobs,
     ranked_rates,
     real_jobs,
+    real_sweep_jobs,
     sweep_jobs,
     trained_by,
     wider,
 )
+from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
 from benchmarks.trials.worker import config_of
 from mam2.engine.data.synthetic import MOTIONS, SHAPES, SIZE, draw_coverage
 from mam2.engine.errors import UserError
+from mam2.engine.model.mam2 import MAM2
 from tests.helpers.paths import ROOT
 
 
@@ -176,12 +179,14 @@ def test_every_training_of_every_setting_is_possible(name):
     assert len(tried) == 1, "as many rates for each optimizer"
     long_rates = dict.fromkeys(setting.variants, 2e-3)
     main, ablations = main_jobs(setting, rates, long_rates), ablation_jobs(setting, rates)
-    on_real, untrained = real_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
+    on_real = real_jobs(setting, dict.fromkeys(setting.real_variants, 3e-3))
+    swept, untrained = real_sweep_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
     jobs = [
         *sweep_jobs(setting, dict.fromkeys(setting.variants, (1e-3, 2e-3))),
         *main,
         *ablations,
         *on_real,
+        *swept,
         *untrained,
     ]
     finetuned = finetune_jobs(setting, rates, long_rates)
@@ -197,7 +202,7 @@ def test_every_training_of_every_setting_is_possible(name):
     assert setting.ablation_epochs in setting.budgets
     assert {job.variant for job in main} == set(setting.variants)
     early, later = early_jobs(setting, rates, real=True), later_jobs(setting, rates, long_rates)
-    assert {job.key for job in [*early, *later]} == {job.key for job in [*main, *ablations, *on_real, *untrained]}
+    assert {job.key for job in [*early, *later]} == {job.key for job in [*main, *ablations, *untrained]}
     assert {job.base_lr for job in main if job.epochs >= setting.long_epochs} == {2e-3}
     assert {job.base_lr for job in main if job.epochs < setting.long_epochs} == {1e-3}
     assert setting.ablation_epochs < setting.long_epochs
@@ -207,7 +212,12 @@ def test_every_training_of_every_setting_is_possible(name):
     shared = {job.key for job in main_jobs(setting, rates, best)} & of_final
     assert len(shared) == len(setting.variants), "the best trainings of the last round are not done again"
     assert {job.family for job in ablations} == set(setting.families)
-    assert {job.variant for job in on_real} == set(setting.real_variants)
+    assert {job.variant for job in on_real} == {job.variant for job in swept} == set(setting.real_variants)
+    for variant in setting.real_variants:
+        tried = {job.base_lr for job in swept if job.variant == variant}
+        assert tried == {1e-3 * factor for factor in setting.real_factors}
+        assert 1e-3 in tried, "the rate of the sweep on synthetic clips"
+    assert {job.seed for job in swept}.isdisjoint(job.seed for job in on_real), "no reported seed chose a rate"
     assert setting.seeds >= (2 if name == "quick" else 5)
     changes = [json.dumps(ablation.changes, sort_keys=True) for ablation in ABLATIONS]
     assert len(set(changes)) == len(changes), "two ablations are the same"
@@ -261,6 +271,56 @@ def test_where_a_best_rate_is_at_an_end_every_variant_gets_one_more(tmp_path, mo
     assert not at_an_end([1.0], 1.0), "a single rate is no sweep"
 
 
+def test_the_reported_trainings_on_real_clips_have_the_best_rate_of_their_sweep(tmp_path, monkeypatch):
+    """With a rate per variant that is best on real clips, and another that is best on the synthetic ones."""
+    best = {"mam2-muon": 6.4e-2, "videomae-muon": 1.6e-2, "motion alone": 3.2e-2, "codes alone": 1.6e-2}
+    setting, trained, reported = SETTINGS["cpu"], [], []
+
+    def train(self, jobs):
+        trained.extend(job for job in jobs if job not in trained)
+        self.done |= {job.key: {} for job in jobs}
+        return [
+            {
+                **dataclasses.asdict(job),
+                "probe_validation": -abs(job.base_lr - 3.2e-2),
+                REAL_JUDGED: -abs(job.base_lr - best.get(job.variant, 0)),
+            }
+            for job in jobs
+        ]
+
+    monkeypatch.setattr(Run, "train", train)
+    for step in ("prepare", "prepare_real", "measure"):
+        monkeypatch.setattr(Run, step, lambda self: None)
+    monkeypatch.setattr(Run, "results", lambda self, jobs, final: reported.extend(jobs))
+    Run(setting, tmp_path, Real((real.Lists(Path("a"), Path("b")),), Path("a"))).all()
+    assert {(job.variant, job.base_lr) for job in reported if job.group == "real"} == set(best.items())
+    swept = [job for job in reported if job.group == "real sweep"]
+    assert len(swept) == len({job.key for job in swept}) == 3 * len(setting.real_variants)
+    groups = [job.group for job in trained]
+    small = [job for job in trained if job.group == "main" and job.epochs < setting.long_epochs and job.seed < 2]
+    assert groups.index("real sweep") > max(trained.index(job) for job in small), "small budgets first"
+    assert groups.index("real sweep") < min(trained.index(job) for job in final_jobs(setting))
+
+
+def test_a_rate_is_judged_by_the_first_question_with_a_mean_per_time_slot():
+    config = pretraining(QUICK, {})
+    torch.manual_seed(0)
+    encoder = MAM2(config, 16).encoder
+    clips = np.random.default_rng(3).integers(0, 256, (24, 1, 1, 8, 40, 40, 3), dtype=np.uint8)
+    labels, groups = torch.arange(24) % 2, torch.arange(24)
+    first, second = (
+        real.Question(groups[:12], shown[:12], groups[12:], shown[12:], groups[:12], groups[12:])
+        for shown in (labels, groups // 2 % 2)
+    )
+    asked = real.RealClips(clips, {"words": first, "phrases": second})
+    answers = real.ask(encoder, asked, config)
+    accuracies = [answers["words"]["time"], answers["words"]["mean"], answers["phrases"]["time"]]
+    assert len({found.accuracy for found in accuracies}) == 3, "each wrong choice would show"
+    assert real.judge(encoder, asked, config) == answers["words"]["time"].accuracy
+    swapped = real.RealClips(clips, {"phrases": second, "words": first})
+    assert real.judge(encoder, swapped, config) == answers["phrases"]["time"].accuracy
+
+
 def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     run = Run(QUICK, tmp_path, None, minutes=1e-9)
     rates = dict.fromkeys(QUICK.variants, 1e-3)
@@ -290,12 +350,17 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
     results = json.loads((finished / "results.json").read_text())
     trained = {(t["group"], t["variant"]) for t in results["trials"]}
     assert {(group, variant) for group in ("main", "sweep") for variant in QUICK.variants} <= trained
-    assert {variant for group, variant in trained if group == "real"} == set(QUICK.real_variants)
+    for group in ("real", "real sweep"):
+        assert {variant for of, variant in trained if of == group} == set(QUICK.real_variants)
+    swept = ranked_rates([t for t in results["trials"] if t["group"] == "real sweep"], REAL_JUDGED)
+    assert {len(rates) for rates in swept.values()} == {len(QUICK.real_factors)}
+    for found in results["trials"]:
+        assert found["group"] != "real" or found["base_lr"] == swept[found["variant"]][0], "the best rate of the sweep"
     assert results["steps_ms"].keys() == {*QUICK.variants, *(a.label for a in ABLATIONS)}
     labels = {a.label for a in ABLATIONS}
     assert {label for group, label in trained if group == "ablation"} == {"mam2-muon", *labels}
     page = (finished / "convergence.md").read_text()
-    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", *labels):
+    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", "chosen on **train**", *labels):
         assert text in page
     assert "were not done" not in page.partition("numbers: begin")[2]
     for picture in ("convergence.png", "convergence-ablations.png"):
@@ -306,6 +371,8 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
         assert (found["preparation_s"] > 0) == (found["variant"] not in without), found["variant"]
         if found["group"] == "real":
             assert {len(answer["right"]) for answer in found["answers"]["train"].values()} == {8}
+        elif found["group"] == "real sweep":
+            assert 0 <= found[REAL_JUDGED] <= 1
         else:
             assert all(0 <= found[name] <= 1 for name in ("probe", "shape", "color", "texture", "shape_validation"))
         tuned = found["group"] == "main" and found["seed"] == 0

@@ -109,7 +109,13 @@ def full() -> dict[str, Any]:
         for variant, rights in (("mam2-muon", ("1101", "1111")), ("videomae-muon", ("1000", "1000")))
         for trial, right in zip(trials("real", variant, 0.5, seeds=2, data="real"), rights, strict=True)
     ]
-    results = results_of(*main_groups(BETTER, WORSE), *changed, default, *sweep, real)
+    tried = [
+        {**trial, "judged": judged}
+        for variant, found in (("mam2-muon", (0.5, 0.6, 0.4)), ("codes alone", (0.1, 0.2, 0.3)))
+        for rate, judged in zip((3e-3, 1e-3, 2e-3), found, strict=True)
+        for trial in trials("real sweep", variant, 0.5, seeds=1, data="real", base_lr=rate, epochs=10)
+    ]
+    results = results_of(*main_groups(BETTER, WORSE), *changed, default, *sweep, real, tried)
     results["preparation"] = {"tokenizer_s": 5.0, "tokenize_s": 7.0, "tokenizer_flops": 1.5e12, "tokenize_flops": 5e11}
     untrained = {"data": "synthetic", "finetune": None, "shape": 0.2}
     results["random"] = [
@@ -339,6 +345,33 @@ def test_real_table() -> None:
     assert rows[2]["against VideoMAE"] == ""
 
 
+def test_real_sweep_table() -> None:
+    rows = rows_of(module("real_report").real_sweep_table(full()))
+    assert [tuple(row.values()) for row in rows] == [
+        ("MAM2, Muon", "10", "0.001", "60.0", "best (an end of the sweep)"),
+        ("MAM2, Muon", "10", "0.002", "40.0", ""),
+        ("MAM2, Muon", "10", "0.003", "50.0", ""),
+        ("MAM2, codes alone", "10", "0.001", "20.0", ""),
+        ("MAM2, codes alone", "10", "0.002", "30.0", "best"),
+        ("MAM2, codes alone", "10", "0.003", "10.0", ""),
+    ]
+
+
+def test_the_page_says_what_real_rates_were_chosen_on() -> None:
+    results = full()
+    parts = "\n".join(module("real_report").real_parts(results))
+    assert "chosen on **words**, with a mean per time slot: " in parts
+    assert "there are no others" in parts
+    results["real"]["questions"]["phrases"] = results["real"]["questions"]["words"]
+    results["real"]["pixels"]["phrases"] = results["real"]["pixels"]["words"]
+    for trial in [*results["trials"], *results["random"]]:
+        if "answers" in trial:
+            trial["answers"]["phrases"] = trial["answers"]["words"]
+    assert "phrases did not take part in the choice" in "\n".join(module("real_report").real_parts(results))
+    results["trials"] = [trial for trial in results["trials"] if trial["group"] != "real sweep"]
+    assert "chosen on" not in "\n".join(module("real_report").real_parts(results)), "of a run without a sweep"
+
+
 def test_page_has_every_part() -> None:
     page = module("report").page(full())
     assert page.startswith(MARKERS[0])
@@ -352,7 +385,7 @@ def test_page_has_every_part() -> None:
     ]
     assert "(convergence.png)" in page
     assert "(convergence-ablations.png)" in page
-    assert "on a machine (torch 2.13): 40 trainings, 10 minutes in all" in page
+    assert "on a machine (torch 2.13): 46 trainings, 10 minutes in all" in page
     assert "24 of the 48 trainings were not done" in page
     assert "5.0 s to train the tokenizer, 7.0 s to compute the codes, 2 TFLOP together" in page
     wanted = "- Motion: MAM2, AdamW reaches VideoMAE, AdamW's final 60.0 % (40 epochs) with **0.35 ×** the epochs"
