@@ -33,8 +33,8 @@ class FinetunePlan(planning.Plan):
     def memory(self) -> dict[str, float]:
         """Returns the bytes held at the peak of a step on one device.
 
-        Validation has a copy of weights that adapters are merged into, or that are sharded. Under autocast the backward pass holds the weights in 16 bits, also the
-        frozen ones of blocks with adapters.
+        Validation has a copy of weights that adapters are merged into, or that are sharded. Under autocast the backward
+        pass holds the weights in 16 bits, also the frozen ones of blocks with adapters.
         """
         config, item, trained = self.config, self.dtype.itemsize, self.parameters
         data, clips = config.data, self.clips_a_pass

@@ -90,11 +90,8 @@ def _finetuning(arguments: list[str]) -> int:
         from mam2.engine.finetune_planning import plan_finetuning
 
         print(f"plan     {recipe}: fine-tuning")
-        print(
-            plan_finetuning(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(
-                [count for each in videos for count in _counts(each)]
-            )
-        )
+        counts = [count for each in videos for count in _counts(each)]
+        print(plan_finetuning(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")
