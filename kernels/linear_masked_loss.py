@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from . import launch, reference, shapes
-from .cube import KINDS
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
 from .masked_error import GOAL, Goal, launch_masked_loss
 from .masked_loss import reduction_of
@@ -30,6 +29,7 @@ from .products import (
     linear_into,
     slices,
 )
+from .targets import KINDS
 
 REDUCTIONS = ("mean", "sum")
 EPS = {"pixel": 1e-6, "joint": 1e-6, "adjacent": 0.05, "intra": 0.05}
