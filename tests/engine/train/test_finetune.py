@@ -186,7 +186,7 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
         videos = tuple(dataclasses.replace(video, label=1 - video.label) for video in found.videos)
         return dataclasses.replace(found, videos=videos, classes=found.classes[::-1])
 
-    monkeypatch.setattr("mam2.engine.train.session.read_manifest", swapped)
+    monkeypatch.setattr("mam2.engine.data.sets.read_manifest", swapped)
     result = finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, resume=True, progress=False)
     assert result.step == 4
     assert load_classifier(run)[2] == before.classes
