@@ -156,7 +156,9 @@ def test_scale_gradient() -> None:
 
 def test_softmax_gradient() -> None:
     logits, target = torch.randn(3, 256), torch.tensor([0, 2, 255])
-    found = launched(lambda: softmax_gradient_(logits, target, None, -100, 0.1, True), "_softmax_gradient_kernel")
+    found = launched(
+        lambda: softmax_gradient_(logits, target, None, -100, 0.1, True, torch.empty(3)), "_softmax_gradient_kernel"
+    )
     declared = costs.softmax_gradient(3, 256, item_bytes=4)
     assert found.distinct_bytes == declared.bytes_moved
     assert 1 <= found.flops / declared.flops < MOST_EXTRA_FLOPS
