@@ -7,13 +7,13 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
-from mam2.engine.config.training import micro_batches_per_step
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import matmul_dtype, pick_device
@@ -84,6 +84,7 @@ UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
 On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
 % of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
 """
+SomePlan = TypeVar("SomePlan", bound="Plan")
 IMAGES_PER_PASS = 64
 """Frames per pass of the tokenizer."""
 
@@ -161,22 +162,17 @@ class Plan:
 
         The largest `optim.micro_batch` that fits, or other settings.
         """
-        config, smaller = self.config, self.with_largest_pass()
+        config, smaller = self.config, _with_largest_pass(self)
         if smaller:
             return f"--optim.micro-batch {smaller.clips_a_pass} fits"
         ways = [] if config.run.recompute else ["--run.recompute"]
         ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
         return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
 
-    def with_largest_pass(self) -> Plan | None:
-        """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
-        config = self.config
-        for clips in range(self.clips_a_pass, config.clips_per_group - 1, -1):
-            optim = dataclasses.replace(config.optim, micro_batch=clips)
-            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
-            if smaller.clips_a_pass == clips and smaller.fits:
-                return smaller
-        return None
+    @property
+    def pass_note(self) -> str:
+        """Returns a remark on the size of the passes, for the report."""
+        return " (optim.micro_batch auto: estimated here, tried by the run)" * self.automatic
 
     @property
     def clips_per_s(self) -> float:
@@ -216,7 +212,7 @@ class Plan:
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
             f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
-            f"{' (optim.micro_batch auto: estimated here, tried by the run)' * self.automatic}",
+            f"{self.pass_note}",
         ]
         if config.needs_codes:
             lines.append(f"codes    {self.source}")
@@ -278,6 +274,41 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         UserError: a value is invalid, or the batch cannot be divided among the devices.
     """
     check(config)
+    machine = machine_rates(config, gpu, gpus, utilisation)
+    tokenizer, source = None, ""
+    if config.needs_codes:
+        tokenizer, source = _tokenizer(config)
+    in_step = None if config.tokenizer.cache else tokenizer
+    parts = costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=machine["dtype"].itemsize)
+    found = Plan(
+        config=config,
+        parts=parts,
+        source=source
+        + (", one of each frame" if config.tokenizer.frames == "all" else "")
+        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+        **machine,
+    )
+    return with_automatic_passes(found)
+
+
+def with_automatic_passes(found: SomePlan) -> SomePlan:
+    """Returns the plan with the passes that `optim.micro_batch auto` is expected to find; any other plan unchanged."""
+    return (_with_largest_pass(found) or found) if found.automatic and found.cuda else found
+
+
+def _with_largest_pass(found: SomePlan) -> SomePlan | None:
+    """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
+    config = found.config
+    for clips in range(found.clips_a_pass, config.clips_per_group - 1, -1):
+        optim = dataclasses.replace(config.optim, micro_batch=clips)
+        smaller = dataclasses.replace(found, config=dataclasses.replace(config, optim=optim))
+        if smaller.clips_a_pass == clips and smaller.fits:
+            return smaller
+    return None
+
+
+def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) -> dict[str, Any]:
+    """Returns the fields of a plan that depend on the machine; arguments and errors as in `plan`."""
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
     if gpus < 1:
@@ -298,27 +329,17 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         if device.type == "cuda":
             machine = f"{torch.cuda.get_device_name(device)} (measured product)"
             memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    tokenizer, source = None, ""
-    if config.needs_codes:
-        tokenizer, source = _tokenizer(config)
-    in_step = None if config.tokenizer.cache else tokenizer
-    found = Plan(
-        config=config,
-        parts=costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=dtype.itemsize),
-        dtype=dtype,
-        machine=machine,
-        peak_flops=peak,
-        bytes_per_s=rate,
-        memory_gib=memory,
-        utilisation=utilisation or UTILISATION["data sheet" if gpu else device.type],
-        gpus=gpus,
-        cuda=device.type == "cuda",
-        source=source
-        + (", one of each frame" if config.tokenizer.frames == "all" else "")
-        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
-        automatic=config.optim.micro_batch == "auto",
-    )
-    return (found.with_largest_pass() or found) if found.automatic and found.cuda else found
+    return {
+        "dtype": dtype,
+        "machine": machine,
+        "peak_flops": peak,
+        "bytes_per_s": rate,
+        "memory_gib": memory,
+        "utilisation": utilisation or UTILISATION["data sheet" if gpu else device.type],
+        "gpus": gpus,
+        "cuda": device.type == "cuda",
+        "automatic": config.optim.micro_batch == "auto",
+    }
 
 
 def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
