@@ -114,6 +114,8 @@ def passes(timings: dict[str, Timing], name: str) -> dict[str, Any]:
         found["backward_percent_of_copy"] = 100 * timings["copy backward"].median_ms / backward
     if unit := timings.get(f"{name} unit upstream"):
         found["unit_upstream_ms"] = unit.median_ms
+        # with an upstream gradient of 1, backward moves nothing
+        found["unit_upstream_percent_of_copy"] = 100 * timings["copy forward"].median_ms / unit.median_ms
     return found
 
 

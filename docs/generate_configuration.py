@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mam2.engine.config.describe import field_texts
 from mam2.engine.config.finetune import FinetuneConfig
@@ -121,7 +121,10 @@ def _nested(cls: type, field: str) -> bool:
 
 def _row(cls: type, field: dataclasses.Field[Any], table: str) -> str:
     kind, limits = _class(cls, field.name), declared(cls, field.name)
-    if choices := get_args(kind):
+    if get_origin(kind) is tuple:
+        words = {str: "list of texts", float: "list of numbers"}[get_args(kind)[0]]
+        values = f"{words}, {limits}" if limits != Limits() else words
+    elif choices := get_args(kind):
         values = ", ".join(f"`{choice}`" for choice in choices)
     else:
         words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]

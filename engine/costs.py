@@ -16,7 +16,6 @@ from collections import Counter
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import mlp_width
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.model.motion_targets import motion_values
 from mam2.engine.tokenizer.vqgan import VQGANConfig
 from mam2.kernels import costs as operators
@@ -24,6 +23,8 @@ from mam2.kernels import costs as operators
 SINGLE = 4
 """Bytes of a float32."""
 MUON_ITERATIONS = 5
+FROZEN = ("tokenizer", "teacher")
+"""Parts that no gradient trains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def part_costs(
     masked = config.decoded_tokens
     visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
-    values = math.prod(config.patch_size) * CHANNELS
+    values = math.prod(config.patch_size) * config.data.channels
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
     parts = {
         "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
@@ -99,7 +100,14 @@ def part_costs(
         parts |= {"appearance decoder": decoder(decoded), "code head and loss": heads}
     elif config.loss.appearance_target == "pixels":
         parts |= {"appearance decoder": decoder(decoded), "pixel head and loss": pixel_head(values)}
-    if motion := motion_values(config.loss.motion_target, config.patch_size):
+    elif config.loss.appearance_target == "latents":
+        predicted = tokens if config.loss.visible else masked
+        parts |= {
+            "appearance decoder": decoder(tokens if config.loss.visible else decoded),
+            "latent head and loss": latent_head(predicted, width, model.width, item_bytes),
+            "teacher": teacher(config, item_bytes),
+        }
+    if motion := motion_values(config.loss.motion_target, config.patch_size, config.data.channels):
         parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
@@ -119,11 +127,16 @@ def step_flops(config: PretrainConfig, codes: int = 0, tokenizer: VQGANConfig | 
 
 
 def step_bytes(config: PretrainConfig, parameters: int, item_bytes: int) -> int:
-    """Returns the bytes per step that do not depend on clips: weights (read twice, and cast), gradients, optimizer."""
+    """Returns the bytes per step that do not depend on clips: weights (read twice, and cast), gradients, optimizer.
+
+    parameters: number of trained parameters. A teacher's weights are read, cast and updated with the encoder's.
+    """
     cast = SINGLE + item_bytes if item_bytes != SINGLE else 0
     by_muon = muon(config, item_bytes)
     adamw = 7 * SINGLE * (parameters - by_muon.parameters)
-    return parameters * (cast + 2 * item_bytes + SINGLE) + adamw + by_muon.bytes_moved
+    followed = teacher(config, item_bytes).parameters if config.needs_teacher else 0
+    following = followed * (cast + item_bytes + 3 * SINGLE)
+    return parameters * (cast + 2 * item_bytes + SINGLE) + adamw + by_muon.bytes_moved + following
 
 
 def state_bytes(config: PretrainConfig, parameters: int) -> int:
@@ -216,6 +229,28 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
     if not everything and not config.run.recompute:  # all blocks share the same visible latents
         total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
     return total + projection(config, visible, item_bytes)
+
+
+def latent_head(rows: int, width: int, outputs: int, item_bytes: int) -> PartCost:
+    """Returns the cost of the head and the L1 loss, which holds the float32 differences.
+
+    The loss reads predictions and targets and writes differences; backward writes the gradient.
+    """
+    moved = rows * outputs * (2 * item_bytes + 4 * SINGLE)
+    loss = PartCost(bytes_moved=moved, held_bytes=rows * outputs * SINGLE)
+    return linear(rows, width, outputs, item_bytes) + loss
+
+
+def teacher(config: PretrainConfig, item_bytes: int) -> PartCost:
+    """Returns the cost of the teacher's forward pass on all tokens of a clip; it holds nothing for a backward pass."""
+    tokens, values = math.prod(config.grid), math.prod(config.patch_size) * config.data.channels
+    forward = linear(tokens, values, config.model.width, item_bytes) + encoder_blocks(config, tokens, item_bytes)
+    read = operators.gather_tubes(1, tokens, values, out_bytes=item_bytes).bytes_moved
+    return PartCost(
+        parameters=forward.parameters,
+        forward_flops=forward.forward_flops,
+        bytes_moved=forward.bytes_moved // 3 + read,
+    )
 
 
 def code_head(rows: int, width: int, codes: int, item_bytes: int) -> PartCost:
@@ -342,7 +377,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
 
     width = config.channels
-    conv(CHANNELS, width, 3, normed=False)
+    conv(config.image_channels, width, 3, normed=False)
     last = len(config.channel_multipliers) - 1
     for level, multiplier in enumerate(config.channel_multipliers):
         for _ in range(config.res_blocks):
@@ -360,8 +395,9 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     conv(width, config.z_channels, 3)
     conv(config.z_channels, config.embed_dim, 1, normed=False)
     if config.patch_path:
-        inward = CHANNELS * config.factor**2 * config.embed_dim
-        moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
+        values = config.image_channels * config.factor**2
+        inward = values * config.embed_dim
+        moved = pixels * (values + config.embed_dim) * SINGLE
         total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)

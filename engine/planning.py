@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ import torch
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.training import micro_batches_per_step
+from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.peak import measured_peak_flops
 from mam2.engine.tokenizer.files import load_vqgan
@@ -115,7 +116,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Returns the number of trained parameters."""
-        return sum(cost.parameters for name, cost in self.parts.items() if name != "tokenizer")
+        return sum(cost.parameters for name, cost in self.parts.items() if name not in costs.FROZEN)
 
     @property
     def memory(self) -> dict[str, float]:
@@ -129,18 +130,24 @@ class Plan:
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
         tokenizer = self.parts.get("tokenizer", costs.PartCost())
-        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
+        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
+        teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
-            "weights": state + tokenizer.parameters * costs.SINGLE,
+            "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
             "gradients": state,
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
+        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
 
     @property
     def fits(self) -> bool:
@@ -185,18 +192,20 @@ class Plan:
         clips = videos * self.config.optim.epochs * self.config.data.views
         return clips / self.clips_per_s / 3600
 
-    def report(self, videos: int = 0) -> str:
-        """Returns the text that `mam2 plan` prints."""
+    def report(self, videos: int | Sequence[int] = 0) -> str:
+        """Returns the text that `mam2 plan` prints. videos: their number, or that of each data set; 0: unknown."""
         config = self.config
+        counts = [videos] if isinstance(videos, int) else list(videos)
+        sets = _mixture(config, counts)
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
         visible = tokens - config.masked_tokens
         some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
         dtype = str(self.dtype).removeprefix("torch.")
-        count = micro_batches_per_step(config, self.gpus)
+        passes = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
-            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
+            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
         ]
         if config.needs_codes:
@@ -219,21 +228,29 @@ class Plan:
         fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         bandwidth = f", {self.bytes_per_s / 1e9:.0f} GB/s" if math.isfinite(self.bytes_per_s) else ""
+        if config.needs_teacher:
+            lines.append("(the teacher is not trained but averaged from the encoder: all parameters exclude it)")
+        else:
+            lines.append(
+                "(the tokenizer is frozen: all parameters exclude it; its activations are held "
+                f"{'in addition to' if self.cuda else 'before'} the others)"
+            )
         lines += [
-            "(the tokenizer is frozen: all parameters exclude it; its activations are held "
-            f"{'in addition to' if self.cuda else 'before'} the others)",
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",
         ]
-        if videos:
+        if count := sum(counts):
             lines.append(
-                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
-                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {_duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{count:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
+        lines += sets
         return "\n".join(lines)
 
 
@@ -292,12 +309,30 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
     )
 
 
+def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
+    """Returns a line per data set; none for a single one. Raises UserError if the number of weights differs."""
+    weights = config.data.weights
+    if weights and any(counts) and len(weights) != len(counts):
+        raise UserError(
+            f"data.weights: expected one number per data set of --videos, {len(counts)}; found {len(weights)}"
+        )
+    if len(counts) < 2:
+        return []
+    if 0 in counts:
+        raise UserError(f"--videos {' '.join(map(str, counts))}: expected at least one video per data set")
+    shares = SampleOrder(counts, weights, config.run.seed).shares
+    return [
+        f"set {number}    {count:,} videos, {share:.2%} of clips: {share * sum(counts) / count:.3g} passes per epoch"
+        for number, (count, share) in enumerate(zip(counts, shares, strict=True), 1)
+    ]
+
+
 def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     options = config.tokenizer
     if options.path:
         found = load_vqgan(options.path).config
         return found, f"{found.codes} codes of {options.path}"
-    own = small(options.channels, options.codes, code_factor(config))
+    own = small(options.channels, options.codes, code_factor(config), config.data.channels)
     return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
 
 

@@ -95,6 +95,12 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
     return 2 * count if scattered else count
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a GPU; 1 for any other device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def power_of_two(size: int) -> int:
     """Returns the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()

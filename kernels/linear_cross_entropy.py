@@ -4,19 +4,18 @@
 
 Each chunk of rows takes one GEMM for the logits, one pass that computes the losses and replaces the logits by their
 gradient, and two GEMMs for d_hidden and d_weight. The log-sum-exp is float32; d_weight and d_bias are summed over the
-chunks in float32.
+chunks in float32. The gradients of a mean are final: backward does nothing if the upstream gradient is 1.
 
 M rows, D width, V codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from . import launch
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
-from .scale_gradient import scale_gradient
 from .shapes import REDUCTIONS, check_choice
 from .softmax_gradient import accumulation_dtype, softmax_gradient_
 
@@ -39,7 +38,10 @@ def _run(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns losses [M] and the gradients of hidden, weight, bias, times `upstream` if given; empty if not needed."""
+    """Returns losses [M] and the gradients of hidden, weight and bias, which are empty if not needed.
+
+    The gradients are those of Σ losses, or of Σ upstream · losses: `upstream` is a scalar or [M].
+    """
     rows, codes = hidden.shape[0], weight.shape[0]
     wide = accumulation_dtype(dtype)
     losses = hidden.new_empty(rows, dtype=wide)
@@ -51,7 +53,7 @@ def _run(
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         logits = torch.nn.functional.linear(hidden[part], weight, bias)
-        weights = None if upstream is None else upstream[part]
+        weights = upstream[part] if upstream is not None and upstream.dim() else upstream
         losses[part] = softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
         if needs[0]:
             torch.mm(logits, weight, out=d_hidden[part])
@@ -74,10 +76,16 @@ def _sum_op(
     label_smoothing: float,
     dtype: torch.dtype,
     needs: Sequence[bool],
+    mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     settings = ignore_index, label_smoothing, dtype, needs
-    losses, d_hidden, d_weight, d_bias = _run(hidden, weight, bias, target, None, *settings)
-    return losses.sum(), d_hidden, d_weight, d_bias
+    counted = (target != ignore_index).sum() if mean else None
+    scale = None if counted is None else 1 / counted.clamp(min=1).to(accumulation_dtype(dtype))
+    losses, d_hidden, d_weight, d_bias = _run(hidden, weight, bias, target, scale, *settings)
+    loss = losses.sum()
+    if counted is not None and scale is not None:  # over zero rows the mean is NaN and the gradient 0, as in PyTorch
+        loss = torch.where(counted > 0, loss * scale, float("nan"))
+    return loss, d_hidden, d_weight, d_bias
 
 
 @torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())
@@ -129,6 +137,7 @@ def _(
     label_smoothing: float,
     dtype: torch.dtype,
     needs: Sequence[bool],
+    mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     total = hidden.new_empty((), dtype=accumulation_dtype(dtype))
     return total, *_empty_gradients(hidden, weight, dtype, needs)
@@ -170,15 +179,17 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
 
 
-def _sum_backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+def _sum_backward(
+    ctx: Any, scaled: Callable[..., torch.Tensor], upstream: torch.Tensor | None, *_: None
+) -> tuple[torch.Tensor | None, ...]:
     refuse_double_backward("linear_cross_entropy")
     if upstream is None:
-        return (None,) * 8
-    scaled = [
-        scale_gradient(gradient, upstream).to(dtype) if needed else None
+        return (None,) * 9
+    gradients = [
+        scaled(gradient, upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
-    return *scaled, *(None,) * 5
+    return *gradients, *(None,) * 6
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -186,7 +197,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
     ctx.save_for_backward(hidden, weight, bias, target)
 
 
-def _rows_backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _rows_backward(ctx: Any, _: Callable[..., torch.Tensor], upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     refuse_double_backward("linear_cross_entropy")
     hidden, weight, bias, target = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
@@ -258,9 +269,10 @@ def linear_cross_entropy(
     if reduction == "none":
         return _rows(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
     needs = [tensor is not None and wants_gradient(tensor) for tensor in (hidden, weight, bias)]
-    total = _sum(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
-    if reduction == "sum":
-        return total
+    # a float16 gradient would underflow: it is that of the sum until backward scales it
+    mean = reduction == "mean" and dtype != torch.float16
+    loss = _sum(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs, mean)[0]
+    if reduction == "sum" or mean:
+        return loss
     counted = (target != ignore_index).sum()
-    # over zero rows the loss is NaN and the gradient 0, as in PyTorch
-    return torch.where(counted > 0, total / counted.clamp(min=1), float("nan"))
+    return torch.where(counted > 0, loss / counted.clamp(min=1), float("nan"))

@@ -152,10 +152,16 @@ TARGETS_ALONE: Mapping[str, Changes] = {
     "motion alone": {"loss.appearance_target": "none", **ALONE},
     "codes alone": {"loss.motion_target": "none", **ALONE},
 }
+LATENTS: Changes = {"loss.appearance_target": "latents", "loss.teacher_momentum": 0.99}
+"""Features of a teacher that follows within a hundred steps, as so short a training needs."""
 ABLATIONS = (
     *(Ablation("targets", label, changes) for label, changes in TARGETS_ALONE.items()),
     Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
     Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
+    Ablation("targets", "latents instead of codes", LATENTS),
+    Ablation("targets", "latents × 1", {**LATENTS, "loss.appearance": 1.0}),
+    Ablation("targets", "latents × 1, of visible tokens too", {**LATENTS, "loss.appearance": 1.0, "loss.visible": 1.0}),
+    Ablation("targets", "latents alone", {**LATENTS, "loss.motion_target": "none", **ALONE}),
     Ablation("regressor", "off: the decoders do both jobs", {"model.regressor.depth": 0}),
     Ablation("regressor", "keys and values: all", {"model.regressor.keys": "all"}),
     Ablation("motion target", "intra", {"loss.motion_target": "intra"}),

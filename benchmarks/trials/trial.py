@@ -7,7 +7,7 @@ training costs no decoding. The clips of a step are a pure function of (seed, st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
+from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import linear_probe
-from mam2.engine.evaluation.pools import Pool, pool_tokens
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -79,29 +79,14 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
     end = min(int(0.9 * steps), steps - 1)
     for step in range(steps):
         rate = learning_rate(step, steps, per_epoch, config.optim, global_batch=config.optim.batch)
-        values = take(step, [next(stream)], rate, inspect=step >= end and (step - end) % 10 == 0)
+        inspect = step >= end and (step - end) % 10 == 0
+        values = take(step, [next(stream)], rate, inspect=inspect, progress=step / steps)
         if step >= end:
             last.append(values)
     names = sorted({name for values in last for name in values if not name.startswith("gradient/")})
     losses = {name: float(torch.stack([v[name] for v in last if name in v]).mean()) for name in names}
     encoder: Any = take.model.encoder
     return Pretrained(encoder, steps, losses)
-
-
-@torch.no_grad()
-def features(
-    encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig, pools: Sequence[Pool] = ("mean",)
-) -> dict[Pool, Tensor]:
-    """Means of a clip's tokens, nothing hidden, by the way they are pooled: float32 [clips, R·D] on the CPU."""
-    device = next(encoder.parameters()).device
-    encoder.eval()
-    found: dict[Pool, list[Tensor]] = {pool: [] for pool in pools}
-    for part in clips:
-        with autocast(config.run, device):
-            tokens = encoder.encode(part.to(device)).float()
-        for pool, parts in found.items():
-            parts.append(pool_tokens(tokens, config.grid, pool).flatten(1).cpu())
-    return {pool: torch.cat(parts) for pool, parts in found.items()}
 
 
 def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, dict[str, float]]:
@@ -111,7 +96,10 @@ def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[
     features.
     """
     splits = prepared.splits
-    found = {name: features(encoder, split.videos(EVALUATED), config)["mean"] for name, split in splits.items()}
+    found = {
+        name: extract_features(encoder, split.videos(EVALUATED), ["mean"], run=config.run)["mean"]
+        for name, split in splits.items()
+    }
     judged = [name for name in splits if name != "train"]
     asked = {name: {"probe": split.labels, **split.questions} for name, split in splits.items()}
     result: dict[str, dict[str, float]] = {name: {} for name in judged}

@@ -85,6 +85,9 @@ def build_encoder(config: FinetuneConfig) -> Encoder:
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
         layer_scale=model.layer_scale,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
     )
     set_clip_size(encoder, data.frames, data.size)
     return encoder

@@ -25,7 +25,6 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 from mam2.engine.model.blocks import Block, sincos_positions
 from mam2.engine.model.classifier import Classifier
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.videomae import VideoMAE
 
 TOKENIZER = "tokenizer.safetensors"
@@ -62,7 +61,7 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "architectures": ["VideoMAEModel"],
         "image_size": size,
         "patch_size": patch,
-        "num_channels": 3,
+        "num_channels": encoder.channels,
         "num_frames": encoder.grid[0] * tubelet,
         "tubelet_size": tubelet,
         "hidden_size": encoder.width,
@@ -99,8 +98,8 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(PIXEL_MEAN),
-        "image_std": list(PIXEL_STD),
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
     }
     # not save_file, whose files other users cannot read
     weights = save(to_hugging_face(tensors, encoder.patch_size), {"format": "pt"})

@@ -34,6 +34,16 @@ TRAINING_SHOWN = (
     ("run", "seed"),
 )
 """Keys of a config in the table of the recipe."""
+TEACHER_SHOWN = tuple(
+    ("loss", key) for key in ("visible", "teacher_blocks", "teacher_momentum", "teacher_momentum_end")
+)
+"""Further keys of a run that predicts the features of a teacher."""
+
+
+def has_teacher(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config, as nested plain values, is of a pre-training with a teacher."""
+    objective, loss = config.get("model", {}).get("objective"), config.get("loss", {})
+    return objective == "mam2" and loss.get("appearance_target") == "latents"
 
 
 def check_license(license: str) -> None:
@@ -77,7 +87,7 @@ def model_card(
         _summary(model, config, metadata),
         _usage(name, to, model),
         _classes(classes),
-        _data(run),
+        _data(run, config),
         _recipe(config, metadata),
         _hardware(run),
         _scores(run, scores),
@@ -109,6 +119,8 @@ def _summary(model: Model, config: Mapping[str, Any], metadata: Mapping[str, str
     ]
     if "step" in metadata:
         lines.append(f"\nThe weights are those after step {metadata['step']}.")
+    if has_teacher(config):
+        lines.append("The weights are those of the trained encoder, not of its teacher (a moving average).")
     if "start" in metadata:
         began = json.loads(metadata["start"])
         lines.append(f"Training started from the weights of `{printable(Path(began['checkpoint']).name)}`.")
@@ -119,7 +131,7 @@ def _usage(name: str, to: str, model: Model) -> str:
     load = "load_model" if isinstance(model, Classifier) else "load_encoder"
     call = "model(video).softmax(-1)  # [B, classes]" if load == "load_model" else "model.encode(video)  # [B, N, D]"
     code = f'from mam2.engine import {load}\n\nmodel = {load}("hub:{name}")\n'
-    code += f"output = {call}; video [B, 3, T, H, W] uint8\n"
+    code += f"output = {call}; video [B, {encoder_of(model).channels}, T, H, W] uint8\n"
     if to == "huggingface":
         kind = "VideoMAEForVideoClassification" if isinstance(model, Classifier) else "VideoMAEModel"
         code += f'\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n'
@@ -131,7 +143,7 @@ def _classes(classes: Sequence[str]) -> str:
     return f"## Classes\n\n{named}\n" if classes else ""
 
 
-def _data(run: Path | None) -> str:
+def _data(run: Path | None, config: Mapping[str, Any]) -> str:
     path = run / "manifest.jsonl" if run else None
     if path is None or not path.is_file():
         return ""
@@ -145,6 +157,10 @@ def _data(run: Path | None) -> str:
         rows.append(("hours of video", f"{sum(known) / 3600:.2f}"))
     if sides:
         rows.append(("shorter side, median", f"{sides[len(sides) // 2]} pixels"))
+    weights = config.get("data", {}).get("weights") or [each.videos for each in manifest.sets]
+    for each, weight in zip(manifest.sets, weights, strict=False):
+        counts = f"{each.videos:,} videos, {each.skipped:,} unusable files, {weight / sum(weights):.1%} of the clips"
+        rows.append((f"data set `{printable(Path(each.source).name)}`", counts))
     return f"## Training data\n\n{_table(('', ''), rows)}"
 
 
@@ -153,7 +169,7 @@ def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
         return ""
     rows = [
         (f"`{table}.{key}`", f"`{config[table][key]}`")
-        for table, key in TRAINING_SHOWN
+        for table, key in TRAINING_SHOWN + TEACHER_SHOWN * has_teacher(config)
         if key in config.get(table, {}) and config[table][key] != ""
     ]
     whole = json.dumps(config, indent=1)

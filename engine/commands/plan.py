@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
         gpu: str = "",
         gpus: int = 1,
-        videos: str = "",
+        videos: tuple[str, ...] = (),
         utilisation: float = 0.0,
         size: str | None = None,
         preset: str | None = None,
@@ -33,26 +33,29 @@ def run(arguments: list[str]) -> int:
             gpu: name of a GPU in any spelling (h200, "RTX 4090", 3090); an unknown name lists all. Default: this
                 machine, which is measured.
             gpus: number of devices of the run.
-            videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours.
+            videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours. Several,
+                one per data set, with --data.weights for their shares.
             utilisation: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
         from mam2.engine.planning import plan
 
-        count = _count(videos)
+        counts = [count for each in videos for count in _counts(each)]
         print(f"plan     {recipe}: {config.model.objective}")
-        print(plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(count))
+        print(plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")
 
 
-def _count(videos: str) -> int:
-    if not videos or videos.isdecimal():
-        return int(videos or 0)
+def _counts(videos: str) -> list[int]:
+    """Returns the number of videos of each data set: a number, that of an index, or those of a run's manifest."""
+    if videos.isdecimal():
+        return [int(videos)]
     from mam2.engine.data.manifest import read_saved_manifest
 
     if not Path(videos).is_file():
         raise UserError(f"--videos {videos}: expected a number, or an index that `mam2 index` wrote")
-    return len(read_saved_manifest(videos).videos)
+    manifest = read_saved_manifest(videos)
+    return [each.videos for each in manifest.sets] or [len(manifest.videos)]

@@ -125,9 +125,21 @@ class LossConfig:
     times the norm of the motion gradient there; `fixed` uses the weights unchanged."""
     label_smoothing: float = limited(0.0, SHARE)
     """Label smoothing of the codes' cross-entropy, 0 to 1."""
-    appearance_target: Literal["codes", "pixels", "none"] = "codes"
-    """`codes` of the tokenizer; `pixels` as in VideoMAE, without a tokenizer; `none`: neither tokenizer nor appearance
+    appearance_target: Literal["codes", "pixels", "latents", "none"] = "codes"
+    """`codes` of the tokenizer; `pixels` as in VideoMAE, without a tokenizer; `latents`: features of a teacher, which
+    is a moving average of the encoder and sees the whole clip (V-JEPA); `none`: neither tokenizer nor appearance
     decoder."""
+    visible: float = limited(0.0, NOT_NEGATIVE)
+    """With `latents`: weight of the loss at the visible tokens, which the appearance decoder then gets and predicts
+    too; that at the masked tokens has weight 1."""
+    teacher_blocks: int = limited(1, COUNT)
+    """With `latents`: number of the teacher's last blocks whose standardized outputs are averaged (data2vec); 1: only
+    its output (V-JEPA)."""
+    teacher_momentum: float = limited(0.998, SHARE)
+    """With `latents`: the teacher's momentum at the first step: each step keeps this share of its weights and adds the
+    rest from the encoder. V-JEPA's 0.998 is for 90,000 steps; a run of 1000 steps needs about 0.99."""
+    teacher_momentum_end: float = limited(1.0, SHARE)
+    """The momentum at the last step; it changes linearly in between."""
     motion_target: Literal["adjacent", "intra", "hog", "flow", "none"] = "adjacent"
     """`adjacent`: RGB difference to the next sampled frame; `intra`: the same within each tubelet; `hog`: histograms of
     gradients of the difference; `flow`: optical flow (needs opencv-python-headless, runs on the CPU); `none`: no motion
@@ -182,6 +194,17 @@ class PretrainConfig(TokenGrid):
     def needs_codes(self) -> bool:
         """Returns whether codes of a tokenizer are predicted."""
         return self.model.objective == "mam2" and self.loss.appearance_target == "codes"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Returns whether features of a teacher are predicted."""
+        return self.model.objective == "mam2" and self.loss.appearance_target == "latents"
+
+    @property
+    def motion_values_vary(self) -> bool:
+        """Returns whether clips differ in their number of motion values: the last frame of a clip has no next one."""
+        drawn_anywhere = self.mask.kind == "random" or self.mask.decoded < 1
+        return self.model.objective == "mam2" and self.loss.motion_target == "adjacent" and drawn_anywhere
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -247,6 +270,16 @@ def check(config: PretrainConfig) -> None:
         raise UserError(
             f"loss.alignment {config.loss.alignment:g} needs the latents of a regressor, but model.regressor.depth "
             "is 0: set loss.alignment 0, or model.regressor.depth to at least 1"
+        )
+    if config.loss.visible and appearance != "latents":
+        raise UserError(
+            f"loss.visible {config.loss.visible:g} weights the latents of visible tokens, but loss.appearance_target "
+            f"is {appearance!r}: set loss.visible 0, or loss.appearance_target 'latents'"
+        )
+    if appearance == "latents" and config.loss.teacher_blocks > model.depth:
+        raise UserError(
+            f"loss.teacher_blocks {config.loss.teacher_blocks} averages more blocks than the encoder has: expected at "
+            f"most model.depth {model.depth}"
         )
     if config.loss.balance == "gradient" and appearance == "none":
         raise UserError(

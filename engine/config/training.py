@@ -22,9 +22,18 @@ from mam2.engine.config.limits import (
 )
 from mam2.engine.errors import UserError
 
+MOST_CHANNELS = 64
+"""Maximum channels of a clip: the fused operators compare every value's channel with each of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    sets: tuple[str, ...] = resumable(())
+    """Data sets of a pre-training, folders or lists; `--data`, once per set, overrides them. A saved config names them
+    only if there are several."""
+    weights: tuple[float, ...] = limited((), POSITIVE)
+    """Share of each data set in the clips, in the order of `sets` or `--data`: 3 and 1 are three quarters and one
+    quarter. Empty: every video equally often, so that a large set contributes more."""
     frames: int = limited(16, COUNT)
     """Frames in a clip (T)."""
     stride: int = limited(4, COUNT_OR_NONE)
@@ -35,6 +44,13 @@ class DataConfig:
     """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
     size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
+    channels: int = limited(3, Limits(at_least=1, at_most=MOST_CHANNELS))
+    """Channels of a clip (C): 3 for RGB; 1 for gray, of which a color video gives its luma."""
+    mean: tuple[float, ...] = limited((), Limits())
+    """Mean of each channel, for pixels from 0 to 1, which the model subtracts. Empty: ImageNet's for 3 channels; for
+    another number the mean of these three, 0.449."""
+    std: tuple[float, ...] = limited((), POSITIVE)
+    """Standard deviation of each channel, by which the model then divides. Empty: ImageNet's, or 0.226 likewise."""
     crop: Literal["random-resized", "multi-scale"] = "random-resized"
     """`multi-scale` is VideoMAE's crop: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or
     center; it ignores `min_area`, `max_area` and `max_aspect`."""
@@ -83,10 +99,16 @@ class OptimConfig:
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = limited(20, NOT_NEGATIVE)
     """Linear warm-up of the learning rate from 0."""
+    schedule: Literal["cosine", "warmup-stable-decay"] = "cosine"
+    """Learning rate after the warm-up: `cosine` decreases along half a cosine; `warmup-stable-decay` is constant, then
+    decreases linearly in the last `decay_share` of the training, so that a run can be extended before it decays."""
+    decay_share: float = limited(0.2, SHARE)
+    """Share of the training in which `warmup-stable-decay` decreases the learning rate: 0 never, 1 from the end of the
+    warm-up on (a cooldown). No effect with `cosine`."""
     base_lr: float = limited(1.5e-4, NOT_NEGATIVE)
     """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    """Learning rate at the end of the decay for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
     """Weight decay of both optimizers, times the learning rate; not applied to 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)
@@ -208,6 +230,11 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
 def check_data(data: DataConfig) -> None:
     """Does the part of `check` that concerns only [data]."""
     check_limits(data, "data.")
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) not in (0, data.channels):
+            raise UserError(
+                f"data.{name}: expected {data.channels} numbers, one per channel (data.channels), found {len(values)}"
+            )
     if data.min_area > data.max_area:
         raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
     if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):

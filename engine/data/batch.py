@@ -12,7 +12,7 @@ class Batch:
     """B clips; the views of one decoded clip are adjacent."""
 
     clip: torch.Tensor
-    """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
+    """uint8 [B, T, H, W, C], contiguous, on the loader's device; 3 channels are RGB."""
     index: torch.Tensor
     """int64 [B] on the CPU, indices into `manifest.videos`."""
     label: torch.Tensor

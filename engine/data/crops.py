@@ -3,7 +3,7 @@
 The filter is DALI's: bilinear, widened by the scale if an image shrinks (antialiasing), with the edge of the frame
 repeated beyond it. Both agree to one gray level, of 0 to 255 (tests/engine/data/test_crops.py).
 
-Legend: S samples per call, R views per sample, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per call, R views per sample, T frames, H = W = the clip's size, C channels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decodes RGB frames from a video file with PyAV.
+"""Decodes RGB or gray frames from a video file with PyAV.
 
 Frames are numbered in display order by counting, not by timestamps, so that variable frame rates, gaps and wrong clocks
 do no harm. Timestamps only determine where decoding may start.
@@ -39,6 +39,8 @@ CUTS_HELD = 3
 """Number of key frames to fall back on; packets before them are dropped, so that long videos do not fill the memory."""
 SHRINK_FROM = 1.5
 """Frames at least this many times larger than needed are scaled down first, which saves more than half the memory."""
+FORMATS = {1: "gray", 3: "rgb24"}
+"""FFmpeg's pixel format of decoded frames by their channels."""
 FRAMES = "frames"
 """Used as the codec's name for a folder of images, one per frame."""
 
@@ -145,8 +147,9 @@ def decode_frames(
     seek_points: Sequence[tuple[int, int]] = (),
     least_size: tuple[float, float] | None = None,
     pinned: bool = False,
+    channels: int = 3,
 ) -> NDArray[np.uint8]:
-    """Decodes frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], RGB, upright.
+    """Decodes frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], upright.
 
     Decoding starts at the last key frame at or before the first frame if the timestamps are unambiguous, otherwise at
     the first frame of the video. The file is read from its beginning, or from the last seek point before these frames.
@@ -159,12 +162,13 @@ def decode_frames(
         least_size: sufficient width and height in pixels; frames more than SHRINK_FROM times as large are scaled down
             to it during the conversion to RGB, with their aspect ratio. None for the stored size.
         pinned: return pinned memory, from which a GPU copies directly. Needs CUDA.
+        channels: C: 3 for RGB, 1 for gray, the luma of a color video.
 
     Raises:
         DecodeError: no frame, an image of a folder cannot be decoded, or decoding takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
-    target = _Target(least_size, pinned)
+    target = _Target(least_size, pinned, channels)
     if os.path.isdir(path):
         return _decode_images(path, frames, limit, target)
     point = next((point for point in reversed(seek_points) if point[0] <= frames[0]), None)
@@ -183,6 +187,7 @@ class _Target(NamedTuple):
 
     least_size: tuple[float, float] | None
     pinned: bool
+    channels: int
 
 
 class _Limit:
@@ -213,7 +218,7 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _T
             raise DecodeError(f"{os.path.basename(file)}: {error}") from error
         if image is None:
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
-        convert = convert or FrameConverter(image, target.least_size)
+        convert = convert or FrameConverter(image, target.least_size, target.channels)
         images.append(convert(image))
     return _stack(images, target.pinned)
 
@@ -247,7 +252,7 @@ def _decode(
             if convert is None:
                 if first_pts is not None and frame.pts != first_pts:
                     return None
-                convert = FrameConverter(frame, target.least_size)
+                convert = FrameConverter(frame, target.least_size, target.channels)
             if index == wanted[len(images)]:
                 image = convert(frame)
                 while len(images) < len(wanted) and wanted[len(images)] == index:
@@ -363,14 +368,15 @@ def _packets_for(
 
 
 class FrameConverter:
-    """Converts frames to upright RGB uint8 [H, W, C] with the first frame's size and rotation; one swscale context."""
+    """Converts frames to upright uint8 [H, W, C] with the first frame's size and rotation; one swscale context."""
 
-    def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None) -> None:
-        """least_size: see `decode_frames`."""
+    def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None, channels: int = 3) -> None:
+        """least_size, channels: see `decode_frames`."""
         if max(first.width, first.height) > MAX_SIDE:
             raise DecodeError(f"frames of {first.width}x{first.height} pixels; the limit is {MAX_SIDE} per side")
         self._width, self._height = first.width, first.height
         self._turns = quarter_turns(first.rotation)
+        self._format = FORMATS[channels]
         self._reformatter = VideoReformatter()
         if least_size:
             least_width, least_height = reversed(least_size) if self._turns % 2 else least_size
@@ -379,8 +385,9 @@ class FrameConverter:
                 self._width, self._height = math.ceil(first.width * scale), math.ceil(first.height * scale)
 
     def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", **ONE_THREAD)
-        image = np.asarray(rgb.to_ndarray(), np.uint8)
+        pixels = self._reformatter.reformat(frame, self._width, self._height, self._format, **ONE_THREAD)
+        image = np.asarray(pixels.to_ndarray(), np.uint8)
+        image = image[..., None] if image.ndim == 2 else image
         return np.rot90(image, self._turns) if self._turns else image
 
 

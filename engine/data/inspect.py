@@ -90,6 +90,7 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     av1 = sum(video.codec == "av1" for video in videos)
     hdr = sum(video.transfer in HDR.values() for video in videos)
     interlaced = sum(video.interlaced for video in videos)
+    trimmed = sum(video.trimmed > 0 for video in videos)
     if hdr:
         rows.append(("HDR", f"{hdr} videos are decoded without tone mapping and look pale"))
     if interlaced:
@@ -97,6 +98,8 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     speed = f"{rate[0]:.1f} clips/s per thread, measured here on {rate[1]} of them"
     if not rate[1]:
         speed = f"speed not measured: no video can be decoded, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
+    if trimmed:
+        rows.append(("edit lists", f"{trimmed} videos hide some frames; PyAV decodes them, since DALI may count these"))
     rows += [
         (
             "NVDEC",
@@ -150,7 +153,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
         )
     if no_nvdec > count / 10:
         found.append(
-            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format or rotation): "
+            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format, rotation or edit list): "
             "mam2 transcode DATA --out FOLDER --codec h264"
         )
     if odd > count / 10:

@@ -1,6 +1,6 @@
 """Turns clip requests into pixels on the device: decoding threads, and the graphs that crop, mirror and resize.
 
-Legend: S samples per batch, R views per sample, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per batch, R views per sample, T frames, H = W = the clip's size, C channels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Renderer:
         self._pool = ThreadPoolExecutor(self._threads, "decode")
         self._patience = Patience(config.wait_s, info, paths)
         self._vetted: set[tuple[str, int, int]] = set()
-        self._dali = dali_version()
+        self._dali = dali_version() if config.channels == 3 else ""
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
         self.hangs = ""
@@ -68,7 +68,9 @@ class Renderer:
     @property
     def cropper(self) -> str:
         """Returns the name of the library that crops, mirrors and resizes, for the log."""
-        return f"DALI {self._dali}" if self._dali else "PyTorch (DALI is not installed)"
+        if self._dali:
+            return f"DALI {self._dali}"
+        return "PyTorch " + ("(DALI is not installed)" if self._config.channels == 3 else "(DALI's graph is for RGB)")
 
     def start(
         self, row: int, path: str, request: ClipRequest, decoder: str, seek_points: Sequence[tuple[int, int]] = ()
@@ -89,6 +91,7 @@ class Renderer:
                 seek_points=seek_points,
                 least_size=least_size(request.views, self._config.size),
                 pinned=self._device.type == "cuda",
+                channels=self._config.channels,
             )
 
         try:
@@ -128,7 +131,7 @@ class Renderer:
         """Returns an uninitialized batch, uint8 [S, R, T, H, W, C]."""
         config = self._config
         with self._copying():
-            shape = (samples, views, config.frames, config.size, config.size, 3)
+            shape = (samples, views, config.frames, config.size, config.size, config.channels)
             return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
     def keep_rows(self, clip: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -87,6 +87,9 @@ class Video:
     """Frames consist of two fields of different times, according to the first frame."""
     transfer: str = ""
     """Transfer function: "pq" and "hlg" are HDR, else "sdr"; empty in manifests saved without it."""
+    trimmed: int = -1
+    """Packets that an edit list hides, or whose time is negative. DALI may count other frames than PyAV in such a file.
+    -1 in manifests saved without it."""
     seek_points: tuple[tuple[int, int], ...] = ()
     """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING apart; empty for files that
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
@@ -115,6 +118,7 @@ class Video:
             "size": (self.width, self.height),
             "interlaced": self.interlaced,
             "bytes": self.bytes,
+            "trimmed": self.trimmed,
         }
 
     @property
@@ -190,7 +194,7 @@ def content_hash(paths: Sequence[str], size: int) -> str:
 
 def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
     with open_video(path) as (container, stream):
-        finder, since, first = CutFinder(), 0, None
+        finder, since, first, trimmed = CutFinder(), 0, None, 0
         keys: list[int] = []
         times: list[int] = []
         for packet in read_packets(container, stream):
@@ -198,6 +202,8 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
                 continue
             if first is None:
                 first = next(iter(decode_packet(stream, packet)), None)
+            stamp = packet.dts if packet.pts is None else packet.pts
+            trimmed += packet.is_discard or (stamp is not None and stamp < 0)
             if not packet.is_discard:
                 if packet.is_keyframe:
                     keys.append(finder.index)
@@ -235,6 +241,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             b_frames=bool(stream.codec_context.has_b_frames),
             interlaced=bool(first.interlaced_frame),
             transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
+            trimmed=trimmed,
             seek_points=tuple((cut.frame, cut.pts) for cut in finder.cuts) if may_seek else (),
         )
 
@@ -260,6 +267,7 @@ def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
         mtime_ns=mtime_ns,
         content=content_hash([images[0], images[len(images) // 2], images[-1]], size),
         transfer=first.transfer,
+        trimmed=0,
     )
 
 

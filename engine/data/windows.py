@@ -83,7 +83,15 @@ class Window:
 
 
 def sliding_windows(
-    video: Video, *, frames: int, size: int, window: int, hop: int, threads: int = 1, timeout_s: float = TIMEOUT_S
+    video: Video,
+    *,
+    frames: int,
+    size: int,
+    window: int,
+    hop: int,
+    channels: int = 3,
+    threads: int = 1,
+    timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Window]:
     """Yields the windows of a video in order.
 
@@ -91,6 +99,7 @@ def sliding_windows(
         video: a file or a folder of images.
         frames, size: T of a clip, and its height and width in pixels.
         window, hop: W and H, in frames of the file.
+        channels: C, see `decode_frames`.
         threads: decoding threads.
         timeout_s: limit in seconds for opening the file, and for a read.
 
@@ -126,7 +135,7 @@ def sliding_windows(
             del times[number]
         return made
 
-    for number, (time_s, image) in enumerate(_all_frames(video, crops.least_size, threads, timeout_s)):
+    for number, (time_s, image) in enumerate(_all_frames(video, crops.least_size, channels, threads, timeout_s)):
         if number == start + window:
             yield finished(time_s)
         if number % hop == 0:
@@ -172,14 +181,14 @@ class _Crops:
 
 
 def _all_frames(
-    video: Video, least: tuple[float, float], threads: int, timeout_s: float
+    video: Video, least: tuple[float, float], channels: int, threads: int, timeout_s: float
 ) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
-    """Yields every frame's time in seconds from the first frame, and a function that converts it to RGB [h, w, C]."""
+    """Yields every frame's time in seconds from the first frame, and a function that converts it to [h, w, C]."""
     read = _image_frames(video.path, timeout_s) if os.path.isdir(video.path) else None
     convert: FrameConverter | None = None
     first_s: float | None = None
     for number, (frame, stamp_s) in enumerate(read or _file_frames(video.path, threads, timeout_s)):
-        convert = convert or FrameConverter(frame, least)
+        convert = convert or FrameConverter(frame, least, channels)
         if number == 0:
             first_s = stamp_s
         if first_s is not None and stamp_s is not None:

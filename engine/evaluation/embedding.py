@@ -26,10 +26,10 @@ from mam2.engine.data.windows import Span, Window, parse_span, sliding_windows
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import check_embedding_file, write_embedding
 from mam2.engine.evaluation.feature_files import FeatureSpec, write_features
-from mam2.engine.evaluation.features import layer_tokens
-from mam2.engine.evaluation.pools import Pool, pool_tokens
+from mam2.engine.evaluation.features import clip_features
+from mam2.engine.evaluation.pools import Pool
 from mam2.engine.files import check_apart, check_folder, writing
-from mam2.engine.runtime.device import autocast, matmul_dtype, pick_device
+from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.progress import Progress
 
 BATCHES_AHEAD = 2
@@ -185,7 +185,6 @@ def _of_videos(
     )
 
 
-@torch.no_grad()
 def _of_windows(
     manifest: Manifest,
     spec: FeatureSpec,
@@ -215,10 +214,8 @@ def _of_windows(
         try:
             for numbers, windows in batches:
                 clips = torch.stack([one.clip for one in windows]).to(device).permute(0, 4, 1, 2, 3)
-                with autocast(run, device):
-                    tokens = layer_tokens(encoder, clips, [spec.layer])[spec.layer]
-                    features = pool_tokens(tokens, encoder.grid, pool).flatten(1).float().cpu().numpy()
-                spool.write(features.astype(np.float32, copy=False).tobytes())
+                features = clip_features(encoder, clips, [(spec.layer, pool)], run=run)[spec.layer, pool].numpy()
+                spool.write(features.tobytes())
                 width = features.shape[1]
                 paths += [manifest.videos[number].path for number in numbers]
                 labels += [manifest.videos[number].label for number in numbers]
@@ -266,6 +263,7 @@ def _window_batches(
                 size=frozen.data.size,
                 window=window.frames(video),
                 hop=hop.frames(video),
+                channels=frozen.data.channels,
                 threads=threads,
                 timeout_s=frozen.data.timeout_s,
             ):

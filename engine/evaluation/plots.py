@@ -43,6 +43,8 @@ PANELS = (
     ),
     Panel("pixel loss", {"loss/pixels": ""}),
     Panel("alignment loss", {"loss/alignment": ""}),
+    Panel("effective rank of the teacher's features", {"teacher/rank": ""}, logarithmic=True),
+    Panel("standard deviation of the teacher's features", {"teacher/deviation": ""}),
     Panel(
         "gradient norm at the regressor's output",
         {"gradient/appearance": "appearance", "gradient/motion": "motion"},
@@ -56,6 +58,7 @@ PANELS = (
         percent=True,
     ),
     Panel("held-out pixel loss / that of the mean color", {"validation/pixels_relative": ""}, reference=1),
+    Panel("held-out feature error / that of predicting 0", {"validation/latents_relative": ""}, reference=1),
     Panel("classification loss", {"loss/training": "training (soft targets)", "loss/validation": "validation"}),
     Panel(
         "validation accuracy (%)",

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
+from mam2.engine.evaluation.feature_pictures import feature_pictures
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.motion_pictures import motion_pictures
 from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
 from mam2.engine.evaluation.scores import joined, score
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
+from mam2.engine.model.pixels import unit_pixels
 from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
@@ -88,6 +90,10 @@ class ClipReconstruction:
     """The prediction (decoded codes, or pixels) in the masked patches, the original in the visible ones."""
     codes: Tensor | None = None
     """The decoded codes of the original: the best possible prediction of the appearance decoder."""
+    features: Tensor | None = None
+    """The teacher's features, their three principal components as red, green and blue."""
+    predicted_features: Tensor | None = None
+    """The predicted features in the masked patches in the same colors, gray elsewhere."""
     motion: Tensor | None = None
     """True difference to the next frame; gray means no motion."""
     predicted_motion: Tensor | None = None
@@ -103,8 +109,8 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     model.eval()
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     latents = model.complete(video, mask)
-    frames = clip[:, :: config.model.tubelet].float() / 255
-    true_codes = appearance = motion = predicted_motion = None
+    frames = unit_pixels(clip[:, :: config.model.tubelet])
+    true_codes = appearance = features = predicted_features = motion = predicted_motion = None
     if config.loss.appearance_target == "codes":
         assert tokenizer is not None
         codes, predicted = tokenizer.codes(video), model.predict_codes(latents, mask)
@@ -115,6 +121,9 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     elif config.loss.appearance_target == "pixels":
         completed = completed_cubes(token_cubes(clip, config), mask, model.predict_pixels(latents, mask), config)
         appearance = laid_out(completed[:, :, 0], config).clamp(0, 1)
+    elif config.loss.appearance_target == "latents":
+        predicted = model.predict_latents(latents, mask)
+        features, predicted_features = feature_pictures(model.latent_targets(video), predicted, mask, config)
     if config.loss.motion_target != "none":
         motion, predicted_motion = motion_pictures(video, mask, model.predict_motion(latents, mask), config)
     return ClipReconstruction(
@@ -122,6 +131,8 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
         masked=hide(frames, mask, config),
         codes=true_codes,
         appearance=appearance,
+        features=features,
+        predicted_features=predicted_features,
         motion=motion,
         predicted_motion=predicted_motion,
     )
@@ -135,7 +146,7 @@ def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
 
 
 def _decoded(tokenizer: Tokenizer, codes: Tensor, config: PretrainConfig) -> Tensor:
-    images = tokenizer.decode(codes)  # [B, T' or T, 3, h, w]
+    images = tokenizer.decode(codes)  # [B, T' or T, C, h, w]
     slots, size = config.grid[0], config.data.size
     images = images[:, :: images.shape[1] // slots].flatten(0, 1)
     images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear")

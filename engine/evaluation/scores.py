@@ -31,6 +31,8 @@ class Scores:
     """float64 [B, 2]: the motion loss summed over masked tokens, and that of predicting no motion."""
     pixels: Tensor | None = None
     """float64 [B, 2]: the same for the pixel loss, and that of predicting 0, the mean color of standardized patches."""
+    latents: Tensor | None = None
+    """float64 [B, 2]: the absolute error of the teacher's features, and that of predicting 0, a token's mean."""
 
     @property
     def code_accuracy(self) -> float | None:
@@ -52,6 +54,11 @@ class Scores:
         """Returns the pixel loss divided by that of predicting 0."""
         return _relative(self.pixels)
 
+    @property
+    def relative_latents(self) -> float | None:
+        """Returns the error of the teacher's features divided by that of predicting 0."""
+        return _relative(self.latents)
+
 
 @torch.no_grad()
 def score(
@@ -62,7 +69,7 @@ def score(
     if isinstance(model, VideoMAE):
         return Scores(pixels=_pixels(model.predict_pixels(video, mask), video, mask, config))
     latents = model.complete(video, mask)
-    right = histogram = motion = pixels = None
+    right = histogram = motion = pixels = features = None
     if config.needs_codes:
         assert tokenizer is not None
         codes = masked_codes(tokenizer.codes(video), mask)
@@ -70,6 +77,11 @@ def score(
         histogram = codes.flatten().bincount(minlength=tokenizer.codebook_size).cpu()
     elif config.loss.appearance_target == "pixels":
         pixels = _pixels(model.predict_pixels(latents, mask), video, mask, config)
+    elif config.loss.appearance_target == "latents":
+        targets = model.latent_targets(video)
+        targets = targets.gather(1, mask.masked[..., None].expand(-1, -1, targets.shape[2]))
+        errors = (model.predict_latents(latents, mask).float() - targets).abs()
+        features = _summed(errors.mean(2), targets.abs().mean(2))
     if config.loss.motion_target != "none":
         pred = model.predict_motion(latents, mask)
         losses = (
@@ -77,14 +89,14 @@ def score(
             for one in (pred, torch.zeros_like(pred))
         )
         motion = _summed(*losses)
-    return Scores(right=right, histogram=histogram, motion=motion, pixels=pixels)
+    return Scores(right=right, histogram=histogram, motion=motion, pixels=pixels, latents=features)
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """Joins the scores of at least one part; all parts belong to one model."""
     by_clip = {
         name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
-        for name in ("right", "motion", "pixels")
+        for name in ("right", "motion", "pixels", "latents")
     }
     histograms = [part.histogram for part in parts if part.histogram is not None]
     return Scores(**by_clip, histogram=torch.stack(histograms).sum(0) if histograms else None)

@@ -96,6 +96,7 @@ def _table(scores: Mapping[str, Scores]) -> str:
         ("always the most frequent", [one.commonest_code for one in scores.values()]),
         ("motion error / predicting no motion", [one.relative_motion for one in scores.values()]),
         ("pixel error / predicting 0", [one.relative_pixels for one in scores.values()]),
+        ("feature error / predicting 0", [one.relative_latents for one in scores.values()]),
     )
     kept = [(title, values) for title, values in columns if any(value is not None for value in values)]
     head = "".join(f"<th>{title}</th>" for title, _ in kept)
@@ -111,7 +112,12 @@ def _verdict(scores: Scores) -> str:
     """Returns whether each prediction is better than the uninformed one."""
     accuracy, commonest = scores.code_accuracy, scores.commonest_code
     beats = {"codes": None if accuracy is None or commonest is None else accuracy > commonest + TIE}
-    for name, relative in (("motion", scores.relative_motion), ("pixels", scores.relative_pixels)):
+    relatives = {
+        "motion": scores.relative_motion,
+        "pixels": scores.relative_pixels,
+        "features": scores.relative_latents,
+    }
+    for name, relative in relatives.items():
         beats[name] = None if relative is None else relative < 1
     return ", ".join(
         f'{name} <span class="{"yes" if holds else "no"}">{"yes" if holds else "NO"}</span>'

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.model.blocks import layer_norm
+from mam2.engine.model.blocks import VideoTransformer, layer_norm
 from mam2.engine.model.encoder import Encoder
 
 HEAD_SCALE = 0.001
@@ -22,7 +22,7 @@ First steps change the encoder only a little.
 """
 
 
-class Classifier(nn.Module):
+class Classifier(VideoTransformer):
     """Encoder, mean over tokens, LayerNorm, head.
 
     Args:
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         """Returns logits [B, V], float32.
 
         Args:
-            video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+            video: [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
             path_scales: [depth, 2, B] for stochastic depth, see `mam2.engine.model.blocks.Block`.
             feature_scales: [B, D], factors of the features before the head, for dropout; drawn outside.
         """

@@ -1,10 +1,10 @@
 """MAM2: predicts the latents of masked tokens, and from these their appearance (codes) and motion (frame difference).
 
-Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, Nl latents (Nm; without a regressor Nv + Nm, the visible
-first), D the encoder's width, Dr the regressor's, V codes, F codes per token (the dimension is absent if only the first
-frame has a code, see `tokenizer.frames`), P values per token, Pd values per motion target. Each method is a separate
-graph: a training loop can pass detached latents to each loss, weight the gradients there, and compile the methods one
-by one.
+Shapes: B clips, C channels, T frames, N tokens, Nv/Nm visible/masked, Nl latents (Nm; without a regressor or with
+`loss.visible` Nv + Nm, the visible first), D the encoder's width, Dr the regressor's, V codes, F codes per token (the
+dimension is absent if only the first frame has a code, see `tokenizer.frames`), P values per token, Pd values per
+motion target. Each method is a separate graph: a training loop can pass detached latents to each loss, weight the
+gradients there, and compile the methods one by one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.blocks import VideoTransformer
 from mam2.engine.model.decoders import Decoder
-from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
 from mam2.engine.model.positions import position_table
 from mam2.engine.model.regressor import Regressor
+from mam2.engine.model.teacher import latent_targets, teacher_of
 from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
 
 
-class MAM2(nn.Module):
+class MAM2(VideoTransformer):
     """Encoder, regressor, and an appearance and a motion decoder, each unless its target is `none`.
+
+    With the target `latents` there is also a `teacher`, a moving average of the encoder. The training updates it; no
+    gradient does.
 
     Args:
         cfg: the run's config; the model uses `model`, `loss`, `tokenizer.frames` and the clip's size.
@@ -54,7 +59,7 @@ class MAM2(nn.Module):
         if appearance == "codes" and codes < 1:
             raise ValueError(
                 f"codes: expected the codebook size of a tokenizer, found {codes}; pass it, or set "
-                "loss.appearance_target to 'pixels' or 'none'"
+                "loss.appearance_target to 'pixels', 'latents' or 'none'"
             )
         motion = cfg.loss.motion_target
         if motion in ("intra", "hog", "flow") and cfg.model.tubelet < 2:
@@ -87,21 +92,32 @@ class MAM2(nn.Module):
             )
 
         if appearance != "none":
-            outputs = {"codes": math.prod(cfg.code_shape) * codes, "pixels": math.prod(cfg.patch_size) * CHANNELS}
+            outputs = {
+                "codes": math.prod(cfg.code_shape) * codes,
+                "pixels": math.prod(cfg.patch_size) * cfg.data.channels,
+                "latents": self.encoder.width,
+            }
             self.appearance_decoder = decode(outputs[appearance])
         if motion != "none":
-            self.motion_decoder = decode(motion_values(motion, cfg.patch_size))
+            self.motion_decoder = decode(motion_values(motion, cfg.patch_size, cfg.data.channels))
         positions = position_table(cfg.grid, cfg.trained_grid, regressor.width)
         self.register_buffer("positions", positions, persistent=False)
+        self.teacher = teacher_of(self.encoder) if appearance == "latents" else None
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """Predicts the latents of the masked tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nl, Dr].
+        """Predicts the latents of the masked tokens from the visible ones: video [B, C, T, H, W] -> [B, Nl, Dr].
 
-        Without a regressor it returns the visible latents and mask tokens for the decoders.
+        Without a regressor it returns the visible latents and mask tokens for the decoders; with `loss.visible` the
+        visible latents, too.
         video: uint8 (0 to 255) or float (0 to 1), any strides. Masked pixels are never read.
         """
         visible = self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
-        return self.regressor(visible, self.positions[mask.visible], self.positions[mask.masked])
+        return self.regressor(
+            visible,
+            self.positions[mask.visible],
+            self.positions[mask.masked],
+            keep_visible=self.loss_config.visible > 0,
+        )
 
     def appearance_loss(self, latents: Tensor, mask: TubeMask, codes: Tensor) -> Tensor:
         """Computes the mean cross-entropy of the masked codes: latents [B, Nl, Dr], codes [B, N, F] int64 -> scalar."""
@@ -127,6 +143,27 @@ class MAM2(nn.Module):
             normalize=None if normalize == "none" else normalize,
         )
 
+    def latent_targets(self, video: Tensor) -> Tensor:
+        """Returns the teacher's standardized features: video [B, C, T, H, W] -> float32 [B, N, D], without gradient."""
+        if self.teacher is None:
+            raise ValueError("latent_targets: expected a model with loss.appearance_target 'latents'")
+        return latent_targets(self.teacher, video, self.loss_config.teacher_blocks)
+
+    def latent_loss(self, latents: Tensor, mask: TubeMask, targets: Tensor) -> Tensor:
+        """Computes the mean absolute error of the masked tokens' features: latents [B, Nl, Dr] -> scalar.
+
+        targets: [B, N, D], see `latent_targets`. With `loss.visible` it adds that weight times the mean absolute error
+        of the visible tokens' features.
+        """
+        weight = self.loss_config.visible
+        if not weight:
+            return F.l1_loss(self.predict_latents(latents, mask).float(), _tokens(targets, mask.masked))
+        features = self._features(self.appearance_decoder, latents, mask, visible=True)
+        everywhere = torch.cat([mask.visible, mask.masked], dim=1)
+        errors = (self.appearance_decoder.head(features).float() - _tokens(targets, everywhere)).abs()
+        visible = mask.visible.shape[1]
+        return errors[:, visible:].mean() + weight * errors[:, :visible].mean()
+
     def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared error of the masked tokens' motion: latents [B, Nl, Dr] -> scalar."""
         return motion_loss(self.predict_motion(latents, mask), video, mask, self.loss_config, self.patch_size)
@@ -139,7 +176,7 @@ class MAM2(nn.Module):
         with torch.no_grad():
             target = self.encoder(self.encoder.tokens(video, mask.masked), mask.masked)
             target = self.regressor.project(target)
-        return F.mse_loss(latents.float(), target.float())
+        return F.mse_loss(_last(latents, mask).float(), target.float())
 
     def predict_codes(self, latents: Tensor, mask: TubeMask) -> Tensor:
         """Predicts the most probable codes of every masked token: latents [B, Nl, Dr] -> [B, Nm, F] int64."""
@@ -150,23 +187,44 @@ class MAM2(nn.Module):
         """Predicts the pixels of masked tokens, standardized as in the config: latents [B, Nl, Dr] -> [B, Nm, P]."""
         return self._predict(self.appearance_decoder, latents, mask)
 
+    def predict_latents(self, latents: Tensor, mask: TubeMask) -> Tensor:
+        """Predicts the teacher's standardized features of masked tokens: latents [B, Nl, Dr] -> [B, Nm, D]."""
+        if not self.loss_config.visible:
+            return self._predict(self.appearance_decoder, latents, mask)
+        features = self._features(self.appearance_decoder, latents, mask, visible=True)
+        return self.appearance_decoder.head(_last(features, mask))
+
     def predict_motion(self, latents: Tensor, mask: TubeMask) -> Tensor:
         """Predicts the motion target of masked tokens, see `motion_targets`: latents [B, Nl, Dr] -> [B, Nm, Pd]."""
         return self._predict(self.motion_decoder, latents, mask)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, N, D]."""
+        """Encodes every token of a clip, without a mask: video [B, C, T, H, W] -> [B, N, D]."""
         return self.encoder.encode(video)
 
     def _predict(self, decoder: Decoder, latents: Tensor, mask: TubeMask) -> Tensor:
         return decoder.head(self._features(decoder, latents, mask))
 
-    def _features(self, decoder: Decoder, latents: Tensor, mask: TubeMask) -> Tensor:
-        """Returns a decoder's features of masked tokens, its head's input: latents [B, Nl, Dr] -> [B, Nm, Dr]."""
-        if self.regressor.blocks:
-            return decoder(latents + self.positions[mask.masked])
+    def _features(self, decoder: Decoder, latents: Tensor, mask: TubeMask, *, visible: bool = False) -> Tensor:
+        """Returns a decoder's features of masked tokens, its head's input: latents [B, Nl, Dr] -> [B, Nm, Dr].
+
+        visible: the decoder gets the visible latents, too; returns [B, Nv + Nm, Dr].
+        """
+        if self.regressor.blocks and not visible:
+            return decoder(_last(latents, mask) + self.positions[mask.masked])
         everywhere = torch.cat([mask.visible, mask.masked], dim=1)
-        return decoder(latents + self.positions[everywhere], last=mask.masked.shape[1])
+        return decoder(latents + self.positions[everywhere], last=None if visible else mask.masked.shape[1])
+
+
+def _last(latents: Tensor, mask: TubeMask) -> Tensor:
+    """Returns those of the masked tokens, which are the last: [B, Nl, Dr] -> [B, Nm, Dr]."""
+    count = mask.masked.shape[1]
+    return latents if latents.shape[1] == count else latents[:, -count:]
+
+
+def _tokens(features: Tensor, index: Tensor) -> Tensor:
+    """Selects the tokens at `index` [B, n]: [B, N, D] -> [B, n, D]."""
+    return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
 
 
 def masked_codes(codes: Tensor, mask: TubeMask) -> Tensor:

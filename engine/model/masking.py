@@ -16,7 +16,7 @@ CELL = 4
 
 
 def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
-    """Draws masks for clips [B, 3, T, H, W] from (run.seed, step, sample), on their device.
+    """Draws masks for clips [B, C, T, H, W] from (run.seed, step, sample), on their device.
 
     first_sample: index of the first clip in the step's batch.
     """

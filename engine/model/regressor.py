@@ -52,15 +52,19 @@ class Regressor(nn.Module):
             self.norm = layer_norm(width)
         initialize(self)
 
-    def forward(self, visible: Tensor, visible_positions: Tensor, masked_positions: Tensor) -> Tensor:
+    def forward(
+        self, visible: Tensor, visible_positions: Tensor, masked_positions: Tensor, *, keep_visible: bool = False
+    ) -> Tensor:
         """Predicts the masked latents.
 
         Args:
             visible: the encoder's latents [B, Nv, D].
             visible_positions, masked_positions: [B, Nv, Dr] and [B, Nm, Dr].
+            keep_visible: return the projected visible latents, too.
 
         Returns:
-            [B, Nm, Dr]; at depth 0 the projected visible latents and the mask tokens, [B, Nv + Nm, Dr].
+            [B, Nm, Dr]; with `keep_visible` the projected visible latents and these, [B, Nv + Nm, Dr]; at depth 0 the
+            projected visible latents and the mask tokens, [B, Nv + Nm, Dr].
         """
         visible = self.project(visible)
         batch, masked_count, _ = masked_positions.shape
@@ -74,4 +78,4 @@ class Regressor(nn.Module):
             if self.keys == "all":
                 context = torch.cat([visible, masked], dim=1)
             masked = block(masked, context, masked_positions, context_positions)
-        return self.norm(masked)
+        return torch.cat([visible, self.norm(masked)], dim=1) if keep_visible else self.norm(masked)

@@ -1,6 +1,6 @@
 """Augmentation of fine-tuning on the device: RandAugment, random erasing, mixup, cutmix, stochastic depth, dropout.
 
-Shapes: B clips, T frames, C = 3 channels, V classes. Clips stay uint8; every operation rounds to integer levels.
+Shapes: B clips, T frames, C channels, V classes. Clips stay uint8; every operation rounds to integer levels.
 All random draws of a clip are keyed by (seed, step, index of the clip in the step's batch), so that a step is the same
 if it is repeated, resumed or distributed over any number of processes. All frames of a clip are augmented equally;
 operations that depend on the image (equalize, autocontrast, contrast) use the whole clip, so that none causes flicker.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mam2.engine.config.finetune import AugmentConfig, FinetuneConfig
 from mam2.engine.data.draws import Draw, generator_of
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.model.pixels import pixel_statistics
 from mam2.engine.train.finetune_targets import ClassTargets, Targets, smoothed
 from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 
@@ -181,11 +181,11 @@ def _draw_box(size: tuple[int, int], chance: float, generator: np.random.Generat
 
 
 def _erase(box: Tensor, seed: int) -> None:
-    """Fills a box [C, T, h, w] of a clip with noise, different in every frame: normal with ImageNet's statistics."""
+    """Fills a box [C, T, h, w] of a clip with noise, different in every frame: normal, see `pixel_statistics`."""
     # drawing a box of noise on the host would be too slow
     noise = torch.Generator(box.device).manual_seed(seed)
     drawn = torch.randn(box.shape, generator=noise, device=box.device)
-    mean, std = (255 * constant(values, box.device) for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (255 * constant(values, box.device) for values in pixel_statistics(len(box)))
     pixels = drawn * std[:, None, None, None] + mean[:, None, None, None]
     box.copy_(pixels.round_().clamp_(0, 255))
 

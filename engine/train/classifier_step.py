@@ -12,7 +12,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.model.classifier import Classifier, train_only_last
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import augment
@@ -30,7 +29,7 @@ def classifier_flops(config: FinetuneConfig) -> float:
     """
     model, (slots, rows, columns) = config.model, config.grid
     tokens = slots * rows * columns
-    pixels = model.tubelet * model.patch**2 * CHANNELS
+    pixels = model.tubelet * model.patch**2 * config.data.channels
     embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
     block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
     frozen = config.frozen_blocks

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
+from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
@@ -30,10 +32,10 @@ from mam2.engine.errors import UserError
 from mam2.engine.evaluation.accuracy import mean_class_accuracy, top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
+from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
-from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
@@ -41,6 +43,7 @@ from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.finetune_targets import ClassTargets, balanced_weights, describe_weights
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import RunContext, Session, Setup, open_session
+from mam2.engine.train.validation_model import in_equal_batches, share_weights
 
 ACCURACY = "accuracy/validation"
 MEAN_CLASS = "accuracy/validation_mean_class"
@@ -82,7 +85,7 @@ def finetune(
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
     setup = _FinetuneSetup(Path(data), Path(val), encoder, encoder_options or {})
-    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
+    with open_session(config, (Path(data),), out, setup=setup, resume=resume, progress=progress) as session:
         return Loop(session, _Finetuning(session, setup)).train()
 
 
@@ -127,10 +130,12 @@ class _Finetuning:
             matmul_dtype(config.run, session.device),
             classifier_shapes(config, session.clips_per_micro_batch),
         )
-        for line in use_fastest(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, setup.embeddings)
+        model.set_attention(choices)
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
@@ -148,14 +153,20 @@ class _Finetuning:
             )
         self._measure = MEASURES[config.test.best]
 
-        # a separate copy for validation, so that averaged, compiled and sharded models need no special code
+        # a separate module for validation, so that averaged, compiled and sharded models need no special code
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
+        self._judge.set_attention(choices)
+        self._gather_weights = share_weights(
+            self._judge, lambda: self.train_step.model.state_dict() | dict(self.train_step.average)
+        )
+        batch = config.test.batch or session.clips_per_micro_batch
+        self._classify = in_equal_batches(compiler(config.run, session.device)[0](self._judge), batch)
         self._val = setup.val_manifest
         self._val_loader = session.own(
             ClipLoader(
                 self._val,
                 dataclasses.replace(config.data, max_unusable=1.0),  # the log lists them
-                batch=config.test.batch or session.clips_per_micro_batch,
+                batch=batch,
                 device=session.device,
                 seed=0,
                 train=False,
@@ -211,13 +222,11 @@ class _Finetuning:
 
     def _validate(self) -> dict[str, float]:
         session, config = self._session, self._session.config
-        with torch.no_grad():
-            whole = checkpoint.copies(self.train_step.model.state_dict() | dict(self.train_step.average), keep=True)
-            self._judge.load_state_dict(whole)
+        self._gather_weights()
         # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             predictions = classify_videos(
-                self._judge,
+                self._classify,
                 self._val_loader,
                 self._val,
                 config.data,
@@ -242,7 +251,7 @@ class _Finetuning:
     def _write_best(self, step: int, found: dict[str, float]) -> None:
         session = self._session
         try:
-            weights = checkpoint.copies(self._judge.state_dict(), keep=True)
+            weights = copies(self._judge.state_dict(), keep=True)
             checkpoint.write_best(session.folder, step, weights, session.config, dict(self._metadata), found)
         except OSError as error:
             session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run continues")
@@ -300,6 +309,10 @@ def _resolved(
         encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
         info(f"encoder from {path}")
+        config = dataclasses.replace(config, data=data_for(config.data, encoder, path))
+        if becomes_gray(config.data, encoder):
+            encoder = gray_encoder(encoder, config.data)
+            info(GRAY)
     else:
         info("encoder with random weights (--scratch)")
     embeddings = None

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sets import read_sets
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
+from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
@@ -29,12 +31,14 @@ from mam2.engine.tokenizer.prepare import FILE, build_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.session import Session
+from mam2.engine.train.validation_model import share_weights
 from mam2.kernels import TubeMask
 
 LOSS = "validation/loss"
 SCORES = {
     "validation/motion_relative": "relative_motion",
     "validation/pixels_relative": "relative_pixels",
+    "validation/latents_relative": "relative_latents",
     "validation/codes": "code_accuracy",
     "validation/commonest_code": "commonest_code",
 }
@@ -43,6 +47,7 @@ WORDS = {
     LOSS: "loss {:.4g}",
     "validation/motion_relative": "motion {:.1%} of no motion",
     "validation/pixels_relative": "pixels {:.1%} of the mean color",
+    "validation/latents_relative": "features {:.1%} of predicting 0",
     "validation/codes": "correct codes {:.1%}",
 }
 
@@ -50,15 +55,25 @@ WORDS = {
 class HeldOut:
     """Measures the trained model on the middle clips of held-out videos."""
 
-    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
-        """videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
+    def __init__(
+        self,
+        session: Session[PretrainConfig],
+        videos: Sequence[Path],
+        codebook_size: int,
+        choices: Choices,
+        trained: torch.nn.Module,
+    ) -> None:
+        """Reads the videos and builds a model with the weights of the trained one.
+
+        videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
+        trained model's attention implementations. trained: the model that is measured.
 
         Raises UserError if the videos cannot be read.
         """
         self._session = session
         config, world, device = session.config, session.world, session.device
         threads = config.data.threads
-        manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
+        manifest = world.broadcast(lambda: read_sets(videos, threads=threads, progress=session.progress))
         used = _spread(len(manifest.videos), config.validation.videos)
         self._numbers = used[world.rank :: world.size]
         """Numbers of this rank's videos; a clip's mask depends only on the number of its video."""
@@ -68,8 +83,10 @@ class HeldOut:
             self._tokenizer: Tokenizer | None = None
             if config.needs_codes:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
-        # a separate copy, so that compiled and sharded models need no special code
+        # a separate module, so that compiled and sharded models need no special code
         self._model = model.to(device).eval().requires_grad_(False)
+        self._model.set_attention(choices)
+        self._gather_weights = share_weights(self._model, trained.state_dict)
         self._objective = build_objective(self._model, config, lambda part: part)
         self._loader: ClipLoader | None = None
         if own.videos:
@@ -83,14 +100,14 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {', '.join(map(str, videos))}, "
             f"every {config.validation.every:g} epochs"
         )
         if both:
             session.log.info(f"warning: {both} videos of --val are also training videos: their loss is too low")
 
-    def measure_if_due(self, model: torch.nn.Module, step: int, steps: int) -> None:
-        """Logs the held-out losses of a model after `step` of `steps` steps.
+    def measure_if_due(self, step: int, steps: int) -> None:
+        """Logs the held-out losses of the model after `step` of `steps` steps.
 
         It does so every `validation.every` epochs and at the end, but not twice for one step.
         """
@@ -98,8 +115,7 @@ class HeldOut:
         every = max(round(session.config.validation.every * session.steps_per_epoch), 1)
         if (step % every and step != steps) or step in self._measured:
             return
-        with torch.no_grad():
-            self._model.load_state_dict(checkpoint.copies(model.state_dict(), keep=True))
+        self._gather_weights()
         # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             numbers, clips = self._measure()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mam2.engine.config.pretrain import LossConfig, PretrainConfig
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
+from mam2.engine.model.teacher import rank_and_deviation
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.cuda import Values
 from mam2.kernels import TubeMask
@@ -69,6 +70,8 @@ class MAM2Objective(Objective):
         self._complete = compiled(model.complete)
         self._appearance = compiled(model.appearance_loss)
         self._pixels = compiled(model.pixel_loss)
+        self._targets = compiled(model.latent_targets)
+        self._latents = compiled(model.latent_loss)
         self._motion = compiled(model.motion_loss)
         self._alignment = compiled(model.alignment_loss)
         # on a CPU, a few clips every few steps do not justify a compilation
@@ -78,8 +81,15 @@ class MAM2Objective(Objective):
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 
     def forward(
-        self, video: Tensor, mask: TubeMask, codes: Tensor | None, *, inspect: bool = False
+        self,
+        video: Tensor,
+        mask: TubeMask,
+        codes: Tensor | None,
+        motion_share: Tensor | None = None,
+        *,
+        inspect: bool = False,
     ) -> tuple[Tensor, Values, Values]:
+        """motion_share: factor of the motion loss, float32 0-d; see `PretrainStep.weighted`."""
         weights = self._loss
         latents = self._complete(video, mask)
         for_appearance, for_motion, for_alignment = cast(
@@ -91,8 +101,11 @@ class MAM2Objective(Objective):
             losses["appearance"] = self._appearance(for_appearance, mask, codes)
         elif weights.appearance_target == "pixels":
             losses["appearance"] = self._pixels(for_appearance, mask, video)
+        elif weights.appearance_target == "latents":
+            losses["appearance"] = self._latents(for_appearance, mask, self._targets(video))
         if weights.motion_target != "none":
-            losses["motion"] = self._motion(for_motion, mask, video)
+            motion = self._motion(for_motion, mask, video)
+            losses["motion"] = motion if motion_share is None else motion * motion_share
         if weights.alignment:
             losses["alignment"] = self._alignment(for_alignment, mask, video)
         total = functools.reduce(torch.add, [getattr(weights, name) * loss for name, loss in losses.items()])
@@ -111,11 +124,14 @@ class MAM2Objective(Objective):
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
         """Returns figures of each existing target.
 
-        These are the share of correct codes, that of always predicting the clips' most frequent code, and the motion
-        loss divided by that of predicting no motion (1: nothing learned).
+        These are the share of correct codes, that of always predicting the clips' most frequent code, effective rank
+        and mean standard deviation of the teacher's features (see `rank_and_deviation`), and the motion loss divided by
+        that of predicting no motion (1: nothing learned).
         """
         latents = self.model.complete(video, mask)
         figures = {}
+        if self._loss.appearance_target == "latents":
+            figures["teacher/rank"], figures["teacher/deviation"] = rank_and_deviation(self.model.latent_targets(video))
         if self._loss.appearance_target == "codes":
             assert codes is not None
             answers = masked_codes(codes, mask)

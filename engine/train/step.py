@@ -21,6 +21,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded, sample_masks
+from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -28,6 +29,7 @@ from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
+from mam2.kernels import TubeMask
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -86,21 +88,42 @@ class Step(ABC, Generic[Extras]):
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
         """Returns the objective's inputs for one pass of step `step`, whose first clip has index `first_sample`."""
 
+    def begin(self, progress: float) -> None:
+        """Called before each step with the share of the run's steps that are done, 0 to 1."""
+
+    def after_update(self, bad: Tensor) -> None:
+        """Called after the optimizer's update, also while a CUDA graph is captured.
+
+        bad: 0-d float, 1 if the update was skipped.
+        """
+
+    def weighted(self, passes: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Adds to the inputs of a step's passes what depends on all passes of all ranks. Every rank must call it."""
+        return passes
+
     def extra_state(self) -> Mapping[str, Tensor]:
         """Returns further tensors for the checkpoint, besides the model's and the optimizer's."""
         return {}
 
     def __call__(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], rate: float, *, inspect: bool
+        self,
+        step: int,
+        micro_batches: Sequence[tuple[Tensor, Extras]],
+        rate: float,
+        *,
+        inspect: bool,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """Runs step `step` on pairs of a video [B, C, T, H, W] uint8 and its extras, one pair per pass.
 
         Returns 0-d tensors on the device; `bad` is 1 if loss or gradient was not finite on any rank; then nothing was
-        changed. inspect: add the objective's costlier figures. Raises UserError if GPU memory is exhausted.
+        changed. inspect: add the objective's costlier figures. progress: share of the run's steps that are done, 0 to
+        1, for schedules other than the rate's. Raises UserError if GPU memory is exhausted.
         """
         if self._lead:
             self._lead.wait()
         cuda_graph.set_rate(self.optimizer, rate)
+        self.begin(progress)
         try:
             with _whole_sums():
                 values = self._step(step, micro_batches, inspect)
@@ -111,10 +134,10 @@ class Step(ABC, Generic[Extras]):
         return values
 
     def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], inspect: bool) -> dict[str, Tensor]:
-        if len(micro_batches) == 1:
-            return self._run(self._arguments(step, micro_batches, 0), inspect)
-        arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
-        return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
+        passes = self._passes(step, micro_batches)
+        if len(passes) == 1:
+            return self._run(passes[0], inspect)
+        return self._gradients(passes, len(passes), inspect) | self._update(inspect)
 
     def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
         """Times eager launches against a CUDA graph on the first batch and keeps the faster.
@@ -142,6 +165,10 @@ class Step(ABC, Generic[Extras]):
                 compare=wanted == "auto",
             )
         return reason
+
+    def _passes(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> list[tuple[Any, ...]]:
+        """Returns the objective's inputs for all passes of a step of this process."""
+        return self.weighted([self._arguments(step, micro_batches, index) for index in range(len(micro_batches))])
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
         """Returns the objective's inputs for a pass of this process."""
@@ -190,6 +217,7 @@ class Step(ABC, Generic[Extras]):
         # The optimizer reads this flag on the device and does not change weights and moments.
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.optimizer.step()
+        self.after_update(bad)
         self.optimizer.zero_grad()
         return {**norms, "gradient/norm": norm, "bad": bad}
 
@@ -200,6 +228,22 @@ class PretrainStep(Step[Tensor | None]):
     config: PretrainConfig
     model: MAM2 | VideoMAE
 
+    def __init__(self, config: PretrainConfig, model: MAM2 | VideoMAE, device: torch.device, world: World) -> None:
+        super().__init__(config, model, device, world)
+        # on the device, because a CUDA graph reads it there
+        self._momentum = torch.full((), config.loss.teacher_momentum, device=device) if config.needs_teacher else None
+
+    def begin(self, progress: float) -> None:
+        if self._momentum is not None:
+            loss = self.config.loss
+            self._momentum.fill_(momentum(loss.teacher_momentum, loss.teacher_momentum_end, progress))
+
+    def after_update(self, bad: Tensor) -> None:
+        if self._momentum is not None:
+            assert isinstance(self.model, MAM2)
+            assert self.model.teacher is not None
+            move_teacher(self.model.teacher, self.model.encoder, (1 - self._momentum) * (1 - bad))
+
     def build_objective(self, compiled: Compile) -> Objective:
         return build_objective(self.model, self.config, compiled)
 
@@ -209,6 +253,25 @@ class PretrainStep(Step[Tensor | None]):
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
         mask = sample_masks(video, self.config, step=step, first_sample=first_sample)
         return video, keep_decoded(mask, self.config, step=step, first_sample=first_sample), extras
+
+    def weighted(self, passes: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Adds the factor of each pass's motion loss, if the passes of a step differ in the number of motion values.
+
+        The loss of a pass is the mean over its own values, and the passes of all ranks are averaged: without the factor
+        a value would count less in a pass that has more of them.
+        """
+        if self.world.size * len(passes) == 1 or not self.config.motion_values_vary:
+            return passes
+        counts = torch.stack([_motion_frames(mask, self.config) for _, mask, _ in passes])
+        shares = counts * len(passes) / self.world.mean_(counts.sum())
+        return [(*arguments, share) for arguments, share in zip(passes, shares.float().unbind(), strict=True)]
+
+
+def _motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Returns the number of frames of the predicted tokens that have a next frame, float64 0-d, on their device."""
+    slots, rows, columns = config.grid
+    last = (mask.masked >= (slots - 1) * rows * columns).sum()
+    return (mask.masked.numel() * config.model.tubelet - last).double()
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:

@@ -13,6 +13,7 @@ from mam2.engine.files import append_rows
 from mam2.engine.runtime.log import Line, Readout
 from mam2.engine.runtime.peak import used_gib
 from mam2.engine.runtime.progress import Progress
+from mam2.engine.train.collapse import Collapse
 from mam2.engine.train.session import Session
 from mam2.engine.train.spikes import Spikes
 
@@ -26,7 +27,7 @@ class StepLog:
     def __init__(self, session: Session[Any], progress_format: Mapping[str, str]) -> None:
         """progress_format: see `Description`."""
         self._session, self._formats = session, {**progress_format, **RATES}
-        self._readout, self._spikes = Readout(session.device), Spikes()
+        self._readout, self._spikes, self._collapse = Readout(session.device), Spikes(), Collapse()
         self._videos: list[Tensor] = []
         self._bad: list[Tensor] = []
         self._bad_in_a_row = 0
@@ -69,8 +70,9 @@ class StepLog:
         if bad:
             numbers["skipped_steps"] = len(bad)
             self._name_clips(bad, line.videos)
-        if problem := self._spikes.warning(line.steps, numbers):
-            session.log.info(f"warning: {problem}")
+        for problem in (self._spikes.warning(line.steps, numbers), self._collapse.warning(line.steps, numbers)):
+            if problem:
+                session.log.info(f"warning: {problem}")
         for flag in line.bad:
             self._bad_in_a_row = self._bad_in_a_row + 1 if flag else 0
         if session.device.type == "cuda":

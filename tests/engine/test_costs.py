@@ -134,6 +134,14 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "alignment": {"loss": {"alignment": 2.0}},
     "pixels": {"loss": {"appearance_target": "pixels"}},
     "motion alone": {"loss": {"appearance_target": "none", "balance": "fixed"}},
+    "latents": {"loss": {"appearance_target": "latents"}},
+    "latents, visible too": {"loss": {"appearance_target": "latents", "visible": 0.5}},
+    "latents, no regressor": {
+        "loss": {"appearance_target": "latents"},
+        "regressor": {"depth": 0, "width": 32, "heads": 2},
+        "decoder": {"width": 32, "heads": 2},
+        "mask": {"decoded": 0.5},
+    },
     "all frames": {"tokenizer": {"frames": "all"}},
     "no regressor": {"regressor": {"depth": 0}},
     "no regressor, one width": {
@@ -202,6 +210,8 @@ HELD = (
     "another width",
     "pixels",
     "motion alone",
+    "latents",
+    "latents, visible too",
     "all frames",
     "no regressor",
     "videomae",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig
 from mam2.engine.config.training import DataConfig
 from mam2.engine.model.classifier import Classifier, linear_head
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.pixels import PIXEL_MEAN, PIXEL_STD
 
 CLASSES = ("walk", "run", "jump")
 PATCH = (2, 8, 8)

@@ -61,7 +61,7 @@ _MISTAKES = {
         ),
         (
             "predictions of every token read in the order of the mask",
-            "masked_loss.py",
+            "masked_error.py",
             "        pred_row = token.to(tl.int64)\n",
             "",
         ),
@@ -74,15 +74,15 @@ _MISTAKES = {
         ("the clip's last frame has a next one", "cube.py", "(slot < slots - 1)", "(slot < slots)"),
         (
             "values without a target in the error",
-            "masked_loss.py",
+            "masked_error.py",
             "residual = tl.where(exists, predicted - target[segment], 0.0)",
             "residual = predicted - target[segment]",
         ),
         (
             "half the gradient",
-            "masked_loss.py",
-            "store_rounded(gradient + value, factor * residual, stored)",
-            "store_rounded(gradient + value, factor * residual / 2, stored)",
+            "masked_error.py",
+            "slope = 2.0 * factor",
+            "slope = factor",
         ),
         (
             "the mean taken from differences to the first frame too",
@@ -100,7 +100,7 @@ _MISTAKES = {
         ),
         (
             "no gradient written where nothing exists",
-            "masked_loss.py",
+            "masked_error.py",
             "stored = row < FRAMES * HEIGHT\n",
             "stored = exists\n",
         ),
@@ -131,7 +131,7 @@ _MISTAKES = {
     (LIMITS, "reach_past_32_bits"): [
         (
             "clips 32-bit offsets apart",
-            "masked_loss.py",
+            "masked_error.py",
             "clip = (place // count).to(tl.int64)",
             "clip = place // count",
         ),
@@ -149,23 +149,23 @@ _MISTAKES = {
     (INTERPRETER, "gradient_of_a_token_out_of_range"): [
         (
             "the gradient of a token out of range left as the memory was",
-            "masked_loss.py",
+            "masked_error.py",
             "            if EVERY_TOKEN:  # a token",
             "            if True:  # a token",
         ),
         (
             "a factor for a token out of range in predictions of every token",
-            "masked_loss.py",
-            'upstream = torch.where(fits, factors, float("nan"))',
-            "upstream = factors",
+            "masked_error.py",
+            "            slope *= tl.load(fits_ptr + clip)\n",
+            "            slope *= 1.0\n",
         ),
     ],
     (INTERPRETER, "test_a_target_out_of_range"): [
         (
             "a target out of range has the gradient of no target",
             "softmax_gradient.py",
-            'tl.where(exists, 1.0, float("nan"))',
-            "tl.where(exists, 1.0, 1.0)",
+            'tl.where(exists, upstream, float("nan"))',
+            "tl.where(exists, upstream, upstream)",
         ),
     ],
     (LIMITS, "minus_infinity"): [
@@ -212,7 +212,51 @@ _MISTAKES = {
             "a factor for every block instead of every row",
             "scale_gradient.py",
             "scale = tl.load(scale_ptr + row)",
-            "scale = tl.load(scale_ptr)",
+            "scale = tl.load(scale_ptr + row - row)",
+        ),
+    ],
+    (INTERPRETER, "upstream_scales_the_gradient_in_place"): [
+        (
+            "rows of factor 1 scaled, the others not",
+            "scale_gradient.py",
+            "end = tl.where(scale == 1, 0, length)",
+            "end = tl.where(scale == 1, length, 0)",
+        ),
+        (
+            "a whole gradient left as it is at every factor",
+            "scale_gradient.py",
+            "stop = tl.where(scale == 1, 0, total)",
+            "stop = tl.where(scale == 1, 0, 0)",
+        ),
+        (
+            "programs that skip each other's blocks",
+            "scale_gradient.py",
+            "range(tl.program_id(0), stop, tl.num_programs(0))",
+            "range(tl.program_id(0), tl.minimum(stop, tl.num_programs(0)), tl.num_programs(0))",
+        ),
+    ],
+    ("test_upstream.py", "kept_graph"): [
+        (
+            "a gradient overwritten that another backward pass needs",
+            "scale_gradient.py",
+            "if torch._C._autograd._get_current_graph_task_keep_graph():",
+            "if False:",
+        ),
+    ],
+    ("test_upstream.py", "learns"): [
+        (
+            "weights that learn take tokens of weight 0 for tokens without error",
+            "reference.py",
+            "if scales.dim() and not needs[1]:",
+            "if scales.dim():",
+        ),
+    ],
+    ("test_upstream.py", "float16"): [
+        (
+            "a float16 gradient with the divisor of the mean",
+            "masked_loss.py",
+            "if pred.dtype == torch.float16:",
+            "if False:",
         ),
     ],
     (LIMITS, "largest_logit"): [
@@ -235,16 +279,16 @@ _MISTAKES = {
         (
             "the upstream weights of rows dropped",
             "softmax_gradient.py",
-            "            upstream *= tl.load(upstream_ptr + row)\n",
-            "            upstream *= 1.0\n",
+            "        upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)\n",
+            "        upstream = 1.0\n",
         ),
     ],
     (INTERPRETER, "shared_case and V5"): [
         (
             "an ignored row has a gradient",
             "softmax_gradient.py",
-            'upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)',
-            "upstream = tl.where(counted, 1.0, 1.0).to(DTYPE)",
+            'upstream = tl.where(counted, tl.where(exists, upstream, float("nan")), 0.0).to(DTYPE)',
+            "upstream = tl.where(counted, upstream, upstream).to(DTYPE)",
         ),
     ],
     (INTERPRETER, "shared_case and tube_mask and 2x5"): [
@@ -290,8 +334,8 @@ _MISTAKES = {
         (
             "PyTorch path: half the gradient",
             "reference.py",
-            "gradient[part] = residual.mul_(2).view(gradient[part].shape)",
-            "gradient[part] = residual.view(gradient[part].shape)",
+            "residual.mul_(2 * (",
+            "residual.mul_(1 * (",
         ),
     ],
     ("test_gather_tubes.py", "test_equals_einops_on_the_whole_clip"): [
@@ -329,15 +373,15 @@ _MISTAKES = {
         (
             "PyTorch path: an ignored row has a gradient",
             "reference.py",
-            "        wide.masked_fill_(ignored[:, None], 0)\n",
-            "",
+            "torch.where(ignored, 0.0, factors)",
+            "torch.where(ignored, factors, factors)",
         ),
     ],
     ("test_masked_loss.py", "test_patch_with_every_token_is_mae_st"): [
         (
             "upstream factors of masked tokens given to the first tokens",
-            "masked_loss.py",
-            "scatter(1, masked.clamp(0, tokens - 1), upstream)",
+            "masked_error.py",
+            "scatter(1, index, upstream)",
             "scatter(1, torch.arange(masked.shape[1]).expand_as(masked), upstream)",
         ),
     ],
@@ -345,8 +389,8 @@ _MISTAKES = {
         (
             "values that do not exist in the mean's divisor",
             "masked_loss.py",
-            "existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])",
-            "existing = values - last_slot.to(errors.dtype) * 0",
+            "existing = values - last_slot.to(dtype) * (values // goal.patch_size[0])",
+            "existing = values - last_slot.to(dtype) * 0",
         ),
     ],
     ("test_token_weights.py", "test_weights_multiply_errors"): [

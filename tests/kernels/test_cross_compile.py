@@ -28,7 +28,7 @@ SHARED_MEMORY = {
 ROWS_OF_16_PIXELS = r"(channels_last|far) \dx16x16 (?!.* 4 channels).*"
 PLANES = r"(contiguous|far_planes) .*"
 SHORT_ROWS = r"channels_last (\dx14x14|\dx8x8) .*|.* 4 channels.*"
-WHOLE_VECTORS, ODD_ROWS = r"(8192|16384|2048|1024) .*|\d+x(1536|512) \w+", r"1000 .*|\d+x1000 \w+"
+WHOLE_VECTORS, ODD_ROWS = r"(8192|16384|2048|1024) .*|\d+x(1536|512) .*", r"1000 .*|\d+x1000 .*"
 PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("gather_tubes", ROWS_OF_16_PIXELS, 7, 0),
     ("gather_tubes", PLANES, None, 0),
@@ -60,7 +60,7 @@ of 1000 codes, are not aligned, and with 4 channels two warps share a cube's row
 SPECIALIZATIONS = """
 import json
 import torch
-from tests.kernels.compile_kernels import PretendedDriver, driver, launch, masks, masked_loss, softmax_gradient
+from tests.kernels.compile_kernels import Goal, PretendedDriver, driver, launch, masked_errors, masks, softmax_gradient
 
 driver.set_active(PretendedDriver("sm_90"))
 launch.architecture = lambda device: "sm_90"
@@ -83,8 +83,9 @@ for ignored in (-100, 0, 1, 16):
 for grid, count in (((2, 2, 2), 4), ((16, 16, 16), 16), ((3, 16, 5), 32)):
     video = torch.empty(2, 2 * grid[0], 16 * grid[1], 16 * grid[2], 16, dtype=torch.uint8, device="meta")
     index = torch.empty(2, count, dtype=torch.int64, device="meta")
-    settings = (2, 16, 16), "pixel", "channel", 1e-6, None, None, True
-    masked_loss._launch(torch.empty(2, count, 8192, device="meta"), video.permute(0, 4, 1, 2, 3), index, *settings)
+    goal = Goal((2, 16, 16), "pixel", "channel", 1e-6, None, None)
+    pred = torch.empty(2, count, 8192, device="meta")
+    masked_errors(pred, video.permute(0, 4, 1, 2, 3), index, None, pred.numel(), (True, False), goal)
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.interpreter import require_interpreter
 from tests.helpers.paths import ROOT
 from tests.kernels.mutants import MUTANTS
 
@@ -18,7 +19,7 @@ PROCESSES = 2
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
     """What the tests make of each mutant, and of each file's selected tests without a mistake."""
-    pytest.importorskip("triton")
+    require_interpreter()
 
     def run(part: int) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "tests.kernels.run_mutants", str(part), str(PROCESSES)]

@@ -1,4 +1,4 @@
-"""Appearance targets beside one code a token: pixels, codes of all frames, none; and decoders without a regressor."""
+"""Appearance targets besides one code per token: pixels, latents, codes of all frames, none; no regressor."""
 
 import dataclasses
 import math
@@ -30,7 +30,8 @@ CODES = 16
 PIXELS = {"loss": {"appearance_target": "pixels"}}
 MOTION_ALONE = {"loss": {"appearance_target": "none", "balance": "fixed"}}
 ALL_FRAMES = {"tokenizer": {"frames": "all"}}
-OPTIONS = {"pixels": PIXELS, "motion alone": MOTION_ALONE, "all frames": ALL_FRAMES}
+LATENTS = {"loss": {"appearance_target": "latents", "visible": 0.5, "teacher_momentum": 0.9}}
+OPTIONS = {"pixels": PIXELS, "motion alone": MOTION_ALONE, "all frames": ALL_FRAMES, "latents": LATENTS}
 
 
 def without_regressor(config):
@@ -144,7 +145,7 @@ def test_a_step_learns_logs_and_balances_what_there_is(small, option, regressed)
         assert logged[-1]["loss/appearance"] < logged[0]["loss/appearance"]
 
 
-@pytest.mark.parametrize("option", ["pixels", "all frames"])
+@pytest.mark.parametrize("option", ["pixels", "all frames", "latents"])
 def test_the_gradient_is_balanced(small, option):
     """By hand: the appearance gradient at the latents, scaled to the set share of the motion gradient's norm."""
     config = small(**OPTIONS[option])
@@ -155,7 +156,9 @@ def test_the_gradient_is_balanced(small, option):
     found = model.regressor.mask_token.grad.clone()
     latents = model.complete(video, mask)
     detached = latents.detach().requires_grad_()
-    if codes is None:
+    if option == "latents":
+        appearance = model.latent_loss(detached, mask, model.latent_targets(video))
+    elif codes is None:
         appearance = model.pixel_loss(detached, mask, video)
     else:
         appearance = model.appearance_loss(detached, mask, codes)
@@ -170,14 +173,19 @@ def test_the_gradient_is_balanced(small, option):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["pixels", "all frames", "no regressor"])
+@pytest.mark.parametrize("option", ["pixels", "all frames", "latents", "no regressor"])
 def test_every_option_compiles_as_one_graph(small, option):
     config = small(**OPTIONS.get(option, {}))
     config = without_regressor(config) if option == "no regressor" else config
     model, video, mask, codes = build(config), clips(), sample_masks(clips(), config, step=0), codes_for(config)
     latents = model.complete(video, mask).detach()
     calls = {"complete": (video, mask), "motion_loss": (latents, mask, video)}
-    calls |= {"pixel_loss": (latents, mask, video)} if codes is None else {"appearance_loss": (latents, mask, codes)}
+    if option == "latents":
+        calls |= {"latent_targets": (video,), "latent_loss": (latents, mask, model.latent_targets(video))}
+    else:
+        calls |= (
+            {"pixel_loss": (latents, mask, video)} if codes is None else {"appearance_loss": (latents, mask, codes)}
+        )
     for name, arguments in calls.items():
         method = getattr(model, name)
         found = torch.compile(method, fullgraph=True, dynamic=False, backend="aot_eager")(*arguments)
@@ -193,6 +201,8 @@ def test_every_option_compiles_as_one_graph(small, option):
         ),
         ({"loss": {"appearance_target": "none"}}, "loss.balance 'gradient'.*set loss.balance 'fixed'"),
         ({"loss": {"appearance_target": "pixels", "motion_target": "none"}}, "loss.balance 'fixed'"),
+        ({"loss": {"visible": 0.5}}, "loss.visible 0.5.*loss.appearance_target 'latents'"),
+        ({"loss": {"appearance_target": "latents", "teacher_blocks": 2}}, "teacher_blocks 2.*at most model.depth 1"),
     ],
 )
 def test_targets_that_cannot_work_are_named(small, tables, message):
@@ -205,7 +215,7 @@ def test_what_a_model_without_codes_or_regressor_cannot_do_is_named(small):
         check(without_regressor(small(loss={"alignment": 2.0})))
     with pytest.raises(UserError, match=r"loss.appearance_target 'pixels' has no codes"):
         tokenize(small(**PIXELS), "nowhere", "nowhere")
-    with pytest.raises(ValueError, match=r"codes: expected the codebook size.*'pixels' or 'none'"):
+    with pytest.raises(ValueError, match=r"codes: expected the codebook size.*'pixels', 'latents' or 'none'"):
         MAM2(small(), 0)
     with pytest.raises(ValueError, match=r"found loss.appearance_target 'none'"):
         measure_pretext(build(small(**MOTION_ALONE)), None, None, small(**MOTION_ALONE))
@@ -268,8 +278,10 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch, synthetic_clips):
         assert isinstance(model, MAM2)
         assert model.codebook_size == (CODES if config.needs_codes else 0)
         page = visualize([run], videos, tmp_path / "seen" / option, device="cpu", clips=1, progress=False)
-        # original, masked, two of motion; appearance; true codes; what the regressor reads
-        shown = 4 + (option != "motion alone") + config.needs_codes + (option != "no regressor")
+        # original, masked, two of motion; appearance; true codes or features; what the regressor reads
+        shown = (
+            4 + (option != "motion alone") + (config.needs_codes or config.needs_teacher) + (option != "no regressor")
+        )
         assert page.read_text().count('class="tile"') == shown
 
 

@@ -30,22 +30,36 @@ RANKS = Path(__file__).with_name("ranks.py")
 
 
 CASES = (
-    "ddp-gradient-0-adamw",
-    "ddp-fixed-2-adamw",
-    "fsdp-gradient-0-adamw",
-    "ddp-gradient-2-muon",
-    "fsdp-gradient-0-muon",
+    "ddp-gradient-0-adamw-codes",
+    "ddp-fixed-2-adamw-codes",
+    "fsdp-gradient-0-adamw-codes",
+    "ddp-gradient-2-muon-codes",
+    "fsdp-gradient-0-muon-codes",
+    "ddp-fixed-2-adamw-latents",
+    "fsdp-fixed-0-adamw-latents",
 )
-"""Sharding, balance, micro-batch and optimizer."""
+"""Sharding, balance, micro-batch, optimizer and appearance target."""
+ALONE = (
+    "ddp-fixed-0-adamw-codes",
+    "ddp-gradient-0-adamw-codes",
+    "ddp-gradient-0-muon-codes",
+    "ddp-fixed-0-adamw-latents",
+)
+
+
+def _of_all_processes(case):
+    """The part of a case that is the same for one process and for several."""
+    _, balance, _, optimizer, target = case.split("-")
+    return balance, optimizer, target
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Results of one process, by balance and optimizer."""
+    """Results of one process, by balance, optimizer and target."""
     out = tmp_path_factory.mktemp("alone")
-    done = run_program([sys.executable, RANKS, out, "ddp-fixed-0-adamw", "ddp-gradient-0-adamw", "ddp-gradient-0-muon"])
+    done = run_program([sys.executable, RANKS, out, *ALONE])
     assert done.returncode == 0, done.stderr[-3000:]
-    return {tuple(path.name.split("-")[1::2]): torch.load(path) for path in out.iterdir()}
+    return {_of_all_processes(path.name): torch.load(path) for path in out.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +75,8 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_compute_what_one_does(case, alone, together):
     """Losses, gradient norms, every gradient, and the weights after three clipped steps."""
-    _, balance, micro_batch, optimizer = case.split("-")
-    found, single = together[case], alone[balance, optimizer]
+    micro_batch = case.split("-")[2]
+    found, single = together[case], alone[_of_all_processes(case)]
     assert found.keys() == single.keys()
     for name, value in single.items():
         if int(micro_batch) and name.startswith("gradient/"):

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 KINDS = {
     "mam2": {"loss": {"alignment": 0.5}},
     "pixels": {"loss": {"appearance_target": "pixels"}, "mask": {"kind": "motion"}},
+    "latents": {"loss": {"appearance_target": "latents", "visible": 0.5, "teacher_momentum": 0.9}},
     "videomae": {"model": {"objective": "videomae"}},
 }
 
