@@ -7,6 +7,7 @@ addition to the files of every run, RUN/best contains the classifier of the best
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from mam2.engine.evaluation.accuracy import mean_class_accuracy, top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
+from mam2.engine.model.classifier import Classifier, pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -45,6 +47,8 @@ from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import RunContext, Session, Setup, open_session
 from mam2.engine.train.validation_model import in_equal_batches, share_weights
 
+STANDARDIZED = 256
+"""Clips by which features are standardized, or a few more."""
 ACCURACY = "accuracy/validation"
 MEAN_CLASS = "accuracy/validation_mean_class"
 MEASURES = {"top1": ACCURACY, "mean_class": MEAN_CLASS}
@@ -139,6 +143,8 @@ class _Finetuning:
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
+        if config.head.standardize and not session.saved:
+            self._standardize(model.to(session.device))
         class_weights = None
         if config.head.class_weights == "balanced":
             class_weights = balanced_weights(session.manifest)
@@ -175,6 +181,17 @@ class _Finetuning:
         self._told: set[str] = set()
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
+
+    def _standardize(self, model: Classifier) -> None:
+        """Scales the features before the head by the first clips, the same for any number of processes."""
+        session = self._session
+        stream = session.loader.stream()
+        count = -(-STANDARDIZED // (session.clips_per_micro_batch * session.world.size))
+        with autocast(session.config.run, session.device):
+            pooled = pooled_features(model, (batch.video for batch in itertools.islice(stream, count)))
+        stream.close()
+        share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
+        session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")
 
     def describe(self) -> Description:
         return describe_task(

@@ -112,6 +112,8 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     assert checkpoint.why_damaged(result.checkpoint) is None
     assert same_tensors(dict(model.state_dict()), load_file(run / "best" / checkpoint.WEIGHTS))
     assert load_recipe(str(run / "config.json"), FinetuneConfig) == config
+    assert (run / "log.txt").read_text().count("of their mean square differs between clips: scaled to variance 1") == 1
+    assert model.norm.weight.min() > 1.2, "the features' variance was well below 1"
 
 
 @pytest.mark.slow
