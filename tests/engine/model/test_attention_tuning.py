@@ -46,6 +46,8 @@ def test_shapes_are_those_of_the_method():
     config = load_recipe("mam2-fast")
     aligned = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alignment=2.0))
     assert shapes_of(aligned, 64)["alignment"] == Shape(64, 1408, 1408, 12, 64)
+    latents = dataclasses.replace(config, loss=dataclasses.replace(config.loss, appearance_target="latents"))
+    assert shapes_of(latents, 64)["teacher"] == Shape(64, 1568, 1568, 12, 64)
     tuned = load_recipe("kinetics400/finetune", FinetuneConfig)
     assert classifier_shapes(tuned, 8) == {"encoder": Shape(8, 1568, 1568, 12, 64)}
     regressor = dataclasses.replace(config.model.regressor, depth=0)
@@ -216,7 +218,7 @@ def test_a_compiled_model_follows_its_own_choices():
     ("device", "backend", "told"),
     [("NVIDIA L4", "sdpa", "measured on NVIDIA L4, this is cpu"), ("cpu", "flash4", "flash4 does not run here")],
 )
-def test_a_choice_of_another_machine_is_made_anew(device, backend, told, tmp_path):
+def test_a_choice_of_another_machine_is_measured_again(device, backend, told, tmp_path):
     shapes = {"encoder": TINY}
     (tmp_path / FILE).write_text(json.dumps({"device": device, "parts": {"encoder": {"backend": backend}}}))
     _, lines = measure_or_read(shapes, CPU, torch.float32, tmp_path)
