@@ -17,20 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from . import launch, reference, shapes
-from .cube import (
-    KINDS,
-    NORMALIZE,
-    cube_meta,
-    cube_place,
-    cube_target,
-    has_target,
-    restoring_table,
-    row_offsets,
-    run_values,
-    store_rounded,
-)
+from .cube import NORMALIZE, cube_meta, listed_token, restoring_table, run_values, store_rounded
 from .derivatives import differentiable, refuse_double_backward
 from .launch import jit, tl
+from .targets import KINDS, token_target
 
 
 @jit(do_not_specialize=["first", "divisor"], do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
@@ -78,10 +68,7 @@ def _masked_loss_kernel(
 ):
     LENGTH: tl.constexpr = WIDTH * CHANNELS
     place = first + tl.program_id(0)
-    clip = (place // count).to(tl.int64)
-    token = tl.load(index_ptr + place)
-    inside = (token >= 0) & (token < slots * rows * columns)
-    token = tl.where(inside, token, 0).to(tl.int32)
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     share = 1.0 / divisor.to(DTYPE)
     factor = share
     if FACTOR_STRIDE is not None:
@@ -89,33 +76,11 @@ def _masked_loss_kernel(
     used = inside
     if SKIP:
         used = inside & (factor != 0)
-    base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
-    source = video_ptr + clip * stride_b + base + offset
-    mask = used & (row < TUBELET * HEIGHT)
-    exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
-    target = cube_target(
-        source,
-        mask,
-        exists,
-        frame,
-        stride_c,
-        stride_t,
-        stride_w,
-        affine_ptr,
-        KIND,
-        NORMALIZE,
-        EPS,
-        CHANNELS,
-        WIDTH,
-        TUBELET * HEIGHT * LENGTH,
-        RUN,
-        CHANNELS_LAST,
-        WIDE,
-        AFFINE,
-        BYTES,
+    row, exists, target = token_target(
+        video_ptr, affine_ptr, clip, token, used, slots, rows, columns, stride_b, stride_c, stride_t, stride_h,
+        stride_w, KIND, NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
         DTYPE,
-    )
+    )  # fmt: skip
     FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
     pred_row = (place % count).to(tl.int64) - first
     predicted_tokens = count

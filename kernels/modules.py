@@ -1,6 +1,6 @@
 """The losses as modules, for codebases that first configure a loss and call it later."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,25 @@ class _Configured(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
-class MaskedPixelLoss(_Configured):
+class _MaskedLoss(_Configured):
+    """A loss of masked tokens."""
+
+    _loss: Callable[..., torch.Tensor]
+
+    def forward(
+        self,
+        pred: torch.Tensor,
+        video: torch.Tensor,
+        mask: TubeMask | torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._loss(pred, video, mask, weight=weight, **self.settings)
+
+
+class MaskedPixelLoss(_MaskedLoss):
     """`masked_pixel_loss` with fixed settings; arguments, result and errors are that function's."""
+
+    _loss = staticmethod(masked_pixel_loss)
 
     def __init__(
         self,
@@ -45,18 +62,11 @@ class MaskedPixelLoss(_Configured):
             reduction=reduction,
         )
 
-    def forward(
-        self,
-        pred: torch.Tensor,
-        video: torch.Tensor,
-        mask: TubeMask | torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return masked_pixel_loss(pred, video, mask, weight=weight, **self.settings)
 
-
-class MaskedFrameDifferenceLoss(_Configured):
+class MaskedFrameDifferenceLoss(_MaskedLoss):
     """`masked_frame_difference_loss` with fixed settings; arguments, result and errors are that function's."""
+
+    _loss = staticmethod(masked_frame_difference_loss)
 
     def __init__(
         self,
@@ -78,15 +88,6 @@ class MaskedFrameDifferenceLoss(_Configured):
             std=std,
             reduction=reduction,
         )
-
-    def forward(
-        self,
-        pred: torch.Tensor,
-        video: torch.Tensor,
-        mask: TubeMask | torch.Tensor | None,
-        weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return masked_frame_difference_loss(pred, video, mask, weight=weight, **self.settings)
 
 
 class LinearCrossEntropyLoss(_Configured):

@@ -64,10 +64,12 @@ class Saver:
         main: bool = True,
         metadata: Mapping[str, str] | None = None,
         buffers: HostBuffers | None = None,
+        kept_step: int = 0,
     ) -> None:
         """main: False on ranks that only take part in gathering tensors. metadata: further metadata of the weights.
-        buffers: memory that every checkpoint is copied to; None: new memory for each.
+        buffers: memory that every checkpoint is copied to; None: new memory for each. kept_step: see `write`.
         """
+        self._kept_step = kept_step
         self._run, self._config, self._main, self._metadata = run, config, main, dict(metadata or {})
         self._buffers = buffers
         self._thread: threading.Thread | None = None
@@ -89,7 +91,7 @@ class Saver:
         weights, moments = (copies(part, keep=self._main, to_host=self._to_host(file)) for file, part in files.items())
         if self._main:
             ready = self._buffers.queued() if self._buffers else lambda: None
-            arguments = (self._run, step, weights, moments, self._config, self._metadata)
+            arguments = (self._run, step, weights, moments, self._config, self._metadata, self._kept_step)
             self._thread = threading.Thread(target=self._write, args=(ready, *arguments), name="checkpoint")
             self._thread.start()
         return problem
@@ -126,9 +128,11 @@ def write(
     moments: dict[str, Tensor],
     config: TrainConfig,
     metadata: dict[str, str],
+    kept_step: int = 0,
 ) -> Path:
     """Writes a checkpoint's tensors; removes old checkpoints that `run.keep` and `run.keep_every` do not keep.
 
+    kept_step: step of another checkpoint that is never removed; 0: none.
     Raises OSError (disk full, no permission); the older checkpoints are then kept.
     """
     final = folder_of(run, step)
@@ -145,7 +149,8 @@ def write(
     latest.replace(final.with_name(LATEST))
     every = config.run.keep_every
     for old in _all(run)[: -config.run.keep]:
-        if not every or int(old.name.removeprefix("step-")) % every:
+        number = int(old.name.removeprefix("step-"))
+        if number != kept_step and (not every or number % every):
             shutil.rmtree(old)
     return final
 
@@ -276,7 +281,7 @@ def restore(
     state = read_state(folder)
     load_weights(model, folder / WEIGHTS)
     parameters = dict(model.named_parameters())
-    for key, tensor in _load(folder / OPTIMIZER).items():
+    for key, tensor in load_tensors(folder / OPTIMIZER).items():
         if key.startswith(RNG):
             _set_rng(key.removeprefix(RNG), tensor)
             continue
@@ -285,10 +290,14 @@ def restore(
             own.copy_(_placed_like(own, tensor))
             continue
         name, _, entry = key.rpartition(".")
-        parameter = parameters[name]
-        placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
-        optimizer.state[parameter][entry] = placed
+        set_moment(optimizer, parameters[name], entry, tensor)
     return int(state["step"])
+
+
+def set_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: str, tensor: Tensor) -> None:
+    """Sets an entry of a parameter's optimizer state to a complete tensor, on every rank."""
+    placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
+    optimizer.state[parameter][entry] = placed
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -303,7 +312,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit."""
-    weights, own = _load(path), model.state_dict()
+    weights, own = load_tensors(path), model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
             raise UserError(f"checkpoint {path}: lacks {name}; use the config it was written with")
@@ -343,7 +352,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a file of safetensors. Raises UserError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -21,6 +21,7 @@ def run(arguments: list[str]) -> int:
         data: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = recipe,
         checkpoint: Path | None = None,
+        checkpoint_moments: bool = False,
         checkpoint_frames: int | None = None,
         checkpoint_size: int | None = None,
         checkpoint_heads: int | None = None,
@@ -40,6 +41,8 @@ def run(arguments: list[str]) -> int:
             config: values that override the recipe.
             checkpoint: start from its weights: a run or checkpoint of mam2, of VideoMAE or VideoMAE v2, or a folder of
                 Hugging Face. The encoder has to be the recipe's; regressor and decoders are taken where they fit.
+            checkpoint_moments: also take the optimizer's moments of the checkpoint, a run of mam2 pretrain, for a
+                cooldown or a longer training.
             checkpoint_frames: frames per clip of the checkpoint's training, if the checkpoint does not state them.
             checkpoint_size: height and width of the clips in pixels, likewise.
             checkpoint_heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
@@ -60,7 +63,16 @@ def run(arguments: list[str]) -> int:
         }
         for name, value in said.items():
             check_flags(**{f"checkpoint_{name}": (value, COUNT)})
-        result = pretrain(config, data, out, checkpoint=checkpoint, checkpoint_options=said, val=val, resume=resume)
+        result = pretrain(
+            config,
+            data,
+            out,
+            checkpoint=checkpoint,
+            checkpoint_options=said,
+            checkpoint_moments=checkpoint_moments,
+            val=val,
+            resume=resume,
+        )
         return 128 + result.signal if result.signal else 0
 
     return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")

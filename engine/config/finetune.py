@@ -105,7 +105,7 @@ class FinetuneOptimConfig(OptimConfig):
     base_lr: float = 1e-3
     """Peak learning rate for a batch of 256 clips, including views; scaled linearly with the batch."""
     min_lr: float = 1e-6
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    """Learning rate at the end of the decay for a batch of 256 clips; scaled likewise."""
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
     layer_decay: float = limited(0.75, Limits(above=0, at_most=1))

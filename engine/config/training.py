@@ -102,10 +102,16 @@ class OptimConfig:
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = limited(20, NOT_NEGATIVE)
     """Linear warm-up of the learning rate from 0."""
+    schedule: Literal["cosine", "warmup-stable-decay"] = "cosine"
+    """Learning rate after the warm-up: `cosine` decreases along half a cosine; `warmup-stable-decay` is constant, then
+    decreases linearly in the last `decay_share` of the training, so that a run can be extended before it decays."""
+    decay_share: float = limited(0.2, SHARE)
+    """Share of the training in which `warmup-stable-decay` decreases the learning rate: 0 never, 1 from the end of the
+    warm-up on (a cooldown). No effect with `cosine`."""
     base_lr: float = limited(1.5e-4, NOT_NEGATIVE)
     """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    """Learning rate at the end of the decay for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
     """Weight decay of both optimizers, times the learning rate; not applied to 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)

@@ -60,6 +60,9 @@ def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
     parts = {"encoder": Shape(batch, visible, visible, model.heads, model.width // model.heads)}
     if config.loss.alignment:
         parts["alignment"] = parts["encoder"]._replace(queries=masked, keys=masked)
+    if config.needs_teacher:
+        tokens = slots * rows * columns
+        parts["teacher"] = parts["encoder"]._replace(queries=tokens, keys=tokens)
     decoder = model.decoder
     if model.objective != "mam2":
         return parts | {

@@ -27,7 +27,14 @@ from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.description import Description
-from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
+from mam2.engine.train.optimizer import (
+    describe,
+    first_decay_step,
+    learning_rate,
+    long_warmup,
+    total_steps,
+    why_not_extended,
+)
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
@@ -82,10 +89,6 @@ class Loop:
                 session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
             )
         self.description = task.describe()
-        buffers = HostBuffers(session.device, session.log.info) if session.device.type == "cuda" else None
-        self.saver = checkpoint.Saver(
-            session.folder, config, main=world.main, metadata=self.description.metadata, buffers=buffers
-        )
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after this number of steps."""
         self.updates, self.recorded = 0, False
@@ -93,7 +96,24 @@ class Loop:
         train_step.optimizer.register_step_pre_hook(self._note_update)
         self.step_log = StepLog(session, self.description.progress_format)
         self.steps_per_epoch = session.steps_per_epoch
-        self.steps = max(round(config.optim.epochs * self.steps_per_epoch), 1)
+        self.steps = total_steps(config.optim, self.steps_per_epoch)
+        if session.saved:
+            before = checkpoint.read_config(session.saved, type(config)).optim
+            if problem := why_not_extended(before, config.optim, self.first, self.steps_per_epoch):
+                raise session.world.error(
+                    f"{session.saved}: {problem}; docs/training.md, Train long, describes how to extend it"
+                )
+        stable = config.optim.schedule == "warmup-stable-decay"
+        self.last_stable = first_decay_step(self.steps, self.steps_per_epoch, config.optim) if stable else 0
+        """Steps before the learning rate decreases, whose checkpoint is kept: a longer run can start from it."""
+        self.saver = checkpoint.Saver(
+            session.folder,
+            config,
+            main=world.main,
+            metadata=self.description.metadata,
+            buffers=HostBuffers(session.device, session.log.info) if session.device.type == "cuda" else None,
+            kept_step=self.last_stable,
+        )
         for line in self.description.lines:
             session.log.info(line)
         shared = (
@@ -185,7 +205,8 @@ class Loop:
                     numbers |= session.set_numbers(self.step)
                     step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
-                if self.step % config.run.save_every == 0 and self.step < self.steps:
+                due = self.step % config.run.save_every == 0 or self.step == self.last_stable
+                if due and self.step < self.steps:
                     step_log.write(bar, wait=True)  # a run that resumes here does not log these steps again
                     self._save(self.step)
                 ended = ended or stop_consensus(int(stop.received or 0))

@@ -81,8 +81,15 @@ class MAM2Objective(Objective):
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 
     def forward(
-        self, video: Tensor, mask: TubeMask, codes: Tensor | None, *, inspect: bool = False
+        self,
+        video: Tensor,
+        mask: TubeMask,
+        codes: Tensor | None,
+        motion_share: Tensor | None = None,
+        *,
+        inspect: bool = False,
     ) -> tuple[Tensor, Values, Values]:
+        """motion_share: factor of the motion loss, float32 0-d; see `PretrainStep.weighted`."""
         weights = self._loss
         latents = self._complete(video, mask)
         for_appearance, for_motion, for_alignment = cast(
@@ -97,7 +104,8 @@ class MAM2Objective(Objective):
         elif weights.appearance_target == "latents":
             losses["appearance"] = self._latents(for_appearance, mask, self._targets(video))
         if weights.motion_target != "none":
-            losses["motion"] = self._motion(for_motion, mask, video)
+            motion = self._motion(for_motion, mask, video)
+            losses["motion"] = motion if motion_share is None else motion * motion_share
         if weights.alignment:
             losses["alignment"] = self._alignment(for_alignment, mask, video)
         total = functools.reduce(torch.add, [getattr(weights, name) * loss for name, loss in losses.items()])

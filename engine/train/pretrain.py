@@ -21,6 +21,7 @@ from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sets import Sources, sources_of, training_sources, with_sources
 from mam2.engine.data.sources import check_source
+from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart
 from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.build import build_model
@@ -36,8 +37,10 @@ from mam2.engine.train.initial_weights import (
     InitialWeights,
     complete_config,
     describe_schedule,
+    matching_weights,
     metadata_of,
     read_initial_weights,
+    take_moments,
     take_weights,
 )
 from mam2.engine.train.loop import Loop, TrainResult
@@ -61,6 +64,7 @@ def pretrain(
     *,
     checkpoint: str | Path | None = None,
     checkpoint_options: Mapping[str, int | None] | None = None,
+    checkpoint_moments: bool = False,
     val: Sources = (),
     resume: bool = False,
     progress: bool = True,
@@ -75,9 +79,11 @@ def pretrain(
             machines must share it.
         checkpoint: initial weights: a run or checkpoint of MAM2, a .pth of VideoMAE or VideoMAE v2, or a Hugging Face
             folder; None: random weights. The encoder must match the config; regressor and decoders are loaded if they
-            match; positions are resampled; optimizer and schedule start again. The log lists the loaded parts. A
-            resumed run does not read it.
+            match; positions are resampled; the schedule starts again. The log lists the loaded parts. A resumed run
+            does not read it.
         checkpoint_options: frames, size, heads and decoder_heads for `load_model`, if the file does not state them.
+        checkpoint_moments: also load the optimizer's moments of the loaded parameters from the checkpoint, a run of
+            mam2 pretrain; otherwise they start at 0.
         val: validation videos, like `data`, or none; their losses are logged as configured in `config.validation`.
         resume: continue from the newest complete checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
@@ -87,6 +93,8 @@ def pretrain(
         PeerFailed: another process of the run has failed; it prints the reason.
     """
     check(config)
+    if checkpoint_moments and checkpoint is None and not resume:
+        raise UserError("--checkpoint-moments: needs --checkpoint with the run whose moments to take")
     sources, held_out = training_sources(config.data, data), sources_of(val, "--val")
     config = dataclasses.replace(config, data=with_sources(config.data, sources))
     for source in sources:
@@ -94,7 +102,7 @@ def pretrain(
     for source in held_out:
         check_source(source)
         check_apart(source, out)
-    setup = _PretrainSetup(checkpoint, checkpoint_options or {})
+    setup = _PretrainSetup(checkpoint, checkpoint_options or {}, checkpoint_moments)
     with open_session(config, sources, out, setup=setup, resume=resume, progress=progress) as session:
         return Loop(session, _Pretraining(session, setup, held_out)).train()
 
@@ -109,13 +117,13 @@ class _PretrainSetup(Setup[PretrainConfig]):
     """On rank 0: the tokenizer of the config, if codes are predicted."""
     cache: CodeCache | None = None
 
-    def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None]) -> None:
-        self._checkpoint, self._options = checkpoint, options
+    def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None], moments: bool) -> None:
+        self._checkpoint, self._options, self._moments = checkpoint, options, moments
 
     def check(self, run: RunContext[PretrainConfig]) -> None:
         options, path = run.config.tokenizer, self._checkpoint
         if path is not None and not run.saved:
-            self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options))
+            self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options, moments=self._moments))
             run.world.broadcast(lambda: check(complete_config(run.config, self.start)) if self.start else None)
             same = self.start.encoder.channels == run.config.data.channels
             own = self.start.tokenizer if same else None
@@ -178,9 +186,12 @@ class _Pretraining:
             same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
             for line in take_weights(model, config, start, same_tokenizer=same):
                 session.log.info(line)
-            session.log.info(describe_schedule(config))
+            session.log.info(describe_schedule(config, moments=start.moments is not None))
         self._metadata = metadata_of(start, session.saved)
+        match = matching_weights(model, config, start, same_tokenizer=same) if start and start.moments else None
         self.train_step = PretrainStep(config, model, device, world)
+        if start and match:
+            session.log.info(take_moments(model, self.train_step.optimizer, start, match.names))
         self._held_out = HeldOut(session, val, codebook_size, choices, model) if val else None
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:

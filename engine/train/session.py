@@ -38,6 +38,8 @@ from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
 
 SKIPPED = "skipped.tsv"
+EXTENDABLE = {"optim.epochs", "optim.decay_share"}
+"""Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Available = Callable[[int, int], bool]
@@ -283,6 +285,11 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
     if foreign:
         raise run.world.error(f"{run.folder} contains a run of another kind: its config has [{foreign[0]}]")
     free = resumable_keys(type(run.config))
+    loss = now.get("loss", {})
+    # the momentum of a teacher may follow the length of the run
+    steady = not getattr(run.config, "needs_teacher", False) or loss["teacher_momentum"] == loss["teacher_momentum_end"]
+    if steady and state["config"]["optim"].get("schedule") == now["optim"]["schedule"] == "warmup-stable-decay":
+        free |= EXTENDABLE  # the loop checks that no done step had another learning rate
     defaults = to_dict(type(run.config)())  # a key newer than the checkpoint had its default
     for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():

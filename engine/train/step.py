@@ -29,6 +29,7 @@ from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
+from mam2.kernels import TubeMask
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -96,6 +97,10 @@ class Step(ABC, Generic[Extras]):
         bad: 0-d float, 1 if the update was skipped.
         """
 
+    def weighted(self, passes: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Adds to the inputs of a step's passes what depends on all passes of all ranks. Every rank must call it."""
+        return passes
+
     def extra_state(self) -> Mapping[str, Tensor]:
         """Returns further tensors for the checkpoint, besides the model's and the optimizer's."""
         return {}
@@ -129,10 +134,10 @@ class Step(ABC, Generic[Extras]):
         return values
 
     def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], inspect: bool) -> dict[str, Tensor]:
-        if len(micro_batches) == 1:
-            return self._run(self._arguments(step, micro_batches, 0), inspect)
-        arguments = (self._arguments(step, micro_batches, index) for index in range(len(micro_batches)))
-        return self._gradients(arguments, len(micro_batches), inspect) | self._update(inspect)
+        passes = self._passes(step, micro_batches)
+        if len(passes) == 1:
+            return self._run(passes[0], inspect)
+        return self._gradients(passes, len(passes), inspect) | self._update(inspect)
 
     def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
         """Times eager launches against a CUDA graph on the first batch and keeps the faster.
@@ -160,6 +165,10 @@ class Step(ABC, Generic[Extras]):
                 compare=wanted == "auto",
             )
         return reason
+
+    def _passes(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> list[tuple[Any, ...]]:
+        """Returns the objective's inputs for all passes of a step of this process."""
+        return self.weighted([self._arguments(step, micro_batches, index) for index in range(len(micro_batches))])
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
         """Returns the objective's inputs for a pass of this process."""
@@ -244,6 +253,25 @@ class PretrainStep(Step[Tensor | None]):
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
         mask = sample_masks(video, self.config, step=step, first_sample=first_sample)
         return video, keep_decoded(mask, self.config, step=step, first_sample=first_sample), extras
+
+    def weighted(self, passes: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Adds the factor of each pass's motion loss, if the passes of a step differ in the number of motion values.
+
+        The loss of a pass is the mean over its own values, and the passes of all ranks are averaged: without the factor
+        a value would count less in a pass that has more of them.
+        """
+        if self.world.size * len(passes) == 1 or not self.config.motion_values_vary:
+            return passes
+        counts = torch.stack([_motion_frames(mask, self.config) for _, mask, _ in passes])
+        shares = counts * len(passes) / self.world.mean_(counts.sum())
+        return [(*arguments, share) for arguments, share in zip(passes, shares.float().unbind(), strict=True)]
+
+
+def _motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Returns the number of frames of the predicted tokens that have a next frame, float64 0-d, on their device."""
+    slots, rows, columns = config.grid
+    last = (mask.masked >= (slots - 1) * rows * columns).sum()
+    return (mask.masked.numel() * config.model.tubelet - last).double()
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:

@@ -214,6 +214,29 @@ MACHINE = """echo '{"machine": {"device": "X"}}' > "$FILE"\n"""
 RIGHT = """echo '{"check": "a", "path": "triton", "verdict": "right"}' >> "$FILE"\n"""
 
 
+def test_a_dry_run_compiles_nothing_but_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a dry run's time was importing torch.compile in each section, and compiling in a library."""
+    row = RIGHT.replace('"path": "triton"', '"found": "\'$TORCHDYNAMO_DISABLE\'"')
+    gpu = stand_in(tmp_path, monkeypatch, MACHINE + row)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    for options, found in ((["--dry-run", "--out", str(tmp_path / "dry")], "1"), ([], "")):
+        assert gpu.main([*options, "--sections", "sweeps"]) == 0
+        (file,) = (tmp_path / ("dry" if options else "results")).rglob("*.json")
+        assert json.loads(file.read_text(encoding="utf-8"))["sections"]["sweeps"]["rows"][0]["found"] == found
+    given: list[dict[str, str]] = []
+    sections = module("sections")
+
+    def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
+        given.append(environment)
+        return module("processes").Ended(5, 0.0)
+
+    monkeypatch.setattr(sections.processes, "run", run)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert next(iter(sections.smoke_rows(CPU, 0.0)))["verdict"] == "right"
+    assert "PATH" in given[0]
+    assert "TORCHDYNAMO_DISABLE" not in given[0]
+
+
 def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = MACHINE + RIGHT + """printf '{"che' >> "$FILE"\nexec sleep 60"""
     gpu = stand_in(tmp_path, monkeypatch, hangs)

@@ -71,7 +71,7 @@ _MISTAKES = {
             "tl.sqrt(variance + EPS * UNIT * UNIT)",
             "tl.sqrt(variance + EPS * UNIT)",
         ),
-        ("the clip's last frame has a next one", "cube.py", "(slot < slots - 1)", "(slot < slots)"),
+        ("the clip's last frame has a next one", "targets.py", "(slot < slots - 1)", "(slot < slots)"),
         (
             "values without a target in the error",
             "masked_error.py",
@@ -86,7 +86,7 @@ _MISTAKES = {
         ),
         (
             "the mean taken from differences to the first frame too",
-            "cube.py",
+            "targets.py",
             "goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))",
             "goal -= select_group(means, group, GROUPS)",
         ),
@@ -131,7 +131,7 @@ _MISTAKES = {
     (LIMITS, "reach_past_32_bits"): [
         (
             "clips 32-bit offsets apart",
-            "masked_error.py",
+            "cube.py",
             "clip = (place // count).to(tl.int64)",
             "clip = place // count",
         ),
@@ -141,7 +141,7 @@ _MISTAKES = {
     (INTERPRETER, "test_a_token_out_of_range"): [
         (
             "a token past the last one read",
-            "gather_tubes.py",
+            "cube.py",
             "inside = (token >= 0) & (token < slots * rows * columns)",
             "inside = (token >= 0) & (token <= slots * rows * columns)",
         ),

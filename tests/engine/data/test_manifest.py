@@ -249,7 +249,7 @@ def test_an_interrupted_scan_ends_soon(tmp_path, monkeypatch):
 
 def test_a_saved_manifest_comes_back_whole(tmp_path):
     odd = os.fsdecode(b"caf\xe9 \n\t\"'\xf0\x9f\x8e\xac.mp4")
-    facts = True, 12, 18, 2**40, 17 * 10**17, "0a1b", True, True, "pq", 3, ((0, 5), (9, 7))
+    facts = True, 12, 18, 2**40, 17 * 10**17, "0a1b", True, True, "pq", 3, 2, ((0, 5), (9, 7))
     video = Video(odd, 1, 30, 640, 480, "h264", 29.97, 90, "yuv420p10le", *facts)
     assert all(getattr(video, field.name) != field.default for field in dataclasses.fields(video))
     manifest = Manifest((video,), (Skipped(odd, "no video stream", 5, 6),), ("a", "b"))

@@ -46,6 +46,8 @@ def test_shapes_are_those_of_the_method():
     config = load_recipe("mam2-fast")
     aligned = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alignment=2.0))
     assert shapes_of(aligned, 64)["alignment"] == Shape(64, 1408, 1408, 12, 64)
+    latents = dataclasses.replace(config, loss=dataclasses.replace(config.loss, appearance_target="latents"))
+    assert shapes_of(latents, 64)["teacher"] == Shape(64, 1568, 1568, 12, 64)
     tuned = load_recipe("kinetics400/finetune", FinetuneConfig)
     assert classifier_shapes(tuned, 8) == {"encoder": Shape(8, 1568, 1568, 12, 64)}
     regressor = dataclasses.replace(config.model.regressor, depth=0)

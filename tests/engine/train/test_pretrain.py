@@ -173,6 +173,7 @@ def test_a_step_reads_nothing_back_from_the_device(objective, optimizer, small):
     """Traced on tensors without values: whatever needs one (a size, a branch, a number to print) raises there."""
     config = small(
         model={"objective": objective, "width": 24, "depth": 1, "heads": 2},
+        mask={"kind": "random"},
         loss={"balance": "gradient", "alignment": 1.0},
         optim={"batch": 8, "micro_batch": 4, "clip_norm": 1.0, "name": optimizer},
     )
