@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import TrainConfig
 from mam2.engine.model.blocks import mlp_width
 from mam2.engine.model.motion_targets import motion_values
 from mam2.engine.tokenizer.vqgan import VQGANConfig
@@ -145,14 +147,17 @@ def state_bytes(config: PretrainConfig, parameters: int) -> int:
 
 
 def muon(config: PretrainConfig, item_bytes: int) -> PartCost:
-    """Of Muon's part of an optimizer step, whatever the batch; each process of a run does all of it. Nothing for AdamW.
+    """Returns the cost of Muon's part of an optimizer step; each process does all of it. Nothing for AdamW."""
+    return muon_update(hidden_matrix_shapes(config), item_bytes) if config.optim.name == "muon" else PartCost()
+
+
+def muon_update(matrices: Mapping[tuple[int, int], int], item_bytes: int) -> PartCost:
+    """Returns the cost of Muon's update of a number of matrices of each shape [rows, columns], whatever the batch.
 
     An iteration on [m, n], m ≤ n, is two products of m·m·n and one of m·m·m multiply-adds.
     """
     total = PartCost()
-    if config.optim.name != "muon":
-        return total
-    for (rows, columns), count in hidden_matrix_shapes(config).items():
+    for (rows, columns), count in matrices.items():
         short, values = min(rows, columns), rows * columns
         gram = short**2
         iteration = PartCost(
@@ -188,7 +193,7 @@ def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Part
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
-def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
+def stack(config: TrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
     """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
     one block's activations."""
     total = one * depth

@@ -7,13 +7,13 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
-from mam2.engine.config.training import micro_batches_per_step
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import matmul_dtype, pick_device
@@ -269,6 +269,24 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         UserError: a value is invalid, or the batch cannot be divided among the devices.
     """
     check(config)
+    machine = machine_rates(config, gpu, gpus, utilisation)
+    tokenizer, source = None, ""
+    if config.needs_codes:
+        tokenizer, source = _tokenizer(config)
+    in_step = None if config.tokenizer.cache else tokenizer
+    parts = costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=machine["dtype"].itemsize)
+    return Plan(
+        config=config,
+        parts=parts,
+        source=source
+        + (", one of each frame" if config.tokenizer.frames == "all" else "")
+        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+        **machine,
+    )
+
+
+def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) -> dict[str, Any]:
+    """Returns the fields of a plan that depend on the machine; arguments and errors as in `plan`."""
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
     if gpus < 1:
@@ -289,25 +307,16 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         if device.type == "cuda":
             machine = f"{torch.cuda.get_device_name(device)} (measured product)"
             memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    tokenizer, source = None, ""
-    if config.needs_codes:
-        tokenizer, source = _tokenizer(config)
-    in_step = None if config.tokenizer.cache else tokenizer
-    return Plan(
-        config=config,
-        parts=costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=dtype.itemsize),
-        dtype=dtype,
-        machine=machine,
-        peak_flops=peak,
-        bytes_per_s=rate,
-        memory_gib=memory,
-        utilisation=utilisation or UTILISATION["data sheet" if gpu else device.type],
-        gpus=gpus,
-        cuda=device.type == "cuda",
-        source=source
-        + (", one of each frame" if config.tokenizer.frames == "all" else "")
-        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
-    )
+    return {
+        "dtype": dtype,
+        "machine": machine,
+        "peak_flops": peak,
+        "bytes_per_s": rate,
+        "memory_gib": memory,
+        "utilisation": utilisation or UTILISATION["data sheet" if gpu else device.type],
+        "gpus": gpus,
+        "cuda": device.type == "cuda",
+    }
 
 
 def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.foreign import PROBLEM_TYPES
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae
 from mam2.engine.checkpoints.weight_files import open_safetensors, sort_metadata
@@ -79,6 +80,7 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
             "architectures": ["VideoMAEForVideoClassification"],
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": PROBLEM_TYPES[model.task],
         }
     elif isinstance(model, VideoMAE):
         config |= {

@@ -129,6 +129,10 @@ def _export(
 ) -> ExportResult:
     model = load_model(checkpoint, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     classes = class_names(checkpoint) if isinstance(model, Classifier) else ()
+    if isinstance(model, Classifier) and model.task != "classes" and to == "videomae":
+        raise UserError(
+            f"--to videomae: its code has one class per video, {checkpoint} has {model.task}; use --to huggingface"
+        )
     encoder = encoder_of(model)
     graph = model if isinstance(model, Classifier) else encoder
     weights = model if isinstance(model, VideoMAE) else graph

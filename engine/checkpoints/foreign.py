@@ -17,6 +17,7 @@ from torch import Tensor
 from mam2.engine.checkpoints.names import Tensors, from_hugging_face, from_videomae
 from mam2.engine.checkpoints.pickles import load_pickle
 from mam2.engine.checkpoints.weight_files import kind_of, open_safetensors
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 
@@ -42,6 +43,14 @@ HEAD_NORM_EPS = 1e-5
 """Epsilon of Hugging Face's LayerNorm before a head, PyTorch's default; VideoMAE has 1e-6 everywhere."""
 
 
+PROBLEM_TYPES: dict[HeadTask, str] = {
+    "classes": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Hugging Face's names of what a head's outputs are of."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
     """Weights of another project under our names (see `mam2.engine.checkpoints.names`)."""
@@ -63,6 +72,8 @@ class Weights:
 
     Hugging Face uses another one.
     """
+    task: HeadTask = "classes"
+    """What the head's outputs are of."""
     normalized_pixels: bool = True
     """Whether the decoder predicts standardized pixels."""
     mean_pooling: bool = False
@@ -107,6 +118,7 @@ def read_hugging_face(folder: Path) -> Weights:
         normalized_pixels=config.get("norm_pix_loss", True),
         mean_pooling=config.get("use_mean_pooling", True),
         classes=hugging_face_classes(folder),
+        task=next((task for task, name in PROBLEM_TYPES.items() if name == config.get("problem_type")), "classes"),
         mean=mean,
         std=std,
     )

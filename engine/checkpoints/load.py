@@ -171,7 +171,7 @@ def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | Non
                 "such a classifier is not supported; load_encoder reads its encoder"
             )
         encoder = _encoder(weights, heads)
-        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])))
+        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])), weights.task)
         model.norm.eps = weights.head_eps
     elif "mask_token" in weights.tensors:
         hidden = weights.tensors.get("decoder.blocks.0.mlp.fc1.weight")

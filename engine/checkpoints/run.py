@@ -310,9 +310,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit."""
-    weights, own = load_tensors(path), model.state_dict()
+def load_weights(
+    model: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights
+) -> None:
+    """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit.
+
+    convert: changes the file's tensors before they are loaded.
+    """
+    weights, own = convert(load_tensors(path)), model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
             raise UserError(f"checkpoint {path}: lacks {name}; use the config it was written with")

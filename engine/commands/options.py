@@ -44,7 +44,7 @@ def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config
     try:
         return load_recipe(name, kind)
     except UserError:
-        if not _is_recipe(other, name):
+        if not is_recipe(other, name):
             raise
         names = ", ".join(recipe_names(kind))
         raise UserError(
@@ -100,7 +100,8 @@ def read_class_names(file: Path | None) -> tuple[str, ...]:
         raise UserError(f"--classes {file}: cannot be read: {error}") from None
 
 
-def _is_recipe(kind: type, name: str) -> bool:
+def is_recipe(kind: type, name: str) -> bool:
+    """Returns whether `name` is a recipe of `kind`."""
     try:
         load_recipe(name, kind)
     except UserError:

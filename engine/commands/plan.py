@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.options import named_pretraining
+from mam2.engine.commands.options import is_recipe, named_pretraining, named_recipe
+from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.sizes import SIZES
 from mam2.engine.errors import UserError
+
+USAGE = "mam2 plan RECIPE"
 
 
 def run(arguments: list[str]) -> int:
-    values = named_pretraining(arguments, "mam2 plan RECIPE")
+    if arguments and not arguments[0].startswith("-") and is_recipe(FinetuneConfig, arguments[0]):
+        return _finetuning(arguments)
+    values = named_pretraining(arguments, USAGE)
 
     def plan(
         recipe: tyro.conf.Positional[str],
@@ -44,6 +52,46 @@ def run(arguments: list[str]) -> int:
         counts = [count for each in videos for count in _counts(each)]
         print(f"plan     {recipe}: {config.model.objective}")
         print(plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
+        return 0
+
+    return tyro.cli(plan, args=arguments, prog="mam2 plan")
+
+
+def _finetuning(arguments: list[str]) -> int:
+    values = named_recipe(arguments, USAGE, FinetuneConfig)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--size", choices=SIZES)
+    known, _ = flags.parse_known_args([argument for argument in arguments if argument not in ("-h", "--help")])
+    if known.size:
+        size = SIZES[known.size]._asdict()
+        values = dataclasses.replace(values, model=dataclasses.replace(values.model, **size))
+
+    def plan(
+        recipe: tyro.conf.Positional[str],
+        config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = values,
+        gpu: str = "",
+        gpus: int = 1,
+        videos: tuple[str, ...] = (),
+        utilisation: float = 0.0,
+        size: str | None = None,
+    ) -> int:
+        """Print parameters, FLOPs, bytes and memory of a fine-tuning recipe, and estimate clips/s and hours.
+
+        Args:
+            recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
+            config: values that override the recipe; `model` describes the encoder.
+            gpu: name of a GPU in any spelling (h200, "RTX 4090", 3090); an unknown name lists all. Default: this
+                machine, which is measured.
+            gpus: number of devices of the run.
+            videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours.
+            utilisation: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
+            size: tiny, small, base, large or huge: size of the encoder.
+        """
+        from mam2.engine.finetune_planning import plan_finetuning
+
+        print(f"plan     {recipe}: fine-tuning")
+        counts = [count for each in videos for count in _counts(each)]
+        print(plan_finetuning(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")

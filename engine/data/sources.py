@@ -20,7 +20,9 @@ Lists, one line per video; relative paths are relative to the list's folder:
   one split;
 - Kinetics' official format (label, youtube_id, time_start, time_end, split): the videos are searched below the list's
   folder by their usual names, youtube_id_000010_000020 or youtube_id.
-A label is a number from 0 or a name; -1 or an empty label means none. Names are numbered in alphabetical order.
+A label is a number from 0 or a name; -1 or an empty label means none. Names are numbered in alphabetical order. Lists
+of several classes per video (`run;jump`, `0;3`) and of numbers to predict (`0.5`) keep each label's text as a name, see
+`mam2.engine.data.label_texts`.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ MOST_CLASSES = 1_000_000
 MOST_COLUMNS = 20
 """Named in an error."""
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _QUOTED = re.compile(r'"(?:[^"]|"")+"(?:([ \t,])|$)')
 _NUMBERED = re.compile(r"(.*[^ ,])?(?: *, *| +)(-?\d+)")
 _NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, CLIP_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
@@ -348,25 +351,30 @@ def _split_line(line: str, folder: Path) -> tuple[str, str]:
     return line, ""
 
 
+def _are_texts(labels: Sequence[str]) -> bool:
+    """Returns whether labels of which some are whole numbers are all numbers, or some of them several classes."""
+    return any(";" in label for label in labels) or all(_NUMBER.fullmatch(label) for label in labels)
+
+
 def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tuple[list[int], tuple[str, ...]]:
     """Returns labels as numbers, and their names: numbers stay unchanged, names are numbered alphabetically."""
     labelled = [row for row in rows if row.label]
     numbers = [row for row in labelled if re.fullmatch(r"-?\d+", row.label)]
     names = [row for row in labelled if not re.fullmatch(r"-?\d+", row.label)]
-    if numbers and names:
+    if numbers and names and not _are_texts([row.label for row in labelled]):
         raise UserError(
             f"{source}: line {numbers[0].number} has the label {numbers[0].label}, line {names[0].number} the label "
             f"{names[0].label!r}; expected only numbers or only names"
         )
     if names:
-        classes = tuple(sorted({row.label for row in names}))
+        classes = tuple(sorted({row.label for row in labelled}))
         places = {name: place for place, name in enumerate(classes)}
         return [places.get(row.label, -1) for row in rows], classes
     for row in numbers:
         if not -1 <= int(row.label) < MOST_CLASSES:
             raise UserError(
                 f"{source}: line {row.number}: label {row.label} is not a class; labels are numbers from 0, "
-                "without gaps"
+                f"without gaps; write a number to predict (regression) with a decimal point: {row.label}.0"
             )
     values = [int(row.label or -1) for row in rows]
     present, highest = len(set(values) - {-1}), max(values)

@@ -83,8 +83,9 @@ class PredictionFiles:
                 write_whole(self._out, self._as_csv() if self._out.suffix.lower() == ".csv" else self._as_json())
 
     def add(self, path: str, top: Top, views: int) -> None:
-        """Adds a classified video."""
-        self._write({"path": path, "views": views, "top": [{"class": name, "probability": p} for name, p in top]})
+        """Adds a video that was classified, or whose number was predicted."""
+        number = "value" if self._about.get("task") == "regression" else "probability"
+        self._write({"path": path, "views": views, "top": [{"class": name, number: p} for name, p in top]})
         if self._draw and (picture := draw_prediction(path, top[:DRAWN_CLASSES])):
             self._drawn += 1
             stem = re.sub(r"[^\w.-]+", "-", printable(Path(path).stem))[:60]
@@ -113,12 +114,13 @@ class PredictionFiles:
     def _as_csv(self) -> str:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(("path", "rank", "class", "probability", "problem"))
+        number = "value" if self._about.get("task") == "regression" else "probability"
+        table.writerow(("path", "rank", "class", number, "problem"))
         for row in self._rows:
             if "top" not in row:
                 table.writerow((row["path"], "", "", "", row["reason"]))
             for rank, found in enumerate(row.get("top", ()), 1):
-                table.writerow((row["path"], rank, found["class"], f"{found['probability']:.6f}", ""))
+                table.writerow((row["path"], rank, found["class"], f"{found[number]:.6f}", ""))
         return text.getvalue()
 
 

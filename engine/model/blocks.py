@@ -71,8 +71,14 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(tokens, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        qkv = self._project(tokens, bias).unflatten(-1, (3, self.heads, -1))
         return self.proj(attention(*qkv.unbind(2), choices=self.choices).flatten(2))
+
+    def _project(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        if isinstance(self.qkv, nn.Linear):
+            return F.linear(tokens, self.qkv.weight, bias)
+        projected = self.qkv(tokens)  # with a low-rank adapter, see adapters.py
+        return projected + bias.to(projected.dtype)
 
 
 class CrossAttention(nn.Module):

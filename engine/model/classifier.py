@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.model.blocks import VideoTransformer, layer_norm
 from mam2.engine.model.encoder import Encoder
 
@@ -28,10 +29,12 @@ class Classifier(VideoTransformer):
     Args:
         encoder: used without a copy; its final LayerNorm is replaced by the identity.
         head: [B, D] -> logits [B, V]; `linear_head` or a `TextHead`.
+        task: what the logits are of: one class per video, several, or a number to predict.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module, task: HeadTask = "classes") -> None:
         super().__init__()
+        self.task: HeadTask = task
         self.encoder = encoder
         self.encoder.norm = nn.Identity()  # type: ignore[assignment]
         self.norm = layer_norm(encoder.width)
@@ -48,7 +51,29 @@ class Classifier(VideoTransformer):
         features = self.norm(self.encoder.encode(video, path_scales).mean(1))
         if feature_scales is not None:
             features = features * feature_scales
+        if self.task == "regression":
+            # bfloat16 would round a value in its own units to three digits
+            head = self.head
+            assert isinstance(head, nn.Linear)
+            with torch.autocast(features.device.type, enabled=False):
+                return F.linear(features.float(), head.weight.float(), head.bias.float())
         return self.head(features).float()
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Maps logits [..., V] to float64 probabilities of the classes; in regression they are the values already."""
+        logits = logits.double()
+        if self.task == "multi-label":
+            return logits.sigmoid()
+        return logits.softmax(-1) if self.task == "classes" else logits
+
+
+def in_units(model: Classifier, mean: float, std: float) -> None:
+    """Changes a regression head that predicts standardized values to one that predicts them in their own units."""
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.mul_(std)
+        head.bias.mul_(std).add_(mean)
 
 
 def train_only_last(model: Classifier, blocks: int) -> None:

@@ -13,14 +13,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def share_weights(model: nn.Module, weights: Callable[[], Mapping[str, Tensor]]) -> Callable[[], None]:
+def share_weights(
+    model: nn.Module, weights: Callable[[], Mapping[str, Tensor]], *, in_place: bool = True
+) -> Callable[[], None]:
     """Makes `model` use the weights of a model in training; returns a function to call before each use.
 
     Args:
         model: a module without gradients, on the device of the weights.
         weights: returns the trained weights by their names in `model.state_dict()`; training updates them in place.
             Every rank calls the returned function, because it gathers sharded weights.
+        in_place: False if `weights` computes new tensors (adapters merged into weights), which are copied each time.
     """
+    if not in_place:
+
+        @torch.no_grad()
+        def copy() -> None:
+            places = model.state_dict()
+            for name, one in weights().items():
+                places[name].copy_(one.full_tensor() if isinstance(one, DTensor) else one)
+
+        return copy
     own = model.state_dict()
     shared = {name: own[name] if isinstance(one, DTensor) else one.detach() for name, one in weights().items()}
     model.load_state_dict(shared, assign=True)

@@ -257,7 +257,7 @@ def test_a_saved_manifest_comes_back_whole(tmp_path):
     assert read_saved_manifest(tmp_path / "manifest") == manifest
     assert os.listdir(tmp_path) == ["manifest"]
     record = json.loads((tmp_path / "manifest").read_text().splitlines()[1])
-    assert (record["duration_s"], record["front_ends"]) == (1.001, ["pyav"])
+    assert (record["duration_s"], record["front_ends"]) == (1.001, ["array"])
 
 
 def test_a_manifest_without_the_newer_facts_is_read_but_its_files_are_opened_again(tmp_path, clip_bytes, opened):

@@ -17,6 +17,7 @@ from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
+from mam2.engine.data.sets import read_sets
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.classification import evaluate
@@ -24,7 +25,8 @@ from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.classifier_step import FinetuneStep
-from mam2.engine.train.finetune import ACCURACY, finetune
+from mam2.engine.train.finetune import finetune
+from mam2.engine.train.finetune_tasks import ACCURACY
 from tests.helpers.commands import exit_status, outcome, torchrun
 from tests.helpers.paths import CLIPS
 from tests.helpers.runs import same_tensors
@@ -179,14 +181,14 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
         finetune(config, tmp_path / "other.csv", run, val=val, encoder=None, resume=True, progress=False)
     (run / "manifest.jsonl").unlink()
 
-    read = read_manifest
+    read = read_sets
 
-    def swapped(source, **options):
-        found = read(source, **options)
+    def swapped(sources, **options):
+        found = read(sources, **options)
         videos = tuple(dataclasses.replace(video, label=1 - video.label) for video in found.videos)
         return dataclasses.replace(found, videos=videos, classes=found.classes[::-1])
 
-    monkeypatch.setattr("mam2.engine.train.session.read_manifest", swapped)
+    monkeypatch.setattr("mam2.engine.train.session.read_sets", swapped)
     result = finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, resume=True, progress=False)
     assert result.step == 4
     assert load_classifier(run)[2] == before.classes
