@@ -23,6 +23,7 @@ from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
 from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
+from mam2.engine.model.masking import motion_frames
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
 from mam2.engine.runtime.progress import Progress
@@ -35,6 +36,7 @@ from mam2.engine.train.validation_model import share_weights
 from mam2.kernels import TubeMask
 
 LOSS = "validation/loss"
+MOTION = "validation/motion"
 SCORES = {
     "validation/motion_relative": "relative_motion",
     "validation/pixels_relative": "relative_pixels",
@@ -134,32 +136,44 @@ class HeldOut:
         """Returns the numbers for the log over the clips of all ranks, and the number of clips."""
         session = self._session
         sums: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
         parts: list[Scores] = []
         clips = 0
         if self._loader:
             total = len(self._numbers)
             with Progress(total=total, desc="held out", unit="clip", leave=False, shown=session.progress) as bar:
                 for batch in self._loader.evaluate():
-                    losses, scores = self._of_batch(batch)
+                    losses, scores, frames = self._of_batch(batch)
                     for name, loss in losses.items():
-                        sums[name] += float(loss) * len(batch.clip)
+                        weight = frames if name == MOTION else len(batch.clip)
+                        sums[name] += float(loss) * weight
+                        weights[name] += weight
                     parts.append(scores)
                     clips += len(batch.clip)
                     bar.update(len(batch.clip))
-        everything = session.world.all_gather((dict(sums), parts, clips, self._skipped()))
-        for _, _, _, skipped in everything:
+        everything = session.world.all_gather((dict(sums), dict(weights), parts, clips, self._skipped()))
+        for *_, skipped in everything:
             self._name(skipped)
-        clips = sum(count for _, _, count, _ in everything)
+        clips = sum(count for _, _, _, count, _ in everything)
         if not clips:
             raise session.world.error("none of the videos of --val can be decoded; pass others")
-        names = dict.fromkeys(name for losses, _, _, _ in everything for name in losses)
-        numbers = {name: sum(losses.get(name, 0.0) for losses, _, _, _ in everything) / clips for name in names}
-        scores = joined([part for _, found, _, _ in everything for part in found])
+        numbers = {
+            name: sum(losses.get(name, 0.0) for losses, *_ in everything)
+            / sum(counts.get(name, 0.0) for _, counts, *_ in everything)
+            for name in dict.fromkeys(name for losses, *_ in everything for name in losses)
+        }
+        if session.config.motion_values_vary:  # `_of_batch` leaves it out
+            numbers[LOSS] += session.config.loss.motion * numbers[MOTION]
+        scores = joined([part for _, _, found, *_ in everything for part in found])
         found = {name: getattr(scores, key) for name, key in SCORES.items()}
         return numbers | {name: value for name, value in found.items() if value is not None}, clips
 
-    def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores]:
-        """Returns the mean losses of a batch by their names in the log, and the scores of its clips."""
+    def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores, float]:
+        """Returns the mean losses of a batch by their names in the log, the scores of its clips, and the weight of its
+        motion loss: the number of its motion values up to a factor.
+
+        If clips differ in this number, the motion loss is not part of the whole loss.
+        """
         config, video = self._session.config, batch.video
         numbers = [int(self._numbers[place]) for place in batch.index.tolist()]
         masks = [evaluation_mask(clip[None], config, number) for clip, number in zip(batch.clip, numbers, strict=True)]
@@ -168,7 +182,12 @@ class HeldOut:
         with autocast(config.run, self._session.device):
             total, losses, _ = self._objective(video, mask, codes)
             scores = score(self._model, self._tokenizer, batch.clip, mask, config)
-        return {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}, scores
+        frames = float(len(batch.clip))
+        if config.motion_values_vary:
+            frames = float(motion_frames(mask, config))
+            total = total - config.loss.motion * losses["loss/motion"]
+        named = {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}
+        return named, scores, frames
 
     def _name(self, skipped: list[tuple[str, str]]) -> None:
         """Logs each unusable video once."""

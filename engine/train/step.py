@@ -20,7 +20,7 @@ from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import keep_decoded, sample_masks
+from mam2.engine.model.masking import keep_decoded, motion_frames, sample_masks
 from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
@@ -29,7 +29,6 @@ from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
-from mam2.kernels import TubeMask
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -262,16 +261,9 @@ class PretrainStep(Step[Tensor | None]):
         """
         if self.world.size * len(passes) == 1 or not self.config.motion_values_vary:
             return passes
-        counts = torch.stack([_motion_frames(mask, self.config) for _, mask, _ in passes])
+        counts = torch.stack([motion_frames(mask, self.config) for _, mask, _ in passes])
         shares = counts * len(passes) / self.world.mean_(counts.sum())
         return [(*arguments, share) for arguments, share in zip(passes, shares.float().unbind(), strict=True)]
-
-
-def _motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
-    """Returns the number of frames of the predicted tokens that have a next frame, float64 0-d, on their device."""
-    slots, rows, columns = config.grid
-    last = (mask.masked >= (slots - 1) * rows * columns).sum()
-    return (mask.masked.numel() * config.model.tubelet - last).double()
 
 
 def _policy(dtype: torch.dtype, device: torch.device) -> MixedPrecisionPolicy:
