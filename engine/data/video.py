@@ -128,7 +128,7 @@ class Video:
         }
 
     def value_type(self, channels: int) -> str:
-        """Returns the type of the values that are read as clips of so many channels: uint8, uint16 or float32."""
+        """Returns the type of the values that are read as clips of C channels: uint8, uint16 or float32."""
         if self.channels:
             return self.pixel_format
         return "uint16" if channels == 1 and is_deep_gray(self.pixel_format) else "uint8"
