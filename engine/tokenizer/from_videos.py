@@ -57,6 +57,7 @@ def train_tokenizer(
     batch: int = 16,
     flip: bool = True,
     image_channels: int = 3,
+    value_range: tuple[float, float] | None = None,
     seed: int = 0,
     threads: int = 0,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -76,6 +77,7 @@ def train_tokenizer(
         batch: frames per step.
         flip: mirror half of the frames.
         image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
+        value_range: see `DataConfig`; None: by the type of the values.
         seed: seed of weights, frames and crops.
         threads: decoding threads; 0: one per core that this process may use.
         device: auto uses a GPU if there is one.
@@ -102,7 +104,13 @@ def train_tokenizer(
     if size < factor or size % factor:
         raise UserError(f"--size {size} is not a multiple of --factor {factor}")
     sampled = DataConfig(
-        frames=2, stride=FRAME_DISTANCE, size=size, channels=image_channels, flip=flip, threads=threads
+        frames=2,
+        stride=FRAME_DISTANCE,
+        size=size,
+        channels=image_channels,
+        value_range=value_range or (),
+        flip=flip,
+        threads=threads,
     )
     where = pick_device(RunConfig(device=device))
     manifest = read_manifest(data, threads=threads, progress=progress)
