@@ -20,6 +20,7 @@ from benchmarks import (
     bench_frame_difference,
     bench_gather_tubes,
     bench_linear_cross_entropy,
+    bench_linear_masked_loss,
     bench_masked_frame_difference_loss,
     bench_masked_pixel_loss,
     bench_motion_tube_mask,
@@ -51,6 +52,7 @@ OPERATORS = (
     bench_masked_pixel_loss.OPERATOR,
     bench_masked_frame_difference_loss.OPERATOR,
     bench_frame_difference.OPERATOR,
+    bench_linear_masked_loss.OPERATOR,
     bench_linear_cross_entropy.OPERATOR,
 )
 MOST_INPUT_SETS = 64

@@ -37,7 +37,7 @@ class Reduction(NamedTuple):
 
 def reduction_of(
     reduction: str,
-    pred: torch.Tensor,
+    pred_dtype: torch.dtype,
     masked: torch.Tensor,
     grid: shapes.Grid,
     values: int,
@@ -66,7 +66,7 @@ def reduction_of(
         if weight is not None:
             existing = weight * existing
         total = existing.sum() if isinstance(existing, torch.Tensor) else masked.numel() * existing
-    if pred.dtype == torch.float16:
+    if pred_dtype == torch.float16:
         return Reduction(weight, 1, total)
     if isinstance(total, int):
         return Reduction(weight, total, None)
@@ -99,7 +99,7 @@ def _loss(
         shapes.check_weight(weight, masked, grid)
     refuse_transforms("masked loss", pred)
     dtype = reference.compute_dtype(pred, video)
-    factors, divisor, after = reduction_of(reduction, pred, masked, grid, values, goal, weight, counted, dtype)
+    factors, divisor, after = reduction_of(reduction, pred.dtype, masked, grid, values, goal, weight, counted, dtype)
     needs = [wants_gradient(pred), factors is not None and wants_gradient(factors)]
     settings = list(goal.patch_size), goal.kind, goal.normalize, goal.eps, means, stds
     loss, _, _ = masked_loss(pred, video, masked, factors, divisor, reduction != "none", needs, *settings)

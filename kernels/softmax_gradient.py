@@ -91,11 +91,6 @@ def _softmax_gradient_kernel(
                 tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns float64 for float64, float32 for every narrower type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def softmax_gradient_(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -103,18 +98,23 @@ def softmax_gradient_(
     ignore_index: int,
     label_smoothing: float,
     needs_gradient: bool,
-) -> torch.Tensor:
-    """Runs `reference.softmax_gradient_` or its kernel, on the path of the device; `upstream` is a scalar or [M]."""
+    losses: torch.Tensor,
+) -> None:
+    """Runs `reference.softmax_gradient_` or its kernel, on the path of the device, and writes losses [M], contiguous.
+
+    `upstream` is a scalar or [M].
+    """
     if launch.active_path(logits) != "triton":
-        return reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
+        losses.copy_(
+            reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
+        )
+        return
     rows, codes = logits.shape
-    wide = accumulation_dtype(logits.dtype)
-    loss = logits.new_empty(rows, dtype=wide)
     block = min(launch.power_of_two(codes), 8192)
     launch.run_kernel(
         _softmax_gradient_kernel,
         rows,
-        loss,
+        losses,
         logits,
         target.contiguous(),
         upstream,
@@ -125,7 +125,6 @@ def softmax_gradient_(
         GRADIENT=needs_gradient,
         ONE_BLOCK=codes <= block,
         BLOCK=block,
-        DTYPE=launch.triton_type(wide),
+        DTYPE=launch.triton_type(losses.dtype),
         num_warps=launch.warps("softmax_gradient", block, logits.device),
     )
-    return loss

@@ -109,7 +109,7 @@ def write_frames() -> Callable[[Path, NDArray[np.uint8]], Path]:
 
 @pytest.fixture(scope="session")
 def numbered_frames() -> Callable[..., NDArray[np.uint8]]:
-    """numbered_frames(n, height, width): frame t is grey, 10·t + 5 bright, so that it is known after any codec."""
+    """numbered_frames(n, height, width): frame t is gray, 10·t + 5 bright, so that it is known after any codec."""
 
     def make(n: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
         levels = 10 * np.arange(n, dtype=np.uint8) + 5
@@ -135,7 +135,7 @@ def videos(
     write_video: Callable[..., Path],
     numbered_frames: Callable[..., NDArray[np.uint8]],
 ) -> Manifest:
-    """Ten labelled videos of 6 to 24 frames in three codecs and sizes."""
+    """Ten labeled videos of 6 to 24 frames in three codecs and sizes."""
     folder = tmp_path_factory.mktemp("videos")
     kinds = [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
     for number in range(10):

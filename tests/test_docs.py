@@ -25,7 +25,7 @@ def prose(page: str) -> str:
 
 @cache
 def anchors(page: str) -> frozenset[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Anchors of a page's headings, as GitHub makes them."""
     without = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
     found: list[str] = []
     for heading in re.findall(r"^#+ +(.+?) *$", without, re.MULTILINE):

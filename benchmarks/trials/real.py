@@ -35,7 +35,7 @@ CLIPS, QUESTIONS = "clips", "questions.npz"
 COMPONENTS = 80
 """Principal components of the pixel baseline."""
 POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
-"""Of the tokens of a clip, see `mam2.engine.evaluation.pools`: the field's, and those that keep time."""
+"""Pools of the tokens of a clip, see `mam2.engine.evaluation.pools`: the usual one, and those that keep the order."""
 
 JUDGED_POOL: Pool = "time"
 """The pool by which learning rates are chosen: it keeps time."""
@@ -51,7 +51,7 @@ class Lists(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the list that is fitted on, without its ending."""
+        """Name of the list that is fitted on, without its ending."""
         return self.train.stem.removesuffix("_train").removesuffix("-train")
 
 
@@ -113,7 +113,7 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
 
 
 def some_of_each_class(manifest: Manifest, count: int) -> Manifest:
-    """At most so many videos of each class, evenly from the order of the list."""
+    """Returns at most `count` videos per class, evenly spaced in the list."""
     chosen: list[int] = []
     for label in range(len(manifest.classes)):
         places = [place for place, video in enumerate(manifest.videos) if video.label == label]

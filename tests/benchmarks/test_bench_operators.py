@@ -27,7 +27,7 @@ def test_forward_and_backward_have_their_own_bytes() -> None:
     found = operators.passes({name: timing.summary([ms]) for name, ms in times.items()}, "ours")
     assert found == {
         "forward_ms": 3, "forward_percent_of_copy": 100, "backward_ms": 2, "backward_percent_of_copy": 50,
-        "unit_upstream_ms": 4,
+        "unit_upstream_ms": 4, "unit_upstream_percent_of_copy": 75,
     }  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_a_kernel_that_errs_fails_the_check() -> None:
     correctness = module("correctness")
 
     def verdict(*results: torch.Tensor) -> dict[str, Any]:
-        """Of a case whose runs give `results` in turn, where 1 and 2 are right."""
+        """Returns the verdict on a case whose runs give `results` in turn, where 1 and 2 are right."""
         runs = iter(results)
 
         def run(dtype: torch.dtype, *, exact: torch.Tensor) -> list[torch.Tensor]:

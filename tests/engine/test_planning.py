@@ -178,7 +178,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
     assert planned.checkpoint_bytes == held + sum(value.nbytes for value in moments)
 
 
-def test_a_gpu_holds_the_tokenizers_activations_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_holds_the_tokenizers_activations_next_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it has done its work before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
     with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})

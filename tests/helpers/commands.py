@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def wait_for_first_step(run: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:
-    """Returns when the run's log has a line, or its process has ended. AssertionError after so many seconds."""
+    """Returns when the run's log has a line, or its process has ended. Raises AssertionError after `seconds`."""
     log, deadline = run / "log.jsonl", time.monotonic() + seconds
     while not (log.exists() and log.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline, f"{run}: no step in {seconds:.0f} s"

@@ -213,12 +213,13 @@ def record(architecture: str) -> dict[str, Launch]:
     for codes, kind, smoothing in CODES:
         logits = torch.empty(2048, codes, dtype=kind, device="meta")
         labels = torch.empty(2048, dtype=torch.int64, device="meta")
+        losses = torch.empty(2048, device="meta")
         # of a sum, of a mean, of single rows
         for upstream, kind_of in ((None, "sum"), (scalar, ""), (torch.empty(2048, device="meta"), "weighted")):
             label = " ".join(filter(None, (str(codes), str(kind)[6:], "smoothed" * bool(smoothing), kind_of)))
-            softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
+            softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True, losses)
         label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} without_gradient"
-        softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False)
+        softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False, losses)
     for (rows, width), kind in itertools.product(((64 * 1408, 1536), (64, 1000), (64, 512)), (BRAIN, HALF, SINGLE)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")

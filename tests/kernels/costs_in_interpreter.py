@@ -4,7 +4,7 @@ Collected by test_in_interpreter.py in a process of its own. Bytes must match to
 counts once for its loads and once for its stores. Operations are counted where the cube is float and normalized as a
 patch, and may exceed the declaration by the work on padding and on the zeros from which sums start.
 
-B clips, Nm masked tokens, P values a token.
+B clips, Nm masked tokens, P values per token.
 """
 
 import importlib
@@ -97,7 +97,7 @@ def test_a_mask_without_tubes_reads_the_frames_after_its_cubes() -> None:
 
 
 def test_tokens_of_weight_zero_are_not_read() -> None:
-    """Of a MAE's predictions of every token, neither the clip nor the prediction; their gradient is written."""
+    """Neither the clip nor the prediction of such a token is read; its gradient is written."""
     pred, weight = torch.randn(BATCH, TOKENS, VALUES).to(BRAIN).requires_grad_(), torch.zeros(BATCH, TOKENS)
     weight[:, ::4] = 1
     found = launched(
@@ -156,7 +156,9 @@ def test_scale_gradient() -> None:
 
 def test_softmax_gradient() -> None:
     logits, target = torch.randn(3, 256), torch.tensor([0, 2, 255])
-    found = launched(lambda: softmax_gradient_(logits, target, None, -100, 0.1, True), "_softmax_gradient_kernel")
+    found = launched(
+        lambda: softmax_gradient_(logits, target, None, -100, 0.1, True, torch.empty(3)), "_softmax_gradient_kernel"
+    )
     declared = costs.softmax_gradient(3, 256, item_bytes=4)
     assert found.distinct_bytes == declared.bytes_moved
     assert 1 <= found.flops / declared.flops < MOST_EXTRA_FLOPS

@@ -24,6 +24,7 @@ from mam2.kernels import (
     gather_tubes,
     launch,
     linear_cross_entropy,
+    linear_masked_loss,
     masked_frame_difference_loss,
     masked_pixel_loss,
     motion_tube_mask,
@@ -377,6 +378,26 @@ def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:
     assert torch.equal(of_hidden.isnan().all(1), bad)
     assert torch.equal(of_hidden.isnan().any(1), bad)
     assert of_weight.isnan().all()
+
+
+def test_a_masked_head_in_parts_that_end_within_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient overwrites the predictions; a token out of range gives NaN to its own features' gradient only."""
+    video, masked = SMALL.make(), torch.tensor([[7, 1, 0], [3, 8, 5]])
+    hidden, weight = torch.randn(2, 3, 4).requires_grad_(), torch.randn(96, 4).requires_grad_()
+    options = {"patch_size": SMALL.patch, "eps": cases.EPS}
+    monkeypatch.setattr(launch, "part_rows", lambda *_: 2)
+    with recorded() as launches:
+        loss = linear_masked_loss(hidden, weight, video, masked, target="adjacent", **options)
+    assert [run.kernel for run in launches] == ["_masked_loss_kernel"] * 3
+    assert [run.outside() for run in launches] == [0] * 3
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.isnan()
+    assert of_weight.isnan().all()
+    bad = masked == 8
+    assert torch.equal(of_hidden.isnan().any(2), bad)
+    plain = masked_frame_difference_loss(hidden @ weight.t(), video, masked, **options)
+    (expected,) = torch.autograd.grad(plain, hidden)
+    torch.testing.assert_close(of_hidden[~bad], expected[~bad])
 
 
 def test_masks_whose_numbers_do_not_fit_give_nan() -> None:

@@ -255,8 +255,36 @@ _MISTAKES = {
         (
             "a float16 gradient with the divisor of the mean",
             "masked_loss.py",
-            "if pred.dtype == torch.float16:",
+            "if pred_dtype == torch.float16:",
             "if False:",
+        ),
+    ],
+    (INTERPRETER, "masked_head_in_parts"): [
+        (
+            "predictions of a part counted from the first token of all",
+            "masked_error.py",
+            "pred_row = (place % count).to(tl.int64) - first",
+            "pred_row = (place % count).to(tl.int64)",
+        ),
+        (
+            "every part takes the first tokens",
+            "masked_error.py",
+            "place = first + tl.program_id(0)",
+            "place = first - first + tl.program_id(0)",
+        ),
+    ],
+    ("test_linear_masked_loss.py", "two_steps"): [
+        (
+            "factors of the first clips for all parts",
+            "linear_masked_loss.py",
+            "own = factors[clips] if",
+            "own = factors[: len(masked[clips])] if",
+        ),
+        (
+            "the bias's gradient of a row instead of their sum",
+            "products.py",
+            "total += rows.sum(dim=0, dtype=total.dtype)",
+            "total += rows[0]",
         ),
     ],
     (LIMITS, "largest_logit"): [
@@ -358,15 +386,15 @@ _MISTAKES = {
         ),
         (
             "the weight's gradient of the last chunk only",
-            "linear_cross_entropy.py",
-            "d_weight.addmm_(logits.t(), hidden[part])",
-            "d_weight.addmm_(logits.t(), hidden[part], beta=0)",
+            "products.py",
+            "total.addmm_(left, right)",
+            "total.addmm_(left, right, beta=0)",
         ),
         (
             "upstream weights of the first chunk for all",
             "linear_cross_entropy.py",
-            "weights = None if upstream is None else upstream[part]",
-            "weights = None if upstream is None else upstream[: len(logits)]",
+            "weights = upstream[part] if",
+            "weights = upstream[: len(own)] if",
         ),
     ],
     ("test_linear_cross_entropy.py", "test_ignored_rows"): [

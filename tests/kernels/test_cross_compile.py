@@ -79,7 +79,7 @@ for seed, sample, slots, positions, hidden, strength in (
     masks._launch(step, seed, sample, 4, slots, positions, hidden, None, strength)
 logits, target = torch.empty(4, 64, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
 for ignored in (-100, 0, 1, 16):
-    softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True)
+    softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True, torch.empty(4, device="meta"))
 for grid, count in (((2, 2, 2), 4), ((16, 16, 16), 16), ((3, 16, 5), 32)):
     video = torch.empty(2, 2 * grid[0], 16 * grid[1], 16 * grid[2], 16, dtype=torch.uint8, device="meta")
     index = torch.empty(2, count, dtype=torch.int64, device="meta")

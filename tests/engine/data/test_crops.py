@@ -1,4 +1,4 @@
-"""Crops without DALI: those of DALI to one grey level, for any place, size and direction."""
+"""Crops without DALI: those of DALI to one gray level, for any place, size and direction."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ CONFIG = DataConfig(frames=4, stride=2, size=32, threads=2)
 def encode(
     path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str = "yuv420p", pts: Sequence[int] = ()
 ) -> Path:
-    """uint8 [T, H, W, 3] at 25 frames a second, or shown at pts / 25 seconds."""
+    """uint8 [T, H, W, 3] at 25 frames per second, or shown at pts / 25 seconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"x265-params": "log-level=none"})
         stream.height, stream.width = frames.shape[1:3]

@@ -183,7 +183,7 @@ def test_labels_come_from_the_source_not_from_the_index(tmp_path, clip_bytes):
     assert [(video.label, found.classes) for video in found.videos] == [(0, ("x",))]
 
 
-def test_the_index_beside_the_data_is_used_and_left_alone(tmp_path, clip_bytes, opened):
+def test_the_index_next_to_the_data_is_used_and_left_alone(tmp_path, clip_bytes, opened):
     data = tmp_path / "data"
     place(clip_bytes, data / "a.mp4", data / "b.mp4")
     assert index_path(data) == tmp_path / "data.index.jsonl"
@@ -198,7 +198,7 @@ def test_the_index_beside_the_data_is_used_and_left_alone(tmp_path, clip_bytes, 
     assert index_path(data).read_bytes() == before
 
 
-def test_the_index_itself_is_taken_as_it_stands(tmp_path, clip_bytes, opened):
+def test_the_index_itself_is_taken_unchanged(tmp_path, clip_bytes, opened):
     place(clip_bytes, tmp_path / "data" / "a.mp4")
     first = read_manifest(tmp_path / "data")
     write_manifest(first, tmp_path / "any.jsonl")

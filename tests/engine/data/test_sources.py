@@ -82,7 +82,7 @@ def test_of_a_folder_and_a_link_to_it_the_folder_is_read(tmp_path):
     assert [name for name, _ in found(tmp_path)] == ["z/y/one.mp4"]
 
 
-def test_posters_beside_videos_are_not_frames(tmp_path):
+def test_posters_next_to_videos_are_not_frames(tmp_path):
     touch(tmp_path / "a" / "one.mp4", *(tmp_path / "a" / f"poster{number}.jpg" for number in (1, 2)))
     touch(tmp_path / "chart1.png", tmp_path / "chart2.png", tmp_path / "b" / "cover1.jpg")
     touch(tmp_path / "c" / "front.png", tmp_path / "c" / "back.png")

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 def _clusters(count, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
-    centres = torch.eye(4).repeat(1, 3) * 3 + 100
-    return centres[labels] + spread * torch.randn(count, 12, generator=generator), labels
+    centers = torch.eye(4).repeat(1, 3) * 3 + 100
+    return centers[labels] + spread * torch.randn(count, 12, generator=generator), labels
 
 
 def test_separable_features_are_separated():
@@ -71,10 +71,10 @@ def test_bootstrap_of_a_ratio_weighs_by_the_denominator():
     assert high == pytest.approx(1.0)
 
 
-def test_neighbours_vote_after_the_common_part_is_taken_away():
+def test_neighbors_vote_after_the_common_part_is_taken_away():
     (train, labels), (test, test_labels) = _clusters(200, 0.3, 0), _clusters(100, 0.3, 1)
     assert torch.equal(knn(train, labels, test), test_labels)  # the cosines of these are all above 0.99
-    assert torch.equal(knn(train[:8], labels[:8], test), test_labels)  # fewer than the neighbours asked for
+    assert torch.equal(knn(train[:8], labels[:8], test), test_labels)  # fewer than the neighbors asked for
 
 
 @pytest.mark.slow

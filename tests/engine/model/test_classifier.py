@@ -116,7 +116,7 @@ def test_every_parameter_has_the_rate_of_its_layer(classifier):
     assert len(found) == len(list(classifier.parameters()))
 
 
-def test_frozen_embeddings_are_not_optimised(classifier):
+def test_frozen_embeddings_are_not_optimized(classifier):
     classifier.head = TextHead(WIDTH, torch.randn(CLASSES, 6))
     optimizer = build_layered_optimizer(classifier, DEPTH, FinetuneOptimConfig())
     assert all(p is not classifier.head.embeddings for group in optimizer.param_groups for p in group["params"])

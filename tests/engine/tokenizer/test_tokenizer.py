@@ -29,13 +29,13 @@ def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: ob
 
 
 def toy_frames(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """[B, size, size, 3] uint8: a disc of one colour on a ground of another."""
+    """[B, size, size, 3] uint8: a disc of one color on a ground of another."""
     generator = torch.Generator().manual_seed(seed)
-    ground, colour = torch.rand(2, count, 1, 1, 3, generator=generator)
-    centre = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
+    ground, color = torch.rand(2, count, 1, 1, 3, generator=generator)
+    center = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 0.4)[..., None]
-    return (torch.where(inside, colour, ground) * 255).to(torch.uint8)
+    inside = ((y - center[0]) ** 2 + (x - center[1]) ** 2 < 0.4)[..., None]
+    return (torch.where(inside, color, ground) * 255).to(torch.uint8)
 
 
 def clip(batch: int = 3, frames: int = 4, size: int = 16) -> Tensor:
@@ -55,7 +55,7 @@ def test_a_token_has_the_code_of_its_first_frame() -> None:
 
 
 @pytest.mark.slow
-def test_with_all_frames_a_token_has_a_code_of_each() -> None:
+def test_with_all_frames_each_token_has_one_code_per_frame() -> None:
     tokenizer, video = build(frames="all", images_per_pass=5), clip()
     codes = tokenizer.codes(video)
     assert codes.shape == (3, 32, 2)
@@ -245,11 +245,11 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     with torch.no_grad():
         codes = vqgan.codes(images)
         error = (vqgan.decode(codes) - images).square().mean()
-        grey = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+        gray = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
     used, perplexity = codebook_usage(codes, 64)
     assert used > 32
     assert perplexity > 16
-    assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean color is"
+    assert error < 0.35 * gray, "pictures from codes are closer to new frames than their mean color is"
 
 
 @pytest.mark.slow

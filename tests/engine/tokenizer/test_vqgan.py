@@ -53,7 +53,7 @@ def spread_codes(vqgan: nn.Module) -> None:
 
 
 def images(batch: int = 3, size: int = 32) -> Tensor:
-    """[B, 3, size, size] in [-1, 1], smooth enough that neighbours differ little."""
+    """[B, 3, size, size] in [-1, 1], smooth enough that neighbors differ little."""
     noise = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
     return torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")
 

@@ -167,7 +167,7 @@ def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypat
 def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
     clips, few, tmp_path, monkeypatch, small_finetuning
 ):
-    """A list whose rows come in another order numbers its classes anew; other classes are refused."""
+    """A list whose rows come in another order numbers its classes again; other classes are refused."""
     config, val, run = small_finetuning(optim={"batch": 16, "epochs": 4.0}), clips / "test", tmp_path / "run"
     rows = [f"{path},{path.parent.name}\n" for path in sorted(few.rglob("*.mp4"))]
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))

@@ -90,7 +90,7 @@ def test_a_wrong_tokenizer_is_told_before_the_videos_are_opened(tmp_path, small)
         pretrain(small(tokenizer={"path": "none.safetensors"}), tmp_path / "nowhere", tmp_path / "run", progress=False)
 
 
-def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
+def test_resuming_where_nothing_is_says_that_it_starts_over(tmp_path, small):
     with pytest.raises(UserError, match="nowhere"):
         pretrain(small(), tmp_path / "nowhere", tmp_path / "run", resume=True, progress=False)
     assert (
