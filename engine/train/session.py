@@ -271,13 +271,10 @@ def _report(run: RunContext[Config], skipped: Skipped) -> None:
 
 
 def _as_saved(config: Config, saved: Path) -> Config:
-    """Returns the config of a resumed run with the lists of [data] that are empty in it as they were saved."""
+    """Returns the config of a resumed run with the lists below as they were saved, if they are empty in it."""
     before = checkpoint.read_state(saved)["config"]["data"]
-    kept: dict[str, Any] = {
-        name: tuple(value)
-        for name, value in before.items()
-        if isinstance(value, list) and not getattr(config.data, name)
-    }
+    lists = {name: tuple(before.get(name, ())) for name in ("value_range", "mean", "std")}
+    kept: dict[str, Any] = {name: value for name, value in lists.items() if not getattr(config.data, name)}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **kept))  # type: ignore[type-var]
 
 
