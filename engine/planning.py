@@ -133,7 +133,8 @@ class Plan:
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
         tokenizer = self.parts.get("tokenizer", costs.PartCost())
-        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels
+        value = costs.SINGLE if data.value_range else 1
+        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels * value
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
         teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards

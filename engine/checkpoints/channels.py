@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.encoder import Encoder
@@ -19,11 +22,15 @@ GRAY = "start   the patch embedding takes one gray channel: the sum of its weigh
 
 
 def data_for(data: DataConfig, encoder: Encoder, path: str | Path) -> DataConfig:
-    """Returns `data` with the normalization of an encoder, unless it becomes one for gray clips.
+    """Returns `data` with the value range and normalization of an encoder's training, where `data` says nothing.
 
     Raises UserError if the encoder of `path` cannot take clips of `data.channels` channels, or was trained with another
     mean or standard deviation.
     """
+    weights = find_weights(path)
+    if weights is not None and not data.value_range:
+        written = json.loads(checkpoint.read_metadata(weights)["config"])
+        data = dataclasses.replace(data, value_range=tuple(written["data"].get("value_range", ())))
     if becomes_gray(data, encoder):
         return data
     if data.channels != encoder.channels:

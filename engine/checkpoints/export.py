@@ -26,6 +26,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 from mam2.engine.model.blocks import Block, sincos_positions
 from mam2.engine.model.classifier import Classifier
+from mam2.engine.model.pixels import pixel_statistics
 from mam2.engine.model.videomae import VideoMAE
 
 TOKENIZER = "tokenizer.safetensors"
@@ -149,6 +150,11 @@ def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> s
     ):
         model = model.encoder
     encoder = encoder_of(model)
+    if (encoder.mean, encoder.std) != pixel_statistics(encoder.channels):
+        raise UserError(
+            "--to videomae: the file cannot state data.mean and data.std, with which the model was trained; "
+            "use --to huggingface, whose image processor states them"
+        )
     tubelet, patch, _ = encoder.patch_size
     args: dict[str, Any] = {"num_frames": encoder.grid[0] * tubelet, "input_size": encoder.grid[1] * patch}
     if isinstance(model, VideoMAE):

@@ -45,7 +45,10 @@ class DataConfig:
     size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
     channels: int = limited(3, Limits(at_least=1, at_most=MOST_CHANNELS))
-    """Channels of a clip (C): 3 for RGB; 1 for gray, of which a color video gives its luma."""
+    """Channels of a clip (C): 3 for RGB; 1 for gray, of which a color video gives its luma; those of arrays."""
+    value_range: tuple[float, ...] = limited((), Limits())
+    """The two values of the files that become 0 and 1; values outside are clipped. Empty: 0 and 255 for 8-bit values, 0
+    and 65535 for 16-bit values, 0 and 1 for floats."""
     mean: tuple[float, ...] = limited((), Limits())
     """Mean of each channel, for pixels from 0 to 1, which the model subtracts. Empty: ImageNet's for 3 channels; for
     another number the mean of these three, 0.449."""
@@ -249,6 +252,8 @@ def check_data(data: DataConfig) -> None:
             raise UserError(
                 f"data.{name}: expected {data.channels} numbers, one per channel (data.channels), found {len(values)}"
             )
+    if data.value_range and (len(data.value_range) != 2 or data.value_range[0] >= data.value_range[1]):
+        raise UserError(f"data.value_range: expected two numbers, the lower one first, found {list(data.value_range)}")
     if data.min_area > data.max_area:
         raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
     if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):

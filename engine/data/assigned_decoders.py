@@ -59,7 +59,7 @@ class AssignedDecoders:
                 refusal = error
                 refuse(index, str(error))
         if not self._names:
-            raise refusal
+            raise UserError(f"{manifest.videos[-1].path}: {refusal}") if manifest.videos else refusal
 
     def __getitem__(self, video: int) -> str:
         return self._names[video]
@@ -83,7 +83,7 @@ class AssignedDecoders:
 
         A video of NVDEC is PyAV's from then on: rebuilding NVDEC's graph for every such file would make the step wait.
         """
-        if failed == "pyav" or not self._automatic:
+        if failed in ("pyav", "array") or not self._automatic:
             return False
         if failed == "nvdec":
             self._names[video] = "pyav"

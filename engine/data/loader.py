@@ -27,6 +27,7 @@ from mam2.engine.data.renderer import Job, Renderer
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.data.sampling import ClipRequest, draw_clip
 from mam2.engine.data.unusable import UnusableVideos
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.video import Skipped, Video
 from mam2.engine.errors import UserError
 
@@ -125,7 +126,10 @@ class ClipLoader:
         self.order = _order_of(manifest, self._usable, config.weights if train else (), seed)
         """The order of the samples in `stream`."""
         paths = [video.path for video in manifest.videos]
-        self._renderer = Renderer(config, samples=batch, device=torch.device(device), info=info, paths=paths)
+        values = PixelValues.of(config, (manifest.videos[index] for index in self._usable))
+        self._renderer = Renderer(
+            config, samples=batch, device=torch.device(device), info=info, paths=paths, values=values
+        )
         self._streams: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     @property
@@ -274,7 +278,7 @@ class ClipLoader:
         size = 0
         for row, (_, place) in enumerate(planned):
             video = self._manifest.videos[self._usable[place]]
-            needed = video.width * video.height * self._config.channels * self._config.frames
+            needed = video.frame_bytes * self._config.frames
             if rows and size + needed > CHUNK_BYTES:
                 yield rows
                 rows, size = [], 0

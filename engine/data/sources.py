@@ -4,6 +4,7 @@ Folders:
 - a folder with one folder per class: the labels are the class folders in the order of their names, or of their numbers
   if all names are numbers;
 - any other folder: every video in it, at any depth, without labels.
+Arrays (.npy, .npz) count as videos, except in a folder with a video of the same name.
 A folder without subfolders and videos that holds numbered images (img_00001.jpg …) is one video of these frames.
 A folder that can be reached through several links is read once.
 
@@ -35,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mam2.engine.data.arrays import ARRAY_SUFFIXES, is_array
 from mam2.engine.data.frame_folders import holds_frames
 from mam2.engine.errors import UserError
 
@@ -42,6 +44,7 @@ VIDEO_SUFFIXES = (
     *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
     *(".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
+CLIP_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
 PATH_COLUMNS = (
     *("path", "file", "filename", "video", "video_path", "file_path", "filepath", "file_name", "video_file"),
     *("video_name", "clip", "clip_path"),
@@ -56,7 +59,7 @@ MOST_COLUMNS = 20
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _QUOTED = re.compile(r'"(?:[^"]|"")+"(?:([ \t,])|$)')
 _NUMBERED = re.compile(r"(.*[^ ,])?(?: *, *| +)(-?\d+)")
-_NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
+_NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, CLIP_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -108,7 +111,7 @@ def read_source(source: str | Path) -> Listing:
     source, split = list_and_split(source)
     if source.is_dir():
         listing = _read_folder(source)
-    elif source.suffix.lower() in VIDEO_SUFFIXES and source.is_file():
+    elif source.suffix.lower() in CLIP_SUFFIXES and source.is_file():
         listing = Listing([Entry(str(source), -1)], ())
     else:
         listing = _read_list(source, split)
@@ -142,7 +145,7 @@ def _read_folder(folder: Path) -> Listing:
     paths = sorted(_find_videos(folder, twins))
     if not paths:
         raise UserError(
-            f"{folder}: no videos in this folder (expected {', '.join(VIDEO_SUFFIXES)} and folders of numbered images)"
+            f"{folder}: no videos in this folder (expected {', '.join(CLIP_SUFFIXES)} and folders of numbered images)"
         )
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) != 2 for part in parts):
@@ -173,6 +176,8 @@ def _find_videos(folder: Path, twins: list[tuple[Path, Path]]) -> Iterator[Path]
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith(".")]
         videos = [name for name in files if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
+        stems = {os.path.splitext(name)[0] for name in videos}  # an array with the name of a video describes the video
+        videos += [name for name in files if is_array(name) and os.path.splitext(name)[0] not in stems]
         yield from (Path(parent, name) for name in videos)
         # Images next to other folders are not frames.
         if not videos and not folders and holds_frames(files):

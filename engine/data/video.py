@@ -13,6 +13,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from mam2.engine.data.arrays import is_array, open_array
 from mam2.engine.data.decoding import (
     FILE_ERRORS,
     FRAMES,
@@ -20,6 +21,7 @@ from mam2.engine.data.decoding import (
     DecodeError,
     decode_packet,
     frame_files,
+    is_deep_gray,
     is_packed,
     open_video,
     quarter_turns,
@@ -51,7 +53,8 @@ _PATIENCE = Patience(ALONE_S, lambda line: tqdm.write(line, file=sys.stderr))
 class Video:
     """A video that can be opened. Its frames are counted without decoding, so that a damaged video may have fewer.
 
-    A folder of images, one per frame, is a video with the codec "frames".
+    A folder of images, one per frame, is a video with the codec "frames"; an array has the codec "npy" or "npz" and the
+    type of its values as pixel format.
     """
 
     path: str
@@ -90,6 +93,8 @@ class Video:
     trimmed: int = -1
     """Packets that an edit list hides, or whose time is negative. DALI may count other frames than PyAV in such a file.
     -1 in manifests saved without it."""
+    channels: int = 0
+    """Channels of an array; 0 for a file that is decoded to the channels asked for."""
     seek_points: tuple[tuple[int, int], ...] = ()
     """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING apart; empty for files that
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
@@ -119,11 +124,26 @@ class Video:
             "interlaced": self.interlaced,
             "bytes": self.bytes,
             "trimmed": self.trimmed,
+            "stored_channels": self.channels,
         }
+
+    def value_type(self, channels: int) -> str:
+        """Returns the type of the values that are read as clips of C channels: uint8, uint16 or float32."""
+        if self.channels:
+            return self.pixel_format
+        return "uint16" if channels == 1 and is_deep_gray(self.pixel_format) else "uint8"
+
+    @property
+    def frame_bytes(self) -> int:
+        """Returns the bytes of a decoded frame: of an array as stored, else as 8-bit RGB."""
+        values = self.channels * np.dtype(self.pixel_format).itemsize if self.channels else 3
+        return self.width * self.height * values
 
     @property
     def decoders(self) -> tuple[str, ...]:
         """Returns the decoders that can decode the video on a suitable machine."""
+        if self.channels:
+            return ("array",)
         return tuple(decoder for decoder in VIDEO_DECODERS if self._suits(decoder))
 
     def _suits(self, decoder: str) -> bool:
@@ -159,6 +179,8 @@ def probe_file(path: str, label: int = -1) -> Video | Skipped:
         if os.path.isdir(path):
             size, mtime_ns = folder_status(path)
             return _probe_folder(path, label, size, mtime_ns)
+        if is_array(path):
+            return _probe_array(path, label, size, mtime_ns)
         return _probe_file(path, label, size, mtime_ns)
 
     try:
@@ -269,6 +291,30 @@ def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
         transfer=first.transfer,
         trimmed=0,
     )
+
+
+def _probe_array(path: str, label: int, size: int, mtime_ns: int) -> Video:
+    with open_array(path) as array:
+        array.read([0])
+        return Video(
+            path=path,
+            label=label,
+            frames=array.frames,
+            width=array.width,
+            height=array.height,
+            codec=path.lower().rpartition(".")[2],
+            fps=array.fps,
+            rotation=0,
+            pixel_format=array.value_type,
+            keyframe_median=1,
+            keyframe_max=1,
+            bytes=size,
+            mtime_ns=mtime_ns,
+            content=content_hash([path], size),
+            transfer="sdr",
+            trimmed=0,
+            channels=array.channels,
+        )
 
 
 def _average_rate(stated: float, intervals: np.ndarray) -> float:

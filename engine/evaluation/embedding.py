@@ -22,6 +22,7 @@ from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.windows import Span, Window, parse_span, sliding_windows
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import check_embedding_file, write_embedding
@@ -255,6 +256,7 @@ def _window_batches(
     numbers: list[int] = []
     windows: list[Window] = []
     threads = min(available_cores(), 8)
+    values = PixelValues.of(frozen.data, manifest.videos)
     for number, video in enumerate(manifest.videos):
         try:
             for one in sliding_windows(
@@ -263,7 +265,7 @@ def _window_batches(
                 size=frozen.data.size,
                 window=window.frames(video),
                 hop=hop.frames(video),
-                channels=frozen.data.channels,
+                values=values,
                 threads=threads,
                 timeout_s=frozen.data.timeout_s,
             ):

@@ -122,7 +122,7 @@ def _clips(want: FeatureSpec) -> dict[str, object]:
     """Returns the config values that determine the pixels that an encoder sees."""
     fields = to_dict(want.frozen.data)
     found = {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
-    others = {"channels": fields["channels"]}
+    others = {name: fields[name] for name in ("channels", "value_range")}
     default = to_dict(DataConfig())
     return found | {name: value for name, value in others.items() if value != default[name]}
 

@@ -12,12 +12,15 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, make_folder, printable, write_whole, writing
+from mam2.engine.model.pixels import as_colors
 
 SUFFIXES = (".json", ".csv", ".jsonl")
 DRAWN_FRAMES = 4
@@ -158,9 +161,14 @@ def draw_prediction(path: str, top: Top) -> bytes | None:
     return buffer.getvalue()
 
 
-def _spread_frames(video: Video) -> NDArray[np.uint8]:
-    """Returns frames from the first to the last of a video: uint8 [DRAWN_FRAMES, H, W, 3]."""
+def _spread_frames(video: Video) -> NDArray[Any]:
+    """Returns frames from the first to the last of a video: [DRAWN_FRAMES, H, W, 3], uint8, or of an array floats from
+    its lowest to its highest value as 0 to 1."""
     numbers = np.linspace(0, max(video.frames - 1, 0), DRAWN_FRAMES).round().astype(int).tolist()
+    if video.channels:
+        frames = torch.from_numpy(read_frames(video.path, numbers, channels=video.channels)).float()
+        low, high = frames.aminmax()
+        return as_colors((frames - low) / (high - low).clamp_min(1e-12)).numpy()
     width, height = video.shown_size
     least = (FRAME_HEIGHT * width / height, float(FRAME_HEIGHT))
     return decode_frames(video.path, numbers, seek_points=video.seek_points, least_size=least)

@@ -57,6 +57,7 @@ def train_tokenizer(
     batch: int = 16,
     flip: bool = True,
     image_channels: int = 3,
+    value_range: tuple[float, float] | None = None,
     seed: int = 0,
     threads: int = 0,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -76,6 +77,7 @@ def train_tokenizer(
         batch: frames per step.
         flip: mirror half of the frames.
         image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
+        value_range: see `DataConfig`; None: by the type of the values.
         seed: seed of weights, frames and crops.
         threads: decoding threads; 0: one per core that this process may use.
         device: auto uses a GPU if there is one.
@@ -102,7 +104,13 @@ def train_tokenizer(
     if size < factor or size % factor:
         raise UserError(f"--size {size} is not a multiple of --factor {factor}")
     sampled = DataConfig(
-        frames=2, stride=FRAME_DISTANCE, size=size, channels=image_channels, flip=flip, threads=threads
+        frames=2,
+        stride=FRAME_DISTANCE,
+        size=size,
+        channels=image_channels,
+        value_range=value_range or (),
+        flip=flip,
+        threads=threads,
     )
     where = pick_device(RunConfig(device=device))
     manifest = read_manifest(data, threads=threads, progress=progress)
@@ -169,5 +177,11 @@ def verdict(result: Reconstruction, file: Path) -> str:
         return (
             "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
             f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
+        )
+    color, by_kmeans = result.color_explained, result.kmeans_color_explained
+    if color is not None and by_kmeans is not None and color < by_kmeans:
+        return (
+            "weak in color: k-means of raw patches explains more of the color of held-out frames with the same number "
+            f"of codes; use more --steps, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

@@ -45,7 +45,7 @@ def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
 
 
 def equalize(clips: Tensor, _: Tensor) -> Tensor:
-    """Spreads each channel's levels so that all are about equally frequent."""
+    """Spreads each channel's levels so that all are about equally frequent; the result has whole levels."""
     levels = clips.long().flatten(2)
     counts = torch.zeros(*levels.shape[:2], LEVELS, device=clips.device, dtype=torch.int64)
     counts.scatter_add_(2, levels, torch.ones_like(levels))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mam2.engine import costs
 from mam2.engine.checkpoints.channels import GRAY, gray_encoder
-from mam2.engine.checkpoints.export import write_hugging_face
+from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.traced import write_torch
 from mam2.engine.config.finetune import FinetuneConfig
@@ -75,7 +75,7 @@ def test_gray_clips_have_the_draws_of_color_clips(videos: Manifest) -> None:
 
 
 def test_a_video_file_with_five_channels_is_refused(videos: Manifest) -> None:
-    with pytest.raises(UserError, match=r"1 or 3 channels, not 5 \(data.channels\)"):
+    with pytest.raises(UserError, match=r"to 1 or 3 channels, not 5 \(data.channels\)"):
         ClipLoader(videos, DataConfig(channels=5), batch=1, device="cpu", seed=0)
 
 
@@ -168,6 +168,16 @@ def test_a_tokenizer_of_other_channels_is_refused(small: Config) -> None:
     vqgan = VQGAN(_small_vqgan(3))
     with pytest.raises(UserError, match=r"takes 3 channels, data.channels is 1; .*--image-channels 1"):
         build_tokenizer(vqgan, config, torch.device("cpu"))
+
+
+def test_statistics_survive_an_export_or_are_refused(tmp_path: Path) -> None:
+    own = shaken(encoder(channels=1, mean=(0.2,), std=(0.3,)))  # type: ignore[arg-type]
+    (tmp_path / "hf").mkdir()
+    write_hugging_face(own, tmp_path / "hf")  # type: ignore[arg-type]
+    again = load_encoder(tmp_path / "hf")
+    assert (again.channels, again.mean, again.std) == (1, (0.2,), (0.3,))
+    with pytest.raises(UserError, match=r"cannot state data.mean and data.std"):
+        write_videomae(own, tmp_path / "a.pth")  # type: ignore[arg-type]
 
 
 def _small_vqgan(channels: int) -> Any:

@@ -254,3 +254,18 @@ def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, 
         found = augmenting.prepare(video, labels, config, step=7, first_sample=0)
     assert all(part.device.type == "meta" for part in found)
     assert between == []
+
+
+def test_float_clips_are_augmented_like_uint8_clips_without_rounding() -> None:
+    generator = torch.Generator().manual_seed(5)
+    levels = torch.randint(0, 256, (6, 1, 4, 24, 24), dtype=torch.uint8, generator=generator)
+    config = AugmentConfig(operations=2, share=1.0, erase=1.0)
+    whole = augment(levels, config, seed=3, step=1, first_sample=0)
+    floats = augment(levels.float() / 255, config, seed=3, step=1, first_sample=0)
+    assert floats.dtype == torch.float32
+    assert 0 <= floats.min() <= floats.max() <= 1
+    close = (floats * 255 - whole.float()).abs() <= 2
+    assert close.float().mean() > 0.9  # a rounded level may fall on the other side of a threshold
+    fine = torch.full((2, 1, 2, 8, 8), 1 / 65535)
+    mixed, _ = mix(fine, torch.tensor([0, 1]), 2, AugmentConfig(cutmix=0.0), views=1, seed=0, step=0, first_sample=0)
+    torch.testing.assert_close(mixed, fine)

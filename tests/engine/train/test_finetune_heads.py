@@ -1,4 +1,4 @@
-"""What fine-tuning can be asked to learn, and how much of the model learns it."""
+"""Heads and losses of fine-tuning, and which part of the model is trained."""
 
 import csv
 import dataclasses
@@ -377,6 +377,7 @@ def test_labels_that_are_not_of_the_task_are_one_clear_line(several, numbers, cl
     (clips / "negative.csv").write_text("path,label\n0.mp4,-5\n1.mp4,3\n")
     sets, values = ({"head": {"task": task}} for task in ("multi-label", "regression"))
     for tables, data, val, told in (
+        ({}, numbers, numbers, r"numbers\.csv: has the labels '0' and '-1'; one class per video needs"),
         (sets, several[0], clips / "unknown.csv", r"unknown\.csv: the class 'up' is not one of the 4 classes"),
         (values, several[0], numbers, r"several\.csv: the label 'left' is not a number"),
         (values, numbers, several[1], r"several-val\.csv: the label 'left' is not a number"),
