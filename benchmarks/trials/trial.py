@@ -22,12 +22,14 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
 from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.model.classifier import pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.classifier_step import FinetuneStep
+from mam2.engine.train.finetune import STANDARDIZED
 from mam2.engine.train.optimizer import learning_rate
 from mam2.engine.train.step import PretrainStep
 
@@ -123,11 +125,16 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
     model = build_classifier(config)
     model.encoder.load_state_dict({n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")})
-    take = FinetuneStep(config, model, device, World())
     train, batch = prepared.splits["train"], config.optim.batch
     recorded, crops = train.clips.shape[1:3]
     chosen = labelled_videos(train.labels, labelled)
     count = len(chosen)
+    if config.head.standardize:
+        some = chosen[:: -(-count // STANDARDIZED)]
+        with autocast(config.run, device):
+            pooled = pooled_features(model.to(device), [as_video(train.clips[some, 0, 0]).to(device)])
+        standardize_features(model, pooled)
+    take = FinetuneStep(config, model, device, World())
     steps = max(round(config.optim.epochs * count / batch), 1)
     for step in range(steps):
         drawn = np.array([sample_at(step * batch + place, count, config.run.seed) for place in range(batch)])

@@ -67,6 +67,9 @@ class HeadConfig:
     with a mean of 1 over the videos."""
     dropout: float = limited(0.0, BELOW_ONE)
     """Dropout probability of the pooled features, 0 to 1."""
+    standardize: bool = True
+    """Start with features of mean 0 and variance 1 over 256 training clips, by the weights of the LayerNorm before the
+    head. An encoder from an early stage of pre-training otherwise learns slowly. VideoMAE does not do it."""
     text_embeddings: str = ""
     """File with a text embedding per class, used as the classifier's weights: .npy or .safetensors, see
     `mam2.engine.model.text_head`. Empty: a randomly initialized linear head."""

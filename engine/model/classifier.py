@@ -7,6 +7,7 @@ without the encoder's final LayerNorm, then a new LayerNorm and a linear layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ HEAD_SCALE = 0.001
 
 First steps change the encoder only a little.
 """
+
+LEAST_DEVIATION = 0.01
+"""Smallest standard deviation of a feature that `standardize_features` divides by; their mean square is 1."""
 
 
 class Classifier(VideoTransformer):
@@ -97,6 +101,42 @@ def linear_head(width: int, classes: int) -> nn.Linear:
         head.weight.mul_(HEAD_SCALE)
     nn.init.zeros_(head.bias)
     return head
+
+
+@torch.no_grad()
+def pooled_features(model: Classifier, videos: Iterable[Tensor]) -> Tensor:
+    """Returns the mean token of clips, the input of the LayerNorm before the head: [clips, D] float32 on the CPU.
+
+    videos: [B, 3, T, H, W] each, as of `Classifier.forward`. No path is dropped, and `model` keeps its mode.
+    """
+    training = model.training
+    model.eval()
+    pooled = torch.cat([model.encoder.encode(video).float().mean(1).cpu() for video in videos])
+    model.train(training)
+    return pooled
+
+
+@torch.no_grad()
+def standardize_features(model: Classifier, pooled: Tensor) -> float:
+    """Sets a classifier's LayerNorm so that each of its outputs has mean 0 and variance 1 over some clips.
+
+    After an early stage of pre-training, most of the pooled features is the same for every clip, and a head on them
+    learns slowly.
+
+    Args:
+        pooled: [two or more, D] from `pooled_features`.
+
+    Returns:
+        The share of the features' mean square that differs between the clips, 0 to 1.
+    """
+    norm = model.norm
+    assert norm.bias is not None
+    features = F.layer_norm(pooled.double(), norm.normalized_shape, eps=norm.eps)
+    variance, mean = torch.var_mean(features, 0, correction=0)
+    deviation = variance.sqrt().clamp(min=LEAST_DEVIATION)
+    norm.weight.copy_(1 / deviation)
+    norm.bias.copy_(-mean / deviation)
+    return float(variance.sum() / features.square().mean(0).sum().clamp(min=1e-12))
 
 
 def logits_of(model: Classifier) -> int:

@@ -178,4 +178,10 @@ def verdict(result: Reconstruction, file: Path) -> str:
             "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
             f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
         )
+    color, by_kmeans = result.color_explained, result.kmeans_color_explained
+    if color is not None and by_kmeans is not None and color < by_kmeans:
+        return (
+            "weak in color: k-means of raw patches explains more of the color of held-out frames with the same number "
+            f"of codes; use more --steps, or more videos. It can be used with --tokenizer.path {file}"
+        )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

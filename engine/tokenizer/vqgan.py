@@ -65,8 +65,9 @@ CONFIGS = {
 """taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
 
 
-PATCH_DIMENSIONS = 64
-"""Most values that the linear path keeps of a patch: the principal ones."""
+LEAST_DIMENSIONS, MOST_DIMENSIONS = 64, 192
+"""Limits of the number of principal components that the linear path keeps of a patch, a third of its values. With 64
+of the 768 values of a patch of 16² pixels, most of what is lost is color, which has little of the variance."""
 
 
 def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQGANConfig:
@@ -87,7 +88,7 @@ def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQ
         raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
-        embed_dim=min(PATCH_DIMENSIONS, image_channels * factor**2),
+        embed_dim=min(max(factor**2, LEAST_DIMENSIONS), MOST_DIMENSIONS, image_channels * factor**2),
         z_channels=32,
         channels=channels,
         channel_multipliers=(1,) * (levels - 2) + (2, 4),

@@ -7,6 +7,7 @@ addition to the files of every run, RUN/best contains the classifier of the best
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.adapters import check_peft, merge_adapters
 from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
+from mam2.engine.model.classifier import Classifier, pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
@@ -46,6 +48,9 @@ from mam2.engine.train.finetune_tasks import LOSS, TASKS, VALUE, standard
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import RunContext, Session, Setup, open_session
 from mam2.engine.train.validation_model import in_equal_batches, share_weights
+
+STANDARDIZED = 256
+"""Clips by which features are standardized, or a few more."""
 
 
 def finetune(
@@ -83,7 +88,7 @@ def finetune(
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
     setup = _FinetuneSetup(Path(data), Path(val), encoder, encoder_options or {})
-    with open_session(config, (Path(data),), out, setup=setup, resume=resume, progress=progress) as session:
+    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
         return Loop(session, _Finetuning(session, setup)).train()
 
 
@@ -139,6 +144,8 @@ class _Finetuning:
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
+        if config.head.standardize and not session.saved:
+            self._standardize(model.to(session.device))
         self._task = TASKS[config.head.task](config, setup.classes)
         targets = self._task.targets(session.manifest, setup.data, session.log.info)
         self.train_step = FinetuneStep(config, model, session.device, world, targets)
@@ -173,6 +180,17 @@ class _Finetuning:
         self._told: set[str] = set()
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
+
+    def _standardize(self, model: Classifier) -> None:
+        """Scales the features before the head by the first clips, the same for any number of processes."""
+        session = self._session
+        stream = session.loader.stream()
+        count = -(-STANDARDIZED // (session.clips_per_micro_batch * session.world.size))
+        with autocast(session.config.run, session.device):
+            pooled = pooled_features(model, (batch.video for batch in itertools.islice(stream, count)))
+        stream.close()
+        share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
+        session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")
 
     def describe(self) -> Description:
         return describe_task(
