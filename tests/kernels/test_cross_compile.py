@@ -1,4 +1,4 @@
-"""Every kernel through the compilers of GPUs that are not here, and the table of what they make of it."""
+"""Every kernel compiles for GPUs that are not here, and the checked-in table of the machine code is current."""
 
 import json
 import os
