@@ -25,6 +25,7 @@ DALI_CUDA12 = "nvidia-dali-cuda120>=2.1.1,<3; sys_platform == 'linux'"
 XFORMERS = "xformers>=0.0.35,<0.1; sys_platform == 'linux'"  # its wheel loads beside a CUDA 12 torch only
 
 FLOW = ["opencv-python-headless>=4.8,<6"]
+ADAPTERS = ["peft>=0.17,<1"]
 HUB = ["huggingface_hub>=0.30,<3"]
 ONNX = ["onnx>=1.17,<2", "onnxscript>=0.3,<1"]
 
@@ -64,6 +65,7 @@ setup(
         "cuda13": [*ENGINE, DALI_CUDA13],
         "cuda12": [*ENGINE, XFORMERS, DALI_CUDA12],
         "flow": FLOW,  # loss.motion_target flow
+        "adapters": ADAPTERS,  # adapters.rank of mam2 finetune; brings transformers and accelerate
         "hub": HUB,  # checkpoints by name (hub:OWNER/NAME), mam2 export --push
         "onnx": ONNX,  # mam2 export --to onnx
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `make docs`
@@ -71,6 +73,7 @@ setup(
             *ONNX,
             *FLOW,
             *HUB,
+            *ADAPTERS,
             "onnxruntime>=1.20",  # runs what was exported
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.check import Operator
-from benchmarks.clips import CLIP_VARIANTS, EPS, Shape, cubes, differences, loss_inputs, pick
-from mam2.kernels import costs, masked_frame_difference_loss
+from benchmarks.clips import Shape, cubes, differences, pick
+from benchmarks.masked_losses import masked_loss_operator
+from mam2.kernels import masked_frame_difference_loss
 
 
 def difference_loss(shape: Shape, video: Tensor, index: Tensor, pred: Tensor) -> Tensor:
@@ -18,26 +18,4 @@ def difference_loss(shape: Shape, video: Tensor, index: Tensor, pred: Tensor) ->
     return ((pred.to(target.dtype) - target).square() * exists).sum() / exists.sum()
 
 
-OPERATOR = Operator(
-    name="masked_frame_difference_loss",
-    inputs=loss_inputs,
-    leaves=("pred",),
-    definition=lambda shape: lambda video, masked, pred, **_: difference_loss(shape, video, masked, pred),
-    providers=lambda shape, device: {
-        "ours": lambda video, masked, pred, **_: masked_frame_difference_loss(
-            pred, video, masked, patch_size=shape.patch, eps=EPS, **shape.statistics
-        ),
-        "eager": lambda video, booleans, pred, **_: difference_loss(shape, video, booleans, pred),
-    },
-    cost=lambda shape: costs.masked_loss(
-        shape.batch,
-        shape.masked,
-        shape.values,
-        clip_bytes=shape.clip_dtype.itemsize,
-        pred_bytes=shape.dtype.itemsize,
-    ),
-    backward_cost=lambda shape: costs.scale_gradient(
-        shape.batch * shape.masked, shape.values, item_bytes=shape.dtype.itemsize
-    ),
-    variants=CLIP_VARIANTS,
-)
+OPERATOR = masked_loss_operator(masked_frame_difference_loss, difference_loss)

@@ -32,6 +32,8 @@ from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
+from mam2.engine.model.attention import Choices
+from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.build import build_model
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded
@@ -128,10 +130,11 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 
-def seeded_model(config: PretrainConfig, device: torch.device) -> MAM2 | VideoMAE:
-    """Builds the model with the same weights at every call."""
+def seeded_model(config: PretrainConfig, device: torch.device, choices: Choices | None = None) -> MAM2 | VideoMAE:
+    """Builds the model with the same weights at every call. choices: its attention implementations."""
     torch.manual_seed(0)
     model = build_model(config, CODES)
+    model.set_attention(choices or {})
     return model.to(device)
 
 
@@ -145,9 +148,11 @@ def inputs_of(config: PretrainConfig, batch: int, device: torch.device) -> tuple
     return video, keep_decoded(mask, config, step=0), codes
 
 
-def ours(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
+def ours(
+    config: PretrainConfig, batch: int, device: torch.device, step: str, choices: Choices | None = None
+) -> Candidate:
     compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if "compiled" in step else (lambda f: f)
-    model = seeded_model(config, device)
+    model = seeded_model(config, device, choices)
     objective = build_objective(model, config, compiled)
     inputs = inputs_of(config, batch, device)
     return Candidate("ours", step, lambda: objective(*inputs)[0], optimizer_of(model, config), config, device)
@@ -194,11 +199,12 @@ def compare(
     rounds: int,
     deadline: float = math.inf,
     takes: Callable[[str], bool] = lambda way: True,
+    choices: Choices | None = None,
 ) -> Iterator[Row]:
     """Yields rows for the variants of one objective's step at one batch: first each timed alone, then all in turns.
 
     A variant that does not start before `deadline` (time.monotonic) gets a row with the reason. `takes` selects steps
-    and providers.
+    and providers. choices: the attention implementations of our model.
     """
     dtype = matmul_dtype(config.run, device)
     head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
@@ -214,7 +220,8 @@ def compare(
             yield row | {"verdict": "skipped", "reason": reason}
             continue
         try:
-            candidate = (ours if provider == "ours" else theirs)(config, batch, device, step)
+            setup = config, batch, device, step
+            candidate = ours(*setup, choices) if provider == "ours" else theirs(*setup)
             with counted() as counter:
                 loss = candidate().item()
             expected = loss if expected is None else expected
@@ -291,13 +298,9 @@ def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
     return elapsed_ms(lambda: [run() for _ in range(group)], device) / group
 
 
-def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -> list[str]:
-    """Selects the attention implementations that a run on this device would choose; returns lines about the choice."""
-    if device.type != "cuda":
-        return []
-    from mam2.engine.model.attention_tuning import shapes_of, use_fastest
-
-    return use_fastest(shapes_of(config, batch), device, matmul_dtype(config.run, device))
+def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -> tuple[Choices, list[str]]:
+    """Returns the attention implementations that a run on this device would choose, and lines about the choice."""
+    return tune_attention(shapes_of(config, batch), device, matmul_dtype(config.run, device))
 
 
 def rows(
@@ -314,13 +317,13 @@ def rows(
             yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
             continue
         config = sized(name, None if cuda else TINY, precision)
-        lines = choose_attention(config, batch, device)
+        choices, lines = choose_attention(config, batch, device)
         if lines:
             yield {"objective": name, "batch": batch, "attention": "; ".join(lines)}
-        ways = {"compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
+        ways = {"choices": choices, "compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
         yield from compare(name, config, batch, device, takes=lambda way: wanted.takes("ways", way), **ways)
         if batch == batches[0] and time.monotonic() < deadline:
-            model = seeded_model(config, device)
+            model = seeded_model(config, device, choices)
             yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
         torch.compiler.reset()
         if cuda:

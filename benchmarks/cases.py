@@ -22,6 +22,7 @@ from mam2.kernels import (
     frame_difference,
     gather_tubes,
     linear_cross_entropy,
+    linear_masked_loss,
     masked_frame_difference_loss,
     masked_pixel_loss,
     motion_tube_mask,
@@ -239,6 +240,40 @@ def head_case(
     return Case(name + " bias" * bias, dtype, inputs, outputs(ours), outputs(theirs))
 
 
+def masked_head_case(clip: Clip, dtype: torch.dtype, *, target: str, width: int = 16, weighted: bool = False) -> Case:
+    """Returns a case of linear_masked_loss and its gradients. Reference: the masked loss of a linear layer."""
+    values = clip.values - (clip.values // clip.patch[0] if target == "intra" else 0)
+    masked = random_mask(clip.batch, clip.grid, 0.5, seed=clip.values).masked
+    sizes = {"hidden": (*masked.shape, width), "weight": (values, width), "bias": (values,)}
+    inputs = {name: torch.randn(size).mul(0.5).to(dtype) for name, size in sizes.items()}
+    inputs |= {"video": clip.make(), "masked": masked, "upstream": 0.5 + torch.rand((), dtype=DOUBLE)}
+    if weighted:
+        inputs["factor"] = torch.rand(masked.shape) * (torch.rand(masked.shape) > 0.3)
+    options: dict[str, Any] = {"patch_size": clip.patch, "eps": EPS, "normalize": "patch"}
+    options |= {} if clip.dtype == BYTES else clip.statistics
+
+    def ours(leaves: list[Tensor], video: Tensor, masked: Tensor, factor: Tensor | None) -> Tensor:
+        hidden, weight, bias = leaves
+        return linear_masked_loss(hidden, weight, video, masked, bias, target=target, token_weight=factor, **options)
+
+    def theirs(leaves: list[Tensor], video: Tensor, masked: Tensor, factor: Tensor | None) -> Tensor:
+        pred = F.linear(*leaves)
+        if target in ("adjacent", "intra"):
+            return masked_frame_difference_loss(pred, video, masked, difference=target, weight=factor, **options)
+        return masked_pixel_loss(pred, video, masked, target=target, weight=factor, **options)
+
+    def outputs(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+        def run(_: torch.dtype, *, upstream: Tensor, factor: Tensor | None = None, **given: Tensor) -> list[Tensor]:
+            leaves = [given[name].detach().requires_grad_() for name in sizes]
+            loss = function(leaves, given["video"], given["masked"], factor)
+            return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+
+        return run
+
+    name = f"linear_masked_loss {target} D{width} {short(dtype)}{' weighted' * weighted}, {clip}"
+    return Case(name, dtype, inputs, outputs(ours), outputs(theirs))
+
+
 def scale_case(shape: Sequence[int], leading: int, dtype: torch.dtype) -> Case:
     """Returns a case of a gradient times one factor per index of its `leading` dimensions."""
     inputs = {
@@ -324,6 +359,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     for place, (codes, dtype) in enumerate(itertools.product((5, 1000, 8200), (SINGLE, BRAIN, HALF, DOUBLE))):
         reduction, smoothing = REDUCTIONS[place % 3], 0.1 if codes == 1000 else 0.0
         yield head_case(5, 64, codes, dtype, reduction=reduction, smoothing=smoothing, ignored=[2])
+    for place, target in enumerate(TARGETS):
+        yield masked_head_case(CLIPS[2 * place], TYPES[(place + 1) % 5], target=target, weighted=place % 2 == 1)
     for dtype in (SINGLE, BRAIN, HALF, DOUBLE):
         for leading in (0, 1, 2):
             yield scale_case((3, 2, 4099), leading, dtype)

@@ -362,7 +362,9 @@ def main() -> int:
     parser.add_argument("--setting", choices=list(SETTINGS), default=default, help=f"sizes; here {default}")
     parser.add_argument("--quick", action="store_const", const="quick", dest="setting", help="all of it in small")
     parser.add_argument("--out", type=Path, help="folder of the run; runs/convergence-SETTING if not given")
-    parser.add_argument("--minutes", type=float, default=0.0, help="begin no training after so many; 0: do all")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="minutes after which no training begins; 0: no limit"
+    )
     parser.add_argument(
         "--real-train",
         type=Path,
@@ -376,7 +378,7 @@ def main() -> int:
         "--real-pretrain", type=Path, help="real clips to pre-train on; the first --real-train if not given"
     )
     parser.add_argument(
-        "--real-shots", action="append", metavar="NAME=COUNT", help="fit a question on so many clips of each class"
+        "--real-shots", action="append", metavar="NAME=COUNT", help="fit a question on this number of clips per class"
     )
     parser.add_argument(
         "--real-group", default="", metavar="TABLE:COLUMN", help="what a clip belongs to (a speaker), for the intervals"

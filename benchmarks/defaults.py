@@ -23,8 +23,11 @@ from benchmarks.trials import prepared, trial
 from benchmarks.trials.settings import MINIATURE, Changes, changed
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import RunConfig
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.evaluation.pools import Pool
 from mam2.engine.model.encoder import Encoder
 
 BASE: Changes = {
@@ -90,24 +93,18 @@ def config_of(changes: Changes, steps: int, train_clips: int) -> PretrainConfig:
     return config
 
 
-@torch.no_grad()
-def accuracies(encoder: Encoder, data: prepared.Prepared, config: PretrainConfig) -> tuple[float, float]:
+def accuracies(encoder: Encoder, data: prepared.Prepared) -> tuple[float, float]:
     """Returns two accuracies of linear probes on the test clips.
 
     On the means of the slots, on the mean of all tokens.
     """
-    encoder.eval()
-    device = next(encoder.parameters()).device
-    found = {}
-    for name, split in data.splits.items():
-        tokens = [encoder.encode(part.to(device)).float().cpu() for part in split.videos(trial.EVALUATED)]
-        found[name] = torch.cat([part.unflatten(1, (config.grid[0], -1)).mean(2) for part in tokens])
-    labels = {name: split.labels for name, split in data.splits.items()}
-    with torch.enable_grad():
-        by_slot, overall = (
-            linear_probe(form(found["train"]), labels["train"], form(found["test"]), labels["test"]).accuracy
-            for form in (lambda slots: slots.flatten(1), lambda slots: slots.mean(1))
-        )
+    train, test = data.splits["train"], data.splits["test"]
+    pools: tuple[Pool, ...] = ("time", "mean")
+    ours, theirs = (
+        extract_features(encoder, split.videos(trial.EVALUATED), pools, run=RunConfig(precision="float32"))
+        for split in (train, test)
+    )
+    by_slot, overall = (linear_probe(ours[pool], train.labels, theirs[pool], test.labels).accuracy for pool in pools)
     return by_slot, overall
 
 
@@ -122,7 +119,7 @@ def row(changes: Changes, given: Any, clips: int) -> dict[str, Any]:
     start = time.perf_counter()
     trained = trial.pretrain(config, data)
     seconds = time.perf_counter() - start
-    by_slot, overall = accuracies(trained.encoder, data, config)
+    by_slot, overall = accuracies(trained.encoder, data)
     return {"by_slot": by_slot, "overall": overall, "s": seconds} | trained.losses
 
 
@@ -141,7 +138,7 @@ def main() -> int:
     file = given.out / "rows.jsonl"
     done = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     torch.manual_seed(0)
-    random_encoder = accuracies(Encoder.from_config(default), data, default)
+    random_encoder = accuracies(Encoder.from_config(default), data)
     test = len(data.splits["test"].labels)
     print(f"{clips} training clips, {test} test clips, {given.steps} steps of {default.optim.batch}")
     print(

@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks import machine, processes
 from benchmarks.machine import ROOT, commit
 from benchmarks.report import draw, table
-from benchmarks.sections import COLUMNS, SECTIONS, Selection, failures, run_section
+from benchmarks.sections import COLUMNS, NO_COMPILER, SECTIONS, Selection, failures, run_section
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 720
@@ -44,6 +44,9 @@ STARTUP_S = 120
 """Time that a section may take to import torch and reach the device."""
 MARK = "NOT a GPU result"
 LOG_CHARACTERS = 4000
+DRY_RUN = {"OMP_NUM_THREADS": "1", NO_COMPILER: "1"}
+"""Environment variables of a dry run. It compiles nothing; without torch.compile each process also starts in half the
+time, and libraries that compile their functions run them eagerly."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,6 +88,7 @@ def measure(options: argparse.Namespace, given: list[str], out: Path) -> int:
     file: Path | None = None
     with tempfile.TemporaryDirectory() as folder:
         environment, report["packages"] = machine.environment(Path(folder))
+        environment |= DRY_RUN if options.dry_run else {}
         print("\n".join(report["packages"]), flush=True)
         for name in (name for name in SECTIONS if name in options.sections):
             section, found = collect(name, options, given, out, until, environment)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import LAYER_NORM_EPS
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.model.pixels import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.videomae import VideoMAE
 
 

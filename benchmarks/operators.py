@@ -20,6 +20,7 @@ from benchmarks import (
     bench_frame_difference,
     bench_gather_tubes,
     bench_linear_cross_entropy,
+    bench_linear_masked_loss,
     bench_masked_frame_difference_loss,
     bench_masked_pixel_loss,
     bench_motion_tube_mask,
@@ -51,6 +52,7 @@ OPERATORS = (
     bench_masked_pixel_loss.OPERATOR,
     bench_masked_frame_difference_loss.OPERATOR,
     bench_frame_difference.OPERATOR,
+    bench_linear_masked_loss.OPERATOR,
     bench_linear_cross_entropy.OPERATOR,
 )
 MOST_INPUT_SETS = 64
@@ -114,6 +116,8 @@ def passes(timings: dict[str, Timing], name: str) -> dict[str, Any]:
         found["backward_percent_of_copy"] = 100 * timings["copy backward"].median_ms / backward
     if unit := timings.get(f"{name} unit upstream"):
         found["unit_upstream_ms"] = unit.median_ms
+        # with an upstream gradient of 1, backward moves nothing
+        found["unit_upstream_percent_of_copy"] = 100 * timings["copy forward"].median_ms / unit.median_ms
     return found
 
 

@@ -45,8 +45,8 @@ from mam2.kernels.scale_gradient import scale_gradient
 MARK = "NOT a GPU result"
 TABLE = Path(launch.__file__).with_name("launch_table.json")
 WARPS = (1, 2, 4, 8, 16)
-CHUNK_MIB = (8, 16, 32, 64, 88, 128, 176, 352)
-"""88 and 176: chunks of 8192 codes in bfloat16 whose products fill 132 multiprocessors once and twice."""
+CHUNK_MIB = (16, 32, 64, 88, 128, 192, 352, 512)
+"""From 88 on, chunks of 8192 codes in bfloat16 are cut so that their products fill 132 multiprocessors n times."""
 CHUNKS = "chunk_bytes"
 SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
 """The shape of a dry run."""

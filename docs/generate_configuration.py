@@ -10,13 +10,13 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mam2.engine.config.describe import field_texts
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import Limits, declared
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import recipe_names
+from mam2.engine.config.recipe import alternatives, recipe_names
 from mam2.engine.config.sizes import PRESETS, SIZES
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -121,11 +121,14 @@ def _nested(cls: type, field: str) -> bool:
 
 def _row(cls: type, field: dataclasses.Field[Any], table: str) -> str:
     kind, limits = _class(cls, field.name), declared(cls, field.name)
-    if choices := get_args(kind):
-        values = ", ".join(f"`{choice}`" for choice in choices)
-    else:
-        words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
+    if get_origin(kind) is tuple:
+        words = {str: "list of texts", float: "list of numbers"}[get_args(kind)[0]]
         values = f"{words}, {limits}" if limits != Limits() else words
+    else:
+        kinds, choices = alternatives(kind)
+        words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+        numbers = [f"{words[each]}, {limits}" if limits != Limits() else words[each] for each in kinds]
+        values = "; ".join([*numbers, ", ".join(f"`{choice}`" for choice in choices)]).removesuffix("; ")
     text = field_texts(cls)[field.name].replace("|", "\\|")
     return f"| `{table}.{field.name}` | {values} | `{json.dumps(field.default)}` | {_one_line(text)} |"
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
     from mam2.engine.evaluation.probing import probe
     from mam2.engine.evaluation.visualize import visualize
+    from mam2.engine.finetune_planning import plan_finetuning
     from mam2.engine.model.classifier import Classifier
     from mam2.engine.model.encoder import Encoder
     from mam2.engine.model.mam2 import MAM2
@@ -63,6 +64,7 @@ __all__ = [
     "load_recipe",
     "neighbors",
     "plan",
+    "plan_finetuning",
     "plot",
     "predict",
     "pretrain",
@@ -94,6 +96,7 @@ _HOMES = {
     "load_recipe": "config.recipe",
     "neighbors": "evaluation.neighbors",
     "plan": "planning",
+    "plan_finetuning": "finetune_planning",
     "plot": "evaluation.plots",
     "predict": "evaluation.prediction",
     "pretrain": "train.pretrain",

@@ -64,9 +64,10 @@ def _run(arguments: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in DISTRIBUTED:
             raise UserError(f"{name} runs in one process, but WORLD_SIZE is above 1: start it without torchrun")
         verb = importlib.import_module(f"mam2.engine.commands.{name.replace('-', '_')}")
-        from mam2.engine.commands.options import with_present_flags  # imports torch, which takes seconds
+        from mam2.engine.commands import options  # imports torch, which takes seconds
 
-        return verb.run(with_present_flags(arguments[1:]))
+        options.check_single_data(name, arguments)
+        return verb.run(options.with_present_flags(arguments[1:]))
     except UserError as error:
         # Rank 0 prints an error that all processes of a run raise.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):

@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.training import TrainConfig
 from mam2.engine.model.blocks import mlp_width
-from mam2.engine.model.encoder import CHANNELS
-from mam2.engine.model.motion_targets import motion_values
+from mam2.engine.model.motion_targets import PIXEL_DIFFERENCES, motion_values
 from mam2.engine.tokenizer.vqgan import VQGANConfig
 from mam2.kernels import costs as operators
 
@@ -69,7 +70,7 @@ def part_costs(
     masked = config.decoded_tokens
     visible = math.prod(config.grid) - config.masked_tokens
     model, width, ratio = config.model, config.model.decoder.width, config.model.mlp_ratio
-    values = math.prod(config.patch_size) * CHANNELS
+    values = math.prod(config.patch_size) * config.data.channels
     read = operators.gather_tubes(1, visible, values, out_bytes=item_bytes).bytes_moved
     parts = {
         "encoder": linear(visible, values, model.width, item_bytes, input_gradient=False)
@@ -81,10 +82,14 @@ def part_costs(
         one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
         return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
 
-    def pixel_head(outputs: int) -> PartCost:
-        loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
-        gradient = PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
-        return linear(masked, width, outputs, item_bytes) + gradient
+    def pixel_head(outputs: int, *, stored: bool = False) -> PartCost:
+        """Returns the cost of a last layer and its loss; `stored`: the predictions pass through memory."""
+        layer = linear(masked, width, outputs, item_bytes)
+        if stored:
+            loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
+            return layer + PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
+        moved = operators.linear_masked_loss(1, masked, outputs, width, item_bytes=item_bytes).bytes_moved
+        return dataclasses.replace(layer, bytes_moved=moved)
 
     tokens = visible + masked
     if model.objective != "mam2":
@@ -108,8 +113,9 @@ def part_costs(
             "latent head and loss": latent_head(predicted, width, model.width, item_bytes),
             "teacher": teacher(config, item_bytes),
         }
-    if motion := motion_values(config.loss.motion_target, config.patch_size):
-        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
+    if motion := motion_values(config.loss.motion_target, config.patch_size, config.data.channels):
+        stored = config.loss.motion_target not in PIXEL_DIFFERENCES
+        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion, stored=stored)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)
@@ -146,14 +152,17 @@ def state_bytes(config: PretrainConfig, parameters: int) -> int:
 
 
 def muon(config: PretrainConfig, item_bytes: int) -> PartCost:
-    """Of Muon's part of an optimizer step, whatever the batch; each process of a run does all of it. Nothing for AdamW.
+    """Returns the cost of Muon's part of an optimizer step; each process does all of it. Nothing for AdamW."""
+    return muon_update(hidden_matrix_shapes(config), item_bytes) if config.optim.name == "muon" else PartCost()
+
+
+def muon_update(matrices: Mapping[tuple[int, int], int], item_bytes: int) -> PartCost:
+    """Returns the cost of Muon's update of a number of matrices of each shape [rows, columns], whatever the batch.
 
     An iteration on [m, n], m ≤ n, is two products of m·m·n and one of m·m·m multiply-adds.
     """
     total = PartCost()
-    if config.optim.name != "muon":
-        return total
-    for (rows, columns), count in hidden_matrix_shapes(config).items():
+    for (rows, columns), count in matrices.items():
         short, values = min(rows, columns), rows * columns
         gram = short**2
         iteration = PartCost(
@@ -189,7 +198,7 @@ def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Part
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
-def stack(config: PretrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
+def stack(config: TrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
     """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
     one block's activations."""
     total = one * depth
@@ -244,7 +253,7 @@ def latent_head(rows: int, width: int, outputs: int, item_bytes: int) -> PartCos
 
 def teacher(config: PretrainConfig, item_bytes: int) -> PartCost:
     """Returns the cost of the teacher's forward pass on all tokens of a clip; it holds nothing for a backward pass."""
-    tokens, values = math.prod(config.grid), math.prod(config.patch_size) * CHANNELS
+    tokens, values = math.prod(config.grid), math.prod(config.patch_size) * config.data.channels
     forward = linear(tokens, values, config.model.width, item_bytes) + encoder_blocks(config, tokens, item_bytes)
     read = operators.gather_tubes(1, tokens, values, out_bytes=item_bytes).bytes_moved
     return PartCost(
@@ -378,7 +387,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
 
     width = config.channels
-    conv(CHANNELS, width, 3, normed=False)
+    conv(config.image_channels, width, 3, normed=False)
     last = len(config.channel_multipliers) - 1
     for level, multiplier in enumerate(config.channel_multipliers):
         for _ in range(config.res_blocks):
@@ -396,8 +405,9 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     conv(width, config.z_channels, 3)
     conv(config.z_channels, config.embed_dim, 1, normed=False)
     if config.patch_path:
-        inward = CHANNELS * config.factor**2 * config.embed_dim
-        moved = pixels * (CHANNELS * config.factor**2 + config.embed_dim) * SINGLE
+        values = config.image_channels * config.factor**2
+        inward = values * config.embed_dim
+        moved = pixels * (values + config.embed_dim) * SINGLE
         total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
     codebook = config.embed_dim * config.codes
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,16 +15,20 @@ from torch import Tensor
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
-from mam2.engine.evaluation.features import extract_features
+from mam2.engine.evaluation.features import clip_features
 from mam2.engine.evaluation.linear_probe import bootstrap, linear_probe
+from mam2.engine.evaluation.pools import Pool
 from mam2.engine.evaluation.pretext import PretextResult, measure_pretext, reconstruct
 from mam2.engine.evaluation.report import draw_strips, write_report
 from mam2.engine.files import make_folder, write_whole, writing
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
+from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import FILE as TOKENIZER_FILE
 from mam2.engine.tokenizer.prepare import build_tokenizer
@@ -111,7 +116,7 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
     tokenizer = build_tokenizer(vqgan, config, device)
     codes = vqgan.config.codes
     torch.manual_seed(config.run.seed)
-    random, pretrained = MAM2(config, codes).to(device), MAM2(config, codes).to(device)
+    random, pretrained = (MAM2(config, codes).to(device).eval() for _ in range(2))
     folder = checkpoint.newest(run)
     assert folder is not None
     checkpoint.load_weights(pretrained, folder / checkpoint.WEIGHTS)
@@ -122,8 +127,9 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
         for split, manifest in manifests.items()
     }
     try:
-        (train_random, train_pretrained), train_labels = extract_features([random, pretrained], loaders["train"])
-        (test_random, test_pretrained), test_labels = extract_features([random, pretrained], loaders["test"])
+        encoders = [random.encoder, pretrained.encoder]
+        (train_random, train_pretrained), train_labels = _features(encoders, loaders["train"])
+        (test_random, test_pretrained), test_labels = _features(encoders, loaders["test"])
         pretext = measure_pretext(pretrained, tokenizer, loaders["test"], config)
         clips = _one_of_each(manifests["test"], loaders["test"])
     finally:
@@ -143,6 +149,22 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
         ),
         draw_strips(strips, SHOWN),
     )
+
+
+def _features(encoders: Sequence[Encoder], loader: ClipLoader) -> tuple[list[Tensor], Tensor]:
+    """Computes features of every video for several encoders in evaluation mode with one decoding.
+
+    Returns one float32 [videos, D] per encoder, on the CPU, and the labels int64 [videos].
+    """
+    run = RunConfig(precision="float32")
+    last: list[tuple[int, Pool]] = [(len(encoder.blocks), "mean") for encoder in encoders]
+    features: list[list[Tensor]] = [[] for _ in encoders]
+    labels = []
+    for batch in Progress(loader.evaluate(), "features", loader.evaluated_batches, unit="batch"):
+        for encoder, wanted, found in zip(encoders, last, features, strict=True):
+            found.append(clip_features(encoder, batch.video, [wanted], run=run)[wanted])
+        labels.append(batch.label)
+    return [torch.cat(found) for found in features], torch.cat(labels)
 
 
 def _one_of_each(manifest: Manifest, loader: ClipLoader) -> Tensor:

@@ -6,15 +6,16 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
-from mam2.engine.config.training import micro_batches_per_step
+from mam2.engine.config.training import TrainConfig, micro_batches_per_step
+from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.peak import measured_peak_flops
 from mam2.engine.tokenizer.files import load_vqgan
@@ -83,6 +84,7 @@ UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
 On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
 % of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
 """
+SomePlan = TypeVar("SomePlan", bound="Plan")
 IMAGES_PER_PASS = 64
 """Frames per pass of the tokenizer."""
 
@@ -106,6 +108,8 @@ class Plan:
     """Source of the tokenizer's size."""
     cuda: bool
     """Whether the devices are GPUs."""
+    automatic: bool = False
+    """Whether the run chooses the size of its passes; on a GPU `config` has the estimated one."""
 
     @property
     def clips_a_pass(self) -> int:
@@ -129,7 +133,8 @@ class Plan:
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
         tokenizer = self.parts.get("tokenizer", costs.PartCost())
-        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * CHANNELS
+        value = costs.SINGLE if data.value_range else 1
+        batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels * value
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
         state = self.parameters * costs.SINGLE / shards
         teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
@@ -144,6 +149,11 @@ class Plan:
         }
 
     @property
+    def checkpoint_bytes(self) -> float:
+        """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
+        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
+
+    @property
     def fits(self) -> bool:
         """Returns whether a step fits into nine tenths of a device's memory."""
         return sum(self.memory.values()) < 0.9 * self.memory_gib * 2**30
@@ -153,15 +163,17 @@ class Plan:
 
         The largest `optim.micro_batch` that fits, or other settings.
         """
-        config = self.config
-        for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
-            optim = dataclasses.replace(config.optim, micro_batch=clips)
-            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
-            if smaller.clips_a_pass == clips and smaller.fits:
-                return f"--optim.micro-batch {clips} fits"
+        config, smaller = self.config, _with_largest_pass(self)
+        if smaller:
+            return f"--optim.micro-batch {smaller.clips_a_pass} fits"
         ways = [] if config.run.recompute else ["--run.recompute"]
         ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
         return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
+
+    @property
+    def pass_note(self) -> str:
+        """Returns a remark on the size of the passes, for the report."""
+        return " (optim.micro_batch auto: estimated here, tried by the run)" * self.automatic
 
     @property
     def clips_per_s(self) -> float:
@@ -186,19 +198,22 @@ class Plan:
         clips = videos * self.config.optim.epochs * self.config.data.views
         return clips / self.clips_per_s / 3600
 
-    def report(self, videos: int = 0) -> str:
-        """Returns the text that `mam2 plan` prints."""
+    def report(self, videos: int | Sequence[int] = 0) -> str:
+        """Returns the text that `mam2 plan` prints. videos: their number, or that of each data set; 0: unknown."""
         config = self.config
+        counts = [videos] if isinstance(videos, int) else list(videos)
+        sets = _mixture(config, counts)
         data, grid = config.data, config.grid
         tokens = math.prod(grid)
         visible = tokens - config.masked_tokens
         some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
         dtype = str(self.dtype).removeprefix("torch.")
-        count = micro_batches_per_step(config, self.gpus)
+        passes = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
-            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
+            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
+            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"{self.pass_note}",
         ]
         if config.needs_codes:
             lines.append(f"codes    {self.source}")
@@ -231,15 +246,18 @@ class Plan:
             f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
             f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
             f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",
         ]
-        if videos:
+        if count := sum(counts):
             lines.append(
-                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs of "
-                f"{videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {_duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"{count:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
+        lines += sets
         return "\n".join(lines)
 
 
@@ -257,6 +275,41 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         UserError: a value is invalid, or the batch cannot be divided among the devices.
     """
     check(config)
+    machine = machine_rates(config, gpu, gpus, utilisation)
+    tokenizer, source = None, ""
+    if config.needs_codes:
+        tokenizer, source = _tokenizer(config)
+    in_step = None if config.tokenizer.cache else tokenizer
+    parts = costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=machine["dtype"].itemsize)
+    found = Plan(
+        config=config,
+        parts=parts,
+        source=source
+        + (", one of each frame" if config.tokenizer.frames == "all" else "")
+        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
+        **machine,
+    )
+    return with_automatic_passes(found)
+
+
+def with_automatic_passes(found: SomePlan) -> SomePlan:
+    """Returns the plan with the passes that `optim.micro_batch auto` is expected to find; any other plan unchanged."""
+    return (_with_largest_pass(found) or found) if found.automatic and found.cuda else found
+
+
+def _with_largest_pass(found: SomePlan) -> SomePlan | None:
+    """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
+    config = found.config
+    for clips in range(found.clips_a_pass, config.clips_per_group - 1, -1):
+        optim = dataclasses.replace(config.optim, micro_batch=clips)
+        smaller = dataclasses.replace(found, config=dataclasses.replace(config, optim=optim))
+        if smaller.clips_a_pass == clips and smaller.fits:
+            return smaller
+    return None
+
+
+def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) -> dict[str, Any]:
+    """Returns the fields of a plan that depend on the machine; arguments and errors as in `plan`."""
     if not 0 <= utilisation <= 1:
         raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
     if gpus < 1:
@@ -277,25 +330,35 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         if device.type == "cuda":
             machine = f"{torch.cuda.get_device_name(device)} (measured product)"
             memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    tokenizer, source = None, ""
-    if config.needs_codes:
-        tokenizer, source = _tokenizer(config)
-    in_step = None if config.tokenizer.cache else tokenizer
-    return Plan(
-        config=config,
-        parts=costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=dtype.itemsize),
-        dtype=dtype,
-        machine=machine,
-        peak_flops=peak,
-        bytes_per_s=rate,
-        memory_gib=memory,
-        utilisation=utilisation or UTILISATION["data sheet" if gpu else device.type],
-        gpus=gpus,
-        cuda=device.type == "cuda",
-        source=source
-        + (", one of each frame" if config.tokenizer.frames == "all" else "")
-        + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
-    )
+    return {
+        "dtype": dtype,
+        "machine": machine,
+        "peak_flops": peak,
+        "bytes_per_s": rate,
+        "memory_gib": memory,
+        "utilisation": utilisation or UTILISATION["data sheet" if gpu else device.type],
+        "gpus": gpus,
+        "cuda": device.type == "cuda",
+        "automatic": config.optim.micro_batch == "auto",
+    }
+
+
+def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
+    """Returns a line per data set; none for a single one. Raises UserError if the number of weights differs."""
+    weights = config.data.weights
+    if weights and any(counts) and len(weights) != len(counts):
+        raise UserError(
+            f"data.weights: expected one number per data set of --videos, {len(counts)}; found {len(weights)}"
+        )
+    if len(counts) < 2:
+        return []
+    if 0 in counts:
+        raise UserError(f"--videos {' '.join(map(str, counts))}: expected at least one video per data set")
+    shares = SampleOrder(counts, weights, config.run.seed).shares
+    return [
+        f"set {number}    {count:,} videos, {share:.2%} of clips: {share * sum(counts) / count:.3g} passes per epoch"
+        for number, (count, share) in enumerate(zip(counts, shares, strict=True), 1)
+    ]
 
 
 def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
@@ -303,7 +366,7 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     if options.path:
         found = load_vqgan(options.path).config
         return found, f"{found.codes} codes of {options.path}"
-    own = small(options.channels, options.codes, code_factor(config))
+    own = small(options.channels, options.codes, code_factor(config), config.data.channels)
     return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
 
 

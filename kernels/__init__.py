@@ -8,9 +8,10 @@
     masked_pixel_loss                 VideoMAE's and MAE's loss, computed directly from the clip
     masked_frame_difference_loss      the same for motion
     frame_difference                  the motion target itself
+    linear_masked_loss                a decoder's last layer and a masked loss without storing the predictions
     linear_cross_entropy              classifier head and cross-entropy without storing the logits
     active_path                       which implementation runs for a tensor or a device
-    MaskedPixelLoss, MaskedFrameDifferenceLoss, LinearCrossEntropyLoss      the losses as modules
+    MaskedPixelLoss, MaskedFrameDifferenceLoss, LinearCrossEntropyLoss, LinearMaskedLoss      the losses as modules
     costs                             bytes and operations of each operator, from shapes
 
 The package needs torch; it needs Triton only on a GPU.
@@ -24,14 +25,16 @@ if __name__ == "mam2.kernels":
     from .gather_tubes import gather_tubes
     from .launch import active_path
     from .linear_cross_entropy import linear_cross_entropy
+    from .linear_masked_loss import linear_masked_loss
     from .masked_loss import masked_frame_difference_loss, masked_pixel_loss
     from .masks import TubeMask, random_mask, tube_mask
-    from .modules import LinearCrossEntropyLoss, MaskedFrameDifferenceLoss, MaskedPixelLoss
+    from .modules import LinearCrossEntropyLoss, LinearMaskedLoss, MaskedFrameDifferenceLoss, MaskedPixelLoss
     from .motion_mask import motion_tube_mask
     from .running_cell import running_cell_mask, running_cell_subset
 
     __all__ = [
         "LinearCrossEntropyLoss",
+        "LinearMaskedLoss",
         "MaskedFrameDifferenceLoss",
         "MaskedPixelLoss",
         "TubeMask",
@@ -40,6 +43,7 @@ if __name__ == "mam2.kernels":
         "frame_difference",
         "gather_tubes",
         "linear_cross_entropy",
+        "linear_masked_loss",
         "masked_frame_difference_loss",
         "masked_pixel_loss",
         "motion_tube_mask",

@@ -69,6 +69,26 @@ def masked_loss(
     return Cost(rows * (values * clip_bytes + predicted + INDEX_BYTES + SINGLE_BYTES), 10 * rows * values)
 
 
+def linear_masked_loss(
+    batch: int,
+    masked: int,
+    values: int,
+    width: int,
+    *,
+    clip_bytes: int = 1,
+    item_bytes: int = 2,
+    tubelet: int | None = None,
+) -> Cost:
+    """Cost of `linear_masked_loss` and its gradients: three matrix products, and the masked loss in the cache.
+
+    Reads the features, the weight and the masked part of the clip; writes the gradients (the weight's in float32).
+    """
+    rows, predicted = batch * masked, _target_values(values, tubelet)
+    matrices = rows * width * 2 * item_bytes + predicted * width * (item_bytes + SINGLE_BYTES)
+    clip = rows * (values * clip_bytes + INDEX_BYTES + SINGLE_BYTES)
+    return Cost(matrices + clip, 6 * rows * width * predicted + 10 * rows * values)
+
+
 def _target_values(values: int, tubelet: int | None) -> int:
     return values if tubelet is None else values - values // tubelet
 

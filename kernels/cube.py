@@ -24,7 +24,6 @@ import torch
 from . import launch
 from .launch import jit, tl
 
-KINDS = {"pixel": 0, "adjacent": 1, "intra": 2, "joint": 3}
 NORMALIZE = {None: 0, "channel": 1, "patch": 2}
 MAX_RUN = 16
 
@@ -36,6 +35,18 @@ def store_rounded(pointer, values, mask):
     if kind != tl.float64:
         values = values.to(tl.float32)
     tl.store(pointer, values.to(kind), mask=mask)
+
+
+@jit
+def listed_token(index_ptr, place, count, slots, rows, columns):
+    """Returns the clip (int64) of a place in the lists of tokens, its token, and whether the token is in the grid.
+
+    `count` is the length of a clip's list. A token that is not in the grid is replaced by token 0.
+    """
+    clip = (place // count).to(tl.int64)
+    token = tl.load(index_ptr + place)
+    inside = (token >= 0) & (token < slots * rows * columns)
+    return clip, tl.where(inside, token, 0).to(tl.int32), inside
 
 
 @jit
@@ -69,16 +80,6 @@ def row_offsets(stride_t, stride_h, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WI
     else:
         offset = frame * stride_t + row % HEIGHT * stride_h
     return row, frame, offset
-
-
-@jit
-def has_target(frame, slot, slots, KIND: tl.constexpr, TUBELET: tl.constexpr):
-    """Returns which patch rows [ROWS,1] have a target: a difference to the next frame needs that frame."""
-    if KIND == 1:  # adjacent: the clip's last frame has no next frame
-        return (frame < TUBELET - 1) | (slot < slots - 1)
-    if KIND == 2:  # intra: the cube's last frame has no next frame
-        return frame < TUBELET - 1
-    return frame >= 0
 
 
 @jit
@@ -211,86 +212,6 @@ def mean_and_inverse(
         means = means + (mean,)
         inverses = inverses + (inverse,)
     return means, inverses
-
-
-@jit
-def cube_target(
-    pointer,
-    mask,
-    exists,
-    frame,
-    stride_c,
-    stride_t,
-    stride_w,
-    affine_ptr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUES: tl.constexpr,
-    RUN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    AFFINE: tl.constexpr,
-    BYTES: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Returns the target segments of one token.
-
-    `mask` [ROWS,1] is true for the token's rows, `exists` [ROWS,1] for the rows that have a target; `frame` [ROWS,1] is
-    each row's frame in the cube. In rows without a target the segments hold undefined values.
-    """
-    INTEGER: tl.constexpr = BYTES and not AFFINE
-    UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
-    GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
-    cube = load_cube(
-        pointer, mask, stride_c, stride_w, affine_ptr, CHANNELS, WIDTH, RUN, CHANNELS_LAST, WIDE, AFFINE, BYTES, DTYPE
-    )
-    other = cube
-    if KIND != 0:
-        if KIND == 3:  # joint: subtract the cube's first frame; the first frame itself stays unchanged
-            steps = -(frame.to(tl.int64) if WIDE else frame)
-            wanted = exists & (frame > 0)
-        else:  # the next frame
-            steps = 1
-            wanted = exists
-        other = load_cube(
-            pointer + steps * stride_t,
-            wanted,
-            stride_c,
-            stride_w,
-            affine_ptr,
-            CHANNELS,
-            WIDTH,
-            RUN,
-            CHANNELS_LAST,
-            WIDE,
-            AFFINE,
-            BYTES,
-            DTYPE,
-        )
-    if NORMALIZE:
-        means, inverses = mean_and_inverse(cube, mask, CHANNELS, VALUES, RUN, NORMALIZE, EPS, INTEGER, DTYPE)
-    target = ()
-    for segment in tl.static_range(len(cube)):
-        _, group = run_values(segment, GROUPS, RUN)
-        if KIND == 0:
-            goal = cube[segment].to(DTYPE)
-            if NORMALIZE:
-                goal -= select_group(means, group, GROUPS)
-        elif KIND == 3:
-            goal = (cube[segment] - other[segment]).to(DTYPE)
-            if NORMALIZE:
-                goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))
-        else:
-            goal = (other[segment] - cube[segment]).to(DTYPE)
-        if NORMALIZE:
-            goal *= select_group(inverses, group, GROUPS)
-        elif INTEGER:
-            goal *= 1.0 / UNIT
-        target = target + (goal,)
-    return target
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,8 @@ import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from .scale_gradient import multiplied, scaled
+
 
 def refuse_double_backward(operator: str) -> None:
     """Raises RuntimeError if a backward pass is being recorded itself (`create_graph=True`)."""
@@ -18,12 +20,21 @@ def refuse_double_backward(operator: str) -> None:
 
 
 def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a differentiable function of a custom operator; `save` and `backward` are as in `register_autograd`.
+    """Returns a differentiable function of a custom operator; `save` is as in `register_autograd`.
 
-    Eager calls go through an autograd.Function, which costs less host time than the registered gradient. torch.compile
-    and torch.func.vmap use the registered gradient.
+    `backward` takes after the context a function that multiplies a saved gradient by an upstream gradient. Eager calls
+    go through an autograd.Function, which costs less host time than the registered gradient, and may overwrite the
+    saved gradient. torch.compile and torch.func.vmap use the registered gradient: there the product is plain PyTorch,
+    which the compiler fuses with what reads it.
     """
-    operator.register_autograd(backward, setup_context=save)
+
+    def traced(ctx: Any, *upstream: Any) -> Any:
+        return backward(ctx, multiplied, *upstream)
+
+    def eager(ctx: Any, *upstream: Any) -> Any:
+        return backward(ctx, scaled, *upstream)
+
+    operator.register_autograd(traced, setup_context=save)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -32,7 +43,7 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
             save(ctx, inputs, output)
             return output
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+    Eager.backward = staticmethod(eager)  # type: ignore[method-assign, assignment]
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or retrieve_all_functorch_interpreters():

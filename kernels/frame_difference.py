@@ -18,17 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import (
-    KINDS,
-    NORMALIZE,
-    cube_meta,
-    cube_place,
-    cube_target,
-    has_target,
-    restoring_table,
-    row_offsets,
-    run_values,
-)
+from .cube import NORMALIZE, cube_meta, listed_token, restoring_table, run_values
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
 from .shapes import (
@@ -40,6 +30,7 @@ from .shapes import (
     target_values,
     token_grid,
 )
+from .targets import KINDS, token_target
 
 
 @jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
@@ -74,37 +65,12 @@ def _frame_difference_kernel(
 ):
     LENGTH: tl.constexpr = WIDTH * CHANNELS
     place = tl.program_id(0)
-    clip = (place // count).to(tl.int64)
-    token = tl.load(index_ptr + place)
-    inside = (token >= 0) & (token < slots * rows * columns)
-    token = tl.where(inside, token, 0).to(tl.int32)
-    base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
-    source = video_ptr + clip * stride_b + base + offset
-    mask = inside & (row < TUBELET * HEIGHT)
-    exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
-    target = cube_target(
-        source,
-        mask,
-        exists,
-        frame,
-        stride_c,
-        stride_t,
-        stride_w,
-        affine_ptr,
-        KIND,
-        NORMALIZE,
-        EPS,
-        CHANNELS,
-        WIDTH,
-        TUBELET * HEIGHT * LENGTH,
-        RUN,
-        CHANNELS_LAST,
-        WIDE,
-        AFFINE,
-        BYTES,
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
+    row, exists, target = token_target(
+        video_ptr, affine_ptr, clip, token, inside, slots, rows, columns, stride_b, stride_c, stride_t, stride_h,
+        stride_w, KIND, NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
         DTYPE,
-    )
+    )  # fmt: skip
     FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
     out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * LENGTH) + row * LENGTH
     for segment in tl.static_range(LENGTH // RUN):

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_meta, cube_place, load_cube, normalizing_table, row_offsets, run_values, spread, store_rounded
+from .cube import (
+    cube_meta,
+    cube_place,
+    listed_token,
+    load_cube,
+    normalizing_table,
+    row_offsets,
+    run_values,
+    spread,
+    store_rounded,
+)
 from .launch import jit, tl
 from .masks import TubeMask, without_repeats
 from .shapes import check_index, check_statistics, check_video, token_grid
@@ -48,10 +58,7 @@ def _gather_tubes_kernel(
 ):
     LENGTH: tl.constexpr = WIDTH * CHANNELS
     place = tl.program_id(0)
-    clip = (place // count).to(tl.int64)
-    token = tl.load(index_ptr + place)
-    inside = (token >= 0) & (token < slots * rows * columns)
-    token = tl.where(inside, token, 0).to(tl.int32)
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     base, _ = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
     row, _, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset

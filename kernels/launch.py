@@ -61,7 +61,7 @@ The last row also applies to every larger block. If an architecture does not lis
 """
 
 CHUNK_BYTES: dict[str, int] = _DATA["chunk_bytes"]
-"""Architecture -> bytes of logits that linear_cross_entropy holds at a time; they fit in the L2 (GPU) or L3 (CPU)."""
+"""Architecture -> bytes of logits that linear_cross_entropy holds at a time; on a CPU they fit in the L3."""
 
 
 @functools.cache
@@ -95,25 +95,53 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
     return 2 * count if scattered else count
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a GPU; 1 for any other device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def power_of_two(size: int) -> int:
     """Returns the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 GPU_ROWS = 1024
-"""Minimum rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
+"""Minimum rows of a chunk or part on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
+PART_BYTES = 1 << 24
+"""Bytes of a head's outputs that stay in a GPU's L2 cache between their product and their loss."""
+TILE = 128
+"""Edge of the tile of a product's result that one multiprocessor computes."""
 
 
 def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
     """Returns the number of rows of logits [rows,codes] per chunk, a multiple of 128.
 
-    Every chunk reads the weight [codes,width] three times; on a GPU the chunk's logits are therefore at least as large
-    as the weight.
+    Every chunk reads the weight [codes,width] twice, for the gradients; on a GPU the chunk's logits are therefore at
+    least as large as the weight, and if the chunk is large enough, the tiles of its gradient [rows,width] fill all
+    multiprocessors a whole number of times.
     """
-    rows, least = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"]) // (codes * dtype.itemsize), 128
+    rows, least = CHUNK_BYTES.get(architecture(device), CHUNK_BYTES["default"]) // (codes * dtype.itemsize), TILE
     if device.type == "cuda":
-        least = max(GPU_ROWS, -(-width // 128) * 128)
-    return max(rows // 128 * 128, least)
+        least = max(GPU_ROWS, _whole_tiles(width))
+        wave = TILE * max(processors(device) // max(_whole_tiles(width) // TILE, 1), 1)
+        rows = rows // wave * wave or rows
+    return max(rows // TILE * TILE, least)
+
+
+def part_rows(outputs: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
+    """Returns the number of rows of a head's outputs [rows,outputs] per part of a chunk, a multiple of 128.
+
+    Every part reads the weight [outputs,width] once. On a CPU a part is as large as a chunk.
+    """
+    if device.type != "cuda":
+        return chunk_rows(outputs, dtype, device, width)
+    rows = PART_BYTES // (outputs * dtype.itemsize) // TILE * TILE
+    return max(rows, GPU_ROWS, _whole_tiles(width))
+
+
+def _whole_tiles(size: int) -> int:
+    return -(-size // TILE) * TILE
 
 
 def half_sums() -> bool:
@@ -126,6 +154,11 @@ def wide_products(device: torch.device) -> bool:
     if device.type != "cuda" or half_sums():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def wide_sums(device: torch.device) -> bool:
+    """Whether `torch.addmm` can add a product of half types to a float32 matrix: where `wide_products`, on NVIDIA."""
+    return torch.version.hip is None and wide_products(device)
 
 
 def triton_type(dtype: torch.dtype) -> Any:

@@ -2,30 +2,32 @@
 
     logits = hidden · weightᵀ + bias,  loss[m] = log Σ exp(logits[m]) − (1−s)·logits[m, target[m]] − s·mean(logits[m])
 
-Each chunk of rows takes one GEMM for the logits, one pass that computes the losses and replaces the logits by their
-gradient, and two GEMMs for d_hidden and d_weight. The log-sum-exp is float32; d_weight and d_bias are summed over the
-chunks in float32.
+Each part of a chunk takes one GEMM for the logits and one pass that computes the losses and replaces the logits by
+their gradient; each chunk then takes two GEMMs for d_hidden and d_weight (products.py). The log-sum-exp is float32;
+d_weight and d_bias are summed over the chunks in float32. The gradients of a mean are final: backward does nothing if
+the upstream gradient is 1.
 
 M rows, D width, V codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from . import launch
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
-from .scale_gradient import scale_gradient
+from .products import (
+    accumulation_dtype,
+    add_column_sums,
+    add_product,
+    compute_type,
+    empty_gradients,
+    linear_into,
+    slices,
+)
 from .shapes import REDUCTIONS, check_choice
-from .softmax_gradient import accumulation_dtype, softmax_gradient_
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns left · right in `dtype`, without an intermediate rounding to a half type if the device supports it."""
-    if left.dtype != dtype and launch.wide_products(left.device):
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
+from .softmax_gradient import softmax_gradient_
 
 
 def _run(
@@ -39,28 +41,35 @@ def _run(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns losses [M] and the gradients of hidden, weight, bias, times `upstream` if given; empty if not needed."""
+    """Returns losses [M] and the gradients of hidden, weight and bias, which are empty if not needed.
+
+    The gradients are those of Σ losses, or of Σ upstream · losses: `upstream` is a scalar or [M].
+    """
     rows, codes = hidden.shape[0], weight.shape[0]
     wide = accumulation_dtype(dtype)
     losses = hidden.new_empty(rows, dtype=wide)
-    d_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0)
-    d_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0)
-    d_bias = weight.new_zeros(codes, dtype=wide) if needs[2] else weight.new_empty(0)
+    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, dtype, needs)
+    d_weight.zero_()
+    d_bias.zero_()
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chunk = launch.chunk_rows(codes, dtype, hidden.device, hidden.shape[1])
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        logits = torch.nn.functional.linear(hidden[part], weight, bias)
-        weights = None if upstream is None else upstream[part]
-        losses[part] = softmax_gradient_(logits, target[part], weights, ignore_index, label_smoothing, any(needs))
+    sizes = codes, dtype, hidden.device, hidden.shape[1]
+    part_rows = launch.part_rows(*sizes)
+    chunk_rows = max(launch.chunk_rows(*sizes), part_rows) if any(needs) else part_rows
+    buffer = hidden.new_empty(min(chunk_rows, rows), codes)
+    for chunk in slices(0, rows, chunk_rows):
+        logits = buffer[: chunk.stop - chunk.start]
+        for part in slices(chunk.start, chunk.stop, part_rows):
+            own = logits[part.start - chunk.start : part.stop - chunk.start]
+            linear_into(own, hidden[part], weight, bias)
+            weights = upstream[part] if upstream is not None and upstream.dim() else upstream
+            settings = ignore_index, label_smoothing, any(needs)
+            softmax_gradient_(own, target[part], weights, *settings, losses[part])
         if needs[0]:
-            torch.mm(logits, weight, out=d_hidden[part])
-        if needs[1] and dtype == wide:
-            d_weight.addmm_(logits.t(), hidden[part])
-        elif needs[1]:
-            d_weight += _product(logits.t(), hidden[part], wide)
+            torch.mm(logits, weight, out=d_hidden[chunk])
+        if needs[1]:
+            add_product(d_weight, logits.t(), hidden[chunk])
         if needs[2]:
-            d_bias += logits.sum(dim=0, dtype=wide)
+            add_column_sums(d_bias, logits)
     return losses, d_hidden, d_weight, d_bias
 
 
@@ -74,10 +83,16 @@ def _sum_op(
     label_smoothing: float,
     dtype: torch.dtype,
     needs: Sequence[bool],
+    mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     settings = ignore_index, label_smoothing, dtype, needs
-    losses, d_hidden, d_weight, d_bias = _run(hidden, weight, bias, target, None, *settings)
-    return losses.sum(), d_hidden, d_weight, d_bias
+    counted = (target != ignore_index).sum() if mean else None
+    scale = None if counted is None else 1 / counted.clamp(min=1).to(accumulation_dtype(dtype))
+    losses, d_hidden, d_weight, d_bias = _run(hidden, weight, bias, target, scale, *settings)
+    loss = losses.sum()
+    if counted is not None and scale is not None:  # over zero rows the mean is NaN and the gradient 0, as in PyTorch
+        loss = torch.where(counted > 0, loss * scale, float("nan"))
+    return loss, d_hidden, d_weight, d_bias
 
 
 @torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())
@@ -108,17 +123,6 @@ def _gradients_op(
     return _run(hidden, weight, bias, target, upstream, ignore_index, label_smoothing, dtype, needs)[1:]
 
 
-def _empty_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, needs: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = accumulation_dtype(dtype)
-    return (
-        hidden.new_empty(hidden.shape, dtype=dtype) if needs[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=wide) if needs[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0], dtype=wide) if needs[2] else weight.new_empty(0),
-    )
-
-
 @_sum_op.register_fake
 def _(
     hidden: torch.Tensor,
@@ -129,9 +133,10 @@ def _(
     label_smoothing: float,
     dtype: torch.dtype,
     needs: Sequence[bool],
+    mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     total = hidden.new_empty((), dtype=accumulation_dtype(dtype))
-    return total, *_empty_gradients(hidden, weight, dtype, needs)
+    return total, *empty_gradients(hidden, weight, dtype, needs)
 
 
 @_rows_op.register_fake
@@ -159,7 +164,7 @@ def _(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_gradients(hidden, weight, dtype, needs)
+    return empty_gradients(hidden, weight, dtype, needs)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -170,15 +175,17 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
 
 
-def _sum_backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+def _sum_backward(
+    ctx: Any, scaled: Callable[..., torch.Tensor], upstream: torch.Tensor | None, *_: None
+) -> tuple[torch.Tensor | None, ...]:
     refuse_double_backward("linear_cross_entropy")
     if upstream is None:
-        return (None,) * 8
-    scaled = [
-        scale_gradient(gradient, upstream).to(dtype) if needed else None
+        return (None,) * 9
+    gradients = [
+        scaled(gradient, upstream).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
-    return *scaled, *(None,) * 5
+    return *gradients, *(None,) * 6
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -186,7 +193,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
     ctx.save_for_backward(hidden, weight, bias, target)
 
 
-def _rows_backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _rows_backward(ctx: Any, _: Callable[..., torch.Tensor], upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     refuse_double_backward("linear_cross_entropy")
     hidden, weight, bias, target = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
@@ -245,22 +252,18 @@ def linear_cross_entropy(
         raise ValueError(f"bias: expected [{weight.shape[0]}], found {list(bias.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 to 1, found {label_smoothing}")
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected the device of hidden ({hidden.device}), found {tensor.device}")
-        if tensor is not None and tensor is not target and tensor.dtype != hidden.dtype and not autocast:
-            raise ValueError(f"{name}: expected the type of hidden ({hidden.dtype}), found {tensor.dtype}")
+    if target.device != hidden.device:
+        raise ValueError(f"target: expected the device of hidden ({hidden.device}), found {target.device}")
+    dtype = compute_type(hidden, weight=weight, bias=bias)
     refuse_transforms("linear_cross_entropy", hidden, weight, bias)
     label_smoothing = float(label_smoothing)
     if reduction == "none":
         return _rows(hidden, weight, bias, target, ignore_index, label_smoothing, dtype)
     needs = [tensor is not None and wants_gradient(tensor) for tensor in (hidden, weight, bias)]
-    total = _sum(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs)[0]
-    if reduction == "sum":
-        return total
+    # a float16 gradient would underflow: it is that of the sum until backward scales it
+    mean = reduction == "mean" and dtype != torch.float16
+    loss = _sum(hidden, weight, bias, target, ignore_index, label_smoothing, dtype, needs, mean)[0]
+    if reduction == "sum" or mean:
+        return loss
     counted = (target != ignore_index).sum()
-    # over zero rows the loss is NaN and the gradient 0, as in PyTorch
-    return torch.where(counted > 0, total / counted.clamp(min=1), float("nan"))
+    return torch.where(counted > 0, loss / counted.clamp(min=1), float("nan"))

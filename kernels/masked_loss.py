@@ -1,239 +1,20 @@
-"""Computes the squared error of masked tokens against a target built from the clip, and its gradient, in one pass.
+"""The masked losses: mean squared error of the masked tokens' predictions against a target built from the clip.
 
-    error[b, k]      = Σ over the token's values of (pred − target)²
-    gradient[b, k]   = 2 · (pred − target)
-    target           = the standardized cube ("pixel"), the same with the first frame subtracted from the later ones
-                       ("joint"), or the cube's frame difference ("adjacent", "intra": frame_difference.py)
-
-Plain PyTorch reduces `error` to the mean, the sum or one value per token. The forward pass stores the gradient;
-backward multiplies it by the upstream gradient.
+masked_error.py computes the error of each token and its gradient in one pass, reference.py defines both. Here the
+arguments are checked, and the reduction becomes factors of the tokens, so that the gradient is final.
 
 B clips, C channels, T frames, N tokens, Nm masked, P values per token.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from . import launch, reference, shapes
-from .cube import (
-    KINDS,
-    NORMALIZE,
-    cube_meta,
-    cube_place,
-    cube_target,
-    has_target,
-    restoring_table,
-    row_offsets,
-    run_values,
-    store_rounded,
-)
-from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
-from .launch import jit, tl
+from . import reference, shapes
+from .derivatives import refuse_transforms, wants_gradient
+from .masked_error import Goal, masked_loss
 from .masks import TubeMask, masked_index
-from .scale_gradient import scale_gradient
-
-
-@jit(do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
-def _masked_loss_kernel(
-    error_ptr,
-    gradient_ptr,
-    pred_ptr,
-    video_ptr,
-    index_ptr,
-    affine_ptr,
-    count,
-    slots,
-    rows,
-    columns,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    pred_stride_b,
-    pred_stride_k,
-    EVERY_TOKEN: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
-    AFFINE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TUBELET: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    BYTES: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    LENGTH: tl.constexpr = WIDTH * CHANNELS
-    place = tl.program_id(0)
-    clip = (place // count).to(tl.int64)
-    token = tl.load(index_ptr + place)
-    inside = (token >= 0) & (token < slots * rows * columns)
-    token = tl.where(inside, token, 0).to(tl.int32)
-    base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
-    source = video_ptr + clip * stride_b + base + offset
-    mask = inside & (row < TUBELET * HEIGHT)
-    exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
-    target = cube_target(
-        source,
-        mask,
-        exists,
-        frame,
-        stride_c,
-        stride_t,
-        stride_w,
-        affine_ptr,
-        KIND,
-        NORMALIZE,
-        EPS,
-        CHANNELS,
-        WIDTH,
-        TUBELET * HEIGHT * LENGTH,
-        RUN,
-        CHANNELS_LAST,
-        WIDE,
-        AFFINE,
-        BYTES,
-        DTYPE,
-    )
-    FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
-    pred_row = (place % count).to(tl.int64)
-    predicted_tokens = count
-    if EVERY_TOKEN:
-        pred_row = token.to(tl.int64)
-        predicted_tokens = slots * rows * columns
-    pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
-    gradient = gradient_ptr + (clip * predicted_tokens + pred_row) * (FRAMES * HEIGHT * LENGTH)
-    error = tl.zeros([ROWS], DTYPE)
-    factor = tl.where(inside, 2.0, float("nan")).to(DTYPE)
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        value += row * LENGTH
-        predicted = tl.load(pred + value, mask=exists, other=0).to(DTYPE)
-        residual = tl.where(exists, predicted - target[segment], 0.0)
-        error += tl.sum(residual * residual, axis=1)
-        if GRADIENT:
-            stored = row < FRAMES * HEIGHT
-            if EVERY_TOKEN:  # a token out of range has no row in the gradient
-                stored = stored & inside
-            store_rounded(gradient + value, factor * residual, stored)
-    tl.store(error_ptr + place, tl.where(inside, tl.sum(error, axis=0), float("nan")))
-
-
-def _launch(
-    pred: torch.Tensor,
-    video: torch.Tensor,
-    masked: torch.Tensor,
-    patch_size: Sequence[int],
-    target: str,
-    normalize: str | None,
-    eps: float,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = shapes.token_grid(video, patch_size)
-    dtype = reference.compute_dtype(pred, video)
-    every_token = pred.shape[1] != masked.shape[1]
-    error = pred.new_empty(masked.shape, dtype=dtype)
-    allocate = pred.new_zeros if every_token else pred.new_empty
-    gradient = allocate(pred.shape if needs_gradient else (0,))
-    if pred.stride(2) != 1:
-        pred = pred.contiguous()
-    table = restoring_table(video, mean, std, dtype)
-    meta = cube_meta(video, patch_size, dtype)
-    launch.run_kernel(
-        _masked_loss_kernel,
-        masked.numel(),
-        error,
-        gradient,
-        pred,
-        video,
-        masked.contiguous(),
-        table,
-        masked.shape[1],
-        grid.slots,
-        grid.rows,
-        grid.columns,
-        *video.stride(),
-        *pred.stride()[:2],
-        **meta,
-        EVERY_TOKEN=every_token,
-        GRADIENT=needs_gradient,
-        KIND=KINDS[target],
-        NORMALIZE=NORMALIZE[normalize],
-        EPS=eps,
-        AFFINE=table is not None,
-        num_warps=launch.warps("masked_loss", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
-    )
-    return error, gradient
-
-
-@torch.library.custom_op("mam2::masked_loss", mutates_args=())
-def _masked_loss(
-    pred: torch.Tensor,
-    video: torch.Tensor,
-    masked: torch.Tensor,
-    patch_size: Sequence[int],
-    target: str,
-    normalize: str | None,
-    eps: float,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if launch.active_path(pred) == "triton":
-        return _launch(pred, video, masked, patch_size, target, normalize, eps, mean, std, needs_gradient)
-    return reference.masked_loss(pred, video, masked, patch_size, target, normalize, eps, mean, std, needs_gradient)
-
-
-@_masked_loss.register_fake
-def _(
-    pred: torch.Tensor,
-    video: torch.Tensor,
-    masked: torch.Tensor,
-    patch_size: Sequence[int],
-    target: str,
-    normalize: str | None,
-    eps: float,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    error = pred.new_empty(masked.shape, dtype=reference.compute_dtype(pred, video))
-    return error, pred.new_empty(pred.shape if needs_gradient else (0,))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    gradient = output[1]
-    ctx.mark_non_differentiable(gradient)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, inputs[2])
-
-
-def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-    refuse_double_backward("masked loss")
-    gradient, masked = ctx.saved_tensors
-    if upstream is None:
-        return (None,) * 10
-    tokens = gradient.shape[1]
-    if tokens != masked.shape[1]:
-        fits = ((masked >= 0) & (masked < tokens)).all(dim=1, keepdim=True)
-        factors = upstream.new_zeros(gradient.shape[:2]).scatter(1, masked.clamp(0, tokens - 1), upstream)
-        # a token out of range has no gradient row to set to NaN, so the whole clip's rows become NaN
-        upstream = torch.where(fits, factors, float("nan"))
-    return scale_gradient(gradient, upstream), *(None,) * 9
-
-
-_errors_and_gradient = differentiable(_masked_loss, _save, _backward)
 
 
 def _masked_count(pred: torch.Tensor, weight: torch.Tensor | None, grid: shapes.Grid) -> int | None:
@@ -244,24 +25,68 @@ def _masked_count(pred: torch.Tensor, weight: torch.Tensor | None, grid: shapes.
     return None
 
 
+class Reduction(NamedTuple):
+    """How the errors of the masked tokens become a loss: Σ factor/divisor · error (or one by one), then / `after`."""
+
+    factors: torch.Tensor | None
+    """None (1), a scalar or [B,Nm]."""
+    divisor: int
+    after: torch.Tensor | int | None
+    """Divisor of the loss, where the gradient must not hold it: a float16 gradient would underflow."""
+
+
+def reduction_of(
+    reduction: str,
+    pred_dtype: torch.dtype,
+    masked: torch.Tensor,
+    grid: shapes.Grid,
+    values: int,
+    goal: Goal,
+    weight: torch.Tensor | None,
+    counted: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Reduction:
+    """Returns the factors and the divisor of "mean", "sum" or "none", which is the mean of each token."""
+    if weight is not None:
+        if weight.shape != masked.shape:
+            weight = weight.gather(1, masked.clamp(0, grid.tokens - 1))
+        weight = weight.to(dtype)
+    if counted is not None:
+        weight = counted.to(dtype) if weight is None else torch.where(counted, weight, 0.0)
+    if reduction == "sum":
+        return Reduction(weight, 1, None)
+    existing: int | torch.Tensor = values
+    if goal.kind == "adjacent":  # the clip's last frame has no next one
+        last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
+        existing = values - last_slot.to(dtype) * (values // goal.patch_size[0])
+        if reduction == "none":  # with tubelets of one frame, tokens of the last slot have no values
+            existing = existing.clamp(min=1)
+    total: int | torch.Tensor = existing
+    if reduction == "mean":
+        if weight is not None:
+            existing = weight * existing
+        total = existing.sum() if isinstance(existing, torch.Tensor) else masked.numel() * existing
+    if pred_dtype == torch.float16:
+        return Reduction(weight, 1, total)
+    if isinstance(total, int):
+        return Reduction(weight, total, None)
+    # no value at all: the mean is NaN
+    return Reduction(1 / total if weight is None else weight / total, 1 if masked.numel() else 0, None)
+
+
 def _loss(
     pred: torch.Tensor,
     video: torch.Tensor,
     mask: TubeMask | torch.Tensor | None,
-    patch_size: Sequence[int],
-    target: str,
-    normalize: str | None,
-    eps: float,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    goal: Goal,
     weight: torch.Tensor | None,
     reduction: str,
 ) -> torch.Tensor:
-    grid = shapes.check_video(video, patch_size)
-    values = shapes.target_values(grid, patch_size, target)
+    grid = shapes.check_video(video, goal.patch_size)
+    values = shapes.target_values(grid, goal.patch_size, goal.kind)
     shapes.check_choice("reduction", reduction, shapes.REDUCTIONS)
-    shapes.check_deviation(normalize, patch_size, video.shape[1])
-    means, stds = shapes.check_statistics(mean, std, video.shape[1])
+    shapes.check_deviation(goal.normalize, goal.patch_size, video.shape[1])
+    means, stds = shapes.check_statistics(goal.mean, goal.std, video.shape[1])
     counted, count = None, None
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
         count = _masked_count(pred, weight, grid)
@@ -273,29 +98,12 @@ def _loss(
     if weight is not None:
         shapes.check_weight(weight, masked, grid)
     refuse_transforms("masked loss", pred)
-    settings = list(patch_size), target, normalize, eps, means, stds, wants_gradient(pred)
-    errors, _ = _errors_and_gradient(pred, video, masked, *settings)
-    if weight is not None:
-        if weight.shape != masked.shape:
-            weight = weight.gather(1, masked.clamp(0, grid.tokens - 1))
-        weight = weight.to(errors.dtype)
-        errors = errors * weight
-    if counted is not None:
-        errors = torch.where(counted, errors, 0.0)
-        weight = counted.to(errors.dtype) if weight is None else torch.where(counted, weight, 0.0)
-    if reduction == "sum":
-        return errors.sum()
-    existing: int | torch.Tensor = values
-    if target == "adjacent":
-        last_slot = reference.lacks_next_frame(masked, grid.tokens, grid.rows * grid.columns)
-        existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])
-    if reduction == "none":
-        # with tubelets of one frame, tokens of the last slot have no values
-        return errors / (existing.clamp(min=1) if isinstance(existing, torch.Tensor) else existing)
-    if weight is not None:
-        existing = weight * existing
-    total = existing.sum() if isinstance(existing, torch.Tensor) else errors.numel() * existing
-    return errors.sum() / total
+    dtype = reference.compute_dtype(pred, video)
+    factors, divisor, after = reduction_of(reduction, pred.dtype, masked, grid, values, goal, weight, counted, dtype)
+    needs = [wants_gradient(pred), factors is not None and wants_gradient(factors)]
+    settings = list(goal.patch_size), goal.kind, goal.normalize, goal.eps, means, stds
+    loss, _, _ = masked_loss(pred, video, masked, factors, divisor, reduction != "none", needs, *settings)
+    return loss if after is None else loss / after
 
 
 def masked_pixel_loss(
@@ -345,7 +153,7 @@ def masked_pixel_loss(
             On a GPU invalid numbers in a mask do not raise: the clip's loss and gradient are NaN instead.
     """
     shapes.check_choice("target", target, shapes.PIXEL_TARGETS)
-    return _loss(pred, video, mask, patch_size, target, normalize, eps, mean, std, weight, reduction)
+    return _loss(pred, video, mask, Goal(patch_size, target, normalize, eps, mean, std), weight, reduction)
 
 
 def masked_frame_difference_loss(
@@ -375,4 +183,4 @@ def masked_frame_difference_loss(
     The other arguments, the result and the errors are those of `masked_pixel_loss`.
     """
     shapes.check_choice("difference", difference, shapes.DIFFERENCES)
-    return _loss(pred, video, mask, patch_size, difference, normalize, eps, mean, std, weight, reduction)
+    return _loss(pred, video, mask, Goal(patch_size, difference, normalize, eps, mean, std), weight, reduction)

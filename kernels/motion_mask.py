@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_meta, cube_place, has_target, load_cube, row_offsets
+from .cube import cube_meta, cube_place, load_cube, row_offsets
 from .launch import jit, tl
 from .masks import TubeMask, draw_positions
 from .shapes import check_video, token_grid
+from .targets import has_target
 
 
 @jit(do_not_specialize_on_alignment=["slots", "rows", "columns"])

@@ -264,29 +264,36 @@ def lacks_next_frame(index: torch.Tensor, tokens: int, slot: int) -> torch.Tenso
     return index >= tokens - slot
 
 
-def masked_loss(
+def masked_errors(
     pred: torch.Tensor,
     video: torch.Tensor,
     masked: torch.Tensor,
+    factors: torch.Tensor | None,
+    divisor: int,
+    needs: Sequence[bool],
     patch_size: Sequence[int],
     kind: str,
     normalize: str | None,
     eps: float,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the sum of squared errors of each masked token [B,K], and its gradient in the shape and type of pred.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the squared error of each masked token [B,K] times its factor, the same without, and the gradient.
 
-    pred is [B,K,P] for the masked tokens, or [B,N,P] for every token; then only the masked ones count.
+    pred is [B,K,P] for the masked tokens, or [B,N,P] for every token; then only the masked ones count. `factors` are
+    None (1), a scalar or [B,K]; all are divided by `divisor`. `needs`: whether pred and factors get a gradient. Without
+    a gradient for the factors the second result is empty, and a token of factor 0 has neither error nor gradient. The
+    gradient, in the shape and type of pred, is that of the first result; it is empty if not needed.
     """
     batch, count = masked.shape
     dtype = compute_dtype(pred, video)
     token_count = tokens_of(video, patch_size)
     slot = token_count // (video.shape[2] // patch_size[0])
     every_token = pred.shape[1] != count
-    errors = pred.new_empty(batch, count, dtype=dtype)
+    unweighted = pred.new_empty(batch, count, dtype=dtype)
     gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
+    share = float("nan") if divisor == 0 else 1 / divisor
+    scales = pred.new_tensor(share, dtype=dtype) if factors is None else factors.to(dtype) * share
     for part in _slices(batch, count * pred.shape[2] * dtype.itemsize):
         index = masked[part]
         goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
@@ -296,21 +303,30 @@ def masked_loss(
         if kind == "adjacent":
             ends = (lacks_next_frame(index, token_count, slot).flatten().nonzero()[:, 0] + 1) * patch_size[0] - 1
             residual.view(-1, residual.shape[1] // patch_size[0]).index_fill_(0, ends, 0)
-        errors[part] = torch.linalg.vector_norm(residual, dim=1).square_().view(index.shape)
-        if needs_gradient and rows is not None:
-            gradient[part].flatten(0, 1).index_copy_(0, rows, residual.mul_(2).to(pred.dtype))
-        elif needs_gradient:
-            gradient[part] = residual.mul_(2).view(gradient[part].shape)
-    return errors, gradient if needs_gradient else pred.new_empty(0)
+        if scales.dim() and not needs[1]:
+            residual.index_fill_(0, (scales[part].flatten() == 0).nonzero()[:, 0], 0)
+        unweighted[part] = torch.linalg.vector_norm(residual, dim=1).square_().view(index.shape)
+        if needs[0]:
+            residual.mul_(2 * (scales[part].reshape(-1, 1) if scales.dim() else scales))
+        if needs[0] and rows is not None:
+            gradient[part].flatten(0, 1).index_copy_(0, rows, residual.to(pred.dtype))
+        elif needs[0]:
+            gradient[part] = residual.view(gradient[part].shape)
+    results = unweighted * scales, unweighted.mul_(share) if needs[1] else unweighted.new_empty(0)
+    return *results, gradient if needs[0] else pred.new_empty(0)
 
 
-def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns gradient · scale; scale has the leading dimensions of gradient. The product is float32 or float64."""
+def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns gradient · scale; scale has the leading dimensions of gradient. The product is float32 or float64.
+
+    `out`, if given, is contiguous and may be the gradient itself.
+    """
     factors = scale.view((*scale.shape, *[1] * (gradient.dim() - scale.dim())))
     wide = torch.promote_types(gradient.dtype, scale.dtype)
     if wide == gradient.dtype:
-        return gradient * factors
-    out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        return torch.mul(gradient, factors, out=out)
+    if out is None:
+        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     lead = gradient.shape[: max(gradient.dim() - 1, scale.dim())]
     shape = math.prod(lead), math.prod(gradient.shape[len(lead) :])
     rows, scaled = gradient.reshape(shape), out.view(shape)
@@ -330,7 +346,8 @@ def softmax_gradient_(
 ) -> torch.Tensor:
     """Returns the cross-entropy [M] of logits [M,V]; with `needs_gradient`, overwrites logits with the gradient.
 
-    The gradient of row m is (softmax − (1−s)·onehot − s/V), times upstream[m] if given; ignored rows give 0.
+    The gradient of row m is (softmax − (1−s)·onehot − s/V), times `upstream`, a scalar or [M], if given; ignored rows
+    give 0.
     """
     wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
     ignored = labels == ignore_index
@@ -344,9 +361,8 @@ def softmax_gradient_(
         wide.scatter_add_(1, column, wide.new_full(column.shape, label_smoothing - 1))
         if label_smoothing:
             wide.sub_(label_smoothing / wide.shape[1])
-        if upstream is not None:
-            wide.mul_(upstream[:, None])
-        wide.masked_fill_(ignored[:, None], 0)
+        factors = wide.new_ones(()) if upstream is None else upstream.to(wide.dtype)
+        wide.mul_(torch.where(ignored, 0.0, factors)[:, None])
         if wide is not logits:
             logits.copy_(wide)
     return loss[:, 0].masked_fill_(ignored, 0)

@@ -33,7 +33,7 @@ def _softmax_gradient_kernel(
     upstream_ptr,
     codes,
     ignore_index,
-    WEIGHTED: tl.constexpr,
+    UPSTREAM_STRIDE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -43,6 +43,9 @@ def _softmax_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * codes
     target = tl.load(target_ptr + row)
+    upstream = 1.0
+    if UPSTREAM_STRIDE is not None:  # before the logits, so that the row waits for memory once
+        upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)
     counted = target != ignore_index
     exists = (target >= 0) & (target < codes)
     picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
@@ -72,9 +75,7 @@ def _softmax_gradient_kernel(
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
 
     if GRADIENT:
-        upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)
-        if WEIGHTED:
-            upstream *= tl.load(upstream_ptr + row)
+        upstream = tl.where(counted, tl.where(exists, upstream, float("nan")), 0.0).to(DTYPE)
         scale = upstream / sum_exp
         shift = SMOOTHING * upstream / codes
         at_target = shift + (1 - SMOOTHING) * upstream
@@ -90,11 +91,6 @@ def _softmax_gradient_kernel(
                 tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns float64 for float64, float32 for every narrower type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def softmax_gradient_(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -102,29 +98,33 @@ def softmax_gradient_(
     ignore_index: int,
     label_smoothing: float,
     needs_gradient: bool,
-) -> torch.Tensor:
-    """Runs `reference.softmax_gradient_` or its kernel, on the path of the device."""
+    losses: torch.Tensor,
+) -> None:
+    """Runs `reference.softmax_gradient_` or its kernel, on the path of the device, and writes losses [M], contiguous.
+
+    `upstream` is a scalar or [M].
+    """
     if launch.active_path(logits) != "triton":
-        return reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
+        losses.copy_(
+            reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
+        )
+        return
     rows, codes = logits.shape
-    wide = accumulation_dtype(logits.dtype)
-    loss = logits.new_empty(rows, dtype=wide)
     block = min(launch.power_of_two(codes), 8192)
     launch.run_kernel(
         _softmax_gradient_kernel,
         rows,
-        loss,
+        losses,
         logits,
         target.contiguous(),
         upstream,
         codes,
         ignore_index,
-        WEIGHTED=upstream is not None,
+        UPSTREAM_STRIDE=None if upstream is None else upstream.dim(),
         SMOOTHING=label_smoothing,
         GRADIENT=needs_gradient,
         ONE_BLOCK=codes <= block,
         BLOCK=block,
-        DTYPE=launch.triton_type(wide),
+        DTYPE=launch.triton_type(losses.dtype),
         num_warps=launch.warps("softmax_gradient", block, logits.device),
     )
-    return loss

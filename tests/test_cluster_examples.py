@@ -53,7 +53,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_job_near_its_limit_saves_requeues_itself_and_goes_on(
+def test_a_job_near_its_limit_saves_requeues_itself_and_continues(
     tmp_path: Path, slurm: dict[str, str], small: Callable[..., PretrainConfig], videos: Manifest
 ) -> None:
     config = small(optim={"batch": 8, "epochs": 400.0}, run={"log_every": 1})

@@ -7,26 +7,14 @@ import importlib
 import importlib.util
 import io
 import re
-import shlex
 import unicodedata
 from contextlib import redirect_stdout
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from mam2.engine import cli
-
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "benchmarks/**/*.md", "tests/**/*.md")
-    for path in ROOT.glob(pattern)
-)
-
-
-def text(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
+from tests.helpers.pages import PAGES, ROOT, commands, fences, text, verb_of
 
 
 def prose(page: str) -> str:
@@ -35,13 +23,9 @@ def prose(page: str) -> str:
     return re.sub(r"`[^`\n]*`", "", without)
 
 
-def fences(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
-
-
 @cache
 def anchors(page: str) -> frozenset[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Anchors of a page's headings, as GitHub makes them."""
     without = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
     found: list[str] = []
     for heading in re.findall(r"^#+ +(.+?) *$", without, re.MULTILINE):
@@ -117,12 +101,6 @@ def test_every_verb_is_on_a_page():
     assert [verb for verb in cli.VERBS if f"mam2 {verb}" not in pages] == []
 
 
-def commands(page: str) -> list[list[str]]:
-    """The words of every command in the fenced shell blocks of a page."""
-    lines = "\n".join(fences(page, "bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
 @cache
 def help_of(verb: str) -> str:
     out = io.StringIO()
@@ -133,29 +111,26 @@ def help_of(verb: str) -> str:
     return out.getvalue().replace("_", "-")
 
 
-def verb_of(words: list[str]) -> list[str]:
-    """The verb of a command and what follows; nothing for a command that is not of mam2."""
-    if Path(words[0]).name == "mam2":
-        return words[1:]
-    if words[0] == "torchrun" and "mam2.engine" in words:
-        return words[words.index("mam2.engine") + 1 :]
-    return []
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "bash")])
-def test_commands_exist_with_their_flags(page):
+def test_targets_and_benchmarks_named_in_commands_exist(page):
     targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
     for words in commands(page):
         if words[0] == "make" and len(words) > 1:
             assert words[1] in targets, words
         if "-m" in words and words[words.index("-m") + 1].startswith("benchmarks."):
             assert importlib.util.find_spec(words[words.index("-m") + 1]), words
-        if not (call := verb_of(words)):
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_named_in_the_text_exist(page):
+    """Commands in code spans are often not complete; those in blocks are parsed by tests/test_readme_commands.py."""
+    for span in re.findall(r"`mam2 ([^`\n]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)):
+        verb, *words = span.split()
+        if verb == "VERB" or verb.startswith("-"):
             continue
-        assert call[0] in cli.VERBS, words
-        for flag in [word for word in call if word.startswith("--")]:
-            name = flag.replace("_", "-")
-            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w.-])", help_of(call[0])), f"{page}: {' '.join(words)}"
+        assert verb in cli.VERBS, f"{page}: mam2 {span}"
+        for flag in [word for word in words if word.startswith("--")]:
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w.-])", help_of(verb)), f"{page}: mam2 {span}"
 
 
 def test_recipes_named_in_commands_exist():

@@ -40,7 +40,7 @@ def test_the_wheel_holds_one_top_level_package_with_recipes_and_launch_table(ins
     assert len(recipes) > 20
 
 
-def test_a_checkout_named_mam2_beside_a_program_does_not_hide_the_package(installed, tmp_path):
+def test_a_checkout_named_mam2_next_to_a_program_does_not_hide_the_package(installed, tmp_path):
     (tmp_path / "mam2" / "engine").mkdir(parents=True)
     (tmp_path / "mam2" / "engine" / "__init__.py").write_text("raise RuntimeError('the checkout was imported')\n")
     (tmp_path / "program.py").write_text("import mam2.engine; print(mam2.engine.__file__)\n")

@@ -13,10 +13,10 @@ from tests.helpers.paths import ROOT
 
 TEXTS = sorted(
     path
-    for folder in ("kernels", "engine", "examples", "benchmarks", "docs")
+    for folder in ("kernels", "engine", "examples", "benchmarks", "docs", "tests")
     for suffix in ("*.py", "*.md")
     for path in (ROOT / folder).rglob(suffix)
-    if not any(part in path.parts for part in ("trials", "convergence.py"))
+    if path != Path(__file__).resolve()
 ) + [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 
 KINDS = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
@@ -55,13 +55,33 @@ def prose(path: Path) -> list[tuple[int, str]]:
     return [(number, CODE.sub("·", line)) for number, line in lines]
 
 
+RULES = {rf"(?<![\w-])(?:{BRITISH})(?![\w=:-])": "American spelling", **DIALECT}
+
+
+def violations(words: str) -> list[str]:
+    """The words of a line that a rule rejects, each with the remedy."""
+    return [
+        f"{match[0].strip()!r}: {remedy}" for pattern, remedy in RULES.items() if (match := re.search(pattern, words))
+    ]
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_worst_words_do_not_return(path):
-    rules = {rf"(?<![\w-])(?:{BRITISH})(?![\w=:-])": "American spelling", **DIALECT}
-    found = [
-        f"{path.name}:{number}: {match[0].strip()!r}: {remedy}"
-        for number, line in prose(path)
-        for pattern, remedy in rules.items()
-        if (match := re.search(pattern, line))
-    ]
+    found = [f"{path.name}:{number}: {word}" for number, line in prose(path) for word in violations(line)]
     assert not found, "\n".join(found)
+
+
+def test_names_of_tests_are_free_of_them_too():
+    names = {
+        name: path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    rejected = {name: word for name in names for word in violations(name.replace("_", " "))}
+    assert not rejected
+
+
+def test_a_rejected_word_is_found():
+    assert violations("the colour of a clip") == ["'colour': American spelling"]
+    assert violations("the list is written anew") == ["'anew': say 'again' or 'a new …'"]
+    assert not violations("the color of a clip")

@@ -37,7 +37,7 @@ STREAMS = {"train": 10, "validation": 11, "test": 12}
 NUISANCE = 0.3
 """Share of the training clips whose tint is their class's."""
 WAVES = 6
-"""Of a background's texture."""
+"""Number of waves in the texture of a background."""
 COLORS = ("red", "green", "blue")
 TEXTURES = {"coarse": 7.0, "medium": 9.0, "fine": np.inf}
 """Mean squared wave number of a background's waves below which its texture has this name: about a third each."""

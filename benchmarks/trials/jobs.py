@@ -13,7 +13,7 @@ from benchmarks.trials.selection import JUDGED, grouped, values
 from benchmarks.trials.settings import ABLATIONS, Setting, base_of, optimizer_of
 
 SWEEP_SEED = 100
-"""Of the first training of a sweep, so that no seed that is reported chose anything."""
+"""Seed of the first training of a sweep, so that no seed that is reported chose anything."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _real_job(setting: Setting, group: str, variant: str, rate: float, seed: int
 
 
 def finetune_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
-    """Of the encoders that `main_jobs` left, and of random ones."""
+    """Jobs for the encoders that `main_jobs` left, and of random ones."""
     main = [job for job in main_jobs(setting, rates, long_rates) if job.seed < setting.finetune_seeds]
     random = [job for job in random_jobs(setting, ["synthetic"]) if job.seed < setting.finetune_seeds]
     return [dataclasses.replace(job, group="finetune") for job in [*random, *main]]

@@ -124,7 +124,7 @@ def _spread(cell: list[Trial], key: str) -> float:
 
 
 def draw_ablations(results: Results, path: Path) -> None:
-    """PNG of every ablation's probe accuracy on validation clips beside the default's, by family.
+    """PNG of every ablation's probe accuracy on validation clips and of the default's, by family.
 
     Nothing is drawn without a changed setting.
     """

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.trials.prepared import Split, render
-from benchmarks.trials.trial import EVALUATED, features
+from benchmarks.trials.trial import EVALUATED
 from mam2.engine.checkpoints.classifiers import relabelled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, scan
 from mam2.engine.data.sources import read_column
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool
 from mam2.engine.model.encoder import Encoder
@@ -34,7 +35,7 @@ CLIPS, QUESTIONS = "clips", "questions.npz"
 COMPONENTS = 80
 """Principal components of the pixel baseline."""
 POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
-"""Of the tokens of a clip, see `mam2.engine.evaluation.pools`: the field's, and those that keep time."""
+"""Pools of the tokens of a clip, see `mam2.engine.evaluation.pools`: the usual one, and those that keep the order."""
 
 JUDGED_POOL: Pool = "time"
 """The pool by which learning rates are chosen: it keeps time."""
@@ -50,7 +51,7 @@ class Lists(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the list that is fitted on, without its ending."""
+        """Name of the list that is fitted on, without its ending."""
         return self.train.stem.removesuffix("_train").removesuffix("-train")
 
 
@@ -112,7 +113,7 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
 
 
 def some_of_each_class(manifest: Manifest, count: int) -> Manifest:
-    """At most so many videos of each class, evenly from the order of the list."""
+    """Returns at most `count` videos per class, evenly spaced in the list."""
     chosen: list[int] = []
     for label in range(len(manifest.classes)):
         places = [place for place, video in enumerate(manifest.videos) if video.label == label]
@@ -144,7 +145,7 @@ def load_questions(folder: Path) -> RealClips:
 def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, dict[str, Answer]]:
     """The answers to every question, by the way the tokens are pooled."""
     clips = Split(real.clips, torch.empty(0))
-    pooled = features(encoder, clips.videos(EVALUATED), config, POOLS)
+    pooled = extract_features(encoder, clips.videos(EVALUATED), POOLS, run=config.run)
     return {
         name: {pool: _answer(pooled[pool][asked.train], pooled[pool][asked.test], asked) for pool in POOLS}
         for name, asked in real.questions.items()
@@ -154,7 +155,8 @@ def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, 
 def judge(encoder: Encoder, real: RealClips, config: PretrainConfig) -> float:
     """The accuracy by which learning rates are chosen: of the first question, with the pool `JUDGED_POOL`."""
     asked = next(iter(real.questions.values()))
-    pooled = features(encoder, Split(real.clips, torch.empty(0)).videos(EVALUATED), config, [JUDGED_POOL])[JUDGED_POOL]
+    clips = Split(real.clips, torch.empty(0)).videos(EVALUATED)
+    pooled = extract_features(encoder, clips, [JUDGED_POOL], run=config.run)[JUDGED_POOL]
     return _answer(pooled[asked.train], pooled[asked.test], asked).accuracy
 
 

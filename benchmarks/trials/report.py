@@ -308,7 +308,7 @@ def _about_ablations(results: Results) -> str:
 
 
 def write_page(results: Results, docs_path: Path) -> None:
-    """Replaces what stands between the markers of the page, and draws its pictures beside it.
+    """Replaces what stands between the markers of the page, and draws its pictures next to it.
 
     Raises:
         ValueError: the page does not have both markers once, in their order.

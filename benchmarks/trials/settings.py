@@ -32,7 +32,7 @@ class Setting:
     counts: Mapping[str, int]
     """Synthetic clips of each split."""
     base: Changes
-    """Of the pre-training, on top of `MINIATURE`."""
+    """Changes for the pre-training, on top of `MINIATURE`."""
     rates: Mapping[str, tuple[float, ...]]
     """Base learning rates tried, by optimizer: as many for each."""
     sweep_epochs: float
@@ -53,16 +53,16 @@ class Setting:
     ablation_epochs: float
     """One of the budgets, whose trainings of the default are what the ablations are compared with."""
     ablation_seeds: int = 3
-    """Of each changed setting; the default has all."""
+    """Number of seeds per changed setting; the default has all."""
     finetune: Changes
-    """Of the fine-tuning, on top of `FINE_TUNING`."""
+    """Changes for the fine-tuning, on top of `FINE_TUNING`."""
     finetune_seeds: int = 2
     labelled: int
     """Training videos whose labels it sees."""
     videomae: Changes
     """What makes VideoMAE of it: as many blocks after the encoder as MAM2 has in a row, regressor and decoder."""
     real: Changes = dataclasses.field(default_factory=lambda: {"data.sampling": "uniform", "data.stride": 0})
-    """Of the pre-training on real clips, which may be shorter than the synthetic ones."""
+    """Epochs of the pre-training on real clips, which may be shorter than that on synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
     real_epochs: float = 10
     real_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -147,15 +147,21 @@ FINE_TUNING: Changes = {
     "test.spatial": 1,
 }
 ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
-"""Of a single loss there is nothing to balance, and neither optimizer sees its weight."""
+"""A single loss needs no balance, and its weight changes nothing for either optimizer."""
 TARGETS_ALONE: Mapping[str, Changes] = {
     "motion alone": {"loss.appearance_target": "none", **ALONE},
     "codes alone": {"loss.motion_target": "none", **ALONE},
 }
+LATENTS: Changes = {"loss.appearance_target": "latents", "loss.teacher_momentum": 0.99}
+"""Features of a teacher that follows within a hundred steps, as so short a training needs."""
 ABLATIONS = (
     *(Ablation("targets", label, changes) for label, changes in TARGETS_ALONE.items()),
     Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
     Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
+    Ablation("targets", "latents × 0.1", {**LATENTS, "loss.appearance": 0.1}),
+    Ablation("targets", "latents × 0.1, visible tokens too", {**LATENTS, "loss.appearance": 0.1, "loss.visible": 1.0}),
+    Ablation("targets", "latents × 1", {**LATENTS, "loss.appearance": 1.0}),
+    Ablation("targets", "latents alone", {**LATENTS, "loss.motion_target": "none", **ALONE}),
     Ablation("regressor", "off: the decoders do both jobs", {"model.regressor.depth": 0}),
     Ablation("regressor", "keys and values: all", {"model.regressor.keys": "all"}),
     Ablation("motion target", "intra", {"loss.motion_target": "intra"}),

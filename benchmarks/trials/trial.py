@@ -7,7 +7,7 @@ training costs no decoding. The clips of a step are a pure function of (seed, st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,16 @@ from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
+from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import linear_probe
-from mam2.engine.evaluation.pools import Pool, pool_tokens
+from mam2.engine.model.classifier import pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.classifier_step import FinetuneStep
+from mam2.engine.train.finetune import STANDARDIZED
 from mam2.engine.train.optimizer import learning_rate
 from mam2.engine.train.step import PretrainStep
 
@@ -89,22 +91,6 @@ def pretrain(config: PretrainConfig, prepared: Prepared) -> Pretrained:
     return Pretrained(encoder, steps, losses)
 
 
-@torch.no_grad()
-def features(
-    encoder: Encoder, clips: Iterable[Tensor], config: PretrainConfig, pools: Sequence[Pool] = ("mean",)
-) -> dict[Pool, Tensor]:
-    """Means of a clip's tokens, nothing hidden, by the way they are pooled: float32 [clips, R·D] on the CPU."""
-    device = next(encoder.parameters()).device
-    encoder.eval()
-    found: dict[Pool, list[Tensor]] = {pool: [] for pool in pools}
-    for part in clips:
-        with autocast(config.run, device):
-            tokens = encoder.encode(part.to(device)).float()
-        for pool, parts in found.items():
-            parts.append(pool_tokens(tokens, config.grid, pool).flatten(1).cpu())
-    return {pool: torch.cat(parts) for pool, parts in found.items()}
-
-
 def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[str, dict[str, float]]:
     """Accuracy of linear probes of the mean token: for each split but `train`, by question.
 
@@ -112,7 +98,10 @@ def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[
     features.
     """
     splits = prepared.splits
-    found = {name: features(encoder, split.videos(EVALUATED), config)["mean"] for name, split in splits.items()}
+    found = {
+        name: extract_features(encoder, split.videos(EVALUATED), ["mean"], run=config.run)["mean"]
+        for name, split in splits.items()
+    }
     judged = [name for name in splits if name != "train"]
     asked = {name: {"probe": split.labels, **split.questions} for name, split in splits.items()}
     result: dict[str, dict[str, float]] = {name: {} for name in judged}
@@ -136,11 +125,16 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
     model = build_classifier(config)
     model.encoder.load_state_dict({n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")})
-    take = FinetuneStep(config, model, device, World())
     train, batch = prepared.splits["train"], config.optim.batch
     recorded, crops = train.clips.shape[1:3]
     chosen = labelled_videos(train.labels, labelled)
     count = len(chosen)
+    if config.head.standardize:
+        some = chosen[:: -(-count // STANDARDIZED)]
+        with autocast(config.run, device):
+            pooled = pooled_features(model.to(device), [as_video(train.clips[some, 0, 0]).to(device)])
+        standardize_features(model, pooled)
+    take = FinetuneStep(config, model, device, World())
     steps = max(round(config.optim.epochs * count / batch), 1)
     for step in range(steps):
         drawn = np.array([sample_at(step * batch + place, count, config.run.seed) for place in range(batch)])

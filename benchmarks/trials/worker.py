@@ -32,7 +32,7 @@ def config_of(setting: Setting, job: Job) -> PretrainConfig:
 
 
 def begin() -> None:
-    """Of a process that trains; it ends with the one that started it, however that ends."""
+    """Main function of a process that trains; it ends when the process that started it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -15,7 +15,8 @@ from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
-from mam2.engine.model.classifier import Classifier, TextHead, linear_head
+from mam2.engine.model.adapters import merge_adapters
+from mam2.engine.model.classifier import Classifier, TextHead, in_units, linear_head
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import set_clip_size
 
@@ -85,6 +86,9 @@ def build_encoder(config: FinetuneConfig) -> Encoder:
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
         layer_scale=model.layer_scale,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
     )
     set_clip_size(encoder, data.frames, data.size)
     return encoder
@@ -103,11 +107,13 @@ def build_classifier(config: FinetuneConfig, embeddings: torch.Tensor | None = N
         head = TextHead(model.width, embeddings, temperature=config.head.temperature, frozen=config.head.frozen)
     else:
         head = linear_head(model.width, model.classes)
-    return Classifier(build_encoder(config), head)
+    return Classifier(build_encoder(config), head, config.head.task)
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple[str, ...]]:
     """Returns the classifier of a fine-tuning run, its config and the names of its classes; on the CPU.
+
+    Adapters are merged into the weights. In regression it predicts the value in the units of the labels.
 
     path: a run folder, a checkpoint folder or a weights file, see `find_weights`. Raises UserError for anything else.
     """
@@ -116,5 +122,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, FinetuneConfig, tuple
         raise UserError(f"{path}: contains no classifier; expected a run of mam2 finetune, or one of its checkpoints")
     config = checkpoint.read_config(weights, FinetuneConfig)
     classifier = build_classifier(config)
-    checkpoint.load_weights(classifier, weights)
+    checkpoint.load_weights(classifier, weights, lambda tensors: merge_adapters(tensors, config.adapters))
+    if config.head.task == "regression":
+        in_units(classifier, config.model.target_mean, config.model.target_std)
     return classifier, config, tuple(json.loads(checkpoint.read_metadata(weights)[CLASSES]))

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.foreign import PROBLEM_TYPES
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae
 from mam2.engine.checkpoints.weight_files import open_safetensors, sort_metadata
@@ -25,7 +26,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 from mam2.engine.model.blocks import Block, sincos_positions
 from mam2.engine.model.classifier import Classifier
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.model.pixels import pixel_statistics
 from mam2.engine.model.videomae import VideoMAE
 
 TOKENIZER = "tokenizer.safetensors"
@@ -62,7 +63,7 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "architectures": ["VideoMAEModel"],
         "image_size": size,
         "patch_size": patch,
-        "num_channels": 3,
+        "num_channels": encoder.channels,
         "num_frames": encoder.grid[0] * tubelet,
         "tubelet_size": tubelet,
         "hidden_size": encoder.width,
@@ -79,6 +80,7 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
             "architectures": ["VideoMAEForVideoClassification"],
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": PROBLEM_TYPES[model.task],
         }
     elif isinstance(model, VideoMAE):
         config |= {
@@ -99,8 +101,8 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(PIXEL_MEAN),
-        "image_std": list(PIXEL_STD),
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
     }
     # not save_file, whose files other users cannot read
     weights = save(to_hugging_face(tensors, encoder.patch_size), {"format": "pt"})
@@ -148,6 +150,11 @@ def write_videomae(model: Model, path: Path, classes: tuple[str, ...] = ()) -> s
     ):
         model = model.encoder
     encoder = encoder_of(model)
+    if (encoder.mean, encoder.std) != pixel_statistics(encoder.channels):
+        raise UserError(
+            "--to videomae: the file cannot state data.mean and data.std, with which the model was trained; "
+            "use --to huggingface, whose image processor states them"
+        )
     tubelet, patch, _ = encoder.patch_size
     args: dict[str, Any] = {"num_frames": encoder.grid[0] * tubelet, "input_size": encoder.grid[1] * patch}
     if isinstance(model, VideoMAE):

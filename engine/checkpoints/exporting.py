@@ -36,6 +36,8 @@ class ExportResult:
     """Name of the class in the other project, or in MAM2."""
     clip: tuple[int, int, int]
     """Frames, height and width of the model's clips."""
+    channels: int
+    """Channels of these clips."""
     classes: tuple[str, ...]
     """Names of a classifier's classes in the order of its logits; empty for other models."""
     decoder_left_out: str
@@ -65,7 +67,7 @@ def export(
         to: `huggingface` writes a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
             `mam2` a folder with all contents of a MAM2 checkpoint, including the tokenizer; `videomae` a .pth for the
             --finetune option of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx` a graph that maps uint8
-            clips [B, 3, T, H, W] to tokens [B, N, D], or to a classifier's logits.
+            clips [B, C, T, H, W] to tokens [B, N, D], or to a classifier's logits.
         out: output folder or file; must not exist. None only with `push`.
         push: OWNER/NAME of a repository on the hub, to which the folder is uploaded with a model card (`huggingface`
             and `mam2`). `load_encoder("hub:OWNER/NAME")` reads it. The user must be logged in to the hub as its owner.
@@ -127,6 +129,10 @@ def _export(
 ) -> ExportResult:
     model = load_model(checkpoint, frames=frames, size=size, heads=heads, decoder_heads=decoder_heads)
     classes = class_names(checkpoint) if isinstance(model, Classifier) else ()
+    if isinstance(model, Classifier) and model.task != "classes" and to == "videomae":
+        raise UserError(
+            f"--to videomae: its code has one class per video, {checkpoint} has {model.task}; use --to huggingface"
+        )
     encoder = encoder_of(model)
     graph = model if isinstance(model, Classifier) else encoder
     weights = model if isinstance(model, VideoMAE) else graph
@@ -169,6 +175,7 @@ def _export(
         path=out,
         model=written,
         clip=(slots * tubelet, rows * height, columns * width),
+        channels=encoder.channels,
         classes=classes,
         decoder_left_out=left_out,
         address="",

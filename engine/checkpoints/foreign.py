@@ -17,6 +17,7 @@ from torch import Tensor
 from mam2.engine.checkpoints.names import Tensors, from_hugging_face, from_videomae
 from mam2.engine.checkpoints.pickles import load_pickle
 from mam2.engine.checkpoints.weight_files import kind_of, open_safetensors
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 
@@ -26,6 +27,7 @@ DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 """Attention heads of VideoMAE's decoders by width."""
 WHOLE_NUMBERS = (
     "num_frames",
+    "num_channels",
     "tubelet_size",
     "num_attention_heads",
     "decoder_num_attention_heads",
@@ -39,6 +41,14 @@ STATES = ("model", "module", "state_dict")
 """Keys under which checkpoints hold the weights: VideoMAE's, DeepSpeed's, others'."""
 HEAD_NORM_EPS = 1e-5
 """Epsilon of Hugging Face's LayerNorm before a head, PyTorch's default; VideoMAE has 1e-6 everywhere."""
+
+
+PROBLEM_TYPES: dict[HeadTask, str] = {
+    "classes": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Hugging Face's names of what a head's outputs are of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,8 @@ class Weights:
 
     Hugging Face uses another one.
     """
+    task: HeadTask = "classes"
+    """What the head's outputs are of."""
     normalized_pixels: bool = True
     """Whether the decoder predicts standardized pixels."""
     mean_pooling: bool = False
@@ -70,6 +82,9 @@ class Weights:
     """Distance of two sampled frames; 0 if unknown."""
     classes: tuple[str, ...] = ()
     """Names of a classifier's classes, in the order of its logits; empty if unknown."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """Statistics per channel by which its clips are normalized; empty if unknown."""
     uniform: bool = False
     """Whether clips are sampled over the whole video (TSN), as VideoMAE's on Something-Something V2."""
 
@@ -82,14 +97,14 @@ def read_hugging_face(folder: Path) -> Weights:
             f"{folder}: config.json: expected model_type 'videomae', found {config.get('model_type')!r}; "
             "for weights of VideoMAE's own code, pass their file"
         )
-    for key, (default, expected) in {"hidden_act": ("gelu", "gelu"), "num_channels": (3, 3)}.items():
-        if config.get(key, default) != expected:
-            raise UserError(f"{folder}: config.json: expected {key} {expected!r}, found {config[key]!r}")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{folder}: config.json: expected hidden_act 'gelu', found {config['hidden_act']!r}")
     tensors = from_hugging_face(_folder_tensors(folder))
     if not config.get("qv_bias", config.get("qkv_bias", True)):
         tensors |= _zero_biases(tensors)
     config = {key: _whole(folder, key, value) if key in WHOLE_NUMBERS else value for key, value in config.items()}
     patch = _side(folder, config, "patch_size", 16)
+    mean, std = _statistics(folder, config.get("num_channels", 3))
     return Weights(
         path=folder,
         tensors=tensors,
@@ -103,6 +118,9 @@ def read_hugging_face(folder: Path) -> Weights:
         normalized_pixels=config.get("norm_pix_loss", True),
         mean_pooling=config.get("use_mean_pooling", True),
         classes=hugging_face_classes(folder),
+        task=next((task for task, name in PROBLEM_TYPES.items() if name == config.get("problem_type")), "classes"),
+        mean=mean,
+        std=std,
     )
 
 
@@ -149,6 +167,20 @@ def read_videomae(path: Path) -> Weights:
         uniform=said.get("data_set") == "SSV2",
         classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
     )
+
+
+def _statistics(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation per channel from the image processor's file; empty without them."""
+    try:
+        values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (), ()
+    mean, std = [values.get(key) for key in ("image_mean", "image_std")]
+    if not values.get("do_normalize", True) or not all(
+        isinstance(numbers, list) and len(numbers) == channels for numbers in (mean, std)
+    ):
+        return (), ()
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def hugging_face_classes(folder: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Attention
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.pixels import pixel_statistics
 from mam2.engine.model.videomae import VideoMAE
 
 
@@ -117,6 +119,7 @@ def clips_for(encoder: Encoder, data: DataConfig, stride: int = 0) -> DataConfig
         data,
         frames=encoder.grid[0] * tubelet,
         size=encoder.grid[1] * patch,
+        channels=encoder.channels,
         decoder="auto",
         threads=0,
         views=1,
@@ -141,7 +144,9 @@ def digest(encoder: Encoder) -> str:
     """
     heads = [module.heads for module in encoder.modules() if isinstance(module, Attention)]
     norms = [module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
-    sizes = [encoder.grid, encoder.patch_size, heads, norms]
+    sizes: list[Any] = [encoder.grid, encoder.patch_size, heads, norms]
+    if (encoder.mean, encoder.std) != pixel_statistics(encoder.channels):
+        sizes.append([encoder.mean, encoder.std])
     found = hashlib.sha256(json.dumps(sizes).encode())
     for name, tensor in sorted({**encoder.state_dict(), "positions": encoder.positions}.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -60,7 +60,7 @@ def load_encoder(
     """Loads a pre-trained or fine-tuned encoder, on the CPU, in evaluation mode.
 
         encoder = load_encoder("runs/first")
-        features = encoder.encode(video).mean(1)   # video [B, 3, T, H, W] uint8 -> [B, D]
+        features = encoder.encode(video).mean(1)   # video [B, C, T, H, W] uint8 -> [B, D]
 
     Args:
         path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
@@ -157,7 +157,7 @@ def load_any_classifier(
         config = FinetuneConfig(data=data)
     _resized(path, model, frames, size)
     (slots, rows, _), (tubelet, patch, _) = model.encoder.grid, model.encoder.patch_size
-    data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch)
+    data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch, channels=model.encoder.channels)
     return model.eval(), dataclasses.replace(config, data=data), classes
 
 
@@ -171,7 +171,7 @@ def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | Non
                 "such a classifier is not supported; load_encoder reads its encoder"
             )
         encoder = _encoder(weights, heads)
-        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])))
+        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])), weights.task)
         model.norm.eps = weights.head_eps
     elif "mask_token" in weights.tensors:
         hidden = weights.tensors.get("decoder.blocks.0.mlp.fc1.weight")
@@ -307,6 +307,9 @@ def _encoder(weights: Weights, heads: int | None) -> Encoder:
         heads=config.heads,
         mlp_ratio=config.mlp_ratio,
         layer_scale=config.layer_scale,
+        channels=_channels(weights),
+        mean=weights.mean,
+        std=weights.std,
     )
     if _ends_without_norm(weights):
         encoder.norm = nn.Identity()  # type: ignore[assignment]
@@ -322,7 +325,13 @@ def _pretraining_config(weights: Weights, heads: int | None, decoder_heads: int 
         heads=_heads(weights, "decoder_heads", decoder_heads or weights.decoder_heads, width),
     )
     return PretrainConfig(
-        data=DataConfig(frames=_frames(weights), size=_size(weights)),
+        data=DataConfig(
+            frames=_frames(weights),
+            size=_size(weights),
+            channels=_channels(weights),
+            mean=weights.mean,
+            std=weights.std,
+        ),
         model=dataclasses.replace(model, objective="videomae", decoder=decoder),
         loss=LossConfig(pixel_normalize="channel" if weights.normalized_pixels else "none"),
     )
@@ -345,6 +354,11 @@ def _model_config(weights: Weights, heads: int | None) -> ModelConfig:
         mlp_ratio=len(hidden) / width,
         layer_scale=1.0 if any(name.endswith(".gamma_1") for name in weights.tensors) else 0.0,
     )
+
+
+def _channels(weights: Weights) -> int:
+    """Returns the channels of the clips, from the shape of the patch embedding."""
+    return weights.tensors["encoder.patch_embed.weight"].shape[1] // math.prod(weights.patch_size)
 
 
 def _heads(weights: Weights, name: str, heads: int | None, width: int) -> int:

@@ -87,7 +87,7 @@ def model_card(
         _summary(model, config, metadata),
         _usage(name, to, model),
         _classes(classes),
-        _data(run),
+        _data(run, config),
         _recipe(config, metadata),
         _hardware(run),
         _scores(run, scores),
@@ -129,9 +129,11 @@ def _summary(model: Model, config: Mapping[str, Any], metadata: Mapping[str, str
 
 def _usage(name: str, to: str, model: Model) -> str:
     load = "load_model" if isinstance(model, Classifier) else "load_encoder"
-    call = "model(video).softmax(-1)  # [B, classes]" if load == "load_model" else "model.encode(video)  # [B, N, D]"
+    call = "model.scores(model(video))  # [B, outputs]" if load == "load_model" else "model.encode(video)  # [B, N, D]"
+    if isinstance(model, Classifier) and model.task == "classes":
+        call = "model(video).softmax(-1)  # [B, classes]"
     code = f'from mam2.engine import {load}\n\nmodel = {load}("hub:{name}")\n'
-    code += f"output = {call}; video [B, 3, T, H, W] uint8\n"
+    code += f"output = {call}; video [B, {encoder_of(model).channels}, T, H, W] uint8\n"
     if to == "huggingface":
         kind = "VideoMAEForVideoClassification" if isinstance(model, Classifier) else "VideoMAEModel"
         code += f'\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n'
@@ -143,7 +145,7 @@ def _classes(classes: Sequence[str]) -> str:
     return f"## Classes\n\n{named}\n" if classes else ""
 
 
-def _data(run: Path | None) -> str:
+def _data(run: Path | None, config: Mapping[str, Any]) -> str:
     path = run / "manifest.jsonl" if run else None
     if path is None or not path.is_file():
         return ""
@@ -157,6 +159,10 @@ def _data(run: Path | None) -> str:
         rows.append(("hours of video", f"{sum(known) / 3600:.2f}"))
     if sides:
         rows.append(("shorter side, median", f"{sides[len(sides) // 2]} pixels"))
+    weights = config.get("data", {}).get("weights") or [each.videos for each in manifest.sets]
+    for each, weight in zip(manifest.sets, weights, strict=False):
+        counts = f"{each.videos:,} videos, {each.skipped:,} unusable files, {weight / sum(weights):.1%} of the clips"
+        rows.append((f"data set `{printable(Path(each.source).name)}`", counts))
     return f"## Training data\n\n{_table(('', ''), rows)}"
 
 
@@ -209,8 +215,13 @@ def _scores(run: Path | None, files: Sequence[Path]) -> str:
 
 def _of_file(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the rows of results.json of `mam2 evaluate`, or of the JSON file of `mam2 probe`."""
-    if "top1" in values:
+    if "temporal" in values:
         what = f"{values['videos']} test videos, {values['temporal']} × {values['spatial']} views"
+    if "mean_average_precision" in values:
+        return [(f"mean average precision, {what}", f"{100 * values['mean_average_precision']:.2f} %")]
+    if "r2" in values:
+        return [(f"mean absolute error, {what}", f"{values['mae']:.4g}"), (f"R², {what}", f"{values['r2']:.4f}")]
+    if "top1" in values:
         return [(f"{name}, {what}", f"{100 * values[key]:.2f} %") for key, name in
                 (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean of the classes"))]  # fmt: skip
     return [

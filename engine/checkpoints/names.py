@@ -2,7 +2,7 @@
 
 Our names are `encoder.…`, `encoder_to_decoder.weight`, `mask_token`, `decoder.…`, and for a classifier `norm.…`,
 `head.…`. They are VideoMAE's, except that our patch embedding is a matrix [D, P] over the pixels in (t, h, w, c) order,
-where theirs is a convolution [D, 3, t, h, w]. VideoMAE's fine-tuning omits `encoder.` and names the classifier's norm
+where theirs is a convolution [D, C, t, h, w]. VideoMAE's fine-tuning omits `encoder.` and names the classifier's norm
 `fc_norm`. Hugging Face stores query, key and value separately. Position tables are fixed, so that no checkpoint has
 them.
 
@@ -16,8 +16,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from mam2.engine.model.encoder import CHANNELS
 
 Tensors = dict[str, Tensor]
 
@@ -122,5 +120,5 @@ def _flattened(state: Tensors) -> Tensors:
 
 
 def _convolved(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
-    weight = tensors["encoder.patch_embed.weight"].unflatten(1, (*patch_size, CHANNELS))
+    weight = tensors["encoder.patch_embed.weight"].unflatten(1, (*patch_size, -1))
     return tensors | {"encoder.patch_embed.weight": weight.permute(0, 4, 1, 2, 3).contiguous()}

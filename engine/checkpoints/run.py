@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mam2.engine.checkpoints.host_copies import HostBuffers, copies, new_copy
 from mam2.engine.checkpoints.weight_files import sort_metadata
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict
@@ -53,13 +54,24 @@ Config = TypeVar("Config")
 
 
 class Saver:
-    """Writes checkpoints in the background: `save` copies the tensors and returns, a thread writes them."""
+    """Writes checkpoints in the background: `save` queues copies of the tensors and returns, a thread writes them."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, *, main: bool = True, metadata: Mapping[str, str] | None = None
+        self,
+        run: Path,
+        config: TrainConfig,
+        *,
+        main: bool = True,
+        metadata: Mapping[str, str] | None = None,
+        buffers: HostBuffers | None = None,
+        kept_step: int = 0,
     ) -> None:
-        """main: False on ranks that only take part in gathering tensors. metadata: further metadata of the weights."""
+        """main: False on ranks that only take part in gathering tensors. metadata: further metadata of the weights.
+        buffers: memory that every checkpoint is copied to; None: new memory for each. kept_step: see `write`.
+        """
+        self._kept_step = kept_step
         self._run, self._config, self._main, self._metadata = run, config, main, dict(metadata or {})
+        self._buffers = buffers
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         if main:
@@ -74,14 +86,23 @@ class Saver:
 
         extra: further tensors that the run needs to resume.
         """
-        problem = self.wait()
-        weights = copies(model.state_dict(), keep=self._main)
-        moments = _moments(model, optimizer, extra or {}, keep=self._main)
+        problem = self.wait()  # from then on nothing reads the buffers
+        files = {WEIGHTS: model.state_dict(), OPTIMIZER: _moments(model, optimizer, extra or {})}
+        weights, moments = (copies(part, keep=self._main, to_host=self._to_host(file)) for file, part in files.items())
         if self._main:
-            arguments = (self._run, step, weights, moments, self._config, self._metadata)
-            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            ready = self._buffers.queued() if self._buffers else lambda: None
+            arguments = (self._run, step, weights, moments, self._config, self._metadata, self._kept_step)
+            self._thread = threading.Thread(target=self._write, args=(ready, *arguments), name="checkpoint")
             self._thread.start()
         return problem
+
+    def _to_host(self, file: str) -> Callable[[str, Tensor], Tensor]:
+        buffers = self._buffers
+        return new_copy if buffers is None else lambda name, whole: buffers.copy(f"{file}/{name}", whole)
+
+    def add_metadata(self, name: str, value: str) -> None:
+        """Adds an entry to the metadata of the weights that are saved from now on."""
+        self._metadata = self._metadata | {name: value}
 
     def wait(self) -> OSError | None:
         """Waits until the last checkpoint is on disk. Returns the OSError that prevented it (disk full, …), or None.
@@ -96,8 +117,9 @@ class Saver:
             return problem
         raise problem
 
-    def _write(self, *arguments: Any) -> None:
+    def _write(self, ready: Callable[[], None], *arguments: Any) -> None:
         try:
+            ready()
             write(*arguments)
         except BaseException as error:  # without any of these, the run would report success
             self._problem = error
@@ -110,9 +132,11 @@ def write(
     moments: dict[str, Tensor],
     config: TrainConfig,
     metadata: dict[str, str],
+    kept_step: int = 0,
 ) -> Path:
     """Writes a checkpoint's tensors; removes old checkpoints that `run.keep` and `run.keep_every` do not keep.
 
+    kept_step: step of another checkpoint that is never removed; 0: none.
     Raises OSError (disk full, no permission); the older checkpoints are then kept.
     """
     final = folder_of(run, step)
@@ -129,7 +153,8 @@ def write(
     latest.replace(final.with_name(LATEST))
     every = config.run.keep_every
     for old in _all(run)[: -config.run.keep]:
-        if not every or int(old.name.removeprefix("step-")) % every:
+        number = int(old.name.removeprefix("step-"))
+        if number != kept_step and (not every or number % every):
             shutil.rmtree(old)
     return final
 
@@ -260,7 +285,7 @@ def restore(
     state = read_state(folder)
     load_weights(model, folder / WEIGHTS)
     parameters = dict(model.named_parameters())
-    for key, tensor in _load(folder / OPTIMIZER).items():
+    for key, tensor in load_tensors(folder / OPTIMIZER).items():
         if key.startswith(RNG):
             _set_rng(key.removeprefix(RNG), tensor)
             continue
@@ -269,10 +294,14 @@ def restore(
             own.copy_(_placed_like(own, tensor))
             continue
         name, _, entry = key.rpartition(".")
-        parameter = parameters[name]
-        placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
-        optimizer.state[parameter][entry] = placed
+        set_moment(optimizer, parameters[name], entry, tensor)
     return int(state["step"])
+
+
+def set_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: str, tensor: Tensor) -> None:
+    """Sets an entry of a parameter's optimizer state to a complete tensor, on every rank."""
+    placed = _placed_like(parameter, tensor) if tensor.shape == parameter.shape else tensor.to(parameter.device)
+    optimizer.state[parameter][entry] = placed
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -285,9 +314,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit."""
-    weights, own = _load(path), model.state_dict()
+def load_weights(
+    model: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights
+) -> None:
+    """Loads safetensors weights into a model. Raises UserError naming the first tensor that does not fit.
+
+    convert: changes the file's tensors before they are loaded.
+    """
+    weights, own = convert(load_tensors(path)), model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
             raise UserError(f"checkpoint {path}: lacks {name}; use the config it was written with")
@@ -327,16 +361,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a file of safetensors. Raises UserError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: cannot be read: {error}") from None
 
 
-def _moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor], *, keep: bool
-) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -346,19 +379,7 @@ def _moments(
     tensors[f"{RNG}cpu"] = torch.get_rng_state()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
-    return copies(tensors, keep=keep)
-
-
-def copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Returns complete, contiguous copies on the CPU. Every rank must call it; ranks with keep=False get no copies."""
-    copied = {}
-    for name, tensor in tensors.items():
-        whole = tensor.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        if keep:
-            copied[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return copied
+    return tensors
 
 
 def _placed_like(own: Tensor, whole: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Exports a model as a graph of standard operators, for programs without this project: torch.export's .pt2, and ONNX.
 
-    video [B, 3, T, H, W] uint8, RGB -> tokens [B, N, D], or logits [B, V] of a classifier; any batch B >= 1, float32
+    video [B, C, T, H, W] uint8 -> tokens [B, N, D], or logits [B, V] of a classifier; any batch B >= 1, float32
 
 The graph contains the normalization and the cutting into tokens. The names of a classifier's classes, in the order of
 its logits, are stored in the file as JSON: in .pt2 as the extra file `classes.json`, in ONNX as the metadata property
-`classes`. B clips, T frames, N tokens, D width, V classes.
+`classes`. B clips, C channels, T frames, N tokens, D width, V classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mam2.engine.checkpoints.load import encoder_of
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 from mam2.engine.model.classifier import Classifier
-from mam2.engine.model.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder
+from mam2.engine.model.encoder import Encoder
 
 ONNX_NEEDS = ("onnx", "onnxscript")
 CLASSES_FILE, CLASSES_PROPERTY = "classes.json", "classes"
@@ -41,8 +41,8 @@ class Plain(nn.Module):
     def __init__(self, model: Encoder | Classifier) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD), persistent=False)
+        self.register_buffer("mean", torch.tensor(encoder_of(model).mean), persistent=False)
+        self.register_buffer("std", torch.tensor(encoder_of(model).std), persistent=False)
         self.register_buffer("index", torch.arange(len(encoder_of(model).positions)), persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -94,6 +94,6 @@ def _program(model: Encoder | Classifier) -> torch.export.ExportedProgram:
     encoder = encoder_of(model)
     frames, height, width = (tokens * side for tokens, side in zip(encoder.grid, encoder.patch_size, strict=True))
     # Two clips, because torch.export treats a batch of one as a fixed size.
-    video = torch.zeros(2, CHANNELS, frames, height, width, dtype=torch.uint8)
+    video = torch.zeros(2, encoder.channels, frames, height, width, dtype=torch.uint8)
     with torch.no_grad():
         return torch.export.export(Plain(model).eval(), (video,), dynamic_shapes=({0: torch.export.Dim("batch")},))

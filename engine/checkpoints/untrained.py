@@ -110,6 +110,9 @@ def _like(frozen: FrozenEncoder) -> FrozenEncoder:
             heads=block.attn.heads,
             mlp_ratio=block.mlp.fc1.out_features / other.width,
             layer_scale=LAYER_SCALE if block.gamma_1 is not None else 0.0,
+            channels=other.channels,
+            mean=other.mean,
+            std=other.std,
         )
     encoder.positions, encoder.trained_grid = other.positions.cpu(), other.trained_grid
     return _frozen(encoder, frozen.data, other.positions.device)

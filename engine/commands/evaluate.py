@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
             recipe: fine-tuning recipe with the model and clips of the checkpoint `random`.
             classifier: its model, the views of a video, and how they are computed.
         """
-        from mam2.engine.evaluation.classification import evaluate
+        from mam2.engine.evaluation.classification import MultiLabelResult, RegressionResult, evaluate
 
         result = evaluate(
             checkpoint,
@@ -40,10 +40,15 @@ def run(arguments: list[str]) -> int:
             **classifier.arguments(),
         )
         if os.environ.get("RANK", "0") == "0":
+            if isinstance(result, RegressionResult):
+                found = f"mean absolute error {result.mae:.4g}, R² {result.r2:.4f}"
+            elif isinstance(result, MultiLabelResult):
+                found = f"mean average precision {result.mean_average_precision:.2%}"
+            else:
+                found = f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}"
             print(
-                f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}: "
-                f"{result.videos} videos in {result.temporal} × {result.spatial} views, {result.unusable} unusable\n"
-                f"written to {out}"
+                f"{found}: {result.videos} videos in {result.temporal} × {result.spatial} views, "
+                f"{result.unusable} unusable\nwritten to {out}"
             )
         return 0
 

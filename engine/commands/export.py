@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
             to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
                 `mam2`: a folder with all that a checkpoint of ours holds, tokenizer included; `videomae`: a .pth for
                 the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`: a graph that takes uint8
-                clips [B, 3, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
+                clips [B, C, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
             out: the folder or file to write; not needed with --push.
             push: OWNER/NAME of a repository on the hub (Hugging Face's, or HF_ENDPOINT's) to upload the folder to, with
                 a model card; every verb then takes hub:OWNER/NAME as a checkpoint. Log in first: hf auth login.
@@ -61,7 +61,9 @@ def run(arguments: list[str]) -> int:
             decoder_heads=decoder_heads,
         )
         clip = ", ".join(map(str, result.clip))
-        print(f"{result.path or push}: {result.model}, for clips [B, 3, {clip}] (frames, height, width)")
+        print(
+            f"{result.path or push}: {result.model}, for clips [B, {result.channels}, {clip}] (frames, height, width)"
+        )
         if result.decoder_left_out:
             print(f"without the decoder: {result.decoder_left_out}")
         if result.address:

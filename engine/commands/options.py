@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,10 @@ Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 DOES = {PretrainConfig: "pre-trains", FinetuneConfig: "fine-tunes"}
 USED = {PretrainConfig: "mam2 pretrain", FinetuneConfig: "mam2 finetune"}
+SEVERAL_SETS = ("pretrain", "tokenize")
+"""Verbs that take several data sets."""
+SPELLINGS = {"--data-weights": "--data.weights", "--data_weights": "--data.weights"}
+"""Other spellings of flags."""
 SHOWN = {PretrainConfig: "mam2-fast", FinetuneConfig: "kinetics400/finetune"}
 """The recipe whose values the help shows if the user names none."""
 
@@ -39,7 +44,7 @@ def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config
     try:
         return load_recipe(name, kind)
     except UserError:
-        if not _is_recipe(other, name):
+        if not is_recipe(other, name):
             raise
         names = ", ".join(recipe_names(kind))
         raise UserError(
@@ -64,6 +69,7 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
 def with_present_flags(arguments: list[str]) -> list[str]:
     """The arguments of a verb; flags of config keys that were renamed are replaced, with a warning for each."""
     flags: dict[str, str] = {}
+    arguments = [SPELLINGS.get(argument, argument) for argument in arguments]
     for kind in (PretrainConfig, FinetuneConfig):
         for earlier, now in renamed_keys(kind).items():
             flags |= {f"--{earlier}": f"--{now}", f"--{earlier}".replace("_", "-"): f"--{now}"}
@@ -76,6 +82,16 @@ def with_present_flags(arguments: list[str]) -> list[str]:
     return present
 
 
+def check_single_data(verb: str, arguments: list[str]) -> None:
+    """Raises UserError if a verb that reads one data set is called with several; the last would hide the others."""
+    given = Counter(argument.partition("=")[0] for argument in arguments)
+    for flag in ("--data", "--val"):
+        if given[flag] > 1 and verb not in SEVERAL_SETS:
+            raise UserError(
+                f"{flag}: expected one data set for mam2 {verb}, found {given[flag]}; join them in one annotation list"
+            )
+
+
 def read_class_names(file: Path | None) -> tuple[str, ...]:
     """Reads a text file of class names, one per line; empty without a file. Raises UserError if it cannot be read."""
     try:
@@ -84,7 +100,8 @@ def read_class_names(file: Path | None) -> tuple[str, ...]:
         raise UserError(f"--classes {file}: cannot be read: {error}") from None
 
 
-def _is_recipe(kind: type, name: str) -> bool:
+def is_recipe(kind: type, name: str) -> bool:
+    """Returns whether `name` is a recipe of `kind`."""
     try:
         load_recipe(name, kind)
     except UserError:

@@ -54,6 +54,8 @@ def run(arguments: list[str]) -> int:
                 return
             width = min(max(map(len, found.classes)), 24)
             cells = [f"{one_line(name)[:width]:<{width}} {100 * chance:5.1f} %" for name, chance in found.top(top)]
+            if found.task == "regression":
+                cells = [f"{value:.6g}" for _, value in found.top(top)]
             print("  ".join([*cells, _short(found.path)]), flush=True)
 
         several = [entry.path for source in data for entry in read_source(source).entries] if len(data) > 1 else []

@@ -16,8 +16,8 @@ def run(arguments: list[str]) -> int:
 
     def tokenize(
         recipe: tyro.conf.Positional[str],
-        data: Path,
         out: Path,
+        data: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
         size: str | None = None,
         preset: str | None = None,
@@ -29,8 +29,9 @@ def run(arguments: list[str]) -> int:
 
         Args:
             recipe: name of a shipped recipe, or a TOML file (or a run's config.json).
-            data: folder of videos, with or without class folders, or an annotation list.
             out: folder for the codes.
+            data: folder of videos, with or without class folders, or an annotation list; repeat the flag for several
+                data sets, in the order of the pre-training. Default: data.sets of the recipe.
             config: values that override the recipe.
             size: as in `mam2 pretrain`.
             preset: as in `mam2 pretrain`.

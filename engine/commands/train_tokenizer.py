@@ -19,6 +19,8 @@ def run(arguments: list[str]) -> int:
         steps: int = 2000,
         batch: int = 16,
         flip: bool = True,
+        image_channels: int = 3,
+        value_range: tuple[float, float] | None = None,
         seed: int = 0,
         threads: int = 0,
         device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -36,6 +38,8 @@ def run(arguments: list[str]) -> int:
             steps: training steps.
             batch: frames per step.
             flip: mirror half of the frames.
+            image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
+            value_range: the two values that become 0 and 1, as data.value_range; default: by the type of the values.
             seed: seed of weights, frames and crops.
             threads: decoding threads; 0: one per core that this process may use.
             device: `auto` uses a GPU if there is one.
@@ -52,6 +56,8 @@ def run(arguments: list[str]) -> int:
             steps=steps,
             batch=batch,
             flip=flip,
+            image_channels=image_channels,
+            value_range=value_range,
             seed=seed,
             threads=threads,
             device=device,

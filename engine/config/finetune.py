@@ -19,6 +19,8 @@ from mam2.engine.config.limits import (
 from mam2.engine.config.training import DataConfig, OptimConfig, RunConfig, TokenGrid, check_training
 from mam2.engine.errors import UserError
 
+HeadTask = Literal["classes", "multi-label", "regression"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -47,15 +49,27 @@ class EncoderConfig:
     """Number of classes; the training videos determine it."""
     text_width: int = limited(0, COUNT_OR_NONE)
     """Values per text embedding, 0 for a linear head; the embeddings determine it."""
+    target_mean: float = limited(0.0, Limits())
+    """Mean of the numbers to predict in regression; the training videos determine it."""
+    target_std: float = limited(1.0, POSITIVE)
+    """Their standard deviation, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
+    task: HeadTask = "classes"
+    """What the labels are. `classes`: one class per video (softmax, cross-entropy); `multi-label`: several classes per
+    video, separated by `;` (sigmoid, binary cross-entropy, mean average precision); `regression`: a number."""
+    loss: Literal["mse", "mae"] = "mse"
+    """Loss of regression on standardized numbers: the mean squared or the mean absolute error."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weight of each training clip in the loss: `balanced` is inverse to the number of training videos of its class,
     with a mean of 1 over the videos."""
     dropout: float = limited(0.0, BELOW_ONE)
     """Dropout probability of the pooled features, 0 to 1."""
+    standardize: bool = True
+    """Start with features of mean 0 and variance 1 over 256 training clips, by the weights of the LayerNorm before the
+    head. An encoder from an early stage of pre-training otherwise learns slowly. VideoMAE does not do it."""
     text_embeddings: str = ""
     """File with a text embedding per class, used as the classifier's weights: .npy or .safetensors, see
     `mam2.engine.model.text_head`. Empty: a randomly initialized linear head."""
@@ -67,6 +81,15 @@ class HeadConfig:
     """Keep the text embeddings fixed; false trains them too."""
     temperature: float = limited(0.01, POSITIVE)
     """Initial divisor of the cosines; it is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    rank: int = limited(0, COUNT_OR_NONE)
+    """Rank of the low-rank adapters (LoRA) of all linear layers of the blocks; 0: none. With adapters the encoder is
+    frozen, and only adapters and head are trained. Needs the package peft."""
+    alpha: float = limited(16.0, POSITIVE)
+    """Numerator of the adapters' scale alpha / rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +111,8 @@ class AugmentConfig:
     cutmix: float = limited(1.0, NOT_NEGATIVE)
     """Alpha of the Beta distribution of cutmix's area; 0 turns cutmix off. With both, each gets half of the pairs."""
     label_smoothing: float = limited(0.1, SHARE)
-    """Share of the target that is distributed evenly over all classes, 0 to 1."""
+    """Share of the target that is distributed evenly over all classes, 0 to 1; in `multi-label` each 0 or 1 moves by
+    this share toward 0.5. Not used in `regression`."""
 
     @property
     def mixes(self) -> bool:
@@ -105,7 +129,7 @@ class FinetuneOptimConfig(OptimConfig):
     base_lr: float = 1e-3
     """Peak learning rate for a batch of 256 clips, including views; scaled linearly with the batch."""
     min_lr: float = 1e-6
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    """Learning rate at the end of the decay for a batch of 256 clips; scaled likewise."""
     beta2: float = 0.999
     """AdamW's second beta; the first is 0.9."""
     layer_decay: float = limited(0.75, Limits(above=0, at_most=1))
@@ -126,7 +150,8 @@ class ViewsConfig:
     every: float = limited(1.0, POSITIVE)
     """Epochs between two validations of a fine-tuning run; there is always one at the end."""
     best: Literal["top1", "mean_class"] = "top1"
-    """Measure whose best validation RUN/best keeps: top-1 accuracy, or the mean of the classes' top-1 accuracies
+    """Measure whose best validation RUN/best keeps; `multi-label` always keeps the best mean average precision,
+    `regression` the best R². For classes: top-1 accuracy, or the mean of the classes' top-1 accuracies
     (balanced accuracy), to which each class contributes equally however many videos it has."""
     temporal: int = limited(5, COUNT, resumable=True)
     """Clips per video: dense clips evenly from its start to its end, uniform clips interleaved."""
@@ -142,6 +167,7 @@ class FinetuneConfig(TokenGrid):
     model: EncoderConfig = field(default_factory=EncoderConfig, metadata={RESUMABLE: True})
     """A resumed run reads this table from its checkpoint."""
     head: HeadConfig = field(default_factory=HeadConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
@@ -167,9 +193,27 @@ class FinetuneConfig(TokenGrid):
         """
         model, head = self.model, self.head
         check_training(self, model.patch, model.tubelet)
+        if self.data.sets or self.data.weights:
+            raise UserError("data.sets, data.weights: only pre-training takes several data sets; pass one with --data")
         if model.width % model.heads:
             raise UserError(f"model.width {model.width} is not a multiple of model.heads {model.heads}")
         if head.text_embeddings and head.text_encoder:
             raise UserError("head.text_embeddings and head.text_encoder both provide the text embeddings: set only one")
+        if self.adapters.rank and self.optim.train_last >= 0:
+            raise UserError(
+                f"optim.train_last {self.optim.train_last}: adapters.rank {self.adapters.rank} freezes the whole "
+                "encoder; set optim.train_last -1, or adapters.rank 0"
+            )
         if head.text_encoder and "{}" not in head.prompt:
             raise UserError(f"head.prompt: expected {{}} in place of the class name, found {head.prompt!r}")
+        if head.task != "classes":
+            for key, value, default in (
+                ("head.class_weights", head.class_weights, "none"),
+                ("test.best", self.test.best, "top1"),
+            ):
+                if value != default:
+                    raise UserError(f"{key} {value}: needs head.task classes, found head.task {head.task}")
+        if head.task == "regression" and (head.text_embeddings or head.text_encoder):
+            raise UserError(
+                "head.task regression: has no classes to embed; remove head.text_embeddings and text_encoder"
+            )

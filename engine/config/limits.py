@@ -123,8 +123,10 @@ def check_limits(config: Any, prefix: str = "") -> None:
         value, name = getattr(config, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
             check_limits(value, f"{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_value(name, value, declared(type(config), item.name))
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                check_value(name, number, declared(type(config), item.name))
 
 
 def check_value(name: str, value: float, limits: Limits) -> None:

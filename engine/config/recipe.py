@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import json
 import logging
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints, overload
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from mam2.engine.config.limits import renamed_keys, with_present_names
 from mam2.engine.config.pretrain import PretrainConfig
@@ -27,7 +28,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FINETUNE = "finetune"
 """File name of the shipped recipes for fine-tuning; all others are for pre-training."""
 
-_PATHS = {"tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
+_PATHS = {"data": ("sets",), "tokenizer": ("path", "cache"), "head": ("text_embeddings", "text_encoder")}
 """Keys whose values are paths of the machine that trained."""
 
 Config = TypeVar("Config")
@@ -159,23 +160,50 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
                 raise UserError(f"{where}: {key!r} is a table of keys, found {value!r}")
             built[key] = from_dict(type(default), value, where=f"{where}, [{key}]")
             continue
-        allowed = get_args(hints[key])  # the strings of a Literal, otherwise empty
-        number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number or value in allowed or (not allowed and type(value) is hints[key])):
-            expected = " or ".join(map(repr, allowed)) or hints[key].__name__
+        if get_origin(hints[key]) is tuple:
+            built[key] = _sequence(value, get_args(hints[key])[0], f"{where}: {key!r}")
+            continue
+        kinds, allowed = alternatives(hints[key])
+        number = float in kinds and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number or value in allowed or type(value) in kinds):
+            expected = " or ".join([*(kind.__name__ for kind in kinds), *map(repr, allowed)])
             raise UserError(f"{where}: {key!r} expects {expected}, found {value!r}")
         built[key] = float(value) if number else value
     return cls(**built)
 
 
+def alternatives(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    """Returns the types of a key's values, and the strings of a Literal."""
+    parts = get_args(hint) if isinstance(hint, types.UnionType) or get_origin(hint) is Union else (hint,)
+    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    return tuple(part for part in parts if get_origin(part) is not Literal), words
+
+
+def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    """Returns a list of a recipe as a tuple. kind: type of its elements, str or float. Raises UserError."""
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, list | tuple) or not all(type(element) in accepted for element in value):
+        raise UserError(f"{where} expects a list of {kind.__name__}, found {value!r}")
+    return tuple(map(kind, value))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns nested plain values; the inverse of `from_dict`."""
-    return dataclasses.asdict(config)
+    """Returns nested plain values as JSON has them, lists for tuples; the inverse of `from_dict`."""
+    return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config without the paths of the training machine."""
     return {
-        table: {key: "" if key in _PATHS.get(table, ()) else value for key, value in values.items()}
+        table: {
+            key: type(value)() if key in _PATHS.get(table, ()) else value  # "" or []
+            for key, value in values.items()
+        }
         for table, values in config.items()
     }

@@ -22,9 +22,18 @@ from mam2.engine.config.limits import (
 )
 from mam2.engine.errors import UserError
 
+MOST_CHANNELS = 64
+"""Maximum channels of a clip: the fused operators compare every value's channel with each of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    sets: tuple[str, ...] = resumable(())
+    """Data sets of a pre-training, folders or lists; `--data`, once per set, overrides them. A saved config names them
+    only if there are several."""
+    weights: tuple[float, ...] = limited((), POSITIVE)
+    """Share of each data set in the clips, in the order of `sets` or `--data`: 3 and 1 are three quarters and one
+    quarter. Empty: every video equally often, so that a large set contributes more."""
     frames: int = limited(16, COUNT)
     """Frames in a clip (T)."""
     stride: int = limited(4, COUNT_OR_NONE)
@@ -35,6 +44,16 @@ class DataConfig:
     """`dense`: frames `stride` or 1/`fps` apart; `uniform`: one frame of each of T equal parts of the video (TSN)."""
     size: int = limited(224, COUNT)
     """Height and width of a clip in pixels, a multiple of the patch size."""
+    channels: int = limited(3, Limits(at_least=1, at_most=MOST_CHANNELS))
+    """Channels of a clip (C): 3 for RGB; 1 for gray, of which a color video gives its luma; those of arrays."""
+    value_range: tuple[float, ...] = limited((), Limits())
+    """The two values of the files that become 0 and 1; values outside are clipped. Empty: 0 and 255 for 8-bit values, 0
+    and 65535 for 16-bit values, 0 and 1 for floats."""
+    mean: tuple[float, ...] = limited((), Limits())
+    """Mean of each channel, for pixels from 0 to 1, which the model subtracts. Empty: ImageNet's for 3 channels; for
+    another number the mean of these three, 0.449."""
+    std: tuple[float, ...] = limited((), POSITIVE)
+    """Standard deviation of each channel, by which the model then divides. Empty: ImageNet's, or 0.226 likewise."""
     crop: Literal["random-resized", "multi-scale"] = "random-resized"
     """`multi-scale` is VideoMAE's crop: sides of 1, 0.875, 0.75 or 0.66 times the shorter side, at a corner, edge or
     center; it ignores `min_area`, `max_area` and `max_aspect`."""
@@ -76,17 +95,25 @@ class OptimConfig:
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips per optimizer step, over all processes. The learning rate is set for it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
+    micro_batch: int | Literal["auto"] = limited(0, COUNT_OR_NONE, resumable=True)
     """Maximum clips of one process per forward pass; gradients are accumulated over the passes of a step. 0: the
-    process's whole share of the batch."""
+    process's whole share of the batch. `auto`: on a GPU the most clips whose pass fits into the memory, found by trying
+    before the first step; a resumed run keeps it. It needs `run.sharding` ddp if there are several processes. On a CPU
+    `auto` is 0."""
     epochs: float = limited(400, POSITIVE)
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = limited(20, NOT_NEGATIVE)
     """Linear warm-up of the learning rate from 0."""
+    schedule: Literal["cosine", "warmup-stable-decay"] = "cosine"
+    """Learning rate after the warm-up: `cosine` decreases along half a cosine; `warmup-stable-decay` is constant, then
+    decreases linearly in the last `decay_share` of the training, so that a run can be extended before it decays."""
+    decay_share: float = limited(0.2, SHARE)
+    """Share of the training in which `warmup-stable-decay` decreases the learning rate: 0 never, 1 from the end of the
+    warm-up on (a cooldown). No effect with `cosine`."""
     base_lr: float = limited(1.5e-4, NOT_NEGATIVE)
     """Peak learning rate for a batch of 256 clips; scaled linearly with the batch."""
     min_lr: float = limited(1e-5, NOT_NEGATIVE)
-    """Learning rate at the end of the cosine for a batch of 256 clips; scaled likewise."""
+    """Learning rate at the end of the decay for a batch of 256 clips; scaled likewise."""
     weight_decay: float = limited(0.05, NOT_NEGATIVE)
     """Weight decay of both optimizers, times the learning rate; not applied to 1-D parameters and mask tokens."""
     beta2: float = limited(0.95, BELOW_ONE)
@@ -181,7 +208,13 @@ def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
 
     Raises UserError if the batch cannot be divided evenly.
     """
-    batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
+    batch, group = config.optim.batch, config.clips_per_group
+    most = 0 if config.optim.micro_batch == "auto" else config.optim.micro_batch  # auto divides what the loader yields
+    if config.optim.micro_batch == "auto" and processes > 1 and config.run.sharding == "fsdp":
+        raise UserError(
+            "optim.micro_batch auto: with run.sharding fsdp no process can try passes alone; set a number of clips, "
+            "which mam2 plan estimates"
+        )
     for count in range(1, batch // (processes * group) + 1):
         if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
@@ -190,6 +223,12 @@ def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
         f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
         f"clips; a multiple of {processes * group} can"
     )
+
+
+def equal_passes(clips: int, group: int) -> list[int]:
+    """Returns the numbers of equal passes, ascending, into which `clips` clips can be divided without splitting groups
+    of `group` clips."""
+    return [count for count in range(1, clips // group + 1) if clips % (count * group) == 0]
 
 
 def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
@@ -208,6 +247,13 @@ def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:
 def check_data(data: DataConfig) -> None:
     """Does the part of `check` that concerns only [data]."""
     check_limits(data, "data.")
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) not in (0, data.channels):
+            raise UserError(
+                f"data.{name}: expected {data.channels} numbers, one per channel (data.channels), found {len(values)}"
+            )
+    if data.value_range and (len(data.value_range) != 2 or data.value_range[0] >= data.value_range[1]):
+        raise UserError(f"data.value_range: expected two numbers, the lower one first, found {list(data.value_range)}")
     if data.min_area > data.max_area:
         raise UserError(f"data.min_area {data.min_area} is above data.max_area {data.max_area}: lower it")
     if data.sampling == "dense" and (data.stride > 0) == (data.fps > 0):

@@ -36,7 +36,7 @@ class AssignedDecoders:
         self._record = Record()
         self._names: dict[int, str] = {}
         dali, broken = bool(dali_version()), {}
-        if device.type == "cuda" and dali and config.decoder in ("auto", "nvdec"):
+        if device.type == "cuda" and dali and config.channels == 3 and config.decoder in ("auto", "nvdec"):
             codecs = {video.codec for video in manifest.videos}
             broken = broken_codecs(codecs.intersection(NVDEC_SIZES), device, config)
             for codec, problem in broken.items():
@@ -47,13 +47,19 @@ class AssignedDecoders:
                 if config.sampling == "dense":
                     frame_step(video, config)  # raises if data.fps is set and the video has no frame rate
                 self._names[index] = choose_decoder(
-                    video.codec, device, config.decoder, dali=dali, broken=broken, **video.traits
+                    video.codec,
+                    device,
+                    config.decoder,
+                    dali=dali,
+                    channels=config.channels,
+                    broken=broken,
+                    **video.traits,
                 )
             except UserError as error:
                 refusal = error
                 refuse(index, str(error))
         if not self._names:
-            raise refusal
+            raise UserError(f"{manifest.videos[-1].path}: {refusal}") if manifest.videos else refusal
 
     def __getitem__(self, video: int) -> str:
         return self._names[video]
@@ -77,7 +83,7 @@ class AssignedDecoders:
 
         A video of NVDEC is PyAV's from then on: rebuilding NVDEC's graph for every such file would make the step wait.
         """
-        if failed == "pyav" or not self._automatic:
+        if failed in ("pyav", "array") or not self._automatic:
             return False
         if failed == "nvdec":
             self._names[video] = "pyav"

@@ -12,7 +12,8 @@ class Batch:
     """B clips; the views of one decoded clip are adjacent."""
 
     clip: torch.Tensor
-    """uint8 [B, T, H, W, C], RGB, contiguous, on the loader's device."""
+    """uint8 (0 to 255), or float32 (0 to 1) where the files have other values than 8-bit ones or data.value_range is
+    set; [B, T, H, W, C], contiguous, on the loader's device; 3 channels of a video are RGB."""
     index: torch.Tensor
     """int64 [B] on the CPU, indices into `manifest.videos`."""
     label: torch.Tensor
@@ -32,5 +33,5 @@ class Batch:
 
     @property
     def video(self) -> torch.Tensor:
-        """The clips as models and kernels take them: uint8 [B, C, T, H, W], a view of `clip`."""
+        """The clips as models and kernels take them: [B, C, T, H, W], a view of `clip`."""
         return self.clip.permute(0, 4, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""Decodes RGB frames from a video file with PyAV.
+"""Decodes RGB or gray frames from a video file with PyAV.
 
 Frames are numbered in display order by counting, not by timestamps, so that variable frame rates, gaps and wrong clocks
 do no harm. Timestamps only determine where decoding may start.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,9 @@ CUTS_HELD = 3
 """Number of key frames to fall back on; packets before them are dropped, so that long videos do not fill the memory."""
 SHRINK_FROM = 1.5
 """Frames at least this many times larger than needed are scaled down first, which saves more than half the memory."""
+FORMATS = {1: "gray", 3: "rgb24"}
+"""FFmpeg's pixel format of decoded frames by their channels."""
+DEEP_GRAY = re.compile(r"gray(9|10|12|14|16)(le|be)")
 FRAMES = "frames"
 """Used as the codec's name for a folder of images, one per frame."""
 
@@ -145,8 +149,11 @@ def decode_frames(
     seek_points: Sequence[tuple[int, int]] = (),
     least_size: tuple[float, float] | None = None,
     pinned: bool = False,
-) -> NDArray[np.uint8]:
-    """Decodes frames of a video, or of a folder of images, by their numbers: uint8 [T, H, W, C], RGB, upright.
+    channels: int = 3,
+) -> NDArray[Any]:
+    """Decodes frames of a video, or of a folder of images, by their numbers: [T, H, W, C], upright.
+
+    Values are uint8, but uint16 if C is 1 and the file is gray with more than 8 bits (10 to 14 bits become 16).
 
     Decoding starts at the last key frame at or before the first frame if the timestamps are unambiguous, otherwise at
     the first frame of the video. The file is read from its beginning, or from the last seek point before these frames.
@@ -159,12 +166,13 @@ def decode_frames(
         least_size: sufficient width and height in pixels; frames more than SHRINK_FROM times as large are scaled down
             to it during the conversion to RGB, with their aspect ratio. None for the stored size.
         pinned: return pinned memory, from which a GPU copies directly. Needs CUDA.
+        channels: C: 3 for RGB, 1 for gray, the luma of a color video.
 
     Raises:
         DecodeError: no frame, an image of a folder cannot be decoded, or decoding takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
-    target = _Target(least_size, pinned)
+    target = _Target(least_size, pinned, channels)
     if os.path.isdir(path):
         return _decode_images(path, frames, limit, target)
     point = next((point for point in reversed(seek_points) if point[0] <= frames[0]), None)
@@ -183,6 +191,7 @@ class _Target(NamedTuple):
 
     least_size: tuple[float, float] | None
     pinned: bool
+    channels: int
 
 
 class _Limit:
@@ -199,12 +208,12 @@ class _Limit:
             yield item
 
 
-def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _Target) -> NDArray[np.uint8]:
+def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _Target) -> NDArray[Any]:
     files = frame_files(folder)
     if not files:
         raise DecodeError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
     convert: FrameConverter | None = None
-    images: list[NDArray[np.uint8]] = []
+    images: list[NDArray[Any]] = []
     for file in limit(files[min(number, len(files) - 1)] for number in frames):
         try:
             with open_video(file, limit.seconds) as (container, stream):
@@ -213,7 +222,7 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _T
             raise DecodeError(f"{os.path.basename(file)}: {error}") from error
         if image is None:
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
-        convert = convert or FrameConverter(image, target.least_size)
+        convert = convert or FrameConverter(image, target.least_size, target.channels)
         images.append(convert(image))
     return _stack(images, target.pinned)
 
@@ -226,7 +235,7 @@ def _decode(
     *,
     may_skip: bool = True,
     point: tuple[int, int] | None = None,
-) -> NDArray[np.uint8] | None:
+) -> NDArray[Any] | None:
     """Returns the clip, or None if there was no frame, or if reading or decoding did not start at the intended place.
 
     may_skip: decoding may start at a later key frame than the first. point: the seek point where reading starts.
@@ -242,12 +251,12 @@ def _decode(
         if may_skip and not is_packed(stream):
             packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1], point[0] if point else 0)
         convert: FrameConverter | None = None
-        images: list[NDArray[np.uint8]] = []
+        images: list[NDArray[Any]] = []
         for frame in limit(decoded_frames(stream, packets)):
             if convert is None:
                 if first_pts is not None and frame.pts != first_pts:
                     return None
-                convert = FrameConverter(frame, target.least_size)
+                convert = FrameConverter(frame, target.least_size, target.channels)
             if index == wanted[len(images)]:
                 image = convert(frame)
                 while len(images) < len(wanted) and wanted[len(images)] == index:
@@ -282,14 +291,15 @@ def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit,
     return None
 
 
-def _stack(images: list[NDArray[np.uint8]], pinned: bool) -> NDArray[np.uint8]:
+def _stack(images: list[NDArray[Any]], pinned: bool) -> NDArray[Any]:
     # DALI accepts only dense arrays, and by default NumPy keeps the memory order of a rotated image.
     shape = len(images), *images[0].shape
     if pinned:
         import torch
 
-        return np.stack(images, out=torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy())
-    return np.stack(images, out=np.empty(shape, np.uint8))
+        dtype = torch.from_numpy(images[0]).dtype
+        return np.stack(images, out=torch.empty(shape, dtype=dtype, pin_memory=True).numpy())
+    return np.stack(images, out=np.empty(shape, images[0].dtype))
 
 
 def decoded_frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
@@ -363,14 +373,15 @@ def _packets_for(
 
 
 class FrameConverter:
-    """Converts frames to upright RGB uint8 [H, W, C] with the first frame's size and rotation; one swscale context."""
+    """Converts frames to upright [H, W, C] with the first frame's size, rotation and depth; one swscale context."""
 
-    def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None) -> None:
-        """least_size: see `decode_frames`."""
+    def __init__(self, first: VideoFrame, least_size: tuple[float, float] | None = None, channels: int = 3) -> None:
+        """least_size, channels: see `decode_frames`."""
         if max(first.width, first.height) > MAX_SIDE:
             raise DecodeError(f"frames of {first.width}x{first.height} pixels; the limit is {MAX_SIDE} per side")
         self._width, self._height = first.width, first.height
         self._turns = quarter_turns(first.rotation)
+        self._format = "gray16le" if channels == 1 and is_deep_gray(first.format.name) else FORMATS[channels]
         self._reformatter = VideoReformatter()
         if least_size:
             least_width, least_height = reversed(least_size) if self._turns % 2 else least_size
@@ -378,10 +389,16 @@ class FrameConverter:
             if SHRINK_FROM * scale < 1:
                 self._width, self._height = math.ceil(first.width * scale), math.ceil(first.height * scale)
 
-    def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        rgb = self._reformatter.reformat(frame, self._width, self._height, "rgb24", **ONE_THREAD)
-        image = np.asarray(rgb.to_ndarray(), np.uint8)
+    def __call__(self, frame: VideoFrame) -> NDArray[Any]:
+        pixels = self._reformatter.reformat(frame, self._width, self._height, self._format, **ONE_THREAD)
+        image = pixels.to_ndarray()
+        image = image[..., None] if image.ndim == 2 else image
         return np.rot90(image, self._turns) if self._turns else image
+
+
+def is_deep_gray(pixel_format: str) -> bool:
+    """Returns whether an FFmpeg pixel format is gray with 9 to 16 bits."""
+    return bool(DEEP_GRAY.fullmatch(pixel_format))
 
 
 def quarter_turns(rotation: float) -> int:

@@ -17,6 +17,8 @@ class Draw(IntEnum):
     """Frames and crops of a clip."""
     REPLACEMENT = 2
     """The replacement of a video that cannot be decoded."""
+    MIXTURE = 3
+    """The order of the data sets in a block of samples."""
     RAND_AUGMENT = 16
     ERASE = 17
     MIX = 18

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.manifest import Manifest, Video
 from mam2.engine.data.video import HDR
@@ -37,14 +38,18 @@ EXAMPLES = 3
 def measure_clips_per_s(videos: Sequence[Video], seed: int = 0) -> tuple[float, int]:
     """Returns the random clips per second that one thread decodes here with PyAV, and the number of videos used."""
     generator = np.random.default_rng(seed)
-    fit = [video for video in videos if video.width * video.height * 3 * len(CLIP) <= MEASURED_BYTES]
+    fit = [video for video in videos if video.frame_bytes * len(CLIP) <= MEASURED_BYTES]
     chosen = [fit[int(place)] for place in np.linspace(0, len(fit) - 1, min(RATE_FILES, len(fit)))]
     seconds, decoded = 0.0, 0
     for video in chosen:
         start = int(generator.integers(max(video.frames - CLIP[-1], 1)))
         begun = time.perf_counter()
         try:
-            decode_frames(video.path, [start + frame for frame in CLIP])
+            numbers = [start + frame for frame in CLIP]
+            if video.channels:
+                read_frames(video.path, numbers, channels=video.channels)
+            else:
+                decode_frames(video.path, numbers)
         except DecodeError:
             continue
         seconds += time.perf_counter() - begun
@@ -90,6 +95,7 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     av1 = sum(video.codec == "av1" for video in videos)
     hdr = sum(video.transfer in HDR.values() for video in videos)
     interlaced = sum(video.interlaced for video in videos)
+    trimmed = sum(video.trimmed > 0 for video in videos)
     if hdr:
         rows.append(("HDR", f"{hdr} videos are decoded without tone mapping and look pale"))
     if interlaced:
@@ -97,6 +103,8 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     speed = f"{rate[0]:.1f} clips/s per thread, measured here on {rate[1]} of them"
     if not rate[1]:
         speed = f"speed not measured: no video can be decoded, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
+    if trimmed:
+        rows.append(("edit lists", f"{trimmed} videos hide some frames; PyAV decodes them, since DALI may count these"))
     rows += [
         (
             "NVDEC",
@@ -109,6 +117,9 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
             f"{decoders['pyav']} videos; {speed}",
         ),
     ]
+    if arrays := [video for video in videos if video.channels]:
+        kinds = Counter(f"{video.pixel_format} of {video.channels} channels" for video in arrays)
+        rows.append(("arrays", f"{_counted(kinds)}; needs --data.channels"))
     lines = [f"{name:<12}{text}" for name, text in rows]
     if manifest.skipped:
         lines += ["", "skipped"]
@@ -126,10 +137,11 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
 
 def advice(videos: Sequence[Video]) -> list[str]:
     """Returns advice that makes training on these videos faster or more reliable, one item per line; empty if none."""
-    count = len(videos)
-    sparse = [video for video in videos if video.keyframe_max > DENSE_KEYS]
-    large = [video for video in videos if min(video.shown_size) > LARGE_SIDE]
-    nvdec = [video for video in videos if "nvdec" in video.decoders]
+    files = [video for video in videos if not video.channels]
+    count = len(files)
+    sparse = [video for video in files if video.keyframe_max > DENSE_KEYS]
+    large = [video for video in files if min(video.shown_size) > LARGE_SIDE]
+    nvdec = [video for video in files if "nvdec" in video.decoders]
     no_nvdec = count - len(nvdec)
     odd = sum(video.width % NVDEC_MULTIPLE > 0 or video.height % NVDEC_MULTIPLE > 0 for video in nvdec)
     reordered = sum(video.b_frames for video in nvdec)
@@ -150,7 +162,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
         )
     if no_nvdec > count / 10:
         found.append(
-            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format or rotation): "
+            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format, rotation or edit list): "
             "mam2 transcode DATA --out FOLDER --codec h264"
         )
     if odd > count / 10:

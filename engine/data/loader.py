@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,10 @@ from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.data.renderer import Job, Renderer
-from mam2.engine.data.sampling import ClipRequest, draw_clip, replacement, sample_at
+from mam2.engine.data.sample_order import SampleOrder
+from mam2.engine.data.sampling import ClipRequest, draw_clip
 from mam2.engine.data.unusable import UnusableVideos
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.video import Skipped, Video
 from mam2.engine.errors import UserError
 
@@ -120,8 +123,13 @@ class ClipLoader:
         self._decoders = AssignedDecoders(manifest, config, torch.device(device), info=info, refuse=self._skip)
         self._check_share()
         self._usable = self._decoders.usable
+        self.order = _order_of(manifest, self._usable, config.weights if train else (), seed)
+        """The order of the samples in `stream`."""
         paths = [video.path for video in manifest.videos]
-        self._renderer = Renderer(config, samples=batch, device=torch.device(device), info=info, paths=paths)
+        values = PixelValues.of(config, (manifest.videos[index] for index in self._usable))
+        self._renderer = Renderer(
+            config, samples=batch, device=torch.device(device), info=info, paths=paths, values=values
+        )
         self._streams: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     @property
@@ -145,7 +153,8 @@ class ClipLoader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Returns the steps in which all ranks together see every usable video once, in all its views."""
+        """Returns the steps in which all ranks together see as many samples as there are usable videos, in all their
+        views: with one data set, or without weights, every video once."""
         return len(self._usable) * self._views / (self._batch * self._world)
 
     def stream(self, first_step: int = 0) -> Prefetcher[Batch]:
@@ -156,7 +165,7 @@ class ClipLoader:
             for step in itertools.count(first_step):
                 first = (step * self._world + self._rank) * samples
                 counters = range(first, first + samples)
-                yield step, [sample_at(counter, len(self._usable), self._seed) for counter in counters]
+                yield step, [self.order.at(counter) for counter in counters]
 
         way = self._training if self._train else dataclasses.replace(self._middle, replace=True)
         return self._prefetch(self._produce(plans(), way))
@@ -269,7 +278,7 @@ class ClipLoader:
         size = 0
         for row, (_, place) in enumerate(planned):
             video = self._manifest.videos[self._usable[place]]
-            needed = video.width * video.height * 3 * self._config.frames
+            needed = video.frame_bytes * self._config.frames
             if rows and size + needed > CHUNK_BYTES:
                 yield rows
                 rows, size = [], 0
@@ -278,7 +287,7 @@ class ClipLoader:
         yield rows
 
     def _sample(self, row: int, epoch: int, place: int, way: _Way, attempt: int = 0) -> _Sample:
-        shown = replacement(place, len(self._usable), epoch, self._seed, attempt) if attempt else place
+        shown = self.order.replacement(place, epoch, attempt) if attempt else place
         index = self._usable[shown]
         if way.period and self._available and not self._available(index, epoch % way.period):
             self._skip(index, "no codes in the cache")
@@ -361,6 +370,20 @@ class ClipLoader:
     def _check_share(self) -> None:
         if problem := self._unusable.too_many():
             raise UserError(problem)
+
+
+def _order_of(manifest: Manifest, usable: list[int], weights: Sequence[float], seed: int) -> SampleOrder:
+    """Raises UserError if none of the videos of a data set has a decoder."""
+    if weights and len(weights) != len(manifest.sets):
+        raise UserError(
+            f"data.weights: expected one number per data set, {len(manifest.sets) or 1}; found {len(weights)}"
+        )
+    ends = list(itertools.accumulate(each.videos for each in manifest.sets)) or [len(manifest.videos)]
+    places = [bisect_left(usable, end) for end in ends]
+    sizes = [place - before for place, before in zip(places, [0, *places], strict=False)]
+    if 0 in sizes:
+        raise UserError(f"{manifest.sets[sizes.index(0)].source}: none of its videos can be decoded here")
+    return SampleOrder(sizes, weights, seed)
 
 
 def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[BatchPlan]:

@@ -35,12 +35,25 @@ AT_ONCE = 4096
 """Files passed to the threads at a time: one future per file would waste memory for millions of files."""
 
 
+class VideoSet(NamedTuple):
+    """One of several data sets in a manifest; its videos and skipped files follow those of the set before it."""
+
+    source: str
+    """The folder or list, as the user passed it."""
+    videos: int
+    """Number of its videos in `Manifest.videos`."""
+    skipped: int
+    """Number of its files in `Manifest.skipped`."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     videos: tuple[Video, ...]
     skipped: tuple[Skipped, ...] = ()
     classes: tuple[str, ...] = ()
     """Name of each label; empty without labels."""
+    sets: tuple[VideoSet, ...] = ()
+    """The data sets in their order; empty if there is only one."""
 
 
 class Changes(NamedTuple):
@@ -118,7 +131,7 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     """Returns the known entry of a file if the file is unchanged, else opens the file."""
     earlier = before.get(path)
     # An index of an earlier version lacks some of today's fields.
-    if earlier is None or (isinstance(earlier, Video) and not (earlier.content and earlier.transfer)):
+    if earlier is None or (isinstance(earlier, Video) and not _complete(earlier)):
         return probe_file(path)
     try:
         status = os.stat(path)
@@ -128,6 +141,10 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)
 
 
+def _complete(video: Video) -> bool:
+    return bool(video.content and video.transfer) and video.trimmed >= 0
+
+
 def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
     if isinstance(result, Skipped) or result.label == label:
         return result
@@ -135,7 +152,7 @@ def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes JSON lines: the class names, one line per video, one line per skipped file.
+    """Writes JSON lines: the class names and data sets, one line per video, one line per skipped file.
 
     Replaces the file atomically.
     """
@@ -145,7 +162,8 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
             # ASCII escapes represent every path, also one that is not UTF-8.
             file.write(json.dumps(record).encode("ascii") + b"\n")
 
-        write({"classes": manifest.classes})
+        sets = {"sets": [each._asdict() for each in manifest.sets]} if manifest.sets else {}
+        write({"classes": manifest.classes, **sets})
         for video in manifest.videos:
             derived = {"duration_s": round(video.duration_s, 3), "front_ends": video.decoders}
             write(dataclasses.asdict(video) | derived)
@@ -157,7 +175,9 @@ def read_saved_manifest(path: str | Path) -> Manifest:
     """Reads a file of `write_manifest`; raises UserError for any other file."""
     try:
         with open(path, encoding="ascii") as file:
-            classes = json.loads(next(file))["classes"]
+            head = json.loads(next(file))
+            classes = head["classes"]
+            sets = tuple(VideoSet(**each) for each in head.get("sets", ()))
             videos, skipped = [], []
             for line in file:
                 record = json.loads(line)
@@ -165,6 +185,6 @@ def read_saved_manifest(path: str | Path) -> Manifest:
                     skipped.append(Skipped(**record))
                 else:
                     videos.append(Video(**{key: value for key, value in record.items() if key not in DERIVED}))
-            return Manifest(tuple(videos), tuple(skipped), tuple(classes))
+            return Manifest(tuple(videos), tuple(skipped), tuple(classes), sets)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: not a saved manifest ({type(error).__name__}: {error})") from error

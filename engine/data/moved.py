@@ -5,12 +5,33 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from mam2.engine.data.manifest import Manifest, read_manifest, scan
+from mam2.engine.data.sets import join_sets, parts_of, set_names
 from mam2.engine.data.sources import read_source
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
+
+
+def follow_sets(
+    saved: Manifest, data: Sequence[Path], *, threads: int = 0, progress: bool = True, max_missing: float = 0.0
+) -> tuple[Manifest, str]:
+    """Runs `follow` for each data set of a run, in their order. Raises UserError if their number differs."""
+    parts = parts_of(saved)
+    if len(parts) != len(data):
+        names = f" ({', '.join(set_names(saved))})" if saved.sets else ""
+        raise UserError(
+            f"--data: expected the {len(parts)} data sets{names} on which the run was trained, in this order; "
+            f"found {len(data)}"
+        )
+    found = [
+        follow(part, source, threads=threads, progress=progress, max_missing=max_missing)
+        for part, source in zip(parts, data, strict=True)
+    ]
+    lines = [line for _, line in found if line]
+    return join_sets([part for part, _ in found], data), "; ".join(lines)
 
 
 def follow(

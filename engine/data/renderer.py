@@ -1,6 +1,6 @@
 """Turns clip requests into pixels on the device: decoding threads, and the graphs that crop, mirror and resize.
 
-Legend: S samples per batch, R views per sample, T frames, H = W = the clip's size, C = 3.
+Legend: S samples per batch, R views per sample, T frames, H = W = the clip's size, C channels.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mam2.engine.config.training import DataConfig
+from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph, dali_version, with_number
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
 from mam2.engine.data.nvdec import NvdecHangs, error_of, fault
 from mam2.engine.data.outage import Patience
 from mam2.engine.data.sampling import ClipRequest, least_size
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.vetting import read_vetted
 
 
@@ -33,8 +35,8 @@ class Job:
     row: int
     request: ClipRequest
     decoder: str
-    payload: Future[NDArray[np.uint8]]
-    """Frames [T, h, w, C] if PyAV decodes the clip, else the bytes of the file."""
+    payload: Future[NDArray[Any]]
+    """Frames [T, h, w, C] from PyAV or an array, else the bytes of the file."""
 
 
 class Renderer:
@@ -48,8 +50,10 @@ class Renderer:
         device: torch.device,
         info: Callable[[str], None],
         paths: Sequence[str] = (),
+        values: PixelValues | None = None,
     ):
-        """samples: maximum per batch. info: receives lines for the log. paths: of the data; see `Patience`."""
+        """samples: maximum per batch. info: receives lines for the log. paths: of the data; see `Patience`. values: of
+        the files; None: 8-bit ones."""
         device = with_number(device)
         self._config = config
         self._samples = samples
@@ -59,7 +63,8 @@ class Renderer:
         self._pool = ThreadPoolExecutor(self._threads, "decode")
         self._patience = Patience(config.wait_s, info, paths)
         self._vetted: set[tuple[str, int, int]] = set()
-        self._dali = dali_version()
+        self._values = values or PixelValues(config.channels)
+        self._dali = dali_version() if self._plain else ""
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
         self.hangs = ""
@@ -68,20 +73,31 @@ class Renderer:
     @property
     def cropper(self) -> str:
         """Returns the name of the library that crops, mirrors and resizes, for the log."""
-        return f"DALI {self._dali}" if self._dali else "PyTorch (DALI is not installed)"
+        if self._dali:
+            return f"DALI {self._dali}"
+        return "PyTorch " + ("(DALI is not installed)" if self._plain else "(DALI's graph is for 8-bit RGB)")
+
+    @property
+    def _plain(self) -> bool:
+        """Whether clips are 8-bit RGB."""
+        return self._values.channels == 3 and not self._values.floats
 
     def start(
         self, row: int, path: str, request: ClipRequest, decoder: str, seek_points: Sequence[tuple[int, int]] = ()
     ) -> Job:
         """Decodes a clip, or reads the file for a graph that decodes, in a thread. seek_points: see `Video`."""
-        if decoder == "pyav":
-            payload = self._pool.submit(self._decode, path, request, seek_points)
+        if decoder in ("pyav", "array"):
+            payload = self._pool.submit(self._decode, path, request, decoder, seek_points)
         else:
             payload = self._pool.submit(self._patience, path, lambda: read_vetted(path, self._vetted))
         return Job(row, request, decoder, payload)
 
-    def _decode(self, path: str, request: ClipRequest, seek_points: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:
-        def read() -> NDArray[np.uint8]:
+    def _decode(
+        self, path: str, request: ClipRequest, decoder: str, seek_points: Sequence[tuple[int, int]]
+    ) -> NDArray[Any]:
+        def read() -> NDArray[Any]:
+            if decoder == "array":
+                return self._values.check(read_frames(path, request.frames, channels=self._config.channels))
             return decode_frames(
                 path,
                 request.frames,
@@ -89,6 +105,7 @@ class Renderer:
                 seek_points=seek_points,
                 least_size=least_size(request.views, self._config.size),
                 pinned=self._device.type == "cuda",
+                channels=self._config.channels,
             )
 
         try:
@@ -125,11 +142,11 @@ class Renderer:
         return [reasons.get(job.row) for job in jobs]
 
     def empty(self, samples: int, views: int) -> torch.Tensor:
-        """Returns an uninitialized batch, uint8 [S, R, T, H, W, C]."""
+        """Returns an uninitialized batch [S, R, T, H, W, C], uint8 or float32."""
         config = self._config
         with self._copying():
-            shape = (samples, views, config.frames, config.size, config.size, 3)
-            return torch.empty(shape, dtype=torch.uint8, device=self._device)
+            shape = (samples, views, config.frames, config.size, config.size, config.channels)
+            return torch.empty(shape, dtype=self._values.dtype, device=self._device)
 
     def keep_rows(self, clip: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Returns a copy of some samples of a batch."""
@@ -181,15 +198,15 @@ class Renderer:
         return {}
 
     def _graph(self, decoder: str, views: int) -> ClipGraph | TorchCrops:
-        key = decoder, views
+        key = "pyav" if decoder == "array" else decoder, views
         if key not in self._graphs:
             if self._dali:
                 threads = self._config.nvdec_threads if decoder == "nvdec" else self._threads
                 self._graphs[key] = ClipGraph(
-                    decoder, self._config, views=views, samples=self._samples, threads=threads, device=self._device
+                    key[0], self._config, views=views, samples=self._samples, threads=threads, device=self._device
                 )
             else:
-                self._graphs[key] = TorchCrops(self._config.size, views=views, device=self._device)
+                self._graphs[key] = TorchCrops(self._config.size, views=views, device=self._device, values=self._values)
         return self._graphs[key]
 
     @contextmanager

@@ -169,6 +169,9 @@ def _centre_crop(width: int, height: int, max_aspect: float) -> View:
     return View((1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2, False)
 
 
-@functools.lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return generator_of(Draw.ORDER, seed, epoch).permutation(n)
+def shuffled(n: int, seed: int, epoch: int, part: int = 0) -> NDArray[np.int64]:
+    """Returns the order of n videos in a pass, int64 [n]. part: number of their data set in a weighted mixture."""
+    return generator_of(Draw.ORDER, seed, epoch, part).permutation(n)
+
+
+_order = functools.lru_cache(maxsize=4)(shuffled)

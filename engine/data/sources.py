@@ -4,6 +4,7 @@ Folders:
 - a folder with one folder per class: the labels are the class folders in the order of their names, or of their numbers
   if all names are numbers;
 - any other folder: every video in it, at any depth, without labels.
+Arrays (.npy, .npz) count as videos, except in a folder with a video of the same name.
 A folder without subfolders and videos that holds numbered images (img_00001.jpg …) is one video of these frames.
 A folder that can be reached through several links is read once.
 
@@ -19,7 +20,9 @@ Lists, one line per video; relative paths are relative to the list's folder:
   one split;
 - Kinetics' official format (label, youtube_id, time_start, time_end, split): the videos are searched below the list's
   folder by their usual names, youtube_id_000010_000020 or youtube_id.
-A label is a number from 0 or a name; -1 or an empty label means none. Names are numbered in alphabetical order.
+A label is a number from 0 or a name; -1 or an empty label means none. Names are numbered in alphabetical order. Lists
+of several classes per video (`run;jump`, `0;3`) and of numbers to predict (`0.5`) keep each label's text as a name, see
+`mam2.engine.data.label_texts`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mam2.engine.data.arrays import ARRAY_SUFFIXES, is_array
 from mam2.engine.data.frame_folders import holds_frames
 from mam2.engine.errors import UserError
 
@@ -40,6 +44,7 @@ VIDEO_SUFFIXES = (
     *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
     *(".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
+CLIP_SUFFIXES = (*VIDEO_SUFFIXES, *ARRAY_SUFFIXES)
 PATH_COLUMNS = (
     *("path", "file", "filename", "video", "video_path", "file_path", "filepath", "file_name", "video_file"),
     *("video_name", "clip", "clip_path"),
@@ -51,9 +56,10 @@ MOST_CLASSES = 1_000_000
 MOST_COLUMNS = 20
 """Named in an error."""
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _QUOTED = re.compile(r'"(?:[^"]|"")+"(?:([ \t,])|$)')
 _NUMBERED = re.compile(r"(.*[^ ,])?(?: *, *| +)(-?\d+)")
-_NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
+_NAMED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, CLIP_SUFFIXES))}))(?: *, *| +)(\S.*)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -105,7 +111,7 @@ def read_source(source: str | Path) -> Listing:
     source, split = list_and_split(source)
     if source.is_dir():
         listing = _read_folder(source)
-    elif source.suffix.lower() in VIDEO_SUFFIXES and source.is_file():
+    elif source.suffix.lower() in CLIP_SUFFIXES and source.is_file():
         listing = Listing([Entry(str(source), -1)], ())
     else:
         listing = _read_list(source, split)
@@ -139,7 +145,7 @@ def _read_folder(folder: Path) -> Listing:
     paths = sorted(_find_videos(folder, twins))
     if not paths:
         raise UserError(
-            f"{folder}: no videos in this folder (expected {', '.join(VIDEO_SUFFIXES)} and folders of numbered images)"
+            f"{folder}: no videos in this folder (expected {', '.join(CLIP_SUFFIXES)} and folders of numbered images)"
         )
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) != 2 for part in parts):
@@ -170,6 +176,8 @@ def _find_videos(folder: Path, twins: list[tuple[Path, Path]]) -> Iterator[Path]
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith(".")]
         videos = [name for name in files if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
+        stems = {os.path.splitext(name)[0] for name in videos}  # an array with the name of a video describes the video
+        videos += [name for name in files if is_array(name) and os.path.splitext(name)[0] not in stems]
         yield from (Path(parent, name) for name in videos)
         # Images next to other folders are not frames.
         if not videos and not folders and holds_frames(files):
@@ -343,25 +351,30 @@ def _split_line(line: str, folder: Path) -> tuple[str, str]:
     return line, ""
 
 
+def _are_texts(labels: Sequence[str]) -> bool:
+    """Returns whether labels of which some are whole numbers are all numbers, or some of them several classes."""
+    return any(";" in label for label in labels) or all(_NUMBER.fullmatch(label) for label in labels)
+
+
 def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tuple[list[int], tuple[str, ...]]:
     """Returns labels as numbers, and their names: numbers stay unchanged, names are numbered alphabetically."""
     labelled = [row for row in rows if row.label]
     numbers = [row for row in labelled if re.fullmatch(r"-?\d+", row.label)]
     names = [row for row in labelled if not re.fullmatch(r"-?\d+", row.label)]
-    if numbers and names:
+    if numbers and names and not _are_texts([row.label for row in labelled]):
         raise UserError(
             f"{source}: line {numbers[0].number} has the label {numbers[0].label}, line {names[0].number} the label "
             f"{names[0].label!r}; expected only numbers or only names"
         )
     if names:
-        classes = tuple(sorted({row.label for row in names}))
+        classes = tuple(sorted({row.label for row in labelled}))
         places = {name: place for place, name in enumerate(classes)}
         return [places.get(row.label, -1) for row in rows], classes
     for row in numbers:
         if not -1 <= int(row.label) < MOST_CLASSES:
             raise UserError(
                 f"{source}: line {row.number}: label {row.label} is not a class; labels are numbers from 0, "
-                "without gaps"
+                f"without gaps; write a number to predict (regression) with a decimal point: {row.label}.0"
             )
     values = [int(row.label or -1) for row in rows]
     present, highest = len(set(values) - {-1}), max(values)

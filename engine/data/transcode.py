@@ -237,6 +237,8 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
     video = probe_file(job.source)
     if isinstance(video, Skipped):
         return video.reason
+    if video.channels:
+        return "an array: only video files and folders of images are transcoded"
     aside = job.target.with_name(f".part-{job.target.name}")
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,10 @@ class UnusableVideos:
         """Returns the number of all unusable videos, including those of the manifest."""
         return len(self._paths)
 
+    def __contains__(self, path: str) -> bool:
+        """Returns whether the video of a path is known to be unusable."""
+        return path in self._paths
+
     @property
     def total(self) -> int:
         """Returns the number of usable and unusable videos."""

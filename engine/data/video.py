@@ -13,6 +13,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from mam2.engine.data.arrays import is_array, open_array
 from mam2.engine.data.decoding import (
     FILE_ERRORS,
     FRAMES,
@@ -20,6 +21,7 @@ from mam2.engine.data.decoding import (
     DecodeError,
     decode_packet,
     frame_files,
+    is_deep_gray,
     is_packed,
     open_video,
     quarter_turns,
@@ -51,7 +53,8 @@ _PATIENCE = Patience(ALONE_S, lambda line: tqdm.write(line, file=sys.stderr))
 class Video:
     """A video that can be opened. Its frames are counted without decoding, so that a damaged video may have fewer.
 
-    A folder of images, one per frame, is a video with the codec "frames".
+    A folder of images, one per frame, is a video with the codec "frames"; an array has the codec "npy" or "npz" and the
+    type of its values as pixel format.
     """
 
     path: str
@@ -87,6 +90,11 @@ class Video:
     """Frames consist of two fields of different times, according to the first frame."""
     transfer: str = ""
     """Transfer function: "pq" and "hlg" are HDR, else "sdr"; empty in manifests saved without it."""
+    trimmed: int = -1
+    """Packets that an edit list hides, or whose time is negative. DALI may count other frames than PyAV in such a file.
+    -1 in manifests saved without it."""
+    channels: int = 0
+    """Channels of an array; 0 for a file that is decoded to the channels asked for."""
     seek_points: tuple[tuple[int, int], ...] = ()
     """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING apart; empty for files that
     are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
@@ -115,11 +123,27 @@ class Video:
             "size": (self.width, self.height),
             "interlaced": self.interlaced,
             "bytes": self.bytes,
+            "trimmed": self.trimmed,
+            "stored_channels": self.channels,
         }
+
+    def value_type(self, channels: int) -> str:
+        """Returns the type of the values that are read as clips of C channels: uint8, uint16 or float32."""
+        if self.channels:
+            return self.pixel_format
+        return "uint16" if channels == 1 and is_deep_gray(self.pixel_format) else "uint8"
+
+    @property
+    def frame_bytes(self) -> int:
+        """Returns the bytes of a decoded frame: of an array as stored, else as 8-bit RGB."""
+        values = self.channels * np.dtype(self.pixel_format).itemsize if self.channels else 3
+        return self.width * self.height * values
 
     @property
     def decoders(self) -> tuple[str, ...]:
         """Returns the decoders that can decode the video on a suitable machine."""
+        if self.channels:
+            return ("array",)
         return tuple(decoder for decoder in VIDEO_DECODERS if self._suits(decoder))
 
     def _suits(self, decoder: str) -> bool:
@@ -155,6 +179,8 @@ def probe_file(path: str, label: int = -1) -> Video | Skipped:
         if os.path.isdir(path):
             size, mtime_ns = folder_status(path)
             return _probe_folder(path, label, size, mtime_ns)
+        if is_array(path):
+            return _probe_array(path, label, size, mtime_ns)
         return _probe_file(path, label, size, mtime_ns)
 
     try:
@@ -190,7 +216,7 @@ def content_hash(paths: Sequence[str], size: int) -> str:
 
 def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
     with open_video(path) as (container, stream):
-        finder, since, first = CutFinder(), 0, None
+        finder, since, first, trimmed = CutFinder(), 0, None, 0
         keys: list[int] = []
         times: list[int] = []
         for packet in read_packets(container, stream):
@@ -198,6 +224,8 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
                 continue
             if first is None:
                 first = next(iter(decode_packet(stream, packet)), None)
+            stamp = packet.dts if packet.pts is None else packet.pts
+            trimmed += packet.is_discard or (stamp is not None and stamp < 0)
             if not packet.is_discard:
                 if packet.is_keyframe:
                     keys.append(finder.index)
@@ -235,6 +263,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
             b_frames=bool(stream.codec_context.has_b_frames),
             interlaced=bool(first.interlaced_frame),
             transfer=HDR.get(int(stream.codec_context.color_trc), "sdr"),
+            trimmed=trimmed,
             seek_points=tuple((cut.frame, cut.pts) for cut in finder.cuts) if may_seek else (),
         )
 
@@ -260,7 +289,32 @@ def _probe_folder(path: str, label: int, size: int, mtime_ns: int) -> Video:
         mtime_ns=mtime_ns,
         content=content_hash([images[0], images[len(images) // 2], images[-1]], size),
         transfer=first.transfer,
+        trimmed=0,
     )
+
+
+def _probe_array(path: str, label: int, size: int, mtime_ns: int) -> Video:
+    with open_array(path) as array:
+        array.read([0])
+        return Video(
+            path=path,
+            label=label,
+            frames=array.frames,
+            width=array.width,
+            height=array.height,
+            codec=path.lower().rpartition(".")[2],
+            fps=array.fps,
+            rotation=0,
+            pixel_format=array.value_type,
+            keyframe_median=1,
+            keyframe_max=1,
+            bytes=size,
+            mtime_ns=mtime_ns,
+            content=content_hash([path], size),
+            transfer="sdr",
+            trimmed=0,
+            channels=array.channels,
+        )
 
 
 def _average_rate(stated: float, intervals: np.ndarray) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mam2.engine.data.decoding import FORMATS
 from mam2.engine.errors import UserError
 
 VIDEO_DECODERS = ("nvdec", "dali-cpu", "pyav")
@@ -38,10 +39,13 @@ def choose_decoder(
     size: tuple[int, int] | None = None,
     interlaced: bool = False,
     bytes: int = 0,
+    trimmed: int = 0,
     dali: bool = True,
+    channels: int = 3,
+    stored_channels: int = 0,
     broken: Mapping[str, str] | None = None,
 ) -> str:
-    """Returns the decoder of a video: "nvdec" if a GPU can decode it, else "pyav"; or the forced one.
+    """Returns the decoder of a video: "nvdec" if a GPU can decode it, else "pyav", or the forced one; "array" for one.
 
     Args:
         codec: FFmpeg's name.
@@ -52,17 +56,34 @@ def choose_decoder(
         size: width and height of the stored frame in pixels; None if unknown.
         interlaced: frames consist of two fields.
         bytes: size of the file; 0 if unknown.
+        trimmed: number of packets that an edit list hides, or whose time is negative; see `Video`.
         dali: whether the nvidia.dali package is installed.
+        channels: of the clips; only PyAV decodes others than RGB.
+        stored_channels: of an array, which is read without a decoder, whatever is forced; 0 for a video.
         broken: codecs that NVDEC does not decode on this machine, with the reasons.
 
     Raises:
-        UserError: the forced decoder cannot decode the video.
+        UserError: the forced decoder cannot decode the video, or no decoder can.
     """
+    if stored_channels:
+        if stored_channels != channels:
+            raise UserError(
+                f"{stored_channels} channel{'s' * (stored_channels > 1)}, data.channels is {channels}; "
+                f"set --data.channels {stored_channels}"
+            )
+        return "array"
     problems = {
         "nvdec": _nvdec_problem(codec, pixel_format, rotation, size, interlaced, torch.device(device), broken or {}),
         "dali-cpu": _dali_cpu_problem(codec, rotation),
         "pyav": "",
     }
+    if channels not in FORMATS:
+        raise UserError(f"a video file is decoded to 1 or 3 channels, not {channels} (data.channels)")
+    if channels != 3:
+        problems |= {name: f"{name} decodes RGB, data.channels is {channels}" for name in ("nvdec", "dali-cpu")}
+    if trimmed > 0:  # DALI's index leaves out packets with a negative time, but not those that an edit list hides
+        hidden = f"an edit list hides {trimmed} of its frames, which DALI may count"
+        problems |= {name: problems[name] or hidden for name in ("nvdec", "dali-cpu")}
     if not dali:
         problems |= {name: f"{name} needs NVIDIA DALI, which is not installed" for name in ("nvdec", "dali-cpu")}
     if forced == "auto":

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mam2.engine.data.arrays import is_array, read_frames
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import (
     TIMEOUT_S,
@@ -32,6 +33,7 @@ from mam2.engine.data.decoding import (
     read_packets,
 )
 from mam2.engine.data.sampling import least_size, middle_square
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
 
@@ -79,11 +81,19 @@ class Window:
     end_s: float
     """Seconds from the video's first frame to the end of the window's last frame."""
     clip: Tensor
-    """uint8 [T, H, W, C], the center square of the frames."""
+    """uint8 or float32 [T, H, W, C] as in `Batch`, the center square of the frames."""
 
 
 def sliding_windows(
-    video: Video, *, frames: int, size: int, window: int, hop: int, threads: int = 1, timeout_s: float = TIMEOUT_S
+    video: Video,
+    *,
+    frames: int,
+    size: int,
+    window: int,
+    hop: int,
+    values: PixelValues | None = None,
+    threads: int = 1,
+    timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Window]:
     """Yields the windows of a video in order.
 
@@ -91,6 +101,7 @@ def sliding_windows(
         video: a file or a folder of images.
         frames, size: T of a clip, and its height and width in pixels.
         window, hop: W and H, in frames of the file.
+        values: of the clips; None: 8-bit RGB.
         threads: decoding threads.
         timeout_s: limit in seconds for opening the file, and for a read.
 
@@ -99,11 +110,12 @@ def sliding_windows(
     """
     offsets = [k * window // frames for k in range(frames)]
     offset_set = frozenset(offsets)
-    crops = _Crops(video, size)
+    values = values or PixelValues()
+    crops = _Crops(video, size, values)
     kept: dict[int, Tensor] = {}
     times: dict[int, float] = {}
     start, count, last_time, interval = 0, 0, math.nan, math.nan
-    last: Callable[[], NDArray[np.uint8]] | None = None
+    last: Callable[[], NDArray[Any]] | None = None
 
     def is_wanted(number: int) -> bool:
         begin = number - number % hop
@@ -126,7 +138,7 @@ def sliding_windows(
             del times[number]
         return made
 
-    for number, (time_s, image) in enumerate(_all_frames(video, crops.least_size, threads, timeout_s)):
+    for number, (time_s, image) in enumerate(_all_frames(video, crops.least_size, values, threads, timeout_s)):
         if number == start + window:
             yield finished(time_s)
         if number % hop == 0:
@@ -150,13 +162,13 @@ def sliding_windows(
 class _Crops:
     """Crops frames to their center square and resizes them, several at a time; filters are computed only once."""
 
-    def __init__(self, video: Video, size: int) -> None:
-        self._view, self._size = middle_square(video), size
+    def __init__(self, video: Video, size: int, values: PixelValues) -> None:
+        self._view, self._size, self._values = middle_square(video), size, values
         self.least_size = least_size([self._view], size)
-        self._waiting: dict[int, NDArray[np.uint8]] = {}
+        self._waiting: dict[int, NDArray[Any]] = {}
 
-    def add(self, number: int, image: NDArray[np.uint8]) -> dict[int, Tensor]:
-        """Adds a frame [h, w, C]; returns finished frames, uint8 [size, size, C]."""
+    def add(self, number: int, image: NDArray[Any]) -> dict[int, Tensor]:
+        """Adds a frame [h, w, C]; returns finished frames [size, size, C]."""
         self._waiting[number] = image
         return self.flush() if len(self._waiting) >= CROPPED_AT_ONCE else {}
 
@@ -165,21 +177,25 @@ class _Crops:
         if not self._waiting:
             return {}
         images = torch.from_numpy(np.stack(list(self._waiting.values())))
-        done = dict(zip(self._waiting, crop(images, self._view, self._size).unbind(0), strict=True))
+        clips = crop(images, self._view, self._size, self._values.range_of(images.dtype))
+        done = dict(zip(self._waiting, clips.unbind(0), strict=True))
         self._waiting = {}
         # copied, because a row would keep the memory of the whole batch
         return {number: image.clone() for number, image in done.items()}
 
 
 def _all_frames(
-    video: Video, least: tuple[float, float], threads: int, timeout_s: float
-) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
-    """Yields every frame's time in seconds from the first frame, and a function that converts it to RGB [h, w, C]."""
+    video: Video, least: tuple[float, float], values: PixelValues, threads: int, timeout_s: float
+) -> Iterator[tuple[float, Callable[[], NDArray[Any]]]]:
+    """Yields every frame's time in seconds from the first frame, and a function that converts it to [h, w, C]."""
+    if is_array(video.path):
+        yield from _array_frames(video, values)
+        return
     read = _image_frames(video.path, timeout_s) if os.path.isdir(video.path) else None
     convert: FrameConverter | None = None
     first_s: float | None = None
     for number, (frame, stamp_s) in enumerate(read or _file_frames(video.path, threads, timeout_s)):
-        convert = convert or FrameConverter(frame, least)
+        convert = convert or FrameConverter(frame, least, values.channels)
         if number == 0:
             first_s = stamp_s
         if first_s is not None and stamp_s is not None:
@@ -187,6 +203,14 @@ def _all_frames(
         else:
             time_s = number / video.fps if video.fps else math.nan
         yield time_s, functools.partial(convert, frame)
+
+
+def _array_frames(video: Video, values: PixelValues) -> Iterator[tuple[float, Callable[[], NDArray[Any]]]]:
+    def read(number: int) -> NDArray[Any]:
+        return values.check(read_frames(video.path, [number], channels=values.channels))[0]
+
+    for number in range(video.frames):
+        yield number / video.fps if video.fps else math.nan, functools.partial(read, number)
 
 
 def _file_frames(path: str, threads: int, timeout_s: float) -> Iterator[tuple[VideoFrame, float | None]]:

@@ -39,6 +39,47 @@ def mean_class_accuracy(probabilities: Tensor, labels: Tensor) -> float:
     return sum(known) / len(known)
 
 
+def average_precisions(scores: Tensor, truth: Tensor) -> list[float | None]:
+    """Average precision of each class: the sum of precision times gain in recall over all distinct scores, descending.
+
+    Videos with the same score are ranked together (as scikit-learn's average_precision_score).
+
+    Args:
+        scores: float [n, V].
+        truth: bool [n, V], whether the video has the class.
+
+    Returns:
+        A value in 0 to 1 for each class; None for a class that no video has.
+    """
+    found: list[float | None] = []
+    for column, has in zip(scores.T, truth.T, strict=True):
+        order = column.argsort(descending=True, stable=True)
+        ranked, hits = column[order], has[order].double().cumsum(0)
+        last = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool)])  # of the videos of a score
+        right, seen = hits[last], torch.arange(1, len(ranked) + 1)[last]
+        gained = torch.diff(right, prepend=right.new_zeros(1))
+        total = float(hits[-1])
+        found.append(float((right / seen * gained).sum()) / total if total else None)
+    return found
+
+
+def mean_average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Mean of `average_precisions` over the classes that videos have; 0 where no video has a class."""
+    known = [value for value in average_precisions(scores, truth) if value is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def r_squared(predicted: Tensor, values: Tensor) -> float:
+    """Coefficient of determination of predictions [n]: 1 is exact, 0 is as good as the mean of the values.
+
+    Where all values are the same: 1 if all predictions are exact, else 0 (as scikit-learn's r2_score).
+    """
+    error, spread = float((predicted - values).square().sum()), float((values - values.mean()).square().sum())
+    if spread == 0:
+        return float(error == 0)
+    return 1 - error / spread
+
+
 def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Counts the videos of each class (row) by predicted class (column): int64 [V, V].
 

@@ -22,14 +22,15 @@ from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher
+from mam2.engine.data.values import PixelValues
 from mam2.engine.data.windows import Span, Window, parse_span, sliding_windows
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import check_embedding_file, write_embedding
 from mam2.engine.evaluation.feature_files import FeatureSpec, write_features
-from mam2.engine.evaluation.features import layer_tokens
-from mam2.engine.evaluation.pools import Pool, pool_tokens
+from mam2.engine.evaluation.features import clip_features
+from mam2.engine.evaluation.pools import Pool
 from mam2.engine.files import check_apart, check_folder, writing
-from mam2.engine.runtime.device import autocast, matmul_dtype, pick_device
+from mam2.engine.runtime.device import matmul_dtype, pick_device
 from mam2.engine.runtime.progress import Progress
 
 BATCHES_AHEAD = 2
@@ -185,7 +186,6 @@ def _of_videos(
     )
 
 
-@torch.no_grad()
 def _of_windows(
     manifest: Manifest,
     spec: FeatureSpec,
@@ -215,10 +215,8 @@ def _of_windows(
         try:
             for numbers, windows in batches:
                 clips = torch.stack([one.clip for one in windows]).to(device).permute(0, 4, 1, 2, 3)
-                with autocast(run, device):
-                    tokens = layer_tokens(encoder, clips, [spec.layer])[spec.layer]
-                    features = pool_tokens(tokens, encoder.grid, pool).flatten(1).float().cpu().numpy()
-                spool.write(features.astype(np.float32, copy=False).tobytes())
+                features = clip_features(encoder, clips, [(spec.layer, pool)], run=run)[spec.layer, pool].numpy()
+                spool.write(features.tobytes())
                 width = features.shape[1]
                 paths += [manifest.videos[number].path for number in numbers]
                 labels += [manifest.videos[number].label for number in numbers]
@@ -258,6 +256,7 @@ def _window_batches(
     numbers: list[int] = []
     windows: list[Window] = []
     threads = min(available_cores(), 8)
+    values = PixelValues.of(frozen.data, manifest.videos)
     for number, video in enumerate(manifest.videos):
         try:
             for one in sliding_windows(
@@ -266,6 +265,7 @@ def _window_batches(
                 size=frozen.data.size,
                 window=window.frames(video),
                 hop=hop.frames(video),
+                values=values,
                 threads=threads,
                 timeout_s=frozen.data.timeout_s,
             ):

@@ -1,41 +1,32 @@
 """Frozen features as .npy files, written while the videos are decoded, and a folder that caches them.
 
-Shapes: B clips, T'×H'×W' the token grid, N tokens, D the encoder's width, n videos of a manifest, R groups of tokens
-(pools.py), K = T'·k·k cells.
+Shapes: D an encoder's width, n videos of a manifest, R groups of tokens (pools.py), K cells (features.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
-from mam2.engine.config.training import RunConfig
+from mam2.engine.config.recipe import to_dict
+from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.features import layer_tokens
-from mam2.engine.evaluation.pools import Pool, pool_tokens, token_groups
-from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.evaluation.features import CELLS, FeatureKind, cell_grid, clip_features
+from mam2.engine.evaluation.pools import token_groups
+from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.progress import Progress
-
-CELLS = 4
-"""For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames
-of 224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
-FeatureKind = Pool | Literal["cells"]
 
 
 class FeatureSpec(NamedTuple):
@@ -75,7 +66,6 @@ class FeatureCache:
         return {want: np.load(path, mmap_mode="r") for want, path in paths.items()}
 
 
-@torch.no_grad()
 def write_features(
     manifest: Manifest, wanted: Mapping[FeatureSpec, Path], *, batch: int, run: RunConfig, progress: bool = True
 ) -> dict[str, str]:
@@ -92,18 +82,16 @@ def write_features(
         rows = {want: _new_rows(wanted[want], manifest, want) for want in group}
         encoders = list(dict.fromkeys(want.frozen for want in group))
         device = _device(encoders[0])
-        with (
-            ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader,
-            autocast(run, device),
-        ):
+        with ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader:
             bar = Progress(loader.evaluate(), "features", loader.evaluated_batches, unit="batch", shown=progress)
             for clips in bar:
                 video = clips.video.to(device)
                 for frozen in encoders:
                     own = [want for want in group if want.frozen is frozen]
-                    tokens = layer_tokens(frozen.encoder, video, [want.layer for want in own])
+                    wanted_here = [(want.layer, want.kind) for want in own]
+                    found = clip_features(frozen.encoder, video, wanted_here, run=run)
                     for want in own:
-                        rows[want][clips.index.numpy()] = _pooled(tokens[want.layer], want).cpu().numpy()
+                        rows[want][clips.index.numpy()] = found[want.layer, want.kind].numpy()
             skipped |= {video.path: video.reason for video in loader.skipped}
         for want, written in rows.items():
             written.flush()
@@ -111,26 +99,11 @@ def write_features(
     return skipped
 
 
-def _pooled(tokens: Tensor, want: FeatureSpec) -> Tensor:
-    slots, height, width = want.frozen.encoder.grid
-    if want.kind != "cells":
-        return pool_tokens(tokens, (slots, height, width), want.kind).flatten(1)
-    maps = rearrange(tokens.float(), "b (t h w) d -> (b t) d h w", t=slots, h=height, w=width)
-    cells = F.adaptive_avg_pool2d(maps, cell_grid(want.frozen)[1:])
-    return rearrange(cells, "(b t) d h w -> b (t h w) d", t=slots).half()
-
-
-def cell_grid(frozen: FrozenEncoder) -> tuple[int, int, int]:
-    """Returns slots, rows and columns of an encoder's cells; their product is K."""
-    slots, height, width = frozen.encoder.grid
-    return slots, min(CELLS, height), min(CELLS, width)
-
-
 def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
     """Creates a temporary .npy file filled with NaN. Raises OSError if the disk has no space for it."""
     width = want.frozen.encoder.width
     if want.kind == "cells":
-        shape = [math.prod(cell_grid(want.frozen)), width]
+        shape = [math.prod(cell_grid(want.frozen.encoder.grid)), width]
     else:
         shape = [len(token_groups(want.frozen.encoder.grid, want.kind)) * width]
     dtype = np.dtype("float16" if want.kind == "cells" else "float32")
@@ -147,8 +120,11 @@ def _aside(path: Path) -> Path:
 
 def _clips(want: FeatureSpec) -> dict[str, object]:
     """Returns the config values that determine the pixels that an encoder sees."""
-    fields = dataclasses.asdict(want.frozen.data)
-    return {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    fields = to_dict(want.frozen.data)
+    found = {name: fields[name] for name in ("frames", "stride", "fps", "sampling", "size")}
+    others = {name: fields[name] for name in ("channels", "value_range")}
+    default = to_dict(DataConfig())
+    return found | {name: value for name, value in others.items() if value != default[name]}
 
 
 def _device(frozen: FrozenEncoder) -> torch.device:

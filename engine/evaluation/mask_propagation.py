@@ -22,6 +22,7 @@ from mam2.engine.evaluation.propagation import propagate_masks, score_masks
 from mam2.engine.evaluation.report import draw_rows
 from mam2.engine.files import printable
 from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.pixels import unit_pixels
 from mam2.engine.model.positions import set_clip_size
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.progress import Progress
@@ -96,7 +97,7 @@ def frame_features(
     """Computes features of each token of each frame.
 
     Uint8 [T, S, S, 3] -> float32 [T, H', W', D], on the encoder's device. Frames beyond the ends of the clip repeat the
-    first or last frame.
+    first or last frame. An encoder of other channels gets the mean of the three colors in each.
     """
     (slots, height, width), tubelet = encoder.grid, encoder.patch_size[0]
     device = encoder.positions.device
@@ -107,6 +108,8 @@ def frame_features(
     found = []
     for part in places.split(batch):
         video = frames[part].to(device).permute(0, 4, 1, 2, 3)
+        if encoder.channels != video.shape[1]:
+            video = unit_pixels(video).mean(1, keepdim=True).expand(-1, encoder.channels, -1, -1, -1)
         with autocast(run, device):
             tokens = layer_tokens(encoder, video, [layer])[layer].float()
         maps = tokens.unflatten(1, (slots, height, width))

@@ -1,8 +1,8 @@
 """Draws motion targets and their predictions as pictures around gray, one per slot.
 
-RGB differences are those from a tubelet's first frame to the next, with doubled contrast. Flow to the right is red and
-downward green. Histograms of gradients are drawn by the direction of the strongest edges. B clips, N tokens, T'×H'×W'
-their grid, Pd values of a token's target, C = 3.
+Pixel differences are those from a tubelet's first frame to the next, with doubled contrast. Flow to the right is red
+and downward green. Histograms of gradients are drawn by the direction of the strongest edges. B clips, N tokens,
+T'×H'×W' their grid, Pd values of a token's target, C channels.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.encoder import CHANNELS
-from mam2.engine.model.motion_targets import FLOW_CELLS, HOG_CELLS, ORIENTATIONS, RGB_DIFFERENCES, motion_target
+from mam2.engine.model.motion_targets import FLOW_CELLS, HOG_CELLS, ORIENTATIONS, PIXEL_DIFFERENCES, motion_target
 from mam2.kernels import TubeMask, frame_difference
 
 FULL_COLOUR_PIXELS = 8
@@ -26,13 +25,13 @@ def motion_pictures(video: Tensor, mask: TubeMask, predicted: Tensor, config: Pr
     """Draws the true motion, and the predicted motion of the masked patches: both [B, T', H, W, C] in 0 to 1.
 
     Args:
-        video: [B, 3, T, H, W].
-        predicted: [B, Nm, Pd]. A normalized RGB difference is multiplied by its cube's standard deviation.
+        video: [B, C, T, H, W].
+        predicted: [B, Nm, Pd]. A normalized pixel difference is multiplied by its cube's standard deviation.
     """
     target = motion_target(video, config.loss, config.patch_size)
     prediction = torch.zeros_like(target)
     prediction.scatter_(1, mask.masked[..., None].expand(-1, -1, target.shape[2]), predicted.float())
-    if config.loss.motion_target in RGB_DIFFERENCES:
+    if config.loss.motion_target in PIXEL_DIFFERENCES:
         raw = frame_difference(
             video, patch_size=config.patch_size, difference=config.loss.motion_target, normalize=None
         )
@@ -52,14 +51,14 @@ def _cube_scale(raw: Tensor, target: Tensor, config: PretrainConfig) -> Tensor:
     without motion."""
     patch = config.model.patch
     split = "b n (t h w c) -> b n (t h w) c"
-    raw, target = (rearrange(x, split, h=patch, w=patch, c=CHANNELS) for x in (raw, target))
+    raw, target = (rearrange(x, split, h=patch, w=patch, c=config.data.channels) for x in (raw, target))
     ratio = (raw * target).sum(2, keepdim=True) / target.square().sum(2, keepdim=True).clamp_min(1e-12)
     return rearrange(ratio.expand_as(raw), "b n p c -> b n (p c)")
 
 
 def _first_difference(difference: Tensor, config: PretrainConfig) -> Tensor:
     """Arranges the first difference of every tubelet of [B, N, Pd] as pictures [B, T', H, W, C]."""
-    frame = difference[..., : config.model.patch**2 * CHANNELS]
+    frame = difference[..., : config.model.patch**2 * config.data.channels]
     return _laid_out(frame, config, config.model.patch)
 
 
@@ -72,7 +71,7 @@ def _draw_flow(flow: Tensor, config: PretrainConfig) -> Tensor:
 
 def _draw_hog(histograms: Tensor, config: PretrainConfig) -> Tensor:
     """[B, N, Pd] -> [B, T', H, W, C]"""
-    strength = histograms.unflatten(-1, (HOG_CELLS**2, CHANNELS, ORIENTATIONS)).mean(-2)
+    strength = histograms.unflatten(-1, (HOG_CELLS**2, config.data.channels, ORIENTATIONS)).mean(-2)
     # opposite orientations are equal: twice the angle covers the full circle
     angle = (torch.arange(ORIENTATIONS, device=histograms.device) + 0.5) * (2 * math.pi / ORIENTATIONS)
     shades = torch.stack([strength @ angle.cos(), strength @ angle.sin(), torch.zeros_like(strength[..., 0])], dim=-1)

@@ -1,6 +1,6 @@
 """Converts standardized predicted pixels to pictures.
 
-B clips, T'×H'×W' the token grid, N tokens, Nm masked, P values per token, τ×s×s its pixels, C = 3.
+B clips, T'×H'×W' the token grid, N tokens, Nm masked, P values per token, τ×s×s its pixels, C channels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.pixels import unit_pixels
 from mam2.kernels import TubeMask
 
 EPS = 1e-6
@@ -17,9 +18,9 @@ EPS = 1e-6
 
 
 def token_cubes(clip: Tensor, config: PretrainConfig) -> Tensor:
-    """Returns the pixels of each token in 0 to 1: clip uint8 [B, T, H, W, C] -> float [B, N, τ, s·s, C]."""
+    """Returns the pixels of each token in 0 to 1: clip [B, T, H, W, C] -> float [B, N, τ, s·s, C]."""
     tubelet, side, _ = config.patch_size
-    return rearrange(clip.float() / 255, "b (t p) (h q) (w r) c -> b (t h w) p (q r) c", p=tubelet, q=side, r=side)
+    return rearrange(unit_pixels(clip), "b (t p) (h q) (w r) c -> b (t h w) p (q r) c", p=tubelet, q=side, r=side)
 
 
 def completed_cubes(cubes: Tensor, mask: TubeMask, predicted: Tensor, config: PretrainConfig) -> Tensor:

@@ -1,6 +1,6 @@
 """Predictions of models that only predict pixels: VideoMAE and MAE-DFER's joint decoder.
 
-Shapes: B clips, T frames, H×W pixels, C = 3.
+Shapes: B clips, T frames, H×W pixels, C channels.
 """
 
 from __future__ import annotations

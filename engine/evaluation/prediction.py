@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.weights import find_weights
+from mam2.engine.config.finetune import HeadTask
 from mam2.engine.config.limits import BATCH_OR_NONE, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.training import RunConfig
 from mam2.engine.data.loader import ClipLoader
@@ -40,8 +41,10 @@ class Prediction:
 
     path: str
     """Absolute path of the video."""
+    task: HeadTask
+    """What the checkpoint predicts: one class per video, several, or a number."""
     probabilities: NDArray[np.float64]
-    """[V], the mean over the views."""
+    """[V], the mean over the views; in regression the only value, not a probability."""
     classes: tuple[str, ...]
     """Names of the classes."""
     views: int
@@ -109,6 +112,8 @@ class Predictor:
         self._run = RunConfig(device=device, precision=precision)
         self._device = pick_device(self._run)
         self._model = model.to(self._device).eval()
+        self.task = model.task
+        """What the checkpoint predicts: one class per video, several, or a number."""
         self._data = dataclasses.replace(config.data, threads=threads, max_unusable=1.0)
         self._batch = max(batch or config.test.batch or BATCH, self.spatial)
 
@@ -170,11 +175,16 @@ class Predictor:
                 temporal=self.temporal,
                 spatial=self.spatial,
                 precision=lambda: autocast(self._run, self._device),
+                scores=self._model.scores,
             )
             for place, total, count in views:
                 yield from (Skipped(video.path, reasons[video.path]) for video in videos[done:place])
                 yield Prediction(
-                    path=videos[place].path, probabilities=(total / count).numpy(), classes=self.classes, views=count
+                    path=videos[place].path,
+                    task=self.task,
+                    probabilities=(total / count).numpy(),
+                    classes=self.classes,
+                    views=count,
                 )
                 done = place + 1
         yield from (Skipped(video.path, reasons[video.path]) for video in videos[done:])
@@ -249,10 +259,13 @@ def predict(
         "temporal": predictor.temporal,
         "spatial": predictor.spatial,
         "classes": predictor.classes,
+        "task": predictor.task,
     }
     predictions: list[Prediction] = []
     skipped: list[Skipped] = []
     source = data if isinstance(data, str | Path) else None
+    if draw and predictor.task == "regression":
+        raise UserError(f"--draw {draw}: draws classes, and {checkpoint} predicts a number; use --out")
     with PredictionFiles(out, draw, about, top=top, source=source) as files:
         for found in results:
             if isinstance(found, Skipped):

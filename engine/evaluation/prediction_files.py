@@ -12,12 +12,15 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart, check_folder, make_folder, printable, write_whole, writing
+from mam2.engine.model.pixels import as_colors
 
 SUFFIXES = (".json", ".csv", ".jsonl")
 DRAWN_FRAMES = 4
@@ -80,8 +83,9 @@ class PredictionFiles:
                 write_whole(self._out, self._as_csv() if self._out.suffix.lower() == ".csv" else self._as_json())
 
     def add(self, path: str, top: Top, views: int) -> None:
-        """Adds a classified video."""
-        self._write({"path": path, "views": views, "top": [{"class": name, "probability": p} for name, p in top]})
+        """Adds a video that was classified, or whose number was predicted."""
+        number = "value" if self._about.get("task") == "regression" else "probability"
+        self._write({"path": path, "views": views, "top": [{"class": name, number: p} for name, p in top]})
         if self._draw and (picture := draw_prediction(path, top[:DRAWN_CLASSES])):
             self._drawn += 1
             stem = re.sub(r"[^\w.-]+", "-", printable(Path(path).stem))[:60]
@@ -110,12 +114,13 @@ class PredictionFiles:
     def _as_csv(self) -> str:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(("path", "rank", "class", "probability", "problem"))
+        number = "value" if self._about.get("task") == "regression" else "probability"
+        table.writerow(("path", "rank", "class", number, "problem"))
         for row in self._rows:
             if "top" not in row:
                 table.writerow((row["path"], "", "", "", row["reason"]))
             for rank, found in enumerate(row.get("top", ()), 1):
-                table.writerow((row["path"], rank, found["class"], f"{found['probability']:.6f}", ""))
+                table.writerow((row["path"], rank, found["class"], f"{found[number]:.6f}", ""))
         return text.getvalue()
 
 
@@ -156,9 +161,14 @@ def draw_prediction(path: str, top: Top) -> bytes | None:
     return buffer.getvalue()
 
 
-def _spread_frames(video: Video) -> NDArray[np.uint8]:
-    """Returns frames from the first to the last of a video: uint8 [DRAWN_FRAMES, H, W, 3]."""
+def _spread_frames(video: Video) -> NDArray[Any]:
+    """Returns frames from the first to the last of a video: [DRAWN_FRAMES, H, W, 3], uint8, or of an array floats from
+    its lowest to its highest value as 0 to 1."""
     numbers = np.linspace(0, max(video.frames - 1, 0), DRAWN_FRAMES).round().astype(int).tolist()
+    if video.channels:
+        frames = torch.from_numpy(read_frames(video.path, numbers, channels=video.channels)).float()
+        low, high = frames.aminmax()
+        return as_colors((frames - low) / (high - low).clamp_min(1e-12)).numpy()
     width, height = video.shown_size
     least = (FRAME_HEIGHT * width / height, float(FRAME_HEIGHT))
     return decode_frames(video.path, numbers, seek_points=video.seek_points, least_size=least)

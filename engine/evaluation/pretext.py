@@ -17,6 +17,7 @@ from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, tok
 from mam2.engine.evaluation.scores import joined, score
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
+from mam2.engine.model.pixels import unit_pixels
 from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.kernels import TubeMask
@@ -108,7 +109,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     model.eval()
     video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
     latents = model.complete(video, mask)
-    frames = clip[:, :: config.model.tubelet].float() / 255
+    frames = unit_pixels(clip[:, :: config.model.tubelet])
     true_codes = appearance = features = predicted_features = motion = predicted_motion = None
     if config.loss.appearance_target == "codes":
         assert tokenizer is not None
@@ -145,7 +146,7 @@ def hide(frames: Tensor, mask: TubeMask, config: PretrainConfig) -> Tensor:
 
 
 def _decoded(tokenizer: Tokenizer, codes: Tensor, config: PretrainConfig) -> Tensor:
-    images = tokenizer.decode(codes)  # [B, T' or T, 3, h, w]
+    images = tokenizer.decode(codes)  # [B, T' or T, C, h, w]
     slots, size = config.grid[0], config.data.size
     images = images[:, :: images.shape[1] // slots].flatten(0, 1)
     images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear")

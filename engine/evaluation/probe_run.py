@@ -22,7 +22,8 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
-from mam2.engine.evaluation.feature_files import FeatureCache, FeatureKind, FeatureSpec, cell_grid
+from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
+from mam2.engine.evaluation.features import FeatureKind, cell_grid
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool, token_groups
@@ -206,7 +207,7 @@ def _right(
     known, asked = train_features[train.rows], test_features[test.rows]
     held = held_out(len(known), train.groups)
     if probe == "attentive":
-        classes, groups = len(train.manifest.classes), token_groups(cell_grid(want.frozen), pool)
+        classes, groups = len(train.manifest.classes), token_groups(cell_grid(want.frozen.encoder.grid), pool)
         answers, rate = attentive_probe(known, train.labels, asked, held, classes, device, groups)
         return (answers == test.labels).double(), rate
     here, there = torch.from_numpy(known).to(device), torch.from_numpy(asked).to(device)

@@ -17,7 +17,7 @@ from mam2.kernels import TubeMask
 
 @torch.no_grad()
 def regressor_attention(model: MAM2, video: Tensor, mask: TubeMask) -> Tensor:
-    """Returns the attention of each masked token to each visible one: video [B, 3, T, H, W] -> float32 [B, Nm, Nv].
+    """Returns the attention of each masked token to each visible one: video [B, C, T, H, W] -> float32 [B, Nm, Nv].
 
     softmax(q kᵀ / √K) of the queries and keys of each block, averaged over heads and blocks. A row sums to 1 if the
     keys are only the visible latents, and to less if masked tokens are keys too, which get the rest.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mam2.engine.evaluation.plots import draw_logs, png
 from mam2.engine.evaluation.pretext import ClipReconstruction
+from mam2.engine.model.pixels import as_colors
 from mam2.engine.runtime.log import read_log
 
 ROWS = {
@@ -35,8 +36,8 @@ def draw_strips(strips: ClipReconstruction, titles: Sequence[str]) -> bytes:
 
 
 def shown(strips: ClipReconstruction) -> dict[str, Tensor]:
-    """Returns the available pictures in the order of `ROWS`."""
-    return {name: getattr(strips, name) for name in ROWS if getattr(strips, name) is not None}
+    """Returns the available pictures in the order of `ROWS`, in colors; see `as_colors`."""
+    return {name: as_colors(getattr(strips, name)) for name in ROWS if getattr(strips, name) is not None}
 
 
 def draw_rows(rows: Sequence[tuple[str, Tensor]], titles: Sequence[str], *, inches: float = 0.62) -> bytes:

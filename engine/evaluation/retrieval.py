@@ -24,6 +24,7 @@ from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.report import draw_rows
 from mam2.engine.files import printable
+from mam2.engine.model.pixels import as_colors, unit_pixels
 
 RANKS = (1, 5, 10, 20)
 """The k of recall@k."""
@@ -211,7 +212,7 @@ def _middle_frames(videos: _Videos, places: Sequence[int], data: DataConfig) -> 
     part = Manifest(tuple(videos.manifest.videos[videos.rows[place]] for place in places))
     with ClipLoader(part, data, batch=1, device="cpu", seed=0, train=False) as loader:
         batches = [(places[int(batch.index[0])], batch.clip[0]) for batch in loader.evaluate()]
-    return {place: clip[len(clip) // 2].float() / 255 for place, clip in batches}
+    return {place: as_colors(unit_pixels(clip[len(clip) // 2])) for place, clip in batches}
 
 
 def _framed(picture: Tensor, color: tuple[float, float, float]) -> Tensor:

@@ -33,7 +33,7 @@ class Predictions:
     videos: Tensor
     """int64 [n], indices in the manifest, ascending."""
     probabilities: Tensor
-    """float64 [n, V], the mean over a video's views."""
+    """float64 [n, V], the mean over a video's views; in regression the values."""
     views: Tensor
     """int64 [n], the number of views."""
 
@@ -62,6 +62,11 @@ def _frames(video: Video, number: int, data: DataConfig, temporal: int) -> tuple
     return tuple(start + offset for offset in offsets)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities of a video's only class, float64, from logits [..., V]."""
+    return logits.double().softmax(-1)
+
+
 @torch.no_grad()
 def classify_views(
     classify: Callable[[Tensor], Tensor],
@@ -72,11 +77,13 @@ def classify_views(
     temporal: int,
     spatial: int,
     precision: Callable[[], AbstractContextManager[object]],
+    scores: Callable[[Tensor], Tensor] = softmax,
 ) -> Iterator[tuple[int, Tensor, int]]:
     """Classifies the videos `places`, in this order, and yields each result as soon as its views are classified.
 
     classify: clips [B, C, T, H, W] uint8 -> logits [B, V]. loader: its batch is at least `spatial`. places: indices in
-    the loader's manifest, without repeats. precision: returns the autocast context for `classify`.
+    the loader's manifest, without repeats. precision: returns the autocast context for `classify`. scores: logits
+    [B, V] -> what is averaged over the views, float64 [B, V].
 
     Yields a video's index, the sum of its views' probabilities (float64 [V], on the CPU) and the number of views. A
     video without any decodable view is left out.
@@ -89,7 +96,7 @@ def classify_views(
     for batch in loader.chosen(((place, number) for place in places for number in range(temporal)), draw, spatial):
         with precision():
             logits = classify(batch.video)
-        shares = logits.double().softmax(-1).unflatten(0, (-1, spatial)).sum(1).cpu()
+        shares = scores(logits).unflatten(0, (-1, spatial)).sum(1).cpu()
         # in the order of the views, independent of the batch
         for place, share in zip(batch.index[::spatial].tolist(), shares, strict=True):
             if place == current:
@@ -113,16 +120,17 @@ def classify_videos(
     world: World,
     precision: Callable[[], AbstractContextManager[object]],
     progress: bool = True,
+    scores: Callable[[Tensor], Tensor] = softmax,
 ) -> Predictions:
     """Classifies all videos of a manifest; each rank classifies every `world.size`-th video, all get all results.
 
-    classify, precision: as in `classify_views`. loader: of this manifest, its batch at least `spatial`.
+    classify, precision, scores: as in `classify_views`. loader: of this manifest, its batch at least `spatial`.
     """
     mine = range(world.rank, len(manifest.videos), world.size)
     sums: dict[int, tuple[Tensor, int]] = {}
     with Progress(total=len(mine), desc="evaluation", unit="video", leave=False, shown=progress) as bar:
         for place, total, count in classify_views(
-            classify, loader, mine, data, temporal=temporal, spatial=spatial, precision=precision
+            classify, loader, mine, data, temporal=temporal, spatial=spatial, precision=precision, scores=scores
         ):
             sums[place] = total, count
             bar.update()

@@ -3,7 +3,7 @@
     OUT/index.html                    self-contained: every clip, every checkpoint, attention maps by a click
         01-NAME.png  .gif  .mp4       for each clip
 
-Shapes: B clips, T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C = 3.
+Shapes: B clips, T'×H'×W' the token grid, Nv/Nm visible/masked tokens, C channels.
 """
 
 from __future__ import annotations

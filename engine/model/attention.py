@@ -1,9 +1,10 @@
 """Scaled dot-product attention: one function, several implementations.
 
 Shapes: B clips, N queries, M keys, H heads, K values per head. softmax(q kᵀ / √K) v, no mask, no dropout.
-For a shape that attention_tuning.py has measured, the fastest implementation runs: one of PyTorch's kernels, or
-xformers or FlashAttention 4 if they are installed. For other shapes PyTorch's `scaled_dot_product_attention` chooses
-its kernel (on Hopper cuDNN's); on a CPU in bfloat16 it is two matrix products around a softmax (`products`).
+A model holds the choices that attention_tuning.py measured for it (`VideoTransformer.set_attention`): for their shapes
+the fastest implementation runs, one of PyTorch's kernels, or xformers or FlashAttention 4 if they are installed. For
+other shapes PyTorch's `scaled_dot_product_attention` chooses its kernel (on Hopper cuDNN's); on a CPU in bfloat16 it is
+two matrix products around a softmax (`products`).
 
 In 16 bits the keys are centered first. Early in training the tokens are similar, and the gradient of the scores is a
 small difference of large numbers. Its rounding errors (in flash attention those of the row sums of gradient times
@@ -34,26 +35,27 @@ KERNELS = {
 
 Key = tuple[str, torch.dtype, int, int, int, int]
 """Device type, dtype, queries, keys, heads and values per head."""
-_chosen: dict[Key, Backend] = {}
+Choices = Mapping[Key, Backend]
+"""Implementations by shape."""
 
 
-def set_choices(choices: Mapping[Key, Backend]) -> None:
-    """Sets the implementations that `attention(backend="auto")` runs for these shapes; drops all earlier choices.
-
-    Call it before compiling: a compiled function keeps the choices of its tracing.
-    """
-    _chosen.clear()
-    _chosen.update(choices)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", center: bool = True) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backend: Backend = "auto",
+    choices: Choices | None = None,
+    center: bool = True,
+) -> Tensor:
     """Computes attention of every query over all keys.
 
     Args:
         q: queries [B, N, H, K], float, any strides with the last dimension dense.
         k, v: keys and values [B, M, H, K], of the dtype and device of `q`.
-        backend: `auto` uses the measured choice for the shape, else that of `active_backend`; the others force one.
-            `products` stores B·H·N·M scores.
+        backend: `auto` uses the choice for the shape, else that of `active_backend`; the others force one. `products`
+            stores B·H·N·M scores.
+        choices: implementations for `auto`.
         center: center keys (and values) in bfloat16 or float16, as above; False is for comparisons.
 
     Returns:
@@ -69,8 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend = "auto", cen
             "q, k, v: expected [B, N, H, K], [B, M, H, K] and [B, M, H, K], "
             f"found {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if backend == "auto":
-        backend = _choice(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[2], q.shape[3])
+    if backend == "auto" and choices:
+        backend = choices.get((q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[2], q.shape[3]), "auto")
     if backend == "auto":
         backend = active_backend(q.device, q.dtype)
     if backend in OPERATORS and (reason := why_not(backend, q.device, q.dtype, q.shape[-1])):  # type: ignore[arg-type]
@@ -105,12 +107,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
-def _choice(device: str, dtype: torch.dtype, queries: int, keys: int, heads: int, head_dim: int) -> Backend:
-    return _chosen.get((device, dtype, queries, keys, heads, head_dim), "auto")
-
-
 def active_backend(device: torch.device, dtype: torch.dtype) -> Literal["products", "sdpa"]:
-    """Returns the implementation that `attention(backend="auto")` runs for shapes without a measurement."""
+    """Returns the implementation that `attention(backend="auto")` runs for shapes without a choice."""
     # On a CPU, the fused kernel's backward pass is slower in bfloat16 than in float32.
     return "products" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"

@@ -1,8 +1,8 @@
-"""Measures which implementation of attention is fastest for the shapes of a run, and stores the choice.
+"""Measures which implementation of attention is fastest for the shapes of a run, and stores the choices.
 
-Every candidate must first reproduce PyTorch's result. The choice depends on timing, and another implementation gives
-other bits. A run therefore stores its choice in RUN/attention.json, and a resumed run on the same GPU model reads it.
-On a CPU a run measures nothing: the rule in attention.py applies, and a run repeats bit for bit.
+Every candidate must first reproduce PyTorch's result. The choices depend on timing, and another implementation gives
+other bits. A run therefore stores its choices in RUN/attention.json, and a resumed run on the same GPU model reads
+them. On a CPU a run measures nothing: the rule in attention.py applies, and a run repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
-from mam2.engine.model.attention import Backend, active_backend, attention, set_choices
+from mam2.engine.model.attention import Backend, Choices, active_backend, attention
 from mam2.engine.model.attention_packages import OPERATORS, why_not
 from mam2.engine.runtime.cuda import CudaRecorder
 
@@ -48,11 +48,8 @@ class Shape(NamedTuple):
         return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
 
 
-class AttentionChoice(NamedTuple):
-    backends: dict[str, Backend]
-    """Implementation by part of the model."""
-    lines: list[str]
-    """Lines for the log."""
+Tuned = tuple[Choices, list[str]]
+"""Implementations by shape, and lines for the log."""
 
 
 def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
@@ -63,6 +60,9 @@ def shapes_of(config: PretrainConfig, batch: int) -> dict[str, Shape]:
     parts = {"encoder": Shape(batch, visible, visible, model.heads, model.width // model.heads)}
     if config.loss.alignment:
         parts["alignment"] = parts["encoder"]._replace(queries=masked, keys=masked)
+    if config.needs_teacher:
+        tokens = slots * rows * columns
+        parts["teacher"] = parts["encoder"]._replace(queries=tokens, keys=tokens)
     decoder = model.decoder
     if model.objective != "mam2":
         return parts | {
@@ -117,46 +117,40 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[Back
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def use_fastest(
+def tune_attention(
     shapes: Mapping[str, Shape],
     device: torch.device,
     dtype: torch.dtype,
     *,
     run: Path | None = None,
-    broadcast: Callable[[Callable[[], AttentionChoice]], AttentionChoice] = lambda make: make(),
-) -> list[str]:
-    """Chooses implementations for these shapes and sets them for `attention`; drops all earlier choices.
+    broadcast: Callable[[Callable[[], Tuned]], Tuned] = lambda make: make(),
+) -> Tuned:
+    """Chooses the fastest implementation for each shape; changes no model (`VideoTransformer.set_attention` does).
 
     Args:
         shapes: from `shapes_of` or `classifier_shapes`.
-        device: device of the model; on a CPU nothing is measured.
+        device: device of the model; on a CPU nothing is measured or chosen.
         dtype: dtype of the matrix products.
-        run: the run's folder, which stores the choice; None measures without storing.
-        broadcast: broadcasts rank 0's choice to all processes of a run, see `World.broadcast`.
+        run: the run's folder, which stores the choices; None measures without storing.
+        broadcast: broadcasts rank 0's choices to all processes of a run, see `World.broadcast`.
 
     Returns:
-        Lines for the log.
+        The choices, and lines for the log.
+
+    Raises:
+        UserError: RUN/attention.json is not a measurement of a run.
     """
     if device.type != "cuda":
-        set_choices({})
-        return []
-    choice = broadcast(lambda: choose_attention(shapes, device, dtype, run))
-    use(choice, shapes, device, dtype)
-    return choice.lines
+        return {}, []
+    return broadcast(lambda: measure_or_read(shapes, device, dtype, run))
 
 
-def use(choice: AttentionChoice, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype) -> None:
-    """Sets a choice for its shapes in `attention`."""
-    set_choices({(device.type, dtype, *shape[1:]): choice.backends[name] for name, shape in shapes.items()})
-
-
-def choose_attention(
+def measure_or_read(
     shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, run: Path | None = None
-) -> AttentionChoice:
+) -> Tuned:
     """Measures shapes, or reads their choices from RUN/attention.json; changes only this file.
 
-    Choices from another device, or for a package that does not run here, are measured again. Raises UserError if the
-    file is not a measurement of a run.
+    Choices from another device, or for a package that does not run here, are measured again. See `tune_attention`.
     """
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     file = run / FILE if run else None
@@ -166,7 +160,7 @@ def choose_attention(
         missing = _missing(found, shapes, device, dtype)
         if saved == machine and not missing:
             told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
-            return AttentionChoice(found, told)
+            return _by_key(found, shapes, device, dtype), told
         why = missing or f"it was measured on {saved}, this is {machine}"
         lines = [f"attention measured again, {file} does not apply: {why}; results may differ in bits from here on"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}
@@ -179,9 +173,14 @@ def choose_attention(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI needs memory outside of PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}
-    return AttentionChoice(
-        chosen, [*lines, *(_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items())]
-    )
+    lines += [_line(name, shape, chosen[name], how[name]) for name, shape in shapes.items()]
+    return _by_key(chosen, shapes, device, dtype), lines
+
+
+def _by_key(
+    backends: Mapping[str, Backend], shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype
+) -> Choices:
+    return {(device.type, dtype, *shape[1:]): backends[name] for name, shape in shapes.items()}
 
 
 def _line(name: str, shape: Shape, backend: Backend, how: str) -> str:

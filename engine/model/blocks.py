@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.model.attention import attention
+from mam2.engine.model.attention import Choices, attention
 
 LAYER_NORM_EPS = 1e-6
 MASK_TOKEN_STD = 0.02
@@ -62,6 +62,8 @@ class Attention(nn.Module):
         super().__init__()
         _check_heads(width, heads)
         self.heads = heads
+        self.choices: Choices = {}
+        """See `VideoTransformer.set_attention`."""
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -69,8 +71,14 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(tokens, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        return self.proj(attention(*qkv.unbind(2)).flatten(2))
+        qkv = self._project(tokens, bias).unflatten(-1, (3, self.heads, -1))
+        return self.proj(attention(*qkv.unbind(2), choices=self.choices).flatten(2))
+
+    def _project(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        if isinstance(self.qkv, nn.Linear):
+            return F.linear(tokens, self.qkv.weight, bias)
+        projected = self.qkv(tokens)  # with a low-rank adapter, see adapters.py
+        return projected + bias.to(projected.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -80,6 +88,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         _check_heads(width, heads)
         self.heads = heads
+        self.choices: Choices = {}
+        """See `VideoTransformer.set_attention`."""
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width)
@@ -88,7 +98,21 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         projected = (self.q(queries), self.k(keys), self.v(values))
         q, k, v = (tensor.unflatten(-1, (self.heads, -1)) for tensor in projected)
-        return self.proj(attention(q, k, v).flatten(2))
+        return self.proj(attention(q, k, v, choices=self.choices).flatten(2))
+
+
+class VideoTransformer(nn.Module):
+    """Base of the models whose blocks contain attention."""
+
+    def set_attention(self, choices: Choices) -> None:
+        """Sets the attention implementations that this model runs for these shapes; drops its earlier choices.
+
+        They are no part of the state dict; a deep copy of the model keeps them. A compiled model is compiled again.
+        """
+        own = dict(choices)
+        for module in self.modules():
+            if isinstance(module, Attention | CrossAttention):
+                module.choices = own
 
 
 class Mlp(nn.Module):

@@ -1,10 +1,10 @@
 """MAM2: predicts the latents of masked tokens, and from these their appearance (codes) and motion (frame difference).
 
-Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, Nl latents (Nm; without a regressor or with `loss.visible`
-Nv + Nm, the visible first), D the encoder's width, Dr the regressor's, V codes, F codes per token (the dimension is
-absent if only the first frame has a code, see `tokenizer.frames`), P values per token, Pd values per motion target.
-Each method is a separate graph: a training loop can pass detached latents to each loss, weight the gradients there, and
-compile the methods one by one.
+Shapes: B clips, C channels, T frames, N tokens, Nv/Nm visible/masked, Nl latents (Nm; without a regressor or with
+`loss.visible` Nv + Nm, the visible first), D the encoder's width, Dr the regressor's, V codes, F codes per token (the
+dimension is absent if only the first frame has a code, see `tokenizer.frames`), P values per token, Pd values per
+motion target. Each method is a separate graph: a training loop can pass detached latents to each loss, weight the
+gradients there, and compile the methods one by one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.model.blocks import VideoTransformer
 from mam2.engine.model.decoders import Decoder
-from mam2.engine.model.encoder import CHANNELS, Encoder
-from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
+from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.motion_targets import motion_head_loss, motion_values, require_flow
 from mam2.engine.model.positions import position_table
 from mam2.engine.model.regressor import Regressor
 from mam2.engine.model.teacher import latent_targets, teacher_of
-from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
+from mam2.kernels import TubeMask, linear_cross_entropy, linear_masked_loss
 
 
-class MAM2(nn.Module):
+class MAM2(VideoTransformer):
     """Encoder, regressor, and an appearance and a motion decoder, each unless its target is `none`.
 
     With the target `latents` there is also a `teacher`, a moving average of the encoder. The training updates it; no
@@ -93,18 +94,18 @@ class MAM2(nn.Module):
         if appearance != "none":
             outputs = {
                 "codes": math.prod(cfg.code_shape) * codes,
-                "pixels": math.prod(cfg.patch_size) * CHANNELS,
+                "pixels": math.prod(cfg.patch_size) * cfg.data.channels,
                 "latents": self.encoder.width,
             }
             self.appearance_decoder = decode(outputs[appearance])
         if motion != "none":
-            self.motion_decoder = decode(motion_values(motion, cfg.patch_size))
+            self.motion_decoder = decode(motion_values(motion, cfg.patch_size, cfg.data.channels))
         positions = position_table(cfg.grid, cfg.trained_grid, regressor.width)
         self.register_buffer("positions", positions, persistent=False)
         self.teacher = teacher_of(self.encoder) if appearance == "latents" else None
 
     def complete(self, video: Tensor, mask: TubeMask) -> Tensor:
-        """Predicts the latents of the masked tokens from the visible ones: video [B, 3, T, H, W] -> [B, Nl, Dr].
+        """Predicts the latents of the masked tokens from the visible ones: video [B, C, T, H, W] -> [B, Nl, Dr].
 
         Without a regressor it returns the visible latents and mask tokens for the decoders; with `loss.visible` the
         visible latents, too.
@@ -134,16 +135,19 @@ class MAM2(nn.Module):
     def pixel_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared error of the masked pixels, see `predict_pixels`: latents [B, Nl, Dr] -> scalar."""
         normalize = self.loss_config.pixel_normalize
-        return masked_pixel_loss(
-            self.predict_pixels(latents, mask),
+        head = self.appearance_decoder.head
+        return linear_masked_loss(
+            self._features(self.appearance_decoder, latents, mask),
+            head.weight,
             video,
             mask,
+            head.bias,
             patch_size=self.patch_size,
             normalize=None if normalize == "none" else normalize,
         )
 
     def latent_targets(self, video: Tensor) -> Tensor:
-        """Returns the teacher's standardized features: video [B, 3, T, H, W] -> float32 [B, N, D], without gradient."""
+        """Returns the teacher's standardized features: video [B, C, T, H, W] -> float32 [B, N, D], without gradient."""
         if self.teacher is None:
             raise ValueError("latent_targets: expected a model with loss.appearance_target 'latents'")
         return latent_targets(self.teacher, video, self.loss_config.teacher_blocks)
@@ -165,7 +169,8 @@ class MAM2(nn.Module):
 
     def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared error of the masked tokens' motion: latents [B, Nl, Dr] -> scalar."""
-        return motion_loss(self.predict_motion(latents, mask), video, mask, self.loss_config, self.patch_size)
+        features = self._features(self.motion_decoder, latents, mask)
+        return motion_head_loss(self.motion_decoder.head, features, video, mask, self.loss_config, self.patch_size)
 
     def alignment_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared distance of the latents to the encoder's of the masked pixels (CAE) -> scalar.
@@ -198,7 +203,7 @@ class MAM2(nn.Module):
         return self._predict(self.motion_decoder, latents, mask)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, N, D]."""
+        """Encodes every token of a clip, without a mask: video [B, C, T, H, W] -> [B, N, D]."""
         return self.encoder.encode(video)
 
     def _predict(self, decoder: Decoder, latents: Tensor, mask: TubeMask) -> Tensor:

@@ -16,7 +16,7 @@ CELL = 4
 
 
 def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
-    """Draws masks for clips [B, 3, T, H, W] from (run.seed, step, sample), on their device.
+    """Draws masks for clips [B, C, T, H, W] from (run.seed, step, sample), on their device.
 
     first_sample: index of the first clip in the step's batch.
     """
@@ -58,3 +58,10 @@ def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sam
         order = order + (((place - slot - now - sample) % CELL) << 32)
     kept = order.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return mask._replace(masked=hidden.gather(1, kept))
+
+
+def motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Returns the number of frames of the masked tokens that have a next frame, float64 0-d, on the mask's device."""
+    slots, rows, columns = config.grid
+    last = (mask.masked >= (slots - 1) * rows * columns).sum()
+    return (mask.masked.numel() * config.model.tubelet - last).double()

@@ -1,14 +1,14 @@
 """The targets of the motion decoder; the loss is the mean squared error for all of them.
 
-    adjacent   RGB difference to the next sampled frame     mam2.kernels.frame_difference
-    intra      RGB difference within the tubelet            mam2.kernels.frame_difference
+    adjacent   pixel difference to the next sampled frame   mam2.kernels.frame_difference
+    intra      pixel difference within the tubelet          mam2.kernels.frame_difference
     hog        histograms of gradients of the difference    hog_of_difference
     flow       optical flow, by OpenCV                      optical_flow
 
-hog and flow use a tubelet's first two frames. RGB differences are computed inside the fused loss; the other targets are
-first computed for the whole clip, by PyTorch (hog), or by OpenCV on the CPU (flow).
+hog and flow use a tubelet's first two frames. Pixel differences are computed inside the fused loss; the other targets
+are first computed for the whole clip, by PyTorch (hog), or by OpenCV on the CPU (flow).
 
-B clips, T frames, T'×H'×W' the token grid, N tokens, Nm masked, Pd values of a token's target, C = 3 channels.
+B clips, T frames, T'×H'×W' the token grid, N tokens, Nm masked, Pd values of a token's target, C channels.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import LossConfig
 from mam2.engine.errors import UserError
-from mam2.engine.model.encoder import CHANNELS
-from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_loss
+from mam2.engine.model.pixels import unit_pixels
+from mam2.kernels import TubeMask, frame_difference, linear_masked_loss, masked_frame_difference_loss
 
-RGB_DIFFERENCES = ("adjacent", "intra")
+PIXEL_DIFFERENCES = ("adjacent", "intra")
 ORIENTATIONS = 9
 HOG_CELLS = 2
 """Cells along each side of a patch (8 pixels wide at a patch of 16); the values of MaskFeat and Dalal."""
@@ -37,21 +37,21 @@ FLOW_CELLS = 4
 """Cells along each side of a patch; flow is smooth, so that the cells' means describe it well."""
 
 
-def motion_values(target: str, patch_size: Sequence[int]) -> int:
+def motion_values(target: str, patch_size: Sequence[int], channels: int = 3) -> int:
     """Returns Pd, the number of values of a token's motion target; 0 for `none`."""
     tubelet, *patch = patch_size
     return {
-        "adjacent": tubelet * math.prod(patch) * CHANNELS,
-        "intra": (tubelet - 1) * math.prod(patch) * CHANNELS,
-        "hog": HOG_CELLS**2 * CHANNELS * ORIENTATIONS,
+        "adjacent": tubelet * math.prod(patch) * channels,
+        "intra": (tubelet - 1) * math.prod(patch) * channels,
+        "hog": HOG_CELLS**2 * channels * ORIENTATIONS,
         "flow": FLOW_CELLS**2 * 2,
         "none": 0,
     }[target]
 
 
 def motion_target(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
-    """Computes the target of every token: video [B, 3, T, H, W] -> [B, N, Pd]. Raises ValueError for `none`."""
-    if loss.motion_target in RGB_DIFFERENCES:
+    """Computes the target of every token: video [B, C, T, H, W] -> [B, N, Pd]. Raises ValueError for `none`."""
+    if loss.motion_target in PIXEL_DIFFERENCES:
         return frame_difference(video, **_difference_options(loss, patch_size))
     if loss.motion_target == "hog":
         return hog_of_difference(video, patch_size, eps=loss.motion_eps)
@@ -73,13 +73,13 @@ def motion_loss(
 
     Args:
         pred: [B, Nm, Pd].
-        video: [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
+        video: [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1), any strides.
         reduction: "mean" over all existing values, or "none": [B, Nm], the mean of each token.
 
     Returns:
         A scalar or [B, Nm], float32.
     """
-    if loss.motion_target in RGB_DIFFERENCES:
+    if loss.motion_target in PIXEL_DIFFERENCES:
         options = _difference_options(loss, patch_size)
         return masked_frame_difference_loss(pred, video, mask, **options, reduction=reduction)
     with torch.no_grad():
@@ -89,8 +89,19 @@ def motion_loss(
     return errors.mean(-1) if reduction == "none" else errors.mean()
 
 
+def motion_head_loss(
+    head: nn.Linear, features: Tensor, video: Tensor, mask: TubeMask, loss: LossConfig, patch_size: Sequence[int]
+) -> Tensor:
+    """Computes `motion_loss` of head(features), features [B, Nm, D]; pixel differences need no stored predictions."""
+    if loss.motion_target not in PIXEL_DIFFERENCES:
+        return motion_loss(head(features), video, mask, loss, patch_size)
+    options = _difference_options(loss, patch_size)
+    target = options.pop("difference")
+    return linear_masked_loss(features, head.weight, video, mask, head.bias, target=target, **options)
+
+
 def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -> Tensor:
-    """Computes histograms of oriented gradients of the RGB difference: video [B, 3, T, H, W] -> float32 [B, N, 108].
+    """Computes histograms of oriented gradients of the pixel difference: video [B, C, T, H, W] -> float32 [B, N, 36·C].
 
     It follows Dalal and Triggs (2005) with MaskFeat's sizes (Wei et al. 2022), on d = x[1] − x[0] of each tubelet, with
     pixels from 0 to 1, separately for each channel: central differences (g_x, g_y) with repeated borders; their
@@ -99,7 +110,7 @@ def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -
     static cells small. Value order (cell row, cell column, channel, bin).
     """
     tubelet, height, width = patch_size
-    first, second = (_scaled(video[:, :, frame::tubelet]) for frame in (0, 1))
+    first, second = (unit_pixels(video[:, :, frame::tubelet]) for frame in (0, 1))
     difference = rearrange(second - first, "b c t h w -> (b t) c h w")
     padded = F.pad(difference, (1, 1, 1, 1), mode="replicate")
     across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
@@ -118,7 +129,7 @@ def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -
 @torch.library.custom_op("mam2_engine::optical_flow", mutates_args=())
 def _optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
     tubelet, height, width = patch_size
-    grey = (_scaled(video).mean(1) * 255).round().byte().cpu().numpy()
+    grey = (unit_pixels(video).mean(1) * 255).round().byte().cpu().numpy()
     flow = np.stack([[_flow(*clip[t : t + 2]) for t in range(0, len(clip), tubelet)] for clip in grey])
     field = rearrange(torch.from_numpy(flow), "b t h w c -> (b t) c h w")
     cells = F.avg_pool2d(field, (height // FLOW_CELLS, width // FLOW_CELLS))
@@ -133,9 +144,10 @@ def _(video: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Computes dense flow from each tubelet's first frame to the next: video [B, 3, T, H, W] -> float32 [B, N, 32].
+    """Computes dense flow from each tubelet's first frame to the next: video [B, C, T, H, W] -> float32 [B, N, 32].
 
-    It uses OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on gray frames, and averages over each of
+    It uses OpenCV's dense inverse search (Kroeger et al. 2016, preset fast) on gray frames, the mean of the channels
+    in 256 levels, and averages over each of
     the `FLOW_CELLS`² cells per patch. Unit: pixels of the clip, to the right and down. Value order (cell row, cell
     column, direction). It runs on the CPU and waits for the device.
 
@@ -166,10 +178,6 @@ def _searcher() -> Any:
     import cv2
 
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)  # type: ignore[attr-defined]
-
-
-def _scaled(video: Tensor) -> Tensor:
-    return video.float() / 255 if video.dtype == torch.uint8 else video.float()
 
 
 def _difference_options(loss: LossConfig, patch_size: Sequence[int]) -> dict[str, Any]:

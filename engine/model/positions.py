@@ -39,7 +39,7 @@ def position_table(grid: tuple[int, int, int], trained: tuple[int, int, int], wi
 
 
 def set_clip_size(encoder: Encoder, frames: int, size: int, positions: Positions = "resample") -> None:
-    """Makes an encoder accept clips [B, 3, frames, size, size].
+    """Makes an encoder accept clips [B, C, frames, size, size].
 
     The weights stay unchanged; so do the positions if the encoder already has this size.
 

@@ -28,7 +28,7 @@ def teacher_of(encoder: Encoder) -> Encoder:
 
 @torch.no_grad()
 def latent_targets(teacher: Encoder, video: Tensor, blocks: int) -> Tensor:
-    """Returns the target of every token: video [B, 3, T, H, W] -> float32 [B, N, D].
+    """Returns the target of every token: video [B, C, T, H, W] -> float32 [B, N, D].
 
     The outputs of the teacher's last `blocks` blocks, the last one after its LayerNorm, are each standardized per token
     over D, then averaged.

@@ -2,7 +2,8 @@
 
 The weights are initialized as in VideoMAE's code (github.com/MCG-NJU/VideoMAE, modeling_pretrain.py).
 
-Shapes: B clips, T frames, N tokens, Nv/Nm visible/masked, P values per token, D the encoder's width, Dd the decoder's.
+Shapes: B clips, C channels, T frames, N tokens, Nv/Nm visible/masked, P values per token, D the encoder's width, Dd the
+decoder's.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.model.blocks import MASK_TOKEN_STD, initialize, mask_token
+from mam2.engine.model.blocks import MASK_TOKEN_STD, VideoTransformer, initialize, mask_token
 from mam2.engine.model.decoders import Decoder
-from mam2.engine.model.encoder import CHANNELS, Encoder
+from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import position_table
-from mam2.kernels import TubeMask, masked_pixel_loss
+from mam2.kernels import TubeMask, linear_masked_loss
 
 
-class VideoMAE(nn.Module):
+class VideoMAE(VideoTransformer):
     """Encoder on the visible tokens; decoder on all: visible latents and mask tokens, each with its position."""
 
     positions: Tensor
@@ -39,7 +40,7 @@ class VideoMAE(nn.Module):
             width=decoder.width,
             depth=decoder.depth,
             heads=decoder.heads,
-            outputs=math.prod(cfg.patch_size) * CHANNELS,
+            outputs=math.prod(cfg.patch_size) * cfg.data.channels,
             mlp_ratio=decoder_mlp_ratio or cfg.model.mlp_ratio,
             layer_scale=cfg.model.layer_scale,
         )
@@ -60,16 +61,19 @@ class VideoMAE(nn.Module):
     def loss(self, video: Tensor, mask: TubeMask) -> Tensor:
         """Computes the mean squared error of the masked tokens' standardized pixels.
 
-        Video [B, 3, T, H, W] -> scalar.
+        Video [B, C, T, H, W] -> scalar.
         """
         return self.loss_of(self._visible(video, mask), video, mask)
 
     def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
         """Computes the same from the encoder's latents of the visible tokens, [B, Nv, D]."""
-        return masked_pixel_loss(
-            self._decode(visible, mask),
+        head = self.decoder.head
+        return linear_masked_loss(
+            self._features(visible, mask),
+            head.weight,
             video,
             mask,
+            head.bias,
             patch_size=self.patch_size,
             target=self.target,
             normalize=self.normalize,
@@ -78,20 +82,21 @@ class VideoMAE(nn.Module):
     def predict_pixels(self, video: Tensor, mask: TubeMask) -> Tensor:
         """Predicts the pixels of every masked token, standardized as in the config.
 
-        Video [B, 3, T, H, W] -> [B, Nm, P]. With the objective `joint` these are the pixels of a tubelet's first frame
+        Video [B, C, T, H, W] -> [B, Nm, P]. With the objective `joint` these are the pixels of a tubelet's first frame
         and the later frames' differences to it.
         """
-        return self._decode(self._visible(video, mask), mask)
+        return self.decoder.head(self._features(self._visible(video, mask), mask))
 
     def _visible(self, video: Tensor, mask: TubeMask) -> Tensor:
         return self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
 
-    def _decode(self, visible: Tensor, mask: TubeMask) -> Tensor:
+    def _features(self, visible: Tensor, mask: TubeMask) -> Tensor:
+        """Returns the decoder's features of the masked tokens, its head's input: [B, Nv, D] -> [B, Nm, Dd]."""
         visible = self.encoder_to_decoder(visible) + self.positions[mask.visible]
         masked = self.mask_token + self.positions[mask.masked]
         tokens = torch.cat([visible, masked], dim=1)
-        return self.decoder.head(self.decoder(tokens, last=mask.masked.shape[1]))
+        return self.decoder(tokens, last=mask.masked.shape[1])
 
     def encode(self, video: Tensor) -> Tensor:
-        """Encodes every token of a clip, without a mask: video [B, 3, T, H, W] -> [B, N, D]."""
+        """Encodes every token of a clip, without a mask: video [B, C, T, H, W] -> [B, N, D]."""
         return self.encoder.encode(video)

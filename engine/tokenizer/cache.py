@@ -18,7 +18,6 @@ cache reads all of it once for the checksums, so that damage is reported at star
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data.manifest import MANIFEST, Manifest, Video, read_saved_manifest
 from mam2.engine.data.sampling import draw_clip
@@ -46,13 +46,13 @@ SHARD_VIDEOS = 1024
 """Videos per shard: the most that a killed `mam2 tokenize` loses."""
 DRAWN_VIDEOS = 16
 """Number of videos whose draws are stored in the key, since other versions of MAM2 or NumPy may draw differently."""
-IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder"}
-"""Fields of the data config that affect how a clip is read, but not its content."""
+IGNORED_IN_KEY = {*resumable_fields(DataConfig), "decoder", "weights"}
+"""Fields of the data config that affect how a clip is read, and which clips are chosen, but not a clip's content."""
 
 
 def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dict[str, Any]:
     """Returns everything that determines the codes, by the names of the user's keys. tokenizer: its fingerprint."""
-    data = dataclasses.asdict(config.data)
+    data = to_dict(config.data)
     videos, draws = hashlib.sha256(), hashlib.sha256()
     for video in manifest.videos:
         videos.update(repr(_identity(video)).encode("utf-8", "surrogateescape"))
@@ -269,7 +269,8 @@ def _identity(video: Video) -> tuple[Any, ...]:
 
 
 def _check_key(folder: Path, there: dict[str, Any], here: dict[str, Any], manifest: Manifest) -> None:
-    there = {"tokenizer.frames": "first"} | there  # missing in caches of earlier versions
+    defaults = {f"data.{name}": value for name, value in to_dict(DataConfig()).items() if name not in IGNORED_IN_KEY}
+    there = {"tokenizer.frames": "first"} | defaults | there  # missing in caches of earlier versions
     for name in (name for name in [*here, *there] if there.get(name) != here.get(name)):
         if name == "videos":
             raise UserError(f"{folder}: contains codes of other videos: {_first_difference(folder, manifest)}")

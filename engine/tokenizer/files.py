@@ -44,6 +44,8 @@ def fingerprint(vqgan: VQGAN) -> str:
     fields = dataclasses.asdict(vqgan.config)
     if not vqgan.config.patch_path:
         del fields["patch_path"]  # a VQGAN without it keeps the fingerprint that caches of codes already name
+    if vqgan.config.image_channels == 3:
+        del fields["image_channels"]  # likewise
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(vqgan.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -137,6 +139,7 @@ def _infer_config(path: Path, state: dict[str, Tensor]) -> VQGANConfig:
             res_blocks=len(_indices(state, "decoder.up.0.block.")) - 1,
             attention_levels=tuple(level for level in range(levels) if _indices(state, f"decoder.up.{level}.attn.")),
             patch_path="patch_in.weight" in state,
+            image_channels=state["encoder.conv_in.weight"].shape[1],
         )
     raise VQGANFileError(
         f"{path}: expected the parameters of a VQGAN (encoder.conv_in.weight, quantize.embedding.weight, …), "

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from mam2.engine.config.limits import Limits, check_value
+from mam2.engine.config.limits import Limits, check_value, declared
 from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
@@ -56,6 +56,8 @@ def train_tokenizer(
     steps: int = 2000,
     batch: int = 16,
     flip: bool = True,
+    image_channels: int = 3,
+    value_range: tuple[float, float] | None = None,
     seed: int = 0,
     threads: int = 0,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -74,6 +76,8 @@ def train_tokenizer(
         steps: training steps.
         batch: frames per step.
         flip: mirror half of the frames.
+        image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
+        value_range: see `DataConfig`; None: by the type of the values.
         seed: seed of weights, frames and crops.
         threads: decoding threads; 0: one per core that this process may use.
         device: auto uses a GPU if there is one.
@@ -88,17 +92,26 @@ def train_tokenizer(
     given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
     for flag, value in given.items():
         check_value(f"--{flag}", value, Limits(at_least=least[flag]))
+    check_value("--image-channels", image_channels, declared(DataConfig, "channels"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists: choose another folder")
     check_source(data)
     make_folder(out.absolute().parent)
     try:
-        architecture = small(channels, codes, factor)
+        architecture = small(channels, codes, factor, image_channels)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if size < factor or size % factor:
         raise UserError(f"--size {size} is not a multiple of --factor {factor}")
-    sampled = DataConfig(frames=2, stride=FRAME_DISTANCE, size=size, flip=flip, threads=threads)
+    sampled = DataConfig(
+        frames=2,
+        stride=FRAME_DISTANCE,
+        size=size,
+        channels=image_channels,
+        value_range=value_range or (),
+        flip=flip,
+        threads=threads,
+    )
     where = pick_device(RunConfig(device=device))
     manifest = read_manifest(data, threads=threads, progress=progress)
     if len(manifest.videos) < 2:
@@ -164,5 +177,11 @@ def verdict(result: Reconstruction, file: Path) -> str:
         return (
             "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
             f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
+        )
+    color, by_kmeans = result.color_explained, result.kmeans_color_explained
+    if color is not None and by_kmeans is not None and color < by_kmeans:
+        return (
+            "weak in color: k-means of raw patches explains more of the color of held-out frames with the same number "
+            f"of codes; use more --steps, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

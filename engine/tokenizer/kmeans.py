@@ -37,6 +37,8 @@ def nearest_center(vectors: Tensor, centers: Tensor) -> Tensor:
 def tally(vectors: Tensor, assigned: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the number of vectors of each of `count` centers [V], and their sums [V, E]. assigned: int64 [M]."""
     sizes, sums = vectors.new_zeros(count), vectors.new_zeros(count, vectors.shape[1])
+    if vectors.device.type == "cpu":  # adds in the order of the vectors, and is 90 times as fast as the product
+        return sizes.index_add_(0, assigned, vectors.new_ones(len(vectors))), sums.index_add_(0, assigned, vectors)
     for part, to in zip(vectors.split(ROWS_AT_ONCE), assigned.split(ROWS_AT_ONCE), strict=True):
         one_hot = torch.nn.functional.one_hot(to, count).to(vectors.dtype)  # a product repeats bit for bit on a GPU
         sizes += one_hot.sum(0)
@@ -54,9 +56,12 @@ def draw(vectors: Tensor, distances: Tensor, count: int, generator: torch.Genera
 def _spread(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(len(vectors), generator=generator)[: SEEDED_FROM * count]
     some = vectors[order.to(vectors.device)]
+    norms = some.square().sum(1)
     centers = [some[:1]]
-    distances = (some - some[0]).square().sum(1)
+    distances = (norms + norms[0] - 2 * (some @ some[0])).clamp(min=0)
     for _ in range(1, count):
-        centers.append(draw(some, distances, 1, generator))
-        distances = torch.minimum(distances, (some - centers[-1]).square().sum(1))
+        center = draw(some, distances, 1, generator)
+        centers.append(center)
+        # |a − b|² from norms: one product instead of a copy of all differences
+        distances = torch.minimum(distances, (norms + center.square().sum() - 2 * (some @ center[0])).clamp(min=0))
     return torch.cat(centers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from tqdm import tqdm
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import MANIFEST, Skipped, read_manifest, write_manifest
-from mam2.engine.data.sources import check_source
+from mam2.engine.data.manifest import MANIFEST, Skipped, write_manifest
+from mam2.engine.data.sets import Sources, check_sources, read_sets, training_sources
 from mam2.engine.errors import UserError
-from mam2.engine.files import append_rows, check_apart, make_folder, one_line, writing
+from mam2.engine.files import append_rows, make_folder, one_line, writing
 from mam2.engine.runtime.device import compiler, pick_device
 from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
@@ -34,12 +35,13 @@ class TokenizeResult:
     cache: CodeCache
 
 
-def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progress: bool = True) -> TokenizeResult:
+def tokenize(config: PretrainConfig, data: Sources, out: str | Path, *, progress: bool = True) -> TokenizeResult:
     """Writes the codes of all recorded augmentations to the folder `out`, or those that are still missing there.
 
     Args:
         config: config of the pre-training that will use them; its tables data, model, tokenizer and run matter.
-        data: a folder or an annotation list.
+        data: a folder or an annotation list, or several in the order of the pre-training; empty: those of
+            `config.data.sets`. The weights of the sets have no effect on the codes.
         out: folder of the cache; see `mam2.engine.tokenizer.cache`.
         progress: draw a progress bar (only on a terminal).
 
@@ -58,18 +60,23 @@ def tokenize(config: PretrainConfig, data: str | Path, out: str | Path, *, progr
     if config.tokenizer.cache:
         raise UserError("tokenizer.cache is the cache to read; set the cache to write with --out")
     out, device = Path(out), pick_device(config.run)
-    check_source(data)
-    check_apart(data, out)
+    sources = training_sources(config.data, data)
+    check_sources(sources, out)
     make_folder(out)
     named = load_vqgan(config.tokenizer.path) if config.tokenizer.path else None
     with writing(out):
-        return _tokenize(config, data, out, device, named, progress)
+        return _tokenize(config, sources, out, device, named, progress)
 
 
 def _tokenize(
-    config: PretrainConfig, data: str | Path, out: Path, device: torch.device, named: VQGAN | None, progress: bool
+    config: PretrainConfig,
+    sources: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    named: VQGAN | None,
+    progress: bool,
 ) -> TokenizeResult:
-    manifest = read_manifest(data, threads=config.data.threads, progress=progress)
+    manifest = read_sets(sources, threads=config.data.threads, progress=progress)
     (out / "skipped.tsv").unlink(missing_ok=True)
 
     def skip(skipped: Skipped) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from torch import Tensor
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
@@ -67,7 +67,7 @@ def prepare_tokenizer(
         if own.is_file():
             info(f"codes   {own} is from other data or settings: training a new one")
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
-        architecture = small(options.channels, options.codes, code_factor(config))
+        architecture = small(options.channels, options.codes, code_factor(config), config.data.channels)
         frames = clip_frames(loader, options.batch)
         vqgan, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
@@ -107,7 +107,7 @@ def _begun(run: Path) -> bool:
 def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """Returns the settings that determine the trained tokenizer, as plain JSON values."""
     ignored = resumable_fields(type(config.data))
-    data = {name: value for name, value in dataclasses.asdict(config.data).items() if name not in ignored}
+    data = {name: value for name, value in to_dict(config.data).items() if name not in ignored}
     videos = hashlib.sha256()
     for video in manifest.videos:
         videos.update(f"{video.content} {video.frames}\n".encode())
@@ -134,7 +134,13 @@ def build_tokenizer(
     device: torch.device,
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Tokenizer:
-    """Returns a Tokenizer for a run's token grid and precision."""
+    """Returns a Tokenizer for a run's token grid and precision. Raises UserError for another number of channels."""
+    takes, given = vqgan.config.image_channels, config.data.channels
+    if takes != given:
+        raise UserError(
+            f"the tokenizer takes {takes} channels, data.channels is {given}; leave tokenizer.path empty, or pass one "
+            f"of mam2 train-tokenizer --image-channels {given}"
+        )
     rounded = matmul_dtype(config.run, device) == torch.bfloat16
     precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
     return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)

@@ -1,6 +1,6 @@
 """Measures how well a VQGAN reconstructs frames from their codes: numbers and pictures.
 
-Shapes: B clips, T frames, F = B·T frames, H×W pixels, C = 3.
+Shapes: B clips, T frames, F = B·T frames, H×W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mam2.engine.model.pixels import as_colors, unit_pixels
 from mam2.engine.tokenizer.kmeans import nearest_center
 from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
 from mam2.engine.tokenizer.training import frame_patches
@@ -38,7 +39,7 @@ class Reconstruction:
     """Share of the variance within a frame that the decoded codes explain: 1 − squared error / squared deviation from
     the frame's mean color, both summed over all frames. 1 is perfect; 0 is no better than the mean color."""
     color_explained: float | None
-    """The same for color only: each pixel's difference to the mean of its three channels. None for gray frames."""
+    """The same for color only: each pixel's difference to the mean of its channels. None for gray frames."""
     kmeans_explained: float
     """`explained` for k-means of raw patches with one center per code: each patch is replaced by its center."""
     kmeans_color_explained: float | None
@@ -57,7 +58,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tensor) -> Reconstruction:
-    """Encodes and decodes the frames of clips, uint8 [B, T, H, W, C] on the VQGAN's device.
+    """Encodes and decodes the frames of clips [B, T, H, W, C] on the VQGAN's device.
 
     Args:
         clips: H and W are multiples of the VQGAN's factor.
@@ -73,7 +74,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
     shown: list[tuple[Tensor, ...]] = []
     for clip in clips:
         frames = clip.flatten(0, 1)
-        original = frames.movedim(-1, 1).float() / 255
+        original = unit_pixels(frames.movedim(-1, 1))
         found = vqgan.codes(scale_pixels(frames.movedim(-1, 1)))
         patches = centers[nearest_center(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
         baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
@@ -110,7 +111,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
 
 
 def _color(images: Tensor) -> Tensor:
-    """Subtracts gray from images [B, 3, H, W]."""
+    """Subtracts gray from images [B, C, H, W]."""
     return images - images.mean(1, keepdim=True)
 
 
@@ -126,7 +127,7 @@ def draw_reconstructions(result: Reconstruction, path: Path) -> None:
     axes = figure.subplots(len(rows), count, squeeze=False)
     for row, (name, pictures) in enumerate(rows.items()):
         for axis, picture in zip(axes[row], pictures.numpy(), strict=True):
-            axis.imshow(picture)
+            axis.imshow(as_colors(torch.from_numpy(picture)).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
         axes[row, 0].set_ylabel(name)

@@ -67,7 +67,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, video: Tensor) -> Tensor:
-        """Computes all codes: video [B, 3, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
+        """Computes all codes: video [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
 
         Raises:
             ValueError: T is not a multiple of the grid's T'.
@@ -106,11 +106,11 @@ class Tokenizer(nn.Module):
         return codes if self.frames == "all" else codes.squeeze(2)
 
     def _frames(self, video: Tensor) -> Tensor:
-        """Returns the frames of a video that have codes: [B·T', 3, H, W] or [B·T, 3, H, W]."""
-        slots = self.grid[0]
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % slots:
+        """Returns the frames of a video that have codes: [B·T', C, H, W] or [B·T, 3, H, W]."""
+        slots, channels = self.grid[0], self.vqgan.config.image_channels
+        if video.ndim != 5 or video.shape[1] != channels or video.shape[2] % slots:
             raise ValueError(
-                f"video: expected [B, 3, T, H, W] with T a multiple of {slots}, found {tuple(video.shape)}; "
+                f"video: expected [B, {channels}, T, H, W] with T a multiple of {slots}, found {tuple(video.shape)}; "
                 "build the tokenizer with the grid of these clips"
             )
         step = 1 if self.frames == "all" else video.shape[2] // slots
@@ -171,7 +171,7 @@ def usage_of(histogram: Tensor) -> tuple[int, float]:
 
 
 def _prepare(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resizes [B, 3, H, W] to [B, 3, height, width] float32 in [-1, 1], channels last."""
+    """Resizes [B, C, H, W] to [B, 3, height, width] float32 in [-1, 1], channels last."""
     images = scale_pixels(frames).contiguous(memory_format=torch.channels_last)
     if images.shape[2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)

@@ -56,7 +56,8 @@ def train_vqgan(
     """Trains a VQGAN to reconstruct `frames` and returns it.
 
     Args:
-        frames: batches [B, H, W, 3] uint8, H and W at least `config.factor`; iterated again if they end too soon.
+        frames: batches [B, H, W, C], uint8 or float (0 to 1), H and W at least `config.factor`; iterated again if they
+            end too soon.
         config: config with the `vq` quantizer.
         steps: optimizer steps. Each takes one batch of frames from the pool of k-means, and replaces it by a new batch.
         progress: called with the step and, since the last call, `loss` (mean squared error, pixels in -1 to 1) and
@@ -166,7 +167,7 @@ class MovingCodebook:
 
 
 def frame_patches(frames: Tensor, factor: int) -> Tensor:
-    """Cuts uint8 [B, H, W, 3] into all whole patches of factor² pixels.
+    """Cuts uint8 [B, H, W, C] into all whole patches of factor² pixels.
 
     [B·h·w, P] float32 in -1 to 1, channel first.
     """
@@ -175,7 +176,7 @@ def frame_patches(frames: Tensor, factor: int) -> Tensor:
 
 
 def first_frames(frames: Iterator[Tensor], config: VQGANConfig) -> list[Tensor]:
-    """Returns the first batches uint8 [B, H, W, 3] of `frames`, with the patches for k-means."""
+    """Returns the first batches uint8 [B, H, W, C] of `frames`, with the patches for k-means."""
     taken: list[Tensor] = []
     patches = 0
     while patches < _patches_seen(config):
@@ -193,7 +194,7 @@ def first_patches(first: list[Tensor], config: VQGANConfig) -> Tensor:
 
 def _patches_seen(config: VQGANConfig) -> int:
     """Returns M, the number of patches for k-means."""
-    most = max(MOST_VALUES // (3 * config.factor**2), LEAST_PER_CODE * config.codes)
+    most = max(MOST_VALUES // (config.image_channels * config.factor**2), LEAST_PER_CODE * config.codes)
     return min(PATCHES_PER_CODE * config.codes, most)
 
 
@@ -203,8 +204,9 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
     Returns:
         The resulting latents [M, E], of mean square 1; and the factor from their squared distances to those of pixels.
     """
-    mean = patches.unflatten(1, (3, -1)).mean((0, 2))
-    centered = (patches.unflatten(1, (3, -1)) - mean[:, None]).flatten(1)
+    channels = vqgan.config.image_channels
+    mean = patches.unflatten(1, (channels, -1)).mean((0, 2))
+    centered = (patches.unflatten(1, (channels, -1)) - mean[:, None]).flatten(1)
     moments = (centered.T @ centered).double()
     components = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, : vqgan.config.embed_dim].T.to(patches.dtype)
     latents = centered @ components.T
@@ -214,7 +216,7 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor) -> tuple[Tensor, float]:
     assert vqgan.patch_out.bias is not None
     with torch.no_grad():
         vqgan.patch_in.weight.copy_((components / scale).view(shape))
-        vqgan.patch_in.bias.copy_(-(components / scale).unflatten(1, (3, -1)).sum(2) @ mean)
+        vqgan.patch_in.bias.copy_(-(components / scale).unflatten(1, (channels, -1)).sum(2) @ mean)
         vqgan.patch_out.weight.copy_((components * scale).view(shape))
         vqgan.patch_out.bias.copy_(mean)
     return latents / scale, scale.square().item()
@@ -235,15 +237,15 @@ def _initialize(vqgan: VQGAN) -> None:
 
 
 def _window(frames: Tensor, factor: int) -> tuple[int, int]:
-    """Returns the codes along height and width of the training windows of frames [B, H, W, 3]."""
+    """Returns the codes along height and width of the training windows of frames [B, H, W, C]."""
     height, width = (min(side // factor, CROP_CODES) for side in frames.shape[1:3])
     if not height or not width:
-        raise ValueError(f"frames: expected [B, H, W, 3] with H and W at least {factor}, found {tuple(frames.shape)}")
+        raise ValueError(f"frames: expected [B, H, W, C] with H and W at least {factor}, found {tuple(frames.shape)}")
     return height, width
 
 
 def _random_crop(frames: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """Crops [B, H, W, 3] to a random window, the same for every frame."""
+    """Crops [B, H, W, C] to a random window, the same for every frame."""
     height, width = (side * factor for side in _window(frames, factor))
     top = int(torch.randint(frames.shape[1] - height + 1, (), generator=generator))
     left = int(torch.randint(frames.shape[2] - width + 1, (), generator=generator))
@@ -268,5 +270,5 @@ def _endless(frames: Iterable[Tensor]) -> Iterator[Tensor]:
             yield batch
         if not count:
             raise ValueError(
-                "frames: expected batches [B, H, W, 3] for every step, or an iterable that can be iterated again"
+                "frames: expected batches [B, H, W, C] for every step, or an iterable that can be iterated again"
             )

@@ -43,6 +43,8 @@ class VQGANConfig:
     resolution of its configs, independent of the image size.)"""
     groups: int = 32
     """Groups of the group normalization."""
+    image_channels: int = 3
+    """Channels C of the images."""
     patch_path: bool = False
     """Adds a linear path past both networks: a patch's pixels to its latent, and a code's vector to pixels. The models
     trained here have it, so that they begin as k-means of patches; taming's do not."""
@@ -63,11 +65,12 @@ CONFIGS = {
 """taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
 
 
-PATCH_DIMENSIONS = 64
-"""Most values that the linear path keeps of a patch: the principal ones."""
+LEAST_DIMENSIONS, MOST_DIMENSIONS = 64, 192
+"""Limits of the number of principal components that the linear path keeps of a patch, a third of its values. With 64
+of the 768 values of a patch of 16² pixels, most of what is lost is color, which has little of the variance."""
 
 
-def small(channels: int, codes: int, factor: int) -> VQGANConfig:
+def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQGANConfig:
     """Returns a small config, which a CPU trains in seconds.
 
     One residual block per level, attention only in the middle.
@@ -76,6 +79,7 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
         channels: base width, a multiple of 8; 16 is enough for simple frames of 64×64 and factor 8.
         codes: codebook size.
         factor: pixels per code along height and width, a power of two from 2.
+        image_channels: C of the images.
     """
     levels = factor.bit_length()
     if factor < 2 or factor != 2 ** (levels - 1):
@@ -84,19 +88,20 @@ def small(channels: int, codes: int, factor: int) -> VQGANConfig:
         raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
-        embed_dim=min(PATCH_DIMENSIONS, 3 * factor**2),
+        embed_dim=min(max(factor**2, LEAST_DIMENSIONS), MOST_DIMENSIONS, image_channels * factor**2),
         z_channels=32,
         channels=channels,
         channel_multipliers=(1,) * (levels - 2) + (2, 4),
         res_blocks=0,
         attention_levels=(),
         groups=channels // 8,
+        image_channels=image_channels,
         patch_path=True,
     )
 
 
 class VQGAN(nn.Module):
-    """Encodes and decodes images [B, 3, H, W] in [-1, 1]; H and W are multiples of `config.factor`."""
+    """Encodes and decodes images [B, C, H, W] in [-1, 1]; H and W are multiples of `config.factor`."""
 
     quantize: VectorQuantizer | GumbelQuantizer
     patch_in: nn.Conv2d
@@ -112,16 +117,16 @@ class VQGAN(nn.Module):
         self.quantize = VectorQuantizer(config) if config.quantizer == "vq" else GumbelQuantizer(config)
         if config.patch_path:
             width, factor = config.embed_dim, config.factor
-            self.patch_in = nn.Conv2d(3, width, factor, stride=factor)
-            self.patch_out = nn.ConvTranspose2d(width, 3, factor, stride=factor)
+            self.patch_in = nn.Conv2d(config.image_channels, width, factor, stride=factor)
+            self.patch_out = nn.ConvTranspose2d(width, config.image_channels, factor, stride=factor)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encodes images [B, 3, H, W] to the latents before quantization [B, E, h, w]."""
-        factor = self.config.factor
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        """Encodes images [B, C, H, W] to the latents before quantization [B, E, h, w]."""
+        factor, channels = self.config.factor, self.config.image_channels
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(
-                f"images: expected [B, 3, H, W] with H and W multiples of {factor}, found {tuple(images.shape)}; "
-                "resize them first"
+                f"images: expected [B, {channels}, H, W] with H and W multiples of {factor}, found "
+                f"{tuple(images.shape)}; resize them first"
             )
         latents = self.quant_conv(self.encoder(images))
         if not self.config.patch_path:
@@ -130,18 +135,18 @@ class VQGAN(nn.Module):
             return latents.float() + self.patch_in(images.float())
 
     def codes(self, images: Tensor) -> Tensor:
-        """Returns the codes of images [B, 3, H, W]: [B, h, w] int64.
+        """Returns the codes of images [B, C, H, W]: [B, h, w] int64.
 
         Chosen in float32, without Gumbel training's noise.
         """
         return self.quantize.codes(self.encode(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decodes codes [B, h, w] int64 to images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codes [B, h, w] int64 to images [B, C, H, W], about -1 to 1 (not clamped)."""
         return self.decode_latents(self.quantize.lookup(codes))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decodes codebook vectors [B, E, h, w] to images [B, 3, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codebook vectors [B, E, h, w] to images [B, C, H, W], about -1 to 1 (not clamped)."""
         images = self.decoder(self.post_quant_conv(latents))
         if not self.config.patch_path:
             return images
@@ -191,11 +196,11 @@ class GumbelQuantizer(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Maps images [B, 3, H, W] to [B, z_channels, H / factor, W / factor]."""
+    """Maps images [B, C, H, W] to [B, z_channels, H / factor, W / factor]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         width = config.channels
         for level, multiplier in enumerate(config.channel_multipliers):
@@ -217,7 +222,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Maps [B, z_channels, h, w] to images [B, 3, h · factor, w · factor]."""
+    """Maps [B, z_channels, h, w] to images [B, C, h · factor, w · factor]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -231,7 +236,7 @@ class ConvDecoder(nn.Module):
                 up.upsample = Upsample(width)
             self.up.append(up)
         self.norm_out = _norm(widths[0], config.groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.mid(self.conv_in(latents))

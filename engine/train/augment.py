@@ -1,6 +1,7 @@
 """Augmentation of fine-tuning on the device: RandAugment, random erasing, mixup, cutmix, stochastic depth, dropout.
 
-Shapes: B clips, T frames, C = 3 channels, V classes. Clips stay uint8; every operation rounds to integer levels.
+Shapes: B clips, T frames, C channels, V classes. Clips of uint8 stay uint8: every operation rounds to integer levels;
+float clips (0 to 1) are not rounded.
 All random draws of a clip are keyed by (seed, step, index of the clip in the step's batch), so that a step is the same
 if it is repeated, resumed or distributed over any number of processes. All frames of a clip are augmented equally;
 operations that depend on the image (equalize, autocontrast, contrast) use the whole clip, so that none causes flicker.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mam2.engine.config.finetune import AugmentConfig, FinetuneConfig
 from mam2.engine.data.draws import Draw, generator_of
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mam2.engine.model.pixels import pixel_statistics
 from mam2.engine.train.finetune_targets import ClassTargets, Targets, smoothed
 from mam2.engine.train.randaugment import OPERATIONS, Operation, constant
 
@@ -134,15 +135,21 @@ def _draw_augmentation(
 
     def apply(sent: Sequence[Tensor], video: Tensor) -> Tensor:
         video = video.clone(memory_format=torch.preserve_format)
+        levels = 255.0 if video.is_floating_point() else 1.0
         for operation, chosen, strengths in zip(operations, sent[::2], sent[1::2], strict=True):
-            changed = operation.apply(video[chosen].float(), strengths)
-            video[chosen] = changed.round_().clamp_(0, 255).to(torch.uint8)
+            changed = operation.apply(video[chosen].float() * levels, strengths)
+            video[chosen] = _stored(changed.clamp_(0, 255) / levels, video.dtype)
         for row, box in enumerate(boxes):
             if box:
                 _erase(video[row, ..., box.rows, box.columns], box.seed)
         return video
 
     return Drawn(arrays, apply)
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts values in the unit of a clip to its type: uint8 rounded to levels, floats as they are."""
+    return values.round_().to(dtype) if dtype == torch.uint8 else values.to(dtype)
 
 
 def _plan(config: AugmentConfig, generator: np.random.Generator) -> list[tuple[Operation | None, float]]:
@@ -181,13 +188,13 @@ def _draw_box(size: tuple[int, int], chance: float, generator: np.random.Generat
 
 
 def _erase(box: Tensor, seed: int) -> None:
-    """Fills a box [C, T, h, w] of a clip with noise, different in every frame: normal with ImageNet's statistics."""
+    """Fills a box [C, T, h, w] of a clip with noise, different in every frame: normal, see `pixel_statistics`."""
     # drawing a box of noise on the host would be too slow
     noise = torch.Generator(box.device).manual_seed(seed)
     drawn = torch.randn(box.shape, generator=noise, device=box.device)
-    mean, std = (255 * constant(values, box.device) for values in (PIXEL_MEAN, PIXEL_STD))
-    pixels = drawn * std[:, None, None, None] + mean[:, None, None, None]
-    box.copy_(pixels.round_().clamp_(0, 255))
+    mean, std = (255 * constant(values, box.device) for values in pixel_statistics(len(box)))
+    pixels = (drawn * std[:, None, None, None] + mean[:, None, None, None]).clamp_(0, 255)
+    box.copy_(pixels / 255 if box.is_floating_point() else pixels.round_())
 
 
 def mix(
@@ -244,7 +251,7 @@ def _draw_mixing(
         for row, (share, box) in enumerate(draws):
             mine, its = video[row], video[int(partner[row])]
             if box is None:
-                mixed[row] = torch.lerp(its.float(), mine.float(), share).round_().to(torch.uint8)
+                mixed[row] = _stored(torch.lerp(its.float(), mine.float(), share), video.dtype)
             else:
                 rows, columns = box
                 mixed[row] = mine

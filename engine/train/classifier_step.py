@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
+from mam2.engine.finetune_costs import HEAD, finetune_costs
+from mam2.engine.model.adapters import add_adapters
 from mam2.engine.model.classifier import Classifier, train_only_last
-from mam2.engine.model.encoder import CHANNELS
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train import augment
@@ -26,30 +28,24 @@ from mam2.engine.train.step import Step
 def classifier_flops(config: FinetuneConfig) -> float:
     """Returns the FLOPs per clip of a step: all tokens through the encoder, both passes; the head is negligible.
 
-    Frozen blocks and a frozen patch embedding run only forward.
+    Frozen blocks and a frozen patch embedding run only forward; frozen weights with adapters have no weight gradient.
     """
-    model, (slots, rows, columns) = config.model, config.grid
-    tokens = slots * rows * columns
-    pixels = model.tubelet * model.patch**2 * CHANNELS
-    embedding = costs.linear(tokens, pixels, model.width, costs.SINGLE, input_gradient=False)
-    block = costs.block(tokens, model.width, model.mlp_ratio, costs.SINGLE, layer_scale=model.layer_scale)
-    frozen = config.frozen_blocks
-    embedded = embedding.flops if config.optim.train_last < 0 else embedding.forward_flops
-    return embedded + frozen * block.forward_flops + (model.depth - frozen) * block.flops
+    return sum(cost.flops for name, cost in finetune_costs(config, costs.SINGLE).items() if name != HEAD)
 
 
 class ClassifierObjective(Objective):
-    """Cross-entropy with soft targets.
+    """Cross-entropy with soft targets; binary cross-entropy for several classes per video; MSE or MAE in regression.
 
     Called with a video [B, C, T, H, W] uint8, targets [B, V], what is dropped.
 
     The targets of a clip sum to the weight of the clip.
     """
 
-    def __init__(self, model: Classifier, compiled: Compile) -> None:
+    def __init__(self, model: Classifier, compiled: Compile, regression: Literal["mse", "mae"] = "mse") -> None:
+        """regression: loss of a model whose task is regression."""
         super().__init__()
-        self.model = model
-        self._loss = compiled(self._cross_entropy)
+        self.model, self._regression = model, regression
+        self._loss = compiled(self._compare)
 
     def forward(
         self,
@@ -63,10 +59,14 @@ class ClassifierObjective(Objective):
         loss = self._loss(video, targets, path_scales, feature_scales)
         return loss, {"loss/training": loss.detach()}, {}
 
-    def _cross_entropy(
+    def _compare(
         self, video: Tensor, targets: Tensor, path_scales: Tensor | None, feature_scales: Tensor | None
     ) -> Tensor:
         logits = self.model(video, path_scales, feature_scales)
+        if self.model.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        if self.model.task == "regression":
+            return (F.mse_loss if self._regression == "mse" else F.l1_loss)(logits, targets)
         return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
@@ -86,6 +86,8 @@ class FinetuneStep(Step[Prepared]):
     ) -> None:
         """targets: see `mam2.engine.train.augment.prepare`."""
         self._targets = targets
+        if config.adapters.rank:
+            add_adapters(model, config.adapters)
         train_only_last(model, config.optim.train_last)
         super().__init__(config, model, device, world)
         self._blend: Callable[..., None] = get_ema_multi_avg_fn(config.optim.ema)
@@ -95,7 +97,7 @@ class FinetuneStep(Step[Prepared]):
             self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def build_objective(self, compiled: Compile) -> Objective:
-        return ClassifierObjective(self.model, compiled)
+        return ClassifierObjective(self.model, compiled, self.config.head.loss)
 
     def build_optimizer(self) -> Optimizer:
         dtype = matmul_dtype(self.config.run, self.device)
@@ -109,6 +111,15 @@ class FinetuneStep(Step[Prepared]):
         step, index = divmod(number, self.micro_batches)
         first_sample = (index * self.world.size + self.world.rank) * len(video)
         return augment.prepare(video, labels, self.config, self._targets, step=step, first_sample=first_sample)
+
+    def part(self, extras: Prepared, rows: slice) -> Prepared:
+        paths, features = extras.path_scales, extras.feature_scales
+        return Prepared(
+            extras.video[rows],
+            extras.targets[rows],
+            None if paths is None else paths[..., rows],
+            None if features is None else features[rows],
+        )
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
         return tuple(extras)

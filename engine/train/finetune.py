@@ -7,7 +7,9 @@ addition to the files of every run, RUN/best contains the classifier of the best
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,36 +18,39 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
+from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.recipe import from_dict
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.label_texts import check_one_class, class_places, names_of_all, values_of
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.accuracy import mean_class_accuracy, top_k
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import classifier_shapes, use_fastest
+from mam2.engine.model.adapters import check_peft, merge_adapters
+from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
+from mam2.engine.model.classifier import Classifier, pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
-from mam2.engine.runtime.device import autocast, matmul_dtype
+from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
 from mam2.engine.train.description import Description, describe_task
-from mam2.engine.train.finetune_targets import ClassTargets, balanced_weights, describe_weights
+from mam2.engine.train.finetune_tasks import LOSS, TASKS, VALUE, standard
 from mam2.engine.train.loop import Loop, TrainResult
 from mam2.engine.train.session import RunContext, Session, Setup, open_session
+from mam2.engine.train.validation_model import in_equal_batches, share_weights
 
-ACCURACY = "accuracy/validation"
-MEAN_CLASS = "accuracy/validation_mean_class"
-MEASURES = {"top1": ACCURACY, "mean_class": MEAN_CLASS}
-"""Columns of the log, one for each value of `test.best`."""
+STANDARDIZED = 256
+"""Clips by which features are standardized, or a few more."""
 
 
 def finetune(
@@ -77,6 +82,7 @@ def finetune(
         PeerFailed: another process of the run has failed; it prints the reason.
     """
     config.check()
+    check_peft(config.adapters)
     for labelled in (data, val):
         check_apart(labelled, out)
     if not resume:
@@ -90,7 +96,9 @@ class _FinetuneSetup(Setup[FinetuneConfig]):
     """Reads the classes, the initial encoder and the validation videos."""
 
     def __init__(self, data: Path, val: Path, encoder: str | Path | None, options: Mapping[str, int | None]) -> None:
-        self._data, self._val, self._path, self._options = data, val, encoder, options
+        self.data, self._val, self._path, self._options = data, val, encoder, options
+        self.classes: tuple[str, ...] = ()
+        """Names in the order of the logits."""
         self.encoder: Encoder | None = None
         self.embeddings: Tensor | None = None
         """Text embeddings of the classes; a resumed run reads both from its checkpoint."""
@@ -103,16 +111,16 @@ class _FinetuneSetup(Setup[FinetuneConfig]):
 
     def complete(self, run: RunContext[FinetuneConfig], manifest: Manifest) -> tuple[FinetuneConfig, Manifest]:
         world, threads = run.world, run.config.data.threads
-        world.broadcast(lambda: check_labelled(manifest, self._data))
-        if run.saved:
-            manifest = world.broadcast(lambda: _numbered_as_before(run, manifest, self._data))
-        run.log.info(describe_classes(manifest))
-        classes = manifest.classes
-        self.val_manifest = world.broadcast(
-            lambda: relabelled(read_manifest(self._val, threads=threads, progress=run.progress), self._val, classes)
-        )
+        world.broadcast(lambda: check_labelled(manifest, self.data))
+        if run.saved and run.config.head.task == "classes":
+            manifest = world.broadcast(lambda: _numbered_as_before(run, manifest, self.data))
+        self.classes = world.broadcast(lambda: _classes(run, manifest, self.data))
+        val = world.broadcast(lambda: read_manifest(self._val, threads=threads, progress=run.progress))
+        self.val_manifest = world.broadcast(lambda: _checked(val, self._val, run.config, self.classes))
+        if run.config.head.task == "classes":
+            run.log.info(describe_classes(manifest))
         config, self.encoder, self.embeddings = world.broadcast(
-            lambda: _resolved(run, classes, self._path, self._options)
+            lambda: _resolved(run, manifest, self.data, self.classes, self._path, self._options)
         )
         return config, manifest
 
@@ -122,40 +130,48 @@ class _Finetuning:
 
     def __init__(self, session: Session[FinetuneConfig], setup: _FinetuneSetup) -> None:
         self._session, world, config = session, session.world, session.config
-        self._metadata = {CLASSES: json.dumps(session.manifest.classes)}
+        self._metadata = {CLASSES: json.dumps(setup.classes)}
         dtype, shapes = (
             matmul_dtype(config.run, session.device),
             classifier_shapes(config, session.clips_per_micro_batch),
         )
-        for line in use_fastest(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, session.device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         torch.manual_seed(config.run.seed)
         model = build_classifier(config, setup.embeddings)
+        model.set_attention(choices)
         if setup.encoder:
             weights = {name: t for name, t in setup.encoder.state_dict().items() if not name.startswith("norm.")}
             model.encoder.load_state_dict(weights)
-        class_weights = None
-        if config.head.class_weights == "balanced":
-            class_weights = balanced_weights(session.manifest)
-            session.log.info(describe_weights(class_weights, session.manifest.classes))
-        targets = ClassTargets(config.model.classes, config.augment.label_smoothing, class_weights)
+        if config.head.standardize and not session.saved:
+            self._standardize(model.to(session.device))
+        self._task = TASKS[config.head.task](config, setup.classes)
+        targets = self._task.targets(session.manifest, setup.data, session.log.info)
         self.train_step = FinetuneStep(config, model, session.device, world, targets)
-        if config.optim.train_last >= 0:
+        if config.optim.train_last >= 0 or config.adapters.rank:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            parts = f"{config.optim.train_last} of {config.model.depth} blocks"
+            if config.adapters.rank:
+                parts = f"adapters of rank {config.adapters.rank}"
             session.log.info(
-                f"trained {config.optim.train_last} of {config.model.depth} blocks and the head: {trained / 1e6:.2f} M "
+                f"trained {parts} and the head: {trained / 1e6:.2f} M "
                 f"of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, the rest is frozen"
             )
-        self._measure = MEASURES[config.test.best]
+        self._measure = self._task.measure
 
-        # a separate copy for validation, so that averaged, compiled and sharded models need no special code
+        # a separate module for validation, so that averaged, compiled and sharded models need no special code
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
+        self._judge.set_attention(choices)
+        self._gather_weights = share_weights(self._judge, self._trained_weights, in_place=not config.adapters.rank)
+        batch = config.test.batch or session.clips_per_micro_batch
+        self._classify = in_equal_batches(compiler(config.run, session.device)[0](self._judge), batch)
         self._val = setup.val_manifest
         self._val_loader = session.own(
             ClipLoader(
                 self._val,
                 dataclasses.replace(config.data, max_unusable=1.0),  # the log lists them
-                batch=config.test.batch or session.clips_per_micro_batch,
+                batch=batch,
                 device=session.device,
                 seed=0,
                 train=False,
@@ -164,6 +180,17 @@ class _Finetuning:
         self._told: set[str] = set()
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
+
+    def _standardize(self, model: Classifier) -> None:
+        """Scales the features before the head by the first clips, the same for any number of processes."""
+        session = self._session
+        stream = session.loader.stream()
+        count = -(-STANDARDIZED // (session.clips_per_micro_batch * session.world.size))
+        with autocast(session.config.run, session.device):
+            pooled = pooled_features(model, (batch.video for batch in itertools.islice(stream, count)))
+        stream.close()
+        share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
+        session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")
 
     def describe(self) -> Description:
         return describe_task(
@@ -195,29 +222,24 @@ class _Finetuning:
             self._best = found[self._measure]
             session.world.broadcast(lambda: self._write_best(step, found))
         session.log.write(step, found)
-        session.log.info(
-            f"step {step}: validation top-1 {found[ACCURACY]:.2%}, top-5 {found['accuracy/validation_top5']:.2%}, "
-            f"mean over classes {found[MEAN_CLASS]:.2%}, best {self._best:.2%}"
-        )
+        session.log.info(f"step {step}: validation {self._task.describe(found)}; best {self._measure} {self._best:.4f}")
 
     def _begin(self) -> tuple[set[int], float]:
         """Steps validated before a run was stopped, and the best measure then."""
         session, best = self._session, self._session.folder / checkpoint.BEST
         if not session.saved:
             checkpoint.remove_best(session.folder)
-            return set(), -1.0
-        validated = {line["step"] for line in read_log(session.folder) if ACCURACY in line}
-        return validated, checkpoint.read_state(best)[self._measure] if best.is_dir() else -1.0
+            return set(), -math.inf
+        validated = {line["step"] for line in read_log(session.folder) if LOSS in line}
+        return validated, checkpoint.read_state(best)[self._measure] if best.is_dir() else -math.inf
 
     def _validate(self) -> dict[str, float]:
         session, config = self._session, self._session.config
-        with torch.no_grad():
-            whole = checkpoint.copies(self.train_step.model.state_dict() | dict(self.train_step.average), keep=True)
-            self._judge.load_state_dict(whole)
+        self._gather_weights()
         # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             predictions = classify_videos(
-                self._judge,
+                self._classify,
                 self._val_loader,
                 self._val,
                 config.data,
@@ -226,23 +248,22 @@ class _Finetuning:
                 world=session.world,
                 precision=lambda: autocast(config.run, session.device),
                 progress=session.progress,
+                scores=self._judge.scores,
             )
         self._note_unusable()
-        labels = torch.tensor([self._val.videos[place].label for place in predictions.videos.tolist()])
-        if not len(labels):
+        if not len(predictions.videos):
             raise session.world.error("none of the validation videos can be decoded")
-        own = predictions.probabilities.gather(1, labels[:, None])
-        return {
-            ACCURACY: float(top_k(predictions.probabilities, labels, 1).double().mean()),
-            MEAN_CLASS: mean_class_accuracy(predictions.probabilities, labels),
-            "accuracy/validation_top5": float(top_k(predictions.probabilities, labels, 5).double().mean()),
-            "loss/validation": float(-own.clamp_min(1e-30).log().mean()),
-        }
+        return self._task.measures(predictions.probabilities, self._val, predictions.videos.tolist())
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """Returns the weights to validate, by their names in a model without adapters."""
+        weights = self.train_step.model.state_dict() | dict(self.train_step.average)
+        return merge_adapters(weights, self._session.config.adapters)
 
     def _write_best(self, step: int, found: dict[str, float]) -> None:
         session = self._session
         try:
-            weights = checkpoint.copies(self._judge.state_dict(), keep=True)
+            weights = copies(self._judge.state_dict(), keep=True)
             checkpoint.write_best(session.folder, step, weights, session.config, dict(self._metadata), found)
         except OSError as error:
             session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run continues")
@@ -257,6 +278,40 @@ class _Finetuning:
             if skipped.path not in self._told:
                 self._told.add(skipped.path)
                 self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
+
+
+def _classes(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) -> tuple[str, ...]:
+    """Returns the names of the head's outputs: those of the checkpoint, or of the training videos.
+
+    Raises UserError for labels that are not of the task.
+    """
+    task = run.config.head.task
+    if task == "regression":
+        values_of(manifest, data)
+        return (VALUE,)
+    if task == "classes":
+        check_one_class(manifest, data)
+        return manifest.classes
+    classes = tuple(json.loads(checkpoint.read_metadata(run.saved)[CLASSES])) if run.saved else names_of_all(manifest)
+    class_places(manifest, data, classes)
+    if not run.saved:
+        run.log.info(f"classes {len(classes)}, any number of them per video")
+    return classes
+
+
+def _checked(manifest: Manifest, source: Path, config: FinetuneConfig, classes: tuple[str, ...]) -> Manifest:
+    """Returns the validation videos with labels numbered as in `classes` where a video has one class.
+
+    Raises UserError for labels that do not fit the training's.
+    """
+    if config.head.task == "classes":
+        return relabelled(manifest, source, classes)
+    check_labelled(manifest, source)
+    if config.head.task == "regression":
+        values_of(manifest, source)
+    else:
+        class_places(manifest, source, classes)
+    return manifest
 
 
 def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, data: Path) -> Manifest:
@@ -283,6 +338,8 @@ def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, dat
 
 def _resolved(
     run: RunContext[FinetuneConfig],
+    manifest: Manifest,
+    data: Path,
     classes: tuple[str, ...],
     path: str | Path | None,
     options: Mapping[str, int | None],
@@ -300,6 +357,10 @@ def _resolved(
         encoder = load_encoder(path, frames=options.get("frames"), size=options.get("size"), heads=options.get("heads"))
         model = _described(encoder)
         info(f"encoder from {path}")
+        config = dataclasses.replace(config, data=data_for(config.data, encoder, path))
+        if becomes_gray(config.data, encoder):
+            encoder = gray_encoder(encoder, config.data)
+            info(GRAY)
     else:
         info("encoder with random weights (--scratch)")
     embeddings = None
@@ -308,7 +369,9 @@ def _resolved(
     elif config.head.text_encoder:
         embeddings = embed_classes(config.head.text_encoder, classes, config.head.prompt)
     text_width = 0 if embeddings is None else embeddings.shape[1]
-    config = dataclasses.replace(config, model=dataclasses.replace(model, classes=len(classes), text_width=text_width))
+    mean, std = standard(manifest, data) if config.head.task == "regression" else (0.0, 1.0)
+    model = dataclasses.replace(model, classes=len(classes), text_width=text_width, target_mean=mean, target_std=std)
+    config = dataclasses.replace(config, model=model)
     try:
         config.check()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Training targets of fine-tuning: what a label of the training list becomes, before clips are mixed.
+"""Training targets of fine-tuning: converts labels of the training list, before clips are mixed.
 
 Shapes: B clips, V outputs of the head.
 """
@@ -22,7 +22,7 @@ class Targets(ABC):
 
     @abstractmethod
     def arrays(self, labels: Tensor) -> list[NDArray[Any]]:
-        """Returns what the device needs for `labels`, int64 [B] on the CPU."""
+        """Returns the arrays to copy to the device for `labels`, int64 [B] on the CPU."""
 
     @abstractmethod
     def on_device(self, sent: Sequence[Tensor]) -> Tensor:
@@ -48,6 +48,37 @@ class ClassTargets(Targets):
     def on_device(self, sent: Sequence[Tensor]) -> Tensor:
         rows = smoothed(sent[0], self._classes, self._smoothing)
         return rows if self._weights is None else rows * sent[1][:, None]
+
+
+class SetTargets(Targets):
+    """Several classes per video: 1 at its classes, 0 elsewhere, moved toward 0.5 by the share `smoothing`."""
+
+    def __init__(self, places: Sequence[Sequence[int]], classes: int, smoothing: float) -> None:
+        """places: of each label, the places of its classes."""
+        self._places, self._classes, self._smoothing = places, classes, smoothing
+
+    def arrays(self, labels: Tensor) -> list[NDArray[Any]]:
+        rows = np.full((len(labels), self._classes), self._smoothing / 2, np.float32)
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            row[self._places[label]] = 1 - self._smoothing / 2
+        return [rows]
+
+    def on_device(self, sent: Sequence[Tensor]) -> Tensor:
+        return sent[0]
+
+
+class ValueTargets(Targets):
+    """A number per video, standardized: [B, 1]."""
+
+    def __init__(self, values: Sequence[float], mean: float, std: float) -> None:
+        """values: of each label. mean, std: of the values of the training videos."""
+        self._values = ((np.asarray(values, np.float64) - mean) / std).astype(np.float32)
+
+    def arrays(self, labels: Tensor) -> list[NDArray[Any]]:
+        return [self._values[labels.numpy()][:, None]]
+
+    def on_device(self, sent: Sequence[Tensor]) -> Tensor:
+        return sent[0]
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:

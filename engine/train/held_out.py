@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import Manifest, read_manifest
+from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sets import read_sets
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
+from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
+from mam2.engine.model.masking import motion_frames
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
 from mam2.engine.runtime.progress import Progress
@@ -29,9 +32,11 @@ from mam2.engine.tokenizer.prepare import FILE, build_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.session import Session
+from mam2.engine.train.validation_model import share_weights
 from mam2.kernels import TubeMask
 
 LOSS = "validation/loss"
+MOTION = "validation/motion"
 SCORES = {
     "validation/motion_relative": "relative_motion",
     "validation/pixels_relative": "relative_pixels",
@@ -52,15 +57,25 @@ WORDS = {
 class HeldOut:
     """Measures the trained model on the middle clips of held-out videos."""
 
-    def __init__(self, session: Session[PretrainConfig], videos: Path, codebook_size: int) -> None:
-        """videos: folder or list. codebook_size: that of the run's tokenizer, 0 if no codes are predicted.
+    def __init__(
+        self,
+        session: Session[PretrainConfig],
+        videos: Sequence[Path],
+        codebook_size: int,
+        choices: Choices,
+        trained: torch.nn.Module,
+    ) -> None:
+        """Reads the videos and builds a model with the weights of the trained one.
+
+        videos: folders or lists. codebook_size: that of the run's tokenizer, 0 if no codes are predicted. choices: the
+        trained model's attention implementations. trained: the model that is measured.
 
         Raises UserError if the videos cannot be read.
         """
         self._session = session
         config, world, device = session.config, session.world, session.device
         threads = config.data.threads
-        manifest = world.broadcast(lambda: read_manifest(videos, threads=threads, progress=session.progress))
+        manifest = world.broadcast(lambda: read_sets(videos, threads=threads, progress=session.progress))
         used = _spread(len(manifest.videos), config.validation.videos)
         self._numbers = used[world.rank :: world.size]
         """Numbers of this rank's videos; a clip's mask depends only on the number of its video."""
@@ -70,8 +85,10 @@ class HeldOut:
             self._tokenizer: Tokenizer | None = None
             if config.needs_codes:
                 self._tokenizer = build_tokenizer(load_vqgan(session.folder / FILE), config, device)
-        # a separate copy, so that compiled and sharded models need no special code
+        # a separate module, so that compiled and sharded models need no special code
         self._model = model.to(device).eval().requires_grad_(False)
+        self._model.set_attention(choices)
+        self._gather_weights = share_weights(self._model, trained.state_dict)
         self._objective = build_objective(self._model, config, lambda part: part)
         self._loader: ClipLoader | None = None
         if own.videos:
@@ -85,14 +102,14 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of the {len(manifest.videos)} videos of {videos}, "
+            f"val     {len(used)} of the {len(manifest.videos)} videos of {', '.join(map(str, videos))}, "
             f"every {config.validation.every:g} epochs"
         )
         if both:
             session.log.info(f"warning: {both} videos of --val are also training videos: their loss is too low")
 
-    def measure_if_due(self, model: torch.nn.Module, step: int, steps: int) -> None:
-        """Logs the held-out losses of a model after `step` of `steps` steps.
+    def measure_if_due(self, step: int, steps: int) -> None:
+        """Logs the held-out losses of the model after `step` of `steps` steps.
 
         It does so every `validation.every` epochs and at the end, but not twice for one step.
         """
@@ -100,8 +117,7 @@ class HeldOut:
         every = max(round(session.config.validation.every * session.steps_per_epoch), 1)
         if (step % every and step != steps) or step in self._measured:
             return
-        with torch.no_grad():
-            self._model.load_state_dict(checkpoint.copies(model.state_dict(), keep=True))
+        self._gather_weights()
         # a signal may interrupt it if no other process waits for this one
         with session.stop.interruptible(session.world.size == 1):
             numbers, clips = self._measure()
@@ -120,32 +136,44 @@ class HeldOut:
         """Returns the numbers for the log over the clips of all ranks, and the number of clips."""
         session = self._session
         sums: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
         parts: list[Scores] = []
         clips = 0
         if self._loader:
             total = len(self._numbers)
             with Progress(total=total, desc="held out", unit="clip", leave=False, shown=session.progress) as bar:
                 for batch in self._loader.evaluate():
-                    losses, scores = self._of_batch(batch)
+                    losses, scores, frames = self._of_batch(batch)
                     for name, loss in losses.items():
-                        sums[name] += float(loss) * len(batch.clip)
+                        weight = frames if name == MOTION else len(batch.clip)
+                        sums[name] += float(loss) * weight
+                        weights[name] += weight
                     parts.append(scores)
                     clips += len(batch.clip)
                     bar.update(len(batch.clip))
-        everything = session.world.all_gather((dict(sums), parts, clips, self._skipped()))
-        for _, _, _, skipped in everything:
+        everything = session.world.all_gather((dict(sums), dict(weights), parts, clips, self._skipped()))
+        for *_, skipped in everything:
             self._name(skipped)
-        clips = sum(count for _, _, count, _ in everything)
+        clips = sum(count for _, _, _, count, _ in everything)
         if not clips:
             raise session.world.error("none of the videos of --val can be decoded; pass others")
-        names = dict.fromkeys(name for losses, _, _, _ in everything for name in losses)
-        numbers = {name: sum(losses.get(name, 0.0) for losses, _, _, _ in everything) / clips for name in names}
-        scores = joined([part for _, found, _, _ in everything for part in found])
+        numbers = {
+            name: sum(losses.get(name, 0.0) for losses, *_ in everything)
+            / sum(counts.get(name, 0.0) for _, counts, *_ in everything)
+            for name in dict.fromkeys(name for losses, *_ in everything for name in losses)
+        }
+        if session.config.motion_values_vary:  # `_of_batch` leaves it out
+            numbers[LOSS] += session.config.loss.motion * numbers[MOTION]
+        scores = joined([part for _, _, found, *_ in everything for part in found])
         found = {name: getattr(scores, key) for name, key in SCORES.items()}
         return numbers | {name: value for name, value in found.items() if value is not None}, clips
 
-    def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores]:
-        """Returns the mean losses of a batch by their names in the log, and the scores of its clips."""
+    def _of_batch(self, batch: Batch) -> tuple[dict[str, Tensor], Scores, float]:
+        """Returns the mean losses of a batch by their names in the log, the scores of its clips, and the weight of its
+        motion loss: the number of its motion values up to a factor.
+
+        If clips differ in this number, the motion loss is not part of the whole loss.
+        """
         config, video = self._session.config, batch.video
         numbers = [int(self._numbers[place]) for place in batch.index.tolist()]
         masks = [evaluation_mask(clip[None], config, number) for clip, number in zip(batch.clip, numbers, strict=True)]
@@ -154,7 +182,12 @@ class HeldOut:
         with autocast(config.run, self._session.device):
             total, losses, _ = self._objective(video, mask, codes)
             scores = score(self._model, self._tokenizer, batch.clip, mask, config)
-        return {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}, scores
+        frames = float(len(batch.clip))
+        if config.motion_values_vary:
+            frames = float(motion_frames(mask, config))
+            total = total - config.loss.motion * losses["loss/motion"]
+        named = {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}
+        return named, scores, frames
 
     def _name(self, skipped: list[tuple[str, str]]) -> None:
         """Logs each unusable video once."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.load import Model, encoder_of, load_model
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import PretrainConfig
@@ -60,6 +61,8 @@ class InitialWeights:
     """The tokenizer next to the checkpoint, if its run predicted codes."""
     step: int | None
     """Step of a checkpoint of MAM2."""
+    moments: Path | None = None
+    """Optimizer state of a checkpoint of MAM2's pre-training, if the run takes it."""
 
     @property
     def encoder(self) -> Encoder:
@@ -71,10 +74,13 @@ class InitialWeights:
         return {"checkpoint": self.path, "weights": str(self.file), "step": self.step}
 
 
-def read_initial_weights(path: str | Path, options: Mapping[str, int | None]) -> InitialWeights:
+def read_initial_weights(
+    path: str | Path, options: Mapping[str, int | None], *, moments: bool = False
+) -> InitialWeights:
     """Reads a checkpoint of any kind that `load_model` takes.
 
-    options: frames, size, heads and decoder_heads, if the file does not state them. Raises UserError.
+    options: frames, size, heads and decoder_heads, if the file does not state them. moments: also take the optimizer's
+    moments. Raises UserError.
     """
     weights = find_weights(path)
     model = load_model(weights or path, **options)
@@ -85,8 +91,20 @@ def read_initial_weights(path: str | Path, options: Mapping[str, int | None]) ->
             config = checkpoint.read_config(weights)
             beside = (folder / TOKENIZER for folder in (weights.parent, *weights.parents[1:3]))
             tokenizer = next((file for file in beside if file.is_file()), None) if config.needs_codes else None
+    state = weights.with_name(checkpoint.OPTIMIZER) if weights else None
+    if moments and (config is None or state is None or not state.is_file()):
+        raise UserError(
+            f"--checkpoint-moments: {path} has no optimizer state; expected a run of mam2 pretrain or one of its "
+            "checkpoints/step-… folders, or leave the flag out"
+        )
     return InitialWeights(
-        path=str(path), file=weights or Path(path), model=model, config=config, tokenizer=tokenizer, step=step
+        path=str(path),
+        file=weights or Path(path),
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        step=step,
+        moments=state if moments else None,
     )
 
 
@@ -114,24 +132,35 @@ def complete_config(config: PretrainConfig, start: InitialWeights) -> PretrainCo
         asked = ", ".join(f"model.{name} {getattr(config.model, name):g}" for name in wrong)
         flags = " ".join(f"--model.{name.replace('_', '-')} {value:g}" for name, value in wrong.items())
         raise UserError(f"--checkpoint {start.path}: its encoder differs from the recipe's ({asked}); add {flags}")
+    if start.moments and start.config and start.config.optim.name != config.optim.name:
+        raise UserError(
+            f"--checkpoint-moments: those of {start.path} are of optim.name {start.config.optim.name}, this run has "
+            f"{config.optim.name}; use the same optimizer, or leave the flag out"
+        )
     frames, size = encoder.trained_grid[0] * tubelet, encoder.trained_grid[1] * patch
     same = (frames, size) == (config.data.frames, config.data.size)
     model = dataclasses.replace(config.model, frames=0 if same else frames, size=0 if same else size)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, data=data_for(config.data, encoder, start.path), model=model)
 
 
-def take_weights(
+class Match(NamedTuple):
+    """The parameters of a model that initial weights provide."""
+
+    names: set[str]
+    """Their names in the model's state."""
+    taken: list[str]
+    """The parts of the model that are loaded."""
+    new: list[str]
+    """The parts that start with random weights, each with the reason."""
+
+
+def matching_weights(
     model: MAM2 | VideoMAE, config: PretrainConfig, start: InitialWeights, *, same_tokenizer: bool
-) -> list[str]:
-    """Loads the matching weights into a model. Returns lines for the log: what was loaded, what is new, and why.
-
-    config: config of the model, from `complete_config`. same_tokenizer: whether both predict codes of one tokenizer.
-    """
-    source, own = start.model.state_dict(), model.state_dict()
+) -> Match:
+    """Returns what a model takes from initial weights. config and same_tokenizer: see `take_weights`."""
+    own = model.state_dict()
     taken, new = ["encoder"], []
     names = {f"encoder.{name}" for name in model.encoder.state_dict()}
-    if isinstance(start.model, Encoder):
-        source = {f"encoder.{name}": tensor for name, tensor in source.items()}
     if isinstance(start.encoder.norm, nn.Identity):
         names = {name for name in names if not name.startswith("encoder.norm.")}
         new.append("the encoder's last LayerNorm (that encoder has none)")
@@ -148,18 +177,39 @@ def take_weights(
         new.append(f"all parts after the encoder (the checkpoint is a {type(start.model).__name__})")
     if isinstance(model, MAM2) and model.teacher:
         averaged = {name for name in own if name.startswith("teacher.")}
-        if averaged <= source.keys():
+        if averaged <= start.model.state_dict().keys():
             taken.append("teacher")
             names |= averaged
         else:
-            source |= {f"teacher.{name}": tensor for name, tensor in start.encoder.state_dict().items()}
             names |= {name for name in averaged if name.replace("teacher.", "encoder.", 1) in names}
             taken.append("teacher (the same encoder: the checkpoint has no teacher)")
+    return Match(names, taken, new)
+
+
+def take_weights(
+    model: MAM2 | VideoMAE, config: PretrainConfig, start: InitialWeights, *, same_tokenizer: bool
+) -> list[str]:
+    """Loads the matching weights into a model. Returns lines for the log: what was loaded, what is new, and why.
+
+    config: config of the model, from `complete_config`. same_tokenizer: whether both predict codes of one tokenizer.
+    """
+    source, own = start.model.state_dict(), model.state_dict()
+    if isinstance(start.model, Encoder):
+        source = {f"encoder.{name}": tensor for name, tensor in source.items()}
+    lines = []
+    if becomes_gray(config.data, start.encoder):
+        embedding = gray_encoder(start.encoder, config.data).patch_embed.state_dict()
+        source |= {f"encoder.patch_embed.{name}": tensor for name, tensor in embedding.items()}
+        lines.append(GRAY)
+    names, taken, new = matching_weights(model, config, start, same_tokenizer=same_tokenizer)
+    if not {name for name in names if name.startswith("teacher.")} <= source.keys():
+        encoder = {name: tensor for name, tensor in source.items() if name.startswith("encoder.")}
+        source |= {name.replace("encoder.", "teacher.", 1): tensor for name, tensor in encoder.items()}
     with torch.no_grad():
         for name in names:
             own[name].copy_(source[name])
     what = start.file if start.step is None else f"{start.file}, step {start.step}"
-    lines = [f"start   from {start.path} ({what}): {', '.join(taken)}"]
+    lines.insert(0, f"start   from {start.path} ({what}): {', '.join(taken)}")
     if new:
         lines.append(f"start   new, with random weights: {'; '.join(new)}")
     if config.trained_grid != config.grid:
@@ -174,13 +224,31 @@ def take_weights(
     return lines
 
 
-def describe_schedule(config: PretrainConfig) -> str:
+def take_moments(model: nn.Module, optimizer: torch.optim.Optimizer, start: InitialWeights, names: Set[str]) -> str:
+    """Loads the optimizer's moments of the parameters `names` that have the same shape. Returns a line for the log."""
+    assert start.moments
+    parameters = {name: tensor for name, tensor in model.named_parameters() if name in names}
+    loaded = set()
+    for key, tensor in checkpoint.load_tensors(start.moments).items():
+        name, _, entry = key.rpartition(".")
+        if name in parameters and (tensor.ndim == 0 or tensor.shape == parameters[name].shape):
+            checkpoint.set_moment(optimizer, parameters[name], entry, tensor)
+            loaded.add(name)
+    total = sum(parameter.requires_grad for parameter in model.parameters())
+    return f"start   the optimizer's moments of {len(loaded)} of {total} parameters from {start.moments}"
+
+
+def describe_schedule(config: PretrainConfig, *, moments: bool = False) -> str:
     """Returns a line for the log with the schedule of a run from given weights."""
     optim = config.optim
-    return (
-        f"start   new optimizer and schedule: the learning rate increases for {optim.warmup_epochs:g} epochs "
-        f"and decreases until epoch {optim.epochs:g} (optim.warmup_epochs, optim.epochs)"
-    )
+    what = "new schedule" if moments else "new optimizer and schedule"
+    until = f"decreases until epoch {optim.epochs:g} (optim.warmup_epochs, optim.epochs)"
+    if optim.schedule == "warmup-stable-decay":
+        until = (
+            f"decreases in the last {optim.decay_share:.0%} of {optim.epochs:g} epochs "
+            "(optim.warmup_epochs, optim.decay_share, optim.epochs)"
+        )
+    return f"start   {what}: the learning rate increases for {optim.warmup_epochs:g} epochs and {until}"
 
 
 def _why_new(

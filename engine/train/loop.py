@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.host_copies import HostBuffers
+from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
@@ -26,12 +28,21 @@ from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.progress import BAR, Progress
 from mam2.engine.runtime.signals import Interrupted, end_soon
 from mam2.engine.train.description import Description
-from mam2.engine.train.optimizer import describe, learning_rate, long_warmup
+from mam2.engine.train.optimizer import (
+    describe,
+    first_decay_step,
+    learning_rate,
+    long_warmup,
+    total_steps,
+    why_not_extended,
+)
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
 
 Extras = TypeVar("Extras")
+CLIPS_PER_PASS = "clips_per_pass"
+"""Key of a checkpoint's metadata: clips per pass that `optim.micro_batch auto` has found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,6 @@ class Loop:
                 session.saved, train_step.model, train_step.optimizer, train_step.extra_state()
             )
         self.description = task.describe()
-        self.saver = checkpoint.Saver(session.folder, config, main=world.main, metadata=self.description.metadata)
         self.step, self.sound = self.first, True
         """Steps done, and whether weights and moments are those after this number of steps."""
         self.updates, self.recorded = 0, False
@@ -89,7 +99,24 @@ class Loop:
         train_step.optimizer.register_step_pre_hook(self._note_update)
         self.step_log = StepLog(session, self.description.progress_format)
         self.steps_per_epoch = session.steps_per_epoch
-        self.steps = max(round(config.optim.epochs * self.steps_per_epoch), 1)
+        self.steps = total_steps(config.optim, self.steps_per_epoch)
+        if session.saved:
+            before = checkpoint.read_config(session.saved, type(config)).optim
+            if problem := why_not_extended(before, config.optim, self.first, self.steps_per_epoch):
+                raise session.world.error(
+                    f"{session.saved}: {problem}; docs/training.md, Train long, describes how to extend it"
+                )
+        stable = config.optim.schedule == "warmup-stable-decay"
+        self.last_stable = first_decay_step(self.steps, self.steps_per_epoch, config.optim) if stable else 0
+        """Steps before the learning rate decreases, whose checkpoint is kept: a longer run can start from it."""
+        self.saver = checkpoint.Saver(
+            session.folder,
+            config,
+            main=world.main,
+            metadata=self.description.metadata,
+            buffers=HostBuffers(session.device, session.log.info) if session.device.type == "cuda" else None,
+            kept_step=self.last_stable,
+        )
         for line in self.description.lines:
             session.log.info(line)
         shared = (
@@ -178,9 +205,11 @@ class Loop:
                     if "clips_per_s" in numbers:
                         numbers["mfu"] = numbers["clips_per_s"] / self.description.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
+                    numbers |= session.set_numbers(self.step)
                     step_log.put(self.step, values, numbers)
                 ended = self._after_step(window)
-                if self.step % config.run.save_every == 0 and self.step < self.steps:
+                due = self.step % config.run.save_every == 0 or self.step == self.last_stable
+                if due and self.step < self.steps:
                     step_log.write(bar, wait=True)  # a run that resumes here does not log these steps again
                     self._save(self.step)
                 ended = ended or stop_consensus(int(stop.received or 0))
@@ -189,8 +218,10 @@ class Loop:
 
     def _run_step(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
         """Runs one step; `self.step` and `self.sound` describe the state of the weights."""
-        if self.step == self.first and (found := self.train_step.maybe_capture_cuda_graph(self.step, clips)):
-            self.session.log.info(f"step    {found}")
+        if self.step == self.first:
+            self._choose_passes(clips)
+            if found := self.train_step.maybe_capture_cuda_graph(self.step, clips):
+                self.session.log.info(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a captured step does not report whether its update ran
         values = self.train_step(self.step, clips, rate, inspect=inspect, progress=self.step / self.steps)
@@ -198,6 +229,23 @@ class Loop:
         self.step += 1
         self.sound = True
         return values
+
+    def _choose_passes(self, clips: list[tuple[Tensor, Any]]) -> None:
+        """Applies `optim.micro_batch auto`; a resumed run keeps the passes of its checkpoint, on which bits depend."""
+        session, train_step, share = self.session, self.train_step, len(clips[0][0])
+        if session.config.optim.micro_batch != "auto":
+            return
+        kept = int(checkpoint.read_metadata(session.saved).get(CLIPS_PER_PASS, "0")) if session.saved else 0
+        if kept:
+            train_step.passes = next(
+                n for n in equal_passes(share, session.config.clips_per_group) if share // n <= kept
+            )
+            found = f"optim.micro_batch auto: {share // train_step.passes} clips per pass, as in the resumed checkpoint"
+        else:
+            found = train_step.choose_passes(self.step, clips) or ""
+        session.log.info(f"step    {found}")
+        if kept or train_step.tries_passes:
+            self.saver.add_metadata(CLIPS_PER_PASS, str(share // train_step.passes))
 
     def _note_update(self, *_: object) -> None:
         """Called before the optimizer changes weights, which are neither old nor new until the step ends."""
@@ -284,6 +332,8 @@ class Loop:
             found = checkpoint.read_state(best)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
             session.log.info(f"best    after step {found['step']}: {measured}; {best}")
+        if seen := session.describe_seen(step):
+            session.log.info(f"data    {seen}")
         session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
 

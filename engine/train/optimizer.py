@@ -113,11 +113,48 @@ def long_warmup(config: OptimConfig | FinetuneOptimConfig) -> str | None:
     )
 
 
+def total_steps(config: OptimConfig, steps_per_epoch: float) -> int:
+    """Returns the optimizer steps of a training."""
+    return max(round(config.epochs * steps_per_epoch), 1)
+
+
+def first_decay_step(steps: int, steps_per_epoch: float, config: OptimConfig) -> int:
+    """Returns the step, of `steps`, at which the learning rate begins to decrease; `steps` if it never does."""
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
+    if config.schedule == "cosine":
+        return warmup
+    return max(steps - round(config.decay_share * steps), warmup)
+
+
 def learning_rate(step: int, steps: int, steps_per_epoch: float, config: OptimConfig, *, global_batch: int) -> float:
-    """Returns the rate of a step, times batch/256: linear warm-up from 0, then half a cosine to the minimum."""
+    """Returns the rate of a step, times batch/256.
+
+    Linear warm-up from 0, then half a cosine to the minimum; or a constant rate and a linear decrease to the minimum.
+    """
     peak, floor = (rate * global_batch / 256 for rate in (config.base_lr, config.min_lr))
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    first = first_decay_step(steps, steps_per_epoch, config)
+    if step < first:
+        return peak
+    progress = (step - first) / max(steps - first, 1)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return floor + (peak - floor) * share
+
+
+def why_not_extended(before: OptimConfig, now: OptimConfig, done: int, steps_per_epoch: float) -> str | None:
+    """Returns why a run of another length cannot continue after `done` steps, or None.
+
+    It can if the learning rates of all done steps are the same in both. before: config of the checkpoint.
+    """
+    if (before.epochs, before.decay_share) == (now.epochs, now.decay_share):
+        return None
+    for config, whose in ((before, "of the checkpoint"), (now, "of this run")):
+        first = first_decay_step(total_steps(config, steps_per_epoch), steps_per_epoch, config)
+        if done > first:
+            return (
+                f"optim.epochs {config.epochs:g} and optim.decay_share {config.decay_share:g} {whose} decrease the "
+                f"learning rate from step {first} on, but {done} steps are done: a run can be extended until then"
+            )
+    return None

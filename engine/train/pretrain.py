@@ -8,7 +8,7 @@ batch, and rank 0 writes the run folder. A run that predicts codes also stores i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
+from mam2.engine.data.sets import Sources, sources_of, training_sources, with_sources
 from mam2.engine.data.sources import check_source
+from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart
-from mam2.engine.model.attention_tuning import shapes_of, use_fastest
+from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.build import build_model
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.tokenizer.cache import CodeCache, check_cache
@@ -35,8 +37,10 @@ from mam2.engine.train.initial_weights import (
     InitialWeights,
     complete_config,
     describe_schedule,
+    matching_weights,
     metadata_of,
     read_initial_weights,
+    take_moments,
     take_weights,
 )
 from mam2.engine.train.loop import Loop, TrainResult
@@ -55,12 +59,13 @@ PROGRESS_FORMAT = {
 
 def pretrain(
     config: PretrainConfig,
-    data: str | Path,
+    data: Sources,
     out: str | Path,
     *,
     checkpoint: str | Path | None = None,
     checkpoint_options: Mapping[str, int | None] | None = None,
-    val: str | Path | None = None,
+    checkpoint_moments: bool = False,
+    val: Sources = (),
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -68,15 +73,18 @@ def pretrain(
 
     Args:
         config: a recipe's values; see `mam2.engine.config.pretrain`.
-        data: a folder (with or without class folders) or an annotation list.
+        data: a folder (with or without class folders) or an annotation list; or several, with their shares in
+            `config.data.weights`. Empty: those of `config.data.sets`.
         out: the run folder; created if missing. A folder with a checkpoint needs `resume`. Several
             machines must share it.
         checkpoint: initial weights: a run or checkpoint of MAM2, a .pth of VideoMAE or VideoMAE v2, or a Hugging Face
             folder; None: random weights. The encoder must match the config; regressor and decoders are loaded if they
-            match; positions are resampled; optimizer and schedule start again. The log lists the loaded parts. A
-            resumed run does not read it.
+            match; positions are resampled; the schedule starts again. The log lists the loaded parts. A resumed run
+            does not read it.
         checkpoint_options: frames, size, heads and decoder_heads for `load_model`, if the file does not state them.
-        val: validation videos, like `data`; their losses are logged as configured in `config.validation`.
+        checkpoint_moments: also load the optimizer's moments of the loaded parameters from the checkpoint, a run of
+            mam2 pretrain; otherwise they start at 0.
+        val: validation videos, like `data`, or none; their losses are logged as configured in `config.validation`.
         resume: continue from the newest complete checkpoint in `out`, if there is one.
         progress: draw a progress bar (only on a terminal).
 
@@ -85,13 +93,18 @@ def pretrain(
         PeerFailed: another process of the run has failed; it prints the reason.
     """
     check(config)
-    check_apart(data, out)
-    if val is not None:
-        check_source(val)
-        check_apart(val, out)
-    setup = _PretrainSetup(checkpoint, checkpoint_options or {})
-    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
-        return Loop(session, _Pretraining(session, setup, None if val is None else Path(val))).train()
+    if checkpoint_moments and checkpoint is None and not resume:
+        raise UserError("--checkpoint-moments: needs --checkpoint with the run whose moments to take")
+    sources, held_out = training_sources(config.data, data), sources_of(val, "--val")
+    config = dataclasses.replace(config, data=with_sources(config.data, sources))
+    for source in sources:
+        check_apart(source, out)
+    for source in held_out:
+        check_source(source)
+        check_apart(source, out)
+    setup = _PretrainSetup(checkpoint, checkpoint_options or {}, checkpoint_moments)
+    with open_session(config, sources, out, setup=setup, resume=resume, progress=progress) as session:
+        return Loop(session, _Pretraining(session, setup, held_out)).train()
 
 
 class _PretrainSetup(Setup[PretrainConfig]):
@@ -104,15 +117,16 @@ class _PretrainSetup(Setup[PretrainConfig]):
     """On rank 0: the tokenizer of the config, if codes are predicted."""
     cache: CodeCache | None = None
 
-    def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None]) -> None:
-        self._checkpoint, self._options = checkpoint, options
+    def __init__(self, checkpoint: str | Path | None, options: Mapping[str, int | None], moments: bool) -> None:
+        self._checkpoint, self._options, self._moments = checkpoint, options, moments
 
     def check(self, run: RunContext[PretrainConfig]) -> None:
         options, path = run.config.tokenizer, self._checkpoint
         if path is not None and not run.saved:
-            self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options))
+            self.start = run.world.broadcast(lambda: read_initial_weights(path, self._options, moments=self._moments))
             run.world.broadcast(lambda: check(complete_config(run.config, self.start)) if self.start else None)
-            own = self.start.tokenizer
+            same = self.start.encoder.channels == run.config.data.channels
+            own = self.start.tokenizer if same else None
             if own and run.config.needs_codes and not (options.path or options.cache):
                 run.log.info(f"codes   from the tokenizer that the checkpoint was trained with, {own}")
                 run.world.broadcast(lambda: self._load(str(own)))
@@ -142,7 +156,7 @@ class _PretrainSetup(Setup[PretrainConfig]):
 class _Pretraining:
     """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""
 
-    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup, val: Path | None) -> None:
+    def __init__(self, session: Session[PretrainConfig], setup: _PretrainSetup, val: Sequence[Path]) -> None:
         config, world, device = session.config, session.world, session.device
         self._session = session
         self._codes = None
@@ -159,21 +173,26 @@ class _Pretraining:
                 progress=session.progress,
             )
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
-        for line in use_fastest(shapes, device, dtype, run=session.folder, broadcast=world.broadcast):
+        choices, lines = tune_attention(shapes, device, dtype, run=session.folder, broadcast=world.broadcast)
+        for line in lines:
             session.log.info(line)
         # Weights are drawn after the tokenizer's training, which uses the same generator.
         torch.manual_seed(config.run.seed)
         codebook_size = self._codes.codebook_size if self._codes else 0
         model = build_model(config, codebook_size)
+        model.set_attention(choices)
         start = setup.start
         if start:
             same = world.broadcast(lambda: _same_tokenizer(start, session.folder))
             for line in take_weights(model, config, start, same_tokenizer=same):
                 session.log.info(line)
-            session.log.info(describe_schedule(config))
+            session.log.info(describe_schedule(config, moments=start.moments is not None))
         self._metadata = metadata_of(start, session.saved)
+        match = matching_weights(model, config, start, same_tokenizer=same) if start and start.moments else None
         self.train_step = PretrainStep(config, model, device, world)
-        self._held_out = None if val is None else HeldOut(session, val, codebook_size)
+        if start and match:
+            session.log.info(take_moments(model, self.train_step.optimizer, start, match.names))
+        self._held_out = HeldOut(session, val, codebook_size, choices, model) if val else None
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
@@ -181,7 +200,7 @@ class _Pretraining:
 
     def after_step(self, step: int, steps: int) -> None:
         if self._held_out:
-            self._held_out.measure_if_due(self.train_step.model, step, steps)
+            self._held_out.measure_if_due(step, steps)
 
     def describe(self) -> Description:
         config = self._session.config

@@ -1,6 +1,6 @@
 """RandAugment's operations on batches of clips: the fifteen operations of timm's "increasing" set.
 
-Shapes: b clips, C = 3, T frames. Each takes clips [b, C, T, H, W] float32 with integer values from 0 to 255 and a
+Shapes: b clips, C channels, T frames. Each takes clips [b, C, T, H, W] float32 with integer values from 0 to 255 and a
 strength per clip [b], and returns clips that are not yet rounded and clamped. The definitions are those of Pillow's
 ImageOps and ImageEnhance, applied to a clip instead of an image.
 """
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mam2.engine.model.encoder import PIXEL_MEAN
+from mam2.engine.model.pixels import pixel_statistics
 
 LEVELS = 256
 LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R 601)."""
+"""Weights of red, green and blue (ITU-R 601); other channels have equal weights."""
 
 
 class Operation(NamedTuple):
@@ -45,7 +45,7 @@ def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
 
 
 def equalize(clips: Tensor, _: Tensor) -> Tensor:
-    """Spreads each channel's levels so that all are about equally frequent."""
+    """Spreads each channel's levels so that all are about equally frequent; the result has whole levels."""
     levels = clips.long().flatten(2)
     counts = torch.zeros(*levels.shape[:2], LEVELS, device=clips.device, dtype=torch.int64)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
@@ -135,7 +135,8 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _grey(clips: Tensor) -> Tensor:
-    weights = constant(LUMA, clips.device)[:, None, None, None]
+    channels = clips.shape[1]
+    weights = constant(LUMA if channels == 3 else (1 / channels,) * channels, clips.device)[:, None, None, None]
     return (clips * weights).sum(1, keepdim=True).round().expand_as(clips)
 
 
@@ -147,7 +148,7 @@ def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
 def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Reads each output pixel at an affine map of its position in pixels, (row . (x, y, 1)); bilinear.
 
-    Pixels outside are ImageNet's mean.
+    Pixels outside are the mean of `pixel_statistics`.
     """
     count, channels, frames, height, width = clips.shape
     y, x = torch.meshgrid(
@@ -157,7 +158,7 @@ def _move(clips: Tensor, x_row: tuple[Tensor, Tensor, Tensor], y_row: tuple[Tens
         row[0][:, None, None] * x + row[1][:, None, None] * y + row[2][:, None, None] for row in (x_row, y_row)
     )
     grid = torch.stack([2 * from_x / width - 1, 2 * from_y / height - 1], dim=-1)
-    fill = 255 * constant(PIXEL_MEAN, clips.device)[:, None, None, None]
+    fill = 255 * constant(pixel_statistics(channels)[0], clips.device)[:, None, None, None]
     # grid_sample pads with zeros outside
     flat = (clips - fill).reshape(count, channels * frames, height, width)
     return F.grid_sample(flat, grid, align_corners=False).view_as(clips) + fill

@@ -6,13 +6,14 @@ RUN/config.json  manifest.jsonl  skipped.tsv  log.jsonl  log.txt  tensorboard/
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -24,8 +25,9 @@ from mam2.engine.config.recipe import to_dict
 from mam2.engine.config.training import TrainConfig, micro_batches_per_step
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.data.manifest import MANIFEST, Manifest, read_manifest, read_saved_manifest, write_manifest
-from mam2.engine.data.moved import follow
+from mam2.engine.data.manifest import MANIFEST, Manifest, read_saved_manifest, write_manifest
+from mam2.engine.data.moved import follow_sets
+from mam2.engine.data.sets import Sources, describe_seen, describe_sets, read_sets, set_numbers, sources_of
 from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.data.video import Skipped
 from mam2.engine.errors import UserError
@@ -36,6 +38,8 @@ from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
 
 SKIPPED = "skipped.tsv"
+EXTENDABLE = {"optim.epochs", "optim.decay_share"}
+"""Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Available = Callable[[int, int], bool]
@@ -84,8 +88,17 @@ class Session(RunContext[Config]):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Returns the optimizer steps in which all ranks together see every usable video once, in all its views."""
+        """Returns the optimizer steps in which all ranks together see as many samples as there are usable videos."""
         return self.loader.steps_per_epoch / self.micro_batches
+
+    def set_numbers(self, step: int) -> dict[str, float]:
+        """Returns clips seen and passes of each data set after `step` steps; none for a single data set."""
+        views = self.config.data.views
+        return set_numbers(self.manifest, self.loader.order, step * self.config.optim.batch // views, views)
+
+    def describe_seen(self, step: int) -> str:
+        """Returns a line about each data set after `step` steps; empty for a single data set."""
+        return describe_seen(self.manifest, self.unusable, self.set_numbers(step)) if self.manifest.sets else ""
 
     def own(self, loader: ClipLoader) -> ClipLoader:
         """Closes a further loader, for validation, together with the session."""
@@ -123,7 +136,7 @@ class Setup(Generic[Config]):
 @contextmanager
 def open_session(
     config: Config,
-    data: str | Path,
+    data: Sources,
     out: str | Path,
     *,
     setup: Setup[Config] | None = None,
@@ -134,8 +147,8 @@ def open_session(
 
     Args:
         config: the user's config; `setup` may complete it.
-        data: the training videos. A resumed run keeps its list, whose order determines the clips, also if the videos
-            have moved to `data`.
+        data: the data sets of the training videos. A resumed run keeps its list, whose order determines the clips,
+            also if the videos have moved to `data`.
         out: the run folder.
         setup: the hooks of the kind of training.
         resume: continue from the newest complete checkpoint in `out`, if there is one.
@@ -148,13 +161,14 @@ def open_session(
     setup = setup or Setup()
     with _open_run(config, Path(out), resume=resume, progress=progress) as run, ExitStack() as resources:
         setup.check(run)
-        manifest = run.world.broadcast(lambda: _read_manifest(run, Path(data)))
+        manifest = run.world.broadcast(lambda: _read_manifest(run, sources_of(data)))
         if run.world.main:  # also emptied for a resumed run, because files may have become readable
             (run.folder / SKIPPED).unlink(missing_ok=True)
         for skipped in manifest.skipped:
             _report(run, skipped)
         config, manifest = setup.complete(run, manifest)
         unusable = UnusableVideos(manifest, config.data.max_unusable, lambda skipped: _report(run, skipped))
+        run = dataclasses.replace(run, config=config)
         loader = resources.enter_context(_open_loader(run, manifest, unusable, setup.available(run, manifest)))
         parts = vars(run) | {"config": config}
         session = Session(**parts, manifest=manifest, loader=loader, unusable=unusable, resources=resources)
@@ -164,6 +178,8 @@ def open_session(
             f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
             f"{len(unusable)} unusable"
         )
+        for line in describe_sets(manifest, loader.order, bool(config.data.weights)):
+            run.log.info(line)
         yield session
 
 
@@ -179,7 +195,7 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
         try:
             saved = world.broadcast(lambda: checkpoint.newest_whole(folder, log.info) if resume else None)
             run = RunContext(
-                config=config,
+                config=_as_saved(config, saved) if saved else config,
                 folder=folder,
                 device=device,
                 world=world,
@@ -205,12 +221,12 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
             raise
 
 
-def _read_manifest(run: RunContext[Config], data: Path) -> Manifest:
-    """Returns the saved list of a resumed run, else a new list of `data`, written to the run folder."""
+def _read_manifest(run: RunContext[Config], data: Sequence[Path]) -> Manifest:
+    """Returns the saved list of a resumed run, else a new list of the sets `data`, written to the run folder."""
     path, config = run.folder / MANIFEST, run.config.data
     if run.saved and path.is_file():
         saved = read_saved_manifest(path)
-        manifest, found = follow(
+        manifest, found = follow_sets(
             saved, data, threads=config.threads, progress=run.progress, max_missing=config.max_unusable
         )
         run.log.info(f"resume  with the run's list of videos ({path})")
@@ -219,8 +235,8 @@ def _read_manifest(run: RunContext[Config], data: Path) -> Manifest:
             write_manifest(manifest, path)
         return manifest
     if run.saved:
-        run.log.info(f"resume  {path} is missing: using the videos of {data}; the clips of a step may differ")
-    manifest = read_manifest(data, threads=config.threads, progress=run.progress)
+        run.log.info(f"resume  {path} is missing: using the videos of --data; the clips of a step may differ")
+    manifest = read_sets(data, threads=config.threads, progress=run.progress)
     write_manifest(manifest, path)
     return manifest
 
@@ -254,6 +270,14 @@ def _report(run: RunContext[Config], skipped: Skipped) -> None:
             run.log.info(f"log     {run.folder / SKIPPED} cannot be written: {error.strerror}")
 
 
+def _as_saved(config: Config, saved: Path) -> Config:
+    """Returns the config of a resumed run with the lists below as they were saved, if they are empty in it."""
+    before = checkpoint.read_state(saved)["config"]["data"]
+    lists = {name: tuple(before.get(name, ())) for name in ("value_range", "mean", "std")}
+    kept: dict[str, Any] = {name: value for name, value in lists.items() if not getattr(config.data, name)}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **kept))  # type: ignore[type-var]
+
+
 def _check_continues(run: RunContext[Config], saved: Path) -> None:
     """Raises UserError if a resumed run would not continue the saved one; logs differences that may change bits."""
     state, now = checkpoint.read_state(saved), to_dict(run.config)
@@ -261,6 +285,11 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
     if foreign:
         raise run.world.error(f"{run.folder} contains a run of another kind: its config has [{foreign[0]}]")
     free = resumable_keys(type(run.config))
+    loss = now.get("loss", {})
+    # the momentum of a teacher may follow the length of the run
+    steady = not getattr(run.config, "needs_teacher", False) or loss["teacher_momentum"] == loss["teacher_momentum_end"]
+    if steady and state["config"]["optim"].get("schedule") == now["optim"]["schedule"] == "warmup-stable-decay":
+        free |= EXTENDABLE  # the loop checks that no done step had another learning rate
     defaults = to_dict(type(run.config)())  # a key newer than the checkpoint had its default
     for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():

@@ -1,4 +1,4 @@
-"""The step benchmark: one objective on both sides, no number where the losses differ, every part accounted for."""
+"""The step benchmark: both sides have one objective, no time is reported if the losses differ, every part is timed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from mam2.engine.model.attention_tuning import shapes_of
 
 CPU = torch.device("cpu")
 
@@ -58,16 +60,19 @@ def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
 
 
 def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "mam2.engine.model.attention_tuning"
-    asked = []
-    module = ModuleType(name)
-    module.shapes_of = lambda config, batch: {"encoder": batch}  # type: ignore[attr-defined]
-    module.use_fastest = lambda *given: asked.append(given) or ["encoder: sdpa"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, module)
     config = bench.sized("mam2-fast", bench.TINY, "bfloat16")
-    assert bench.choose_attention(config, 2, torch.device("cuda")) == ["encoder: sdpa"]
-    assert asked == [({"encoder": 2}, torch.device("cuda"), torch.bfloat16)]
-    assert bench.choose_attention(config, 2, CPU) == []
+    choices = {("cpu", torch.bfloat16, 6, 6, 3, 16): "products"}
+    asked = []
+    monkeypatch.setattr(bench, "tune_attention", lambda *given: asked.append(given) or (choices, ["encoder: products"]))
+    assert bench.choose_attention(config, 2, torch.device("cuda")) == (choices, ["encoder: products"])
+    assert asked == [(shapes_of(config, 2), torch.device("cuda"), torch.bfloat16)]
+
+    built = []
+    build = bench.build_model
+    monkeypatch.setattr(bench, "build_model", lambda *given: built.append(build(*given)) or built[-1])
+    ways = {"compiled": False, "rounds": 1, "takes": lambda way: way in ("ours", "eager")}
+    assert list(bench.compare("mam2-fast", config, 2, CPU, choices=choices, **ways))
+    assert [model.encoder.blocks[0].attn.choices for model in built] == [choices]
 
 
 def test_a_step_without_a_triton_launch_is_no_data_point(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks print no number for what is wrong, and none of a CPU as a GPU's."""
+"""The benchmarks print no number for a wrong result, and no CPU's number as a GPU's."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_kernel_that_errs_fails_the_check() -> None:
     correctness = module("correctness")
 
     def verdict(*results: torch.Tensor) -> dict[str, Any]:
-        """Of a case whose runs give `results` in turn, where 1 and 2 are right."""
+        """Returns the verdict on a case whose runs give `results` in turn, where 1 and 2 are right."""
         runs = iter(results)
 
         def run(dtype: torch.dtype, *, exact: torch.Tensor) -> list[torch.Tensor]:
@@ -212,6 +212,29 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Mo
 
 MACHINE = """echo '{"machine": {"device": "X"}}' > "$FILE"\n"""
 RIGHT = """echo '{"check": "a", "path": "triton", "verdict": "right"}' >> "$FILE"\n"""
+
+
+def test_a_dry_run_compiles_nothing_but_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a dry run's time was importing torch.compile in each section, and compiling in a library."""
+    row = RIGHT.replace('"path": "triton"', '"found": "\'$TORCHDYNAMO_DISABLE\'"')
+    gpu = stand_in(tmp_path, monkeypatch, MACHINE + row)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    for options, found in ((["--dry-run", "--out", str(tmp_path / "dry")], "1"), ([], "")):
+        assert gpu.main([*options, "--sections", "sweeps"]) == 0
+        (file,) = (tmp_path / ("dry" if options else "results")).rglob("*.json")
+        assert json.loads(file.read_text(encoding="utf-8"))["sections"]["sweeps"]["rows"][0]["found"] == found
+    given: list[dict[str, str]] = []
+    sections = module("sections")
+
+    def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
+        given.append(environment)
+        return module("processes").Ended(5, 0.0)
+
+    monkeypatch.setattr(sections.processes, "run", run)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert next(iter(sections.smoke_rows(CPU, 0.0)))["verdict"] == "right"
+    assert "PATH" in given[0]
+    assert "TORCHDYNAMO_DISABLE" not in given[0]
 
 
 def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

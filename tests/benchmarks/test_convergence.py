@@ -1,4 +1,4 @@
-"""The convergence benchmark: its hard clips, its trainings, and a whole quick run that goes on where it stopped."""
+"""The convergence benchmark: its hard clips, its trainings, and a whole quick run that continues where it stopped."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_a_clip_is_a_function_of_its_key_and_sizes_show_the_same_scene():
 
 
 def test_the_class_is_the_motion_before_the_background():
-    """With the camera's motion taken out, the mean colour difference of a clip moves as its class says."""
+    """With the camera's motion taken out, the mean color difference of a clip moves as its class says."""
     for motion, axis, sign in (("left", 2, -1), ("right", 2, 1), ("up", 1, -1), ("down", 1, 1)):
         moved = []
         for seed in range(8):
@@ -104,7 +104,7 @@ def test_the_class_is_the_motion_before_the_background():
         assert sign * np.median(moved) > 0.5, motion
 
 
-def test_interrupted_writing_goes_on(tmp_path):
+def test_interrupted_writing_continues(tmp_path):
     write_hard_dataset(tmp_path, {"train": 16})
     files = sorted(path for path in tmp_path.glob("train/*/*"))
     assert [file.suffix for file in files].count(".mp4") == 8 == len(files) / 2
@@ -380,7 +380,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
+def test_a_killed_run_leaves_no_process_and_continues(tmp_path):
     command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -456,7 +456,7 @@ def test_the_trainings_learn(finished):
     assert trial.finetune(encoders[0], shown, config, labelled=64) > 0.3  # chance: 0.125
 
 
-def test_the_labelled_videos_are_of_every_class_and_kind_of_file():
+def test_the_labeled_videos_are_of_every_class_and_kind_of_file():
     labels = torch.arange(8).repeat_interleave(200)  # in the order of the files, whose codec alternates
     chosen = trial.labelled_videos(labels, 400)
     assert len(set(chosen.tolist())) == 400

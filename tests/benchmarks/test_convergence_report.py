@@ -18,7 +18,7 @@ from tests.helpers.paths import ROOT
 MARKERS = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 BUDGETS = (5, 10, 20, 40)
 OFFSETS = (-0.01, 0.0, 0.01)
-"""Of the accuracy, for each seed."""
+"""Accuracies, one per seed."""
 
 
 @pytest.fixture(scope="module", autouse=True)

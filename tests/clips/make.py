@@ -1,4 +1,4 @@
-"""Writes the clips of this folder anew, with train.csv, test.csv and manifest.csv: `python -m tests.clips.make`.
+"""Writes the clips of this folder again, with train.csv, test.csv and manifest.csv: `python -m tests.clips.make`.
 
 A pattern of waves that moves in one of five ways, which is the class of a clip; each clip in a format of its own.
 manifest.csv states what was asked of the encoder. PyAV 18.1.0 wrote the files that are checked in.

@@ -92,7 +92,7 @@ def test_an_empty_folder_is_one_line(capsys, tmp_path):
 
 
 def test_too_little_memory_is_one_line(capsys, monkeypatch, tmp_path):
-    """Of the machine, with the allocator's own words; of a GPU, with those of torch.OutOfMemoryError."""
+    """The allocator's words for the memory of the machine, those of torch.OutOfMemoryError for a GPU's."""
     import torch
 
     def no_gpu_memory(*_, **__):

@@ -59,7 +59,7 @@ TABLE = {
     "VQGAN f16 at 224, a frame": (lambda: costs.tokenizer_image(CONFIGS["f16-1024"], (14, 14), 2), 53.0),
     "Gumbel f8 at 112, a frame": (lambda: costs.tokenizer_image(CONFIGS["gumbel-f8-8192"], (14, 14), 2), 16.5),
 }
-"""Of the forward pass, as the method's page gives them, rounded to one digit."""
+"""Expected FLOPs of the forward pass, as the method's page gives them, rounded to one digit."""
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -46,7 +46,7 @@ def test_it_measures_writes_and_draws(done, capsys):
 
 
 @pytest.mark.slow
-def test_a_second_call_goes_on_from_what_is_there(done, small):
+def test_a_second_call_continues_from_what_is_there(done, small):
     out, trained, result = done
     again, same = demo(out, train_clips=48, test_clips=24, config=small())
     assert again.step == trained.step
@@ -73,7 +73,7 @@ def test_the_verdicts_can_fail():
 
 
 def test_strips_show_the_true_motion_and_leave_visible_patches_alone(monkeypatch, small):
-    """The true motion as prediction: its picture is the true one in hidden patches and grey elsewhere."""
+    """The true motion as prediction: its picture is the true one in hidden patches and gray elsewhere."""
     config = small()
     clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8))
     model = MAM2(config, 16)

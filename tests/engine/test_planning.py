@@ -36,6 +36,8 @@ def test_the_plan_says_what_is_estimated(capsys: pytest.CaptureFixture[str]) -> 
     for start in ("memory", "speed", "time"):
         (line,) = (line for line in lines if line.startswith(start))
         assert "(estimated" in line
+    (saving,) = (line for line in lines if line.startswith("saving"))
+    assert saving.endswith("per checkpoint, and as much pinned memory of the host, kept while it trains")
     assert "NVIDIA H200 SXM (data sheet): 989 TFLOP/s bfloat16" in out
     assert "31 % of that peak is assumed, not measured" in out
     for part in ("encoder", "regressor", "appearance decoder", "motion decoder", "tokenizer", "all"):
@@ -165,16 +167,18 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
         step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    estimated = plan(config).memory
+    planned = plan(config)
+    estimated = planned.memory
     parts = estimated["gradients"] + estimated.get("weights cast", 0) + estimated["activations"]
     assert parts == pytest.approx(peak, rel=1 / 3)
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert estimated["weights"] == held
     moments = [value for entries in optimizer.state.values() for name, value in entries.items() if name != "step"]
     assert estimated["moments"] == sum(value.nbytes for value in moments)
+    assert planned.checkpoint_bytes == held + sum(value.nbytes for value in moments)
 
 
-def test_a_gpu_holds_the_tokenizers_activations_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_holds_the_tokenizers_activations_next_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it has done its work before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
     with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})

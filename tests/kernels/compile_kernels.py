@@ -32,7 +32,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mam2.kernels import launch, masked_loss, masks, motion_mask, scale_gradient, softmax_gradient
+from mam2.kernels import launch, masks, motion_mask, scale_gradient, softmax_gradient
+from mam2.kernels.masked_error import Goal, masked_errors
 from tests.helpers.paths import ROOT
 from tests.kernels.machine_code import AMD_MIX, NVIDIA_MIX, inspect_assembly, inspect_cubin
 
@@ -173,6 +174,7 @@ def record(architecture: str) -> dict[str, Launch]:
     launch.run_kernel, launch.warps = recorder, warps  # type: ignore[assignment]
     launch.architecture = lambda device: architecture  # type: ignore[assignment]
     index = torch.empty(BATCH, 1408, dtype=torch.int64, device="meta")
+    scalar = torch.empty((), device="meta")
     statistics = [0.5] * 4
     for clip in SHAPES + TYPES:
         video, patch = clip.tensor(), clip.patch
@@ -194,27 +196,36 @@ def record(architecture: str) -> dict[str, Launch]:
                 frame_difference._launch(video, index, *options)
             predicted = values - values // patch[0] * (target == "intra")
             pred = video.new_empty(BATCH, 1408, predicted, dtype=clip.pred)
-            masked_loss._launch(pred, video, index, *options, True)
-    options = ((2, 16, 16), "pixel", "channel", 1e-6, None, None)
+            # the mean's divisor: the number of values, which "adjacent" counts on the device
+            factors, divisor = (scalar, 1) if target == "adjacent" else (None, pred.numel())
+            masked_errors(pred, video, index, factors, divisor, (True, False), Goal(*options))
+    goal = Goal((2, 16, 16), "pixel", "channel", 1e-6, None, None)
     video, every = PLAIN.tensor(), torch.empty(BATCH, 1568, 1536, dtype=BRAIN, device="meta")
     label = f"{PLAIN} pixel channel every_token"
-    masked_loss._launch(every, video, index, *options, True)
+    masked_errors(every, video, index, None, 1, (True, False), goal)
     label = f"{PLAIN} pixel channel without_gradient"
-    masked_loss._launch(every[:, :1408], video, index, *options, False)
+    masked_errors(every[:, :1408], video, index, None, 1, (False, False), goal)
+    factors = torch.empty(index.shape, device="meta")
+    for learned in (False, True):
+        label = f"{PLAIN} pixel channel {'learned' if learned else 'fixed'} weights"
+        masked_errors(every[:, :1408], video, index, factors, 1, (True, learned), goal)
 
     for codes, kind, smoothing in CODES:
         logits = torch.empty(2048, codes, dtype=kind, device="meta")
         labels = torch.empty(2048, dtype=torch.int64, device="meta")
-        for upstream in (None, torch.empty(2048, device="meta")):
-            words = [str(codes), str(kind)[6:], *["smoothed"] * bool(smoothing), *["weighted"] * (upstream is not None)]
-            label = " ".join(words)
-            softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True)
+        losses = torch.empty(2048, device="meta")
+        # of a sum, of a mean, of single rows
+        for upstream, kind_of in ((None, "sum"), (scalar, ""), (torch.empty(2048, device="meta"), "weighted")):
+            label = " ".join(filter(None, (str(codes), str(kind)[6:], "smoothed" * bool(smoothing), kind_of)))
+            softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True, losses)
         label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} without_gradient"
-        softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False)
+        softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False, losses)
     for (rows, width), kind in itertools.product(((64 * 1408, 1536), (64, 1000), (64, 512)), (BRAIN, HALF, SINGLE)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")
-        scale_gradient._launch(gradient, torch.empty(rows, device="meta"))
+        scale_gradient._launch(gradient, torch.empty(rows, device="meta"), torch.empty_like(gradient))
+        label += " in_place"
+        scale_gradient._launch(gradient, scalar, gradient)
     step = torch.empty((), dtype=torch.int64, device="meta")
     for slots, positions, hidden in ((8, 196, 176), (8, 576, 518), (1, 1568, 1411)):
         for guide in (None, torch.int64, SINGLE, DOUBLE):

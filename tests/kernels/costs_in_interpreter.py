@@ -4,7 +4,7 @@ Collected by test_in_interpreter.py in a process of its own. Bytes must match to
 counts once for its loads and once for its stores. Operations are counted where the cube is float and normalized as a
 patch, and may exceed the declaration by the work on padding and on the zeros from which sums start.
 
-B clips, Nm masked tokens, P values a token.
+B clips, Nm masked tokens, P values per token.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import BYTES, HALF, SINGLE, Clip
+from benchmarks.cases import BRAIN, BYTES, HALF, SINGLE, Clip
 from mam2.kernels import (
     costs,
     frame_difference,
@@ -62,7 +62,7 @@ def launched(call: Callable[[], object], kernel: str) -> Launch:
 def test_masked_loss(target: str, dtype: torch.dtype) -> None:
     mask = tube_mask(BATCH, GRID, 0.5, seed=0)
     tubelet = 2 if target == "intra" else None
-    pred = torch.randn(BATCH, 4, VALUES - FRAME if tubelet else VALUES).to(HALF).requires_grad_()
+    pred = torch.randn(BATCH, 4, VALUES - FRAME if tubelet else VALUES).to(BRAIN).requires_grad_()
     function, options = LOSSES[target]
     found = launched(
         lambda: function(pred, clip(dtype), mask, patch_size=CLIP.patch, normalize="patch", **options),
@@ -72,9 +72,12 @@ def test_masked_loss(target: str, dtype: torch.dtype) -> None:
     declared = costs.masked_loss(BATCH, 4, VALUES, **sizes)
     # the last frame of the clip has no next one, so that its prediction is not read
     unread = BATCH * 2 * FRAME * 2 if target == "adjacent" else 0
-    assert found.distinct_bytes == declared.bytes_moved - unread
+    divisor = 4 if target == "adjacent" else 0  # counted on the device
+    assert found.distinct_bytes == declared.bytes_moved - unread + divisor
+    requested_twice = (BATCH * 4 - 1) * divisor
     frames_read_twice = {"pixel": 0, "joint": BATCH * 4, "intra": BATCH * 4, "adjacent": BATCH * 6}[target]
-    assert found.requested_bytes == found.distinct_bytes + frames_read_twice * FRAME * dtype.itemsize
+    read_twice = frames_read_twice * FRAME * dtype.itemsize + requested_twice
+    assert found.requested_bytes == found.distinct_bytes + read_twice
     if dtype == SINGLE:
         assert 1 <= found.flops / declared.flops < MOST_EXTRA_FLOPS
 
@@ -90,7 +93,20 @@ def test_a_mask_without_tubes_reads_the_frames_after_its_cubes() -> None:
     following = int((hidden[:, 0] & ~hidden[:, 1]).sum())
     unread = int(hidden[:, 1].sum())
     assert following > 0
-    assert found.distinct_bytes == without_gradient + following * FRAME - unread * FRAME * 4
+    assert found.distinct_bytes == without_gradient + following * FRAME - unread * FRAME * 4 + 4
+
+
+def test_tokens_of_weight_zero_are_not_read() -> None:
+    """Neither the clip nor the prediction of such a token is read; its gradient is written."""
+    pred, weight = torch.randn(BATCH, TOKENS, VALUES).to(BRAIN).requires_grad_(), torch.zeros(BATCH, TOKENS)
+    weight[:, ::4] = 1
+    found = launched(
+        lambda: masked_pixel_loss(pred, clip(BYTES), None, patch_size=CLIP.patch, weight=weight), "_masked_loss_kernel"
+    )
+    every = costs.masked_loss(BATCH, TOKENS, VALUES)
+    left_out = BATCH * (TOKENS - 2) * VALUES * (1 + 2)
+    # without clips, the token numbers are the same for all; each token reads its factor
+    assert found.distinct_bytes == every.bytes_moved - left_out + BATCH * TOKENS * 4
 
 
 @pytest.mark.parametrize("dtype", [BYTES, SINGLE])
@@ -140,7 +156,9 @@ def test_scale_gradient() -> None:
 
 def test_softmax_gradient() -> None:
     logits, target = torch.randn(3, 256), torch.tensor([0, 2, 255])
-    found = launched(lambda: softmax_gradient_(logits, target, None, -100, 0.1, True), "_softmax_gradient_kernel")
+    found = launched(
+        lambda: softmax_gradient_(logits, target, None, -100, 0.1, True, torch.empty(3)), "_softmax_gradient_kernel"
+    )
     declared = costs.softmax_gradient(3, 256, item_bytes=4)
     assert found.distinct_bytes == declared.bytes_moved
     assert 1 <= found.flops / declared.flops < MOST_EXTRA_FLOPS

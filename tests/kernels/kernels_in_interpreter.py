@@ -22,7 +22,9 @@ from mam2.kernels import (
     active_path,
     frame_difference,
     gather_tubes,
+    launch,
     linear_cross_entropy,
+    linear_masked_loss,
     masked_frame_difference_loss,
     masked_pixel_loss,
     motion_tube_mask,
@@ -257,6 +259,22 @@ def test_upstream_scales_the_gradient(target: str) -> None:
     assert torch.equal(scaled[1], gradient * factors[..., None])
 
 
+def test_upstream_scales_the_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By programs that take several blocks each; a factor of 1 stores nothing."""
+    monkeypatch.setattr(launch, "processors", lambda device: 1)
+    for shape, scale in (((3, 40, 4096), torch.tensor([1.0, 0.5, 4.0])), ((70_000,), torch.tensor(0.25))):
+        gradient = torch.randn(shape).bfloat16()
+        expected = gradient.float() * scale.view(-1, *[1] * (len(shape) - 1))
+        with recorded() as launches:
+            torch.ops.mam2.scale_gradient_(gradient, scale)
+            changed = sum(addresses.size for addresses, _ in launches[0].stores)
+            torch.ops.mam2.scale_gradient_(gradient, torch.ones_like(scale))
+        assert torch.equal(gradient, expected.bfloat16())
+        assert changed == expected[scale != 1].numel()
+        assert sum(addresses.size for addresses, _ in launches[1].stores) == 0
+        assert launches[1].distinct_bytes == scale.nbytes
+
+
 @pytest.mark.parametrize("target", LOSSES)
 def test_only_masked_pixels_reach_a_loss_and_only_visible_ones_the_encoder(target: str) -> None:
     video, mask = SMALL.make(), tube_mask(2, SMALL.grid, 0.5, seed=1)
@@ -308,12 +326,12 @@ def test_twenty_runs_give_the_same_bits(case: Case) -> None:
 
 def test_offsets_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch for cubes that span more than 2^31 elements gives the same numbers."""
-    masked_loss = importlib.import_module("mam2.kernels.masked_loss")
+    masked_error = importlib.import_module("mam2.kernels.masked_error")
     video, mask = SMALL.make(), tube_mask(2, SMALL.grid, 0.5, seed=0)
     preds = {target: prediction(target, mask.masked) for target in LOSSES}
     narrow = {target: loss_and_gradient(target, pred, video, mask.masked) for target, pred in preds.items()}
-    meta = masked_loss.cube_meta
-    monkeypatch.setattr(masked_loss, "cube_meta", lambda *arguments: meta(*arguments) | {"WIDE": True})
+    meta = masked_error.cube_meta
+    monkeypatch.setattr(masked_error, "cube_meta", lambda *arguments: meta(*arguments) | {"WIDE": True})
     for target, pred in preds.items():
         for old, new in zip(narrow[target], loss_and_gradient(target, pred, video, mask.masked), strict=True):
             assert torch.equal(old, new)
@@ -360,6 +378,26 @@ def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:
     assert torch.equal(of_hidden.isnan().all(1), bad)
     assert torch.equal(of_hidden.isnan().any(1), bad)
     assert of_weight.isnan().all()
+
+
+def test_a_masked_head_in_parts_that_end_within_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient overwrites the predictions; a token out of range gives NaN to its own features' gradient only."""
+    video, masked = SMALL.make(), torch.tensor([[7, 1, 0], [3, 8, 5]])
+    hidden, weight = torch.randn(2, 3, 4).requires_grad_(), torch.randn(96, 4).requires_grad_()
+    options = {"patch_size": SMALL.patch, "eps": cases.EPS}
+    monkeypatch.setattr(launch, "part_rows", lambda *_: 2)
+    with recorded() as launches:
+        loss = linear_masked_loss(hidden, weight, video, masked, target="adjacent", **options)
+    assert [run.kernel for run in launches] == ["_masked_loss_kernel"] * 3
+    assert [run.outside() for run in launches] == [0] * 3
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.isnan()
+    assert of_weight.isnan().all()
+    bad = masked == 8
+    assert torch.equal(of_hidden.isnan().any(2), bad)
+    plain = masked_frame_difference_loss(hidden @ weight.t(), video, masked, **options)
+    (expected,) = torch.autograd.grad(plain, hidden)
+    torch.testing.assert_close(of_hidden[~bad], expected[~bad])
 
 
 def test_masks_whose_numbers_do_not_fit_give_nan() -> None:

@@ -70,7 +70,7 @@ def test_offsets_past_32_bits_give_the_same_numbers(last: bool, monkeypatch: pyt
         ]
 
     narrow = results()
-    for name in ("gather_tubes", "frame_difference", "motion_mask", "masked_loss"):
+    for name in ("gather_tubes", "frame_difference", "motion_mask", "masked_error"):
         module = importlib.import_module(f"mam2.kernels.{name}")
         monkeypatch.setattr(module, "cube_meta", lambda *given, meta=module.cube_meta: meta(*given) | {"WIDE": True})
     for one, other in zip(narrow, results(), strict=True):
@@ -88,9 +88,9 @@ def test_sums_of_large_bright_patches_need_64_bits() -> None:
     pred = torch.zeros(1, 1, 2 * 128 * 132)
     for normalize in ("channel", "patch"):
         loss = masked_pixel_loss(pred, bright, index, patch_size=patch, normalize=normalize, reduction="sum")
-        exact = reference.masked_loss(pred.double(), bright, index, patch, "pixel", normalize, 1e-6, None, None, False)[
-            0
-        ].sum()
+        exact = reference.masked_errors(
+            pred.double(), bright, index, None, 1, [False] * 2, patch, "pixel", normalize, 1e-6, None, None
+        )[0].sum()
         torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
 
 
@@ -118,7 +118,8 @@ def test_unused_codes_at_minus_infinity_may_fill_a_block(smoothing: float) -> No
     leaf = logits.double().requires_grad_()
     exact = F.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
     (gradient,) = torch.autograd.grad(exact.sum(), leaf)
-    loss = softmax_gradient_(logits, target, None, -100, smoothing, True)
+    loss = torch.empty(4)
+    softmax_gradient_(logits, target, None, -100, smoothing, True, loss)
     torch.testing.assert_close(loss, exact.detach().float())
     torch.testing.assert_close(logits, gradient.float(), rtol=2e-5, atol=1e-7)
     assert loss[:2].isfinite().all() == (smoothing == 0)

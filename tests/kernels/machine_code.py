@@ -90,7 +90,7 @@ def _widths(widths: Iterable[int]) -> dict[int, int]:
 
 
 def inspect_cubin(binary: bytes) -> dict[str, Any]:
-    """Of an NVIDIA kernel: registers, stack and spills, atomics, accesses by width, instructions and their mix."""
+    """Returns an NVIDIA kernel's registers, stack, spills, atomics, accesses by width, instructions and their mix."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()

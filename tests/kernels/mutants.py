@@ -61,7 +61,7 @@ _MISTAKES = {
         ),
         (
             "predictions of every token read in the order of the mask",
-            "masked_loss.py",
+            "masked_error.py",
             "        pred_row = token.to(tl.int64)\n",
             "",
         ),
@@ -71,22 +71,22 @@ _MISTAKES = {
             "tl.sqrt(variance + EPS * UNIT * UNIT)",
             "tl.sqrt(variance + EPS * UNIT)",
         ),
-        ("the clip's last frame has a next one", "cube.py", "(slot < slots - 1)", "(slot < slots)"),
+        ("the clip's last frame has a next one", "targets.py", "(slot < slots - 1)", "(slot < slots)"),
         (
             "values without a target in the error",
-            "masked_loss.py",
+            "masked_error.py",
             "residual = tl.where(exists, predicted - target[segment], 0.0)",
             "residual = predicted - target[segment]",
         ),
         (
             "half the gradient",
-            "masked_loss.py",
-            "store_rounded(gradient + value, factor * residual, stored)",
-            "store_rounded(gradient + value, factor * residual / 2, stored)",
+            "masked_error.py",
+            "slope = 2.0 * factor",
+            "slope = factor",
         ),
         (
             "the mean taken from differences to the first frame too",
-            "cube.py",
+            "targets.py",
             "goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))",
             "goal -= select_group(means, group, GROUPS)",
         ),
@@ -100,7 +100,7 @@ _MISTAKES = {
         ),
         (
             "no gradient written where nothing exists",
-            "masked_loss.py",
+            "masked_error.py",
             "stored = row < FRAMES * HEIGHT\n",
             "stored = exists\n",
         ),
@@ -131,7 +131,7 @@ _MISTAKES = {
     (LIMITS, "reach_past_32_bits"): [
         (
             "clips 32-bit offsets apart",
-            "masked_loss.py",
+            "cube.py",
             "clip = (place // count).to(tl.int64)",
             "clip = place // count",
         ),
@@ -141,7 +141,7 @@ _MISTAKES = {
     (INTERPRETER, "test_a_token_out_of_range"): [
         (
             "a token past the last one read",
-            "gather_tubes.py",
+            "cube.py",
             "inside = (token >= 0) & (token < slots * rows * columns)",
             "inside = (token >= 0) & (token <= slots * rows * columns)",
         ),
@@ -149,23 +149,23 @@ _MISTAKES = {
     (INTERPRETER, "gradient_of_a_token_out_of_range"): [
         (
             "the gradient of a token out of range left as the memory was",
-            "masked_loss.py",
+            "masked_error.py",
             "            if EVERY_TOKEN:  # a token",
             "            if True:  # a token",
         ),
         (
             "a factor for a token out of range in predictions of every token",
-            "masked_loss.py",
-            'upstream = torch.where(fits, factors, float("nan"))',
-            "upstream = factors",
+            "masked_error.py",
+            "            slope *= tl.load(fits_ptr + clip)\n",
+            "            slope *= 1.0\n",
         ),
     ],
     (INTERPRETER, "test_a_target_out_of_range"): [
         (
             "a target out of range has the gradient of no target",
             "softmax_gradient.py",
-            'tl.where(exists, 1.0, float("nan"))',
-            "tl.where(exists, 1.0, 1.0)",
+            'tl.where(exists, upstream, float("nan"))',
+            "tl.where(exists, upstream, upstream)",
         ),
     ],
     (LIMITS, "minus_infinity"): [
@@ -212,7 +212,79 @@ _MISTAKES = {
             "a factor for every block instead of every row",
             "scale_gradient.py",
             "scale = tl.load(scale_ptr + row)",
-            "scale = tl.load(scale_ptr)",
+            "scale = tl.load(scale_ptr + row - row)",
+        ),
+    ],
+    (INTERPRETER, "upstream_scales_the_gradient_in_place"): [
+        (
+            "rows of factor 1 scaled, the others not",
+            "scale_gradient.py",
+            "end = tl.where(scale == 1, 0, length)",
+            "end = tl.where(scale == 1, length, 0)",
+        ),
+        (
+            "a whole gradient left as it is at every factor",
+            "scale_gradient.py",
+            "stop = tl.where(scale == 1, 0, total)",
+            "stop = tl.where(scale == 1, 0, 0)",
+        ),
+        (
+            "programs that skip each other's blocks",
+            "scale_gradient.py",
+            "range(tl.program_id(0), stop, tl.num_programs(0))",
+            "range(tl.program_id(0), tl.minimum(stop, tl.num_programs(0)), tl.num_programs(0))",
+        ),
+    ],
+    ("test_upstream.py", "kept_graph"): [
+        (
+            "a gradient overwritten that another backward pass needs",
+            "scale_gradient.py",
+            "if torch._C._autograd._get_current_graph_task_keep_graph():",
+            "if False:",
+        ),
+    ],
+    ("test_upstream.py", "learns"): [
+        (
+            "weights that learn take tokens of weight 0 for tokens without error",
+            "reference.py",
+            "if scales.dim() and not needs[1]:",
+            "if scales.dim():",
+        ),
+    ],
+    ("test_upstream.py", "float16"): [
+        (
+            "a float16 gradient with the divisor of the mean",
+            "masked_loss.py",
+            "if pred_dtype == torch.float16:",
+            "if False:",
+        ),
+    ],
+    (INTERPRETER, "masked_head_in_parts"): [
+        (
+            "predictions of a part counted from the first token of all",
+            "masked_error.py",
+            "pred_row = (place % count).to(tl.int64) - first",
+            "pred_row = (place % count).to(tl.int64)",
+        ),
+        (
+            "every part takes the first tokens",
+            "masked_error.py",
+            "place = first + tl.program_id(0)",
+            "place = first - first + tl.program_id(0)",
+        ),
+    ],
+    ("test_linear_masked_loss.py", "two_steps"): [
+        (
+            "factors of the first clips for all parts",
+            "linear_masked_loss.py",
+            "own = factors[clips] if",
+            "own = factors[: len(masked[clips])] if",
+        ),
+        (
+            "the bias's gradient of a row instead of their sum",
+            "products.py",
+            "total += rows.sum(dim=0, dtype=total.dtype)",
+            "total += rows[0]",
         ),
     ],
     (LIMITS, "largest_logit"): [
@@ -235,16 +307,16 @@ _MISTAKES = {
         (
             "the upstream weights of rows dropped",
             "softmax_gradient.py",
-            "            upstream *= tl.load(upstream_ptr + row)\n",
-            "            upstream *= 1.0\n",
+            "        upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)\n",
+            "        upstream = 1.0\n",
         ),
     ],
     (INTERPRETER, "shared_case and V5"): [
         (
             "an ignored row has a gradient",
             "softmax_gradient.py",
-            'upstream = tl.where(counted, tl.where(exists, 1.0, float("nan")), 0.0).to(DTYPE)',
-            "upstream = tl.where(counted, 1.0, 1.0).to(DTYPE)",
+            'upstream = tl.where(counted, tl.where(exists, upstream, float("nan")), 0.0).to(DTYPE)',
+            "upstream = tl.where(counted, upstream, upstream).to(DTYPE)",
         ),
     ],
     (INTERPRETER, "shared_case and tube_mask and 2x5"): [
@@ -290,8 +362,8 @@ _MISTAKES = {
         (
             "PyTorch path: half the gradient",
             "reference.py",
-            "gradient[part] = residual.mul_(2).view(gradient[part].shape)",
-            "gradient[part] = residual.view(gradient[part].shape)",
+            "residual.mul_(2 * (",
+            "residual.mul_(1 * (",
         ),
     ],
     ("test_gather_tubes.py", "test_equals_einops_on_the_whole_clip"): [
@@ -314,30 +386,30 @@ _MISTAKES = {
         ),
         (
             "the weight's gradient of the last chunk only",
-            "linear_cross_entropy.py",
-            "d_weight.addmm_(logits.t(), hidden[part])",
-            "d_weight.addmm_(logits.t(), hidden[part], beta=0)",
+            "products.py",
+            "total.addmm_(left, right)",
+            "total.addmm_(left, right, beta=0)",
         ),
         (
             "upstream weights of the first chunk for all",
             "linear_cross_entropy.py",
-            "weights = None if upstream is None else upstream[part]",
-            "weights = None if upstream is None else upstream[: len(logits)]",
+            "weights = upstream[part] if",
+            "weights = upstream[: len(own)] if",
         ),
     ],
     ("test_linear_cross_entropy.py", "test_ignored_rows"): [
         (
             "PyTorch path: an ignored row has a gradient",
             "reference.py",
-            "        wide.masked_fill_(ignored[:, None], 0)\n",
-            "",
+            "torch.where(ignored, 0.0, factors)",
+            "torch.where(ignored, factors, factors)",
         ),
     ],
     ("test_masked_loss.py", "test_patch_with_every_token_is_mae_st"): [
         (
             "upstream factors of masked tokens given to the first tokens",
-            "masked_loss.py",
-            "scatter(1, masked.clamp(0, tokens - 1), upstream)",
+            "masked_error.py",
+            "scatter(1, index, upstream)",
             "scatter(1, torch.arange(masked.shape[1]).expand_as(masked), upstream)",
         ),
     ],
@@ -345,8 +417,8 @@ _MISTAKES = {
         (
             "values that do not exist in the mean's divisor",
             "masked_loss.py",
-            "existing = values - last_slot.to(errors.dtype) * (values // patch_size[0])",
-            "existing = values - last_slot.to(errors.dtype) * 0",
+            "existing = values - last_slot.to(dtype) * (values // goal.patch_size[0])",
+            "existing = values - last_slot.to(dtype) * 0",
         ),
     ],
     ("test_token_weights.py", "test_weights_multiply_errors"): [

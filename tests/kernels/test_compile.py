@@ -37,6 +37,8 @@ def operator_calls() -> list[tuple[Any, tuple]]:
     target = torch.randint(0, 5, (6,))
     patch, op, single = list(PATCH), torch.ops.mam2, torch.float32
     statistics = ([0.5] * 3, [0.2] * 3)
+    masked, index, factors = op.masked_loss.default, mask.masked, torch.rand(2, 4, requires_grad=True)
+    both, only_pred = [True] * 2, [True, False]
     frozen = hidden.detach(), weight.detach(), None, target, torch.rand(6)
     return [
         (op.draw_mask.default, (torch.tensor(3), 1, 0, 2, 2, 9, 4)),
@@ -44,18 +46,17 @@ def operator_calls() -> list[tuple[Any, tuple]]:
         (op.gather_tubes.default, (video.float(), mask.visible, patch, None, None, torch.float32)),
         (op.frame_difference.default, (video, mask.masked, patch, "adjacent", "channel", 0.01, None, None)),
         (op.frame_difference.default, (video.double(), mask.masked, patch, "intra", None, 0.01, *statistics)),
-        (op.masked_loss.default, (pred, video, mask.masked, patch, "pixel", "channel", 0.01, None, None, True)),
-        (op.masked_loss.default, (every, video, mask.masked, patch, "adjacent", "patch", 0.01, None, None, True)),
-        (
-            op.masked_loss.default,
-            (pred.half(), video.float(), mask.masked, patch, "joint", None, 0.01, *statistics, True),
-        ),
-        (op.masked_loss.default, (pred.detach(), video, mask.masked, patch, "pixel", None, 0.01, None, None, False)),
+        (masked, (pred, video, index, None, 768, True, only_pred, patch, "pixel", "channel", 0.01, None, None)),
+        (masked, (every, video, index, factors, 1, True, both, patch, "adjacent", "patch", 0.01, None, None)),
+        (masked, (every, video, index, None, 1, False, only_pred, patch, "joint", "patch", 0.01, None, None)),
+        (masked, (pred.half(), video.float(), index, factors, 1, False, both, patch, "joint", None, 0.01, *statistics)),
+        (masked, (pred.detach(), video, index, None, 1, True, [False] * 2, patch, "pixel", None, 0.01, None, None)),
         (op.scale_gradient.default, (torch.randn(2, 3, 4), torch.rand(2, 3))),
-        (op.linear_cross_entropy_sum.default, (hidden, weight, bias, target, -100, 0.1, single, [True] * 3)),
+        (op.scale_gradient_.default, (torch.randn(2, 3, 4), torch.rand(2, 3))),
+        (op.linear_cross_entropy_sum.default, (hidden, weight, bias, target, -100, 0.1, single, [True] * 3, True)),
         (
             op.linear_cross_entropy_sum.default,
-            (hidden, weight, None, target, -100, 0.0, single, [True, True, False]),
+            (hidden, weight, None, target, -100, 0.0, single, [True, True, False], False),
         ),
         (op.linear_cross_entropy_rows.default, (hidden, weight, bias, target, -100, 0.1, torch.float32)),
         (op.linear_cross_entropy_gradients.default, (*frozen, -100, 0.0, single, [True, False, False])),

@@ -1,4 +1,4 @@
-"""Every kernel through the compilers of GPUs that are not here, and the table of what they make of it."""
+"""Every kernel compiles for GPUs that are not here, and the checked-in table of the machine code is current."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SHARED_MEMORY = {
 ROWS_OF_16_PIXELS = r"(channels_last|far) \dx16x16 (?!.* 4 channels).*"
 PLANES = r"(contiguous|far_planes) .*"
 SHORT_ROWS = r"channels_last (\dx14x14|\dx8x8) .*|.* 4 channels.*"
-WHOLE_VECTORS, ODD_ROWS = r"(8192|16384|2048|1024) .*|\d+x(1536|512) \w+", r"1000 .*|\d+x1000 \w+"
+WHOLE_VECTORS, ODD_ROWS = r"(8192|16384|2048|1024) .*|\d+x(1536|512) .*", r"1000 .*|\d+x1000 .*"
 PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("gather_tubes", ROWS_OF_16_PIXELS, 7, 0),
     ("gather_tubes", PLANES, None, 0),
@@ -36,8 +36,8 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("frame_difference", ROWS_OF_16_PIXELS, 7, 0),
     ("frame_difference", PLANES, None, 0),
     ("frame_difference", SHORT_ROWS, None, None),
-    ("masked_loss", ROWS_OF_16_PIXELS, 7, 1),
-    ("masked_loss", PLANES, None, 1),
+    ("masked_loss", ROWS_OF_16_PIXELS, 7, 2),
+    ("masked_loss", PLANES, None, 2),
     ("masked_loss", SHORT_ROWS, None, None),
     ("softmax_gradient", WHOLE_VECTORS, 3, 1),
     ("softmax_gradient", ODD_ROWS, None, None),
@@ -50,8 +50,9 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
 ]
 """Kernel and launches → how many loads and stores of a thread may be narrower than 128 bits; None: nothing promised.
 
-Narrow loads: the token's number, and the means and deviations of a normalized clip; a row's target, its logit and its
-weight; a row's factor. Narrow stores: the token's error; the row's loss.
+Narrow loads: the token's number and factor, and the means and deviations of a normalized clip; a row's target, its
+logit and its weight; a row's factor. Narrow stores: the token's error, where weights learn also without its weight; the
+row's loss.
 From planes, a pixel's channels come from three places, so the clip is read value by value. Rows of 14 or 8 pixels, or
 of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows. draw_mask scatters.
 """
@@ -60,7 +61,7 @@ of 1000 codes, are not aligned, and with 4 channels two warps share a cube's row
 SPECIALIZATIONS = """
 import json
 import torch
-from tests.kernels.compile_kernels import PretendedDriver, driver, launch, masks, masked_loss, softmax_gradient
+from tests.kernels.compile_kernels import Goal, PretendedDriver, driver, launch, masked_errors, masks, softmax_gradient
 
 driver.set_active(PretendedDriver("sm_90"))
 launch.architecture = lambda device: "sm_90"
@@ -79,12 +80,13 @@ for seed, sample, slots, positions, hidden, strength in (
     masks._launch(step, seed, sample, 4, slots, positions, hidden, None, strength)
 logits, target = torch.empty(4, 64, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
 for ignored in (-100, 0, 1, 16):
-    softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True)
+    softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True, torch.empty(4, device="meta"))
 for grid, count in (((2, 2, 2), 4), ((16, 16, 16), 16), ((3, 16, 5), 32)):
     video = torch.empty(2, 2 * grid[0], 16 * grid[1], 16 * grid[2], 16, dtype=torch.uint8, device="meta")
     index = torch.empty(2, count, dtype=torch.int64, device="meta")
-    settings = (2, 16, 16), "pixel", "channel", 1e-6, None, None, True
-    masked_loss._launch(torch.empty(2, count, 8192, device="meta"), video.permute(0, 4, 1, 2, 3), index, *settings)
+    goal = Goal((2, 16, 16), "pixel", "channel", 1e-6, None, None)
+    pred = torch.empty(2, count, 8192, device="meta")
+    masked_errors(pred, video.permute(0, 4, 1, 2, 3), index, None, pred.numel(), (True, False), goal)
 print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 

@@ -1,4 +1,4 @@
-"""frame_difference against loops over frames: standardise the cube, then subtract."""
+"""frame_difference against loops over frames: standardize the cube, then subtract."""
 
 import itertools
 
@@ -14,7 +14,7 @@ PATCH = (2, 4, 6)
 
 
 def by_loops(pixels: torch.Tensor, patch, difference: str, normalize: str | None, eps: float) -> torch.Tensor:
-    """Token by token in float64: every frame (also the one after the cube) standardised by the cube's statistics."""
+    """Token by token in float64: every frame (also the one after the cube) standardized by the cube's statistics."""
     tubelet, height, width = patch
     batch, _, frames, rows, columns = pixels.shape
     tokens = []
@@ -44,7 +44,7 @@ def by_loops(pixels: torch.Tensor, patch, difference: str, normalize: str | None
     [("adjacent", PATCH), ("adjacent", (3, 4, 4)), ("adjacent", (1, 8, 12)), ("intra", PATCH), ("intra", (3, 4, 4))],
 )
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
-def test_equals_standardising_and_subtracting(patch, normalize, difference) -> None:
+def test_equals_standardizing_and_subtracting(patch, normalize, difference) -> None:
     video = random_clips()
     out = frame_difference(video, patch_size=patch, difference=difference, normalize=normalize, eps=0.01)
     expected = by_loops(video.double() / 255, patch, difference, normalize, 0.01)
@@ -53,10 +53,10 @@ def test_equals_standardising_and_subtracting(patch, normalize, difference) -> N
 
 
 @pytest.mark.parametrize("normalize", ["channel", "patch", None])
-def test_a_normalised_float_clip_is_restored_first(normalize) -> None:
+def test_a_normalized_float_clip_is_restored_first(normalize) -> None:
     pixels = random_clips().double() / 255
-    normalised = (pixels - torch.tensor(MEAN).double().view(-1, 1, 1, 1)) / torch.tensor(STD).double().view(-1, 1, 1, 1)
-    out = frame_difference(normalised, patch_size=PATCH, normalize=normalize, eps=0.01, mean=MEAN, std=STD)
+    normalized = (pixels - torch.tensor(MEAN).double().view(-1, 1, 1, 1)) / torch.tensor(STD).double().view(-1, 1, 1, 1)
+    out = frame_difference(normalized, patch_size=PATCH, normalize=normalize, eps=0.01, mean=MEAN, std=STD)
     torch.testing.assert_close(out, by_loops(pixels, PATCH, "adjacent", normalize, 0.01))
 
 

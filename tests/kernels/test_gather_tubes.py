@@ -1,4 +1,4 @@
-"""gather_tubes against einops: cut the whole clip, normalise all of it, then pick."""
+"""gather_tubes against einops: cut the whole clip, normalize all of it, then pick."""
 
 from functools import partial
 

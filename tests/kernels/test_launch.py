@@ -1,4 +1,4 @@
-"""Launch tables: which architecture's rows a device takes."""
+"""Launch tables: which architecture's rows apply to a device."""
 
 import importlib.resources
 import json
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mam2.kernels import cube, launch
+from mam2.kernels.products import add_product
 
 CPU = torch.device("cpu")
 TABLES = {"default": {"a": [[512, 1], [1024, 2]], "b": [[64, 8]]}, "sm_90": {"a": [[512, 4], [1024, 16]]}}
@@ -69,44 +69,97 @@ def test_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_are_multiples_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 20, "sm_90": 1 << 22})
-    assert launch.chunk_rows(512, torch.float32, CPU) == 512
+    assert launch.chunk_rows(512, torch.float32, CPU) == launch.part_rows(512, torch.float32, CPU) == 512
     assert launch.chunk_rows(10**6, torch.float32, CPU) == 128
     pretend(monkeypatch, "sm_90")
     assert launch.chunk_rows(512, torch.float32, CPU) == 2048
 
 
-def test_a_chunk_of_logits_on_a_gpu_is_no_smaller_than_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 25})
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended H100."""
     pretend(monkeypatch, "sm_90")
+    monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 27})
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_chunks_on_a_gpu_fill_it_and_are_no_smaller_than_the_weight() -> None:
     gpu, half = torch.device("cuda", 0), torch.bfloat16
-    assert launch.chunk_rows(8192, half, gpu, 384) == 2048
-    assert launch.chunk_rows(32000, half, gpu, 384) == 1024
+    assert launch.chunk_rows(8192, half, gpu, 384) == 5632  # 44 x 3 tiles for 132 multiprocessors
+    assert launch.chunk_rows(1024, half, gpu, 384) == 11 * 5632
+    assert launch.chunk_rows(32000, half, gpu, 384) == 2048
     assert launch.chunk_rows(128256, half, gpu, 4096) == 4096
     assert launch.chunk_rows(128256, half, gpu, 1100) == 1152
-    assert launch.chunk_rows(128256, half, CPU, 4096) == 128
+    assert launch.part_rows(8192, half, gpu, 384) == 1024  # 16 MiB
+    assert launch.part_rows(1536, half, gpu, 384) == 5376
+    assert launch.part_rows(128256, half, gpu, 4096) == 4096
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize(
+    ("rows", "width", "codes", "parts", "chunks"), [(90112, 384, 8192, 96, 16), (16384, 4096, 128256, 4, 4)]
+)
+def test_products_of_a_head_on_a_gpu(
+    rows: int, width: int, codes: int, parts: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors: how often the weight is read, and that its gradient is summed in float32 without a temporary.
+
+    A head of 128 k codes reads its weight of 1 GiB no more often than its logits.
+    """
+    monkeypatch.setattr(launch, "run_kernel", lambda *_, **__: None)
+    monkeypatch.setenv("MAM2_KERNELS", "triton")
+    for name in ("part_rows", "chunk_rows"):
+        on_a_gpu = getattr(launch, name)
+        monkeypatch.setattr(
+            launch, name, lambda size, dtype, _, width, of=on_a_gpu: of(size, dtype, torch.device("cuda", 0), width)
+        )
+    monkeypatch.setattr(launch, "wide_sums", lambda device: True)
+    run = importlib.import_module("mam2.kernels.linear_cross_entropy")._run
+    with Calls() as calls:
+        hidden, weight = (torch.empty(size, width, dtype=torch.bfloat16, device="meta") for size in (rows, codes))
+        target = torch.empty(rows, dtype=torch.int64, device="meta")
+        run(hidden, weight, None, target, None, -100, 0.0, torch.bfloat16, (True, True, False))
+    aten = torch.ops.aten
+    assert calls.functions.count(aten.mm.out) == parts + chunks
+    assert calls.functions.count(aten.addmm.dtype_out) == chunks
+    assert aten.mm.dtype not in calls.functions
+    in_cache = 2 * codes * width < 20e6
+    assert in_cache or (parts + chunks) * codes * width <= 2 * rows * codes
 
 
 @pytest.mark.parametrize(
-    ("capability", "half_sums", "hip", "wide"),
+    ("capability", "half_sums", "hip", "wide", "in_one_pass"),
     [
-        ((8, 0), False, None, True),
-        ((7, 5), False, None, False),
-        ((9, 0), True, None, False),
-        ((7, 5), False, "7", True),
+        ((8, 0), False, None, True, True),
+        ((7, 5), False, None, False, False),
+        ((9, 0), True, None, False, False),
+        ((7, 5), False, "7", True, False),
     ],
 )
 def test_products_keep_float32_where_the_gpu_can(
-    capability: tuple[int, int], half_sums: bool, hip: str | None, wide: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    half_sums: bool,
+    hip: str | None,
+    wide: bool,
+    in_one_pass: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On fake CUDA tensors: which product is called."""
+    """Which product is called, on meta tensors."""
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(launch, "half_sums", lambda: half_sums)
     monkeypatch.setattr(torch.version, "hip", hip)
-    product = importlib.import_module("mam2.kernels.linear_cross_entropy")._product
-    with FakeTensorMode(), Calls() as calls:
-        out = product(*(torch.empty(4, 4, dtype=torch.float16, device="cuda") for _ in range(2)), torch.float32)
-    assert out.dtype == torch.float32
-    assert (torch.ops.aten.mm.dtype in calls.functions) == wide
+    found = launch.wide_products(gpu), launch.wide_sums(gpu)
+    assert found == (wide, in_one_pass)
+    monkeypatch.setattr(launch, "wide_products", lambda device: found[0])
+    monkeypatch.setattr(launch, "wide_sums", lambda device: found[1])
+    with Calls() as calls:
+        total = torch.empty(4, 4, device="meta")
+        add_product(total, *(torch.empty(4, 4, dtype=torch.float16, device="meta") for _ in range(2)))
+    assert (torch.ops.aten.addmm.dtype_out in calls.functions) == in_one_pass
+    assert (torch.ops.aten.mm.dtype in calls.functions) == (wide and not in_one_pass)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +173,7 @@ def test_products_keep_float32_where_the_gpu_can(
         (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 4), False),
         (torch.zeros(2, 4, 8, 8, 6)[..., :3].permute(0, 4, 1, 2, 3), (2, 4, 1), True),
     ],
-    ids=["channels_last", "planes", "grey", "every other pixel", "channels apart", "pixels apart", "one pixel wide"],
+    ids=["channels_last", "planes", "gray", "every other pixel", "channels apart", "pixels apart", "one pixel wide"],
 )
 def test_a_patch_row_without_gaps_is_read_in_wide_pieces(
     video: torch.Tensor, patch: tuple[int, int, int], rows_are_whole: bool

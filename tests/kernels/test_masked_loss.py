@@ -23,7 +23,7 @@ PATCH, GRID = (2, 4, 6), (3, 2, 2)
 LOSSES = [masked_pixel_loss, masked_frame_difference_loss]
 
 
-def normalised(video: torch.Tensor) -> torch.Tensor:
+def normalized(video: torch.Tensor) -> torch.Tensor:
     pixels = video.double() / 255
     return (pixels - torch.tensor(MEAN).double().view(-1, 1, 1, 1)) / torch.tensor(STD).double().view(-1, 1, 1, 1)
 
@@ -37,7 +37,7 @@ def same_loss_and_gradient(ours: torch.Tensor, theirs: torch.Tensor, pred: torch
 
 
 def videomae(pred: torch.Tensor, video: torch.Tensor, mask: TubeMask) -> torch.Tensor:
-    """VideoMAE: undo the ImageNet normalisation, standardise each cube per channel, MSE on the masked ones."""
+    """VideoMAE: undo the ImageNet normalization, standardize each cube per channel, MSE on the masked ones."""
     restored = video * torch.tensor(STD).double().view(-1, 1, 1, 1) + torch.tensor(MEAN).double().view(-1, 1, 1, 1)
     cubes = einops.rearrange(restored, "b c (s t) (y h) (x w) -> b (s y x) (t h w) c", t=2, h=4, w=6)
     standard = (cubes - cubes.mean(2, keepdim=True)) / (cubes.var(2, unbiased=True, keepdim=True).sqrt() + 1e-6)
@@ -46,7 +46,7 @@ def videomae(pred: torch.Tensor, video: torch.Tensor, mask: TubeMask) -> torch.T
 
 
 def mae_st(pred: torch.Tensor, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """mae_st: standardise each whole cube, mean over its values, mean over the masked tokens by weight."""
+    """mae_st: standardize each whole cube, mean over its values, mean over the masked tokens by weight."""
     target = einops.rearrange(video, "b c (s t) (y h) (x w) -> b (s y x) (t h w c)", t=2, h=4, w=6)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     loss = ((pred - target) ** 2).mean(-1)
@@ -64,7 +64,7 @@ def videomae_v2(pred: torch.Tensor, video: torch.Tensor, masked: torch.Tensor, d
 
 
 def mae_dfer(pred: torch.Tensor, video: torch.Tensor, mask: TubeMask) -> torch.Tensor:
-    """MAE-DFER: VideoMAE's standardised clip, put together again; odd frames minus even ones; cut once more; MSE."""
+    """MAE-DFER: VideoMAE's standardized clip, put together again; odd frames minus even ones; cut once more; MSE."""
     restored = video * torch.tensor(STD).double().view(-1, 1, 1, 1) + torch.tensor(MEAN).double().view(-1, 1, 1, 1)
     cubes = einops.rearrange(restored, "b c (s t) (y h) (x w) -> b s y x (t h w) c", t=2, h=4, w=6)
     standard = (cubes - cubes.mean(-2, keepdim=True)) / (cubes.var(-2, keepdim=True).sqrt() + 1e-6)
@@ -75,7 +75,7 @@ def mae_dfer(pred: torch.Tensor, video: torch.Tensor, mask: TubeMask) -> torch.T
 
 
 def test_channel_is_videomae() -> None:
-    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(random_clips())
+    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalized(random_clips())
     pred = random_predictions(mask)
     ours = masked_pixel_loss(pred, video, mask, patch_size=PATCH, mean=MEAN, std=STD)
     same_loss_and_gradient(ours, videomae(pred, video, mask), pred)
@@ -86,7 +86,7 @@ def test_channel_is_videomae() -> None:
 def test_decoded_tokens_with_a_weight_are_videomae_v2() -> None:
     raw = torch.randint(0, 256, (3, 8, 8, 12, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
     clips, grid = raw.permute(0, 4, 1, 2, 3), (4, 2, 2)
-    video, tubes = normalised(clips), tube_mask(3, grid, 0.75, seed=0)
+    video, tubes = normalized(clips), tube_mask(3, grid, 0.75, seed=0)
     cells = running_cell_mask(3, grid, seed=0)
     masked, decoded = tubes.as_bool(), ~cells.as_bool()
     pred = torch.randn(3, 8, 144, dtype=torch.float64, requires_grad=True)
@@ -102,7 +102,7 @@ def test_decoded_tokens_with_a_weight_are_videomae_v2() -> None:
 
 
 def test_joint_is_mae_dfer() -> None:
-    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalised(random_clips())
+    mask, video = tube_mask(2, GRID, 0.5, seed=0), normalized(random_clips())
     pred = random_predictions(mask)
     expected = mae_dfer(pred, video, mask)
     ours = masked_pixel_loss(pred, video, mask, target="joint", patch_size=PATCH, mean=MEAN, std=STD)
@@ -132,7 +132,7 @@ def test_joint_of_longer_tubelets_subtracts_the_first_frame(normalize) -> None:
 
 
 def test_patch_with_every_token_is_mae_st() -> None:
-    mask, video = random_mask(2, GRID, 0.6, seed=0), normalised(random_clips())
+    mask, video = random_mask(2, GRID, 0.6, seed=0), normalized(random_clips())
     pred = torch.randn(2, 12, 144, dtype=torch.float64, requires_grad=True)
     for given in (mask, mask.masked, mask.as_bool()):
         ours = masked_pixel_loss(pred, video, given, patch_size=PATCH, normalize="patch")

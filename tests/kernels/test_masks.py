@@ -1,4 +1,4 @@
-"""Masks: which tokens, how many, the same from anywhere."""
+"""Masks: which tokens, how many, and equal draws on any device and from any start."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_an_empty_batch_gives_empty_masks() -> None:
     assert tube_mask(0, GRID, 0.5, seed=0).masked.shape == (0, 4 * 17)
 
 
-def test_a_compiled_step_is_not_specialised_on_the_step_number() -> None:
+def test_a_compiled_step_is_not_specialized_on_the_step_number() -> None:
     compiles = CompileCounter()
 
     @torch.compile(backend=compiles, fullgraph=True)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from mam2 import kernels
-from mam2.kernels import LinearCrossEntropyLoss, MaskedFrameDifferenceLoss, MaskedPixelLoss, random_mask
+from mam2.kernels import (
+    LinearCrossEntropyLoss,
+    LinearMaskedLoss,
+    MaskedFrameDifferenceLoss,
+    MaskedPixelLoss,
+    random_mask,
+)
 
 VIDEO = torch.randint(0, 256, (2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 MASK = random_mask(2, (2, 2, 2), 0.5, seed=0)
@@ -14,6 +20,7 @@ FUNCTIONS = {
     MaskedPixelLoss: kernels.masked_pixel_loss,
     MaskedFrameDifferenceLoss: kernels.masked_frame_difference_loss,
     LinearCrossEntropyLoss: kernels.linear_cross_entropy,
+    LinearMaskedLoss: kernels.linear_masked_loss,
 }
 
 
@@ -26,7 +33,8 @@ def test_settings_and_defaults_are_those_of_the_function(module: type[torch.nn.M
         }
 
     expected = keywords(FUNCTIONS[module])
-    expected.pop("weight", None)  # an argument of forward
+    for name in ("weight", "token_weight"):  # arguments of forward
+        expected.pop(name, None)
     assert keywords(module) == expected
     assert module().settings == expected
 
@@ -52,6 +60,14 @@ def test_the_classifier_s_weight_comes_first() -> None:
     loss = LinearCrossEntropyLoss(label_smoothing=0.1, reduction="sum")
     expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")(head(hidden), target)
     torch.testing.assert_close(loss(head.weight, hidden, target, head.bias), expected)
+
+
+def test_the_masked_head_takes_the_layers_weight_and_bias() -> None:
+    head, hidden, weight = torch.nn.Linear(5, 96), torch.randn(2, 4, 5), torch.rand(2, 4)
+    loss = LinearMaskedLoss(patch_size=(2, 4, 4), target="joint", reduction="sum")
+    plain = MaskedPixelLoss(patch_size=(2, 4, 4), target="joint", reduction="sum")
+    expected = plain(head(hidden), VIDEO, MASK, weight)
+    torch.testing.assert_close(loss(head.weight, hidden, VIDEO, MASK, head.bias, weight), expected)
 
 
 def test_a_module_shows_its_settings_and_holds_no_state() -> None:

@@ -132,7 +132,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.mam2.draw_mask.default, (torch.tensor(3), 1, 0, 2, 3, 12, 4, energy, 30000))
 
 
-def test_a_compiled_step_is_not_specialised_on_the_step_number() -> None:
+def test_a_compiled_step_is_not_specialized_on_the_step_number() -> None:
     compiles = CompileCounter()
 
     def draw(video: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

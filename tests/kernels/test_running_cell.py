@@ -98,7 +98,7 @@ def test_slots_that_are_no_multiple_of_four_have_no_subset() -> None:
         running_cell_subset(tube_mask(2, grid, 0.5, seed=0), grid, seed=0)
 
 
-def test_a_compiled_step_is_not_specialised_on_the_step_number() -> None:
+def test_a_compiled_step_is_not_specialized_on_the_step_number() -> None:
     compiles = CompileCounter()
 
     def draw(step: torch.Tensor) -> tuple[torch.Tensor, ...]:

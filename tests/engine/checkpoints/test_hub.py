@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 
@@ -12,6 +11,7 @@ import torch
 from mam2.engine import UserError, export, load_encoder, load_model
 from mam2.engine.checkpoints import hub as module
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.config.recipe import to_dict
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
@@ -106,7 +106,7 @@ def test_the_card_says_what_the_files_of_the_run_say(run, clips, tmp_path):
         assert line in card, line
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     assert f"| `loss/motion`, last logged | {last['loss/motion']:.4g} |" in card
-    assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1]) == dataclasses.asdict(config)
+    assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1]) == to_dict(config)
 
 
 def test_no_path_of_this_machine_is_shared(run, clips, tmp_path, small):

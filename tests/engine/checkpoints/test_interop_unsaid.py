@@ -1,4 +1,4 @@
-"""Weights of others that say little or something false: what is assumed is said, what is wrong is named truly."""
+"""Weights of other projects with missing or wrong metadata: assumptions are logged, errors name the cause."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bare(path: Path, **beside: object) -> Path:
 
 
 @torch.no_grad()
-def test_a_clip_size_that_nothing_says_is_assumed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_clip_size_is_assumed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = bare(tmp_path / "bare.pth")
     with caplog.at_level(logging.WARNING, logger="mam2"):
         assert load_encoder(path, size=24, heads=4).encode(clip(16)).shape == (2, 72, 48)

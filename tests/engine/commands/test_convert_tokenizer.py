@@ -25,7 +25,7 @@ TRAINING = ("loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model
 
 
 def lightning(path: Path, state: dict[str, Tensor], **extra: object) -> Path:
-    """A file as Lightning 1.0 wrote it: optimisers, schedulers, a callback's class as a key, scalars of NumPy."""
+    """A file as Lightning 1.0 wrote it: optimizers, schedulers, a callback's class as a key, scalars of NumPy."""
     names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
     modules = {name: types.ModuleType(name) for name in names}
     callback = type("ModelCheckpoint", (), {"__module__": names[-1]})

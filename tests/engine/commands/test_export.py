@@ -17,8 +17,8 @@ from mam2.engine.checkpoints.traced import write_onnx, write_torch
 from mam2.engine.config.pretrain import DecoderConfig, ModelConfig, PretrainConfig, RegressorConfig
 from mam2.engine.config.training import DataConfig
 from mam2.engine.model.classifier import Classifier, TextHead, linear_head
-from mam2.engine.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.pixels import PIXEL_MEAN, PIXEL_STD
 from mam2.engine.model.positions import set_clip_size
 from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder, shaken

@@ -130,7 +130,7 @@ def test_the_rate_is_measured_on_files_that_decode(tmp_path, write_video, number
     assert index.measure_clips_per_s(videos[1:2]) == (0.0, 0)
 
 
-def test_the_verb_writes_beside_the_data_and_looks_again_only_at_changes(
+def test_the_verb_writes_next_to_the_data_and_looks_again_only_at_changes(
     tmp_path, capsys, write_video, numbered_frames
 ):
     for name in ("x/a.mp4", "y/b.mp4"):
@@ -161,9 +161,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_scan(tmp_path, capsys
     )
 
 
-def test_a_broken_index_is_written_anew_and_a_foreign_file_is_left_alone(
-    tmp_path, capsys, write_video, numbered_frames
-):
+def test_a_broken_index_is_rewritten_and_a_foreign_file_is_left_alone(tmp_path, capsys, write_video, numbered_frames):
     write_video(tmp_path / "data" / "a.mp4", numbered_frames(6))
     broken, foreign = tmp_path / "data.index.jsonl", tmp_path / "notes.jsonl"
     for file in (broken, foreign):

@@ -66,7 +66,7 @@ def test_a_run_of_one_line_is_a_dot(tmp_path: Path, drawn: list[Any]) -> None:
     assert {axis.lines[0].get_marker() for axis in drawn[0].axes if axis.lines} == {"."}
 
 
-def test_long_labels_beside_pictures_are_not_cut_off() -> None:
+def test_long_labels_next_to_pictures_are_not_cut_off() -> None:
     labels = ["predicted appearance"] * 6 + ["read by the marked patch"]
     picture = report.draw_rows([(label, torch.rand(1, 4, 32, 32, 3)) for label in labels], ["clip"], inches=1.0)
     assert (image.imread(io.BytesIO(picture))[:, :3] == 1).all()

@@ -1,4 +1,4 @@
-"""`mam2 tokenize` and a pre-training on its codes: the bits of a run that tokenizes in its step, whatever happens."""
+"""`mam2 tokenize` and a pre-training on its codes: the bits of a run that tokenizes in its steps."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_files_that_were_lost_meanwhile_are_replaced_as_without_a_cache(
 
 
 @pytest.mark.slow
-def test_a_stopped_tokenizing_goes_on_to_the_same_bytes(
+def test_a_stopped_tokenizing_continues_to_the_same_bytes(
     clips: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(code_cache, "SHARD_VIDEOS", 5)

@@ -1,4 +1,4 @@
-"""`mam2 train-tokenizer`: a VQ model of the user's clips, measured on videos it has not seen, whole or not there."""
+"""`mam2 train-tokenizer`: a VQ model of the user's clips, measured on held-out videos; a complete folder or none."""
 
 from __future__ import annotations
 
@@ -78,19 +78,25 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
 
 
 @pytest.mark.parametrize(
-    ("explained", "told"),
-    [(-0.01, "not fit for pre-training"), (0.79, "weak: k-means of raw patches"), (0.81, "better than k-means")],
+    ("explained", "color", "told"),
+    [
+        (-0.01, None, "not fit for pre-training"),
+        (0.79, None, "weak: k-means of raw patches"),
+        (0.81, None, "better than k-means"),
+        (0.81, 0.39, "weak in color: k-means of raw patches"),
+        (0.81, 0.41, "better than k-means"),
+    ],
 )
-def test_the_verdict_follows_the_numbers(explained: float, told: str) -> None:
+def test_the_verdict_follows_the_numbers(explained: float, color: float | None, told: str) -> None:
     empty = torch.empty(0)
     result = Reconstruction(
         frames=4,
         psnr_db=15.0,
         mean_color_psnr_db=15.1,
         explained=explained,
-        color_explained=None,
+        color_explained=color,
         kmeans_explained=0.8,
-        kmeans_color_explained=None,
+        kmeans_color_explained=None if color is None else 0.4,
         codes_used=3,
         perplexity=2.0,
         original=empty,

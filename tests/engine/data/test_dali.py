@@ -54,7 +54,7 @@ def test_shrinking_is_antialiased_as_in_pytorch():
     assert (small.float() - expected)[:, 1:-1, 1:-1].abs().max() <= 1
 
 
-def test_dali_goes_on_after_a_file_it_cannot_decode(videos):
+def test_dali_continues_after_a_file_it_cannot_decode(videos):
     path = next(video.path for video in videos.videos if video.codec == "vp9")
     config = DataConfig(frames=2, stride=1, size=16)
     clips = ClipGraph("dali-cpu", config, views=1, samples=2, threads=1, device=CPU)

@@ -1,4 +1,4 @@
-"""Files that are damaged or odd: each is decoded right or replaced, and none ends, stalls or misshapes a run."""
+"""Damaged or odd files: each is decoded correctly or replaced, and none ends or stalls a run or changes a shape."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = DataConfig(frames=4, stride=2, size=32, threads=2)
 def encode(
     path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str = "yuv420p", pts: Sequence[int] = ()
 ) -> Path:
-    """uint8 [T, H, W, 3] at 25 frames a second, or shown at pts / 25 seconds."""
+    """uint8 [T, H, W, 3] at 25 frames per second, or shown at pts / 25 seconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"x265-params": "log-level=none"})
         stream.height, stream.width = frames.shape[1:3]

@@ -184,7 +184,7 @@ def test_frames_are_the_ones_asked_for(tmp_path, write_video, numbered_frames, f
     assert frame_numbers(decode_frames(path, [30, 31])) == [19, 19]
 
 
-def test_colours_are_red_green_blue(tmp_path, write_video):
+def test_colors_are_red_green_blue(tmp_path, write_video):
     frames = np.zeros((3, 32, 32, 3), np.uint8)
     frames[:] = (200, 120, 40)
     path = write_video(tmp_path / "a.mp4", frames)
@@ -247,7 +247,7 @@ def assert_same_frames(path: Path, starts, strides) -> None:
         (from_dali,) = dali.run([np.fromfile(path, np.uint8)] * len(starts), frames, views)
         (from_pyav,) = pyav.run([decode_frames(str(path), numbers) for numbers in frames], frames, views)
         difference = (from_dali.int() - from_pyav.int()).abs()
-        # The two bring chroma to full size in different ways, which shows at sharp edges of saturated colours only.
+        # The two bring chroma to full size in different ways, which shows at sharp edges of saturated colors only.
         assert difference.float().mean() < 2, (path.name, stride)
         assert (difference > 8).float().mean() < 0.02, (path.name, stride)
 

@@ -1,4 +1,4 @@
-"""Named draws: which Philox stream each one is, for ever."""
+"""Named random draws: each keeps its Philox stream in all versions."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,10 @@ from mam2.engine.data.draws import Draw, generator_of
 
 @pytest.mark.parametrize(
     ("draw", "number"),
-    [("ORDER", 0), ("CLIP", 1), ("REPLACEMENT", 2), ("RAND_AUGMENT", 16), ("ERASE", 17), ("MIX", 18), ("DROP", 19)],
+    [
+        *(("ORDER", 0), ("CLIP", 1), ("REPLACEMENT", 2), ("MIXTURE", 3)),
+        *(("RAND_AUGMENT", 16), ("ERASE", 17), ("MIX", 18), ("DROP", 19)),
+    ],
 )
 def test_a_draw_keeps_its_stream(draw, number):
     """Key (seed, draw), counter (0, epoch or step, sample, part): what resumed runs and caches of codes rely on."""
@@ -17,5 +20,5 @@ def test_a_draw_keeps_its_stream(draw, number):
 
 
 def test_all_draws_are_pinned_and_missing_counters_are_zero():
-    assert len(Draw) == 7  # a new one joins the list above
+    assert len(Draw) == 8  # a new one joins the list above
     assert generator_of(Draw.CLIP, -1, 3).random() == generator_of(Draw.CLIP, 2**64 - 1, 3, 0, 0).random()

@@ -1,4 +1,4 @@
-"""The loader's batches: what is in them, and the same at any position, for any rank and any number of threads."""
+"""The loader's batches: their content, which is the same from any start, for any rank and any number of threads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_any_number_of_threads_gives_the_same_bits(videos, monkeypatch):
         assert_same(one, other)
 
 
-def test_a_run_goes_on_where_it_stopped(videos):
+def test_a_run_continues_where_it_stopped(videos):
     whole = take(videos, 6)
     for one, other in zip(whole[3:], take(videos, 3, first_step=3), strict=True):
         assert one.step == other.step
@@ -111,8 +111,8 @@ def test_a_batch_tells_which_crops_it_shows(videos, tmp_path):
     assert plain.tolist() == [place // 10 for place in range(24)]
 
 
-def test_frames_a_second_and_uniform_frames_take_the_place_of_a_stride(videos, frame_numbers):
-    """At 12.5 of 25 frames a second clips are those of stride 2; uniform ones span the video."""
+def test_frames_per_second_and_uniform_frames_replace_a_stride(videos, frame_numbers):
+    """At 12.5 of 25 frames per second clips are those of stride 2; uniform ones span the video."""
     by_rate = take(videos, 2, dataclasses.replace(CONFIG, stride=0, fps=12.5))
     for one, other in zip(take(videos, 2), by_rate, strict=True):
         assert torch.equal(one.clip, other.clip)
@@ -146,7 +146,7 @@ def test_evaluation_shows_every_video_once_in_order(videos, frame_numbers):
         assert frame_numbers(clip.numpy()) == [min(start + 2 * t, video.frames - 1) for t in range(4)]
 
 
-def test_training_goes_on_while_another_pass_evaluates(videos):
+def test_training_continues_while_another_pass_evaluates(videos):
     expected = take(videos, 4)
     with open_loader(videos) as clips:
         stream = clips.stream()

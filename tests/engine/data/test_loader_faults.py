@@ -1,4 +1,4 @@
-"""What goes wrong while loading: it is replaced or named, and ends threads and program as it should."""
+"""Faults while loading: videos are replaced or named, and threads and program end properly."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def nvdec_for_vp9(codec: str, *_, **__) -> str:
     return "nvdec" if codec == "vp9" else "pyav"
 
 
-def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
+def test_nvdec_is_no_longer_used_after_failures_in_a_row(videos, monkeypatch):
     run = ClipGraph.run
 
     def no_gpu(self: ClipGraph, payloads, frames, views):
@@ -290,7 +290,7 @@ def test_nvdec_is_given_up_after_failures_in_a_row(videos, monkeypatch):
     assert "NVDEC is switched off for this run: it failed on 20 files in a row" in said[0]
 
 
-def test_nvdec_that_hangs_is_given_up(videos, monkeypatch):
+def test_nvdec_that_hangs_is_no_longer_used(videos, monkeypatch):
     expected = take(videos, 3)
     free = threading.Event()
     run = ClipGraph._run_pipeline

@@ -159,7 +159,7 @@ def test_flip_can_be_turned_off():
     assert not any(view.flip for request in draws(50, config=config) for view in request.views)
 
 
-def test_a_crop_that_never_fits_is_the_largest_centre_crop():
+def test_a_crop_that_never_fits_is_the_largest_center_crop():
     config = dataclasses.replace(CONFIG, min_area=1.0, max_area=1.0, max_aspect=1.0, flip=False)
     for request in draws(5, config=config):
         assert request.views[0][:4] == pytest.approx((0.125, 0, 0.875, 1))  # 240 of 320 columns
@@ -171,7 +171,7 @@ def test_the_whole_of_a_square_frame_can_be_asked_for():
     assert {request.views[0] for request in draws(5, square, config)} == {(0, 0, 1, 1, False)}
 
 
-def test_evaluation_takes_the_centre_square_of_the_middle_clip():
+def test_evaluation_takes_the_center_square_of_the_middle_clip():
     request = draw_clip(5, VIDEO, 0, CONFIG, seed=1, train=False)
     assert (request.video, request.frames) == (5, (45, 48, 51, 54))
     assert request.views == ((0.125, 0.0, 0.875, 1.0, False),)

@@ -82,7 +82,7 @@ def test_of_a_folder_and_a_link_to_it_the_folder_is_read(tmp_path):
     assert [name for name, _ in found(tmp_path)] == ["z/y/one.mp4"]
 
 
-def test_posters_beside_videos_are_not_frames(tmp_path):
+def test_posters_next_to_videos_are_not_frames(tmp_path):
     touch(tmp_path / "a" / "one.mp4", *(tmp_path / "a" / f"poster{number}.jpg" for number in (1, 2)))
     touch(tmp_path / "chart1.png", tmp_path / "chart2.png", tmp_path / "b" / "cover1.jpg")
     touch(tmp_path / "c" / "front.png", tmp_path / "c" / "back.png")
@@ -264,7 +264,7 @@ def test_a_cell_may_hold_a_line_end(tmp_path):
         (b"a.mp4 0\nb.mp4 20261122\n", "line 2: label 20261122 is not a class"),
         (b"a.mp4 0\nb.mp4 -7\n", "line 2: label -7 is not a class"),
         (b"a.mp4 0\nb.mp4 1\nc.mp4 wave\n", "line 1 has the label 0, line 3 the label 'wave'"),
-        (b"a.mp4 0.5\nb.mp4 1\n", "line 2 has the label 1, line 1 the label '0.5'"),
+        (b"a.mp4 0.5\nb.mp4 1\nc.mp4 1.5 m\n", "line 2 has the label 1, line 1 the label '0.5'"),
         (b'path,label\n"' + b"x" * 200_000, "field larger than field limit"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The synthetic set: real files, a class that is the motion, appearance drawn apart from it."""
+"""The synthetic set: real files; the class is the motion; the appearance is drawn independently."""
 
 import av
 import numpy as np
@@ -17,19 +17,19 @@ def test_paired_motions_are_each_others_reverse_in_time(motion, reverse):
 
 
 def test_motion_goes_where_its_name_says():
-    def centre(image):
+    def center(image):
         bright = image.max(axis=-1) > 110
         y, x = (np.exp(2j * np.pi * place / SIZE).mean() for place in np.nonzero(bright))
         return x, y, bright.sum()
 
     def moved_by(before, after):
-        """Pixels, the frame's opposite edges being neighbours."""
+        """Pixels, the frame's opposite edges being neighbors."""
         return np.angle(after / before) * SIZE / (2 * np.pi)
 
     for motion in ("right", "down", "grow"):
         for key in range(5):
             clip = render_clip(motion, np.random.default_rng(key))
-            (x0, y0, area0), (x1, y1, area1) = centre(clip[6]), centre(clip[-7])
+            (x0, y0, area0), (x1, y1, area1) = center(clip[6]), center(clip[-7])
             moved = {"right": moved_by(x0, x1) > 10, "down": moved_by(y0, y1) > 10, "grow": area1 > 1.2 * area0}
             assert moved[motion], (motion, key)
 
@@ -40,7 +40,7 @@ def test_an_unknown_motion_is_refused():
 
 
 @pytest.mark.slow
-def test_files_are_real_labelled_and_kept_on_a_second_call(tmp_path):
+def test_files_are_real_labeled_and_kept_on_a_second_call(tmp_path):
     write_dataset(tmp_path, train=16, test=8, progress=False)
     files = sorted((tmp_path / "train").glob("*/*"))
     assert len(files) == 16

@@ -170,7 +170,7 @@ def test_a_second_run_keeps_what_is_there_and_redoes_what_is_older(tmp_path, cli
     assert files(tmp_path / "out") == ["a.mp4", "b.mp4", "c.mp4", FAILURES, module.SETTINGS]
 
 
-def test_an_interrupted_run_leaves_only_whole_files_and_goes_on(tmp_path, clip_bytes, monkeypatch):
+def test_an_interrupted_run_leaves_only_whole_files_and_continues(tmp_path, clip_bytes, monkeypatch):
     place(clip_bytes, *(tmp_path / "in" / f"{number}.mp4" for number in range(6)))
     encode = module._encode
     under_way = threading.Event()
@@ -210,7 +210,7 @@ def test_the_frames_in_the_middle_of_a_file_are_no_obstacle_to_stopping(tmp_path
         list(frames)
 
 
-def test_a_list_is_written_anew_with_its_labels(tmp_path, clip_bytes):
+def test_a_list_is_rewritten_with_its_labels(tmp_path, clip_bytes):
     data = tmp_path / "data"
     place(clip_bytes, data / "v 1" / "a.avi", data / "v 1" / "a.mp4", data / "w" / "b, c.mp4")
     place(b"", data / "w" / "broken.mp4")

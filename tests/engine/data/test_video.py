@@ -54,6 +54,7 @@ def test_it_reports_what_the_file_holds(
         content=found.content,
         b_frames=encoder == "libx264",
         transfer="sdr",
+        trimmed=0,
     )
     assert found.duration_s == pytest.approx(0.28)
     assert found.decoders == decoders
@@ -84,7 +85,7 @@ def test_a_folder_of_images_is_a_video_of_frames(tmp_path, numbered_frames, writ
     found = probe_file(str(folder), 2)
     size = sum(path.stat().st_size for path in folder.glob("*.jpg"))
     expected = Video(str(folder), 2, 12, 64, 48, "frames", 0.0, 0, "yuvj420p", False, 1, 1, size)
-    facts = {"mtime_ns": folder.stat().st_mtime_ns, "content": found.content, "transfer": "sdr"}
+    facts = {"mtime_ns": folder.stat().st_mtime_ns, "content": found.content, "transfer": "sdr", "trimmed": 0}
     assert found == dataclasses.replace(expected, **facts)
     assert found.decoders == ("pyav",)
     assert found.duration_s == 0

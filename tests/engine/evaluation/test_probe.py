@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.evaluation.attentive import RATES, attentive_probe
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
-from mam2.engine.evaluation.features import extract_features, layer_tokens
+from mam2.engine.evaluation.features import clip_features, extract_features, layer_tokens
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
 from tests.helpers.paths import CLIPS
+from tests.helpers.small_models import encoder as small_encoder
 
 pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 
@@ -27,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 def _clusters(count, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
-    centres = torch.eye(4).repeat(1, 3) * 3 + 100
-    return centres[labels] + spread * torch.randn(count, 12, generator=generator), labels
+    centers = torch.eye(4).repeat(1, 3) * 3 + 100
+    return centers[labels] + spread * torch.randn(count, 12, generator=generator), labels
 
 
 def test_separable_features_are_separated():
@@ -69,10 +71,10 @@ def test_bootstrap_of_a_ratio_weighs_by_the_denominator():
     assert high == pytest.approx(1.0)
 
 
-def test_neighbours_vote_after_the_common_part_is_taken_away():
+def test_neighbors_vote_after_the_common_part_is_taken_away():
     (train, labels), (test, test_labels) = _clusters(200, 0.3, 0), _clusters(100, 0.3, 1)
     assert torch.equal(knn(train, labels, test), test_labels)  # the cosines of these are all above 0.99
-    assert torch.equal(knn(train[:8], labels[:8], test), test_labels)  # fewer than the neighbours asked for
+    assert torch.equal(knn(train[:8], labels[:8], test), test_labels)  # fewer than the neighbors asked for
 
 
 @pytest.mark.slow
@@ -157,10 +159,27 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     found = FeatureCache(tmp_path).get(manifest, [mean, cells], batch=5, progress=False)
     model, _ = load_pretrained(encoders[0], torch.device("cpu"))
     with ClipLoader(manifest, frozen.data, batch=16, device="cpu", seed=0, train=False) as loader:
-        expected, _ = extract_features([model], loader, progress=False)
-    torch.testing.assert_close(torch.from_numpy(found[mean].copy()), expected[0], rtol=1e-4, atol=1e-5)
+        tokens = torch.cat([model.encode(batch.video) for batch in loader.evaluate()])
+    torch.testing.assert_close(torch.from_numpy(found[mean].copy()), tokens.mean(1), rtol=1e-4, atol=1e-5)
     # this grid has as many cells as tokens, so their mean is the tokens'
-    torch.testing.assert_close(torch.from_numpy(found[cells].mean(1, dtype="f4")), expected[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.from_numpy(found[cells].mean(1, dtype="f4")), tokens.mean(1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_of_clips_in_memory_are_means_of_the_encoders_tokens(precision: Literal["float32", "bfloat16"]):
+    encoder, run = small_encoder().train(), RunConfig(precision=precision)
+    clips = torch.randint(0, 256, (5, 3, 4, 24, 24), dtype=torch.uint8)
+    found = extract_features(encoder, clips.split(2), ["mean", "time", "cells"], run=run)
+    assert not encoder.training
+    assert not any(features.requires_grad for features in found.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        tokens = torch.cat([encoder.encode(part) for part in clips.split(2)]).float()
+    torch.testing.assert_close(found["mean"], tokens.mean(1))
+    torch.testing.assert_close(found["time"], tokens.unflatten(1, (2, 9)).mean(2).flatten(1))
+    torch.testing.assert_close(found["cells"], tokens.half())  # this grid has as many cells as tokens
+    first = clip_features(encoder, clips, [(1, "mean"), (2, "mean")], run=RunConfig(precision="float32"))
+    torch.testing.assert_close(first[1, "mean"], layer_tokens(encoder, clips, [1])[1].mean(1))
+    assert not torch.equal(first[1, "mean"], first[2, "mean"])
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def gradients(loss, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["channel", "patch", "none"])
-def test_the_pixel_loss_is_the_error_of_the_standardised_pixels(small, normalize):
+def test_the_pixel_loss_is_the_error_of_the_standardized_pixels(small, normalize):
     config = small(loss={"appearance_target": "pixels", "pixel_normalize": normalize})
     model, video, mask = build(config), clips(), sample_masks(clips(), config, step=0)
     latents = model.complete(video, mask)

@@ -95,7 +95,7 @@ def test_pytorchs_are_the_textbook_formula(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("backend", ["sdpa", "products", "auto"])
 def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device: str) -> None:
-    """As those of a young model do; without centred keys bfloat16 loses the query's gradient."""
+    """As those of a young model do; without centered keys bfloat16 loses the query's gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(common: float, own: float) -> Tensor:
@@ -177,7 +177,7 @@ def test_a_package_that_is_missing_or_has_no_gpu_is_refused(monkeypatch: pytest.
     ],
 )
 def test_why_a_package_does_not_run_is_told(error: Exception, told: str, fake_xformers: types.ModuleType) -> None:
-    """A wheel for another CUDA, or a broken package beside it, is a reason and no crash."""
+    """A wheel for another CUDA, or a package that a broken one hinders, gives a reason and no crash."""
 
     def refuse(*_: Tensor) -> None:
         raise error

@@ -1,8 +1,11 @@
 """The choice of an attention implementation: only right ones are timed, the choice is remembered and used."""
 
 import contextlib
+import copy
 import dataclasses
+import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -11,28 +14,26 @@ from mam2.engine import doctor
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
-from mam2.engine.model import attention as module
-from mam2.engine.model import attention_tuning as attention_choice
+from mam2.engine.model import attention_tuning
 from mam2.engine.model.attention import attention
 from mam2.engine.model.attention_tuning import (
     FILE,
-    AttentionChoice,
     Shape,
-    choose_attention,
     classifier_shapes,
     measure,
+    measure_or_read,
     shapes_of,
-    use,
-    use_fastest,
+    tune_attention,
 )
+from mam2.engine.model.blocks import Attention, CrossAttention, VideoTransformer
+from mam2.engine.model.build import build_model
+from mam2.engine.train.finetune import finetune
+from mam2.engine.train.pretrain import pretrain
+from tests.helpers import small_models
 
 CPU = torch.device("cpu")
+attention_module = importlib.import_module("mam2.engine.model.attention")
 TINY = Shape(2, 6, 9, 2, 16)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_chosen(monkeypatch):
-    monkeypatch.setattr(module, "_chosen", {})
 
 
 def test_shapes_are_those_of_the_method():
@@ -45,6 +46,8 @@ def test_shapes_are_those_of_the_method():
     config = load_recipe("mam2-fast")
     aligned = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alignment=2.0))
     assert shapes_of(aligned, 64)["alignment"] == Shape(64, 1408, 1408, 12, 64)
+    latents = dataclasses.replace(config, loss=dataclasses.replace(config.loss, appearance_target="latents"))
+    assert shapes_of(latents, 64)["teacher"] == Shape(64, 1568, 1568, 12, 64)
     tuned = load_recipe("kinetics400/finetune", FinetuneConfig)
     assert classifier_shapes(tuned, 8) == {"encoder": Shape(8, 1568, 1568, 12, 64)}
     regressor = dataclasses.replace(config.model.regressor, depth=0)
@@ -67,7 +70,7 @@ def test_what_is_wrong_or_does_not_run_is_not_timed(monkeypatch):
 
 
 def test_scores_of_gigabytes_are_not_written(monkeypatch):
-    monkeypatch.setattr(attention_choice, "MOST_SCORES", 2 * 2 * 6 * 9 * 4)
+    monkeypatch.setattr(attention_tuning, "MOST_SCORES", 2 * 2 * 6 * 9 * 4)
     assert "products" in measure(TINY, CPU, torch.float32)
     assert "products" not in measure(TINY._replace(batch=3), CPU, torch.float32)
 
@@ -82,65 +85,160 @@ def test_what_a_graph_cannot_hold_is_no_candidate(monkeypatch):
         return 1.0
 
     seen = []
-    monkeypatch.setattr(attention_choice, "_median_ms", lambda *given: seen.append(1) or replayed(*given))
+    monkeypatch.setattr(attention_tuning, "_median_ms", lambda *given: seen.append(1) or replayed(*given))
     found = measure(TINY, CPU, torch.float32)
     assert len(found) == len(seen) - 1
 
 
-def test_the_choice_is_used_written_down_and_read_again(tmp_path, monkeypatch):
+def test_the_choice_is_used_written_down_and_read_again(tmp_path, products_calls):
     shapes = shapes_of(load_recipe("demo"), 2)
     shape = shapes["encoder"]
-    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
-    assert len(choice.lines) == 3
-    assert all("measured" in line for line in choice.lines)
+    choices, lines = measure_or_read(shapes, CPU, torch.float32, tmp_path)
+    assert len(lines) == 3
+    assert all("measured" in line for line in lines)
     saved = json.loads((tmp_path / FILE).read_text())
     assert saved["device"] == "cpu"
     row = saved["parts"]["encoder"]
     assert row["backend"] == min(row["milliseconds"], key=row["milliseconds"].get)
+    assert choices[("cpu", torch.float32, *shape[1:])] == row["backend"]
 
     for row in saved["parts"].values():
         row["backend"] = "products"
     (tmp_path / FILE).write_text(json.dumps(saved))
-    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
-    assert "products, from" in choice.lines[0]
-    assert not module._chosen, "choosing changes nothing"
-    use(choice, shapes, CPU, torch.float32)
-    seen = []
-    softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a: seen.append(None) or softmax(self, *a))
+    choices, lines = measure_or_read(shapes, CPU, torch.float32, tmp_path)
+    assert "products, from" in lines[0]
+    products_calls.clear()
     q = torch.randn(2, shape.queries, shape.heads, shape.head_dim)
+    attention(q, q, q, choices=choices)
+    assert len(products_calls) == 1
+    attention(q[:, :3], q, q, choices=choices)  # a shape that was not measured
     attention(q, q, q)
-    assert seen
-    attention(q[:, :3], q, q)  # a shape that was not measured
-    assert len(seen) == 1
-    use_fastest(shapes, CPU, torch.float32)
-    assert not module._chosen, "a run on a CPU takes nothing from the one before"
+    assert len(products_calls) == 1
 
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(UserError, match=FILE):
-        choose_attention(shapes, CPU, torch.float32, tmp_path)
+        measure_or_read(shapes, CPU, torch.float32, tmp_path)
+
+
+@pytest.fixture
+def products_calls(monkeypatch):
+    """Receives an entry per call of the implementation `products`, also while a graph is traced."""
+    calls = []
+    products = attention_module._products
+    monkeypatch.setattr(attention_module, "_products", lambda *given: calls.append(None) or products(*given))
+    return calls
+
+
+def test_every_model_of_a_process_has_its_own_choices(products_calls):
+    config = load_recipe("demo")
+    torch.manual_seed(0)
+    ours, theirs = build_model(config, 16), build_model(config, 16)
+    kept = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    clip = torch.zeros(1, 3, config.data.frames, config.data.size, config.data.size, dtype=torch.uint8)
+    tokens, width = math.prod(config.grid), config.model.width // config.model.heads
+    ours.set_attention({("cpu", torch.float32, tokens, tokens, config.model.heads, width): "products"})
+    theirs.encode(clip)
+    assert not products_calls
+    first = ours.encode(clip)
+    assert len(products_calls) == config.model.depth
+    copy.deepcopy(ours).encode(clip)
+    assert len(products_calls) == 2 * config.model.depth, "a copy keeps the choices"
+    assert ours.state_dict().keys() == kept.keys(), "checkpoints do not change"
+    ours.set_attention({})
+    torch.testing.assert_close(ours.encode(clip), first)
+    assert len(products_calls) == 2 * config.model.depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_a_runs_model_and_its_copy_for_validation_get_the_choices(
+    verb, synthetic_clips, tmp_path, small, small_finetuning, monkeypatch
+):
+    synthetic_clips(tmp_path, train=16, test=16)
+    choices = {("cpu", torch.float32, 6, 9, 2, 16): "products"}
+    tuned = lambda *given, run, broadcast: (choices, [f"attention stored in {run.name}"])  # noqa: E731
+    monkeypatch.setattr(f"mam2.engine.train.{verb}.tune_attention", tuned)
+    models = {}
+    set_attention = VideoTransformer.set_attention
+    monkeypatch.setattr(
+        VideoTransformer,
+        "set_attention",
+        lambda self, given: models.setdefault(id(self), self) and set_attention(self, given),
+    )
+    places = {"val": tmp_path / "test", "progress": False}
+    if verb == "pretrain":
+        config = small(data={"views": 1}, model={"objective": "videomae"}, optim={"epochs": 1.0, "warmup_epochs": 0.0})
+        pretrain(config, tmp_path / "train", tmp_path / "run", **places)
+    else:
+        config = small_finetuning(optim={"epochs": 1.0, "batch": 16, "warmup_epochs": 0.0})
+        finetune(config, tmp_path / "train", tmp_path / "run", encoder=None, **places)
+    assert len(models) == 2
+    assert [model.encoder.blocks[0].attn.choices for model in models.values()] == [choices, choices]
+    assert "attention stored in run" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_every_attention_of_every_model_holds_the_choices():
+    choices = {("cpu", torch.float32, 6, 9, 2, 16): "products"}
+    models = [
+        build_model(load_recipe("demo"), 16),
+        build_model(load_recipe("videomae")),
+        small_models.classifier(),
+        small_models.encoder(),
+    ]
+    for model in models:
+        model.set_attention(choices)
+        held = [module.choices for module in model.modules() if isinstance(module, Attention | CrossAttention)]
+        assert held
+        assert all(found == choices for found in held)
+
+
+def test_a_compiled_model_follows_its_own_choices():
+    """Models of one class share compiled code, which therefore must depend on the choices."""
+    seen = []
+
+    def noting(graph, _inputs):
+        seen.append(any(node.target == "softmax" for node in graph.graph.nodes))  # `products` alone calls it
+        return graph.forward
+
+    ours, theirs, clip = small_models.encoder(), small_models.encoder(), small_models.clip()
+    torch.compiler.reset()
+    compiled = [torch.compile(encoder.encode, fullgraph=True, backend=noting) for encoder in (ours, theirs)]
+    ours.set_attention({("cpu", torch.float32, 18, 18, 4, 12): "products"})
+    first, second = (encode(clip) for encode in compiled)
+    assert seen == [True, False]
+    torch.testing.assert_close(first, second)
+    theirs.set_attention({("cpu", torch.float32, 18, 18, 4, 12): "products"})
+    compiled[1](clip)
+    ours.set_attention({})
+    compiled[0](clip)
+    assert len(seen) == 2, "the graph of the other model serves"
 
 
 @pytest.mark.parametrize(
     ("device", "backend", "told"),
     [("NVIDIA L4", "sdpa", "measured on NVIDIA L4, this is cpu"), ("cpu", "flash4", "flash4 does not run here")],
 )
-def test_a_choice_of_another_machine_is_made_anew(device, backend, told, tmp_path):
+def test_a_choice_of_another_machine_is_measured_again(device, backend, told, tmp_path):
     shapes = {"encoder": TINY}
     (tmp_path / FILE).write_text(json.dumps({"device": device, "parts": {"encoder": {"backend": backend}}}))
-    choice = choose_attention(shapes, CPU, torch.float32, tmp_path)
-    assert told in choice.lines[0]
-    assert "measured" in choice.lines[1]
+    _, lines = measure_or_read(shapes, CPU, torch.float32, tmp_path)
+    assert told in lines[0]
+    assert "measured" in lines[1]
     assert json.loads((tmp_path / FILE).read_text())["device"] == "cpu"
 
 
 def test_other_processes_are_told_the_winners(tmp_path, monkeypatch):
     """They neither measure nor read the file, which a network file system may show them late."""
     gpu = torch.device("cuda", 1)
-    monkeypatch.setattr(attention_choice, "choose_attention", None)
-    winners = AttentionChoice({"encoder": "cudnn"}, ["a line"])
-    assert use_fastest({"encoder": TINY}, gpu, torch.bfloat16, run=tmp_path, broadcast=lambda _: winners) == ["a line"]
-    assert module._chosen == {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}
+    monkeypatch.setattr(attention_tuning, "measure_or_read", None)
+    winners = {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}, ["a line"]
+    shapes = {"encoder": TINY}
+    assert tune_attention(shapes, gpu, torch.bfloat16, run=tmp_path, broadcast=lambda _: winners) == winners
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_cpu_nothing_is_chosen_or_written(tmp_path):
+    assert tune_attention({"encoder": TINY}, CPU, torch.float32, run=tmp_path) == ({}, [])
     assert not list(tmp_path.iterdir())
 
 
@@ -183,16 +281,16 @@ def test_a_kernel_that_waits_for_the_device_is_not_recorded(monkeypatch):
         def record(self, work):
             recorded.append(work)
 
-    monkeypatch.setattr(attention_choice, "CudaRecorder", Recorder)
+    monkeypatch.setattr(attention_tuning, "CudaRecorder", Recorder)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     calls = []
     with pytest.raises(RuntimeError, match="synchronizing"):
-        attention_choice._replayed_ms(lambda: calls.append(None), torch.device("cuda"))
+        attention_tuning._replayed_ms(lambda: calls.append(None), torch.device("cuda"))
     assert (len(calls), recorded) == (1, [])
 
 
 def test_where_nothing_can_be_measured_the_run_takes_pytorchs_choice(monkeypatch):
-    monkeypatch.setattr(attention_choice, "measure", lambda *_: {})
-    choice = choose_attention({"encoder": TINY}, CPU, torch.float32)
-    assert choice.backends == {"encoder": "sdpa"}
-    assert choice.lines[0].endswith("sdpa, because none could be measured")
+    monkeypatch.setattr(attention_tuning, "measure", lambda *_: {})
+    choices, lines = measure_or_read({"encoder": TINY}, CPU, torch.float32)
+    assert choices == {("cpu", torch.float32, 6, 9, 2, 16): "sdpa"}
+    assert lines[0].endswith("sdpa, because none could be measured")

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 
 from mam2.engine.config.finetune import FinetuneOptimConfig
 from mam2.engine.errors import UserError
-from mam2.engine.model.classifier import Classifier, TextHead, linear_head
+from mam2.engine.model.classifier import (
+    LEAST_DEVIATION,
+    Classifier,
+    TextHead,
+    linear_head,
+    pooled_features,
+    standardize_features,
+)
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.train.classifier_step import ClassifierObjective
@@ -50,6 +57,28 @@ def test_logits_are_the_head_of_the_normed_mean_over_tokens(classifier, video):
     features = normed * classifier.norm.weight + classifier.norm.bias
     expected = features @ classifier.head.weight.T + classifier.head.bias
     torch.testing.assert_close(classifier(video), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_standardized_features_have_mean_0_and_variance_1(classifier):
+    """Also where almost all of a feature is the same for every clip; the encoder stays as it is."""
+    videos = torch.randint(0, 256, (40, 3, 4, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        classifier.encoder.blocks[-1].mlp.fc2.bias[0] += 60.0
+    before = {name: tensor.clone() for name, tensor in classifier.encoder.state_dict().items()}
+    pooled = pooled_features(classifier, videos.split(16))
+    assert classifier.training
+    share = standardize_features(classifier, pooled)
+    with torch.no_grad():
+        features = classifier.norm(classifier.encoder.encode(videos).mean(1))
+        plain = F.layer_norm(pooled, (WIDTH,), eps=classifier.norm.eps)
+    assert share == pytest.approx(float(plain.var(0, correction=0).sum() / plain.square().mean(0).sum()), rel=1e-3)
+    assert share < 0.1
+    torch.testing.assert_close(features.mean(0), torch.zeros(WIDTH), atol=1e-2, rtol=0)
+    deviation = plain.std(0, correction=0)
+    assert (deviation > LEAST_DEVIATION).sum() > WIDTH / 2
+    expected = deviation / deviation.clamp(min=LEAST_DEVIATION)
+    torch.testing.assert_close(features.std(0, correction=0), expected, atol=1e-2, rtol=1e-2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.encoder.state_dict().items())
 
 
 def test_a_branch_that_is_left_out_is_left_out_of_one_clip(classifier, video):
@@ -116,7 +145,7 @@ def test_every_parameter_has_the_rate_of_its_layer(classifier):
     assert len(found) == len(list(classifier.parameters()))
 
 
-def test_frozen_embeddings_are_not_optimised(classifier):
+def test_frozen_embeddings_are_not_optimized(classifier):
     classifier.head = TextHead(WIDTH, torch.randn(CLASSES, 6))
     optimizer = build_layered_optimizer(classifier, DEPTH, FinetuneOptimConfig())
     assert all(p is not classifier.head.embeddings for group in optimizer.param_groups for p in group["params"])

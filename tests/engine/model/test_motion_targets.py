@@ -1,4 +1,4 @@
-"""Motion targets, objectives and masks beside the defaults: what they are, and that a model trains on them."""
+"""Motion targets, objectives and masks other than the defaults: what they are, and that a model trains on them."""
 
 import importlib.util
 import math
@@ -32,7 +32,7 @@ def noise(batch: int = 2, seed: int = 0) -> torch.Tensor:
 
 
 def blobs(shift: tuple[int, int], frames: int = 8, size: int = 64) -> torch.Tensor:
-    """A smooth texture that moves by so many pixels right and down in each frame: uint8 [1, 3, T, size, size]."""
+    """A smooth texture that moves right and down by the given pixels per frame: uint8 [1, 3, T, size, size]."""
     generator = torch.Generator().manual_seed(1)
     texture = torch.nn.functional.interpolate(
         torch.rand(1, 1, 24, 24, generator=generator), size=(2 * size, 2 * size), mode="bicubic"

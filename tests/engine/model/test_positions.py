@@ -65,7 +65,7 @@ def far(features: Tensor, others: Tensor) -> float:
 @pytest.mark.parametrize(("frames", "size"), [(2 * FRAMES, SIZE), (FRAMES, 2 * SIZE)])
 @torch.no_grad()
 def test_features_of_an_unchanged_clip_stay_close(trained: Encoder, frames: int, size: int) -> None:
-    """Clips whose tokens have one colour each: with twice the frames or pixels there are more of the same tokens."""
+    """Clips whose tokens have one color each: with twice the frames or pixels there are more of the same tokens."""
     tokens = F.avg_pool3d(clips(16, seed=1).float(), trained.patch_size)
 
     def drawn(frames: int, size: int) -> Tensor:

@@ -141,7 +141,7 @@ def test_hidden_pixels_never_reach_the_prediction() -> None:
     )
 
 
-def test_patch_normalisation_is_another_target() -> None:
+def test_patch_normalization_is_another_target() -> None:
     mask = tube_mask(2, (2, 3, 3), 0.7, seed=0, device="cpu")
     losses = {normalize: build(normalize).loss(clip(), mask).item() for normalize in ("channel", "patch", "none")}
     assert len(set(losses.values())) == 3

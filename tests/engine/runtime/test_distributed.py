@@ -88,7 +88,7 @@ def test_two_processes_compute_what_one_does(case, alone, together):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
-def test_a_run_of_two_goes_on_alone(sharding, optimizer, clips, finished, tmp_path, small):
+def test_a_run_of_two_continues_alone(sharding, optimizer, clips, finished, tmp_path, small):
     """Two processes train, stop at a checkpoint, and one goes on: the log is that of one process from the start."""
     config = small(
         optim={"batch": 16, "epochs": 3.0, "warmup_epochs": 0.5, "name": optimizer},

@@ -1,4 +1,4 @@
-"""The log of a run never ends it: full disks, closed pipes, names that are no text."""
+"""Logging never ends a run: full disks, closed pipes, names that are not valid text."""
 
 import ast
 import errno
@@ -125,7 +125,7 @@ class Terminal(io.StringIO):
 
 
 def drawn(monkeypatch, columns):
-    """What the training bar shows on a terminal of so many columns, halfway."""
+    """What the training bar shows on a terminal of that number of columns, halfway."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     numbers = ["codes 5.92", "motion 0.531", "(87% of no motion)", "right codes 8%", "123 clips/s", "data wait 3%"]

@@ -48,7 +48,7 @@ def writer(folder: Path, config: PretrainConfig, videos: Manifest | None = None,
 
 
 def fill(cache: CodeCacheWriter, config: PretrainConfig, *, absent: tuple = (), clips: int | None = None) -> int:
-    """Adds what is missing but `absent` (augmentation, video), in batches of 5 clips; at most so many clips."""
+    """Adds what is missing but `absent` (augmentation, video), in batches of 5 clips; at most `clips` of them."""
     tokens = config.grid[0] * config.grid[1] * config.grid[2]
     missing = list(cache.missing())[:clips]
     present = [clip for clip in missing if clip not in absent]
@@ -121,7 +121,9 @@ def test_a_clip_that_could_not_be_decoded_is_absent_and_never_read(tmp_path: Pat
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1, 4, 9, 13, 19])
-def test_a_killed_writing_goes_on_to_the_same_bytes(tmp_path: Path, config: PretrainConfig, stopped_after: int) -> None:
+def test_a_killed_writing_continues_to_the_same_bytes(
+    tmp_path: Path, config: PretrainConfig, stopped_after: int
+) -> None:
     absent = ((0, 3), (1, 8))
     written(tmp_path / "whole", config, absent=absent)
     fill(writer(tmp_path / "resumed", config), config, absent=absent, clips=stopped_after)
@@ -141,7 +143,7 @@ def test_a_killed_writing_goes_on_to_the_same_bytes(tmp_path: Path, config: Pret
     assert (tmp_path / "whole" / "shards.json").read_text() == (tmp_path / "resumed" / "shards.json").read_text()
 
 
-def test_a_damaged_shard_is_named_and_written_anew(tmp_path: Path, config: PretrainConfig) -> None:
+def test_a_damaged_shard_is_named_and_rewritten(tmp_path: Path, config: PretrainConfig) -> None:
     written(tmp_path, config)
     shard = tmp_path / "shards" / "a001-000001.npy"
     content = shard.read_bytes()

@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.tokenizer.kmeans import kmeans, nearest_center
+from mam2.engine.tokenizer.kmeans import kmeans, nearest_center, tally
 from mam2.engine.tokenizer.quality import measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
-from mam2.engine.tokenizer.training import MovingCodebook, first_frames, first_patches, train_vqgan
+from mam2.engine.tokenizer.training import (
+    MovingCodebook,
+    _place_patch_path,
+    first_frames,
+    first_patches,
+    train_vqgan,
+)
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
 
@@ -29,13 +35,13 @@ def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: ob
 
 
 def toy_frames(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """[B, size, size, 3] uint8: a disc of one colour on a ground of another."""
+    """[B, size, size, 3] uint8: a disc of one color on a ground of another."""
     generator = torch.Generator().manual_seed(seed)
-    ground, colour = torch.rand(2, count, 1, 1, 3, generator=generator)
-    centre = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
+    ground, color = torch.rand(2, count, 1, 1, 3, generator=generator)
+    center = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    inside = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 0.4)[..., None]
-    return (torch.where(inside, colour, ground) * 255).to(torch.uint8)
+    inside = ((y - center[0]) ** 2 + (x - center[1]) ** 2 < 0.4)[..., None]
+    return (torch.where(inside, color, ground) * 255).to(torch.uint8)
 
 
 def clip(batch: int = 3, frames: int = 4, size: int = 16) -> Tensor:
@@ -55,7 +61,7 @@ def test_a_token_has_the_code_of_its_first_frame() -> None:
 
 
 @pytest.mark.slow
-def test_with_all_frames_a_token_has_a_code_of_each() -> None:
+def test_with_all_frames_each_token_has_one_code_per_frame() -> None:
     tokenizer, video = build(frames="all", images_per_pass=5), clip()
     codes = tokenizer.codes(video)
     assert codes.shape == (3, 32, 2)
@@ -245,11 +251,11 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
     with torch.no_grad():
         codes = vqgan.codes(images)
         error = (vqgan.decode(codes) - images).square().mean()
-        grey = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
+        gray = (images.mean((0, 2, 3), keepdim=True) - images).square().mean()
     used, perplexity = codebook_usage(codes, 64)
     assert used > 32
     assert perplexity > 16
-    assert error < 0.35 * grey, "pictures from codes are closer to new frames than their mean color is"
+    assert error < 0.35 * gray, "pictures from codes are closer to new frames than their mean color is"
 
 
 @pytest.mark.slow
@@ -283,6 +289,30 @@ def test_k_means_finds_groups_that_random_starts_miss() -> None:
     centers = kmeans(vectors, 24, torch.Generator().manual_seed(1))
     assert torch.cdist(groups, centers).amin(1).max() < 0.2
     assert torch.equal(nearest_center(vectors, centers), torch.cdist(vectors, centers).argmin(1))
+
+
+def test_the_linear_path_of_large_patches_keeps_color() -> None:
+    """Gray blocks of 2×2 pixels vary in 64 ways, more strongly than the color of blocks of 4×4 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    gray = torch.rand(2048, 1, 8, 8, generator=generator).repeat_interleave(2, 2).repeat_interleave(2, 3) - 0.5
+    color = torch.rand(2048, 3, 4, 4, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3) * 0.2
+    color = color - color.mean(1, keepdim=True)
+    config = small(8, 16, 16)
+    vqgan = VQGAN(config)
+    latents, _ = _place_patch_path(vqgan, (gray + color).flatten(1))
+    with torch.no_grad():
+        back = vqgan.patch_out(latents[:, :, None, None])
+    lost = (back - back.mean(1, keepdim=True) - color).square().sum() / color.square().sum()
+    assert lost < 0.01
+
+
+def test_sums_of_centers_are_those_of_their_vectors() -> None:
+    vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    assigned = torch.arange(40) % 7 % 5  # center 5 has none
+    sizes, sums = tally(vectors, assigned, 6)
+    assert sizes.tolist() == torch.bincount(assigned, minlength=6).tolist() == [11, 11, 6, 6, 6, 0]
+    for center in range(6):
+        torch.testing.assert_close(sums[center], vectors[assigned == center].sum(0))
 
 
 def test_fewer_vectors_than_centers_are_all_centers() -> None:

@@ -1,6 +1,6 @@
 """Kills a pre-training run with SIGKILL at random moments, resuming after each: started by test_exactness.py.
 
-`kill_points.py RECIPE DATA OUT KILLS`: runs OUT/whole to its end, then OUT/killed with so many kills. The program
+`kill_points.py RECIPE DATA OUT KILLS`: runs OUT/whole to its end, then OUT/killed with KILLS kills. The program
 imports everything once and forks, so that a run starts in a moment. Prints how far the run was at each kill.
 """
 
@@ -32,7 +32,7 @@ def start(config: PretrainConfig, data: Path, run: Path) -> int:
 
 
 def steps_logged(run: Path) -> int:
-    """The step of the last whole line: cheap, as it is asked for a hundred times a second beside the run."""
+    """The step of the last whole line: cheap, as it is asked for a hundred times per second while the run goes on."""
     log = run / "log.jsonl"
     whole = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
     return json.loads(whole[-1])["step"] if whole else 0

@@ -52,7 +52,7 @@ def test_an_operation_is_pillows_on_a_clip_of_one_frame(operation, magnitude):
         for clip, found in zip(video, ours, strict=True):
             image = Image.fromarray(clip[:, 0].permute(1, 2, 0).numpy())
             theirs = torch.from_numpy(np.array(PILLOW[operation.name](image, strength))).permute(2, 0, 1)
-            # Pillow rounds grey and the blend by itself
+            # Pillow rounds gray and the blend by itself
             assert (found[:, 0] - theirs).abs().max() <= 2, operation.name
 
 
@@ -86,7 +86,7 @@ def test_no_strength_changes_nothing(operation):
 
 
 def test_clips_of_a_batch_do_not_meet():
-    """Of a batch each clip comes out as by itself, wherever the batch is cut."""
+    """Each clip of a batch has the same result as alone, wherever the batch is cut."""
     video, config = clips(6), AugmentConfig()
     whole = augment(video, config, **KEY, first_sample=10)
     parts = [augment(video[k : k + 2], config, **KEY, first_sample=10 + k) for k in (0, 2, 4)]
@@ -148,7 +148,7 @@ def test_cutmix_weighs_by_the_area_it_takes():
     video = (torch.arange(8, dtype=torch.uint8) * 10)[:, None, None, None, None].expand(-1, 3, 2, 32, 48).clone()
     labels, config = torch.arange(8), dataclasses.replace(NOTHING, cutmix=1.0)
     mixed, targets = mix(video, labels, 8, config, views=2, **KEY, first_sample=0)
-    partners = [2, 3, 0, 1, 6, 7, 4, 5]  # the neighbour's view of the same number
+    partners = [2, 3, 0, 1, 6, 7, 4, 5]  # the neighbor's view of the same number
     for row, other in enumerate(partners):
         taken = (mixed[row] == video[other, 0, 0, 0, 0]).float()
         assert torch.equal(taken[0, 0], taken[2, 1])
@@ -254,3 +254,18 @@ def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, 
         found = augmenting.prepare(video, labels, config, step=7, first_sample=0)
     assert all(part.device.type == "meta" for part in found)
     assert between == []
+
+
+def test_float_clips_are_augmented_like_uint8_clips_without_rounding() -> None:
+    generator = torch.Generator().manual_seed(5)
+    levels = torch.randint(0, 256, (6, 1, 4, 24, 24), dtype=torch.uint8, generator=generator)
+    config = AugmentConfig(operations=2, share=1.0, erase=1.0)
+    whole = augment(levels, config, seed=3, step=1, first_sample=0)
+    floats = augment(levels.float() / 255, config, seed=3, step=1, first_sample=0)
+    assert floats.dtype == torch.float32
+    assert 0 <= floats.min() <= floats.max() <= 1
+    close = (floats * 255 - whole.float()).abs() <= 2
+    assert close.float().mean() > 0.9  # a rounded level may fall on the other side of a threshold
+    fine = torch.full((2, 1, 2, 8, 8), 1 / 65535)
+    mixed, _ = mix(fine, torch.tensor([0, 1]), 2, AugmentConfig(cutmix=0.0), views=1, seed=0, step=0, first_sample=0)
+    torch.testing.assert_close(mixed, fine)

@@ -24,7 +24,7 @@ CODES, BATCH = 16, 4
 
 
 class Replayer:
-    """Does recorded work again by calling it; each call takes so many seconds of a clock that only it moves."""
+    """Does recorded work again by calling it; each call moves a simulated clock by the given seconds."""
 
     def __init__(self, monkeypatch, *, launched=2.0, replayed=1.0):
         self.now, self.launched, self.replayed = 0.0, launched, replayed

@@ -1,5 +1,6 @@
-"""What fine-tuning can be asked to learn, and how much of the model learns it."""
+"""Heads and losses of fine-tuning, and which part of the model is trained."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -11,20 +12,25 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.checkpoints.classifiers import build_classifier
-from mam2.engine.data.manifest import Manifest
+from mam2.engine.checkpoints.classifiers import build_classifier, load_classifier
+from mam2.engine.checkpoints.exporting import export
+from mam2.engine.data.label_texts import class_places, values_of
+from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation import accuracy
 from mam2.engine.evaluation.classification import evaluate
+from mam2.engine.evaluation.prediction import Predictor, predict
 from mam2.engine.model.blocks import Block
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train import augment
 from mam2.engine.train import finetune as finetuning
-from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
-from mam2.engine.train.finetune import ACCURACY, MEAN_CLASS, finetune
-from mam2.engine.train.finetune_targets import ClassTargets, balanced_weights
+from mam2.engine.train.classifier_step import ClassifierObjective, FinetuneStep, classifier_flops
+from mam2.engine.train.finetune import finetune
+from mam2.engine.train.finetune_targets import ClassTargets, SetTargets, ValueTargets, balanced_weights
+from mam2.engine.train.finetune_tasks import ACCURACY, LOSS, MAE, MAP, MEAN_CLASS, R2
 from tests.helpers.commands import torchrun
 from tests.helpers.runs import newest_weights, same_tensors
 
@@ -94,7 +100,7 @@ def test_a_balanced_run_logs_both_accuracies_and_evaluates_alike(unbalanced, tmp
 @pytest.mark.parametrize(("best", "step"), [("top1", 1), ("mean_class", 2)])
 def test_best_is_the_best_by_the_measure_asked_for(best, step, unbalanced, tmp_path, monkeypatch, small_finetuning):
     found = iter([{ACCURACY: 0.9, MEAN_CLASS: 0.5}, {ACCURACY: 0.8, MEAN_CLASS: 0.7}, {ACCURACY: 0.7, MEAN_CLASS: 0.6}])
-    rest = {"accuracy/validation_top5": 1.0, "loss/validation": 1.0}
+    rest = {"accuracy/validation_top5": 1.0, LOSS: 1.0}
     monkeypatch.setattr(finetuning._Finetuning, "_validate", lambda _: next(found) | rest)
     config = small_finetuning(augment=NOTHING_DRAWN, optim={"batch": 8, "epochs": 3.0}, test={"best": best})
     finetune(config, unbalanced, tmp_path, val=unbalanced, encoder=None, progress=False)
@@ -223,3 +229,185 @@ def test_more_blocks_than_there_are_is_one_clear_line(unbalanced, tmp_path, smal
     config = small_finetuning(model={"depth": 2}, optim={"batch": 8, "train_last": 3})
     with pytest.raises(UserError, match=r"optim\.train_last 3: the encoder has 2 blocks; expected 0 to 2, or -1"):
         finetune(config, unbalanced, tmp_path, val=unbalanced, encoder=None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def several(clips):
+    """Lists of several classes per video; the one for validation lacks a class and has its rows in another order."""
+    labels = ["left", "left;first", "left", "left; odd", "left", "odd;left", "right", "right;odd"]
+    rows = [f"{number}.mp4,{label}" for number, label in enumerate(labels)]
+    (clips / "several.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    (clips / "several-val.csv").write_text("\n".join(["path,label", *rows[:1:-1]]) + "\n")
+    return clips / "several.csv", clips / "several-val.csv"
+
+
+@pytest.fixture(scope="module")
+def numbers(clips):
+    """Lists of a number per video."""
+    rows = [f"{number}.mp4,{label}" for number, label in enumerate(("7", "-1.5", "3e1", "-1", "0", "2.5", "7", "12"))]
+    (clips / "numbers.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    return clips / "numbers.csv"
+
+
+SHORT = {"augment": NOTHING_DRAWN, "optim": {"batch": 8, "epochs": 2.0}, "test": {"temporal": 1, "spatial": 1}}
+
+
+def test_several_classes_are_trained_measured_and_predicted(several, clips, tmp_path, small_finetuning):
+    """Targets are the plain rows of ones; the log's mean average precision is the one that evaluate computes."""
+    train, val = several
+    config = small_finetuning(**SHORT | {"head": {"task": "multi-label"}})
+    finetune(config, train, tmp_path / "run", val=val, encoder=None, progress=False)
+    model, _, classes = load_classifier(tmp_path / "run")
+    assert (classes, model.task) == (("first", "left", "odd", "right"), "multi-label")
+    result = evaluate(tmp_path / "run", val, tmp_path / "test", progress=False)
+    best = json.loads((tmp_path / "run" / "best" / checkpoint.STATE).read_text())
+    assert best[MAP] == pytest.approx(result.mean_average_precision)
+    rows = {row["path"]: row for row in table(tmp_path / "test" / "predictions.tsv")}
+    assert len(rows) == 6
+    for found in Predictor(tmp_path / "run", temporal=1, spatial=1).predict(clips, progress=False):
+        chances = found.probabilities
+        assert 0.2 < chances.min() < chances.max() < 0.8  # sigmoids of a new head, whose sum is not 1
+        assert chances.sum() > 1.1
+        if found.path in rows:
+            assert [float(rows[found.path][name]) for name in classes] == pytest.approx(chances, abs=1e-5)
+    assert rows[str(clips / "3.mp4")]["classes"] == "left;odd"
+    per_class = {row["class"]: row for row in table(tmp_path / "test" / "classes.tsv")}
+    assert {name: int(row["videos"]) for name, row in per_class.items()} == {
+        "first": 0, "left": 4, "odd": 3, "right": 2
+    }  # fmt: skip
+    assert per_class["first"]["average_precision"] == ""
+
+
+def test_numbers_are_predicted_in_their_own_units_everywhere(numbers, tmp_path, small_finetuning):
+    values = [7, -1.5, 30, -1, 0, 2.5, 7, 12]
+    config = small_finetuning(**SHORT | {"head": {"task": "regression", "loss": "mae"}})
+    finetune(config, numbers, tmp_path / "run", val=numbers, encoder=None, progress=False)
+    model, resolved, classes = load_classifier(tmp_path / "run")
+    assert (model.task, classes) == ("regression", ("value",))
+    assert (resolved.model.target_mean, resolved.model.target_std) == pytest.approx((np.mean(values), np.std(values)))
+    result = evaluate(tmp_path / "run", numbers, tmp_path / "test", progress=False)
+    best = json.loads((tmp_path / "run" / "best" / checkpoint.STATE).read_text())
+    assert (best[MAE], best[R2]) == pytest.approx((result.mae, result.r2), rel=1e-4, abs=1e-6)
+    rows = table(tmp_path / "test" / "predictions.tsv")
+    assert [float(row["value"]) for row in rows] == values
+    predicted = np.array([float(row["predicted"]) for row in rows])
+    assert result.mae == pytest.approx(np.abs(predicted - values).mean())
+    assert abs(predicted - np.mean(values)).max() < np.std(values)  # a new head is near the mean, not near 0
+    found = predict(tmp_path / "run", numbers, out=tmp_path / "found.csv", progress=False).predictions
+    assert [one.probabilities[0] for one in found] == pytest.approx(predicted, rel=1e-5)
+    with (tmp_path / "found.csv").open() as file:
+        assert [float(row["value"]) for row in csv.DictReader(file)] == pytest.approx(predicted, abs=1e-5)
+    export(tmp_path / "run", "huggingface", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["problem_type"] == "regression"
+    again = predict(tmp_path / "exported", numbers, temporal=1, spatial=1, progress=False).predictions
+    assert [one.task for one in again] == ["regression"] * 8
+    with pytest.raises(UserError, match="one class per video"):
+        export(tmp_path / "run", "videomae", tmp_path / "exported.pth")
+
+
+def table(file):
+    with file.open() as opened:
+        return list(csv.DictReader(opened, delimiter="\t"))
+
+
+@pytest.mark.parametrize(("task", "loss"), [("multi-label", "mse"), ("regression", "mse"), ("regression", "mae")])
+def test_the_loss_of_a_task_is_its_formula(task, loss, small_finetuning):
+    config = small_finetuning(model={"classes": 3}, head={"task": task, "loss": loss})
+    model = build_classifier(config)
+    torch.nn.init.normal_(model.head.weight)
+    video = torch.randint(0, 256, (2, 3, config.data.frames, config.data.size, config.data.size), dtype=torch.uint8)
+    targets = torch.rand(2, 3)
+    found, _, _ = ClassifierObjective(model, lambda part: part, loss)(video, targets, None, None)
+    logits = model(video).detach().double().numpy()
+    wanted = targets.double().numpy()
+    chances = 1 / (1 + np.exp(-logits))
+    formulas = {
+        ("multi-label", "mse"): -(wanted * np.log(chances) + (1 - wanted) * np.log(1 - chances)),
+        ("regression", "mse"): (logits - wanted) ** 2,
+        ("regression", "mae"): np.abs(logits - wanted),
+    }
+    assert found.item() == pytest.approx(formulas[task, loss].mean(), rel=1e-5)
+
+
+def test_targets_of_several_classes_and_of_numbers(several, numbers):
+    listed = read_manifest(several[0], progress=False)
+    classes = ("first", "left", "odd", "right")
+    targets = SetTargets(class_places(listed, "list", classes), 4, 0.2)
+    (rows,) = targets.arrays(torch.tensor([listed.videos[number].label for number in (1, 5)]))
+    assert rows.tolist() == pytest.approx(np.array([[0.9, 0.9, 0.1, 0.1], [0.1, 0.9, 0.9, 0.1]]))
+    listed = read_manifest(numbers, progress=False)
+    (rows,) = ValueTargets(values_of(listed, "list"), 7.0, 2.0).arrays(
+        torch.tensor([video.label for video in listed.videos])
+    )
+    assert rows[:, 0].tolist() == pytest.approx([0, -4.25, 11.5, -4, -3.5, -2.25, 0, 2.5])
+
+
+def test_average_precision_is_that_of_a_plain_loop_over_thresholds():
+    """With ties, a class that nobody has and one that all have."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (40, 5), generator=generator).double() / 5
+    truth = torch.rand(40, 5, generator=generator) < 0.3
+    truth[:, 3], truth[:, 4] = False, True
+    expected = []
+    for column, has in zip(scores.T.numpy(), truth.T.numpy(), strict=True):
+        total, before = 0.0, 0.0
+        for threshold in sorted(set(column), reverse=True):
+            taken = column >= threshold
+            recall = (taken & has).sum() / max(has.sum(), 1)
+            total += (recall - before) * (taken & has).sum() / taken.sum()
+            before = recall
+        expected.append(total if has.any() else None)
+    assert accuracy.average_precisions(scores, truth) == [
+        None if value is None else pytest.approx(value) for value in expected
+    ]
+    known = [value for value in expected if value is not None]
+    assert accuracy.mean_average_precision(scores, truth) == pytest.approx(np.mean(known))
+
+
+def test_r_squared_counted_by_hand():
+    values = torch.tensor([1.0, 2.0, 6.0])
+    assert accuracy.r_squared(torch.tensor([2.0, 2.0, 5.0]), values) == pytest.approx(1 - 2 / 14)
+    assert accuracy.r_squared(values.mean().expand(3), values) == pytest.approx(0)
+    same = torch.tensor([4.0, 4.0])
+    assert (accuracy.r_squared(same, same), accuracy.r_squared(same + 1, same)) == (1, 0)
+
+
+def test_labels_that_are_not_of_the_task_are_one_clear_line(several, numbers, clips, tmp_path, small_finetuning):
+    (clips / "unknown.csv").write_text("path,label\n0.mp4,left;up\n")
+    (clips / "negative.csv").write_text("path,label\n0.mp4,-5\n1.mp4,3\n")
+    sets, values = ({"head": {"task": task}} for task in ("multi-label", "regression"))
+    for tables, data, val, told in (
+        ({}, numbers, numbers, r"numbers\.csv: has the labels '0' and '-1'; one class per video needs"),
+        (sets, several[0], clips / "unknown.csv", r"unknown\.csv: the class 'up' is not one of the 4 classes"),
+        (values, several[0], numbers, r"several\.csv: the label 'left' is not a number"),
+        (values, numbers, several[1], r"several-val\.csv: the label 'left' is not a number"),
+        (values, clips / "negative.csv", numbers, r"with a decimal point: -5\.0"),
+        (sets | {"test": {"best": "mean_class"}}, several[0], several[1], r"test\.best mean_class: needs head\.task"),
+        ({"head": {"task": "regression", "class_weights": "balanced"}}, numbers, numbers, r"needs head\.task classes"),
+    ):
+        with pytest.raises(UserError, match=told):
+            finetune(small_finetuning(**tables), data, tmp_path / "run", val=val, encoder=None, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["multi-label", "regression"])
+def test_runs_of_other_tasks_resume_bit_for_bit(task, several, numbers, tmp_path, monkeypatch, small_finetuning):
+    data = several[0] if task == "multi-label" else numbers
+    values = {"head": {"task": task}, "augment": {"operations": 1, "mixup": 0.5}, "optim": {"batch": 8, "epochs": 4.0}}
+    config, options = small_finetuning(**values), {"val": data, "encoder": None, "progress": False}
+    finetune(config, data, tmp_path / "whole", **options)
+    original, calls = FinetuneStep.__call__, []
+
+    def stopped(self, *args, **given):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **given)
+
+    monkeypatch.setattr(FinetuneStep, "__call__", stopped)
+    assert finetune(config, data, tmp_path / "run", **options).step == 2
+    (tmp_path / "run" / "manifest.jsonl").unlink()  # the list is read again
+    finetune(config, data, tmp_path / "run", **options, resume=True)
+    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        whole, resumed = (load_file(checkpoint.newest(tmp_path / run) / name) for run in ("whole", "run"))
+        assert same_tensors(whole, resumed), name

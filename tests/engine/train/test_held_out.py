@@ -1,4 +1,4 @@
-"""Held-out pretext losses while a run pre-trains: the right numbers, and a training that does not notice."""
+"""Held-out pretext losses while a run pre-trains: the numbers are right, and the training does not change."""
 
 import dataclasses
 import json
@@ -33,6 +33,7 @@ KINDS = {
     "mam2": {"loss": {"alignment": 0.5}},
     "pixels": {"loss": {"appearance_target": "pixels"}, "mask": {"kind": "motion"}},
     "latents": {"loss": {"appearance_target": "latents", "visible": 0.5, "teacher_momentum": 0.9}},
+    "random": {"mask": {"kind": "random"}, "optim": {"micro_batch": 4}, "loss": {"balance": "fixed"}},
     "videomae": {"model": {"objective": "videomae"}},
 }
 
@@ -100,7 +101,7 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_right(clips, tmp_p
     expected = measured_apart(tmp_path / "watched", clips / "test")
     assert found[8].keys() == expected.keys()
     for name, value in expected.items():
-        assert found[8][name] == pytest.approx(value, rel=1e-4), name
+        assert found[8][name] == pytest.approx(value, rel=1e-4 if kind != "random" else 3e-6), name
     assert len({numbers[LOSS] for numbers in found.values()}) == 4  # the model that is trained, not a copy of its start
     assert not validated(tmp_path / "plain")
 

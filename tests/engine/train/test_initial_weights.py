@@ -1,4 +1,4 @@
-"""Pre-training from given weights: what fits is taken, what does not is said, and positions go with the clip size."""
+"""Pre-training from given weights: what fits is loaded, the rest is reported, positions are resampled."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def clips(tmp_path_factory, synthetic_clips):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_a_run_at_another_size_and_goes_on(config, clips, tmp_path, small_finetuning):
+def test_a_run_starts_from_a_run_at_another_size_and_continues(config, clips, tmp_path, small_finetuning):
     """Without a learning rate the weights are still the first run's at the end; positions stay those of its clips."""
     first = changed(config, model={"objective": "videomae"}, optim={"batch": 8})
     pretrain(first, clips, tmp_path / "first", progress=False)

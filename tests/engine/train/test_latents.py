@@ -8,15 +8,18 @@ from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.load import load_encoder, load_model
+from mam2.engine.checkpoints.model_card import model_card
 from mam2.engine.evaluation.plots import PANELS
 from mam2.engine.model import teacher as teachers
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.masking import sample_masks
 from mam2.engine.planning import plan
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train import collapse, cuda_graph
 from mam2.engine.train.collapse import Collapse
 from mam2.engine.train.initial_weights import complete_config, read_initial_weights, take_weights
+from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
 from tests.helpers.small_models import shaken
@@ -197,3 +200,36 @@ def test_a_plan_counts_the_teacher_apart(small):
     assert weights == 4 * encoder
     assert "teacher" in planned.report()
     assert teachers.teacher_of(model.encoder) is not model.encoder
+
+
+def test_the_card_says_whose_weights_are_shared(tmp_path, small):
+    for name, loss in (("latents", LATENTS["loss"]), ("pixels", {"appearance_target": "pixels"})):
+        config = small(loss=loss)
+        checkpoint.write(tmp_path / name, 7, dict(MAM2(config, 0).state_dict()), {}, config, {})
+        card = model_card(
+            tmp_path / name, load_model(tmp_path / name), name="me/it", license="mit", to="mam2", classes=(), scores=()
+        )
+        assert ("those of the trained encoder, not of its teacher" in card) == (name == "latents")
+        assert ("teacher_momentum | 0.9" in card.replace("`", "")) == (name == "latents")
+
+
+@pytest.mark.slow
+def test_targets_loss_and_figures_are_compiled_as_whole_graphs(small):
+    config, video = small(**LATENTS), batch(0)[0]
+    mask = sample_masks(video, config, step=0)
+    torch.manual_seed(0)
+    model = MAM2(config, 0)
+    names = []
+
+    def traced(part):
+        names.append(part.__name__)
+        return torch.compile(part, fullgraph=True, dynamic=False, backend="eager")
+
+    plain, compiled = build_objective(model, config, lambda part: part), build_objective(model, config, traced)
+    assert {"latent_targets", "latent_loss"} <= set(names)
+    compiled._figures = traced(compiled._inspect)
+    expected, found = (objective(video, mask, None, inspect=True) for objective in (plain, compiled))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[2].keys() == expected[2].keys() == {"teacher/rank", "teacher/deviation", "loss/motion_relative"}
+    for name, value in expected[2].items():
+        torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-5)

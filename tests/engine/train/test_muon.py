@@ -66,7 +66,7 @@ def test_the_iteration_maps_singular_values_by_its_polynomial(shape):
 
 
 def test_three_updates_are_those_of_the_formula_in_float64():
-    """Of a block: queries, keys and values each by itself; the rest of the parameters are AdamW's."""
+    """Muon updates queries, keys and values of a block separately; AdamW updates the other parameters."""
     torch.manual_seed(0)
     block = Block(6, 2, 2.0).double()
     optimizer = build_optimizer(block, CONFIG, torch.float64)

@@ -1,5 +1,6 @@
 """AdamW's groups and the learning rate's course."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch import nn
 
 from mam2.engine.config.training import OptimConfig
-from mam2.engine.train.optimizer import build_optimizer, learning_rate, long_warmup
+from mam2.engine.train.optimizer import (
+    build_optimizer,
+    first_decay_step,
+    learning_rate,
+    long_warmup,
+    why_not_extended,
+)
 
 CONFIG = OptimConfig(epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
 
@@ -60,3 +67,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
         assert torch.equal(weight, before) == bool(bad)
     assert float(optimizer.state[weight]["step"]) == 1
     assert optimizer.state[weight]["exp_avg"].isfinite().all()
+
+
+def test_warmup_stable_decay_is_constant_then_falls_linearly():
+    config = dataclasses.replace(CONFIG, schedule="warmup-stable-decay", decay_share=0.3)
+    rates = [learning_rate(step, 100, 10.0, config, global_batch=512) for step in range(100)]
+    assert rates[:20] == [learning_rate(step, 100, 10.0, CONFIG, global_batch=512) for step in range(20)]
+    assert set(rates[20:71]) == {2e-3}  # the first step of the decay still has the peak
+    for step in range(70, 100):
+        assert rates[step] == pytest.approx(2e-5 + (2e-3 - 2e-5) * (100 - step) / 30)
+    assert first_decay_step(100, 10.0, config) == 70
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.0, 100), (0.2, 80), (0.95, 20), (1.0, 20)])
+def test_the_decay_begins_after_the_warm_up_at_the_earliest(share, first):
+    config = dataclasses.replace(CONFIG, schedule="warmup-stable-decay", decay_share=share, min_lr=0.0)
+    assert first_decay_step(100, 10.0, config) == first
+    rates = [learning_rate(step, 100, 10.0, config, global_batch=256) for step in range(100)]
+    assert [step for step, rate in enumerate(rates) if rate == 1e-3] == list(range(19, min(first + 1, 100)))
+    assert min(rates[20:]) > 0
+
+
+def test_a_run_can_be_extended_until_its_rate_falls():
+    short = OptimConfig(schedule="warmup-stable-decay", decay_share=0.2, epochs=10, warmup_epochs=2)
+    long = dataclasses.replace(short, epochs=20)
+    for done in (0, 20, 80):
+        assert why_not_extended(short, long, done, 10.0) is None
+        assert why_not_extended(short, short, 100, 10.0) is None
+        for step in range(done):
+            rates = [learning_rate(step, 10 * int(one.epochs), 10.0, one, global_batch=64) for one in (short, long)]
+            assert rates[0] == rates[1]
+    assert "of the checkpoint decrease the learning rate from step 80 on, but 81 steps" in why_not_extended(
+        short, long, 81, 10.0
+    )
+    assert "of this run decrease the learning rate from step 40 on" in why_not_extended(
+        short, dataclasses.replace(short, epochs=5), 60, 10.0
+    )

@@ -1,4 +1,4 @@
-"""Places that are full or cannot be written, or are the data itself: one line, status 2, and nothing left behind."""
+"""Output folders that are full, not writable, or the data itself: one error line, status 2, no files left."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, sm
 
 
 def test_a_resumed_run_keeps_the_order_of_its_classes(clips, tmp_path, small):
-    """Folders 0, 1, 10, 2 were numbered in the order of text before; a run of that time goes on with it."""
+    """Folders 0, 1, 10, 2 were numbered in the order of text before; a run of that time continues with that order."""
     data, run, config = tmp_path / "data", tmp_path / "run", small()
     source = Path(read_source(clips).entries[0].path)
     for name in ("0", "2", "10"):

@@ -1,4 +1,4 @@
-"""Pre-training end to end on small encoded files: it resumes exactly, stops when told, names what is bad."""
+"""Pre-training end to end on small encoded files: it resumes exactly, stops at signals, names unusable inputs."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_a_wrong_tokenizer_is_told_before_the_videos_are_opened(tmp_path, small)
         pretrain(small(tokenizer={"path": "none.safetensors"}), tmp_path / "nowhere", tmp_path / "run", progress=False)
 
 
-def test_resuming_where_nothing_is_says_that_it_begins_anew(tmp_path, small):
+def test_resuming_where_nothing_is_says_that_it_starts_over(tmp_path, small):
     with pytest.raises(UserError, match="nowhere"):
         pretrain(small(), tmp_path / "nowhere", tmp_path / "run", resume=True, progress=False)
     assert (
@@ -173,6 +173,7 @@ def test_a_step_reads_nothing_back_from_the_device(objective, optimizer, small):
     """Traced on tensors without values: whatever needs one (a size, a branch, a number to print) raises there."""
     config = small(
         model={"objective": objective, "width": 24, "depth": 1, "heads": 2},
+        mask={"kind": "random"},
         loss={"balance": "gradient", "alignment": 1.0},
         optim={"batch": 8, "micro_batch": 4, "clip_norm": 1.0, "name": optimizer},
     )

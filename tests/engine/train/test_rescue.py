@@ -1,4 +1,4 @@
-"""What ends a run loses nothing: sound weights are saved first, and nothing is "done" that is not on the disk."""
+"""Errors that end a run lose nothing: valid weights are saved first, and only what is on the disk counts as done."""
 
 import dataclasses
 import shutil
@@ -303,7 +303,8 @@ def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_fine_tuning_ends_with_its_best_accuracy(clips, tmp_path, small_finetuning):
-    from mam2.engine.train.finetune import ACCURACY, finetune
+    from mam2.engine.train.finetune import finetune
+    from mam2.engine.train.finetune_tasks import ACCURACY
 
     finetune(small_finetuning(), clips, tmp_path, val=clips, encoder=None, progress=False)
     best = checkpoint.read_state(tmp_path / checkpoint.BEST)
