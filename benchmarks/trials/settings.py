@@ -62,7 +62,7 @@ class Setting:
     videomae: Changes
     """What makes VideoMAE of it: as many blocks after the encoder as MAM2 has in a row, regressor and decoder."""
     real: Changes = dataclasses.field(default_factory=lambda: {"data.sampling": "uniform", "data.stride": 0})
-    """Epochs of the pre-training on real clips, which may be shorter than that on synthetic ones."""
+    """Changes for the pre-training on real clips, which may be shorter than the synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
     real_epochs: float = 10
     real_factors: tuple[float, ...] = (0.5, 1.0, 2.0)

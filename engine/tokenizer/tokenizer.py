@@ -171,7 +171,7 @@ def usage_of(histogram: Tensor) -> tuple[int, float]:
 
 
 def _prepare(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resizes [B, C, H, W] to [B, 3, height, width] float32 in [-1, 1], channels last."""
+    """Resizes [B, C, H, W] to [B, C, height, width] float32 in [-1, 1], channels last."""
     images = scale_pixels(frames).contiguous(memory_format=torch.channels_last)
     if images.shape[2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
