@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.training import TrainConfig
 from mam2.engine.model.blocks import mlp_width
-from mam2.engine.model.motion_targets import motion_values
+from mam2.engine.model.motion_targets import PIXEL_DIFFERENCES, motion_values
 from mam2.engine.tokenizer.vqgan import VQGANConfig
 from mam2.kernels import costs as operators
 
@@ -82,10 +82,14 @@ def part_costs(
         one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
         return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
 
-    def pixel_head(outputs: int) -> PartCost:
-        loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
-        gradient = PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
-        return linear(masked, width, outputs, item_bytes) + gradient
+    def pixel_head(outputs: int, *, stored: bool = False) -> PartCost:
+        """Returns the cost of a last layer and its loss; `stored`: the predictions pass through memory."""
+        layer = linear(masked, width, outputs, item_bytes)
+        if stored:
+            loss = operators.masked_loss(1, masked, outputs, pred_bytes=item_bytes).bytes_moved
+            return layer + PartCost(bytes_moved=loss, held_bytes=masked * outputs * item_bytes)
+        moved = operators.linear_masked_loss(1, masked, outputs, width, item_bytes=item_bytes).bytes_moved
+        return dataclasses.replace(layer, bytes_moved=moved)
 
     tokens = visible + masked
     if model.objective != "mam2":
@@ -110,7 +114,8 @@ def part_costs(
             "teacher": teacher(config, item_bytes),
         }
     if motion := motion_values(config.loss.motion_target, config.patch_size, config.data.channels):
-        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion)}
+        stored = config.loss.motion_target not in PIXEL_DIFFERENCES
+        parts |= {"motion decoder": decoder(decoded), "motion head and loss": pixel_head(motion, stored=stored)}
     if config.loss.alignment:
         target = linear(masked, values, model.width, item_bytes) + encoder_blocks(config, masked, item_bytes)
         target += dataclasses.replace(projection(config, masked, item_bytes), parameters=0)

@@ -1,4 +1,4 @@
-"""Fixtures for everybody: small video files, synthetic clips, small configurations, a finished run."""
+"""Fixtures of all tests: small video files, synthetic clips, small configurations, a finished run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _write_video(
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_compiled_is_left() -> Iterator[None]:
-    """What a file's tests leave in torch.compile (shapes, recompilations) does not change what the next file's meet."""
+    """Resets torch.compile after each test file, so that its shapes and recompilations do not affect the next file."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -61,7 +61,7 @@ def _nothing_compiled_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def float32_on_cpus() -> Iterator[None]:
-    """Precision `auto` is float32 in this module whatever the CPU: for comparisons closer than bfloat16 allows."""
+    """Makes precision `auto` float32 on every CPU, for comparisons closer than bfloat16 allows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
         yield
@@ -120,7 +120,7 @@ def numbered_frames() -> Callable[..., NDArray[np.uint8]]:
 
 @pytest.fixture(scope="session")
 def frame_numbers() -> Callable[[NDArray[np.uint8]], list[int]]:
-    """The numbers of numbered frames [..., H, W, 3], from their mean brightness."""
+    """Returns the numbers of numbered frames [..., H, W, 3], from their mean brightness."""
 
     def read(frames: NDArray[np.uint8]) -> list[int]:
         levels = np.asarray(frames, np.float64).mean((-3, -2, -1))
@@ -147,13 +147,13 @@ def videos(
 
 @pytest.fixture(scope="session", params=[CLIPS, pytest.param(REAL_CLIPS, marks=needs_real_clips)], ids=["made", "real"])
 def clip_set(request: pytest.FixtureRequest) -> ClipSet:
-    """Clips in many formats, once those of the repository and once real ones. Do not change; copy."""
+    """Clips in many formats: those of the repository, then real ones. Read only; copy to change."""
     return ClipSet(request.param)
 
 
 @pytest.fixture(scope="session")
 def rendered_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The synthetic set of `write_dataset`: train/ with 32 clips, test/ with 16. Do not change; copy."""
+    """The synthetic set of `write_dataset`: train/ with 32 clips, test/ with 16. Read only; copy to change."""
     folder = tmp_path_factory.mktemp("rendered")
     write_dataset(folder, train=32, test=16, progress=False)
     return folder
@@ -161,7 +161,7 @@ def rendered_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic_clips(rendered_clips: Path) -> Callable[..., None]:
-    """synthetic_clips(folder, train=…, test=…): what `write_dataset` writes there, copied from clips rendered once."""
+    """synthetic_clips(folder, train=…, test=…): the set of `write_dataset`, copied from clips rendered once."""
 
     def copy(folder: Path, *, train: int, test: int = 0) -> None:
         for split, count in (("train", train), ("test", test)):
@@ -177,7 +177,7 @@ def synthetic_clips(rendered_clips: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..., None]) -> Path:
-    """A folder of 32 synthetic clips with labels. Do not change; copy."""
+    """A folder of 32 synthetic clips with labels. Read only; copy to change."""
     folder = tmp_path_factory.mktemp("clips")
     synthetic_clips(folder, train=32)
     return folder / "train"
@@ -187,13 +187,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..
 def finished_result(
     clips: Path, tmp_path_factory: pytest.TempPathFactory, small: Callable[..., PretrainConfig]
 ) -> TrainResult:
-    """What a whole pre-training of small() on `clips` returns."""
+    """The result of a complete pre-training of small() on `clips`."""
     return pretrain(small(), clips, tmp_path_factory.mktemp("finished"), progress=False)
 
 
 @pytest.fixture(scope="session")
 def finished(finished_result: TrainResult) -> Path:
-    """Its run folder: 8 steps. Do not change; copy."""
+    """The run folder of `finished_result`: 8 steps. Read only; copy to change."""
     assert finished_result.checkpoint is not None
     return finished_result.checkpoint.parents[1]
 

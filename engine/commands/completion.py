@@ -17,7 +17,7 @@ from mam2.engine.config.recipe import recipe_names
 ENTRY = re.compile(r"^[│ ]*((?:-\w, )?--[a-z].*)$", re.MULTILINE)
 """A line of tyro's help that starts with an option."""
 FLAG = re.compile(r"--[a-z][\w.-]*\w")
-PRETRAINING = ("pretrain", "tokenize", "plan")
+PRETRAINING = ("pretrain", "tokenize")
 """Verbs whose first argument is a pre-training recipe."""
 
 BASH = """\
@@ -76,7 +76,7 @@ def flags_of(verb: str) -> list[str]:
 def recipes_of(verb: str) -> list[str]:
     """Returns the recipes that may be a verb's first argument."""
     return {
-        "recipes": [*recipe_names(), *recipe_names(FinetuneConfig)],
+        **dict.fromkeys(("recipes", "plan"), recipe_names() + recipe_names(FinetuneConfig)),
         "finetune": recipe_names(FinetuneConfig),
         **dict.fromkeys(PRETRAINING, recipe_names()),
     }.get(verb, [])

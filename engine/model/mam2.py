@@ -19,11 +19,11 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import VideoTransformer
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.motion_targets import motion_loss, motion_values, require_flow
+from mam2.engine.model.motion_targets import motion_head_loss, motion_values, require_flow
 from mam2.engine.model.positions import position_table
 from mam2.engine.model.regressor import Regressor
 from mam2.engine.model.teacher import latent_targets, teacher_of
-from mam2.kernels import TubeMask, linear_cross_entropy, masked_pixel_loss
+from mam2.kernels import TubeMask, linear_cross_entropy, linear_masked_loss
 
 
 class MAM2(VideoTransformer):
@@ -135,10 +135,13 @@ class MAM2(VideoTransformer):
     def pixel_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared error of the masked pixels, see `predict_pixels`: latents [B, Nl, Dr] -> scalar."""
         normalize = self.loss_config.pixel_normalize
-        return masked_pixel_loss(
-            self.predict_pixels(latents, mask),
+        head = self.appearance_decoder.head
+        return linear_masked_loss(
+            self._features(self.appearance_decoder, latents, mask),
+            head.weight,
             video,
             mask,
+            head.bias,
             patch_size=self.patch_size,
             normalize=None if normalize == "none" else normalize,
         )
@@ -166,7 +169,8 @@ class MAM2(VideoTransformer):
 
     def motion_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared error of the masked tokens' motion: latents [B, Nl, Dr] -> scalar."""
-        return motion_loss(self.predict_motion(latents, mask), video, mask, self.loss_config, self.patch_size)
+        features = self._features(self.motion_decoder, latents, mask)
+        return motion_head_loss(self.motion_decoder.head, features, video, mask, self.loss_config, self.patch_size)
 
     def alignment_loss(self, latents: Tensor, mask: TubeMask, video: Tensor) -> Tensor:
         """Computes the mean squared distance of the latents to the encoder's of the masked pixels (CAE) -> scalar.

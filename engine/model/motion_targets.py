@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from mam2.engine.config.pretrain import LossConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.pixels import unit_pixels
-from mam2.kernels import TubeMask, frame_difference, masked_frame_difference_loss
+from mam2.kernels import TubeMask, frame_difference, linear_masked_loss, masked_frame_difference_loss
 
 PIXEL_DIFFERENCES = ("adjacent", "intra")
 ORIENTATIONS = 9
@@ -87,6 +87,17 @@ def motion_loss(
         target = target.gather(1, mask.masked[..., None].expand(-1, -1, target.shape[-1]))
     errors = F.mse_loss(pred.float(), target, reduction="none")
     return errors.mean(-1) if reduction == "none" else errors.mean()
+
+
+def motion_head_loss(
+    head: nn.Linear, features: Tensor, video: Tensor, mask: TubeMask, loss: LossConfig, patch_size: Sequence[int]
+) -> Tensor:
+    """Computes `motion_loss` of head(features), features [B, Nm, D]; pixel differences need no stored predictions."""
+    if loss.motion_target not in PIXEL_DIFFERENCES:
+        return motion_loss(head(features), video, mask, loss, patch_size)
+    options = _difference_options(loss, patch_size)
+    target = options.pop("difference")
+    return linear_masked_loss(features, head.weight, video, mask, head.bias, target=target, **options)
 
 
 def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -> Tensor:

@@ -18,7 +18,7 @@ from mam2.engine.model.blocks import MASK_TOKEN_STD, VideoTransformer, initializ
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.positions import position_table
-from mam2.kernels import TubeMask, masked_pixel_loss
+from mam2.kernels import TubeMask, linear_masked_loss
 
 
 class VideoMAE(VideoTransformer):
@@ -67,10 +67,13 @@ class VideoMAE(VideoTransformer):
 
     def loss_of(self, visible: Tensor, video: Tensor, mask: TubeMask) -> Tensor:
         """Computes the same from the encoder's latents of the visible tokens, [B, Nv, D]."""
-        return masked_pixel_loss(
-            self._decode(visible, mask),
+        head = self.decoder.head
+        return linear_masked_loss(
+            self._features(visible, mask),
+            head.weight,
             video,
             mask,
+            head.bias,
             patch_size=self.patch_size,
             target=self.target,
             normalize=self.normalize,
@@ -82,16 +85,17 @@ class VideoMAE(VideoTransformer):
         Video [B, C, T, H, W] -> [B, Nm, P]. With the objective `joint` these are the pixels of a tubelet's first frame
         and the later frames' differences to it.
         """
-        return self._decode(self._visible(video, mask), mask)
+        return self.decoder.head(self._features(self._visible(video, mask), mask))
 
     def _visible(self, video: Tensor, mask: TubeMask) -> Tensor:
         return self.encoder(self.encoder.tokens(video, mask.visible), mask.visible)
 
-    def _decode(self, visible: Tensor, mask: TubeMask) -> Tensor:
+    def _features(self, visible: Tensor, mask: TubeMask) -> Tensor:
+        """Returns the decoder's features of the masked tokens, its head's input: [B, Nv, D] -> [B, Nm, Dd]."""
         visible = self.encoder_to_decoder(visible) + self.positions[mask.visible]
         masked = self.mask_token + self.positions[mask.masked]
         tokens = torch.cat([visible, masked], dim=1)
-        return self.decoder.head(self.decoder(tokens, last=mask.masked.shape[1]))
+        return self.decoder(tokens, last=mask.masked.shape[1])
 
     def encode(self, video: Tensor) -> Tensor:
         """Encodes every token of a clip, without a mask: video [B, C, T, H, W] -> [B, N, D]."""

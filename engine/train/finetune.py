@@ -88,7 +88,7 @@ def finetune(
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
     setup = _FinetuneSetup(Path(data), Path(val), encoder, encoder_options or {})
-    with open_session(config, (Path(data),), out, setup=setup, resume=resume, progress=progress) as session:
+    with open_session(config, data, out, setup=setup, resume=resume, progress=progress) as session:
         return Loop(session, _Finetuning(session, setup)).train()
 
 

@@ -27,7 +27,7 @@ from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_saved_manifest, write_manifest
 from mam2.engine.data.moved import follow_sets
-from mam2.engine.data.sets import describe_seen, describe_sets, read_sets, set_numbers
+from mam2.engine.data.sets import Sources, describe_seen, describe_sets, read_sets, set_numbers, sources_of
 from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.data.video import Skipped
 from mam2.engine.errors import UserError
@@ -136,7 +136,7 @@ class Setup(Generic[Config]):
 @contextmanager
 def open_session(
     config: Config,
-    data: Sequence[Path],
+    data: Sources,
     out: str | Path,
     *,
     setup: Setup[Config] | None = None,
@@ -161,7 +161,7 @@ def open_session(
     setup = setup or Setup()
     with _open_run(config, Path(out), resume=resume, progress=progress) as run, ExitStack() as resources:
         setup.check(run)
-        manifest = run.world.broadcast(lambda: _read_manifest(run, data))
+        manifest = run.world.broadcast(lambda: _read_manifest(run, sources_of(data)))
         if run.world.main:  # also emptied for a resumed run, because files may have become readable
             (run.folder / SKIPPED).unlink(missing_ok=True)
         for skipped in manifest.skipped:

@@ -1,4 +1,4 @@
-"""Operators as they are measured: passes apart, clips as other codebases hand them over, only what is asked for."""
+"""Timing of operators: forward and backward separately, clips in other codebases' layouts, only selected variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step benchmark: one objective on both sides, no number where the losses differ, every part accounted for."""
+"""The step benchmark: both sides have one objective, no time is reported if the losses differ, every part is timed."""
 
 from __future__ import annotations
 

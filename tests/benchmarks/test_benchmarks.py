@@ -1,4 +1,4 @@
-"""The benchmarks print no number for what is wrong, and none of a CPU as a GPU's."""
+"""The benchmarks print no number for a wrong result, and no CPU's number as a GPU's."""
 
 from __future__ import annotations
 

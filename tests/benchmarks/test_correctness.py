@@ -1,4 +1,4 @@
-"""The cases that the kernels are held to, on the PyTorch path: definitions and types of the results agree."""
+"""The correctness cases of the kernels on the PyTorch path: definitions and result types agree."""
 
 import importlib
 

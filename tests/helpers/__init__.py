@@ -1,1 +1,1 @@
-"""What tests of several folders share and is no fixture: paths, small models, small loaders."""
+"""Helpers that tests of several folders import: paths, commands, small models, small loaders."""

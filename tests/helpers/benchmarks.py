@@ -1,4 +1,4 @@
-"""Modules of benchmarks/, imported when a test needs them: some start Triton or ask for the machine's state."""
+"""Modules of benchmarks/, imported only when a test needs them: some start Triton or read the machine's state."""
 
 import importlib
 from types import ModuleType

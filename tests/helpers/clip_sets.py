@@ -22,12 +22,12 @@ class ClipSet:
 
     @functools.cached_property
     def broken(self) -> set[str]:
-        """Files of which no frame comes out, as manifest.csv says."""
+        """Files without a decodable frame, according to manifest.csv."""
         return {name for name, row in self.listed.items() if row["frames_decoded"] in ("", "0")}
 
     @functools.cached_property
     def found(self) -> Manifest:
-        """What our scan finds in the folder."""
+        """The manifest that a scan of the folder returns."""
         return read_manifest(self.folder, progress=False)
 
     def name(self, path: str | Path) -> str:

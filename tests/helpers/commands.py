@@ -1,4 +1,4 @@
-"""The command line, in this process and in others."""
+"""Runs the command line, in this process or in others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def exit_status(*arguments: object) -> int:
-    """What `mam2 ARGUMENTS` ends with, run in this process."""
+    """Runs `mam2 ARGUMENTS` in this process and returns its exit status."""
     from mam2.engine import cli
 
     with pytest.raises(SystemExit) as end:
@@ -29,7 +29,7 @@ def exit_status(*arguments: object) -> int:
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `mam2 ARGUMENTS`, run in this process."""
+    """Runs `mam2 ARGUMENTS` in this process; returns exit status, stdout and stderr."""
     capsys.readouterr()
     status = exit_status(*arguments)
     told = capsys.readouterr()
@@ -37,7 +37,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 
 def run_program(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end, with its output as text. Options are those of subprocess.run."""
+    """Runs a program and captures its output as text; options of subprocess.run override the defaults."""
     given = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300, "check": False, **options}
     return subprocess.run([str(word) for word in command], **given)
 

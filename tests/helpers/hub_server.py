@@ -1,4 +1,4 @@
-"""A stand-in for a hub of models, on this machine: what `huggingface_hub` asks for to move small files."""
+"""A small server in place of a model hub: it answers the requests of `huggingface_hub` for small files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Hub:
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    """A hub that serves for as long as the block lasts."""
+    """Yields a hub that serves until the block ends."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter runs here."""
+"""Skips tests if Triton's interpreter does not run here."""
 
 from importlib.metadata import version
 
@@ -10,7 +10,7 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 def require_interpreter() -> None:
-    """Skips a test without Triton, and with a Triton whose interpreter does not work with the installed NumPy."""
+    """Skips the test if Triton is missing, or if its interpreter does not work with the installed NumPy."""
     pytest.importorskip("triton")
     if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         pytest.skip(

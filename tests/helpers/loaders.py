@@ -1,4 +1,4 @@
-"""Loaders with small settings, and videos that are damaged: what the loader's tests share."""
+"""Loaders with small settings and damaged videos, for the tests of the loader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_same(one, other) -> None:
 
 
 def damaged(videos: Manifest, folder: Path, *numbers: int) -> Manifest:
-    """The manifest with some of its files replaced by noise, which was found to be sound before."""
+    """Returns a scanned manifest with some of its files replaced by noise; it still lists them as sound."""
     changed = list(videos.videos)
     for number in numbers:
         path = folder / f"damaged {number}.mp4"

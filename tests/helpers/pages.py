@@ -30,7 +30,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def verb_of(words: list[str]) -> list[str]:
-    """The verb of a command and what follows; nothing for a command that is not of mam2."""
+    """The verb of a mam2 command and its arguments; an empty list for other commands."""
     if Path(words[0]).name == "mam2":
         return words[1:]
     if words[0] == "torchrun" and "mam2.engine" in words:

@@ -1,4 +1,4 @@
-"""Where things lie."""
+"""Paths of the checkout, its clips and real clips."""
 
 import os
 from pathlib import Path

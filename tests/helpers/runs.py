@@ -1,4 +1,4 @@
-"""What run folders hold."""
+"""Reads and compares the weights of run folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models of ours, and clips for them: what the tests of VideoMAE and of weights in and out share."""
+"""Small models and clips for them, for the tests of VideoMAE and of importing and exporting weights."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ CONFIG = PretrainConfig(
 
 
 def clip(frames: int = 4, size: int = 24) -> Tensor:
-    """uint8 [2, 3, T, H, W], viewed from [B, T, H, W, 3] as the loader's are."""
+    """uint8 [2, 3, T, H, W], a view of [B, T, H, W, 3], as from the loader."""
     generator = torch.Generator().manual_seed(2)
     video = torch.randint(0, 256, (2, frames, size, size, 3), dtype=torch.uint8, generator=generator)
     return video.permute(0, 4, 1, 2, 3)
 
 
 def normalized(video: Tensor) -> Tensor:
-    """[B, 3, T, H, W] uint8 -> [B, T, 3, H, W], what Hugging Face's processor gives its model."""
+    """[B, 3, T, H, W] uint8 -> [B, T, 3, H, W], normalized as by Hugging Face's processor."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     return (video.transpose(1, 2) / 255 - mean) / std
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """With every parameter moved: biases start at 0 and norms at 1, which would hide their loss."""
+    """Changes every parameter: with initial biases of 0 and norms of 1 a lost parameter would not be noticed."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

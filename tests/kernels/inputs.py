@@ -16,13 +16,13 @@ def random_clips(
     width: int = 12,
     channels: int = 3,
 ) -> torch.Tensor:
-    """[B, C, T, H, W] viewed from [B, T, H, W, C], as from the loader; 0 to 255, or 0 to 1 where it is float."""
+    """[B, C, T, H, W], a view of [B, T, H, W, C] as from the loader; values 0 to 255, for floats 0 to 1."""
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (batch, frames, height, width, channels), generator=generator, dtype=torch.uint8)
     return (raw if dtype == torch.uint8 else (raw / 255).to(dtype)).permute(0, 4, 1, 2, 3)
 
 
 def random_predictions(mask: TubeMask, values: int = 144, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """[B, Nm, values], normally distributed, a leaf that takes a gradient."""
+    """[B, Nm, values], normally distributed, a leaf that requires a gradient."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(*mask.masked.shape, values, generator=generator, dtype=dtype).requires_grad_()

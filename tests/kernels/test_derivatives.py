@@ -1,4 +1,4 @@
-"""Which derivatives there are: first ones, also of a vmap; every other way to ask for one is refused by name."""
+"""First derivatives work, also under vmap; every other kind is refused with an error that names it."""
 
 from collections.abc import Callable
 

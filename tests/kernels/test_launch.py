@@ -1,4 +1,4 @@
-"""Launch tables: which architecture's rows a device takes."""
+"""Launch tables: which architecture's rows apply to a device."""
 
 import importlib.resources
 import json

@@ -1,4 +1,4 @@
-"""Masks: which tokens, how many, the same from anywhere."""
+"""Masks: which tokens, how many, and equal draws on any device and from any start."""
 
 import pytest
 import torch

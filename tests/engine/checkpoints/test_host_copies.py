@@ -1,4 +1,4 @@
-"""Copies of a run's state: memory that is kept, the right content, and a writer that waits for the device."""
+"""Copies of a run's state: memory is reused, the content is right, and the writer waits for the device."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Our own weights come back as they were, at other clip sizes too; what cannot be read or written is refused."""
+"""Our own weights are read back unchanged, also at other clip sizes; unreadable or unwritable files are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of others that say little or something false: what is assumed is said, what is wrong is named truly."""
+"""Weights of other projects with missing or wrong metadata: assumptions are logged, errors name the cause."""
 
 from __future__ import annotations
 

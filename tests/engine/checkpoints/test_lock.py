@@ -1,4 +1,4 @@
-"""One process at a time writes a run folder, whatever became of the one before."""
+"""Only one process at a time writes a run folder, even if an earlier one was killed."""
 
 import json
 import os

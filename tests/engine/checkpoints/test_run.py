@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, exact, and clear about what does not fit."""
+"""Checkpoints are complete or absent, are exact, and raise clear errors if they do not fit."""
 
 import dataclasses
 

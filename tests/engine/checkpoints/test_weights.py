@@ -1,4 +1,4 @@
-"""Which weights a path stands for: what is loaded is what is named, hashed and kept features of."""
+"""Which weights a path refers to: the same file is loaded, named, hashed and used for cached features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A feature for each video of a folder: the right one, in a file that others read."""
+"""`mam2 embed`: the right feature for each video of a folder, in files that other programs read."""
 
 import importlib.util
 import json

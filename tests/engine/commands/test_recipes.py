@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mam2.engine.cli import VERBS
-from mam2.engine.commands.completion import flags_of
+from mam2.engine.commands.completion import flags_of, recipes_of
 from mam2.engine.config.describe import as_toml
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
@@ -89,6 +89,11 @@ def test_flags_are_those_of_the_help_without_its_prose() -> None:
     assert flags_of("recipes") == ["--out"]
     assert flags_of("completion") == []
     assert "--data.no-flip" in flags_of("plan")
+
+
+def test_plan_completes_the_recipes_that_it_takes() -> None:
+    assert {"mam2-fast", "kinetics400/finetune"} <= set(recipes_of("plan"))
+    assert "kinetics400/finetune" not in recipes_of("pretrain")
 
 
 def test_every_shell_has_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

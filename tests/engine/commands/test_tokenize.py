@@ -1,4 +1,4 @@
-"""`mam2 tokenize` and a pre-training on its codes: the bits of a run that tokenizes in its step, whatever happens."""
+"""`mam2 tokenize` and a pre-training on its codes: the bits of a run that tokenizes in its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mam2 train-tokenizer`: a VQ model of the user's clips, measured on videos it has not seen, whole or not there."""
+"""`mam2 train-tokenizer`: a VQ model of the user's clips, measured on held-out videos; a complete folder or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config fields declare of themselves: which keys a resumed run may change."""
+"""Metadata of config fields: which keys a resumed run may change."""
 
 import pytest
 

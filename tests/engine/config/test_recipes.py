@@ -1,4 +1,4 @@
-"""Shipped recipes: all data sets and methods, what they inherit, what their heads promise."""
+"""Shipped recipes: all data sets and methods, inheritance, and the claims in their comments."""
 
 from __future__ import annotations
 

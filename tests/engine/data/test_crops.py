@@ -1,4 +1,4 @@
-"""Crops without DALI: those of DALI to one gray level, for any place, size and direction."""
+"""Crops without DALI equal those of DALI up to one gray level, for any position, size and direction."""
 
 from __future__ import annotations
 

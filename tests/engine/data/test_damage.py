@@ -1,4 +1,4 @@
-"""Files that are damaged or odd: each is decoded right or replaced, and none ends, stalls or misshapes a run."""
+"""Damaged or odd files: each is decoded correctly or replaced, and none ends or stalls a run or changes a shape."""
 
 from __future__ import annotations
 

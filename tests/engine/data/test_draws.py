@@ -1,4 +1,4 @@
-"""Named draws: which Philox stream each one is, for ever."""
+"""Named random draws: each keeps its Philox stream in all versions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The loader's batches: what is in them, and the same at any position, for any rank and any number of threads."""
+"""The loader's batches: their content, which is the same from any start, for any rank and any number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong while loading: it is replaced or named, and ends threads and program as it should."""
+"""Faults while loading: videos are replaced or named, and threads and program end properly."""
 
 from __future__ import annotations
 

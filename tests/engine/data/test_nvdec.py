@@ -1,4 +1,4 @@
-"""What decides about NVDEC, with stand-ins for it: no GPU is needed."""
+"""When NVDEC is used, tested with mocks: no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that is away is waited for; a file that is at fault is not."""
+"""The loader waits for storage that is unavailable, but not for a broken file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs prepared on a side stream: the order of waits, with streams that only take notes."""
+"""Pairs prepared on a side stream: the order of waits, with mock streams that record calls."""
 
 import contextlib
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The synthetic set: real files, a class that is the motion, appearance drawn apart from it."""
+"""The synthetic set: real files; the class is the motion; the appearance is drawn independently."""
 
 import av
 import numpy as np

@@ -1,4 +1,4 @@
-"""Pools of tokens: what belongs to which group, what a probe of them can know, and intervals over groups of videos."""
+"""Pools of tokens: the groups, what a probe of them can tell, and intervals over groups of videos."""
 
 import json
 from pathlib import Path

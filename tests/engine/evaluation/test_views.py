@@ -1,4 +1,4 @@
-"""Many views: where they lie, that their mean is a plain loop's, on any number of processes; and what is told of it."""
+"""Several views: their positions; their mean equals a plain loop's, on any number of processes; the reports."""
 
 import csv
 import dataclasses

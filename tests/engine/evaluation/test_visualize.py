@@ -1,4 +1,4 @@
-"""What models predict, to look at: the pictures show what they say, the page is whole."""
+"""Pictures of predictions: they show the right values, and the page is complete."""
 
 import base64
 import dataclasses

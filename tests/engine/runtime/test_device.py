@@ -1,4 +1,4 @@
-"""What a run computes in: bfloat16 only where the device multiplies it faster than float32."""
+"""The dtype of a run: bfloat16 only if the device multiplies it faster than float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of a run never ends it: full disks, closed pipes, names that are no text."""
+"""Logging never ends a run: full disks, closed pipes, names that are not valid text."""
 
 import ast
 import errno

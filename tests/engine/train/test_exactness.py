@@ -1,4 +1,4 @@
-"""A run that was killed again and again ends with the bits of one that never stopped."""
+"""A run that was killed many times ends with the same bits as one that never stopped."""
 
 import dataclasses
 import json

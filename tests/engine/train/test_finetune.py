@@ -1,4 +1,4 @@
-"""Fine-tuning end to end: it learns, resumes exactly, keeps the best, and says what it cannot use."""
+"""Fine-tuning end to end: it learns, resumes exactly, keeps the best weights, and names unusable inputs."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What fine-tuning can be asked to learn, and how much of the model learns it."""
+"""Heads and losses of fine-tuning, and which part of the model is trained."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Held-out pretext losses while a run pre-trains: the right numbers, and a training that does not notice."""
+"""Held-out pretext losses while a run pre-trains: the numbers are right, and the training does not change."""
 
 import dataclasses
 import json

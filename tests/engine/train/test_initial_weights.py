@@ -1,4 +1,4 @@
-"""Pre-training from given weights: what fits is taken, what does not is said, and positions go with the clip size."""
+"""Pre-training from given weights: what fits is loaded, the rest is reported, positions are resampled."""
 
 from __future__ import annotations
 

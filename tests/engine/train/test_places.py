@@ -1,4 +1,4 @@
-"""Places that are full or cannot be written, or are the data itself: one line, status 2, and nothing left behind."""
+"""Output folders that are full, not writable, or the data itself: one error line, status 2, no files left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pre-training end to end on small encoded files: it resumes exactly, stops when told, names what is bad."""
+"""Pre-training end to end on small encoded files: it resumes exactly, stops at signals, names unusable inputs."""
 
 import dataclasses
 import json

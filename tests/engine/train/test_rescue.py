@@ -1,4 +1,4 @@
-"""What ends a run loses nothing: sound weights are saved first, and nothing is "done" that is not on the disk."""
+"""Errors that end a run lose nothing: valid weights are saved first, and only what is on the disk counts as done."""
 
 import dataclasses
 import shutil

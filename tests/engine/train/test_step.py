@@ -1,4 +1,4 @@
-"""A step's arithmetic and set-up: sums, sharding, process groups, compilations, what is inspected."""
+"""A step's arithmetic and set-up: sums, sharding, process groups, compilations, logged values."""
 
 import dataclasses
 

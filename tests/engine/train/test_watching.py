@@ -1,4 +1,4 @@
-"""What a run shows of itself beyond its log, and signals that arrive at awkward moments."""
+"""Progress and other output of a run, and signals at inconvenient moments."""
 
 import json
 import os
