@@ -16,7 +16,7 @@ from mam2.engine.config.describe import field_texts
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import Limits, declared
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import recipe_names
+from mam2.engine.config.recipe import alternatives, recipe_names
 from mam2.engine.config.sizes import PRESETS, SIZES
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -124,11 +124,11 @@ def _row(cls: type, field: dataclasses.Field[Any], table: str) -> str:
     if get_origin(kind) is tuple:
         words = {str: "list of texts", float: "list of numbers"}[get_args(kind)[0]]
         values = f"{words}, {limits}" if limits != Limits() else words
-    elif choices := get_args(kind):
-        values = ", ".join(f"`{choice}`" for choice in choices)
     else:
-        words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
-        values = f"{words}, {limits}" if limits != Limits() else words
+        kinds, choices = alternatives(kind)
+        words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+        numbers = [f"{words[each]}, {limits}" if limits != Limits() else words[each] for each in kinds]
+        values = "; ".join([*numbers, ", ".join(f"`{choice}`" for choice in choices)]).removesuffix("; ")
     text = field_texts(cls)[field.name].replace("|", "\\|")
     return f"| `{table}.{field.name}` | {values} | `{json.dumps(field.default)}` | {_one_line(text)} |"
 

@@ -100,7 +100,8 @@ class FinetunePlan(planning.Plan):
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {math.prod(config.grid)} tokens",
             f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
+            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"{self.pass_note}",
             f"trained  {_count(self.parameters).strip()} of {_count(self.all_parameters).strip()} parameters"
             f"{self._frozen()}",
             "",
@@ -137,4 +138,4 @@ def plan_finetuning(config: FinetuneConfig, *, gpu: str = "", gpus: int = 1, uti
     config.check()
     machine = planning.machine_rates(config, gpu, gpus, utilisation)
     parts = finetune_costs(config, machine["dtype"].itemsize)
-    return FinetunePlan(config=config, parts=parts, source="", **machine)
+    return planning.with_automatic_passes(FinetunePlan(config=config, parts=parts, source="", **machine))

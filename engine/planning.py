@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -84,6 +84,7 @@ UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
 On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
 % of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
 """
+SomePlan = TypeVar("SomePlan", bound="Plan")
 IMAGES_PER_PASS = 64
 """Frames per pass of the tokenizer."""
 
@@ -107,6 +108,8 @@ class Plan:
     """Source of the tokenizer's size."""
     cuda: bool
     """Whether the devices are GPUs."""
+    automatic: bool = False
+    """Whether the run chooses the size of its passes; on a GPU `config` has the estimated one."""
 
     @property
     def clips_a_pass(self) -> int:
@@ -160,15 +163,17 @@ class Plan:
 
         The largest `optim.micro_batch` that fits, or other settings.
         """
-        config = self.config
-        for clips in range(self.clips_a_pass - 1, config.clips_per_group - 1, -1):
-            optim = dataclasses.replace(config.optim, micro_batch=clips)
-            smaller = dataclasses.replace(self, config=dataclasses.replace(config, optim=optim))
-            if smaller.clips_a_pass == clips and smaller.fits:
-                return f"--optim.micro-batch {clips} fits"
+        config, smaller = self.config, _with_largest_pass(self)
+        if smaller:
+            return f"--optim.micro-batch {smaller.clips_a_pass} fits"
         ways = [] if config.run.recompute else ["--run.recompute"]
         ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
         return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
+
+    @property
+    def pass_note(self) -> str:
+        """Returns a remark on the size of the passes, for the report."""
+        return " (optim.micro_batch auto: estimated here, tried by the run)" * self.automatic
 
     @property
     def clips_per_s(self) -> float:
@@ -207,7 +212,8 @@ class Plan:
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
             f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}",
+            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"{self.pass_note}",
         ]
         if config.needs_codes:
             lines.append(f"codes    {self.source}")
@@ -275,7 +281,7 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         tokenizer, source = _tokenizer(config)
     in_step = None if config.tokenizer.cache else tokenizer
     parts = costs.part_costs(config, tokenizer.codes if tokenizer else 0, in_step, item_bytes=machine["dtype"].itemsize)
-    return Plan(
+    found = Plan(
         config=config,
         parts=parts,
         source=source
@@ -283,6 +289,23 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         + (", read from tokenizer.cache" if config.tokenizer.cache else ""),
         **machine,
     )
+    return with_automatic_passes(found)
+
+
+def with_automatic_passes(found: SomePlan) -> SomePlan:
+    """Returns the plan with the passes that `optim.micro_batch auto` is expected to find; any other plan unchanged."""
+    return (_with_largest_pass(found) or found) if found.automatic and found.cuda else found
+
+
+def _with_largest_pass(found: SomePlan) -> SomePlan | None:
+    """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
+    config = found.config
+    for clips in range(found.clips_a_pass, config.clips_per_group - 1, -1):
+        optim = dataclasses.replace(config.optim, micro_batch=clips)
+        smaller = dataclasses.replace(found, config=dataclasses.replace(config, optim=optim))
+        if smaller.clips_a_pass == clips and smaller.fits:
+            return smaller
+    return None
 
 
 def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) -> dict[str, Any]:
@@ -316,6 +339,7 @@ def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) 
         "utilisation": utilisation or UTILISATION["data sheet" if gpu else device.type],
         "gpus": gpus,
         "cuda": device.type == "cuda",
+        "automatic": config.optim.micro_batch == "auto",
     }
 
 

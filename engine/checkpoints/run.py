@@ -100,6 +100,10 @@ class Saver:
         buffers = self._buffers
         return new_copy if buffers is None else lambda name, whole: buffers.copy(f"{file}/{name}", whole)
 
+    def add_metadata(self, name: str, value: str) -> None:
+        """Adds an entry to the metadata of the weights that are saved from now on."""
+        self._metadata = self._metadata | {name: value}
+
     def wait(self) -> OSError | None:
         """Waits until the last checkpoint is on disk. Returns the OSError that prevented it (disk full, …), or None.
 

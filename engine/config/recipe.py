@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import json
 import logging
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from mam2.engine.config.limits import renamed_keys, with_present_names
 from mam2.engine.config.pretrain import PretrainConfig
@@ -162,13 +163,20 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
         if get_origin(hints[key]) is tuple:
             built[key] = _sequence(value, get_args(hints[key])[0], f"{where}: {key!r}")
             continue
-        allowed = get_args(hints[key])  # the strings of a Literal, otherwise empty
-        number = hints[key] is float and isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number or value in allowed or (not allowed and type(value) is hints[key])):
-            expected = " or ".join(map(repr, allowed)) or hints[key].__name__
+        kinds, allowed = alternatives(hints[key])
+        number = float in kinds and isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number or value in allowed or type(value) in kinds):
+            expected = " or ".join([*(kind.__name__ for kind in kinds), *map(repr, allowed)])
             raise UserError(f"{where}: {key!r} expects {expected}, found {value!r}")
         built[key] = float(value) if number else value
     return cls(**built)
+
+
+def alternatives(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    """Returns the types of a key's values, and the strings of a Literal."""
+    parts = get_args(hint) if isinstance(hint, types.UnionType) or get_origin(hint) is Union else (hint,)
+    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    return tuple(part for part in parts if get_origin(part) is not Literal), words
 
 
 def _sequence(value: Any, kind: type, where: str) -> tuple[Any, ...]:

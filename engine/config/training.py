@@ -95,9 +95,11 @@ class OptimConfig:
     """Optimizer: AdamW, or Muon for the weight matrices of all blocks and AdamW for the rest."""
     batch: int = limited(64, BATCH)
     """Clips per optimizer step, over all processes. The learning rate is set for it, on any number of GPUs."""
-    micro_batch: int = limited(0, COUNT_OR_NONE, resumable=True)
+    micro_batch: int | Literal["auto"] = limited(0, COUNT_OR_NONE, resumable=True)
     """Maximum clips of one process per forward pass; gradients are accumulated over the passes of a step. 0: the
-    process's whole share of the batch."""
+    process's whole share of the batch. `auto`: on a GPU the most clips whose pass fits into the memory, found by trying
+    before the first step; a resumed run keeps it. It needs `run.sharding` ddp if there are several processes. On a CPU
+    `auto` is 0."""
     epochs: float = limited(400, POSITIVE)
     """Passes over the data set; each shows every video once, in `data.views` views."""
     warmup_epochs: float = limited(20, NOT_NEGATIVE)
@@ -206,7 +208,13 @@ def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
 
     Raises UserError if the batch cannot be divided evenly.
     """
-    batch, most, group = config.optim.batch, config.optim.micro_batch, config.clips_per_group
+    batch, group = config.optim.batch, config.clips_per_group
+    most = 0 if config.optim.micro_batch == "auto" else config.optim.micro_batch  # auto divides what the loader yields
+    if config.optim.micro_batch == "auto" and processes > 1 and config.run.sharding == "fsdp":
+        raise UserError(
+            "optim.micro_batch auto: with run.sharding fsdp no process can try passes alone; set a number of clips, "
+            "which mam2 plan estimates"
+        )
     for count in range(1, batch // (processes * group) + 1):
         if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
@@ -215,6 +223,12 @@ def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
         f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
         f"clips; a multiple of {processes * group} can"
     )
+
+
+def equal_passes(clips: int, group: int) -> list[int]:
+    """Returns the numbers of equal passes, ascending, into which `clips` clips can be divided without splitting groups
+    of `group` clips."""
+    return [count for count in range(1, clips // group + 1) if clips % (count * group) == 0]
 
 
 def check_training(config: TrainConfig, patch: int, tubelet: int) -> None:

@@ -112,6 +112,15 @@ class FinetuneStep(Step[Prepared]):
         first_sample = (index * self.world.size + self.world.rank) * len(video)
         return augment.prepare(video, labels, self.config, self._targets, step=step, first_sample=first_sample)
 
+    def part(self, extras: Prepared, rows: slice) -> Prepared:
+        paths, features = extras.path_scales, extras.feature_scales
+        return Prepared(
+            extras.video[rows],
+            extras.targets[rows],
+            None if paths is None else paths[..., rows],
+            None if features is None else features[rows],
+        )
+
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Prepared) -> tuple[Any, ...]:
         return tuple(extras)
 

@@ -79,7 +79,7 @@ def choose_step(
     Raises:
         UserError: compare is False, and the step cannot be captured.
     """
-    with _unchanged(model, optimizer) as put_back:
+    with unchanged(model, optimizer) as put_back:
         rates = [group["lr"] for group in optimizer.param_groups]
         _set_capturable(optimizer, True)
         graph, problem = None, None
@@ -187,7 +187,7 @@ def _numbers(way: StepFunction, arguments: Arguments) -> dict[str, float]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
+def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Callable[[], None]]:
     """Yields a function that restores weights and moments; also restores them at the end."""
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     moments = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers
+from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
@@ -40,6 +41,8 @@ from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
 
 Extras = TypeVar("Extras")
+CLIPS_PER_PASS = "clips_per_pass"
+"""Key of a checkpoint's metadata: clips per pass that `optim.micro_batch auto` has found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +218,10 @@ class Loop:
 
     def _run_step(self, clips: list[tuple[Tensor, Any]], rate: float, *, inspect: bool) -> dict[str, Tensor]:
         """Runs one step; `self.step` and `self.sound` describe the state of the weights."""
-        if self.step == self.first and (found := self.train_step.maybe_capture_cuda_graph(self.step, clips)):
-            self.session.log.info(f"step    {found}")
+        if self.step == self.first:
+            self._choose_passes(clips)
+            if found := self.train_step.maybe_capture_cuda_graph(self.step, clips):
+                self.session.log.info(f"step    {found}")
         updates = self.updates
         self.sound = not self.recorded  # a captured step does not report whether its update ran
         values = self.train_step(self.step, clips, rate, inspect=inspect, progress=self.step / self.steps)
@@ -224,6 +229,23 @@ class Loop:
         self.step += 1
         self.sound = True
         return values
+
+    def _choose_passes(self, clips: list[tuple[Tensor, Any]]) -> None:
+        """Applies `optim.micro_batch auto`; a resumed run keeps the passes of its checkpoint, on which bits depend."""
+        session, train_step, share = self.session, self.train_step, len(clips[0][0])
+        if session.config.optim.micro_batch != "auto":
+            return
+        kept = int(checkpoint.read_metadata(session.saved).get(CLIPS_PER_PASS, "0")) if session.saved else 0
+        if kept:
+            train_step.passes = next(
+                n for n in equal_passes(share, session.config.clips_per_group) if share // n <= kept
+            )
+            found = f"optim.micro_batch auto: {share // train_step.passes} clips per pass, as in the resumed checkpoint"
+        else:
+            found = train_step.choose_passes(self.step, clips) or ""
+        session.log.info(f"step    {found}")
+        if kept or train_step.tries_passes:
+            self.saver.add_metadata(CLIPS_PER_PASS, str(share // train_step.passes))
 
     def _note_update(self, *_: object) -> None:
         """Called before the optimizer changes weights, which are neither old nor new until the step ends."""

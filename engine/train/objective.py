@@ -8,7 +8,8 @@ gradient of the weighted losses.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,11 @@ class Objective(nn.Module):
     def gradient_norms(self) -> Values:
         """Returns the norms recorded in the last backward pass, over all ranks: 0-d tensors on the device."""
         return {}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, backward passes exchange nothing with other ranks."""
+        yield
 
 
 def build_objective(model: MAM2 | VideoMAE, config: PretrainConfig, compiled: Compile) -> Objective:
@@ -117,6 +123,14 @@ class MAM2Objective(Objective):
             shown = TubeMask(mask.visible[some], mask.masked[some])
             return total, values, self._figures(video[some], shown, None if codes is None else codes[some])
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        ranks, self._balance.ranks = self._balance.ranks, None
+        try:
+            yield
+        finally:
+            self._balance.ranks = ranks
+
     def gradient_norms(self) -> Values:
         """Returns the norms of the weighted losses' gradients at the decoders' common input."""
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
@@ -162,15 +176,15 @@ class Balance:
         self.norms: Values = {}
         # a separate group, because in DDP's group it would wait in backward for the gradients queued earlier
         several = dist.is_available() and dist.is_initialized()
-        self._ranks: dist.ProcessGroup | None = dist.new_group() if several else None
+        self.ranks: dist.ProcessGroup | None = dist.new_group() if several else None
 
     def factor(self, appearance: Tensor | None, motion: Tensor | None) -> Tensor | None:
         both = {"appearance": appearance, "motion": motion}
         gradients = {name: gradient for name, gradient in both.items() if gradient is not None}
         norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
-        if self._ranks:
+        if self.ranks:
             squares = norms.square()
-            dist.all_reduce(squares, group=self._ranks)
+            dist.all_reduce(squares, group=self.ranks)
             norms = squares.sqrt() / dist.get_world_size()  # ranks average their gradients
         self.norms = dict(zip(gradients, norms.unbind(), strict=True))
         if self.proportion is None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.training import TrainConfig, micro_batches_per_step
+from mam2.engine.config.training import TrainConfig, equal_passes, micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
@@ -29,6 +29,7 @@ from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
+from mam2.engine.train.pass_size import fewest_passes
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -44,6 +45,9 @@ class Step(ABC, Generic[Extras]):
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, world: World) -> None:
         self.config, self.model, self.device, self.world = config, model.to(device), device, world
         self.micro_batches = micro_batches_per_step(config, world.size)
+        """Batches of the loader per step."""
+        self.passes = 1
+        """Passes per batch of the loader; more than 1 only with `optim.micro_batch auto`."""
         if config.run.compile:
             torch.compiler.reset()  # torch.compile limits the compilations of a function over all models of a process
         compiled, self.compiled = compiler(config.run, device)
@@ -87,6 +91,10 @@ class Step(ABC, Generic[Extras]):
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Extras) -> tuple[Any, ...]:
         """Returns the objective's inputs for one pass of step `step`, whose first clip has index `first_sample`."""
 
+    @abstractmethod
+    def part(self, extras: Extras, rows: slice) -> Extras:
+        """Returns the extras of some clips of a batch."""
+
     def begin(self, progress: float) -> None:
         """Called before each step with the share of the run's steps that are done, 0 to 1."""
 
@@ -127,7 +135,7 @@ class Step(ABC, Generic[Extras]):
             with _whole_sums():
                 values = self._step(step, micro_batches, inspect)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.config, len(micro_batches[0][0]), error) from error
+            raise out_of_memory(self.config, len(micro_batches[0][0]) // self.passes, error) from error
         if self._lead:
             self._lead.queued()
         return values
@@ -138,6 +146,48 @@ class Step(ABC, Generic[Extras]):
             return self._run(passes[0], inspect)
         return self._gradients(passes, len(passes), inspect) | self._update(inspect)
 
+    def choose_passes(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
+        """With `optim.micro_batch auto`, sets `passes` to the fewest that fit into the memory of every rank's GPU.
+
+        Call it before the first step, on every rank. Returns a line for the log, or None if there is no choice. Weights
+        and moments do not change. Raises UserError if not even the smallest pass fits.
+        """
+        if self.config.optim.micro_batch != "auto":
+            return None
+        clips = len(micro_batches[0][0])
+        if not self.tries_passes:
+            return f"optim.micro_batch auto: {clips} clips per pass, the whole share; only a GPU's memory is tried"
+        possible = equal_passes(clips, self.config.clips_per_group)
+
+        def alone(passes: int) -> None:
+            self.passes = passes
+            self._gradients(self._pass_arguments(step, micro_batches), passes, inspect=True)
+            self._update()
+
+        forward, self.forward = self.forward, self.objective
+        try:
+            with (
+                cuda_graph.unchanged(self.model, self.optimizer),
+                self.objective.alone(),
+                torch.compiler.set_stance("force_eager"),
+                _whole_sums(),
+            ):
+                choice = fewest_passes(possible, alone, self.device, self.world)
+        finally:
+            self.forward = forward
+        self.passes = choice.passes or possible[-1]
+        size = clips // self.passes
+        if not choice.passes:
+            error = out_of_memory(self.config, size, torch.OutOfMemoryError(choice.problem or "on another process."))
+            raise self.world.error(str(error))
+        larger = f"; {clips // possible[possible.index(self.passes) - 1]} do not fit" * (self.passes > 1)
+        return f"optim.micro_batch auto: {size} clips per pass, {self.passes} per step and process{larger}"
+
+    @property
+    def tries_passes(self) -> bool:
+        """Whether passes can run out of memory and be tried again: only on a GPU."""
+        return self.device.type == "cuda"
+
     def maybe_capture_cuda_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> str | None:
         """Times eager launches against a CUDA graph on the first batch and keeps the faster.
 
@@ -147,7 +197,7 @@ class Step(ABC, Generic[Extras]):
         wanted = self.config.run.graph
         if wanted == "off" or (self.device.type != "cuda" and wanted == "auto"):
             return None
-        several = self.world.size > 1 or len(micro_batches) > 1
+        several = self.world.size > 1 or len(micro_batches) * self.passes > 1
         if self.device.type != "cuda" or several or self.config.run.deterministic:
             needs = "a CUDA graph needs a GPU, one process, one pass and run.deterministic off"
             if wanted == "on":
@@ -167,12 +217,21 @@ class Step(ABC, Generic[Extras]):
 
     def _passes(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> list[tuple[Any, ...]]:
         """Returns the objective's inputs for all passes of a step of this process."""
-        return self.weighted([self._arguments(step, micro_batches, index) for index in range(len(micro_batches))])
+        return self.weighted(list(self._pass_arguments(step, micro_batches)))
 
     def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
         """Returns the objective's inputs for a pass of this process."""
         video, extras = micro_batches[index]
         return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, extras)
+
+    def _pass_arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> Iterator[tuple[Any, ...]]:
+        """Yields the inputs of `_passes` without what depends on other passes."""
+        for index, (video, extras) in enumerate(micro_batches):
+            first = (index * self.world.size + self.world.rank) * len(video)
+            clips = len(video) // self.passes
+            for start in range(0, len(video), clips):
+                rows = slice(start, start + clips)
+                yield self.arguments(step, first + start, video[rows], self.part(extras, rows))
 
     def _one_pass(self, arguments: tuple[Any, ...], inspect: bool) -> dict[str, Tensor]:
         return self._gradients([arguments], 1, inspect) | self._update(inspect)
@@ -248,6 +307,9 @@ class PretrainStep(Step[Tensor | None]):
 
     def build_optimizer(self) -> Optimizer:
         return build_optimizer(self.model, self.config.optim, matmul_dtype(self.config.run, self.device))
+
+    def part(self, extras: Tensor | None, rows: slice) -> Tensor | None:
+        return None if extras is None else extras[rows]
 
     def arguments(self, step: int, first_sample: int, video: Tensor, extras: Tensor | None) -> tuple[Any, ...]:
         mask = sample_masks(video, self.config, step=step, first_sample=first_sample)
