@@ -261,16 +261,10 @@ _MISTAKES = {
     ],
     (INTERPRETER, "masked_head_in_parts"): [
         (
-            "predictions of a part counted from the first token of all",
-            "masked_error.py",
-            "pred_row = (place % count).to(tl.int64) - first",
-            "pred_row = (place % count).to(tl.int64)",
-        ),
-        (
             "every part takes the first tokens",
-            "masked_error.py",
-            "place = first + tl.program_id(0)",
-            "place = first - first + tl.program_id(0)",
+            "linear_masked_loss.py",
+            "launch_masked_loss(*whole, part.start, part.stop)",
+            "launch_masked_loss(*whole, 0, part.stop - part.start)",
         ),
     ],
     ("test_linear_masked_loss.py", "two_steps"): [
@@ -405,7 +399,7 @@ _MISTAKES = {
             "torch.where(ignored, factors, factors)",
         ),
     ],
-    ("test_masked_loss.py", "test_patch_with_every_token_is_mae_st"): [
+    ("test_upstream.py", "every_token"): [
         (
             "upstream factors of masked tokens given to the first tokens",
             "masked_error.py",
