@@ -150,12 +150,12 @@ def test_no_token_at_all() -> None:
 
 @pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
-    inputs = leaves(dtype=torch.float32)
+    inputs, video = leaves(dtype=torch.float32), clips()
 
     def step(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         masked = MASK.as_bool()
-        pixels = linear_masked_loss(hidden.cos(), weight, clips(), masked, bias, patch_size=PATCH)
-        return pixels + 2 * linear_masked_loss(hidden, weight, clips(), MASK, patch_size=PATCH, target="adjacent")
+        pixels = linear_masked_loss(hidden.cos(), weight, video, masked, bias, patch_size=PATCH)
+        return pixels + 2 * linear_masked_loss(hidden, weight, video, MASK, patch_size=PATCH, target="adjacent")
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):

@@ -78,13 +78,15 @@ def test_every_checkpoint_uses_the_same_memory_and_holds_its_own_step(tmp_path):
 def test_a_failed_write_leaves_the_memory_free_for_the_next(tmp_path, monkeypatch):
     model, optimizer, step = trained()
     saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(CPU, print))
-    save_file = checkpoint.save_file
+    save_file, called = checkpoint.save_file, threading.Event()
 
     def full(*_, **__):
+        called.set()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     saver.save(1, model, optimizer)
+    assert called.wait(60)  # the thread that writes may start late
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     step()
     assert saver.save(2, model, optimizer).errno == 28

@@ -205,14 +205,14 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     nodes = [
         subprocess.Popen(
-            [*command, RANKS, tmp_path, "ddp-fixed-0-adamw"],
+            [*command, RANKS, tmp_path, "ddp-fixed-0-adamw-codes"],
             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for _ in range(2)
     ]  # fmt: skip
     told = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
-    assert (tmp_path / "ddp-fixed-0-adamw").is_file()
+    assert (tmp_path / "ddp-fixed-0-adamw-codes").is_file()
 
 
 def test_a_batch_is_shared_out_evenly_or_refused(small):

@@ -21,7 +21,6 @@ from mam2.engine.data.sets import read_sets
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.classification import evaluate
-from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.classifier_step import FinetuneStep
@@ -213,20 +212,21 @@ def test_a_validation_that_was_interrupted_is_made_up_for(
         calls.append(None)
         return original(self, *args, **options)
 
-    def classify(self, *args):
-        if len(calls) == 3:
-            calls.append(None)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *args)
-
     from mam2.engine.train import finetune as module
 
-    forward = Classifier.forward
-    monkeypatch.setattr(FinetuneStep, "__call__", step)
     original_classify = module.classify_videos
-    monkeypatch.setattr(
-        module, "classify_videos", lambda judge, *a, **o: original_classify(lambda v: classify(judge, v), *a, **o)
-    )
+
+    def classify_videos(model, *args, **options):
+        def interrupted(video):
+            if len(calls) == 3:
+                calls.append(None)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return model(video)
+
+        return original_classify(interrupted, *args, **options)
+
+    monkeypatch.setattr(FinetuneStep, "__call__", step)
+    monkeypatch.setattr(module, "classify_videos", classify_videos)
     config, val = small_finetuning(**EVERYTHING), clips / "test"
     result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
