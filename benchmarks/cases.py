@@ -365,7 +365,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         for leading in (0, 1, 2):
             yield scale_case((3, 2, 4099), leading, dtype)
     for strength in (0.0, 0.5, 1.0):
-        yield motion_mask_case(Clip(patch=(2, 4, 4), layout="window", dtype=BYTES, grid=(2, 2, 4)), strength)
+        yield motion_mask_case(Clip(patch=(2, 4, 4), layout="window", dtype=BYTES, grid=(3, 4, 4)), strength)
     sizes = ((2, 5, 3), (1, 33, 7), (1, 2, 1), *(((8, 196, 176), (1, 1568, 1411)) if device.type == "cuda" else ()))
     for slots, positions, hidden in sizes:
         yield mask_case(0, 0, 0, slots, positions, hidden)
