@@ -84,7 +84,8 @@ class MuonAdamW(torch.optim.Optimizer):
             rate = rate * (1 - self.found_inf)
         average.lerp_(gradient, 1 - momentum)
         update = _whole(gradient.lerp_(average, momentum).to(self.dtype), parameters[0])
-        parts = update.view(-1, rows // group["parts"], columns)
+        # torch 2.11 gathers into memory of another order, which has no view of this shape
+        parts = update.reshape(-1, rows // group["parts"], columns)
         direction = orthogonal(parts).reshape(update.shape)
         adjusted = rate * (RMS * math.sqrt(max(parts.shape[1:])))
         torch._foreach_copy_(buffers, average.unbind())

@@ -251,3 +251,20 @@ def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
             assert torch.equal(tensors[0][key], tensors[1][key]), key
     kinds = {key.rpartition(".")[2] for key in tensors[0]}
     assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step", "cpu"}
+
+
+def test_gathered_matrices_may_lie_in_memory_in_any_order(monkeypatch):
+    """As FSDP2 of torch 2.11 gathers them: sharded rows first, then the matrices of the stack."""
+    weights = []
+    for gather in (muon._whole, lambda stacked, _: stacked.transpose(0, 1).contiguous().transpose(0, 1)):
+        monkeypatch.setattr(muon, "_whole", gather)
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 6, bias=False) for _ in range(3)]
+        matrices = {"params": [layer.weight for layer in layers], "parts": 3, "momentum": 0.9}
+        optimizer = MuonAdamW([matrices, {"params": [nn.Parameter(torch.zeros(1))]}])
+        optimizer.param_groups[0]["lr"] = 0.1
+        for layer in layers:
+            layer.weight.grad = torch.randn(6, 4)
+        optimizer.step()
+        weights.append([layer.weight.detach().clone() for layer in layers])
+    torch.testing.assert_close(*weights)
