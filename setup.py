@@ -75,6 +75,7 @@ setup(
             *HUB,
             *ADAPTERS,
             "onnxruntime>=1.20",  # runs what was exported
+            "pyarrow>=15",  # embeddings as Parquet
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

@@ -79,7 +79,7 @@ def test_one_window_as_long_as_the_trained_clip_is_the_default(videos, run):
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
 def test_files_hold_features_and_times(videos, run, tmp_path, capsys, suffix):
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        pytest.skip("needs pyarrow")
+        pytest.skip("pyarrow, which writes Parquet, is not installed")
     out = tmp_path / f"f{suffix}"
     assert exit_status("embed", run, "--data", videos, "--out", out, "--window", 12, "--hop", 5, "--pool", "time") == 0
     told = capsys.readouterr().out
