@@ -199,7 +199,7 @@ def report() -> str:
         f"| {1e3 * sum(worst for _, _, worst in parts):.2f} |",
         "",
         f"Training steps of ViT-B, {BATCH} clips, bfloat16, {CODES} cached codes. Peak: the rate of a large product.",
-        "At best the products hide all memory traffic; at worst nothing overlaps. Neither counts gaps or slower products.",
+        "At best products hide all memory traffic; at worst nothing overlaps. Gaps and slower products are left out.",
         "",
         "| recipe | GFLOP per clip | ms of products | ms of memory | clips per second | goal | goal, of the peak |",
         "|---|---|---|---|---|---|---|",
