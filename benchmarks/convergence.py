@@ -235,7 +235,7 @@ class Run:
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.begin)
 
     def results(self, jobs: Sequence[Job], later: Sequence[Job]) -> dict[str, Any]:
-        """What the report is made of. later: the sweeps at larger budgets, of which the best are among the jobs, too."""
+        """What the report is made of. later: the sweeps at larger budgets; their best ones are among the jobs, too."""
         there = self.real and (self.out / "real" / prepared.PREPARED).is_file()
         names = ("synthetic", *(["real"] if there else []))
         facts = {name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
