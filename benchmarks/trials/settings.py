@@ -251,7 +251,7 @@ GPU = Setting(
         "optim.batch": 256,
     },
     rates={"adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3), "muon": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)},
-    sweep_epochs=10,
+    sweep_epochs=5,
     sweep_seeds=1,
     later_rates={
         epochs: {"adamw": (6e-4, 1.2e-3, 2.4e-3), "muon": (2.4e-3, 4.8e-3, 9.6e-3)} for epochs in (10, 20, 40)

@@ -213,6 +213,7 @@ def test_every_training_of_every_setting_is_possible(name):
         below = max((epochs for epochs in by_budget if epochs <= job.epochs), default=min(by_budget))
         assert job.base_lr == by_budget[below][job.variant]
     assert set(setting.later_rates) < set(setting.budgets)
+    assert setting.sweep_epochs < min(setting.later_rates)
     assert max(setting.budgets) in setting.later_rates, "the rate of the largest budget is chosen at it"
     assert all(len({len(rates) for rates in tried.values()}) == 1 for tried in list(setting.later_rates.values())[1:])
     for epochs in setting.later_rates:
@@ -335,7 +336,7 @@ def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     run = Run(QUICK, tmp_path, None, minutes=1e-9)
     rates = dict.fromkeys(QUICK.variants, 1e-3)
     with pytest.raises(OutOfTime):
-        run.train(main_jobs(QUICK, rates, rates))
+        run.train(main_jobs(QUICK, {1: rates}))
     assert run.done == {}
 
 
@@ -370,7 +371,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
     labels = {a.label for a in ABLATIONS}
     assert {label for group, label in trained if group == "ablation"} == {"mam2-muon", *labels}
     page = (finished / "convergence.md").read_text()
-    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", "chosen on **train**", *labels):
+    for text in ("VideoMAE, Muon's best", "± ", "pixel components", "of 7 groups", "chosen on **train**", *labels):
         assert text in page
     assert "were not done" not in page.partition("numbers: begin")[2]
     for picture in ("convergence.png", "convergence-ablations.png"):
