@@ -139,8 +139,11 @@ def _device(frozen: FrozenEncoder) -> torch.device:
 def _key(manifest: Manifest, want: FeatureSpec, run: RunConfig) -> str:
     dtype = str(matmul_dtype(run, _device(want.frozen)))
     videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
-    if want.kind in ("cells", "tokens"):
-        groups = CELLS if want.kind == "cells" else math.prod(want.frozen.encoder.grid)
+    groups: int | list[list[int]]
+    if want.kind == "cells":
+        groups = CELLS
+    elif want.kind == "tokens":
+        groups = math.prod(want.frozen.encoder.grid)
     else:
         groups = token_groups(want.frozen.encoder.grid, want.kind).int().tolist()
     described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, groups, videos])
