@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -154,7 +155,7 @@ def _mtime_ns(found: dict[str, Any]) -> int:
         value = found.get(name)
         if isinstance(value, int | float):
             return int(value * 1e9)
-        if hasattr(value, "timestamp"):
+        if isinstance(value, datetime):
             return int(value.timestamp() * 1e6) * 1000
     return 0
 
