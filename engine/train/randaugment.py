@@ -78,12 +78,12 @@ def solarize_add(clips: Tensor, added: Tensor) -> Tensor:
     return torch.where(clips < 128, clips + _each(added), clips)
 
 
-def colour(clips: Tensor, change: Tensor) -> Tensor:
-    return _away_from(_grey(clips), clips, change)
+def color(clips: Tensor, change: Tensor) -> Tensor:
+    return _away_from(_gray(clips), clips, change)
 
 
 def contrast(clips: Tensor, change: Tensor) -> Tensor:
-    return _away_from(_grey(clips).mean((1, 2, 3, 4), keepdim=True).round(), clips, change)
+    return _away_from(_gray(clips).mean((1, 2, 3, 4), keepdim=True).round(), clips, change)
 
 
 def brightness(clips: Tensor, change: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _each(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
-def _grey(clips: Tensor) -> Tensor:
+def _gray(clips: Tensor) -> Tensor:
     channels = clips.shape[1]
     weights = constant(LUMA if channels == 3 else (1 / channels,) * channels, clips.device)[:, None, None, None]
     return (clips * weights).sum(1, keepdim=True).round().expand_as(clips)
@@ -172,7 +172,7 @@ OPERATIONS = (
     Operation("posterize", posterize, lambda m: max(4 - int(4 * m), 1)),
     Operation("solarize", solarize, lambda m: 256 - int(256 * m)),
     Operation("solarize add", solarize_add, lambda m: int(110 * m)),
-    Operation("colour", colour, lambda m: 0.9 * m, signed=True),
+    Operation("color", color, lambda m: 0.9 * m, signed=True),
     Operation("contrast", contrast, lambda m: 0.9 * m, signed=True),
     Operation("brightness", brightness, lambda m: 0.9 * m, signed=True),
     Operation("sharpness", sharpness, lambda m: 0.9 * m, signed=True),

@@ -22,7 +22,7 @@ PILLOW = {
     "invert": lambda image, _: ImageOps.invert(image),
     "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
     "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
-    "colour": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
+    "color": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
     "contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
     "brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
     "sharpness": lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change),
