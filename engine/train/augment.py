@@ -137,7 +137,8 @@ def _draw_augmentation(
         video = video.clone(memory_format=torch.preserve_format)
         levels = 255.0 if video.is_floating_point() else 1.0
         for operation, chosen, strengths in zip(operations, sent[::2], sent[1::2], strict=True):
-            changed = operation.apply(video[chosen].float() * levels, strengths)
+            whole = {"whole": not video.is_floating_point()} if operation.rounds else {}
+            changed = operation.apply(video[chosen].float() * levels, strengths, **whole)
             video[chosen] = _stored(changed.clamp_(0, 255) / levels, video.dtype)
         for row, box in enumerate(boxes):
             if box:

@@ -200,6 +200,9 @@ def take_weights(
     if becomes_gray(config.data, start.encoder):
         embedding = gray_encoder(start.encoder, config.data).patch_embed.state_dict()
         source |= {f"encoder.patch_embed.{name}": tensor for name, tensor in embedding.items()}
+        if isinstance(start.model, MAM2) and start.model.teacher:
+            embedding = gray_encoder(start.model.teacher, config.data).patch_embed.state_dict()
+            source |= {f"teacher.patch_embed.{name}": tensor for name, tensor in embedding.items()}
         lines.append(GRAY)
     names, taken, new = matching_weights(model, config, start, same_tokenizer=same_tokenizer)
     if not {name for name in names if name.startswith("teacher.")} <= source.keys():

@@ -362,7 +362,7 @@ def _gradient_norm(module: nn.Module) -> Tensor:
 
 def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError) -> UserError:
     """Returns an error with remedies for a pass of `clips` clips that does not fit into the GPU's memory."""
-    remedies = [f"optim.micro_batch below {clips} (the result stays that of optim.batch {config.optim.batch})"]
+    remedies = [f"optim.micro_batch below {clips} (a step still has optim.batch {config.optim.batch} clips)"]
     if not config.run.recompute:
         remedies.append("run.recompute true")
     if config.run.sharding == "ddp":

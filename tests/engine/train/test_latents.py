@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, gray_encoder
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.model_card import model_card
 from mam2.engine.evaluation.plots import PANELS
@@ -153,6 +154,23 @@ def test_a_run_starts_from_a_checkpoint_with_or_without_a_teacher(tmp_path, smal
     deeper = dataclasses.replace(latents, loss=dataclasses.replace(latents.loss, teacher_blocks=3))
     lines = take_weights(MAM2(latents, 0), deeper, start, same_tokenizer=False)
     assert "appearance head (another target)" in lines[1]
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_a_gray_teacher_starts_from_an_rgb_checkpoint(teacher, tmp_path, small):
+    """From its teacher, or from its encoder if it has none: with the weights of the three colors added up."""
+    tables = LATENTS if teacher else {"loss": {"appearance_target": "pixels"}}
+    rgb, gray = small(**tables), small(**LATENTS, data={"channels": 1})
+    checkpoint.write(tmp_path / "rgb", 7, dict(shaken(MAM2(rgb, 0)).state_dict()), {}, rgb, {})
+    start = read_initial_weights(tmp_path / "rgb", {})
+    model = MAM2(complete_config(gray, start), 0)
+    lines = take_weights(model, gray, start, same_tokenizer=False)
+    assert GRAY in lines
+    source = load_model(tmp_path / "rgb")
+    for trained, origin in ((model.encoder, source.encoder), (model.teacher, source.teacher or source.encoder)):
+        expected = gray_encoder(origin, gray.data).state_dict()
+        for key, found in trained.state_dict().items():
+            assert torch.equal(found, expected[key]), key
 
 
 @pytest.mark.slow
