@@ -91,7 +91,7 @@ def _places_type(frames: int) -> np.dtype[Any]:
     return np.dtype([("start", "<i8"), ("ends", "<i8", (frames,)), ("crc", "<u4")])
 
 
-def clip_paths(folder: Path, name: str) -> tuple[Path, Path]:
+def clip_shard_paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Returns the paths of the frames and of the index of a shard, such as "a000-000000", of the cache `folder`."""
     return folder / CLIPS / f"{name}.bin", folder / CLIPS / f"{name}.npy"
 
@@ -100,7 +100,7 @@ class ClipShardWriter:
     """Writes the clips of one shard; they exist only after `finish`."""
 
     def __init__(self, folder: Path, name: str, *, videos: int, views: int, form: ClipFormat) -> None:
-        self._frames, self._index = clip_paths(folder, name)
+        self._frames, self._index = clip_shard_paths(folder, name)
         self._frames.parent.mkdir(exist_ok=True)
         self._places = np.zeros((videos, views), _places_type(form.shape[0]))
         self._whole = whole_file(self._frames)
@@ -131,7 +131,7 @@ class ClipShard:
 
     def __init__(self, folder: Path, name: str, form: ClipFormat) -> None:
         """Raises OSError or ValueError if the index cannot be read."""
-        self.path, index = clip_paths(folder, name)
+        self.path, index = clip_shard_paths(folder, name)
         self._form = form
         self._places = np.load(index)  # not mapped: a map holds a file open, and there may be thousands of shards
 
@@ -175,7 +175,7 @@ class ClipShard:
 
 def is_listed(folder: Path, name: str, digest: str | None) -> bool:
     """Returns whether the index of a shard has this SHA-256, and the file of its frames the length in the index."""
-    frames, index = clip_paths(folder, name)
+    frames, index = clip_shard_paths(folder, name)
     try:
         content = index.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
