@@ -196,7 +196,7 @@ class CodeCacheWriter:
     ) -> None:
         """Raises UserError if the folder contains a cache with other settings; the error names the difference.
 
-        clips: how the clips are stored beside the codes; None: codes alone.
+        clips: how the clips are stored with the codes; None: codes alone.
         """
         self.folder = Path(folder)
         if clips:

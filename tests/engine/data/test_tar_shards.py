@@ -162,10 +162,10 @@ def test_a_damaged_member_is_named_once_and_replaced(tmp_path: Path, shards: Pat
     with open(bad.tar, "r+b") as file:
         file.seek(bad.offset)
         file.write(np.random.default_rng(0).bytes(bad.size))
-    told: list[str] = []
-    whole = take(manifest, 8, on_skip=lambda skipped: told.append(skipped.path))
-    assert told == [manifest.videos[3].path]
-    assert "00000/000000003." in told[0]
+    reported: list[str] = []
+    whole = take(manifest, 8, on_skip=lambda skipped: reported.append(skipped.path))
+    assert reported == [manifest.videos[3].path]
+    assert "00000/000000003." in reported[0]
     assert not any(3 in batch.index.tolist() for batch in whole)
     for one, other in zip(whole[5:], take(manifest, 3, first_step=5), strict=True):
         assert_same(one, other)
