@@ -174,9 +174,9 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
         for name, decode in decoders().items():
             labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
-    for front_end, codec, gop, threads in settings.loaders:
-        labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "one per core"})
-        options = dataclasses.replace(data, decoder=front_end, threads=threads)
+    for decoder, codec, gop, threads in settings.loaders:
+        labels.append({"front_end": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
+        options = dataclasses.replace(data, decoder=decoder, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]

@@ -244,10 +244,10 @@ def _decode(
         packets: Iterable[Packet] = limit(read_packets(container, stream))
         index, first_pts = 0, None
         if point:
-            sought = _packets_from(container, stream, limit, point[1])
-            if sought is None:
+            found = _packets_from(container, stream, limit, point[1])
+            if found is None:
                 return None
-            packets = sought
+            packets = found
         if may_skip and not is_packed(stream):
             packets, index, first_pts = _packets_for(packets, wanted[0], wanted[-1], point[0] if point else 0)
         convert: FrameConverter | None = None

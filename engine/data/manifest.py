@@ -113,7 +113,7 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     )
     for note in listing.notes:
         tqdm.write(one_line(note), file=sys.stderr)
-    results = [_labelled(found[entry.path], entry.label) for entry in listing.entries]
+    results = [_labeled(found[entry.path], entry.label) for entry in listing.entries]
     videos = tuple(result for result in results if isinstance(result, Video))
     skipped = tuple(dict.fromkeys(result for result in results if isinstance(result, Skipped)))
     if not videos and all(entry.reason == "does not exist" for entry in skipped):
@@ -145,7 +145,7 @@ def _complete(video: Video) -> bool:
     return bool(video.content and video.transfer) and video.trimmed >= 0
 
 
-def _labelled(result: Video | Skipped, label: int) -> Video | Skipped:
+def _labeled(result: Video | Skipped, label: int) -> Video | Skipped:
     if isinstance(result, Skipped) or result.label == label:
         return result
     return dataclasses.replace(result, label=label)

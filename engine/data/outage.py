@@ -66,7 +66,7 @@ class Patience:
         chosen = sorted({int(place) for place in np.linspace(0, len(paths) - 1, SAMPLES)}) if paths else []
         self._samples = [paths[place] for place in chosen]
         self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         """Ongoing outages that have been logged."""
         self._given_up: set[str] = set()
         """Outages of single files and folders for which waiting did not help."""
@@ -102,15 +102,15 @@ class Patience:
                         ) from error
                     raise
                 with self._lock:
-                    if outage not in self._told:
-                        self._told.add(outage)
+                    if outage not in self._reported:
+                        self._reported.add(outage)
                         self._info(f"data    {outage}; retrying for up to {limit:g} s")
                 self._closing.wait(min(pause, limit - waited))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 with self._lock:
-                    if outage in self._told:
-                        self._told.discard(outage)
+                    if outage in self._reported:
+                        self._reported.discard(outage)
                         self._info(f"data    {path} can be read again after {time.monotonic() - begun:.1f} s")
                 return value
 

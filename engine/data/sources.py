@@ -358,16 +358,16 @@ def _are_texts(labels: Sequence[str]) -> bool:
 
 def _number_labels(source: Path, rows: Sequence[_Row], notes: list[str]) -> tuple[list[int], tuple[str, ...]]:
     """Returns labels as numbers, and their names: numbers stay unchanged, names are numbered alphabetically."""
-    labelled = [row for row in rows if row.label]
-    numbers = [row for row in labelled if re.fullmatch(r"-?\d+", row.label)]
-    names = [row for row in labelled if not re.fullmatch(r"-?\d+", row.label)]
-    if numbers and names and not _are_texts([row.label for row in labelled]):
+    labeled = [row for row in rows if row.label]
+    numbers = [row for row in labeled if re.fullmatch(r"-?\d+", row.label)]
+    names = [row for row in labeled if not re.fullmatch(r"-?\d+", row.label)]
+    if numbers and names and not _are_texts([row.label for row in labeled]):
         raise UserError(
             f"{source}: line {numbers[0].number} has the label {numbers[0].label}, line {names[0].number} the label "
             f"{names[0].label!r}; expected only numbers or only names"
         )
     if names:
-        classes = tuple(sorted({row.label for row in labelled}))
+        classes = tuple(sorted({row.label for row in labeled}))
         places = {name: place for place, name in enumerate(classes)}
         return [places.get(row.label, -1) for row in rows], classes
     for row in numbers:
