@@ -2,7 +2,7 @@
 
     prepare    hard synthetic clips as files, decoded once; a tokenizer, and its codes (seconds and FLOPs noted)
     steps      a training step of every variant, all taking turns: the seconds of a training are its steps times that
-    sweep      as many learning rates for each method and optimizer, judged by a linear probe on validation clips
+    sweep      as many learning rates for each method and optimizer, at several budgets, judged on validation clips
     main       both methods under both optimizers at several budgets of epochs, each a training with its own schedule
     ablations  one change of the default each, at one budget
     real       pre-training on real clips and questions about others (--real-train, --real-test), where there are any,
@@ -114,26 +114,29 @@ class Run:
         self.prepare()
         wanted: list[Job] = []
         try:
-            rates = self.sweep(wanted)
+            swept = self.sweep(wanted)
+            rates = {setting.sweep_epochs: swept}
             self.prepare_real()
-            early, final = plan.early_jobs(setting, rates, real=bool(self.real)), plan.final_jobs(setting)
-            wanted += early
+            wanted += (early := plan.early_jobs(setting, rates, real=bool(self.real)))
             self.train(early)
             if self.real:
-                wanted += (swept := plan.real_sweep_jobs(setting, rates))
-                wanted += (real_jobs := plan.real_jobs(setting, self.best_rates(swept, REAL_JUDGED)))
+                wanted += (tried := plan.real_sweep_jobs(setting, swept))
+                wanted += (real_jobs := plan.real_jobs(setting, self.best_rates(tried, REAL_JUDGED)))
                 self.train(real_jobs)
-            long_rates = self.best_rates(final, JUDGED)
-            later = plan.later_jobs(setting, rates, long_rates)
-            finetuned = plan.finetune_jobs(setting, rates, long_rates)
-            wanted += [job for job in [*later, *finetuned] if job not in early]
-            self.train(later)
-            self.train(finetuned)
+            for epochs in setting.later_rates:
+                rates[epochs] = self.best_rates(plan.later_sweep_jobs(setting, epochs), JUDGED)
+            for jobs in (
+                plan.middle_jobs(setting, rates),
+                plan.finetune_jobs(setting, rates),
+                plan.last_jobs(setting, rates),
+            ):
+                wanted += [job for job in jobs if job not in wanted]
+                self.train(jobs)
         except OutOfTime:
             pass
         self.measure()
-        final = [job for job in plan.final_jobs(setting) if job.key in self.done]
-        return self.results([job for job in wanted if job.key in self.done], final)
+        later = [job for job in plan.all_later_sweep_jobs(setting) if job.key in self.done]
+        return self.results([job for job in wanted if job.key in self.done], later)
 
     def sweep(self, wanted: list[Job]) -> dict[str, float]:
         """The best learning rate of each variant. Its trainings are added to `wanted` before they are done.
@@ -182,7 +185,7 @@ class Run:
     def measure(self) -> None:
         """Milliseconds of a step of every variant, in a process of its own."""
         file = self.out / "steps.json"
-        if not file.is_file():
+        if not file.is_file() or not set(worker.timed(self.setting)) <= set(json.loads(file.read_text("utf-8"))):
             with self._pool(1) as pool:
                 found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic").result()
             file.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -217,8 +220,8 @@ class Run:
                     self.note_time()
                     bar.update()
                     score = found.get("finetune", found.get("probe", found.get(REAL_JUDGED)))
-                    told = "" if score is None else f": {100 * score:.1f} %"
-                    bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{told}")
+                    result = "" if score is None else f": {100 * score:.1f} %"
+                    bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{result}")
         if any(job.key not in self.done for job in jobs):
             raise OutOfTime
         return [self.done[job.key] for job in jobs]
@@ -231,15 +234,15 @@ class Run:
             os.environ.setdefault(name, value)  # read when a process starts
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.begin)
 
-    def results(self, jobs: Sequence[Job], final: Sequence[Job]) -> dict[str, Any]:
-        """What the report is made of. final: the sweep's second round, of which the best are among the jobs, too."""
+    def results(self, jobs: Sequence[Job], later: Sequence[Job]) -> dict[str, Any]:
+        """What the report is made of. later: the sweeps at larger budgets; their best ones are among the jobs, too."""
         there = self.real and (self.out / "real" / prepared.PREPARED).is_file()
         names = ("synthetic", *(["real"] if there else []))
         facts = {name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
         tuned = {plan.trained_by(job).key: self.done[job.key] for job in jobs if job.group == "finetune"}
         trained = [job for job in jobs if job.group != "finetune"]
         trials = [self._trial(job, facts[job.data], tuned) for job in trained if job.group != "random"]
-        trials += [{**self._trial(job, facts[job.data], {}), "group": "sweep"} for job in final]
+        trials += [{**self._trial(job, facts[job.data], {}), "group": "sweep"} for job in later]
         trials += [
             {**trial, "group": "ablation", "family": "default", "label": "default"}
             for trial in trials

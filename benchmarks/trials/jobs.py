@@ -12,6 +12,8 @@ from typing import Any
 from benchmarks.trials.selection import JUDGED, grouped, values
 from benchmarks.trials.settings import ABLATIONS, Setting, base_of, optimizer_of
 
+Rates = Mapping[float, Mapping[str, float]]
+"""Learning rates by budget, from which on they are used, and by method and optimizer."""
 SWEEP_SEED = 100
 """Seed of the first training of a sweep, so that no seed that is reported chose anything."""
 
@@ -62,45 +64,59 @@ def main_job(setting: Setting, variant: str, epochs: float, rate: float, seed: i
     return Job("main", variant, tuple(setting.variants[variant].items()), epochs, rate, seed)
 
 
-def final_jobs(setting: Setting) -> list[Job]:
-    """The sweep's second round, for the larger budgets: trainings with the main comparison's first seed. Those at the
-    best rates are a part of that."""
+def later_sweep_jobs(setting: Setting, epochs: float) -> list[Job]:
+    """The sweep at a larger budget: trainings with the main comparison's first seed. Those at the best rates are a part
+    of that."""
     return [
-        main_job(setting, variant, setting.long_epochs, rate, 0)
+        main_job(setting, variant, epochs, rate, 0)
         for variant, changes in setting.variants.items()
-        for rate in setting.long_rates[optimizer_of(changes)]
+        for rate in setting.later_rates[epochs][optimizer_of(changes)]
     ]
 
 
-def main_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
-    """The small budgets first, each with all seeds, so that what is done at any time can be compared.
+def all_later_sweep_jobs(setting: Setting) -> list[Job]:
+    return [job for epochs in setting.later_rates for job in later_sweep_jobs(setting, epochs)]
 
-    rates: of the budgets below `long_epochs`, by variant; long_rates: of the others.
-    """
+
+def rates_at(rates: Rates, epochs: float) -> Mapping[str, float]:
+    """By variant, those of the largest budget of `rates` that is not above `epochs`, or of the smallest one."""
+    return rates[max((budget for budget in rates if budget <= epochs), default=min(rates))]
+
+
+def main_jobs(setting: Setting, rates: Rates) -> list[Job]:
+    """The small budgets first, each with all seeds, so that what is done at any time can be compared."""
     return [
-        main_job(setting, variant, epochs, (rates if epochs < setting.long_epochs else long_rates)[variant], seed)
+        main_job(setting, variant, epochs, rates_at(rates, epochs)[variant], seed)
         for epochs in sorted(setting.budgets)
         for seed in range(setting.seeds)
         for variant in setting.variants
     ]
 
 
-def early_jobs(setting: Setting, rates: Mapping[str, float], *, real: bool) -> list[Job]:
+def early_jobs(setting: Setting, rates: Rates, *, real: bool) -> list[Job]:
     """The first trainings after the sweep: the small budgets and untrained encoders. real: of real clips, too."""
-    main = main_jobs(setting, rates, rates)
     return [
-        *(job for job in main if job.seed < setting.first_seeds and job.epochs < setting.long_epochs),
+        *(job for job in _of_first_seeds(setting, rates) if job.epochs < min(setting.later_rates)),
         *random_jobs(setting, ["synthetic", *(["real"] if real else [])]),
     ]
 
 
-def later_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
-    """All others but fine-tuning, the important ones first."""
-    main = main_jobs(setting, rates, long_rates)
-    first = [job for job in main if job.seed < setting.first_seeds]
-    at_once = [job for job in first if job.epochs == setting.long_epochs]
-    targets, *others = (ablation_jobs(setting, rates, [family]) for family in setting.families)
-    return list(dict.fromkeys([*at_once, *targets, *first, *main, *(job for jobs in others for job in jobs)]))
+def middle_jobs(setting: Setting, rates: Rates) -> list[Job]:
+    """What follows the sweeps at larger budgets: the first seeds at all budgets, and the ablations of the targets."""
+    return [*_of_first_seeds(setting, rates), *ablation_jobs(setting, rates, setting.families[:1])]
+
+
+def last_jobs(setting: Setting, rates: Rates) -> list[Job]:
+    """The other seeds, and the other ablations, the important ones first."""
+    first = _of_first_seeds(setting, rates)
+    return [
+        *(job for job in main_jobs(setting, rates) if job not in first),
+        *(job for family in setting.families[1:] for job in ablation_jobs(setting, rates, [family])),
+    ]
+
+
+def _of_first_seeds(setting: Setting, rates: Rates) -> list[Job]:
+    return [job for job in main_jobs(setting, rates) if job.seed < setting.first_seeds]
 
 
 def random_jobs(setting: Setting, data: Sequence[str]) -> list[Job]:
@@ -112,12 +128,13 @@ def random_jobs(setting: Setting, data: Sequence[str]) -> list[Job]:
     ]
 
 
-def ablation_jobs(setting: Setting, rates: Mapping[str, float], families: Sequence[str] = ()) -> list[Job]:
+def ablation_jobs(setting: Setting, rates: Rates, families: Sequence[str] = ()) -> list[Job]:
     """One change of the default each, at its learning rate. families: only these; none: all that the setting has."""
     default = setting.variants[setting.default]
+    rate = rates_at(rates, setting.ablation_epochs)[setting.default]
     return [
-        Job("ablation", label, tuple({**default, **changes}.items()), setting.ablation_epochs, rates[setting.default],
-            seed, family=family, label=label)
+        Job("ablation", label, tuple({**default, **changes}.items()), setting.ablation_epochs, rate, seed,
+            family=family, label=label)
         for seed in range(setting.ablation_seeds)
         for family, label, changes in ABLATIONS
         if family in (families or setting.families)
@@ -150,9 +167,9 @@ def _real_job(setting: Setting, group: str, variant: str, rate: float, seed: int
     return Job(group, variant, tuple(changes.items()), setting.real_epochs, rate, seed, data="real", label=variant)
 
 
-def finetune_jobs(setting: Setting, rates: Mapping[str, float], long_rates: Mapping[str, float]) -> list[Job]:
+def finetune_jobs(setting: Setting, rates: Rates) -> list[Job]:
     """Jobs for the encoders that `main_jobs` left, and of random ones."""
-    main = [job for job in main_jobs(setting, rates, long_rates) if job.seed < setting.finetune_seeds]
+    main = [job for job in main_jobs(setting, rates) if job.seed < setting.finetune_seeds]
     random = [job for job in random_jobs(setting, ["synthetic"]) if job.seed < setting.finetune_seeds]
     return [dataclasses.replace(job, group="finetune") for job in [*random, *main]]
 

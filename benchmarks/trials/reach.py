@@ -1,4 +1,4 @@
-"""What one method needs to reach the accuracy that another one ends with."""
+"""What one method needs to reach the best accuracy of another."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Reach:
     """Costs are in the unit of the axis: epochs, seconds or FLOPs."""
 
     goal: float
-    """Mean accuracy of the other method at its largest budget, 0 to 1."""
+    """The highest mean accuracy over the other method's budgets, 0 to 1."""
     spent: float
-    """What the other method's largest budget costs."""
+    """What the other method's budget with that accuracy costs."""
     best: float
     """The highest mean accuracy over the method's budgets."""
     budget: float
@@ -47,7 +47,9 @@ class Reach:
 def reach(
     results: Results, measure: Measure, axis: Axis, *, method: str = "mam2", other: str = "videomae"
 ) -> Reach | None:
-    """What `method` needs of `axis` to reach the mean accuracy of `other`'s largest budget, over that budget's cost.
+    """What `method` needs of `axis` to reach the highest mean accuracy of `other`'s budgets, over that budget's cost.
+
+    Not that of its largest budget: a method may be worse there, and then the ratio would flatter the other one.
 
     The method's mean accuracy is interpolated linearly in log2(epochs) between its budgets, and the first crossing
     counts; its cost is interpolated linearly in epochs. The interval resamples the seeds of both methods; a seed keeps
@@ -59,12 +61,13 @@ def reach(
     trials = trials_of(results, "main")
     curves = [by_epochs((trial for trial in trials if trial["variant"] == name), measure) for name in (method, other)]
     mine, theirs = ([{trial["seed"]: trial[measure] for trial in cell} for cell in curve.values()] for curve in curves)
-    scores, goals = _matrix(mine), _matrix(theirs[-1:])
+    best = max(range(len(theirs)), key=lambda place: statistics.fmean(theirs[place].values()), default=0)
+    scores, goals = _matrix(mine), _matrix(theirs[best : best + 1])
     if not scores.size or not goals.size:
         return None
     epochs = list(curves[0])
     costs = [statistics.fmean(cost(trial, axis) for trial in cell) for cell in curves[0].values()]
-    spent = statistics.fmean(cost(trial, axis) for trial in curves[1][max(curves[1])])
+    spent = statistics.fmean(cost(trial, axis) for trial in list(curves[1].values())[best])
 
     means, goal = scores.mean(0), goals.mean()
     place = _crossing(epochs, means, goal)

@@ -40,7 +40,7 @@ REACHED = (
     *(("mam2", "videomae"), ("mam2-muon", "videomae-muon"), ("mam2-muon", "videomae"), ("videomae-muon", "videomae")),
     *(("videomae", "mam2"), ("videomae-muon", "mam2-muon"), ("videomae", "videomae")),
 )
-"""Who is asked for whose final accuracy; the last is what the way of reckoning gives where nothing is gained."""
+"""Who is asked for whose best accuracy; the last is what the way of reckoning gives where nothing is gained."""
 UNITS: dict[Axis, tuple[str, float]] = {
     "epochs": ("epochs", 1),
     "seconds": ("seconds with preparation", 1),
@@ -164,13 +164,13 @@ def percent(sample: Sequence[float]) -> str | None:
 
 
 def ratio_sentence(results: Results, measure: Measure, *, method: str, other: str) -> str | None:
-    """What `method` needs to reach `other`'s final accuracy, in words. None where one of them was not measured."""
+    """What `method` needs to reach `other`'s best accuracy, in words. None where one of them was not measured."""
     reaches = {axis: reach(results, measure, axis, method=method, other=other) for axis in UNITS}
     found = reaches["epochs"]
     if found is None:
         return None
     name, goal = METHODS.get(method, method), METHODS.get(other, other)
-    target = f"{goal}'s final {100 * found.goal:.1f} % ({found.spent:g} epochs)"
+    target = f"{goal}'s best {100 * found.goal:.1f} % ({found.spent:g} epochs)"
     draws = f"; in {100 * found.never:.1f} % of {DRAWS} draws it never does" if found.interval else ""
     if found.needed is None:
         best = f"its best mean is {100 * found.best:.1f} %"

@@ -37,18 +37,16 @@ class Setting:
     """Base learning rates tried, by optimizer: as many for each."""
     sweep_epochs: float
     sweep_seeds: int
-    long_rates: Mapping[str, tuple[float, ...]]
-    """Those tried once more at `long_epochs`, by optimizer."""
-    long_epochs: float
-    """Budget from which on the rates are those that are best at it."""
+    later_rates: Mapping[float, Mapping[str, tuple[float, ...]]]
+    """Rates tried again at larger budgets, by budget and optimizer: from each of these budgets on, the best at it."""
     budgets: tuple[float, ...]
     """Epochs of the main comparison, each a training with its own schedule."""
     seeds: int
     first_seeds: int
-    """Seeds of the main comparison whose budgets below `long_epochs` are trained before all but the sweep."""
+    """Seeds of the main comparison that are trained at all budgets, and fine-tuned, before the others."""
     default: str = "mam2-muon"
     """Variant that the ablations change."""
-    families: tuple[str, ...] = ("targets", "precision", "loss balance", "regressor", "mask", "motion target")
+    families: tuple[str, ...] = ("targets", "mask", "precision", "loss balance", "regressor", "motion target")
     """Of ablations, the important ones first."""
     ablation_epochs: float
     """One of the budgets, whose trainings of the default are what the ablations are compared with."""
@@ -65,7 +63,7 @@ class Setting:
     """Changes for the pre-training on real clips, which may be shorter than the synthetic ones."""
     real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
     real_epochs: float = 10
-    real_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    real_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     """Learning rates tried on real clips, as multiples of the rate that the sweep on synthetic clips chose."""
     real_seeds: int = 2
     rounds: int = 20
@@ -168,6 +166,7 @@ ABLATIONS = (
     Ablation("motion target", "hog", {"loss.motion_target": "hog"}),
     Ablation("mask", "ratio 0.9", {"mask.ratio": 0.9}),
     Ablation("mask", "random", {"mask.kind": "random"}),
+    Ablation("mask", "half of the hidden tokens decoded", {"mask.decoded": 0.5}),
     Ablation("precision", "float32", {"run.precision": "float32"}),
     Ablation("loss balance", "fixed, codes × 1", {"loss.balance": "fixed", "loss.appearance": 1.0}),
     Ablation("loss balance", "gradients, codes × 1", {"loss.appearance": 1.0}),
@@ -193,8 +192,11 @@ CPU = Setting(
     rates={"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)},
     sweep_epochs=5,
     sweep_seeds=1,
-    long_rates={"adamw": (8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2)},
-    long_epochs=20,
+    later_rates={
+        10: {"adamw": (4e-3, 8e-3, 1.6e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2)},
+        20: {"adamw": (8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2)},
+        40: {"adamw": (8e-3, 1.6e-2, 3.2e-2), "muon": (1.6e-2, 3.2e-2, 6.4e-2)},
+    },
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
     first_seeds=2,
@@ -212,8 +214,7 @@ QUICK = dataclasses.replace(
     rates={"adamw": (8e-3,), "muon": (3.2e-2,)},
     sweep_epochs=1,
     sweep_seeds=1,
-    long_rates={"adamw": (8e-3,), "muon": (3.2e-2, 1.6e-2)},
-    long_epochs=2,
+    later_rates={2: {"adamw": (8e-3,), "muon": (3.2e-2, 1.6e-2)}},
     budgets=(1, 2),
     seeds=2,
     first_seeds=1,
@@ -250,10 +251,11 @@ GPU = Setting(
         "optim.batch": 256,
     },
     rates={"adamw": (3e-4, 6e-4, 1.2e-3, 2.4e-3), "muon": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)},
-    sweep_epochs=10,
+    sweep_epochs=5,
     sweep_seeds=1,
-    long_rates={"adamw": (6e-4, 1.2e-3, 2.4e-3), "muon": (2.4e-3, 4.8e-3, 9.6e-3)},
-    long_epochs=20,
+    later_rates={
+        epochs: {"adamw": (6e-4, 1.2e-3, 2.4e-3), "muon": (2.4e-3, 4.8e-3, 9.6e-3)} for epochs in (10, 20, 40)
+    },
     budgets=(2, 5, 10, 20, 40),
     seeds=5,
     first_seeds=3,

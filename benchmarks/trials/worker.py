@@ -96,7 +96,7 @@ def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
     On a CPU it is the time of the processor, on one thread: what else the machine does takes none of it.
     """
     clips = prepared.load(folder)
-    variants = {**setting.variants, **ablations_of(setting)}
+    variants = timed(setting)
     configs = {variant: pretraining(setting, changes) for variant, changes in variants.items()}
     steps = {variant: trial.pretraining(config, clips) for variant, config in configs.items()}
     streams = {variant: trial.batches(config, clips) for variant, config in configs.items()}
@@ -114,6 +114,11 @@ def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
             if number >= WARM_UP_ROUNDS:
                 samples[variant].append(clock() - start)
     return {variant: 1000 * statistics.median(found) for variant, found in samples.items()}
+
+
+def timed(setting: Setting) -> dict[str, Any]:
+    """Changes of everything whose steps are timed, by its name."""
+    return {**setting.variants, **ablations_of(setting)}
 
 
 def ablations_of(setting: Setting) -> dict[str, Any]:

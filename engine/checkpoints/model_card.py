@@ -38,12 +38,19 @@ TEACHER_SHOWN = tuple(
     ("loss", key) for key in ("visible", "teacher_blocks", "teacher_momentum", "teacher_momentum_end")
 )
 """Further keys of a run that predicts the features of a teacher."""
+ADAPTERS_SHOWN = (("adapters", "rank"), ("adapters", "alpha"))
+"""Further keys of a fine-tuning with low-rank adapters."""
 
 
 def has_teacher(config: Mapping[str, Any]) -> bool:
     """Returns whether a config, as nested plain values, is of a pre-training with a teacher."""
     objective, loss = config.get("model", {}).get("objective"), config.get("loss", {})
     return objective == "mam2" and loss.get("appearance_target") == "latents"
+
+
+def has_adapters(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config, as nested plain values, is of a fine-tuning with low-rank adapters."""
+    return config.get("adapters", {}).get("rank", 0) > 0
 
 
 def check_license(license: str) -> None:
@@ -121,6 +128,11 @@ def _summary(model: Model, config: Mapping[str, Any], metadata: Mapping[str, str
         lines.append(f"\nThe weights are those after step {metadata['step']}.")
     if has_teacher(config):
         lines.append("The weights are those of the trained encoder, not of its teacher (a moving average).")
+    if has_adapters(config):
+        lines.append(
+            f"Fine-tuning trained low-rank adapters (LoRA, rank {config['adapters']['rank']}) and the head; the loaded "
+            "model is a plain one, with the adapters merged into its weights."
+        )
     if "start" in metadata:
         began = json.loads(metadata["start"])
         lines.append(f"Training started from the weights of `{printable(Path(began['checkpoint']).name)}`.")
@@ -171,7 +183,7 @@ def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
         return ""
     rows = [
         (f"`{table}.{key}`", f"`{config[table][key]}`")
-        for table, key in TRAINING_SHOWN + TEACHER_SHOWN * has_teacher(config)
+        for table, key in TRAINING_SHOWN + TEACHER_SHOWN * has_teacher(config) + ADAPTERS_SHOWN * has_adapters(config)
         if key in config.get(table, {}) and config[table][key] != ""
     ]
     whole = json.dumps(config, indent=1)

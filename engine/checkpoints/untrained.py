@@ -1,4 +1,4 @@
-"""`random` as a checkpoint: an encoder with the initial weights of training, a baseline for every score."""
+"""Baselines as checkpoints: `random`, an encoder with the initial weights of training, and `pixels`, none at all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import Encoder
+from mam2.engine.model.pixel_encoder import PixelEncoder
 
 RANDOM = Path("random")
+PIXELS = Path("pixels")
 SEED = 0
 LAYER_SCALE = 0.1
 """Initial value of LayerScale (CAE's) for an encoder like one that has it."""
@@ -27,11 +29,20 @@ LAYER_SCALE = 0.1
 
 def is_random(path: str | Path) -> bool:
     """Returns whether a path is the word `random`. Raises UserError if a file or folder here has this name too."""
-    if Path(path) != RANDOM:
+    return _is_word(path, RANDOM, "random weights")
+
+
+def is_pixels(path: str | Path) -> bool:
+    """Returns whether a path is the word `pixels`. Raises UserError if a file or folder here has this name too."""
+    return _is_word(path, PIXELS, "the pixels of the clips")
+
+
+def _is_word(path: str | Path, word: Path, meaning: str) -> bool:
+    if Path(path) != word:
         return False
-    if RANDOM.exists():
+    if word.exists():
         raise UserError(
-            f"{RANDOM}: means random weights, but {RANDOM.absolute()} exists; pass it by its absolute path, "
+            f"{word}: means {meaning}, but {word.absolute()} exists; pass it by its absolute path, "
             "or work in another folder"
         )
     return True
@@ -47,26 +58,32 @@ def load_all_frozen(
     size: int | None = None,
     heads: int | None = None,
 ) -> list[FrozenEncoder]:
-    """Runs `load_frozen` for each path; one of them may be `random`.
+    """Runs `load_frozen` for each path; `random` and `pixels` may be among them.
 
-    recipe: recipe with the model and clips of `random`; empty: those of the first other path.
+    recipe: recipe with the model and clips of these two; empty: those of the first other path.
 
     Raises UserError if there is neither, and as in `load_frozen`.
     """
     known = {
         path: load_frozen(path, device, stride=stride, frames=frames, size=size, heads=heads)
         for path in paths
-        if not is_random(path)
+        if not (is_random(path) or is_pixels(path))
     }
-    if recipe and len(known) == len(set(paths)):
-        raise UserError(f"--recipe {recipe}: only for the checkpoint `random`, which is not among the checkpoints")
-    if len(known) < len(set(paths)):
+    baselines = set(paths) - known.keys()
+    if recipe and not baselines:
+        raise UserError(
+            f"--recipe {recipe}: only for the checkpoints `random` and `pixels`, which are not among the checkpoints"
+        )
+    if baselines:
         if recipe:
-            known[RANDOM] = _from_recipe(recipe, device, stride, frames, size)
+            random = _from_recipe(recipe, device, stride, frames, size)
         elif known:
-            known[RANDOM] = _like(next(iter(known.values())))
-        else:
+            random = _like(next(iter(known.values())))
+        elif RANDOM in baselines:
             raise UserError(_which_model("mam2-fast"))
+        else:
+            raise UserError(f"{PIXELS}: pixels of which clips? Add --recipe, such as --recipe mam2-fast")
+        known |= {RANDOM: random, PIXELS: _pixels_of(random)}
     return [known[path] for path in paths]
 
 
@@ -116,6 +133,13 @@ def _like(frozen: FrozenEncoder) -> FrozenEncoder:
         )
     encoder.positions, encoder.trained_grid = other.positions.cpu(), other.trained_grid
     return _frozen(encoder, frozen.data, other.positions.device)
+
+
+def _pixels_of(frozen: FrozenEncoder) -> FrozenEncoder:
+    """Returns the pixels of the same clips and tokens in place of an encoder."""
+    other = frozen.encoder
+    encoder = PixelEncoder(other.grid, other.patch_size, channels=other.channels).to(other.positions.device)
+    return FrozenEncoder(name=str(PIXELS), encoder=encoder, data=frozen.data, weights=PIXELS, digest=digest(encoder))
 
 
 def _from_recipe(recipe: str, device: torch.device, stride: int, frames: int | None, size: int | None) -> FrozenEncoder:

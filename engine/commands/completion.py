@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import io
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -19,11 +20,13 @@ ENTRY = re.compile(r"^[│ ]*((?:-\w, )?--[a-z].*)$", re.MULTILINE)
 FLAG = re.compile(r"--[a-z][\w.-]*\w")
 PRETRAINING = ("pretrain", "tokenize")
 """Verbs whose first argument is a pre-training recipe."""
+EITHER = ("plan",)
+"""Verbs that take recipes of both kinds; their flags depend on the recipe."""
 
 BASH = """\
 # mam2 completion bash: eval "$(mam2 completion bash)" in ~/.bashrc, or save it in bash-completion's folder
 _mam2() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" verb="${{COMP_WORDS[1]}}" words=""
+    local word="${{COMP_WORDS[COMP_CWORD]}}" verb="${{COMP_WORDS[1]}}" recipe="${{COMP_WORDS[2]}}" words=""
     COMPREPLY=()
     if [ "$COMP_CWORD" -eq 1 ]; then
         words="{verbs}"
@@ -58,16 +61,30 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> i
         shell: bash: `eval "$(mam2 completion bash)"` in ~/.bashrc. zsh: the same in ~/.zshrc, after compinit. fish:
             `mam2 completion fish > ~/.config/fish/completions/mam2.fish`.
     """
-    flags = {verb: flags_of(verb) for verb in VERBS}
+    flags = {verb: flag_sets(verb) for verb in VERBS}
     print(fish(flags) if shell == "fish" else (ZSH if shell == "zsh" else "") + bash(flags), end="")
     return 0
 
 
-def flags_of(verb: str) -> list[str]:
-    """Returns the flags in the help of a verb."""
+class FlagSet(NamedTuple):
+    flags: list[str]
+    recipes: Sequence[str] = ()
+    """Recipes with which a verb has these flags; empty: all others."""
+
+
+def flag_sets(verb: str) -> list[FlagSet]:
+    """Returns the flags of a verb, for each kind of recipe; with a file of either kind those of both."""
+    if verb not in EITHER:
+        return [FlagSet(flags_of(verb))]
+    kinds = [FlagSet(flags_of(verb, names[0]), names) for names in (recipe_names(), recipe_names(FinetuneConfig))]
+    return [*kinds, FlagSet(sorted({flag for kind in kinds for flag in kind.flags}))]
+
+
+def flags_of(verb: str, *recipe: str) -> list[str]:
+    """Returns the flags in the help of a verb, without or with a recipe."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        importlib.import_module(f"mam2.engine.commands.{verb.replace('-', '_')}").run(["--help"])
+        importlib.import_module(f"mam2.engine.commands.{verb.replace('-', '_')}").run([*recipe, "--help"])
     entries = ENTRY.findall(text.getvalue())
     # two spaces separate an option's names from its meaning
     return sorted({flag for entry in entries for flag in FLAG.findall(entry.partition("   ")[0])} - {"--help"})
@@ -82,20 +99,27 @@ def recipes_of(verb: str) -> list[str]:
     }.get(verb, [])
 
 
-def bash(flags: dict[str, list[str]]) -> str:
+def bash(flags: dict[str, list[FlagSet]]) -> str:
     cases = []
-    for verb, names in flags.items():
-        cases.append(f'            {verb}:-*) words="{" ".join(names)}" ;;')
+    for verb, sets in flags.items():
+        offered = [f'{"|".join(each.recipes) or "*"}) words="{" ".join(each.flags)}" ;;' for each in sets]
+        cases.append(f'            {verb}:-*) case "$recipe" in {" ".join(offered)} esac ;;')
         if recipes := recipes_of(verb):
             cases.append(f'            {verb}:*) [ "$COMP_CWORD" -eq 2 ] && words="{" ".join(recipes)}" ;;')
     return BASH.format(verbs=" ".join(flags), cases="\n".join(cases))
 
 
-def fish(flags: dict[str, list[str]]) -> str:
+def fish(flags: dict[str, list[FlagSet]]) -> str:
     lines = []
-    for verb, names in flags.items():
-        seen = f"complete -c mam2 -n '__fish_seen_subcommand_from {verb}'"
-        lines += [f"{seen} -l {name.removeprefix('--')}" for name in names]
+    for verb, sets in flags.items():
+        named = " ".join(recipe for each in sets for recipe in each.recipes)
+        for names, recipes in sets:
+            condition = f"__fish_seen_subcommand_from {verb}"
+            if recipes:
+                condition += f"; and __fish_seen_subcommand_from {' '.join(recipes)}"
+            elif named:
+                condition += f"; and not __fish_seen_subcommand_from {named}"
+            lines += [f"complete -c mam2 -n '{condition}' -l {name.removeprefix('--')}" for name in names]
         if recipes := recipes_of(verb):
-            lines.append(f"{seen} -a '{' '.join(recipes)}'")
+            lines.append(f"complete -c mam2 -n '__fish_seen_subcommand_from {verb}' -a '{' '.join(recipes)}'")
     return FISH.format(verbs=" ".join(flags), lines="\n".join(lines))

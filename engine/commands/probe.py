@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
         data: Path,
         val: Path | None = None,
         probes: tuple[Literal["linear", "attentive", "knn"], ...] = ("linear", "attentive", "knn"),
-        pools: tuple[Literal["mean", "time", "time-center", "time-space"], ...] = ("mean", "time"),
+        pools: tuple[Literal["mean", "time", "time-center", "time-space", "tokens"], ...] = ("mean", "time"),
         layers: tuple[int, ...] = (),
         group: str = "",
         out: Path = Path("probe.json"),
@@ -33,14 +33,15 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoints: run folders, checkpoints, or weights of VideoMAE or Hugging Face; all are compared with the
                 first. `random` is an encoder with random weights and the model of the first other checkpoint, or of
-                --recipe.
+                --recipe; `pixels` are the gray pixels of its clips in place of features.
             data: labeled folder or list to train the probes.
             val: labeled folder or list to test them; default: a fifth of each class of data.
             probes: logistic regression or nearest neighbors on averaged tokens; attentive: learned queries over the
                 tokens instead of averages.
             pools: how tokens are averaged. mean: all tokens of a clip, which is common but loses the temporal order.
                 time: the tokens of each time slot. time-center: these, and those of the frame's center in each slot.
-                time-space: each quarter of the frame in each slot.
+                time-space: each quarter of the frame in each slot. tokens: not averaged; the linear probe sees the
+                principal components of all tokens of a clip.
             layers: encoder blocks whose tokens are probed, from 1; default: the last.
             group: column of the lists, or TABLE:COLUMN of another table with a path column, that assigns videos to
                 groups, such as the speaker. Intervals are then over groups, and settings are chosen on held-out
@@ -74,14 +75,16 @@ def table(result: ProbeReport) -> str:
     """Returns the table of accuracies: a row per checkpoint, layer and pool, a column per probe."""
     probes = list(dict.fromkeys(score.probe for score in result.scores))
     lines = [("checkpoint", "layer", "pool", *probes)]
-    rows: dict[tuple[str, int, str], list[Score]] = {}
+    rows: dict[tuple[str, int, str], dict[str, Score]] = {}
     for score in result.scores:
-        rows.setdefault((score.checkpoint, score.layer, score.pool), []).append(score)
+        pool = f"{score.pool} ({score.components})" if score.components else score.pool
+        rows.setdefault((score.checkpoint, score.layer, pool), {})[score.probe] = score
     several = len({(checkpoint, layer) for checkpoint, layer, _ in rows}) > 1
     for (checkpoint, layer, pool), scores in rows.items():
-        lines.append((checkpoint, str(layer), pool, *(_share(score.accuracy, score.interval) for score in scores)))
+        found = [scores.get(probe) for probe in probes]
+        lines.append((checkpoint, str(layer), pool, *(_share(s.accuracy, s.interval) if s else "-" for s in found)))
         if several and (checkpoint, layer) != _reference(result.scores):
-            lines.append(("", "", "", *(_share(score.gain, score.gain_interval, sign="+") for score in scores)))
+            lines.append(("", "", "", *(_share(s.gain, s.gain_interval, sign="+") if s else "" for s in found)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     first, at = _reference(result.scores)
@@ -93,6 +96,8 @@ def table(result: ProbeReport) -> str:
         + (f"' {result.groups} groups)" if result.groups else ")")
         + (f"; below it, in points, the gain over {first}, layer {at}, with the same pool." if several else "."),
     ]
+    if any(score.components for score in result.scores):
+        notes.append("tokens (k): the linear probe of the first k principal components of all tokens of a clip.")
     if result.both:
         notes.append(
             f"{result.both} test {result.unit} are also in the training videos: these accuracies are too high."

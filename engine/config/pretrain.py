@@ -122,7 +122,8 @@ class LossConfig:
     """Weight of CAE's latent alignment (2 in CAE); needs a second pass of the encoder, on the masked tokens."""
     balance: Literal["fixed", "gradient"] = "fixed"
     """`gradient` rescales the appearance gradient at the regressor's output in every step to `appearance / motion`
-    times the norm of the motion gradient there; `fixed` uses the weights unchanged."""
+    times the norm of the motion gradient there; `fixed` uses the weights unchanged. With several passes per step
+    (`optim.micro_batch`) each pass has a factor of its own, from the clips that all processes have in it."""
     label_smoothing: float = limited(0.0, SHARE)
     """Label smoothing of the codes' cross-entropy, 0 to 1."""
     appearance_target: Literal["codes", "pixels", "latents", "none"] = "codes"

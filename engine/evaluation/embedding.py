@@ -199,7 +199,7 @@ def _of_windows(
     progress: bool,
 ) -> Embedding:
     encoder = spec.frozen.encoder
-    device = next(encoder.parameters()).device
+    device = encoder.positions.device
     skipped = {video.path: video.reason for video in manifest.skipped}
     paths: list[str] = []
     labels: list[int] = []

@@ -30,7 +30,10 @@ from mam2.engine.runtime.progress import Progress
 
 
 class FeatureSpec(NamedTuple):
-    """Features of one layer of one encoder: pooled tokens, float32 [n, R·D], or cells, float16 [n, K, D]."""
+    """Features of one layer of one encoder.
+
+    Pooled tokens, float32 [n, R·D]; cells, float16 [n, K, D]; all N tokens, float16 [n, N·D].
+    """
 
     frozen: FrozenEncoder
     layer: int
@@ -104,9 +107,11 @@ def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
     width = want.frozen.encoder.width
     if want.kind == "cells":
         shape = [math.prod(cell_grid(want.frozen.encoder.grid)), width]
+    elif want.kind == "tokens":
+        shape = [math.prod(want.frozen.encoder.grid) * width]
     else:
         shape = [len(token_groups(want.frozen.encoder.grid, want.kind)) * width]
-    dtype = np.dtype("float16" if want.kind == "cells" else "float32")
+    dtype = np.dtype("float16" if want.kind in ("cells", "tokens") else "float32")
     rows = np.lib.format.open_memmap(_aside(path), "w+", dtype, (len(manifest.videos), *shape))
     with _aside(path).open("rb+") as file:  # a full disk under a memory map ends the process with SIGBUS
         os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
@@ -128,12 +133,18 @@ def _clips(want: FeatureSpec) -> dict[str, object]:
 
 
 def _device(frozen: FrozenEncoder) -> torch.device:
-    return next(frozen.encoder.parameters()).device
+    return frozen.encoder.positions.device
 
 
 def _key(manifest: Manifest, want: FeatureSpec, run: RunConfig) -> str:
     dtype = str(matmul_dtype(run, _device(want.frozen)))
     videos = [(video.path, video.bytes, video.mtime_ns, video.content) for video in manifest.videos]
-    groups = CELLS if want.kind == "cells" else token_groups(want.frozen.encoder.grid, want.kind).int().tolist()
+    groups: int | list[list[int]]
+    if want.kind == "cells":
+        groups = CELLS
+    elif want.kind == "tokens":
+        groups = math.prod(want.frozen.encoder.grid)
+    else:
+        groups = token_groups(want.frozen.encoder.grid, want.kind).int().tolist()
     described = json.dumps([want.frozen.digest, _clips(want), dtype, want.layer, want.kind, groups, videos])
     return hashlib.sha256(described.encode()).hexdigest()[:32]

@@ -23,7 +23,8 @@ from mam2.engine.runtime.device import autocast
 CELLS = 4
 """For the attentive probe, tokens are averaged over this many rows and columns of cells per slot. A clip of 16 frames
 of 224² then takes 0.2 MB in float16 at a width of 768; all its tokens would take 2.4 MB."""
-FeatureKind = Pool | Literal["cells"]
+FeatureKind = Pool | Literal["cells", "tokens"]
+"""A pool; `cells`: means of areas of a slot; `tokens`: all tokens, concatenated."""
 Kind = TypeVar("Kind", bound=FeatureKind)
 
 
@@ -57,8 +58,8 @@ def clip_features(
     Args:
         encoder: in evaluation mode.
         video: clips on any device.
-        wanted: layers, from 1, and what to compute of their tokens: a pool, which gives float32 [B, R·D], or `cells`,
-            which gives float16 [B, K, D].
+        wanted: layers, from 1, and what to compute of their tokens: a pool, which gives float32 [B, R·D], `cells`,
+            which gives float16 [B, K, D], or `tokens`, which gives float16 [B, N·D].
         run: contains the precision of the encoder.
 
     Returns:
@@ -74,6 +75,8 @@ def clip_features(
 
 
 def _reduced(tokens: Tensor, grid: tuple[int, int, int], kind: FeatureKind) -> Tensor:
+    if kind == "tokens":
+        return tokens.flatten(1).half()
     if kind != "cells":
         return pool_tokens(tokens, grid, kind).flatten(1)
     slots, height, width = grid

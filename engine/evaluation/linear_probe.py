@@ -22,6 +22,8 @@ class ProbeResult:
     """Whether each answer is correct: bool [test clips], on the CPU."""
     penalty: float
     """The chosen L2 penalty."""
+    validated: float
+    """Share of correct answers with this penalty on the held-out training features, 0 to 1."""
 
 
 def linear_probe(
@@ -45,11 +47,15 @@ def linear_probe(
         weight, bias = _fit(train[~held], train_labels[~held], classes, penalty)
         return float(((train[held] @ weight + bias).argmax(1) == train_labels[held]).double().mean())
 
-    penalty = max(PENALTIES, key=held_out_accuracy)
+    validated, penalty = max(((held_out_accuracy(value), value) for value in PENALTIES), key=lambda found: found[0])
     weight, bias = _fit(train, train_labels, classes, penalty)
     right = ((test @ weight + bias).argmax(1) == test_labels).cpu()
     return ProbeResult(
-        accuracy=float(right.double().mean()), interval=bootstrap(right.double()), right=right, penalty=penalty
+        accuracy=float(right.double().mean()),
+        interval=bootstrap(right.double()),
+        right=right,
+        penalty=penalty,
+        validated=validated,
     )
 
 

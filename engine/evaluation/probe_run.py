@@ -22,17 +22,21 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import list_and_split, read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
+from mam2.engine.evaluation.components import Components, principal_components, probe_components
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.features import FeatureKind, cell_grid
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool, token_groups
+from mam2.engine.model.pixel_encoder import PixelEncoder
 
 Probe = Literal["linear", "attentive", "knn"]
+ProbePool = Pool | Literal["tokens"]
+"""What a probe sees of the tokens: a pool, or `tokens`: principal components of all of them (linear probe only)."""
 FEWEST_VIDEOS = 5
 TEST_SHARE = 5
 """Without a test list, one in this number of videos of each class is a test video."""
-POOLS: tuple[Pool, ...] = ("mean", "time")
+POOLS: tuple[ProbePool, ...] = ("mean", "time")
 """The usual pool, and one that keeps the temporal order."""
 
 
@@ -42,7 +46,7 @@ class Score:
 
     checkpoint: str
     layer: int
-    pool: Pool
+    pool: ProbePool
     probe: Probe
     accuracy: float
     """Share of correct answers, 0 to 1."""
@@ -54,6 +58,8 @@ class Score:
     """95 % paired bootstrap interval of the gain."""
     setting: float
     """L2 penalty or learning rate chosen on held-out training videos; 0 for k-NN, which has none."""
+    components: int = 0
+    """Number of principal components chosen on held-out training videos, with the pool `tokens`; otherwise 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,14 @@ class ProbeReport:
 
 
 @dataclass(frozen=True)
+class _Outcome:
+    right: Tensor
+    """float64 [m], 1 for a correct answer, on the CPU."""
+    setting: float
+    components: int = 0
+
+
+@dataclass(frozen=True)
 class _Split:
     manifest: Manifest
     rows: NDArray[np.int64]
@@ -92,7 +106,7 @@ def probe_encoders(
     val: Path | None,
     *,
     probes: Sequence[Probe] = get_args(Probe),
-    pools: Sequence[Pool] = POOLS,
+    pools: Sequence[ProbePool] = POOLS,
     layers: Sequence[int] = (),
     group: str = "",
     cache: Path,
@@ -106,7 +120,9 @@ def probe_encoders(
         encoders: from `load_frozen`.
         data: labeled folder or list to train the probes.
         val: labeled folder or list to test them; None: a fifth of each class of `data`, or of its groups.
-        pools: groups of tokens for the features, see pools.py; all are computed in one pass over the videos.
+        pools: groups of tokens for the features, see pools.py; all are computed in one pass over the videos. `tokens`:
+            all tokens of a clip, concatenated, of which the linear probe sees the principal components. If pixels are
+            among several encoders, it also probes each other encoder together with them.
         layers: numbers from 1; empty: each encoder's last.
         group: a column of the lists, or TABLE:COLUMN of another table with a column of paths, that assigns videos to
             groups, such as the person in them. Intervals are then over groups, and settings are chosen on groups
@@ -116,25 +132,28 @@ def probe_encoders(
         run: contains the precision of the encoders.
 
     Raises:
-        UserError: data without labels or groups, too few videos, or layers that an encoder does not have.
+        UserError: data without labels or groups, too few videos, layers that an encoder does not have, or `tokens`
+            as the only pool without a linear probe.
     """
     for frozen in encoders:
-        if not all(1 <= layer <= frozen.depth for layer in layers):
+        if not all(1 <= layer <= frozen.depth for layer in _layers(frozen, layers)):
             raise UserError(f"--layers {list(layers)}: {frozen.name} has layers 1 to {frozen.depth}")
     train, test = _splits(data, val, group, progress)
-    kinds: list[FeatureKind] = [*pools] if set(probes) - {"attentive"} else []
-    if "attentive" in probes:
+    averaged = [pool for pool in pools if pool != "tokens"]
+    kinds: list[FeatureKind] = [*averaged] if set(probes) - {"attentive"} else []
+    if "tokens" in pools and "linear" in probes:
+        kinds.append("tokens")
+    if "attentive" in probes and averaged:
         kinds.append("cells")
+    if not kinds:
+        raise UserError(f"--pools tokens: only for the linear probe, found --probes {' '.join(probes)}; add linear")
     wanted = [
-        FeatureSpec(frozen, layer, kind)
-        for frozen in encoders
-        for layer in dict.fromkeys(layers or [frozen.depth])
-        for kind in kinds
+        FeatureSpec(frozen, layer, kind) for frozen in encoders for layer in _layers(frozen, layers) for kind in kinds
     ]
     files = FeatureCache(cache, run)
     of_train = files.get(train.manifest, wanted, batch=batch, progress=progress)
     of_test = files.get(test.manifest, wanted, batch=batch, progress=progress)
-    labelled = len(train.rows) + len(test.rows)
+    labeled = len(train.rows) + len(test.rows)
     train, test = _decoded(train, list(of_train.values())), _decoded(test, list(of_test.values()))
     if min(len(train.rows) - FEWEST_VIDEOS + 1, len(test.rows)) < 1:
         raise UserError(
@@ -145,35 +164,50 @@ def probe_encoders(
     if groups == 1:
         raise UserError(f"--group {group}: all test videos are in one group; expected two or more")
     scores: list[Score] = []
-    first: dict[tuple[Pool, Probe], Tensor] = {}
-    device = next(encoders[0].encoder.parameters()).device
+    first: dict[tuple[ProbePool, Probe], Tensor] = {}
+    device = encoders[0].encoder.positions.device
     last = max(layers, default=encoders[0].depth)
     order = sorted(wanted, key=lambda want: (want.frozen is not encoders[0], want.layer != last))
-    for want in order:
-        for pool, probe in _asked_of(want, pools, probes):
-            right, setting = _right(probe, pool, want, of_train[want], train, of_test[want], test, device)
-            gained = right - first.setdefault((pool, probe), right)
-            scores.append(
-                Score(
-                    checkpoint=want.frozen.name,
-                    layer=want.layer,
-                    pool=pool,
-                    probe=probe,
-                    accuracy=float(right.mean()),
-                    interval=bootstrap(right, groups=test.groups),
-                    gain=float(gained.mean()),
-                    gain_interval=bootstrap(gained, groups=test.groups),
-                    setting=setting,
-                )
+
+    def score(name: str, layer: int, pool: ProbePool, probe: Probe, found: _Outcome) -> None:
+        gained = found.right - first.setdefault((pool, probe), found.right)
+        scores.append(
+            Score(
+                checkpoint=name,
+                layer=layer,
+                pool=pool,
+                probe=probe,
+                accuracy=float(found.right.mean()),
+                interval=bootstrap(found.right, groups=test.groups),
+                gain=float(gained.mean()),
+                gain_interval=bootstrap(gained, groups=test.groups),
+                setting=found.setting,
+                components=found.components,
             )
-    names = [frozen.name for frozen in encoders]
+        )
+
+    components: dict[FeatureSpec, Components] = {}
+    for want in order:
+        if want.kind == "tokens":
+            components[want] = principal_components(of_train[want], train.rows, of_test[want], test.rows)
+            found = _of_components([components[want]], train, test, device)
+            score(want.frozen.name, want.layer, "tokens", "linear", found)
+        for pool, probe in _asked_of(want, averaged, probes):
+            found = _outcome(probe, pool, want, of_train[want], train, of_test[want], test, device)
+            score(want.frozen.name, want.layer, pool, probe, found)
+    pixels = next((want for want in components if isinstance(want.frozen.encoder, PixelEncoder)), None)
+    names = [name for frozen in encoders for name in (frozen.name, _with_pixels(frozen))]
+    if pixels:
+        for want in components.keys() - {pixels}:
+            found = _of_components([components[pixels], components[want]], train, test, device)
+            score(_with_pixels(want.frozen), want.layer, "tokens", "linear", found)
     trained_on = {train.manifest.videos[row].content or train.manifest.videos[row].path for row in train.rows}
     tested_on = [test.manifest.videos[row].content or test.manifest.videos[row].path for row in test.rows]
     return ProbeReport(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),
-        skipped=labelled - len(train.rows) - len(test.rows),
+        skipped=labeled - len(train.rows) - len(test.rows),
         classes=len(train.manifest.classes),
         groups=groups,
         commonest=float(test.labels.bincount().max() / len(test.labels)),
@@ -186,14 +220,31 @@ def probe_encoders(
     )
 
 
+def _layers(frozen: FrozenEncoder, layers: Sequence[int]) -> list[int]:
+    """Returns the layers to probe; pixels have only one."""
+    return [frozen.depth] if isinstance(frozen.encoder, PixelEncoder) or not layers else list(dict.fromkeys(layers))
+
+
+def _with_pixels(frozen: FrozenEncoder) -> str:
+    return f"{frozen.name} + pixels"
+
+
+def _of_components(parts: Sequence[Components], train: _Split, test: _Split, device: torch.device) -> _Outcome:
+    held = held_out(len(train.rows), train.groups)
+    result, count = probe_components(parts, train.labels, test.labels, held, device)
+    return _Outcome(result.right.double(), result.penalty, count)
+
+
 def _asked_of(want: FeatureSpec, pools: Sequence[Pool], probes: Sequence[Probe]) -> list[tuple[Pool, Probe]]:
-    """Returns the pools and probes for these features; attentive probes pool the cells themselves."""
+    """Returns the pools and probes for averaged features; attentive probes pool the cells themselves."""
     if want.kind == "cells":
         return [(pool, "attentive") for pool in pools]
+    if want.kind == "tokens":
+        return []
     return [(want.kind, probe) for probe in probes if probe != "attentive"]
 
 
-def _right(
+def _outcome(
     probe: Probe,
     pool: Pool,
     want: FeatureSpec,
@@ -202,24 +253,24 @@ def _right(
     test_features: NDArray[np.floating],
     test: _Split,
     device: torch.device,
-) -> tuple[Tensor, float]:
-    """Returns which test videos a probe classifies correctly, float64 [m] on the CPU, and the chosen setting."""
+) -> _Outcome:
+    """Returns which test videos a probe classifies correctly, and the chosen setting."""
     known, asked = train_features[train.rows], test_features[test.rows]
     held = held_out(len(known), train.groups)
     if probe == "attentive":
         classes, groups = len(train.manifest.classes), token_groups(cell_grid(want.frozen.encoder.grid), pool)
         answers, rate = attentive_probe(known, train.labels, asked, held, classes, device, groups)
-        return (answers == test.labels).double(), rate
+        return _Outcome((answers == test.labels).double(), rate)
     here, there = torch.from_numpy(known).to(device), torch.from_numpy(asked).to(device)
     labels = train.labels.to(device)
     if probe == "knn":
-        return (knn(here, labels, there).cpu() == test.labels).double(), 0.0
+        return _Outcome((knn(here, labels, there).cpu() == test.labels).double(), 0.0)
     result = linear_probe(here, labels, there, test.labels.to(device), held.to(device))
-    return result.right.double(), result.penalty
+    return _Outcome(result.right.double(), result.penalty)
 
 
 def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_Split, _Split]:
-    train = _labelled(data, read_manifest(data, progress=progress), group)
+    train = _labeled(data, read_manifest(data, progress=progress), group)
     if val is None:
         if train.groups is None:
             test = _test_rows(train.labels)
@@ -228,7 +279,7 @@ def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_
         else:
             test = held_out(len(train.rows), train.groups, least=2)
         return _part(train, ~test), _part(train, test)
-    other = _labelled(val, read_manifest(val, progress=progress), group)
+    other = _labeled(val, read_manifest(val, progress=progress), group)
     places = {name: place for place, name in enumerate(train.manifest.classes)}
     names = [other.manifest.classes[label] for label in other.labels.tolist()]
     if unknown := sorted(set(names) - places.keys()):
@@ -247,7 +298,7 @@ def _test_rows(labels: Tensor) -> Tensor:
     return test
 
 
-def _labelled(source: Path, manifest: Manifest, group: str) -> _Split:
+def _labeled(source: Path, manifest: Manifest, group: str) -> _Split:
     labels = np.array([video.label for video in manifest.videos])
     rows = (labels >= 0).nonzero()[0]
     if not len(rows):

@@ -14,8 +14,7 @@ from mam2.engine.config.training import RunConfig
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import is_embedding_file
-from mam2.engine.evaluation.pools import Pool
-from mam2.engine.evaluation.probe_run import Probe, ProbeReport, probe_encoders
+from mam2.engine.evaluation.probe_run import Probe, ProbePool, ProbeReport, probe_encoders
 from mam2.engine.evaluation.segments import probe_segments
 from mam2.engine.files import check_apart, check_folder, write_whole, writing
 from mam2.engine.runtime.device import pick_device
@@ -28,7 +27,7 @@ def probe(
     *,
     recipe: str = "",
     probes: Sequence[Probe] = ("linear", "attentive", "knn"),
-    pools: Sequence[Pool] = ("mean", "time"),
+    pools: Sequence[ProbePool] = ("mean", "time"),
     layers: Sequence[int] = (),
     group: str = "",
     out: str | Path | None = None,
@@ -46,14 +45,16 @@ def probe(
 
     Args:
         checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
-            `random` is an encoder with random weights, like the first of the others, or of `recipe`. Or files that
+            `random` is an encoder with random weights, like the first of the others, or of `recipe`; `pixels` are the
+            gray pixels of its clips instead of features. Or files that
             `embed` wrote with windows: `data` and `val` are then lists of segments with columns for path, start, end
             (seconds) and label, see `mam2.engine.evaluation.segments`.
         data: a labeled folder or list to train the probes on.
         val: one to test on; None: a fifth of each class of `data`, or of its groups.
-        recipe: of pre-training: model and clips of the checkpoint `random`.
+        recipe: of pre-training: model and clips of the checkpoints `random` and `pixels`.
         probes: linear (logistic regression), attentive (learned queries over the tokens), knn (nearest neighbors).
-        pools: over what of a clip features are taken, see `mam2.engine.evaluation.pools`.
+        pools: over what of a clip features are taken, see `mam2.engine.evaluation.pools`; `tokens`: the principal
+            components of all tokens of a clip (linear probe only).
         layers: blocks of the encoder whose tokens are probed, from 1; none for the last.
         group: a column of the lists, or TABLE:COLUMN of another table, that names what belongs together; intervals are
             then over groups.

@@ -107,11 +107,11 @@ def compile_problem(error: BaseException) -> str | None:
         inner = inner.inner_exception
     text = inner.output if isinstance(inner, CppCompileError) else str(inner)
     lines = [line.strip() for line in str(text).splitlines() if line.strip()] or [type(inner).__name__]
-    told = next((line for line in lines if "error" in line.lower()), lines[0])
+    reason = next((line for line in lines if "error" in line.lower()), lines[0])
     name = (
         f"the C++ compiler ({os.environ.get('CXX', 'g++')})" if isinstance(inner, CppCompileError) else "torch.compile"
     )
-    return f"{name} failed: {told[:300]}; fix it, or pass --run.no-compile, which trains more slowly"
+    return f"{name} failed: {reason[:300]}; fix it, or pass --run.no-compile, which trains more slowly"
 
 
 @contextmanager

@@ -137,7 +137,8 @@ def _draw_augmentation(
         video = video.clone(memory_format=torch.preserve_format)
         levels = 255.0 if video.is_floating_point() else 1.0
         for operation, chosen, strengths in zip(operations, sent[::2], sent[1::2], strict=True):
-            changed = operation.apply(video[chosen].float() * levels, strengths)
+            whole = {"whole": not video.is_floating_point()} if operation.rounds else {}
+            changed = operation.apply(video[chosen].float() * levels, strengths, **whole)
             video[chosen] = _stored(changed.clamp_(0, 255) / levels, video.dtype)
         for row, box in enumerate(boxes):
             if box:
@@ -272,8 +273,8 @@ def _mixture(
         return weight, None
     box = []
     for length in size:
-        half, centre = int(length * math.sqrt(1 - weight)) // 2, int(generator.integers(length))
-        box.append(slice(max(centre - half, 0), min(centre + half, length)))
+        half, center = int(length * math.sqrt(1 - weight)) // 2, int(generator.integers(length))
+        box.append(slice(max(center - half, 0), min(center + half, length)))
     filled = math.prod(part.stop - part.start for part in box) / math.prod(size)
     return 1 - filled, (box[0], box[1])
 

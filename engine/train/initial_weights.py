@@ -89,8 +89,8 @@ def read_initial_weights(
         step = int(checkpoint.read_metadata(weights)["step"])
         if not isinstance(model, Classifier):
             config = checkpoint.read_config(weights)
-            beside = (folder / TOKENIZER for folder in (weights.parent, *weights.parents[1:3]))
-            tokenizer = next((file for file in beside if file.is_file()), None) if config.needs_codes else None
+            files = (folder / TOKENIZER for folder in (weights.parent, *weights.parents[1:3]))
+            tokenizer = next((file for file in files if file.is_file()), None) if config.needs_codes else None
     state = weights.with_name(checkpoint.OPTIMIZER) if weights else None
     if moments and (config is None or state is None or not state.is_file()):
         raise UserError(
@@ -200,6 +200,9 @@ def take_weights(
     if becomes_gray(config.data, start.encoder):
         embedding = gray_encoder(start.encoder, config.data).patch_embed.state_dict()
         source |= {f"encoder.patch_embed.{name}": tensor for name, tensor in embedding.items()}
+        if isinstance(start.model, MAM2) and start.model.teacher:
+            embedding = gray_encoder(start.model.teacher, config.data).patch_embed.state_dict()
+            source |= {f"teacher.patch_embed.{name}": tensor for name, tensor in embedding.items()}
         lines.append(GRAY)
     names, taken, new = matching_weights(model, config, start, same_tokenizer=same_tokenizer)
     if not {name for name in names if name.startswith("teacher.")} <= source.keys():

@@ -141,10 +141,10 @@ class Loop:
                 try:
                     ended = self._run()
                 except Exception as error:
-                    told = self._rescued(error)
-                    if told is error:
+                    raised = self._rescued(error)
+                    if raised is error:
                         raise
-                    raise told from error
+                    raise raised from error
                 self._save(self.step, last=True)
                 session.exchange_skips()
                 return self._result(ended)
@@ -255,17 +255,17 @@ class Loop:
     def _rescued(self, error: Exception) -> Exception:
         """Saves the last valid state before an error ends the run; returns the error to raise, with the checkpoint."""
         problem = compile_problem(error)
-        told = ""
+        saved = ""
         if self.step > self.first:
             with contextlib.suppress(Exception):  # only log lines are lost
                 self.step_log.write_lines(wait=True)
             place = self._save_before_end(error)
             self.session.log.info(f"error   {place}")
-            told = f"; {place}"
+            saved = f"; {place}"
         if problem:
-            return UserError(f"{problem}{told}")
+            return UserError(f"{problem}{saved}")
         if isinstance(error, UserError):
-            error.args = (f"{error}{told}",)
+            error.args = (f"{error}{saved}",)
         return error
 
     def _save_before_end(self, error: Exception) -> str:

@@ -1,8 +1,9 @@
 """RandAugment's operations on batches of clips: the fifteen operations of timm's "increasing" set.
 
-Shapes: b clips, C channels, T frames. Each takes clips [b, C, T, H, W] float32 with integer values from 0 to 255 and a
-strength per clip [b], and returns clips that are not yet rounded and clamped. The definitions are those of Pillow's
-ImageOps and ImageEnhance, applied to a clip instead of an image.
+Shapes: b clips, C channels, T frames. Each takes clips [b, C, T, H, W] float32 from 0 to 255 and a strength per clip
+[b], and returns clips that are not yet rounded and clamped. On integer values, those of 8 bits, the definitions are
+Pillow's ImageOps and ImageEnhance, applied to a clip instead of an image. Clips of more than 8 bits have values between
+the integers, and every operation but posterize keeps the differences between them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ LUMA = (0.299, 0.587, 0.114)
 
 class Operation(NamedTuple):
     name: str
-    apply: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[..., Tensor]
+    """Takes clips and strengths; with `rounds` also `whole`."""
     strength: Callable[[float], float]
     """Returns the strength for a magnitude from 0 to 1."""
     signed: bool = False
     """Whether the sign of the strength is flipped for half of the clips."""
+    rounds: bool = False
+    """Whether Pillow rounds between the operation's steps: `whole=False` leaves that out, for more than 8 bits."""
 
 
 @functools.cache
@@ -41,11 +45,11 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 def auto_contrast(clips: Tensor, _: Tensor) -> Tensor:
     """Stretches each channel to 0 to 255."""
     low, high = clips.amin((2, 3, 4), keepdim=True), clips.amax((2, 3, 4), keepdim=True)
-    return torch.where(high > low, (clips - low) * 255 / (high - low).clamp_min(1), clips)
+    return torch.where(high > low, (clips - low) * 255 / torch.where(high > low, high - low, 1), clips)
 
 
 def equalize(clips: Tensor, _: Tensor) -> Tensor:
-    """Spreads each channel's levels so that all are about equally frequent; the result has whole levels."""
+    """Spreads each channel's levels so that all are about equally frequent; values between two levels stay between."""
     levels = clips.long().flatten(2)
     counts = torch.zeros(*levels.shape[:2], LEVELS, device=clips.device, dtype=torch.int64)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
@@ -55,7 +59,9 @@ def equalize(clips: Tensor, _: Tensor) -> Tensor:
     table = torch.where(
         width > 0, (width // 2 + below) // width.clamp_min(1), torch.arange(LEVELS, device=clips.device)
     )
-    return table.gather(2, levels).view_as(clips).to(clips.dtype)
+    table = table.to(clips.dtype)
+    here, next_level = table.gather(2, levels), table.gather(2, (levels + 1).clamp_max(LEVELS - 1))
+    return (here + (next_level - here) * clips.flatten(2).frac()).view_as(clips)
 
 
 def invert(clips: Tensor, _: Tensor) -> Tensor:
@@ -78,12 +84,13 @@ def solarize_add(clips: Tensor, added: Tensor) -> Tensor:
     return torch.where(clips < 128, clips + _each(added), clips)
 
 
-def colour(clips: Tensor, change: Tensor) -> Tensor:
-    return _away_from(_grey(clips), clips, change)
+def color(clips: Tensor, change: Tensor, *, whole: bool = True) -> Tensor:
+    return _away_from(_gray(clips, whole), clips, change)
 
 
-def contrast(clips: Tensor, change: Tensor) -> Tensor:
-    return _away_from(_grey(clips).mean((1, 2, 3, 4), keepdim=True).round(), clips, change)
+def contrast(clips: Tensor, change: Tensor, *, whole: bool = True) -> Tensor:
+    mean = _gray(clips, whole).mean((1, 2, 3, 4), keepdim=True)
+    return _away_from(mean.round() if whole else mean, clips, change)
 
 
 def brightness(clips: Tensor, change: Tensor) -> Tensor:
@@ -134,10 +141,11 @@ def _each(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
-def _grey(clips: Tensor) -> Tensor:
+def _gray(clips: Tensor, whole: bool) -> Tensor:
     channels = clips.shape[1]
     weights = constant(LUMA if channels == 3 else (1 / channels,) * channels, clips.device)[:, None, None, None]
-    return (clips * weights).sum(1, keepdim=True).round().expand_as(clips)
+    gray = (clips * weights).sum(1, keepdim=True)
+    return (gray.round() if whole else gray).expand_as(clips)
 
 
 def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
@@ -172,8 +180,8 @@ OPERATIONS = (
     Operation("posterize", posterize, lambda m: max(4 - int(4 * m), 1)),
     Operation("solarize", solarize, lambda m: 256 - int(256 * m)),
     Operation("solarize add", solarize_add, lambda m: int(110 * m)),
-    Operation("colour", colour, lambda m: 0.9 * m, signed=True),
-    Operation("contrast", contrast, lambda m: 0.9 * m, signed=True),
+    Operation("color", color, lambda m: 0.9 * m, signed=True, rounds=True),
+    Operation("contrast", contrast, lambda m: 0.9 * m, signed=True, rounds=True),
     Operation("brightness", brightness, lambda m: 0.9 * m, signed=True),
     Operation("sharpness", sharpness, lambda m: 0.9 * m, signed=True),
     Operation("shear x", shear_x, lambda m: 0.3 * m, signed=True),

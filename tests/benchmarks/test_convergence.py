@@ -18,12 +18,14 @@ from benchmarks.trials.clips import COLORS, STREAMS, TEXTURES, render_hard_clip,
 from benchmarks.trials.jobs import (
     Job,
     ablation_jobs,
+    all_later_sweep_jobs,
     at_an_end,
     early_jobs,
-    final_jobs,
     finetune_jobs,
-    later_jobs,
+    last_jobs,
+    later_sweep_jobs,
     main_jobs,
+    middle_jobs,
     random_jobs,
     ranked_rates,
     real_jobs,
@@ -177,8 +179,10 @@ def test_every_training_of_every_setting_is_possible(name):
     rates = dict.fromkeys(setting.variants, 1e-3)
     tried = {len(setting.rates[optimizer]) for optimizer in ("adamw", "muon")}
     assert len(tried) == 1, "as many rates for each optimizer"
-    long_rates = dict.fromkeys(setting.variants, 2e-3)
-    main, ablations = main_jobs(setting, rates, long_rates), ablation_jobs(setting, rates)
+    by_budget = {setting.sweep_epochs: rates}
+    for place, epochs in enumerate(setting.later_rates):
+        by_budget[epochs] = dict.fromkeys(setting.variants, (2 + place) * 1e-3)
+    main, ablations = main_jobs(setting, by_budget), ablation_jobs(setting, by_budget)
     on_real = real_jobs(setting, dict.fromkeys(setting.real_variants, 3e-3))
     swept, untrained = real_sweep_jobs(setting, rates), random_jobs(setting, ["synthetic", "real"])
     jobs = [
@@ -189,7 +193,7 @@ def test_every_training_of_every_setting_is_possible(name):
         *swept,
         *untrained,
     ]
-    finetuned = finetune_jobs(setting, rates, long_rates)
+    finetuned = finetune_jobs(setting, by_budget)
     assert len({job.key for job in [*jobs, *finetuned]}) == len(jobs) + len(finetuned)
     assert {trained_by(job).key for job in finetuned} <= {job.key for job in jobs}
     for job in jobs:
@@ -201,16 +205,22 @@ def test_every_training_of_every_setting_is_possible(name):
     finetuning(setting, pretraining(setting, {})).check()
     assert setting.ablation_epochs in setting.budgets
     assert {job.variant for job in main} == set(setting.variants)
-    early, later = early_jobs(setting, rates, real=True), later_jobs(setting, rates, long_rates)
-    assert {job.key for job in [*early, *later]} == {job.key for job in [*main, *ablations, *untrained]}
-    assert {job.base_lr for job in main if job.epochs >= setting.long_epochs} == {2e-3}
-    assert {job.base_lr for job in main if job.epochs < setting.long_epochs} == {1e-3}
-    assert setting.ablation_epochs < setting.long_epochs
-    assert setting.long_epochs in setting.budgets
-    best = {job.variant: job.base_lr for job in final_jobs(setting)}
-    of_final = {job.key for job in final_jobs(setting)}
-    shared = {job.key for job in main_jobs(setting, rates, best)} & of_final
-    assert len(shared) == len(setting.variants), "the best trainings of the last round are not done again"
+    early = early_jobs(setting, {setting.sweep_epochs: rates}, real=True)
+    middle, last = middle_jobs(setting, by_budget), last_jobs(setting, by_budget)
+    assert {job.key for job in [*early, *middle, *last]} == {job.key for job in [*main, *ablations, *untrained]}
+    assert {job.key for job in middle}.isdisjoint(job.key for job in last)
+    for job in main:
+        below = max((epochs for epochs in by_budget if epochs <= job.epochs), default=min(by_budget))
+        assert job.base_lr == by_budget[below][job.variant]
+    assert set(setting.later_rates) < set(setting.budgets)
+    assert setting.sweep_epochs < min(setting.later_rates)
+    assert max(setting.budgets) in setting.later_rates, "the rate of the largest budget is chosen at it"
+    assert all(len({len(rates) for rates in tried.values()}) == 1 for tried in list(setting.later_rates.values())[1:])
+    for epochs in setting.later_rates:
+        swept_again = later_sweep_jobs(setting, epochs)
+        best = {job.variant: job.base_lr for job in swept_again}
+        shared = {job.key for job in main_jobs(setting, {**by_budget, epochs: best})} & {j.key for j in swept_again}
+        assert len(shared) == len(setting.variants), "the best trainings of a later sweep are not done again"
     assert {job.family for job in ablations} == set(setting.families)
     assert {job.variant for job in on_real} == {job.variant for job in swept} == set(setting.real_variants)
     for variant in setting.real_variants:
@@ -291,15 +301,16 @@ def test_the_reported_trainings_on_real_clips_have_the_best_rate_of_their_sweep(
     monkeypatch.setattr(Run, "train", train)
     for step in ("prepare", "prepare_real", "measure"):
         monkeypatch.setattr(Run, step, lambda self: None)
-    monkeypatch.setattr(Run, "results", lambda self, jobs, final: reported.extend(jobs))
+    monkeypatch.setattr(Run, "results", lambda self, jobs, later: reported.extend(jobs))
     Run(setting, tmp_path, Real((real.Lists(Path("a"), Path("b")),), Path("a"))).all()
     assert {(job.variant, job.base_lr) for job in reported if job.group == "real"} == set(best.items())
     swept = [job for job in reported if job.group == "real sweep"]
-    assert len(swept) == len({job.key for job in swept}) == 3 * len(setting.real_variants)
+    assert len(swept) == len({job.key for job in swept}) == len(setting.real_factors) * len(setting.real_variants)
     groups = [job.group for job in trained]
-    small = [job for job in trained if job.group == "main" and job.epochs < setting.long_epochs and job.seed < 2]
+    first = min(setting.later_rates)
+    small = [job for job in trained if job.group == "main" and job.epochs < first and job.seed < 2]
     assert groups.index("real sweep") > max(trained.index(job) for job in small), "small budgets first"
-    assert groups.index("real sweep") < min(trained.index(job) for job in final_jobs(setting))
+    assert groups.index("real sweep") < min(trained.index(job) for job in all_later_sweep_jobs(setting))
 
 
 def test_a_rate_is_judged_by_the_first_question_with_a_mean_per_time_slot():
@@ -325,7 +336,7 @@ def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     run = Run(QUICK, tmp_path, None, minutes=1e-9)
     rates = dict.fromkeys(QUICK.variants, 1e-3)
     with pytest.raises(OutOfTime):
-        run.train(main_jobs(QUICK, rates, rates))
+        run.train(main_jobs(QUICK, {1: rates}))
     assert run.done == {}
 
 
@@ -360,7 +371,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
     labels = {a.label for a in ABLATIONS}
     assert {label for group, label in trained if group == "ablation"} == {"mam2-muon", *labels}
     page = (finished / "convergence.md").read_text()
-    for text in ("VideoMAE, Muon's final", "± ", "pixel components", "of 7 groups", "chosen on **train**", *labels):
+    for text in ("VideoMAE, Muon's best", "± ", "pixel components", "of 7 groups", "chosen on **train**", *labels):
         assert text in page
     assert "were not done" not in page.partition("numbers: begin")[2]
     for picture in ("convergence.png", "convergence-ablations.png"):
@@ -459,7 +470,7 @@ def test_the_trainings_learn(finished):
 
 def test_the_labeled_videos_are_of_every_class_and_kind_of_file():
     labels = torch.arange(8).repeat_interleave(200)  # in the order of the files, whose codec alternates
-    chosen = trial.labelled_videos(labels, 400)
+    chosen = trial.labeled_videos(labels, 400)
     assert len(set(chosen.tolist())) == 400
     assert torch.bincount(labels[torch.from_numpy(chosen)]).tolist() == [50] * 8
     assert 0.4 < (chosen % 2).mean() < 0.6

@@ -229,6 +229,15 @@ def test_the_first_crossing_counts_where_the_curve_falls_again() -> None:
     assert module("reach").reach(results, "probe", "epochs").needed == pytest.approx(5 * math.sqrt(2))
 
 
+def test_the_goal_is_the_best_of_the_other_methods_budgets_where_its_largest_is_worse() -> None:
+    results = results_of(*main_groups(BETTER, (0.4, 0.5, 0.6, 0.3)))
+    found = module("reach").reach(results, "probe", "epochs")
+    assert (found.goal, found.spent) == pytest.approx((0.6, 20))
+    assert found.ratio == pytest.approx(10 * math.sqrt(2) / 20)
+    sentence = module("report").ratio_sentence(results, "probe", method="mam2", other="videomae")
+    assert sentence.startswith("MAM2, AdamW reaches VideoMAE, AdamW's best 60.0 % (20 epochs) with **0.71 ×**")
+
+
 def test_one_seed_has_no_interval() -> None:
     results = results_of(*main_groups(BETTER, WORSE, seeds=1))
     assert module("reach").reach(results, "probe", "epochs").interval is None
@@ -388,13 +397,13 @@ def test_page_has_every_part() -> None:
     assert "on a machine (torch 2.13): 46 trainings, 10 minutes in all" in page
     assert "24 of the 48 trainings were not done" in page
     assert "5.0 s to train the tokenizer, 7.0 s to compute the codes, 2 TFLOP together" in page
-    wanted = "- Motion: MAM2, AdamW reaches VideoMAE, AdamW's final 60.0 % (40 epochs) with **0.35 ×** the epochs"
+    wanted = "- Motion: MAM2, AdamW reaches VideoMAE, AdamW's best 60.0 % (40 epochs) with **0.35 ×** the epochs"
     assert wanted in page
     assert (
-        "- Motion: VideoMAE, AdamW does not reach MAM2, AdamW's final 80.0 % (40 epochs) within its 40 epochs: " in page
+        "- Motion: VideoMAE, AdamW does not reach MAM2, AdamW's best 80.0 % (40 epochs) within its 40 epochs: " in page
     )
     assert (
-        "- Shape: VideoMAE, AdamW reaches VideoMAE, AdamW's final 30.0 % (40 epochs) with **1.00 ×** the epochs" in page
+        "- Shape: VideoMAE, AdamW reaches VideoMAE, AdamW's best 30.0 % (40 epochs) with **1.00 ×** the epochs" in page
     )
     assert page.count("- Shape: ") == 3
     assert "**words**: 2 classes (chance 50 %), 8 clips to fit on, 4 to test on, of 2 groups." in page

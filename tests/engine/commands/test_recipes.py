@@ -71,6 +71,12 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["finetune", "ucf"], ["ucf101/finetune"]),
         (["pretrain", "laptop", "--mask.dec"], ["--mask.decoded", "--mask.decoded-kind"]),
         (["index", "--th"], ["--threads"]),
+        (["plan", "laptop", "--adapters"], []),
+        (["plan", "laptop", "--mask.ra"], ["--mask.ratio"]),
+        (["plan", "ucf101/finetune", "--adapters"], ["--adapters.alpha", "--adapters.rank"]),
+        (["plan", "ucf101/finetune", "--mask.ra"], []),
+        (["plan", "own.toml", "--adapters.r"], ["--adapters.rank"]),
+        (["plan", "own.toml", "--mask.ra"], ["--mask.ratio"]),
         (["doctor", "-"], []),
     ],
 )
@@ -98,4 +104,7 @@ def test_plan_completes_the_recipes_that_it_takes() -> None:
 
 def test_every_shell_has_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     said = outcome(capsys, "completion", "fish")[1]
+    fine = "__fish_seen_subcommand_from plan; and __fish_seen_subcommand_from"
+    assert f"{fine} {' '.join(recipe_names(FinetuneConfig))}' -l adapters.rank" in said
+    assert f"{fine} {' '.join(recipe_names())}' -l adapters.rank" not in said
     assert f"-a '{' '.join(VERBS)}'" in said

@@ -1,6 +1,7 @@
 """`optim.micro_batch auto` on two processes with DDP: test_pass_size.py starts `pass_ranks.py OUT` through torchrun.
 
-The second process has less memory (pretended). Rank 0 writes the passes of both, and the weights after two steps.
+The second process has less memory (pretended). Rank 0 writes the passes of both and the weights after two steps, with
+balanced gradients and with fixed weights.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ def pretend(most: int) -> None:
     Step.tries_passes = True
 
 
-def train(world: World) -> tuple[int, dict[str, torch.Tensor]]:
+def train(world: World, balance: str) -> tuple[int, dict[str, torch.Tensor]]:
     """Returns the passes per step of this process, and the weights after STEPS steps."""
     recipe = load_recipe("demo")
     config = dataclasses.replace(
@@ -39,7 +40,7 @@ def train(world: World) -> tuple[int, dict[str, torch.Tensor]]:
         data=dataclasses.replace(recipe.data, views=1),
         mask=dataclasses.replace(recipe.mask, kind="tube"),
         model=dataclasses.replace(recipe.model, width=24, depth=1, heads=2),
-        loss=dataclasses.replace(recipe.loss, balance="gradient", alignment=0.5),
+        loss=dataclasses.replace(recipe.loss, balance=balance, alignment=0.5),
         optim=dataclasses.replace(recipe.optim, batch=BATCH, micro_batch="auto", name="adamw"),
         run=dataclasses.replace(recipe.run, precision="float32", compile=False),
     )
@@ -60,7 +61,6 @@ def train(world: World) -> tuple[int, dict[str, torch.Tensor]]:
 if __name__ == "__main__":
     with join(torch.device("cpu")) as joined:
         pretend(4 >> joined.rank)
-        passes, weights = train(joined)
-        everywhere = joined.all_gather((passes, weights))
+        everywhere = {balance: joined.all_gather(train(joined, balance)) for balance in ("gradient", "fixed")}
         if joined.main:
             torch.save(everywhere, Path(sys.argv[1]))

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.checkpoints.classifiers import build_classifier, load_classifier
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier
 from mam2.engine.checkpoints.exporting import export
 from mam2.engine.checkpoints.load import load_any_classifier, load_encoder, load_model
+from mam2.engine.checkpoints.model_card import model_card
 from mam2.engine.config.finetune import AdapterConfig
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
@@ -128,6 +129,22 @@ def test_products_follow_autocast_and_compile_as_one_graph(peft, small_finetunin
 def test_merged_weights_are_left_alone():
     weights = {"encoder.blocks.0.attn.qkv.weight": torch.ones(2, 2), "head.bias": torch.ones(3)}
     assert merge_adapters(weights, AdapterConfig(rank=4)) == weights
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_model_card_says_that_adapters_were_trained(rank, tmp_path, small_finetuning):
+    config = small_finetuning(**(SMALL | {"adapters": {"rank": rank, "alpha": 12.0}}))
+    plain = build_classifier(dataclasses.replace(config, adapters=AdapterConfig()))
+    checkpoint.write(tmp_path / "run", 7, dict(plain.state_dict()), {}, config, {CLASSES: '["a", "b"]'})
+    card = model_card(
+        tmp_path / "run", load_model(tmp_path / "run"), name="me/it", license="mit", to="mam2", classes=(), scores=()
+    )
+    for phrase in (
+        "low-rank adapters (LoRA, rank 4) and the head",
+        "| `adapters.rank` | `4` |",
+        "| `adapters.alpha` | `12.0` |",
+    ):
+        assert (phrase in card) == bool(rank), phrase
 
 
 def test_the_best_is_a_plain_model_and_every_verb_takes_it(trained, videos, tmp_path, small_finetuning, monkeypatch):

@@ -22,7 +22,7 @@ PILLOW = {
     "invert": lambda image, _: ImageOps.invert(image),
     "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
     "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
-    "colour": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
+    "color": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
     "contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
     "brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
     "sharpness": lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change),
@@ -254,6 +254,27 @@ def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, 
         found = augmenting.prepare(video, labels, config, step=7, first_sample=0)
     assert all(part.device.type == "meta" for part in found)
     assert between == []
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_differences_below_a_level_of_8_bits_survive(operation) -> None:
+    """A clip of 16 bits whose values differ by less than 1/255: every operation but posterize keeps its contents."""
+    fine = 100 + torch.rand(2, 1, 8, 32, 32, generator=torch.Generator().manual_seed(2)) * 0.9
+    options = {"whole": False} if operation.rounds else {}
+    found = operation.apply(fine, torch.full((2,), float(operation.strength(0.3))), **options)
+    if operation.name == "posterize":
+        assert len(found.unique()) == 1
+        return
+    assert len(found.unique()) > 1000
+    if operation.name == "auto contrast":
+        torch.testing.assert_close((found.min(), found.max()), (torch.tensor(0.0), torch.tensor(255.0)))
+
+
+def test_gray_of_fine_clips_is_not_rounded() -> None:
+    fine = 100 + torch.rand(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(2)) * 0.9
+    changed = operations.color(fine, torch.full((2,), -1.0), whole=False)
+    assert len(changed.unique()) > 100
+    assert len(operations.color(fine, torch.full((2,), -1.0)).unique()) <= 2
 
 
 def test_float_clips_are_augmented_like_uint8_clips_without_rounding() -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.channels import GRAY, gray_encoder
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.model_card import model_card
 from mam2.engine.evaluation.plots import PANELS
@@ -84,7 +85,7 @@ def test_a_graph_reads_the_momentum_of_each_step(small):
     before = {name: tensor.clone() for name, tensor in replayed.model.state_dict().items()}
     choice = cuda_graph.choose_step(
         replayed._one_pass,
-        replayed._arguments(0, [batch(0)], 0),
+        replayed._passes(0, [batch(0)])[0],
         replayed.model,
         replayed.optimizer,
         Replayer(),
@@ -155,6 +156,23 @@ def test_a_run_starts_from_a_checkpoint_with_or_without_a_teacher(tmp_path, smal
     assert "appearance head (another target)" in lines[1]
 
 
+@pytest.mark.parametrize("teacher", [True, False])
+def test_a_gray_teacher_starts_from_an_rgb_checkpoint(teacher, tmp_path, small):
+    """From its teacher, or from its encoder if it has none: with the weights of the three colors added up."""
+    tables = LATENTS if teacher else {"loss": {"appearance_target": "pixels"}}
+    rgb, gray = small(**tables), small(**LATENTS, data={"channels": 1})
+    checkpoint.write(tmp_path / "rgb", 7, dict(shaken(MAM2(rgb, 0)).state_dict()), {}, rgb, {})
+    start = read_initial_weights(tmp_path / "rgb", {})
+    model = MAM2(complete_config(gray, start), 0)
+    lines = take_weights(model, gray, start, same_tokenizer=False)
+    assert GRAY in lines
+    source = load_model(tmp_path / "rgb")
+    for trained, origin in ((model.encoder, source.encoder), (model.teacher, source.teacher or source.encoder)):
+        expected = gray_encoder(origin, gray.data).state_dict()
+        for key, found in trained.state_dict().items():
+            assert torch.equal(found, expected[key]), key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("same", ["every token", "on a line"])
 def test_collapsed_features_are_a_warning_once(same, tmp_path, monkeypatch, small, clips):
@@ -175,9 +193,9 @@ def test_the_warning_states_the_limits():
     good = {"teacher/rank": collapse.LOWEST_RANK, "teacher/deviation": collapse.LOWEST_DEVIATION}
     assert watch.warning(range(2), {"loss/motion": 1.0}) is None
     assert watch.warning(range(2), good) is None
-    told = watch.warning(range(2, 4), good | {"teacher/deviation": 0.01})
-    assert "steps 2 to 3" in told
-    assert "standard deviation 0.01 (limit 0.1)" in told
+    message = watch.warning(range(2, 4), good | {"teacher/deviation": 0.01})
+    assert "steps 2 to 3" in message
+    assert "standard deviation 0.01 (limit 0.1)" in message
     assert watch.warning(range(4, 6), good | {"teacher/rank": 1.0}) is None
     assert Collapse().warning(range(2), good | {"teacher/rank": 1.0})
     columns = {name for panel in PANELS for name in panel.columns}

@@ -64,8 +64,8 @@ def limit(monkeypatch):
     return limited
 
 
-def pretraining(small, world=None, **optim):
-    config = small(optim={"batch": 8, "micro_batch": "auto", **optim}, data={"views": 1})
+def pretraining(small, world=None, loss=None, **optim):
+    config = small(optim={"batch": 8, "micro_batch": "auto", **optim}, data={"views": 1}, loss=loss or {})
     torch.manual_seed(0)
     step = PretrainStep(config, MAM2(config, 16), CPU, world or World())
     clips = torch.randint(0, 256, (8, 3, 8, 32, 32), dtype=torch.uint8)
@@ -96,8 +96,8 @@ def test_the_fewest_passes_that_fit_give_the_gradients_of_one(kind, limit, small
     losses, expected = gradients(step, batches)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     sizes = limit(3)
-    told = step.choose_passes(0, batches)
-    assert told == "optim.micro_batch auto: 2 clips per pass, 4 per step and process; 4 do not fit"
+    message = step.choose_passes(0, batches)
+    assert message == "optim.micro_batch auto: 2 clips per pass, 4 per step and process; 4 do not fit"
     assert sizes == [8, 4, 2, 2, 2, 2]
     assert step.passes == 4
     for name, tensor in step.model.state_dict().items():
@@ -148,12 +148,38 @@ def test_groups_are_not_divided(clips, group, passes):
 
 @pytest.mark.slow
 def test_processes_with_different_memory_agree_and_keep_the_same_weights(tmp_path):
-    """With DDP, random masks and balanced gradients, whose exchanges a process that tries alone must not wait for."""
+    """With DDP and balanced gradients, whose exchanges a process that tries alone must not wait for.
+
+    With fixed weights of the losses, the result is also that of one process and one pass; balanced gradients have a
+    factor per pass.
+    """
     done = torchrun(2, Path(pass_ranks.__file__), tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr[-3000:]
-    (first, weights), (second, others) = torch.load(tmp_path / "out.pt")
-    assert (first, second) == (2, 2)  # 4 clips each; the second process fits 2
-    assert same_tensors(weights, others)
+    found = torch.load(tmp_path / "out.pt")
+    for (first, weights), (second, others) in found.values():
+        assert (first, second) == (2, 2)  # 4 clips each; the second process fits 2
+        assert same_tensors(weights, others)
+    passes, alone = pass_ranks.train(World(), "fixed")
+    assert passes == 1
+    for name, weight in alone.items():
+        torch.testing.assert_close(found["fixed"][0][1][name], weight, rtol=2e-3, atol=1e-4, msg=name)
+
+
+def test_balanced_gradients_have_a_factor_per_pass(small):
+    """The declared difference between passes: each scales its codes' gradient by the norms of its own clips."""
+    step, batches = pretraining(small, loss={"balance": "gradient", "appearance": 1.0}, micro_batch=4)
+    (clips, codes), halves = batches[0], (slice(4), slice(4, 8))
+    _, both = gradients(step, [(clips[half], codes[half]) for half in halves])
+    each = []
+    for number, half in enumerate(halves):
+        (arguments,) = [step.arguments(0, 4 * number, clips[half], codes[half])]
+        step._gradients([arguments], 1, inspect=False)
+        each.append({name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None})
+        step.optimizer.zero_grad()
+    _, whole = gradients(step, batches)
+    assert not torch.allclose(whole["encoder.patch_embed.weight"], both["encoder.patch_embed.weight"], rtol=1e-3)
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
@@ -186,10 +212,10 @@ def test_the_plan_estimates_the_passes():
     config = from_dict(PretrainConfig, {"optim": {"batch": 512, "micro_batch": "auto"}})
     found = plan(config, gpu="a10")
     assert found.fits
-    assert 1 <= found.clips_a_pass < 512
-    larger = dataclasses.replace(config.optim, micro_batch=2 * found.clips_a_pass)
+    assert 1 <= found.clips_per_pass < 512
+    larger = dataclasses.replace(config.optim, micro_batch=2 * found.clips_per_pass)
     assert not plan(dataclasses.replace(config, optim=larger), gpu="a10").fits
-    assert f"passes of {found.clips_a_pass} clips on 1 device" in found.report()
+    assert f"passes of {found.clips_per_pass} clips on 1 device" in found.report()
     assert "(optim.micro_batch auto: estimated here, tried by the run)" in found.report()
 
 

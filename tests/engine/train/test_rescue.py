@@ -190,11 +190,11 @@ def test_a_compiler_that_fails_is_one_line_with_the_remedy():
 
     output = "x.cpp: In function 'kernel'\nx.cpp:3: fatal error: omp.h: No such file\n"
     inner = CppCompileError(["g++", "x.cpp"], output)
-    told = runtime.compile_problem(InductorError(inner, None))
-    assert told is not None
-    assert "x.cpp:3: fatal error: omp.h: No such file" in told
-    assert "--run.no-compile" in told
-    assert "\n" not in told
+    message = runtime.compile_problem(InductorError(inner, None))
+    assert message is not None
+    assert "x.cpp:3: fatal error: omp.h: No such file" in message
+    assert "--run.no-compile" in message
+    assert "\n" not in message
     outer = RuntimeError("outer")
     outer.__cause__ = inner
     assert "fatal error" in (runtime.compile_problem(outer) or "")
@@ -277,12 +277,12 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        told = process.communicate(timeout=30)[1]
+        message = process.communicate(timeout=30)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + number
-    assert told.startswith(f"mam2: stopped by {signal.Signals(number).name}; saved files are complete")
-    assert told.count("\n") == 1
+    assert message.startswith(f"mam2: stopped by {signal.Signals(number).name}; saved files are complete")
+    assert message.count("\n") == 1
 
 
 @pytest.mark.slow
