@@ -32,8 +32,8 @@ def select(view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Returns rows [B·K,P] of a view [B,slots,rows,columns,…] at the numbers index [B,K] within slots·rows·columns."""
     grid, shape = view.shape[1:4], (index.numel(), math.prod(view.shape[4:]))
     if view.device.type != "cpu":
-        clips = torch.arange(len(index), device=index.device)[:, None]
-        return view[(clips, *torch.unravel_index(index, grid))].reshape(shape)
+        numbers = (torch.arange(len(index), device=index.device)[:, None], *torch.unravel_index(index, grid))
+        return view[numbers].reshape(shape)
     values = view.view(INTEGERS[view.dtype.itemsize]).numpy()
     places = np.arange(len(index))[:, None], *np.unravel_index(index.numpy(), grid)
     return torch.from_numpy(values[places]).view(view.dtype).reshape(shape)
