@@ -29,7 +29,7 @@ CLIPS = "clips"
 Coding = Literal["jpeg", "raw"]
 QUALITY = 95
 """JPEG quality, with colors in full resolution: on real clips of 224 x 224 pixels an eighth of the raw size, and 45 dB
-of peak signal to noise, an error of 1.5 gray levels (root mean square): `python -m benchmarks.recorded_clips VIDEOS`."""
+of peak signal to noise, an error of 1.5 gray levels (root mean square); `python -m benchmarks.recorded_clips`."""
 JPEG_CHANNELS = (1, 3)
 
 
