@@ -368,6 +368,16 @@ _MISTAKES = {
             "return index.flatten()",
         ),
     ],
+    ("test_masks.py", "test_masks_on_a_cpu_are_those_of_the_reference"): [
+        (
+            "masks on a CPU: words that do not change places",
+            "host_masks.py",
+            "reshape(*shape, 2)[::-1]",
+            "reshape(*shape, 2)",
+        ),
+        ("masks on a CPU: the high word of the sample lost", "host_masks.py", "(samples >> 32)[:, None]", "0"),
+        ("masks on a CPU: the last hidden position left out", "host_masks.py", "rank <= threshold", "rank < threshold"),
+    ],
     ("test_masks.py", "test_philox_matches_the_published_vectors"): [
         ("PyTorch path: nine rounds of the generator", "reference.py", "PHILOX_ROUNDS = 10", "PHILOX_ROUNDS = 9"),
     ],
