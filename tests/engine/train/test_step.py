@@ -140,8 +140,8 @@ def test_equal_blocks_are_compiled_once_and_give_the_result_of_the_eager_step(ba
 
     expected = one_step(3)[1]
     monkeypatch.setattr(steps, "compiler", compiler)
-    told, found, graphs = one_step(3, compile=True, compile_blocks=True)
-    assert told == "compiled, block by block"
+    text, found, graphs = one_step(3, compile=True, compile_blocks=True)
+    assert text == "compiled, block by block"
     assert graphs == one_step(1, compile=True, compile_blocks=True)[2] > 0
     assert found.keys() == expected.keys()
     for name, value in expected.items():
