@@ -96,7 +96,7 @@ def test_pixels_are_the_gray_values_of_each_token_in_its_order(channels):
     video = torch.randint(0, 256, (2, channels, 4, 12, 8), dtype=torch.uint8)
     tokens = encoder.encode(video)
     assert tokens.shape == (2, 12, 32)
-    gray = video.float().mean(1) / 255
+    gray = (video.float().mean(1) / 255 - 0.449) / 0.226
     torch.testing.assert_close(tokens[1, 7].view(2, 4, 4), gray[1, 2:4, 0:4, 4:8])  # slot 1, row 0, column 1
     torch.testing.assert_close(encoder.encode(video / 255), tokens)
     found = extract_features(encoder, video.split(1), ["tokens", "time"], run=RunConfig())
