@@ -24,7 +24,7 @@ from benchmarks.timing import peak_mib
 from mam2.engine.model.attention import Backend, attention
 
 COLUMNS = ("operator", "type", "error", "error_of_eager", "peak_mib", "peak_mib_of_eager", "reason")
-ATTENTION_COLUMNS = ("shared", "attention", "centred", "plain")
+ATTENTION_COLUMNS = ("shared", "attention", "centered", "plain")
 SHARED = (1, 3, 10, 30)
 ON_A_CPU = Shape(batch=4, size=112)
 """Large enough for chunks to show, small enough for float64."""
@@ -72,7 +72,7 @@ def attention_rows(device: torch.device) -> list[Row]:
         for backend in get_args(Backend)[1:]:
             row: Row = {"shared": f"{shared}×", "attention": backend}
             try:
-                for name, center in (("centred", True), ("plain", False)):
+                for name, center in (("centered", True), ("plain", False)):
                     out = attention(*leaves, backend=backend, center=center)
                     found = torch.autograd.grad(out, leaves, upstream)
                     row[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))

@@ -17,7 +17,7 @@ def inputs(shape: Shape, device: torch.device) -> Inputs:
     return {**given, "mean": mean, "std": std}
 
 
-def normalise_and_pick(shape: Shape, video: Tensor, index: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize_and_pick(shape: Shape, video: Tensor, index: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     out = pick(cubes((pixels(video) - mean) / std, shape.patch), index)
     return out if out.dtype == torch.float64 else out.to(shape.dtype)
 
@@ -26,13 +26,13 @@ OPERATOR = Operator(
     name="gather_tubes",
     inputs=inputs,
     definition=lambda shape: (
-        lambda video, visible, mean, std, **_: normalise_and_pick(shape, video, visible, mean, std)
+        lambda video, visible, mean, std, **_: normalize_and_pick(shape, video, visible, mean, std)
     ),
     providers=lambda shape, device: {
         "ours": lambda video, visible, **_: gather_tubes(
             video, visible, patch_size=shape.patch, mean=MEAN, std=STD, dtype=shape.dtype
         ),
-        "eager": lambda video, booleans, mean, std, **_: normalise_and_pick(shape, video, booleans, mean, std),
+        "eager": lambda video, booleans, mean, std, **_: normalize_and_pick(shape, video, booleans, mean, std),
     },
     cost=lambda shape: costs.gather_tubes(
         shape.batch, shape.tokens - shape.masked, shape.values, out_bytes=shape.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Loader benchmark: clips/s by decoder, codec, key-frame distance and threads, and how long a step waits for clips.
+"""Loader benchmark: clips/s by decoder, codec, key-frame distance and threads, recorded clips, a step's wait for clips.
 
 It also times decoders alone, without crop and resize: PyAV in its simplest use, and decord2 and torchcodec if they are
 installed. A decoder whose frames differ from PyAV's gets no number. On a CPU, rates are relative to PyAV alone on the
@@ -47,6 +47,12 @@ class Settings:
     loaders: tuple[tuple[str, str, int, int], ...]
     """Decoder, codec, frames between key frames, threads (0: one per core)."""
     views: tuple[int, ...]
+    recorded: Row
+    """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
+    recorded_clips: int
+    """Clips per turn of recorded clips."""
+    recorded_videos: tuple[int, int]
+    """Height and width of the videos of recorded clips in pixels."""
 
 
 SETTINGS = {
@@ -66,6 +72,9 @@ SETTINGS = {
             *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0)),
         ),
         views=(1, 2, 4, 8),
+        recorded={},
+        recorded_clips=512,
+        recorded_videos=(256, 340),
     ),
     "cpu": Settings(
         files=3,
@@ -83,6 +92,9 @@ SETTINGS = {
             *(("pyav", "h264", 12, 1), ("pyav", "h264", 250, 1), ("pyav", "vp9", 30, 1), ("dali-cpu", "vp9", 30, 1)),
         ),
         views=(1, 2, 4),
+        recorded={"threads": 1},
+        recorded_clips=16,
+        recorded_videos=(256, 340),
     ),
 }
 DRY_RUN = dataclasses.replace(
@@ -97,6 +109,9 @@ DRY_RUN = dataclasses.replace(
     steps=2,
     loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
     views=(1,),
+    recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
+    recorded_clips=8,
+    recorded_videos=(48, 64),
 )
 """Settings that run every part on a CPU in seconds."""
 ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -128,6 +143,9 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
         manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
         yield from step_rows(manifests["h264", 30], settings, device, deadline)
         yield from decoding_rows(manifests, settings, device, deadline)
+        from benchmarks.recorded_clips import recorded_rows  # imports this module
+
+        yield from recorded_rows(Path(folder), settings, device, deadline)
 
 
 def _installed(package: str) -> bool:
@@ -174,9 +192,9 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
         for name, decode in decoders().items():
             labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
-    for front_end, codec, gop, threads in settings.loaders:
-        labels.append({"front_end": front_end, "files": codec, "gop": gop, "threads": threads or "one per core"})
-        options = dataclasses.replace(data, decoder=front_end, threads=threads)
+    for decoder, codec, gop, threads in settings.loaders:
+        labels.append({"front_end": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
+        options = dataclasses.replace(data, decoder=decoder, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]

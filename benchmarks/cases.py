@@ -54,7 +54,7 @@ LAYOUTS = {
     "frames_first": Layout("btchw", margin="tw"),
     "turned": Layout("bwhtc", margin="h"),
     "still": Layout("bthwc", repeated="t"),
-    "grey": Layout("bcthw", repeated="c"),
+    "gray": Layout("bcthw", repeated="c"),
     "one_clip": Layout("bthwc", repeated="b"),
 }
 
@@ -328,7 +328,7 @@ CLIPS = (
     Clip(patch=(2, 4, 4), layout="inner", dtype=HALF),
     Clip(patch=(2, 4, 4), layout="turned", dtype=DOUBLE, grid=(3, 1, 2)),
     Clip(patch=(2, 2, 8), layout="frames_first", dtype=BYTES, channels=1),
-    Clip(patch=(2, 3, 2), layout="grey", dtype=SINGLE, channels=4),
+    Clip(patch=(2, 3, 2), layout="gray", dtype=SINGLE, channels=4),
 )
 TARGETS = ("pixel", "intra", "adjacent", "joint")
 NORMALIZATIONS = ("patch", None, "channel")

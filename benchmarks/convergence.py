@@ -220,8 +220,8 @@ class Run:
                     self.note_time()
                     bar.update()
                     score = found.get("finetune", found.get("probe", found.get(REAL_JUDGED)))
-                    told = "" if score is None else f": {100 * score:.1f} %"
-                    bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{told}")
+                    result = "" if score is None else f": {100 * score:.1f} %"
+                    bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{result}")
         if any(job.key not in self.done for job in jobs):
             raise OutOfTime
         return [self.done[job.key] for job in jobs]

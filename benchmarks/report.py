@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-COLOURS = {"ours": "C3", "eager": "C7", "compiled": "C0", "torch": "C1", "liger": "C2", "cut": "C4"}
+COLORS = {"ours": "C3", "eager": "C7", "compiled": "C0", "torch": "C1", "liger": "C2", "cut": "C4"}
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -67,7 +67,7 @@ def _time_against_batch(rows: Sequence[Row], file: Path, title: str) -> None:
                 (row["batch"], row[key]) for row in rows if (row["operator"], row["provider"]) == (name, provider)
             )
             if mine:
-                axes.plot(*zip(*mine, strict=True), marker="o", label=provider, color=COLOURS.get(provider))
+                axes.plot(*zip(*mine, strict=True), marker="o", label=provider, color=COLORS.get(provider))
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, map(str, batches))
         axes.set_yscale("log")
@@ -97,12 +97,12 @@ def _roofline(rows: Sequence[Row], peaks: Row, file: Path, title: str) -> None:
     for name, marker in zip(dict.fromkeys(row["operator"] for row in shown), itertools.cycle("osD^vPX*")):
         axes.plot([], [], marker, color="black", label=name)
         for row in (row for row in shown if row["operator"] == name):
-            colour = COLOURS.get(row["provider"], "black")
-            face = colour if row["provider"] == "ours" else "none"
+            color = COLORS.get(row["provider"], "black")
+            face = color if row["provider"] == "ours" else "none"
             place = row["flops_per_byte"], row["percent_of_matmul"]
-            axes.plot(*place, marker, color=colour, markerfacecolor=face, markersize=8)
+            axes.plot(*place, marker, color=color, markerfacecolor=face, markersize=8)
     for provider in dict.fromkeys(row["provider"] for row in shown):
-        axes.plot([], [], color=COLOURS.get(provider, "black"), linewidth=6, label=provider)
+        axes.plot([], [], color=COLORS.get(provider, "black"), linewidth=6, label=provider)
     axes.set(xscale="log", yscale="log", ylabel="rate, % of a large matrix product's")
     axes.set(xlabel="operations per declared byte (FLOP/B)", title=f"Roofline at batch {largest}: {title}")
     axes.grid(which="both", alpha=0.25)

@@ -96,9 +96,9 @@ def _run(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        told = one_line(str(error).partition("\n")[0])
+        reason = one_line(str(error).partition("\n")[0])
         print(
-            f"mam2: error: out of memory{f' ({told})' if told else ''}: use fewer clips at once (--batch, "
+            f"mam2: error: out of memory{f' ({reason})' if reason else ''}: use fewer clips at once (--batch, "
             "optim.micro_batch), smaller or shorter clips, or a smaller model",
             file=sys.stderr,
         )

@@ -281,7 +281,7 @@ def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale
         norm(tokens, width, item_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
         + PartCost(parameters=2 * width)  # biases of queries and values
-        + PartCost(held_bytes=_centred(tokens, width, item_bytes))  # in addition to the projection that contains them
+        + PartCost(held_bytes=_centered(tokens, width, item_bytes))  # in addition to the projection that contains them
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
         + mlp(tokens, width, ratio, item_bytes)
@@ -317,12 +317,12 @@ def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
     return PartCost(
         forward_flops=products,
         backward_flops=2 * products,
-        bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centred(keys, width, item_bytes),
+        bytes_moved=6 * (queries + keys) * width * item_bytes + 3 * _centered(keys, width, item_bytes),
         held_bytes=(queries + 2 * keys) * width * item_bytes,
     )
 
 
-def _centred(keys: int, width: int, item_bytes: int) -> int:
+def _centered(keys: int, width: int, item_bytes: int) -> int:
     """Returns the bytes of a block's centered keys; 0 in float32."""
     return keys * width * item_bytes if item_bytes == 2 else 0
 
@@ -368,20 +368,20 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         total += PartCost(parameters=weights + width_out, forward_flops=2 * weights * pixels, bytes_moved=moved)
         largest = max(largest, pixels * (2 * width_in + width_out) * item_bytes)
 
-    def normalisation(width: int) -> None:
+    def normalization(width: int) -> None:
         nonlocal total
         total += PartCost(parameters=2 * width)
 
     def residual(width_in: int, width_out: int) -> None:
         for width in (width_in, width_out):
-            normalisation(width)
+            normalization(width)
             conv(width, width_out, 3)
         if width_in != width_out:
             conv(width_in, width_out, 1, normed=False)
 
     def attend(width: int) -> None:
         nonlocal total
-        normalisation(width)
+        normalization(width)
         for _ in range(4):
             conv(width, width, 1, normed=False)
         total += PartCost(forward_flops=4 * pixels**2 * width, bytes_moved=4 * pixels * width * item_bytes)
@@ -401,7 +401,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
     residual(width, width)
     attend(width)
     residual(width, width)
-    normalisation(width)
+    normalization(width)
     conv(width, config.z_channels, 3)
     conv(config.z_channels, config.embed_dim, 1, normed=False)
     if config.patch_path:

@@ -44,7 +44,7 @@ def report() -> str:
 
     dtype = matmul_dtype(RunConfig(), device)
     advice = []
-    lines += ["paths", f"  kernels    {_told(lambda: active_path(device))}, launch table {table_for(device)!r}"]
+    lines += ["paths", f"  kernels    {_answer(lambda: active_path(device))}, launch table {table_for(device)!r}"]
     first, *others = _attention(device, dtype)
     lines += [f"  attention  {first}", *(f"             {line}" for line in others)]
     lines.append(f"  step       {compiler(RunConfig(), device)[1]}")
@@ -109,7 +109,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _told(ask: object) -> str:
+def _answer(ask: object) -> str:
     try:
         return ask()  # type: ignore[operator]
     except RuntimeError as error:

@@ -37,7 +37,7 @@ class FinetunePlan(planning.Plan):
         pass holds the weights in 16 bits, also the frozen ones of blocks with adapters.
         """
         config, item, trained = self.config, self.dtype.itemsize, self.parameters
-        data, clips = config.data, self.clips_a_pass
+        data, clips = config.data, self.clips_per_pass
         shards = self.gpus if config.run.sharding == "fsdp" else 1
         cast = self.all_parameters if config.adapters.rank else trained
         own_copy = config.adapters.rank or shards > 1
@@ -79,7 +79,7 @@ class FinetunePlan(planning.Plan):
     @property
     def _seconds_of_arithmetic(self) -> float:
         step = self._muon.flops * self.gpus / self.config.optim.batch
-        return (sum(cost.flops for cost in self.parts.values()) + step) / (self.utilisation * self.peak_flops)
+        return (sum(cost.flops for cost in self.parts.values()) + step) / (self.utilization * self.peak_flops)
 
     @property
     def _seconds_of_memory(self) -> float:
@@ -99,7 +99,7 @@ class FinetunePlan(planning.Plan):
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {math.prod(config.grid)} tokens",
-            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_a_pass} clips on "
+            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_per_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
             f"{self.pass_note}",
             f"trained  {_count(self.parameters).strip()} of {_count(self.all_parameters).strip()} parameters"
@@ -114,7 +114,7 @@ class FinetunePlan(planning.Plan):
             f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
             f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}",
-            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of "
+            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of "
             f"that peak is assumed, not measured; bound by {bound}; loading and validation not counted)",
         ]
         if videos:
@@ -133,9 +133,9 @@ class FinetunePlan(planning.Plan):
         return f": the last {last} blocks and the head" if last else ": the head"
 
 
-def plan_finetuning(config: FinetuneConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> FinetunePlan:
+def plan_finetuning(config: FinetuneConfig, *, gpu: str = "", gpus: int = 1, utilization: float = 0.0) -> FinetunePlan:
     """Returns the plan of a fine-tuning run of the encoder that `config.model` describes; see `planning.plan`."""
     config.check()
-    machine = planning.machine_rates(config, gpu, gpus, utilisation)
+    machine = planning.machine_rates(config, gpu, gpus, utilization)
     parts = finetune_costs(config, machine["dtype"].itemsize)
     return planning.with_automatic_passes(FinetunePlan(config=config, parts=parts, source="", **machine))

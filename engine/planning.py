@@ -78,7 +78,7 @@ WITHOUT_BFLOAT16 = {
 }
 """NVIDIA's cards before Ampere: training there needs float32, for which there is no estimate."""
 MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
-UTILISATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
+UTILIZATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
 """Default assumption for the share of the peak that a step reaches; not measured.
 
 On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
@@ -102,7 +102,7 @@ class Plan:
     """Memory bandwidth; infinite if unknown."""
     memory_gib: float
     """Memory of one device; infinite if unknown."""
-    utilisation: float
+    utilization: float
     gpus: int
     source: str
     """Source of the tokenizer's size."""
@@ -112,7 +112,7 @@ class Plan:
     """Whether the run chooses the size of its passes; on a GPU `config` has the estimated one."""
 
     @property
-    def clips_a_pass(self) -> int:
+    def clips_per_pass(self) -> int:
         """Returns the clips per pass on one device."""
         return self.config.optim.batch // (self.gpus * micro_batches_per_step(self.config, self.gpus))
 
@@ -128,7 +128,7 @@ class Plan:
         On a GPU the tokenizer's activations are held in addition to the others, because it processes the next batch
         during the step, in separate memory. On a CPU they are held before the others.
         """
-        clips, item = self.clips_a_pass, self.dtype.itemsize
+        clips, item = self.clips_per_pass, self.dtype.itemsize
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
@@ -165,7 +165,7 @@ class Plan:
         """
         config, smaller = self.config, _with_largest_pass(self)
         if smaller:
-            return f"--optim.micro-batch {smaller.clips_a_pass} fits"
+            return f"--optim.micro-batch {smaller.clips_per_pass} fits"
         ways = [] if config.run.recompute else ["--run.recompute"]
         ways += ["--run.sharding fsdp"] if self.gpus > 1 and config.run.sharding != "fsdp" else []
         return f"no optim.micro_batch fits; try {', '.join([*ways, 'a smaller --size or --data.size'])}"
@@ -186,7 +186,7 @@ class Plan:
     @property
     def _seconds_of_arithmetic(self) -> float:
         step = costs.muon(self.config, self.dtype.itemsize).flops * self.gpus / self.config.optim.batch
-        return (sum(cost.flops for cost in self.parts.values()) + step) / (self.utilisation * self.peak_flops)
+        return (sum(cost.flops for cost in self.parts.values()) + step) / (self.utilization * self.peak_flops)
 
     @property
     def _seconds_of_memory(self) -> float:
@@ -211,8 +211,8 @@ class Plan:
         passes = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
-            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_a_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_per_pass} clips "
+            f"on {self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
             f"{self.pass_note}",
         ]
         if config.needs_codes:
@@ -249,7 +249,7 @@ class Plan:
             f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
             f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
             f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
-            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilisation:.0f} % of that peak is "
+            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of that peak is "
             f"assumed, not measured; bound by {bound}; loading not counted)",
         ]
         if count := sum(counts):
@@ -261,7 +261,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: float = 0.0) -> Plan:
+def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilization: float = 0.0) -> Plan:
     """Returns the plan of a run.
 
     Args:
@@ -269,13 +269,13 @@ def plan(config: PretrainConfig, *, gpu: str = "", gpus: int = 1, utilisation: f
         gpu: a name of `GPUS` in any spelling ("RTX 4090", "H100-PCIe"), or empty for this machine, whose rate of
             matrix products is then measured.
         gpus: number of devices of the run.
-        utilisation: share of the peak that the step reaches, 0 to 1; 0 assumes `UTILISATION`.
+        utilization: share of the peak that the step reaches, 0 to 1; 0 assumes `UTILIZATION`.
 
     Raises:
         UserError: a value is invalid, or the batch cannot be divided among the devices.
     """
     check(config)
-    machine = machine_rates(config, gpu, gpus, utilisation)
+    machine = machine_rates(config, gpu, gpus, utilization)
     tokenizer, source = None, ""
     if config.needs_codes:
         tokenizer, source = _tokenizer(config)
@@ -300,18 +300,18 @@ def with_automatic_passes(found: SomePlan) -> SomePlan:
 def _with_largest_pass(found: SomePlan) -> SomePlan | None:
     """Returns the plan with the largest `optim.micro_batch` that fits, or None if none does."""
     config = found.config
-    for clips in range(found.clips_a_pass, config.clips_per_group - 1, -1):
+    for clips in range(found.clips_per_pass, config.clips_per_group - 1, -1):
         optim = dataclasses.replace(config.optim, micro_batch=clips)
         smaller = dataclasses.replace(found, config=dataclasses.replace(config, optim=optim))
-        if smaller.clips_a_pass == clips and smaller.fits:
+        if smaller.clips_per_pass == clips and smaller.fits:
             return smaller
     return None
 
 
-def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) -> dict[str, Any]:
+def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilization: float) -> dict[str, Any]:
     """Returns the fields of a plan that depend on the machine; arguments and errors as in `plan`."""
-    if not 0 <= utilisation <= 1:
-        raise UserError(f"--utilisation is a share from 0 to 1, found {utilisation:g}")
+    if not 0 <= utilization <= 1:
+        raise UserError(f"--utilization is a share from 0 to 1, found {utilization:g}")
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: expected at least 1")
     known = _known(gpu) if gpu else ""
@@ -336,7 +336,7 @@ def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilisation: float) 
         "peak_flops": peak,
         "bytes_per_s": rate,
         "memory_gib": memory,
-        "utilisation": utilisation or UTILISATION["data sheet" if gpu else device.type],
+        "utilization": utilization or UTILIZATION["data sheet" if gpu else device.type],
         "gpus": gpus,
         "cuda": device.type == "cuda",
         "automatic": config.optim.micro_batch == "auto",

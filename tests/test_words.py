@@ -28,6 +28,10 @@ BRITISH = (
     r"(?:normal|standard|optim|util|quant|special|vector|synchron|initial|recogn|summar|minim|maxim|organ)"
     r"is(?:e|es|ed|er|ers|ing|ation)"
 )
+NAMES = re.compile(rf"(?:^|_)(?:(?:re)?(?:{BRITISH})|told|anew|beside|likeliest|front_end|a_pass)(?:_|$)")
+"""Words that are not part of a name in code either."""
+STORED = {"labelled"}
+"""Keys of files that earlier versions wrote: of the convergence study's settings."""
 DIALECT = {
     r"\bBeside (?:it|what|every)\b|\bbeside (?:the|it|what|its|ours|our)\b": "say 'next to' or 'compared with'",
     r"\bwhere nothing (?:says|else)\b|\bnothing says\b": "say 'if … is unknown'",
@@ -69,6 +73,26 @@ def violations(words: str) -> list[str]:
 def test_the_worst_words_do_not_return(path):
     found = [f"{path.name}:{number}: {word}" for number, line in prose(path) for word in violations(line)]
     assert not found, "\n".join(found)
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of a module, without those of the test functions."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+    return {token.string for token in tokens if token.type == tokenize.NAME and not token.string.startswith("test_")}
+
+
+def rejected_names(names: set[str]) -> list[str]:
+    """The names with a British or private word between their underscores."""
+    return sorted(name for name in names - STORED if NAMES.search(name.lower()))
+
+
+def test_names_in_code_are_free_of_them_too():
+    found = {path.name: names for path in TEXTS if path.suffix == ".py" and (names := rejected_names(names_in(path)))}
+    assert not found
+
+
+def test_a_rejected_name_is_found():
+    assert rejected_names({"_relabelled", "COLOUR_MAP", "told", "color"}) == ["COLOUR_MAP", "_relabelled", "told"]
 
 
 def test_names_of_tests_are_free_of_them_too():

@@ -26,7 +26,7 @@ from mam2.engine.data.synthetic import (
     SHAPES,
     SIZE,
     as_pixels,
-    bright_colour,
+    bright_color,
     clip_paths,
     draw_coverage,
     write_clips,
@@ -69,7 +69,7 @@ def render_with_looks(
     camera = _camera(rng)
     texture, fineness = _texture(camera, rng, size)
     coverage = draw_coverage(motion, shape, rng, camera=camera, size=size)
-    color = bright_colour(rng)
+    color = bright_color(rng)
     clip = texture * _hue(tint) * (1 - coverage) + color * coverage
     flicker = 1 + 0.08 * rng.standard_normal((FRAMES, 1, 1, 1))
     name = next(name for name, bound in TEXTURES.items() if fineness < bound)

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mam2.engine import costs
-from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.checkpoints.classifiers import relabeled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
@@ -116,7 +116,7 @@ def prepare(
     manifests = {name: read_manifest(path) for name, path in data.items()}
     classes = manifests["train"].classes
     if classes:
-        manifests = {name: relabelled(manifest, data[name], classes) for name, manifest in manifests.items()}
+        manifests = {name: relabeled(manifest, data[name], classes) for name, manifest in manifests.items()}
     for name, manifest in manifests.items():
         train = name == "train"
         data_config = dataclasses.replace(config.data, recorded=recorded if train else 1, views=views if train else 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.trials.prepared import Split, render
 from benchmarks.trials.trial import EVALUATED
-from mam2.engine.checkpoints.classifiers import relabelled
+from mam2.engine.checkpoints.classifiers import relabeled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, scan
 from mam2.engine.data.sources import read_column
@@ -95,7 +95,7 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
         for part, source in (("train", lists.train), ("test", lists.test)):
             manifest, _ = scan(source, known)
             classes = classes or manifest.classes
-            manifest = relabelled(manifest, source, classes)
+            manifest = relabeled(manifest, source, classes)
             if part == "train" and lists.shots:
                 manifest = some_of_each_class(manifest, lists.shots)
             for video in manifest.videos:

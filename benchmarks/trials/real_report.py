@@ -120,10 +120,10 @@ def real_parts(results: Results) -> list[str]:
         ]
     for name, asked in results["real"]["questions"].items():
         groups = len(set(asked["groups"]))
-        told = f"of {groups} groups" if groups < asked["test"] else "without groups"
+        grouping = f"of {groups} groups" if groups < asked["test"] else "without groups"
         parts += [
             f"**{name}**: {asked['classes']} classes (chance {100 / asked['classes']:.0f} %), {asked['train']} clips "
-            f"to fit on, {asked['test']} to test on, {told}.",
+            f"to fit on, {asked['test']} to test on, {grouping}.",
             real_table(results, name),
         ]
     return parts

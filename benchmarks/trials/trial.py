@@ -119,7 +119,7 @@ def probe(encoder: Encoder, prepared: Prepared, config: PretrainConfig) -> dict[
 
 
 def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, labelled: int) -> float:
-    """Test accuracy after all weights were trained on `labelled` of the training videos; see `labelled_videos`."""
+    """Test accuracy after all weights were trained on `labelled` of the training videos; see `labeled_videos`."""
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=prepared.classes))
@@ -127,7 +127,7 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     model.encoder.load_state_dict({n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")})
     train, batch = prepared.splits["train"], config.optim.batch
     recorded, crops = train.clips.shape[1:3]
-    chosen = labelled_videos(train.labels, labelled)
+    chosen = labeled_videos(train.labels, labelled)
     count = len(chosen)
     if config.head.standardize:
         some = chosen[:: -(-count // STANDARDIZED)]
@@ -150,7 +150,7 @@ def finetune(encoder: Encoder, prepared: Prepared, config: FinetuneConfig, *, la
     return float((torch.cat(answers) == test.labels).double().mean())
 
 
-def labelled_videos(labels: Tensor, count: int) -> np.ndarray:
+def labeled_videos(labels: Tensor, count: int) -> np.ndarray:
     """Places of about `count` videos, as many of each class and the same for every training: int64, ascending."""
     generator = np.random.default_rng(0)
     classes = labels.unique().tolist()

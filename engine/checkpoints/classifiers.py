@@ -24,34 +24,34 @@ CLASSES = "classes"
 """Key of a checkpoint's metadata: the class names as JSON, in the order of the logits."""
 
 
-def check_labelled(manifest: Manifest, source: str | Path) -> None:
+def check_labeled(manifest: Manifest, source: str | Path) -> None:
     """Raises UserError for a video without a label."""
-    unlabelled = next((video.path for video in manifest.videos if video.label < 0), None)
-    if unlabelled is not None:
+    unlabeled = next((video.path for video in manifest.videos if video.label < 0), None)
+    if unlabeled is not None:
         raise UserError(
-            f"{source}: no label for {unlabelled}; expected one folder per class, or a list of `path label` lines"
+            f"{source}: no label for {unlabeled}; expected one folder per class, or a list of `path label` lines"
         )
 
 
 def describe_classes(manifest: Manifest) -> str:
     """Returns lines for the log: the number of classes, and a warning if some have no video."""
-    told, used = len(manifest.classes), {video.label for video in manifest.videos}
-    if len(used) == told:
-        return f"classes {told}"
+    count, used = len(manifest.classes), {video.label for video in manifest.videos}
+    if len(used) == count:
+        return f"classes {count}"
     first = next(name for number, name in enumerate(manifest.classes) if number not in used)
     return (
-        f"warning: {told} classes, of which {told - len(used)} have no training video (the first is {first}): are the "
-        "labels numbers without gaps?"
+        f"warning: {count} classes, of which {count - len(used)} have no training video (the first is {first}): are "
+        "the labels numbers without gaps?"
     )
 
 
-def relabelled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -> Manifest:
+def relabeled(manifest: Manifest, source: str | Path, classes: Sequence[str]) -> Manifest:
     """Returns the manifest with its labels numbered as in `classes`.
 
     Lists and folders number their classes by the names that occur, so that a list that lacks a class numbers the others
     differently. Raises UserError for a video without a label, or with a label that is not in `classes`.
     """
-    check_labelled(manifest, source)
+    check_labeled(manifest, source)
     numbers = {name: number for number, name in enumerate(classes)}
     used = sorted({manifest.classes[video.label] for video in manifest.videos})
     unknown = [name for name in used if name not in numbers]

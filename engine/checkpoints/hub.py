@@ -33,7 +33,7 @@ def local_path(path: str | Path) -> Path:
 def _download(name: str) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     _check_name(repository, name)
-    with _told(f"{name}: cannot be downloaded"):
+    with _as_user_error(f"{name}: cannot be downloaded"):
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(repository, revision=revision or None, endpoint=_endpoint(), allow_patterns=FILES)
@@ -43,7 +43,7 @@ def _download(name: str) -> Path:
 def check_push(repository: str) -> None:
     """Raises UserError if a name is invalid, or the hub's client is not installed."""
     _check_name(repository, f"--push {repository}")
-    with _told(f"--push {repository}"):
+    with _as_user_error(f"--push {repository}"):
         import huggingface_hub  # noqa: F401
 
 
@@ -52,7 +52,7 @@ def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
 
     private: visibility of a new repository. Raises UserError if the hub refuses it or cannot be reached.
     """
-    with _told(f"--push {repository}: cannot be uploaded"):
+    with _as_user_error(f"--push {repository}: cannot be uploaded"):
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=_endpoint())
@@ -72,7 +72,7 @@ def _endpoint() -> str | None:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_user_error(what: str) -> Iterator[None]:
     """Converts exceptions of the hub's client to a UserError of one line."""
     try:
         yield

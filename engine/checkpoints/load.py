@@ -43,7 +43,7 @@ FRAMES, SIZE = 16, 224
 """Clips of a file that does not describe them: those of nearly all models that VideoMAE published."""
 MOST_TOKENS = 2**20
 """Maximum tokens of a clip; a million positions of a ViT-B take 3 GB."""
-BESIDE_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
+NOT_OF_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
 """Prefixes of the parameters of a decoder and of a classifier's head."""
 MOST_NAMED = 12
 """Maximum number of tensors that an error lists."""
@@ -287,7 +287,7 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
 def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
     """Returns the encoder of another project's file, without a head or decoder."""
     encoder = _encoder(weights, heads)
-    others = {name for name in weights.tensors if name.startswith(BESIDE_ENCODER)}
+    others = {name for name in weights.tensors if name.startswith(NOT_OF_ENCODER)}
     _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
     return encoder
 
@@ -396,14 +396,14 @@ def _fill(model: nn.Module, weights: Weights, left_out: Set[str] = frozenset()) 
             if name in found and found[name].shape != tensor.shape
         ],
     }
-    told = [
+    parts = [
         f"{what} {', '.join(names[:MOST_NAMED])}"
         + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
         for what, names in problems.items()
         if names
     ]
-    if told:
-        raise UserError(f"{weights.path}: {'; '.join(told)}")
+    if parts:
+        raise UserError(f"{weights.path}: {'; '.join(parts)}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])

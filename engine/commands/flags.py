@@ -1,4 +1,4 @@
-"""Flags that several verbs take together; each class is one group, and its fields are parameters of the functions."""
+"""Groups of flags: the fields of a class are parameters, with the same defaults, of the API functions of its verbs."""
 
 from __future__ import annotations
 
@@ -64,4 +64,34 @@ class ClassifierFlags:
         return values
 
 
-ENCODER, CLASSIFIER = EncoderFlags(), ClassifierFlags()
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFlags:
+    """A VQ model, the frames it is trained on, and its training (train-tokenizer)."""
+
+    codes: int = 1024
+    """codebook size."""
+    channels: int = 32
+    """base width of the network, a multiple of 8."""
+    factor: int = 16
+    """pixels per code along height and width, a power of two; use the patch size of pre-training."""
+    size: int = 224
+    """height and width of the training frames, a multiple of `factor`."""
+    steps: int = 2000
+    """training steps."""
+    batch: int = 16
+    """frames per step."""
+    flip: bool = True
+    """mirror half of the frames."""
+    image_channels: int = 3
+    """channels of the frames: 3, 1 for gray, or those of arrays."""
+    value_range: tuple[float, float] | None = None
+    """the two values that become 0 and 1, as data.value_range; default: by the type of the values."""
+    seed: int = 0
+    """seed of weights, frames and crops."""
+    threads: int = 0
+    """decoding threads; 0: one per core that this process may use."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto uses a GPU if there is one."""
+
+
+ENCODER, CLASSIFIER, TOKENIZER = EncoderFlags(), ClassifierFlags(), TokenizerFlags()

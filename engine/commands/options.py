@@ -24,6 +24,8 @@ SEVERAL_SETS = ("pretrain", "tokenize")
 """Verbs that take several data sets."""
 SPELLINGS = {"--data-weights": "--data.weights", "--data_weights": "--data.weights"}
 """Other spellings of flags."""
+RENAMED = {"--utilisation": "--utilization"}
+"""Earlier names of flags that are not config keys."""
 SHOWN = {PretrainConfig: "mam2-fast", FinetuneConfig: "kinetics400/finetune"}
 """The recipe whose values the help shows if the user names none."""
 
@@ -67,15 +69,15 @@ def named_pretraining(arguments: list[str], usage: str) -> PretrainConfig:
 
 
 def with_present_flags(arguments: list[str]) -> list[str]:
-    """The arguments of a verb; flags of config keys that were renamed are replaced, with a warning for each."""
-    flags: dict[str, str] = {}
-    arguments = [SPELLINGS.get(argument, argument) for argument in arguments]
+    """Returns the arguments of a verb with renamed flags replaced by their present names, with a warning for each."""
+    flags = dict(RENAMED)
     for kind in (PretrainConfig, FinetuneConfig):
         for earlier, now in renamed_keys(kind).items():
             flags |= {f"--{earlier}": f"--{now}", f"--{earlier}".replace("_", "-"): f"--{now}"}
     present = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
+        flag = SPELLINGS.get(flag, flag)
         if flag in flags:
             logging.getLogger("mam2").warning("the flag %s is now called %s", flag, flags[flag])
         present.append(f"{flags.get(flag, flag)}{equals}{value}")

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
         gpu: str = "",
         gpus: int = 1,
         videos: tuple[str, ...] = (),
-        utilisation: float = 0.0,
+        utilization: float = 0.0,
         size: str | None = None,
         preset: str | None = None,
     ) -> int:
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
             gpus: number of devices of the run.
             videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours. Several,
                 one per data set, with --data.weights for their shares.
-            utilisation: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
+            utilization: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
             preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
         """
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
 
         counts = [count for each in videos for count in _counts(each)]
         print(f"plan     {recipe}: {config.model.objective}")
-        print(plan(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
+        print(plan(config, gpu=gpu, gpus=gpus, utilization=utilization).report(counts))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")
@@ -72,7 +72,7 @@ def _finetuning(arguments: list[str]) -> int:
         gpu: str = "",
         gpus: int = 1,
         videos: tuple[str, ...] = (),
-        utilisation: float = 0.0,
+        utilization: float = 0.0,
         size: str | None = None,
     ) -> int:
         """Print parameters, FLOPs, bytes and memory of a fine-tuning recipe, and estimate clips/s and hours.
@@ -84,14 +84,14 @@ def _finetuning(arguments: list[str]) -> int:
                 machine, which is measured.
             gpus: number of devices of the run.
             videos: number of videos, or an index of `mam2 index` or of a run; needed to estimate the hours.
-            utilisation: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
+            utilization: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
             size: tiny, small, base, large or huge: size of the encoder.
         """
         from mam2.engine.finetune_planning import plan_finetuning
 
         print(f"plan     {recipe}: fine-tuning")
         counts = [count for each in videos for count in _counts(each)]
-        print(plan_finetuning(config, gpu=gpu, gpus=gpus, utilisation=utilisation).report(counts))
+        print(plan_finetuning(config, gpu=gpu, gpus=gpus, utilization=utilization).report(counts))
         return 0
 
     return tyro.cli(plan, args=arguments, prog="mam2 plan")

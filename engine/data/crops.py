@@ -85,11 +85,11 @@ def _taps(
     """
     scale = (end - begin) / size
     radius = max(scale, 1.0)
-    centres = begin + (np.arange(size) + 0.5) * scale - 0.5
-    first = np.ceil(centres - radius).astype(int)
+    centers = begin + (np.arange(size) + 0.5) * scale - 0.5
+    first = np.ceil(centers - radius).astype(int)
     offsets = np.arange(int(np.ceil(2 * radius)) + 1)
     places = first[:, None] + offsets
-    weights = np.maximum(1 - np.abs(places - centres[:, None]) / radius, 0)
+    weights = np.maximum(1 - np.abs(places - centers[:, None]) / radius, 0)
     weights /= weights.sum(1, keepdims=True)
     places = places.clip(0, length - 1)
     blocks = []

@@ -171,6 +171,6 @@ def _corners(view: View) -> tuple[tuple[float, float], tuple[float, float]]:
 
 def _reason(message: str) -> str:
     """Returns DALI's own sentence from a message that also contains a stack trace."""
-    told = message.partition("encountered:")[2] or message
-    first = next((line.strip() for line in told.splitlines() if line.strip()), "unknown error")
+    reason = message.partition("encountered:")[2] or message
+    first = next((line.strip() for line in reason.splitlines() if line.strip()), "unknown error")
     return f"DALI: {first.rpartition(' failed: ')[2]}"

@@ -49,8 +49,8 @@ def fault(message: str) -> Literal["memory", "driver", "gpu", "file", "program"]
         return "memory"
     if DRIVER.search(message):
         return "driver"
-    told = message.partition("encountered:")[2] or message
-    if CUDA.search(told):
+    reason = message.partition("encountered:")[2] or message
+    if CUDA.search(reason):
         return "gpu"
     return "file" if DECODER.search(message) else "program"
 

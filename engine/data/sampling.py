@@ -88,7 +88,7 @@ def draw_clip(
     """
     width, height = video.shown_size
     if not train:
-        return ClipRequest(index, _frames(video, config, None), (_centre_crop(width, height, 1.0),))
+        return ClipRequest(index, _frames(video, config, None), (_center_crop(width, height, 1.0),))
     if config.recorded:
         epoch, attempt = epoch % config.recorded, 0
     generator = generator_of(Draw.CLIP, seed, epoch, index, attempt)
@@ -142,7 +142,7 @@ def _random_resized_crop(generator: np.random.Generator, width: int, height: int
         if wide <= 1 and high <= 1:
             x, y = generator.random() * (1 - wide), generator.random() * (1 - high)
             return View(x, y, x + wide, y + high, False)
-    return _centre_crop(width, height, config.max_aspect)
+    return _center_crop(width, height, config.max_aspect)
 
 
 def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, config: DataConfig) -> View:
@@ -160,10 +160,10 @@ def _multi_scale_crop(generator: np.random.Generator, width: int, height: int, c
 
 def middle_square(video: Video) -> View:
     """The largest square in the middle of a video's frames."""
-    return _centre_crop(*video.shown_size, 1.0)
+    return _center_crop(*video.shown_size, 1.0)
 
 
-def _centre_crop(width: int, height: int, max_aspect: float) -> View:
+def _center_crop(width: int, height: int, max_aspect: float) -> View:
     """Returns the largest center crop with an aspect ratio from 1/max_aspect to max_aspect."""
     wide, high = min(1.0, height * max_aspect / width), min(1.0, width * max_aspect / height)
     return View((1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2, False)

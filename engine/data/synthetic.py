@@ -36,9 +36,9 @@ def render_clip(motion: str, rng: np.random.Generator) -> np.ndarray:
     """Renders a clip of a motion: uint8 [FRAMES, SIZE, SIZE, 3], RGB. With equal `rng`, all motions look the same."""
     shape = SHAPES[rng.integers(len(SHAPES))]
     background = _background(rng)
-    colour = bright_colour(rng)
+    color = bright_color(rng)
     coverage = draw_coverage(motion, shape, rng)
-    return as_pixels(background[None] * (1 - coverage) + colour * coverage)
+    return as_pixels(background[None] * (1 - coverage) + color * coverage)
 
 
 def draw_coverage(
@@ -56,13 +56,13 @@ def draw_coverage(
     place = rng.uniform(0, SIZE, size=2)
 
     progress = np.linspace(-0.5, 0.5, FRAMES)
-    centre = np.repeat(place[None], FRAMES, axis=0) + camera
+    center = np.repeat(place[None], FRAMES, axis=0) + camera
     angles = np.full(FRAMES, angle)
     radii = np.full(FRAMES, radius)
     if motion in ("left", "right"):
-        centre[:, 0] += progress * drift * (1 if motion == "right" else -1)
+        center[:, 0] += progress * drift * (1 if motion == "right" else -1)
     elif motion in ("up", "down"):
-        centre[:, 1] += progress * drift * (1 if motion == "down" else -1)
+        center[:, 1] += progress * drift * (1 if motion == "down" else -1)
     elif motion in ("clockwise", "counterclockwise"):
         angles += progress * turn * (1 if motion == "clockwise" else -1)
     elif motion in ("grow", "shrink"):
@@ -72,7 +72,7 @@ def draw_coverage(
 
     y, x = np.mgrid[:size, :size].astype(np.float32) * (SIZE / size)
     # A shape that leaves on one side returns on the other, so that positions do not reveal the direction.
-    dx, dy = (_wrapped(a[None] - centre[:, i, None, None]) for i, a in enumerate((x, y)))
+    dx, dy = (_wrapped(a[None] - center[:, i, None, None]) for i, a in enumerate((x, y)))
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     radii = radii[:, None, None]
     # y points down, so a growing angle turns clockwise on the screen.
@@ -109,11 +109,11 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum(box(0, 0.6, 0.9, 0.3), box(-0.6, 0, 0.3, 0.9))
 
 
-def bright_colour(rng: np.random.Generator) -> np.ndarray:
+def bright_color(rng: np.random.Generator) -> np.ndarray:
     """Draws an RGB color in 0.4 to 1 with one channel at 1."""
-    colour = rng.uniform(0.4, 1.0, size=3)
-    colour[rng.integers(3)] = 1.0
-    return colour
+    color = rng.uniform(0.4, 1.0, size=3)
+    color[rng.integers(3)] = 1.0
+    return color
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -123,8 +123,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
     ramp = np.clip(0.5 + (x * np.cos(angle) + y * np.sin(angle)), 0, 1)[..., None]
     background = first * (1 - ramp) + second * ramp
-    centre, radius = rng.uniform(-0.4, 0.4, size=2), rng.uniform(0.08, 0.2)
-    disc = np.clip((radius - np.hypot(x - centre[0], y - centre[1])) * SIZE, 0, 1)[..., None]
+    center, radius = rng.uniform(-0.4, 0.4, size=2), rng.uniform(0.08, 0.2)
+    disc = np.clip((radius - np.hypot(x - center[0], y - center[1])) * SIZE, 0, 1)[..., None]
     return background * (1 - disc) + rng.uniform(0.0, 0.25, size=3) * disc
 
 

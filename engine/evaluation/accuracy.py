@@ -123,10 +123,10 @@ def write_predictions(
     """Writes a TSV with one line per video: its path, its class, whether the prediction is correct, and the five most
     probable classes with their probabilities. Raises OSError."""
     most = min(5, len(classes))
-    values, likeliest = probabilities.topk(most, dim=1)
+    values, ranking = probabilities.topk(most, dim=1)
     header = ["path", "class", "right", *(f"{name}{k + 1}" for k in range(most) for name in ("class", "probability"))]
     rows = [header]
-    for video, label, chances, found in zip(videos, labels.tolist(), values.tolist(), likeliest.tolist(), strict=True):
+    for video, label, chances, found in zip(videos, labels.tolist(), values.tolist(), ranking.tolist(), strict=True):
         cells = [video, classes[label], str(int(found[0] == label))]
         for chance, place in zip(chances, found, strict=True):
             cells += [classes[place], f"{chance:.6f}"]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints.classifiers import check_labelled, relabelled
+from mam2.engine.checkpoints.classifiers import check_labeled, relabeled
 from mam2.engine.checkpoints.load import load_any_classifier
 from mam2.engine.checkpoints.untrained import is_random, random_classifier
 from mam2.engine.checkpoints.weights import find_weights
@@ -164,7 +164,7 @@ def evaluate(
         manifest = world.broadcast(lambda: read_manifest(data, threads=threads, progress=progress))
         if foreign and set(manifest.classes) <= set(numbers) and not set(manifest.classes) & set(classes):
             classes = numbers  # a list with numbers as classes, as in VideoMAE's
-        manifest = world.broadcast(lambda: _labelled_for(model, manifest, data, classes))
+        manifest = world.broadcast(lambda: _labeled_for(model, manifest, data, classes))
         most = max(batch or config.test.batch or BATCH, spatial)
         with ClipLoader(manifest, videos, batch=most, device=where, seed=0, train=False) as loader:
             predictions = classify_videos(
@@ -209,11 +209,11 @@ def evaluate(
     return result
 
 
-def _labelled_for(model: Classifier, manifest: Manifest, data: str | Path, classes: Sequence[str]) -> Manifest:
+def _labeled_for(model: Classifier, manifest: Manifest, data: str | Path, classes: Sequence[str]) -> Manifest:
     """Returns the manifest with labels for the model's task. Raises UserError for labels of another kind."""
     if model.task == "classes":
-        return relabelled(manifest, data, classes)
-    check_labelled(manifest, data)
+        return relabeled(manifest, data, classes)
+    check_labeled(manifest, data)
     if model.task == "regression":
         values_of(manifest, data)
     else:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEIGHBOURS = 20
+NEIGHBORS = 20
 TEMPERATURE = 0.07
 """Both are DINO's (Caron et al. 2021, after Wu et al. 2018): a neighbor's vote is exp(cosine / temperature)."""
 CHUNK = 1024
@@ -23,7 +23,7 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     votes_of = F.one_hot(train_labels).float()
     answers = []
     for part in test.split(CHUNK):
-        cosines, nearest = (part @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        cosines, nearest = (part @ train.T).topk(min(NEIGHBORS, len(train)), dim=1)
         votes = (cosines / TEMPERATURE).exp()[..., None] * votes_of[nearest]
         answers.append(votes.sum(1).argmax(1))
     return torch.cat(answers)

@@ -17,7 +17,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.motion_targets import FLOW_CELLS, HOG_CELLS, ORIENTATIONS, PIXEL_DIFFERENCES, motion_target
 from mam2.kernels import TubeMask, frame_difference
 
-FULL_COLOUR_PIXELS = 8
+FULL_COLOR_PIXELS = 8
 """Flow in pixels that is drawn in full color."""
 
 
@@ -65,7 +65,7 @@ def _first_difference(difference: Tensor, config: PretrainConfig) -> Tensor:
 def _draw_flow(flow: Tensor, config: PretrainConfig) -> Tensor:
     """[B, N, Pd] -> [B, T', H, W, C]"""
     across, down = flow.unflatten(-1, (FLOW_CELLS**2, 2)).unbind(-1)
-    shades = torch.stack([across, down, torch.zeros_like(across)], dim=-1) / (2 * FULL_COLOUR_PIXELS)
+    shades = torch.stack([across, down, torch.zeros_like(across)], dim=-1) / (2 * FULL_COLOR_PIXELS)
     return (0.5 + _laid_out(shades.flatten(-2), config, FLOW_CELLS)).clamp(0, 1)
 
 

@@ -131,13 +131,13 @@ def _draw_panel(axis: Any, panel: Panel, logs: Mapping[str, Lines], over: Litera
             # a single point would have no visible line
             axis.plot(x, values, label=label, linewidth=1.3, marker="." if len(x) == 1 else None, **style)
     if panel.reference is not None:
-        axis.axhline(panel.reference, color="grey", linewidth=0.8, linestyle=":")
+        axis.axhline(panel.reference, color="gray", linewidth=0.8, linestyle=":")
     if panel.logarithmic:
         axis.set_yscale("log")
     if any(panel.columns.values()):
         labels = list(panel.columns.values())
         styles = STYLES[: len(labels)]
-        names = [Line2D([], [], color="grey", linestyle=style) for style in styles] if several else None
+        names = [Line2D([], [], color="gray", linestyle=style) for style in styles] if several else None
         axis.legend(*((names, labels) if names else ()), frameon=False, fontsize=8)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(over, fontsize=8)

@@ -153,7 +153,7 @@ def probe_encoders(
     files = FeatureCache(cache, run)
     of_train = files.get(train.manifest, wanted, batch=batch, progress=progress)
     of_test = files.get(test.manifest, wanted, batch=batch, progress=progress)
-    labelled = len(train.rows) + len(test.rows)
+    labeled = len(train.rows) + len(test.rows)
     train, test = _decoded(train, list(of_train.values())), _decoded(test, list(of_test.values()))
     if min(len(train.rows) - FEWEST_VIDEOS + 1, len(test.rows)) < 1:
         raise UserError(
@@ -207,7 +207,7 @@ def probe_encoders(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),
-        skipped=labelled - len(train.rows) - len(test.rows),
+        skipped=labeled - len(train.rows) - len(test.rows),
         classes=len(train.manifest.classes),
         groups=groups,
         commonest=float(test.labels.bincount().max() / len(test.labels)),
@@ -270,7 +270,7 @@ def _outcome(
 
 
 def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_Split, _Split]:
-    train = _labelled(data, read_manifest(data, progress=progress), group)
+    train = _labeled(data, read_manifest(data, progress=progress), group)
     if val is None:
         if train.groups is None:
             test = _test_rows(train.labels)
@@ -279,7 +279,7 @@ def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_
         else:
             test = held_out(len(train.rows), train.groups, least=2)
         return _part(train, ~test), _part(train, test)
-    other = _labelled(val, read_manifest(val, progress=progress), group)
+    other = _labeled(val, read_manifest(val, progress=progress), group)
     places = {name: place for place, name in enumerate(train.manifest.classes)}
     names = [other.manifest.classes[label] for label in other.labels.tolist()]
     if unknown := sorted(set(names) - places.keys()):
@@ -298,7 +298,7 @@ def _test_rows(labels: Tensor) -> Tensor:
     return test
 
 
-def _labelled(source: Path, manifest: Manifest, group: str) -> _Split:
+def _labeled(source: Path, manifest: Manifest, group: str) -> _Split:
     labels = np.array([video.label for video in manifest.videos])
     rows = (labels >= 0).nonzero()[0]
     if not len(rows):

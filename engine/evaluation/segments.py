@@ -1,4 +1,4 @@
-"""Probes of temporal segments: labels of parts of videos, told from features of windows that `embed` wrote.
+"""Probes of temporal segments: labels of parts of videos, predicted from features of windows that `embed` wrote.
 
 The feature of a segment is the mean of the windows whose middle lies in it, or the window nearest to its middle where
 there is none. Videos are kept whole: none is in training and test, and intervals are over videos.

@@ -103,8 +103,8 @@ def _table(scores: Mapping[str, Scores]) -> str:
     rows = ""
     for number, (name, one) in enumerate(scores.items()):
         cells = (values[number] for _, values in kept)
-        told = "".join(f"<td>{'–' if cell is None else f'{100 * cell:.1f} %'}</td>" for cell in cells)
-        rows += f"<tr><th>{html.escape(name)}</th>{told}<td>{_verdict(one)}</td></tr>"
+        row = "".join(f"<td>{'–' if cell is None else f'{100 * cell:.1f} %'}</td>" for cell in cells)
+        rows += f"<tr><th>{html.escape(name)}</th>{row}<td>{_verdict(one)}</td></tr>"
     return f"<table><tr><th>checkpoint</th>{head}<th>better than uninformed</th></tr>{rows}</table>"
 
 

@@ -159,8 +159,8 @@ def measure_or_read(
         saved, found = _read(file, shapes)
         missing = _missing(found, shapes, device, dtype)
         if saved == machine and not missing:
-            told = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
-            return _by_key(found, shapes, device, dtype), told
+            lines = [_line(name, shape, found[name], f"from {file}") for name, shape in shapes.items()]
+            return _by_key(found, shapes, device, dtype), lines
         why = missing or f"it was measured on {saved}, this is {machine}"
         lines = [f"attention measured again, {file} does not apply: {why}; results may differ in bits from here on"]
     by_shape = {shape: measure(shape, device, dtype) for shape in dict.fromkeys(shapes.values())}

@@ -129,8 +129,8 @@ def hog_of_difference(video: Tensor, patch_size: Sequence[int], *, eps: float) -
 @torch.library.custom_op("mam2_engine::optical_flow", mutates_args=())
 def _optical_flow(video: Tensor, patch_size: Sequence[int]) -> Tensor:
     tubelet, height, width = patch_size
-    grey = (unit_pixels(video).mean(1) * 255).round().byte().cpu().numpy()
-    flow = np.stack([[_flow(*clip[t : t + 2]) for t in range(0, len(clip), tubelet)] for clip in grey])
+    gray = (unit_pixels(video).mean(1) * 255).round().byte().cpu().numpy()
+    flow = np.stack([[_flow(*clip[t : t + 2]) for t in range(0, len(clip), tubelet)] for clip in gray])
     field = rearrange(torch.from_numpy(flow), "b t h w c -> (b t) c h w")
     cells = F.avg_pool2d(field, (height // FLOW_CELLS, width // FLOW_CELLS))
     layout = "(b t) c (h i) (w j) -> b (t h w) (i j c)"

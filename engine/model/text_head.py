@@ -49,8 +49,8 @@ def read_text_embeddings(path: str | Path, classes: Sequence[str]) -> Tensor:
 def _read_npy(path: Path) -> tuple[Tensor, list[str]]:
     try:
         table = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        beside = path.with_suffix(".txt")
-        return table, beside.read_text(encoding="utf-8").splitlines() if beside.exists() else []
+        names = path.with_suffix(".txt")
+        return table, names.read_text(encoding="utf-8").splitlines() if names.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"text embeddings {path}: cannot be read: {error}") from None
 

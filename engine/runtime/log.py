@@ -34,7 +34,7 @@ class Log(Protocol):
 
     def write(self, step: int, values: dict[str, Any]) -> None: ...
 
-    def begin_anew(self) -> None: ...
+    def start_new(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -51,7 +51,7 @@ class SilentLog:
     def write(self, step: int, values: dict[str, Any]) -> None:
         pass
 
-    def begin_anew(self) -> None:
+    def start_new(self) -> None:
         pass
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class RunLog:
         if self._tracker:
             self._attempt("run.tracker", lambda: self._tracker.log(values, step=step))
 
-    def begin_anew(self) -> None:
+    def start_new(self) -> None:
         """Renames numbers of an earlier run without a checkpoint in this folder to log.before.jsonl."""
 
         def set_aside() -> None:

@@ -37,8 +37,8 @@ class Progress(tqdm):
         terminal = _is_terminal()
         self._plain = shown and not terminal
         self._title, self._first, self._unit = desc, initial, unit
-        self._began = self._told_at = time.monotonic()
-        self._told_parts = self._parts(initial, total)
+        self._began = self._shown_at = time.monotonic()
+        self._shown_parts = self._parts(initial, total)
         super().__init__(
             iterable,
             desc,
@@ -69,9 +69,9 @@ class Progress(tqdm):
         self.n += n or 0
         now = time.monotonic()
         parts = self._parts(self.n, self.total)
-        since = now - self._told_at
-        if since >= MOST_S or (parts > self._told_parts and since >= LEAST_S):
-            self._told_at, self._told_parts = now, parts
+        since = now - self._shown_at
+        if since >= MOST_S or (parts > self._shown_parts and since >= LEAST_S):
+            self._shown_at, self._shown_parts = now, parts
             line = self.format_meter(
                 self.n,
                 self.total,

@@ -42,7 +42,7 @@ class _Command:
     guarded = False
     """Whether this process is a `mam2` command, which may end itself."""
     received: signal.Signals | None = None
-    told = False
+    announced = False
     """Whether the line that names the signal has been written."""
     abandoned = False
     """Whether the process ends without waiting for its threads."""
@@ -60,7 +60,7 @@ def command_signals() -> Iterator[None]:
     exception and wait for threads; the process therefore ends after GRACE_S in any case.
     """
     with _handlers(_first_signal):
-        _Command.guarded, _Command.received, _Command.told, _Command.abandoned = True, None, False, False
+        _Command.guarded, _Command.received, _Command.announced, _Command.abandoned = True, None, False, False
         try:
             yield
         finally:
@@ -86,8 +86,8 @@ def end_soon(number: int) -> None:
 
 def tell_stopped(number: int) -> None:
     """Reports once which signal ended the command."""
-    if not _Command.told:
-        _Command.told = True
+    if not _Command.announced:
+        _Command.announced = True
         tell(
             f"stopped by {signal.Signals(number).name}; saved files are complete. Run the same command to continue, "
             "with --resume if it wrote a checkpoint"

@@ -273,8 +273,8 @@ def _mixture(
         return weight, None
     box = []
     for length in size:
-        half, centre = int(length * math.sqrt(1 - weight)) // 2, int(generator.integers(length))
-        box.append(slice(max(centre - half, 0), min(centre + half, length)))
+        half, center = int(length * math.sqrt(1 - weight)) // 2, int(generator.integers(length))
+        box.append(slice(max(center - half, 0), min(center + half, length)))
     filled = math.prod(part.stop - part.start for part in box) / math.prod(size)
     return 1 - filled, (box[0], box[1])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
-from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labelled, describe_classes, relabelled
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, check_labeled, describe_classes, relabeled
 from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.checkpoints.weights import find_weights
@@ -83,8 +83,8 @@ def finetune(
     """
     config.check()
     check_peft(config.adapters)
-    for labelled in (data, val):
-        check_apart(labelled, out)
+    for labeled in (data, val):
+        check_apart(labeled, out)
     if not resume:
         check_source(val)  # before the training videos are opened, which can take hours
     setup = _FinetuneSetup(Path(data), Path(val), encoder, encoder_options or {})
@@ -111,7 +111,7 @@ class _FinetuneSetup(Setup[FinetuneConfig]):
 
     def complete(self, run: RunContext[FinetuneConfig], manifest: Manifest) -> tuple[FinetuneConfig, Manifest]:
         world, threads = run.world, run.config.data.threads
-        world.broadcast(lambda: check_labelled(manifest, self.data))
+        world.broadcast(lambda: check_labeled(manifest, self.data))
         if run.saved and run.config.head.task == "classes":
             manifest = world.broadcast(lambda: _numbered_as_before(run, manifest, self.data))
         self.classes = world.broadcast(lambda: _classes(run, manifest, self.data))
@@ -177,7 +177,7 @@ class _Finetuning:
                 train=False,
             )
         )
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
 
@@ -275,8 +275,8 @@ class _Finetuning:
             *self._val.skipped,
             *(s for part in self._session.world.all_gather(loader.skipped) for s in part),
         ]:
-            if skipped.path not in self._told:
-                self._told.add(skipped.path)
+            if skipped.path not in self._reported:
+                self._reported.add(skipped.path)
                 self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
 
 
@@ -305,8 +305,8 @@ def _checked(manifest: Manifest, source: Path, config: FinetuneConfig, classes: 
     Raises UserError for labels that do not fit the training's.
     """
     if config.head.task == "classes":
-        return relabelled(manifest, source, classes)
-    check_labelled(manifest, source)
+        return relabeled(manifest, source, classes)
+    check_labeled(manifest, source)
     if config.head.task == "regression":
         values_of(manifest, source)
     else:
@@ -331,7 +331,7 @@ def _numbered_as_before(run: RunContext[FinetuneConfig], manifest: Manifest, dat
             f"--data {data} {lacking} {others[0]!r}: expected the {len(before)} classes of {run.saved}; "
             "pass the data of the original run, or start a new run"
         )
-    manifest = relabelled(manifest, data, before)
+    manifest = relabeled(manifest, data, before)
     write_manifest(manifest, run.folder / MANIFEST)
     return manifest
 

@@ -89,8 +89,8 @@ def read_initial_weights(
         step = int(checkpoint.read_metadata(weights)["step"])
         if not isinstance(model, Classifier):
             config = checkpoint.read_config(weights)
-            beside = (folder / TOKENIZER for folder in (weights.parent, *weights.parents[1:3]))
-            tokenizer = next((file for file in beside if file.is_file()), None) if config.needs_codes else None
+            files = (folder / TOKENIZER for folder in (weights.parent, *weights.parents[1:3]))
+            tokenizer = next((file for file in files if file.is_file()), None) if config.needs_codes else None
     state = weights.with_name(checkpoint.OPTIMIZER) if weights else None
     if moments and (config is None or state is None or not state.is_file()):
         raise UserError(

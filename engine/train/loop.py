@@ -23,6 +23,7 @@ from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
+from mam2.engine.runtime.compile_cache import keep_compiled_code
 from mam2.engine.runtime.device import compile_problem, paused_gc, profiled
 from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.progress import BAR, Progress
@@ -141,10 +142,10 @@ class Loop:
                 try:
                     ended = self._run()
                 except Exception as error:
-                    told = self._rescued(error)
-                    if told is error:
+                    raised = self._rescued(error)
+                    if raised is error:
                         raise
-                    raise told from error
+                    raise raised from error
                 self._save(self.step, last=True)
                 session.exchange_skips()
                 return self._result(ended)
@@ -176,7 +177,12 @@ class Loop:
             began = time.perf_counter()
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer is also compiled, at the first batch
-                info("step    the first step compiles the model, which can take minutes; --run.no-compile avoids this")
+                kept = keep_compiled_code()
+                info(
+                    "step    the first step compiles the model, which can take minutes; --run.compile-blocks compiles "
+                    "less, --run.no-compile nothing. "
+                    + (f"The code is kept in {kept} for later runs" if kept else "Later runs compile again")
+                )
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
@@ -255,17 +261,17 @@ class Loop:
     def _rescued(self, error: Exception) -> Exception:
         """Saves the last valid state before an error ends the run; returns the error to raise, with the checkpoint."""
         problem = compile_problem(error)
-        told = ""
+        saved = ""
         if self.step > self.first:
             with contextlib.suppress(Exception):  # only log lines are lost
                 self.step_log.write_lines(wait=True)
             place = self._save_before_end(error)
             self.session.log.info(f"error   {place}")
-            told = f"; {place}"
+            saved = f"; {place}"
         if problem:
-            return UserError(f"{problem}{told}")
+            return UserError(f"{problem}{saved}")
         if isinstance(error, UserError):
-            error.args = (f"{error}{told}",)
+            error.args = (f"{error}{saved}",)
         return error
 
     def _save_before_end(self, error: Exception) -> str:

@@ -84,12 +84,12 @@ def solarize_add(clips: Tensor, added: Tensor) -> Tensor:
     return torch.where(clips < 128, clips + _each(added), clips)
 
 
-def colour(clips: Tensor, change: Tensor, *, whole: bool = True) -> Tensor:
-    return _away_from(_grey(clips, whole), clips, change)
+def color(clips: Tensor, change: Tensor, *, whole: bool = True) -> Tensor:
+    return _away_from(_gray(clips, whole), clips, change)
 
 
 def contrast(clips: Tensor, change: Tensor, *, whole: bool = True) -> Tensor:
-    mean = _grey(clips, whole).mean((1, 2, 3, 4), keepdim=True)
+    mean = _gray(clips, whole).mean((1, 2, 3, 4), keepdim=True)
     return _away_from(mean.round() if whole else mean, clips, change)
 
 
@@ -141,11 +141,11 @@ def _each(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
-def _grey(clips: Tensor, whole: bool) -> Tensor:
+def _gray(clips: Tensor, whole: bool) -> Tensor:
     channels = clips.shape[1]
     weights = constant(LUMA if channels == 3 else (1 / channels,) * channels, clips.device)[:, None, None, None]
-    grey = (clips * weights).sum(1, keepdim=True)
-    return (grey.round() if whole else grey).expand_as(clips)
+    gray = (clips * weights).sum(1, keepdim=True)
+    return (gray.round() if whole else gray).expand_as(clips)
 
 
 def _away_from(plain: Tensor, clips: Tensor, change: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ OPERATIONS = (
     Operation("posterize", posterize, lambda m: max(4 - int(4 * m), 1)),
     Operation("solarize", solarize, lambda m: 256 - int(256 * m)),
     Operation("solarize add", solarize_add, lambda m: int(110 * m)),
-    Operation("colour", colour, lambda m: 0.9 * m, signed=True, rounds=True),
+    Operation("color", color, lambda m: 0.9 * m, signed=True, rounds=True),
     Operation("contrast", contrast, lambda m: 0.9 * m, signed=True, rounds=True),
     Operation("brightness", brightness, lambda m: 0.9 * m, signed=True),
     Operation("sharpness", sharpness, lambda m: 0.9 * m, signed=True),

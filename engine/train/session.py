@@ -208,7 +208,7 @@ def _open_run(config: Config, folder: Path, *, resume: bool, progress: bool) -> 
             if saved:
                 _check_continues(run, saved)
             else:
-                log.begin_anew()
+                log.start_new()
             ranks = f", {world.size} processes" if world.size > 1 else ""
             log.info(f"run     {folder} on {_machine(device)}{ranks}")
             if saved:

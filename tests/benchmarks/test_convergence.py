@@ -470,7 +470,7 @@ def test_the_trainings_learn(finished):
 
 def test_the_labeled_videos_are_of_every_class_and_kind_of_file():
     labels = torch.arange(8).repeat_interleave(200)  # in the order of the files, whose codec alternates
-    chosen = trial.labelled_videos(labels, 400)
+    chosen = trial.labeled_videos(labels, 400)
     assert len(set(chosen.tolist())) == 400
     assert torch.bincount(labels[torch.from_numpy(chosen)]).tolist() == [50] * 8
     assert 0.4 < (chosen % 2).mean() < 0.6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import re
@@ -17,6 +18,7 @@ from matplotlib import image
 
 import mam2.engine
 from mam2.engine import cli
+from mam2.engine.commands.flags import ClassifierFlags, EncoderFlags, TokenizerFlags
 from tests.helpers.paths import ROOT
 
 EXAMPLE = ROOT / "examples" / "pretrain_probe_plot.py"
@@ -111,8 +113,24 @@ def test_a_function_takes_every_option_of_its_verb(verb: str) -> None:
     hints = typing.get_type_hints(found)
     assert "return" in hints
     assert [name for name in parameters if name not in hints] == []
-    told = inspect.getdoc(found) or ""
-    assert [name for name in parameters if not re.search(rf"\b{name}\b", told)] == []
+    text = inspect.getdoc(found) or ""
+    assert [name for name in parameters if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "verbs"),
+    [
+        (EncoderFlags, ("probe", "neighbors", "embed")),
+        (ClassifierFlags, ("evaluate", "predict")),
+        (TokenizerFlags, ("train_tokenizer",)),
+    ],
+)
+def test_a_group_of_flags_has_the_defaults_of_its_functions(flags: type, verbs: tuple[str, ...]) -> None:
+    for verb in verbs:
+        parameters = inspect.signature(getattr(mam2.engine, verb)).parameters
+        values = {OTHERWISE.get((verb, field.name), field.name): field.default for field in dataclasses.fields(flags)}
+        values |= {"names": ()} if "names" in values else {}
+        assert values == {name: parameters[name].default for name in values}
 
 
 def test_the_page_names_every_function() -> None:

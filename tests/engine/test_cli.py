@@ -27,7 +27,7 @@ def test_pretrain_help_documents_every_field(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["pretrian"], "unknown verb 'pretrian'"),
         (["pretrain"], "expected a recipe as first argument: mam2 pretrain RECIPE"),
@@ -69,7 +69,7 @@ def test_pretrain_help_documents_every_field(capsys):
         (["transcode", ".", "--out", "{}", "--jobs", "-1"], "--jobs -1: expected"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, told):
+def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, message):
     if "cuda" in arguments:
         import torch
 
@@ -77,7 +77,7 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys, tmp_path, arguments, t
             pytest.skip("needs a machine without a CUDA GPU")
     status, _, err = outcome(capsys, *(a.format(tmp_path / "run") for a in arguments))
     assert status == 2
-    assert told in err
+    assert message in err
     assert err.startswith("mam2: error: ")
     assert err.count("\n") == 1
 

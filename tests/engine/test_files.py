@@ -62,8 +62,8 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, full_disk):
 
 
 def test_an_error_of_the_place_is_one_line_and_others_stay_what_they_are(tmp_path):
-    told = r"--to .*/x: cannot be written: No space left on device; free space"
-    with pytest.raises(UserError, match=told), writing(tmp_path / "x", "--to"):
+    message = r"--to .*/x: cannot be written: No space left on device; free space"
+    with pytest.raises(UserError, match=message), writing(tmp_path / "x", "--to"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError), writing(tmp_path / "x"):
         Path("/somewhere/else").read_text()
@@ -96,8 +96,8 @@ def test_a_place_that_nobody_looked_after_is_one_line_too(monkeypatch, capsys, n
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])
     assert stop.value.code == status
-    told = capsys.readouterr().err
-    assert told == f"mam2: error: some\\nwhere: {os.strerror(number)}; free space or choose another path\n"
+    message = capsys.readouterr().err
+    assert message == f"mam2: error: some\\nwhere: {os.strerror(number)}; free space or choose another path\n"
 
 
 def test_every_table_is_written_in_one_way():

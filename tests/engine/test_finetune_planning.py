@@ -123,8 +123,8 @@ def test_a_large_encoder_with_adapters_fits_where_whole_fine_tuning_does_not(
     status, found, _ = outcome(capsys, *arguments, "--adapters.rank", "16", "--videos", "240000")
     assert status == 0
     assert "DOES NOT FIT" not in found
-    for told in ("trained  6.29 M of 310 M parameters: adapters of rank 16 and the head", "4 clips on 1 device"):
-        assert told in found
+    for message in ("trained  6.29 M of 310 M parameters: adapters of rank 16 and the head", "4 clips on 1 device"):
+        assert message in found
     (time,) = (line for line in found.splitlines() if line.startswith("time"))
     assert "(estimated)" in time
 

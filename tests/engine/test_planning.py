@@ -14,7 +14,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.planning import GPUS, UTILISATION, plan
+from mam2.engine.planning import GPUS, UTILIZATION, plan
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective
@@ -55,21 +55,21 @@ def test_this_machine_is_measured_and_flags_change_the_plan(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["mam2-fast", "--gpu", "h2000"], "--gpu h2000: expected one of b200, h200"),
         (["mam2-fast", "--gpu", "h100", "--run.precision", "float32"], "known only for bfloat16"),
-        (["mam2-fast", "--gpu", "h100", "--utilisation", "40"], "a share from 0 to 1"),
+        (["mam2-fast", "--gpu", "h100", "--utilization", "40"], "a share from 0 to 1"),
         (["mam2-fast", "--gpu", "h100", "--gpus", "3"], "cannot be divided among 3 processes"),
         (["mam2-fast", "--videos", "many"], "--videos many: expected a number"),
         (["mam2-fast", "--data.size", "225"], "data.size 225 is not a multiple"),
         ([], "expected a recipe as first argument: mam2 plan RECIPE"),
     ],
 )
-def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     status, _, err = outcome(capsys, "plan", *arguments)
     assert status == 2
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -87,13 +87,13 @@ def test_unknown_and_old_cards_are_one_line_that_helps(capsys: pytest.CaptureFix
     assert "has no bfloat16 products" in err
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(1.0, "seconds"), (50.0, "minutes"), (4e3, "hours"), (1e5, "days")])
-def test_numbers_have_units_that_a_person_reads(epochs: float, told: str) -> None:
+@pytest.mark.parametrize(("epochs", "expected"), [(1.0, "seconds"), (50.0, "minutes"), (4e3, "hours"), (1e5, "days")])
+def test_numbers_have_units_that_a_person_reads(epochs: float, expected: str) -> None:
     config = changed(load_recipe("mam2-fast"), optim={"epochs": epochs})
     text = plan(config, gpu="h200").report(10_000)
     (line,) = (line for line in text.splitlines() if line.startswith("time"))
     value, unit = line.split()[1:3]
-    assert unit == told
+    assert unit == expected
     assert 1 <= float(value.replace(",", "")) < 200
     assert "e+" not in text
     assert "1 pass of 64 clips" in text
@@ -105,9 +105,9 @@ def test_hours_follow_from_clips_per_s() -> None:
     planned = plan(config, gpu="h200")
     assert planned.hours(1000) == pytest.approx(1000 * 2 * 400 / planned.clips_per_s / 3600)
     flops = sum(cost.flops for cost in planned.parts.values())
-    most = UTILISATION["data sheet"] * GPUS["h200"].bf16_tflop_per_s * 1e12 / flops
+    most = UTILIZATION["data sheet"] * GPUS["h200"].bf16_tflop_per_s * 1e12 / flops
     assert planned.clips_per_s <= most * (1 + 1e-9)
-    assert plan(config, gpu="h200", utilisation=0.2).hours(1000) > planned.hours(1000)
+    assert plan(config, gpu="h200", utilization=0.2).hours(1000) > planned.hours(1000)
     assert plan(config, gpu="h200", gpus=8).hours(1000) < planned.hours(1000) / 7
 
 

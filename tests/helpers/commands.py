@@ -32,8 +32,8 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     """Runs `mam2 ARGUMENTS` in this process; returns exit status, stdout and stderr."""
     capsys.readouterr()
     status = exit_status(*arguments)
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    output = capsys.readouterr()
+    return status, output.out, output.err
 
 
 def run_program(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -130,12 +130,12 @@ def test_without_pinned_memory_it_says_so_and_uses_other_memory(tmp_path):
             raise RuntimeError("CUDA error: out of memory\nCompile with …")
         return torch.empty(size, dtype=dtype)
 
-    told = []
-    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, told.append, allocate=allocate))
+    messages = []
+    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, messages.append, allocate=allocate))
     saver.save(1, model, optimizer)
     assert saver.wait() is None
-    assert len(told) == 1
-    assert "pinned host memory cannot be allocated (CUDA error: out of memory)" in told[0]
+    assert len(messages) == 1
+    assert "pinned host memory cannot be allocated (CUDA error: out of memory)" in messages[0]
     assert same(written(tmp_path, 1), snapshot(model))
 
 

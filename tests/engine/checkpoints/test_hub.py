@@ -50,9 +50,9 @@ def test_a_whole_checkpoint_goes_to_the_hub_and_comes_back(run, clips, hub, tmp_
     status = exit_status(
         "export", run, "--to", "mam2", "--push", "somebody/first", "--license", "apache-2.0", "--private"
     )
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    assert f"pushed to {hub.address}/somebody/first; load it as hub:somebody/first" in told.out
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    assert f"pushed to {hub.address}/somebody/first; load it as hub:somebody/first" in output.out
     assert hub.private == {"somebody/first": True}
     files = hub.repositories["somebody/first"]
     assert files.keys() == {"README.md", "model.safetensors", "state.json", "tokenizer.safetensors"}
@@ -138,9 +138,9 @@ def test_mistakes_are_named(run, hub, tmp_path, capsys):
         ),
     ):
         assert exit_status("export", *arguments) == 2
-        told = capsys.readouterr().err
-        assert message in told
-        assert len(told.splitlines()) == 1
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert len(printed.splitlines()) == 1
     assert not hub.repositories
     assert not (tmp_path / "x").exists()
 

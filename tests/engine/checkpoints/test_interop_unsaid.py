@@ -29,10 +29,10 @@ from tests.helpers.commands import exit_status
 from tests.helpers.small_models import CLASSES, CONFIG, classifier, clip, close, encoder, normalized, shaken
 
 
-def bare(path: Path, **beside: object) -> Path:
+def bare(path: Path, **others: object) -> Path:
     """A .pth of the small encoder without arguments."""
     write_videomae(shaken(encoder()), path)
-    torch.save({"model": load_pickle(path)["model"], **beside}, path)
+    torch.save({"model": load_pickle(path)["model"], **others}, path)
     return path
 
 

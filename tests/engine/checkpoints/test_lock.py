@@ -32,16 +32,16 @@ def of_another_machine(run, age):
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path):
-    first, told = RunLock(tmp_path), []
-    first.acquire(told.append)
+    first, messages = RunLock(tmp_path), []
+    first.acquire(messages.append)
     with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*choose another folder"):
-        RunLock(tmp_path).acquire(told.append)
+        RunLock(tmp_path).acquire(messages.append)
     first.release()
     assert list(tmp_path.iterdir()) == []
     second = RunLock(tmp_path)
-    second.acquire(told.append)
+    second.acquire(messages.append)
     second.release()
-    assert told == []
+    assert messages == []
 
 
 def test_kill_9_leaves_a_lock_that_is_taken_over_at_once_with_a_line(tmp_path, monkeypatch):
@@ -53,12 +53,12 @@ def test_kill_9_leaves_a_lock_that_is_taken_over_at_once_with_a_line(tmp_path, m
     process.kill()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    told = []
+    messages = []
     mine = RunLock(tmp_path)
-    mine.acquire(told.append)  # while the dead one is still a zombie, as under a launcher
+    mine.acquire(messages.append)  # while the dead one is still a zombie, as under a launcher
     process.wait()
-    assert len(told) == 1
-    assert f"taken over from process {process.pid}" in told[0]
+    assert len(messages) == 1
+    assert f"taken over from process {process.pid}" in messages[0]
     mine.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -71,9 +71,9 @@ def test_a_process_of_another_machine_lives_as_long_as_its_lock_is_renewed(tmp_p
     ):
         RunLock(tmp_path).acquire(print)
     of_another_machine(tmp_path, age=lock.STALE_S * 2)
-    told = []
-    RunLock(tmp_path).acquire(told.append)
-    assert told == ["lock    taken over from process 7 on other, started then, which no longer runs"]
+    messages = []
+    RunLock(tmp_path).acquire(messages.append)
+    assert messages == ["lock    taken over from process 7 on other, started then, which no longer runs"]
 
 
 def test_the_lock_is_renewed_and_one_who_lost_it_knows(tmp_path, monkeypatch):

@@ -127,14 +127,14 @@ def test_a_damaged_checkpoint_is_found_out_and_set_aside(name, damage, tmp_path)
     else:
         content[len(content) // 2] ^= 1 if name != checkpoint.STATE else 0x80  # JSON that is not UTF-8
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
-    told = []
-    assert checkpoint.newest_whole(tmp_path, told.append) == checkpoint.folder_of(tmp_path, 1)
-    assert len(told) == 1
-    assert "step-00000002 is damaged" in told[0]
-    assert name in told[0]
+    messages = []
+    assert checkpoint.newest_whole(tmp_path, messages.append) == checkpoint.folder_of(tmp_path, 1)
+    assert len(messages) == 1
+    assert "step-00000002 is damaged" in messages[0]
+    assert name in messages[0]
     assert (tmp_path / "checkpoints" / "damaged-step-00000002").is_dir()
-    assert checkpoint.newest_whole(tmp_path, told.append) == checkpoint.folder_of(tmp_path, 1)
-    assert len(told) == 1
+    assert checkpoint.newest_whole(tmp_path, messages.append) == checkpoint.folder_of(tmp_path, 1)
+    assert len(messages) == 1
 
 
 def test_what_a_killed_process_left_behind_is_removed(tmp_path):

@@ -24,7 +24,7 @@ def many(count: int, **values: object) -> list[Video]:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"keyframe_max": 250}, "20 of 20 videos have key frames up to 250 frames apart"),
         ({"width": 1920, "height": 1088}, "20 of 20 videos have a shorter side above 480"),
@@ -34,9 +34,9 @@ def many(count: int, **values: object) -> list[Video]:
         ({"rotation": 90}, "20 of 20 videos cannot be decoded by NVDEC"),
     ],
 )
-def test_advice_names_what_is_wrong_and_the_command(values, told):
+def test_advice_names_what_is_wrong_and_the_command(values, message):
     (hint,) = index.advice(many(20, **values))
-    assert told in hint
+    assert message in hint
     assert "mam2 transcode DATA --out FOLDER" in hint
 
 
@@ -61,26 +61,26 @@ def test_the_summary_counts_what_is_there():
     ]
     skipped = [Skipped(f"{number}.avi", "empty file") for number in range(5)]
     lines = index.summary(Manifest(tuple(videos), tuple(skipped), ("a", "b")), (12.3, 4)).splitlines()
-    told = {line[:12].strip(): line[12:] for line in lines}
-    assert told["videos"] == "5 usable, 5 skipped; 3.00 GB, 0.00 hours"
-    assert told["classes"] == "2 with 1 to 3 videos, 1 videos without a label"
-    assert told["codecs"] == "h264 3, av1 1, vp9 1"
-    assert told["frames"] == "30 to 100, median 100; 1 videos are shorter than 16 frames at stride 4"
-    assert told["short side"] == "240 to 480, median 240 pixels; 3 videos are rotated"
-    assert told["rate"] == "30 to 30, median 30 frames/s; 1 have a variable rate, 1 state no rate"
-    assert told["NVDEC"].startswith("1 videos on every GPU since Turing; AV1 (1 videos) only on")
-    assert told["DALI on CPU"] == "1 videos"
-    assert told["PyAV"] == "5 videos; 12.3 clips/s per thread, measured here on 4 of them"
+    summary = {line[:12].strip(): line[12:] for line in lines}
+    assert summary["videos"] == "5 usable, 5 skipped; 3.00 GB, 0.00 hours"
+    assert summary["classes"] == "2 with 1 to 3 videos, 1 videos without a label"
+    assert summary["codecs"] == "h264 3, av1 1, vp9 1"
+    assert summary["frames"] == "30 to 100, median 100; 1 videos are shorter than 16 frames at stride 4"
+    assert summary["short side"] == "240 to 480, median 240 pixels; 3 videos are rotated"
+    assert summary["rate"] == "30 to 30, median 30 frames/s; 1 have a variable rate, 1 state no rate"
+    assert summary["NVDEC"].startswith("1 videos on every GPU since Turing; AV1 (1 videos) only on")
+    assert summary["DALI on CPU"] == "1 videos"
+    assert summary["PyAV"] == "5 videos; 12.3 clips/s per thread, measured here on 4 of them"
     assert "  5 × empty file: 0.avi, 1.avi, 2.avi, …" in lines
-    assert not {"HDR", "interlaced"} & told.keys()
+    assert not {"HDR", "interlaced"} & summary.keys()
 
 
 def test_the_summary_tells_what_is_decoded_as_it_is():
     videos = [*many(2, transfer="pq"), *many(1, transfer="hlg", interlaced=True), *many(1, transfer="sdr")]
-    told = index.summary(Manifest(tuple(videos)), (0.0, 0))
-    assert "HDR         3 videos are decoded without tone mapping" in told
-    assert "interlaced  1 videos are not deinterlaced" in told
-    assert "speed not measured: no video can be decoded, or a clip takes more than 0.5 GiB" in told
+    message = index.summary(Manifest(tuple(videos)), (0.0, 0))
+    assert "HDR         3 videos are decoded without tone mapping" in message
+    assert "interlaced  1 videos are not deinterlaced" in message
+    assert "speed not measured: no video can be decoded, or a clip takes more than 0.5 GiB" in message
 
 
 def test_advice_on_nvdec_is_for_what_nvdec_decodes():

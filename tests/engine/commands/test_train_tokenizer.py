@@ -62,8 +62,8 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     numbers = json.loads((tmp_path / "tokenizer" / "report.json").read_text())
     assert numbers["frames"] == 4
     out = capsys.readouterr().out
-    told = f"{numbers['explained']:.1%} ({numbers['color_explained']:.1%} of its color)"
-    assert f"variance within a frame: {told}; k-means of raw" in out
+    shares = f"{numbers['explained']:.1%} ({numbers['color_explained']:.1%} of its color)"
+    assert f"variance within a frame: {shares}; k-means of raw" in out
     assert f"centers: {numbers['kmeans_explained']:.1%}" in out
     assert 0 < numbers["kmeans_explained"] < 1
     assert f"PSNR {numbers['psnr_db']:.1f} dB" in out
@@ -78,7 +78,7 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
 
 
 @pytest.mark.parametrize(
-    ("explained", "color", "told"),
+    ("explained", "color", "message"),
     [
         (-0.01, None, "not fit for pre-training"),
         (0.79, None, "weak: k-means of raw patches"),
@@ -87,7 +87,7 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
         (0.81, 0.41, "better than k-means"),
     ],
 )
-def test_the_verdict_follows_the_numbers(explained: float, color: float | None, told: str) -> None:
+def test_the_verdict_follows_the_numbers(explained: float, color: float | None, message: str) -> None:
     empty = torch.empty(0)
     result = Reconstruction(
         frames=4,
@@ -103,7 +103,7 @@ def test_the_verdict_follows_the_numbers(explained: float, color: float | None, 
         reconstructed=empty,
         from_kmeans=empty,
     )
-    assert verdict(result, Path("tokenizer.safetensors")).startswith(told)
+    assert verdict(result, Path("tokenizer.safetensors")).startswith(message)
 
 
 @pytest.mark.slow

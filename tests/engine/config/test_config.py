@@ -35,7 +35,7 @@ def test_a_recipe_file_and_a_saved_config_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[data]\nframe = 8", "unknown key 'frame'; did you mean 'frames'?"),
         ("[modle]\nwidth = 8", "unknown key 'modle'; did you mean 'model'?"),
@@ -47,12 +47,12 @@ def test_a_recipe_file_and_a_saved_config_are_read(tmp_path):
         ("[data", "not a TOML file"),
     ],
 )
-def test_a_wrong_recipe_is_one_clear_line(tmp_path, text, told):
+def test_a_wrong_recipe_is_one_clear_line(tmp_path, text, message):
     path = tmp_path / "wrong.toml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         load_recipe(str(path))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "wrong.toml" in str(error.value)
     assert "\n" not in str(error.value).partition("TOML file")[0]
 
@@ -70,7 +70,7 @@ def _changed(**tables):
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "message"),
     [
         ({"data": {"size": 65}}, "data.size 65 is not a multiple of model.patch"),
         ({"data": {"frames": 7}}, "data.frames 7 is not a multiple of model.tubelet"),
@@ -85,10 +85,10 @@ def _changed(**tables):
         ({"model": {"tubelet": 1}, "loss": {"motion_target": "intra"}}, "'intra' needs model.tubelet"),
     ],
 )
-def test_values_that_cannot_work_are_named(tables, told):
+def test_values_that_cannot_work_are_named(tables, message):
     with pytest.raises(UserError) as error:
         check(_changed(**tables))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def _numbers(kind, prefix=""):
@@ -135,7 +135,7 @@ def test_a_number_beyond_any_limit_is_named(kind):
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "message"),
     [
         ({"model": {"tubelet": 0}}, "model.tubelet 0: expected at least 1"),
         ({"model": {"patch": 0}}, "model.patch 0: expected at least 1"),
@@ -156,10 +156,10 @@ def test_a_number_beyond_any_limit_is_named(kind):
         ({"optim": {"batch": 1_000_000}}, "optim.batch 1000000: expected at least 1 and at most 131072"),
     ],
 )
-def test_values_that_broke_a_run_with_a_stack_trace_are_refused(tables, told):
+def test_values_that_broke_a_run_with_a_stack_trace_are_refused(tables, message):
     with pytest.raises(UserError) as error:
         check(_changed(**tables))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_renamed_key_is_still_read_with_one_warning(tmp_path, caplog):
@@ -175,9 +175,16 @@ def test_a_renamed_key_is_still_read_with_one_warning(tmp_path, caplog):
     assert from_dict(PretrainConfig, saved) == PretrainConfig()  # a checkpoint of that time
 
 
-@pytest.mark.parametrize("flag", ["--data.front-end", "--data.front_end"])
-def test_a_flag_of_a_renamed_key_is_still_read_with_one_warning(flag, caplog):
+@pytest.mark.parametrize(
+    ("flag", "now"),
+    [
+        ("--data.front-end", "--data.decoder"),
+        ("--data.front_end", "--data.decoder"),
+        ("--utilisation", "--utilization"),
+    ],
+)
+def test_a_renamed_flag_is_still_read_with_one_warning(flag, now, caplog):
     assert with_present_flags([flag, "pyav", f"{flag}=pyav", "--data.frames", "8"]) == [
-        *("--data.decoder", "pyav", "--data.decoder=pyav", "--data.frames", "8")
+        *(now, "pyav", f"{now}=pyav", "--data.frames", "8")
     ]
-    assert {record.getMessage() for record in caplog.records} == {f"the flag {flag} is now called --data.decoder"}
+    assert {record.getMessage() for record in caplog.records} == {f"the flag {flag} is now called {now}"}

@@ -101,7 +101,7 @@ def test_later_and_nearer_values_count_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         ({"mine": 'extends = ["mine.toml"]'}, "extends itself"),
         ({"mine": 'extends = ["other.toml"]', "other": 'extends = ["mine.toml"]'}, "extends itself"),
@@ -111,11 +111,11 @@ def test_later_and_nearer_values_count_more(tmp_path: Path) -> None:
         ({"mine": 'extend = ["mam2-fast"]'}, "unknown key 'extend'"),
     ],
 )
-def test_a_wrong_inheritance_is_named(tmp_path: Path, files: dict[str, str], told: str) -> None:
+def test_a_wrong_inheritance_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
     write(tmp_path, **files)
     with pytest.raises(UserError) as error:
         load_recipe(str(tmp_path / "mine.toml"))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_misspelt_recipe_of_a_set_names_the_nearest() -> None:

@@ -203,9 +203,9 @@ def test_what_breaks_after_the_scan_is_replaced_and_named_once(sound, tmp_path, 
     DAMAGES[reason](path)
     with pytest.raises(DecodeError, match=reason):
         decode_frames(str(path), [0])
-    told: list[Skipped] = []
-    got, expected = take(Manifest(tuple(videos)), 6, told.append), take(sound, 6)
-    assert [entry.path for entry in told] == [str(path)]
+    messages: list[Skipped] = []
+    got, expected = take(Manifest(tuple(videos)), 6, messages.append), take(sound, 6)
+    assert [entry.path for entry in messages] == [str(path)]
     replaced = 0
     for batch, whole in zip(got, expected, strict=True):
         kept = whole.index != 2
@@ -249,9 +249,9 @@ def test_a_file_that_takes_too_long_counts_as_unusable(sound, monkeypatch):
         return decode_packet(stream, packet)
 
     monkeypatch.setattr(decoding, "decode_packet", dawdle)
-    told: list[Skipped] = []
-    batches = take(sound, 4, told.append, timeout_s=0.2, frames=8)
-    assert told == [Skipped(slow, "not decoded within 0.2 s")]
+    messages: list[Skipped] = []
+    batches = take(sound, 4, messages.append, timeout_s=0.2, frames=8)
+    assert messages == [Skipped(slow, "not decoded within 0.2 s")]
     assert all(4 not in batch.index for batch in batches)
     with pytest.raises(DecodeError, match="not read within 1e-09 s"):
         decode_frames(slow, [0], timeout_s=1e-9)

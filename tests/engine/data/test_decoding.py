@@ -70,7 +70,7 @@ def test_auto_takes_the_first_decoder_that_can(codec, device, pixel_format, rota
 
 
 @pytest.mark.parametrize(
-    ("codec", "forced", "rotation", "told"),
+    ("codec", "forced", "rotation", "message"),
     [
         (
             "h264",
@@ -83,10 +83,10 @@ def test_auto_takes_the_first_decoder_that_can(codec, device, pixel_format, rota
         ("h264", "decord", 0, "expected auto, nvdec, dali-cpu, pyav; found decord"),
     ],
 )
-def test_a_forced_decoder_that_cannot_says_so(codec, forced, rotation, told):
+def test_a_forced_decoder_that_cannot_says_so(codec, forced, rotation, message):
     assert choose_decoder(codec, "cpu", "pyav", rotation=rotation) == "pyav"
     assert choose_decoder("vp9", "cpu", "dali-cpu") == "dali-cpu"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         choose_decoder(codec, "cpu", forced, rotation=rotation)
 
 

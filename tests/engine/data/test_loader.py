@@ -173,13 +173,13 @@ def test_every_format_gives_a_clip_and_every_broken_file_is_named(clip_set):
     found = clip_set.found
     small = tuple(video for video in found.videos if video.width * video.height <= 500_000)
     config = DataConfig(frames=4, stride=4, size=48, threads=2)
-    told: list[Skipped] = []
-    with open_loader(dataclasses.replace(found, videos=small), config, batch=16, on_skip=told.append) as clips:
+    messages: list[Skipped] = []
+    with open_loader(dataclasses.replace(found, videos=small), config, batch=16, on_skip=messages.append) as clips:
         batches = list(clips.evaluate())
         stream = itertools.islice(clips.stream(), 3)
         assert all(batch.clip.shape == (16, 4, 48, 48, 3) for batch in stream)
         assert clips.decoders == {"pyav": len(small)}
-    assert told == []
+    assert messages == []
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(small)))
     assert {clip_set.name(entry.path) for entry in found.skipped} == clip_set.broken
     moving = torch.cat([batch.clip for batch in batches]).float()

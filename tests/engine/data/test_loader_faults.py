@@ -23,9 +23,9 @@ from tests.helpers.loaders import CONFIG, assert_same, damaged, open_loader, tak
 
 def test_a_damaged_video_is_replaced_the_same_way_by_any_thread_and_named_once(videos, tmp_path, frame_numbers):
     broken = damaged(videos, tmp_path, 0, 1)
-    told: list[Skipped] = []
-    batches = take(broken, 10, on_skip=told.append)
-    assert sorted(Path(entry.path).name for entry in told) == ["damaged 0.mp4", "damaged 1.mp4"]
+    messages: list[Skipped] = []
+    batches = take(broken, 10, on_skip=messages.append)
+    assert sorted(Path(entry.path).name for entry in messages) == ["damaged 0.mp4", "damaged 1.mp4"]
     sound = take(videos, 10)
     replaced = 0
     for batch, before in zip(batches, sound, strict=True):
@@ -113,11 +113,11 @@ def test_too_many_damaged_videos_end_the_run(videos, tmp_path):
 
 def test_a_forced_decoder_decodes_what_it_can(videos):
     config = dataclasses.replace(CONFIG, decoder="dali-cpu", max_unusable=1.0)
-    told: list[Skipped] = []
-    (batch,) = take(videos, 1, config, on_skip=told.append)
+    messages: list[Skipped] = []
+    (batch,) = take(videos, 1, config, on_skip=messages.append)
     assert {videos.videos[video].codec for video in batch.index} == {"vp9"}
-    assert len(told) == 7
-    assert "codec h264 cannot be decoded by dali-cpu" in told[0].reason
+    assert len(messages) == 7
+    assert "codec h264 cannot be decoded by dali-cpu" in messages[0].reason
     with pytest.raises(UserError, match="7 of 10 videos cannot be used"):
         open_loader(videos, dataclasses.replace(config, max_unusable=0.5))
     avc = dataclasses.replace(videos, videos=tuple(video for video in videos.videos if video.codec == "h264"))
@@ -147,9 +147,9 @@ def test_a_strange_error_of_one_file_is_a_skip(videos, monkeypatch):
         return decoding.decode_frames(path, *arguments, **keywords)
 
     monkeypatch.setattr(renderer, "decode_frames", strange)
-    told: list[Skipped] = []
-    take(videos, 5, on_skip=told.append)
-    assert [entry.reason for entry in told] == ["OverflowError: a header from the future"]
+    messages: list[Skipped] = []
+    take(videos, 5, on_skip=messages.append)
+    assert [entry.reason for entry in messages] == ["OverflowError: a header from the future"]
 
 
 def test_close_and_neglect_end_all_threads(videos):
@@ -195,7 +195,7 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "batch", "told"),
+    ("changes", "batch", "message"),
     [
         ({"views": 3}, 4, "data.views: expected a divisor of the batch of 4; found 3"),
         ({}, 0, "divisor of the batch of 0"),
@@ -210,8 +210,8 @@ def test_a_program_that_never_closes_its_loader_ends(videos, tmp_path):
         ({"max_unusable": 2.0}, 4, "data.max_unusable 2.0: expected at least 0 and at most 1"),
     ],
 )
-def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, told):
-    with pytest.raises(UserError, match=told):
+def test_values_that_do_not_fit_together_are_one_line(videos, changes, batch, message):
+    with pytest.raises(UserError, match=message):
         open_loader(videos, dataclasses.replace(CONFIG, **changes), batch=batch)
 
 

@@ -33,7 +33,7 @@ RESIZE = "Error in GPU operator `nvidia.dali.fn.resize`,\nencountered:\n\n"
         (RESIZE + "input shape is wrong", "program"),
     ],
 )
-def test_only_the_decoders_own_messages_are_a_files_fault(message, expected):
+def test_only_the_decoders_own_stops_are_a_files_fault(message, expected):
     assert nvdec.fault(message) == expected
     kind = {"file": DecodeError, "program": RuntimeError}.get(expected, UserError)
     assert isinstance(nvdec.error_of(message, "the reason"), kind)
@@ -41,8 +41,8 @@ def test_only_the_decoders_own_messages_are_a_files_fault(message, expected):
 
 def test_failures_count_only_in_a_row():
     record = nvdec.Record()
-    told = [record.note(False) for _ in range(19)] + [record.note(True)] + [record.note(False) for _ in range(25)]
-    assert [place for place, give_up in enumerate(told) if give_up] == [39]
+    stops = [record.note(False) for _ in range(19)] + [record.note(True)] + [record.note(False) for _ in range(25)]
+    assert [place for place, stop in enumerate(stops) if stop] == [39]
 
 
 def test_a_trial_accepts_right_frames_only(tmp_path):

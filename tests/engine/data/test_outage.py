@@ -63,9 +63,9 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
         path.write_bytes(Path(entry.path).read_bytes())
         moved.append(dataclasses.replace(entry, path=str(path)))
     here = dataclasses.replace(videos, videos=tuple(moved))
-    expected, said, told = take(here, 12), [], []
+    expected, said, messages = take(here, 12), [], []
     config = dataclasses.replace(CONFIG, prefetch=1, wait_s=60)
-    with open_loader(here, config, info=said.append, on_skip=told.append) as clips:
+    with open_loader(here, config, info=said.append, on_skip=messages.append) as clips:
         stream = clips.stream()
         got = [next(stream)]
         folder.rename(tmp_path / "elsewhere")
@@ -73,7 +73,7 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
         back.start()
         got += [next(stream) for _ in range(11)]
         back.join()
-    assert told == []
+    assert messages == []
     for one, other in zip(expected, got, strict=True):
         assert_same(one, other)
     assert any("is missing or empty; retrying for up to 60 s" in line for line in said)
@@ -85,8 +85,8 @@ def test_data_that_stays_away_ends_the_run_and_burns_no_video(videos, tmp_path):
         videos,
         videos=tuple(dataclasses.replace(v, path=f"{tmp_path}/gone/{k}.mp4") for k, v in enumerate(videos.videos)),
     )
-    told = []
-    with open_loader(away, dataclasses.replace(CONFIG, wait_s=0.1), info=told.append, on_skip=told.append) as clips:
+    messages, config = [], dataclasses.replace(CONFIG, wait_s=0.1)
+    with open_loader(away, config, info=messages.append, on_skip=messages.append) as clips:
         with pytest.raises(UserError, match=r"the data is unavailable: folder .*/gone is missing or empty.*--resume"):
             next(clips.stream())
         assert clips.skipped == []

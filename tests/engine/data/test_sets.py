@@ -133,7 +133,7 @@ def test_moved_sets_are_found_again_one_by_one(halves, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "paths", "told"),
+    ("values", "paths", "message"),
     [
         ({"weights": (3.0,)}, ("a", "b"), r"data\.weights: expected one number per data set, 2 for a, b; found 1"),
         ({"weights": (1.0, 1.0)}, ("a",), r"data\.weights: expected one number per data set, 1 for a; found 2"),
@@ -142,8 +142,8 @@ def test_moved_sets_are_found_again_one_by_one(halves, tmp_path):
         ({}, (), r"no data set: pass --data PATH, or set data\.sets"),
     ],
 )
-def test_sets_that_do_not_fit_are_one_line(values, paths, told):
-    with pytest.raises(UserError, match=told):
+def test_sets_that_do_not_fit_are_one_line(values, paths, message):
+    with pytest.raises(UserError, match=message):
         training_sources(DataConfig(**values), paths)
 
 
@@ -181,9 +181,9 @@ def test_fine_tuning_and_other_verbs_take_one_set(capsys):
     with pytest.raises(UserError, match=r"only pre-training takes several data sets"):
         dataclasses.replace(load_recipe("demo/finetune", FinetuneConfig), data=DataConfig(weights=(1.0, 1.0))).check()
     for verb in ("finetune", "probe", "train-tokenizer"):
-        status, _, told = outcome(capsys, verb, "demo/finetune", "--data", "a", "--data=b", "--out", "c")
-        assert (status, told.count("\n")) == (2, 1)
-        assert f"--data: expected one data set for mam2 {verb}, found 2" in told
+        status, _, error = outcome(capsys, verb, "demo/finetune", "--data", "a", "--data=b", "--out", "c")
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"--data: expected one data set for mam2 {verb}, found 2" in error
 
 
 def test_plan_and_index_know_several_sets(halves, capsys):

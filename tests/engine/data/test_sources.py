@@ -246,7 +246,7 @@ def test_a_cell_may_hold_a_line_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "the list is empty"),
         (b"\n \n", "the list is empty"),
@@ -268,9 +268,9 @@ def test_a_cell_may_hold_a_line_end(tmp_path):
         (b'path,label\n"' + b"x" * 200_000, "field larger than field limit"),
     ],
 )
-def test_an_unusable_list_is_one_clear_line(tmp_path, content, told):
+def test_an_unusable_list_is_one_clear_line(tmp_path, content, message):
     (tmp_path / "list.csv").write_bytes(content)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_source(tmp_path / "list.csv")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "list.csv") in str(caught.value)

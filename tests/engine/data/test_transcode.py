@@ -104,8 +104,10 @@ def test_a_full_disk_ends_the_run_with_one_line(tmp_path, clip_bytes, capsys, fu
     arguments = ["transcode", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--short-side", "48"]
     with full_disk(200):
         assert exit_status(*arguments) == 2
-    told = capsys.readouterr().err
-    assert told.splitlines()[-1].startswith(f"mam2: error: --out {tmp_path / 'out'}: cannot be written: File too large")
+    message = capsys.readouterr().err
+    assert message.splitlines()[-1].startswith(
+        f"mam2: error: --out {tmp_path / 'out'}: cannot be written: File too large"
+    )
     assert files(tmp_path / "out") == [module.SETTINGS]
 
 
@@ -288,12 +290,12 @@ def test_an_output_with_another_number_of_frames_is_thrown_away(tmp_path, clip_b
 def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
     place(clip_bytes, tmp_path / "in" / "a.mp4")
     (tmp_path / "in" / "list.csv").write_text("a.mp4 0\n")
-    for settings, told in (
+    for settings, message in (
         ({"codec": "av1"}, "--codec: expected one of h264, hevc, vp9; found av1"),
         ({"short_side": 1}, "--short-side 1"),
         ({"gop": 0}, "--gop 0"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             transcode(tmp_path / "in", tmp_path / "out", **settings)
     with pytest.raises(UserError, match="is in the data folder"):
         transcode(tmp_path / "in", tmp_path / "in" / "small")

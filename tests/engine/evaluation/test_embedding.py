@@ -82,10 +82,10 @@ def test_files_hold_features_and_times(videos, run, tmp_path, capsys, suffix):
         pytest.skip("pyarrow, which writes Parquet, is not installed")
     out = tmp_path / f"f{suffix}"
     assert exit_status("embed", run, "--data", videos, "--out", out, "--window", 12, "--hop", 5, "--pool", "time") == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     found = embed(run, videos, window=12, hop=5, pool="time", progress=False)
     count, values = found.features.shape
-    assert f"{count} windows of 2 videos, {values} values each: {out}; 1 left out" in told
+    assert f"{count} windows of 2 videos, {values} values each: {out}; 1 left out" in message
     if suffix == ".npy":
         about = json.loads(out.with_suffix(".json").read_text())
         arrays = {"features": np.load(out)} | {name: np.array(about[name]) for name in ("start_s", "end_s")}

@@ -130,20 +130,20 @@ def test_files_hold_what_the_terminal_shows(run, videos, tmp_path, capsys):
         "predict", run, "--data", videos, "--out", tmp_path / "p.json", "--draw", tmp_path / "drawn", "--top", 2
     )
     assert status == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     written = json.loads((tmp_path / "p.json").read_text())
     assert written["classes"] == list(NAMES)
     assert (written["temporal"], written["spatial"]) == (2, 1)
     assert [entry["path"] for entry in written["skipped"]] == [str(videos / "c.mp4")]
-    lines = told.out.splitlines()
+    lines = output.out.splitlines()
     assert len(lines) == len(written["predictions"]) == 4
     for line, entry in zip(lines, written["predictions"], strict=True):
         first, second = entry["top"]
         assert line.split()[:2] == [first["class"], f"{100 * first['probability']:.1f}"]
         assert f"{second['class']:<8} {100 * second['probability']:5.1f} %" in line
         assert line.endswith(Path(entry["path"]).name)
-    assert f"skipped: {videos / 'c.mp4'}: damaged, or not a video" in told.err
-    assert "4 videos, 1 skipped" in told.err
+    assert f"skipped: {videos / 'c.mp4'}: damaged, or not a video" in output.err
+    assert "4 videos, 1 skipped" in output.err
     pictures = sorted((tmp_path / "drawn").iterdir())
     assert [path.name for path in pictures] == ["00001-a.png", "00002-b.png", "00003-d-é.png", "00004-e.png"]
     assert image.imread(pictures[0])[..., :3].std() > 0.1

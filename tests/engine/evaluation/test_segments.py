@@ -71,8 +71,8 @@ def test_a_segment_is_the_mean_of_the_windows_whose_middle_lies_in_it(folder):
 def test_what_the_windows_show_is_found(folder, suffix, tmp_path, capsys):
     lists = ("--data", folder / "train.csv", "--val", folder / "test.csv")
     assert exit_status("probe", folder / f"f{suffix}", *lists, "--out", tmp_path / "p.json") == 0
-    told = capsys.readouterr().out
-    assert "15 training and 9 test segments of 2 classes, 1 left out; always the most frequent class: 66.7 %" in told
+    message = capsys.readouterr().out
+    assert "15 training and 9 test segments of 2 classes, 1 left out; always the most frequent class: 66.7 %" in message
     written = json.loads((tmp_path / "p.json").read_text())
     assert [(score["probe"], score["accuracy"], score["layer"]) for score in written["scores"]] == [
         ("linear", 1.0, 2),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mam2.engine.checkpoints import run as checkpoint
-from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabelled
+from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabeled
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder
 from mam2.engine.config.training import DataConfig
@@ -234,12 +234,12 @@ def test_labels_go_by_name_in_lists_that_lack_a_class(clips, tmp_path):
     )
     part = read_manifest(tmp_path / "part.csv", progress=False)
     assert [video.label for video in part.videos] == [1, 0]
-    again = relabelled(part, "part.csv", NAMES)
+    again = relabeled(part, "part.csv", NAMES)
     assert [video.label for video in again.videos] == [2, 1]
     with pytest.raises(UserError, match="the class 'wave' is not one of the classifier's 2"):
-        relabelled(part, "part.csv", NAMES[:2])
+        relabeled(part, "part.csv", NAMES[:2])
     with pytest.raises(UserError, match="no label for"):
-        relabelled(Manifest((video(label=-1),)), "folder", NAMES)
+        relabeled(Manifest((video(label=-1),)), "folder", NAMES)
 
 
 def test_a_run_that_is_no_classifiers_is_refused(tmp_path, small):

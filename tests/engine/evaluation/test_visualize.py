@@ -89,7 +89,7 @@ def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_
     assert exit_status("visualize", *runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0
     page = (tmp_path / "index.html").read_text()
     rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", page)[1:]
-    told = {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
+    table = {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
     everything = read_manifest(videos, progress=False)
     manifest = Manifest(tuple(everything.videos[place] for place in (0, 8, 15)))
     config = checkpoint.read_config(checkpoint.newest(runs[0]) / checkpoint.WEIGHTS)
@@ -111,12 +111,12 @@ def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_
             still += motion_loss(nothing, video, mask, config.loss, config.patch_size).item()
     accuracy, commonest = float(sum(right)) / 3, max(map(codes.count, codes)) / len(codes)
     expected = [100 * accuracy, 100 * commonest, 100 * moved / still]
-    assert [float(cell.removesuffix(" %")) for cell in told[str(runs[0])][:3]] == pytest.approx(expected, abs=0.15)
-    assert told[str(runs[0])][3] == "–"
-    assert ('codes <span class="yes"' in told[str(runs[0])][4]) == (accuracy > commonest + 1e-9)
-    assert ('motion <span class="yes"' in told[str(runs[0])][4]) == (moved < still)
-    assert told[str(runs[1])][:3] == ["–", "–", "–"]
-    assert 20 < float(told[str(runs[1])][3].removesuffix(" %")) < 500
+    assert [float(cell.removesuffix(" %")) for cell in table[str(runs[0])][:3]] == pytest.approx(expected, abs=0.15)
+    assert table[str(runs[0])][3] == "–"
+    assert ('codes <span class="yes"' in table[str(runs[0])][4]) == (accuracy > commonest + 1e-9)
+    assert ('motion <span class="yes"' in table[str(runs[0])][4]) == (moved < still)
+    assert table[str(runs[1])][:3] == ["–", "–", "–"]
+    assert 20 < float(table[str(runs[1])][3].removesuffix(" %")) < 500
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_a_package_that_is_missing_or_has_no_gpu_is_refused(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError("libcudart.so.12: cannot open shared object file"), "OSError: libcudart.so.12: cannot open"),
         (AttributeError("module 'cutlass' has no attribute 'cute'"), "AttributeError: module 'cutlass'"),
@@ -176,14 +176,14 @@ def test_a_package_that_is_missing_or_has_no_gpu_is_refused(monkeypatch: pytest.
         ),
     ],
 )
-def test_why_a_package_does_not_run_is_told(error: Exception, told: str, fake_xformers: types.ModuleType) -> None:
+def test_why_a_package_does_not_run_is_told(error: Exception, message: str, fake_xformers: types.ModuleType) -> None:
     """A wheel for another CUDA, or a package that a broken one hinders, gives a reason and no crash."""
 
     def refuse(*_: Tensor) -> None:
         raise error
 
     fake_xformers.memory_efficient_attention_forward_requires_grad = refuse
-    assert packages.why_not("xformers", torch.device("cpu"), torch.float32, 16).startswith(told)
+    assert packages.why_not("xformers", torch.device("cpu"), torch.float32, 16).startswith(message)
     check("auto", torch.float32, "cpu")
     with pytest.raises(ValueError, match="xformers does not run"):
         attention(*inputs(torch.float32), backend="xformers")

@@ -215,14 +215,14 @@ def test_a_compiled_model_follows_its_own_choices():
 
 
 @pytest.mark.parametrize(
-    ("device", "backend", "told"),
+    ("device", "backend", "message"),
     [("NVIDIA L4", "sdpa", "measured on NVIDIA L4, this is cpu"), ("cpu", "flash4", "flash4 does not run here")],
 )
-def test_a_choice_of_another_machine_is_measured_again(device, backend, told, tmp_path):
+def test_a_choice_of_another_machine_is_measured_again(device, backend, message, tmp_path):
     shapes = {"encoder": TINY}
     (tmp_path / FILE).write_text(json.dumps({"device": device, "parts": {"encoder": {"backend": backend}}}))
     _, lines = measure_or_read(shapes, CPU, torch.float32, tmp_path)
-    assert told in lines[0]
+    assert message in lines[0]
     assert "measured" in lines[1]
     assert json.loads((tmp_path / FILE).read_text())["device"] == "cpu"
 

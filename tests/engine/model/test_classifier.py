@@ -176,12 +176,12 @@ def test_embeddings_without_names_must_be_as_many_as_the_classes(tmp_path):
 def test_wrong_embedding_files_are_one_clear_line(tmp_path):
     (tmp_path / "text.npy").write_text("no array")
     np.save(tmp_path / "flat.npy", np.zeros(3, np.float32))
-    for name, told in (
+    for name, message in (
         ("text.npy", "cannot be read"),
         ("flat.npy", "expected finite"),
         ("absent.npy", "cannot be read"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_text_embeddings(tmp_path / name, ["a", "b", "c"])
 
 

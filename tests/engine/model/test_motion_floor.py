@@ -67,17 +67,17 @@ def test_a_config_that_was_saved_with_another_floor_keeps_it() -> None:
 
 def test_a_jump_is_told_once_with_its_steps() -> None:
     spikes = Spikes()
-    told = []
+    messages = []
     for line in range(4):
         for step in range(5):
             spikes.see({"loss/motion": torch.tensor(1e6 if line >= 2 and step == 1 else 1.0 + line)})
         numbers = {"loss/motion": 1.0 + line, **{name: float(value) for name, value in spikes.peak().items()}}
-        told.append(spikes.warning(range(5 * line + 1, 5 * line + 6), numbers))
-    assert told[0] is told[1] is told[3] is None
-    assert told[2] is not None
-    assert "steps 11 to 15: the motion loss rose to 1e+06" in told[2]
-    assert "its median 2" in told[2]
-    assert "\n" not in told[2]
+        messages.append(spikes.warning(range(5 * line + 1, 5 * line + 6), numbers))
+    assert messages[0] is messages[1] is messages[3] is None
+    assert messages[2] is not None
+    assert "steps 11 to 15: the motion loss rose to 1e+06" in messages[2]
+    assert "its median 2" in messages[2]
+    assert "\n" not in messages[2]
     assert spikes.peak() == {}
 
 

@@ -141,12 +141,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(clips, tmp_path, 
     try:
         wait_for_first_step(run, processes[0])
         processes[1].send_signal(signal.SIGTERM)
-        told = [process.communicate(timeout=120)[0] for process in processes]
+        messages = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, told
-    assert "stopped by SIGTERM after step" in told[0]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, messages
+    assert "stopped by SIGTERM after step" in messages[0]
     assert checkpoint.newest(run) is not None
 
 
@@ -169,9 +169,9 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
     arguments = ["pretrain", tmp_path / "recipe.json", "--data", clips, "--out", tmp_path / "run"]
     done = torchrun(2, tmp_path / "fails.py", *arguments)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("mam2: error:")]
-    assert len(told) == 1, done.stderr[-3000:]
-    assert "rank 1: out of GPU memory with 8 clips per pass" in told[0]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("mam2: error:")]
+    assert len(messages) == 1, done.stderr[-3000:]
+    assert "rank 1: out of GPU memory with 8 clips per pass" in messages[0]
     assert "Traceback (most recent call last)" not in done.stderr.partition("mam2: error:")[0]
 
 
@@ -210,8 +210,8 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
         )
         for _ in range(2)
     ]  # fmt: skip
-    told = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], told
+    messages = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], messages
     assert (tmp_path / "ddp-fixed-0-adamw-codes").is_file()
 
 

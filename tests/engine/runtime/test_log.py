@@ -45,9 +45,9 @@ def test_lines_that_a_full_disk_refused_are_written_later_and_told_once(tmp_path
     log.close()
     assert [line["loss"] for line in read_log(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
     assert (tmp_path / "log.txt").read_text() == "one\ntwo\nthree\n"
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("log ")]
-    assert len(told) == 2
-    assert all("No space left on device. The run continues" in line for line in told)
+    messages = [line for line in capsys.readouterr().out.splitlines() if line.startswith("log ")]
+    assert len(messages) == 2
+    assert all("No space left on device. The run continues" in line for line in messages)
 
 
 def test_tensorboard_and_a_tracker_that_fail_end_nothing(tmp_path, monkeypatch, capsys):
@@ -112,7 +112,7 @@ def test_half_a_line_of_a_killed_run_spoils_no_other(tmp_path):
 def test_numbers_of_an_attempt_without_a_checkpoint_are_set_aside(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 900, "loss": 1.0}\n')
     log = RunLog(tmp_path)
-    log.begin_anew()
+    log.start_new()
     log.write(1, {"loss": 2.0})
     log.close()
     assert [line["step"] for line in read_log(tmp_path)] == [1]

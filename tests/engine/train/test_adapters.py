@@ -139,12 +139,12 @@ def test_the_model_card_says_that_adapters_were_trained(rank, tmp_path, small_fi
     card = model_card(
         tmp_path / "run", load_model(tmp_path / "run"), name="me/it", license="mit", to="mam2", classes=(), scores=()
     )
-    for told in (
+    for phrase in (
         "low-rank adapters (LoRA, rank 4) and the head",
         "| `adapters.rank` | `4` |",
         "| `adapters.alpha` | `12.0` |",
     ):
-        assert (told in card) == bool(rank), told
+        assert (phrase in card) == bool(rank), phrase
 
 
 def test_the_best_is_a_plain_model_and_every_verb_takes_it(trained, videos, tmp_path, small_finetuning, monkeypatch):

@@ -22,7 +22,7 @@ PILLOW = {
     "invert": lambda image, _: ImageOps.invert(image),
     "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
     "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
-    "colour": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
+    "color": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
     "contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
     "brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
     "sharpness": lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change),
@@ -272,9 +272,9 @@ def test_differences_below_a_level_of_8_bits_survive(operation) -> None:
 
 def test_gray_of_fine_clips_is_not_rounded() -> None:
     fine = 100 + torch.rand(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(2)) * 0.9
-    changed = operations.colour(fine, torch.full((2,), -1.0), whole=False)
+    changed = operations.color(fine, torch.full((2,), -1.0), whole=False)
     assert len(changed.unique()) > 100
-    assert len(operations.colour(fine, torch.full((2,), -1.0)).unique()) <= 2
+    assert len(operations.color(fine, torch.full((2,), -1.0)).unique()) <= 2
 
 
 def test_float_clips_are_augmented_like_uint8_clips_without_rounding() -> None:

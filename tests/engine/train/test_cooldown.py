@@ -91,9 +91,11 @@ def test_a_cooldown_on_longer_and_larger_clips_takes_weights_and_moments(whole, 
     given += ["--optim.min-lr", "0", "--optim.epochs", "0.5", "--optim.batch", "8", "--data.max-unusable", "1"]
     status, out, error = outcome(capsys, *given, "--out", tmp_path / "cooldown")
     assert status == 0, error
-    told = out + error
-    assert "positions of 8 frames of 32² resampled to 16 of 48²" in told
-    assert "new schedule: the learning rate increases for 0 epochs and decreases in the last 100% of 0.5 epochs" in told
+    printed = out + error
+    assert "positions of 8 frames of 32² resampled to 16 of 48²" in printed
+    assert (
+        "new schedule: the learning rate increases for 0 epochs and decreases in the last 100% of 0.5 epochs" in printed
+    )
     found = read_log(tmp_path / "cooldown")
     rates = [line["learning_rate"] for line in found]
     assert rates == pytest.approx([rates[0] * (len(rates) - step) / len(rates) for step in range(len(rates))])
@@ -102,7 +104,7 @@ def test_a_cooldown_on_longer_and_larger_clips_takes_weights_and_moments(whole, 
     after = load_file(checkpoint.newest(tmp_path / "cooldown") / checkpoint.OPTIMIZER)
     counted = [name for name in before if name.endswith(".step")]
     assert counted
-    assert f"the optimizer's moments of {len(counted)} of {len(counted)} parameters from {stable}" in told
+    assert f"the optimizer's moments of {len(counted)} of {len(counted)} parameters from {stable}" in printed
     assert all(after[name] == before[name] + len(rates) for name in counted)
 
 
@@ -129,7 +131,7 @@ def test_moments_are_taken_bit_for_bit_and_only_where_weights_are(whole, config,
 @pytest.mark.slow
 def test_moments_that_do_not_fit_are_one_line(whole, config, clips, tmp_path):
     muon = changed(config, tmp_path, optim={"name": "muon"})
-    for run, given, told in (
+    for run, given, message in (
         (muon, {"checkpoint": whole}, r"--checkpoint-moments: those of .* are of optim\.name adamw, this run has muon"),
         (config, {}, r"--checkpoint-moments: needs --checkpoint"),
         (config, {"checkpoint": tmp_path / "only weights"}, r"has no optimizer state; expected a run of mam2 pretrain"),
@@ -138,5 +140,5 @@ def test_moments_that_do_not_fit_are_one_line(whole, config, clips, tmp_path):
         if not folder.exists():
             shutil.copytree(checkpoint.newest(whole), folder)
             (folder / checkpoint.OPTIMIZER).unlink()
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             pretrain(run, clips, tmp_path / "run", checkpoint_moments=True, progress=False, **given)

@@ -391,7 +391,7 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["finetune"], "expected a recipe as first argument: mam2 finetune RECIPE"),
         (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
@@ -399,10 +399,10 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
         (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, told, tmp_path, capsys):
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
     status, _, error = outcome(capsys, *[argument.format(tmp_path / "run") for argument in arguments])
     assert status == 2
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -436,5 +436,5 @@ def test_classes_without_a_video_are_told(few):
     manifest = read_manifest(few, progress=False)
     assert describe_classes(manifest) == "classes 2"
     spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
-    told = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
-    assert told.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")
+    message = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
+    assert message.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")

@@ -376,7 +376,7 @@ def test_labels_that_are_not_of_the_task_are_one_clear_line(several, numbers, cl
     (clips / "unknown.csv").write_text("path,label\n0.mp4,left;up\n")
     (clips / "negative.csv").write_text("path,label\n0.mp4,-5\n1.mp4,3\n")
     sets, values = ({"head": {"task": task}} for task in ("multi-label", "regression"))
-    for tables, data, val, told in (
+    for tables, data, val, message in (
         ({}, numbers, numbers, r"numbers\.csv: has the labels '0' and '-1'; one class per video needs"),
         (sets, several[0], clips / "unknown.csv", r"unknown\.csv: the class 'up' is not one of the 4 classes"),
         (values, several[0], numbers, r"several\.csv: the label 'left' is not a number"),
@@ -385,7 +385,7 @@ def test_labels_that_are_not_of_the_task_are_one_clear_line(several, numbers, cl
         (sets | {"test": {"best": "mean_class"}}, several[0], several[1], r"test\.best mean_class: needs head\.task"),
         ({"head": {"task": "regression", "class_weights": "balanced"}}, numbers, numbers, r"needs head\.task classes"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             finetune(small_finetuning(**tables), data, tmp_path / "run", val=val, encoder=None, progress=False)
 
 

@@ -80,18 +80,18 @@ def test_of_the_same_model_everything_is_taken(config, runs):
 
 
 @pytest.mark.parametrize(
-    ("tables", "same_tokenizer", "new", "told"),
+    ("tables", "same_tokenizer", "new", "message"),
     [
         ({}, False, ("appearance_decoder.head.",), "appearance head (another tokenizer)"),
         ({"loss": {"motion_target": "intra"}}, True, ("motion_decoder.head.",), "motion head (another target)"),
     ],
 )
-def test_a_head_is_taken_only_for_the_same_target(config, runs, tables, same_tokenizer, new, told):
+def test_a_head_is_taken_only_for_the_same_target(config, runs, tables, same_tokenizer, new, message):
     found, fresh, source, lines = started(changed(config, **tables), runs["mam2"], same_tokenizer=same_tokenizer)
     taken, drawn = origins(found, fresh, source)
     assert {name for name in found if name.startswith(new)} == drawn if new else not drawn
     assert taken | drawn == set(found)
-    assert told in " ".join(lines)
+    assert message in " ".join(lines)
 
 
 def test_other_sizes_and_objectives_leave_the_encoder(config, runs):
@@ -215,8 +215,8 @@ def test_codes_stay_those_of_the_checkpoints_tokenizer(config, clips, tmp_path, 
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(still)))
     places = ("--data", clips, "--out", tmp_path / "second", "--checkpoint", tmp_path / "first")
     assert exit_status("pretrain", tmp_path / "recipe.json", *places) == 0
-    told = capsys.readouterr()
-    assert "codes   from the tokenizer that the checkpoint was trained with" in told.out + told.err
+    output = capsys.readouterr()
+    assert "codes   from the tokenizer that the checkpoint was trained with" in output.out + output.err
     one, other = ((tmp_path / name / "tokenizer.safetensors").read_bytes() for name in ("first", "second"))
     assert one == other
     before, after = (load_file(checkpoint.newest(tmp_path / name) / checkpoint.WEIGHTS) for name in ("first", "second"))

@@ -85,7 +85,7 @@ def test_a_graph_reads_the_momentum_of_each_step(small):
     before = {name: tensor.clone() for name, tensor in replayed.model.state_dict().items()}
     choice = cuda_graph.choose_step(
         replayed._one_pass,
-        replayed._arguments(0, [batch(0)], 0),
+        replayed._passes(0, [batch(0)])[0],
         replayed.model,
         replayed.optimizer,
         Replayer(),
@@ -193,9 +193,9 @@ def test_the_warning_states_the_limits():
     good = {"teacher/rank": collapse.LOWEST_RANK, "teacher/deviation": collapse.LOWEST_DEVIATION}
     assert watch.warning(range(2), {"loss/motion": 1.0}) is None
     assert watch.warning(range(2), good) is None
-    told = watch.warning(range(2, 4), good | {"teacher/deviation": 0.01})
-    assert "steps 2 to 3" in told
-    assert "standard deviation 0.01 (limit 0.1)" in told
+    message = watch.warning(range(2, 4), good | {"teacher/deviation": 0.01})
+    assert "steps 2 to 3" in message
+    assert "standard deviation 0.01 (limit 0.1)" in message
     assert watch.warning(range(4, 6), good | {"teacher/rank": 1.0}) is None
     assert Collapse().warning(range(2), good | {"teacher/rank": 1.0})
     columns = {name for panel in PANELS for name in panel.columns}

@@ -32,14 +32,14 @@ def test_a_run_shorter_than_its_warm_up_works():
     assert learning_rate(0, 1, 0.1, CONFIG, global_batch=256) > 0
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(1, "100% of the training"), (3, "67% of the training"), (4, None)])
-def test_a_warm_up_of_more_than_half_the_training_is_told_with_a_remedy(epochs, told):
+@pytest.mark.parametrize(("epochs", "message"), [(1, "100% of the training"), (3, "67% of the training"), (4, None)])
+def test_a_warm_up_of_more_than_half_the_training_is_told_with_a_remedy(epochs, message):
     config = OptimConfig(epochs=epochs, warmup_epochs=2)
     warning = long_warmup(config)
-    if told is None:
+    if message is None:
         assert warning is None
     else:
-        assert told in warning
+        assert message in warning
         shorter = float(warning.split("--optim.warmup-epochs ")[1])
         assert long_warmup(OptimConfig(epochs=epochs, warmup_epochs=shorter)) is None
 

@@ -96,8 +96,8 @@ def test_the_fewest_passes_that_fit_give_the_gradients_of_one(kind, limit, small
     losses, expected = gradients(step, batches)
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     sizes = limit(3)
-    told = step.choose_passes(0, batches)
-    assert told == "optim.micro_batch auto: 2 clips per pass, 4 per step and process; 4 do not fit"
+    message = step.choose_passes(0, batches)
+    assert message == "optim.micro_batch auto: 2 clips per pass, 4 per step and process; 4 do not fit"
     assert sizes == [8, 4, 2, 2, 2, 2]
     assert step.passes == 4
     for name, tensor in step.model.state_dict().items():
@@ -212,10 +212,10 @@ def test_the_plan_estimates_the_passes():
     config = from_dict(PretrainConfig, {"optim": {"batch": 512, "micro_batch": "auto"}})
     found = plan(config, gpu="a10")
     assert found.fits
-    assert 1 <= found.clips_a_pass < 512
-    larger = dataclasses.replace(config.optim, micro_batch=2 * found.clips_a_pass)
+    assert 1 <= found.clips_per_pass < 512
+    larger = dataclasses.replace(config.optim, micro_batch=2 * found.clips_per_pass)
     assert not plan(dataclasses.replace(config, optim=larger), gpu="a10").fits
-    assert f"passes of {found.clips_a_pass} clips on 1 device" in found.report()
+    assert f"passes of {found.clips_per_pass} clips on 1 device" in found.report()
     assert "(optim.micro_batch auto: estimated here, tried by the run)" in found.report()
 
 

@@ -35,7 +35,7 @@ def run(tmp_path_factory, clips, small) -> Path:
     return out
 
 
-def told(capsys, *arguments: object) -> str:
+def error_line(capsys, *arguments: object) -> str:
     """The one line of an error with status 2."""
     status, _, error = outcome(capsys, *arguments)
     lines = [line for line in error.splitlines() if line.startswith("mam2: ")]
@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_line(verb, clips, run, tmp_path, capsys, full_disk):
     if verb == "tokenize":
         arguments += ("--tokenizer.path", tokenizer)
     with full_disk(100):
-        line = told(capsys, *arguments)
+        line = error_line(capsys, *arguments)
     place = arguments[arguments.index("--out") + 1]
     assert line.startswith(f"mam2: error: --out {place}: cannot be written: ")
     assert "File too large" in line or "os error 27" in line
@@ -87,7 +87,7 @@ def test_a_place_that_is_no_folder_is_one_line_before_any_work(verb, clips, run,
     monkeypatch.setattr("mam2.engine.data.manifest.scan", lambda *_, **__: pytest.fail("videos were opened"))
     monkeypatch.setattr("mam2.engine.checkpoints.load.load_model", lambda *_, **__: pytest.fail("the model was read"))
     (tmp_path / "file").write_text("mine")
-    assert "cannot be written: " in told(capsys, *verbs(clips, run, tmp_path / "file")[verb])
+    assert "cannot be written: " in error_line(capsys, *verbs(clips, run, tmp_path / "file")[verb])
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -108,7 +108,7 @@ def test_the_data_is_no_place_for_results(verb, clips, run, tmp_path, capsys):
     if verb == "embed":
         data = data.rename(out)
         before = sorted(tmp_path.iterdir())
-    assert "is the data itself" in told(capsys, verb, *arguments, "--data", data, "--out", out)
+    assert "is the data itself" in error_line(capsys, verb, *arguments, "--data", data, "--out", out)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -173,7 +173,7 @@ def test_a_result_never_replaces_what_it_is_made_from(tmp_path, capsys):
         (("plot", tmp_path, "--out", log), "expected a name that ends in .png"),
         (("convert-tokenizer", weights, "--out", weights), "is the checkpoint itself"),
     ):
-        assert expected in told(capsys, *arguments)
+        assert expected in error_line(capsys, *arguments)
     assert [file.read_text() for file in (listing, log, weights)] == ["kept"] * 3
 
 

@@ -1,6 +1,7 @@
 """Errors that end a run lose nothing: valid weights are saved first, and only what is on the disk counts as done."""
 
 import dataclasses
+import os
 import shutil
 import signal
 import subprocess
@@ -190,11 +191,11 @@ def test_a_compiler_that_fails_is_one_line_with_the_remedy():
 
     output = "x.cpp: In function 'kernel'\nx.cpp:3: fatal error: omp.h: No such file\n"
     inner = CppCompileError(["g++", "x.cpp"], output)
-    told = runtime.compile_problem(InductorError(inner, None))
-    assert told is not None
-    assert "x.cpp:3: fatal error: omp.h: No such file" in told
-    assert "--run.no-compile" in told
-    assert "\n" not in told
+    message = runtime.compile_problem(InductorError(inner, None))
+    assert message is not None
+    assert "x.cpp:3: fatal error: omp.h: No such file" in message
+    assert "--run.no-compile" in message
+    assert "\n" not in message
     outer = RuntimeError("outer")
     outer.__cause__ = inner
     assert "fatal error" in (runtime.compile_problem(outer) or "")
@@ -277,12 +278,12 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        told = process.communicate(timeout=30)[1]
+        message = process.communicate(timeout=30)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + number
-    assert told.startswith(f"mam2: stopped by {signal.Signals(number).name}; saved files are complete")
-    assert told.count("\n") == 1
+    assert message.startswith(f"mam2: stopped by {signal.Signals(number).name}; saved files are complete")
+    assert message.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -296,6 +297,7 @@ def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypat
         pretrain(values, clips, tmp_path, progress=False)
     text = (tmp_path / "log.txt").read_text()
     assert "step    the first step compiles the model" in text
+    assert f"The code is kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']} for later runs" in text
     assert "--run.no-compile" in text
     pretrain(values, clips, tmp_path, progress=False)
     assert (tmp_path / "log.txt").read_text().count("step    the first step is done, compiled in") == 1

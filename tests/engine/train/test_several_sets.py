@@ -90,9 +90,12 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(whole, config, sets, tmp_
 
     monkeypatch.setattr(PretrainStep, "__call__", step)
     assert pretrain(config, sets, tmp_path, progress=False).step == 3
-    for wrong, told in (((3.0, 1.0), r"data\.weights = \[1\.0, 1\.0\], now it is \[3\.0, 1\.0\]"), ((), "now it is")):
+    for wrong, message in (
+        ((3.0, 1.0), r"data\.weights = \[1\.0, 1\.0\], now it is \[3\.0, 1\.0\]"),
+        ((), "now it is"),
+    ):
         other = load_recipe(tmp_path / "config.json", data={"weights": list(wrong)})
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             pretrain(other, sets, tmp_path, resume=True, progress=False)
     saved = load_recipe(tmp_path / "config.json")
     assert pretrain(saved, (), tmp_path, resume=True, progress=False).step == 10  # the config names the sets
@@ -145,7 +148,7 @@ def _written(folder: Path, config) -> Path:
 
 
 def test_sets_that_do_not_fit_are_told_before_anything_is_opened(sets, tmp_path, capsys):
-    for given, told in (
+    for given, message in (
         (["--data", sets[0], "--data", sets[0]], "the same data set as"),
         (["--data", sets[0], "--data", sets[1], "--data-weights", "3"], "expected one number per data set, 2 for"),
         (["--data", sets[0], "--data", sets[1], "--data.weights", "3", "0"], "data.weights 0.0: expected above 0"),
@@ -154,5 +157,5 @@ def test_sets_that_do_not_fit_are_told_before_anything_is_opened(sets, tmp_path,
     ):
         status, _, error = outcome(capsys, "pretrain", "demo", *given, "--out", tmp_path / "run")
         assert (status, error.count("\n")) == (2, 1), error
-        assert told in error
+        assert message in error
     assert not (tmp_path / "run").exists()

@@ -43,17 +43,17 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_change_no_bit(finished, cl
 
 @pytest.mark.slow
 def test_a_tracker_gets_the_numbers_of_the_log(clips, tmp_path, monkeypatch, small):
-    told = []
+    messages = []
     package = types.ModuleType("trackio")
-    package.init = lambda **options: told.append(options)
-    package.log = lambda values, step: told.append((step, values))
-    package.finish = lambda: told.append("finish")
+    package.init = lambda **options: messages.append(options)
+    package.log = lambda values, step: messages.append((step, values))
+    package.finish = lambda: messages.append("finish")
     monkeypatch.setitem(sys.modules, "trackio", package)
     pretrain(small(run=RUN | {"tracker": "trackio"}), clips, tmp_path / "mine", progress=False)
-    assert told[0] == {"project": "mam2", "name": "mine"}
-    assert told[-1] == "finish"
-    assert [step for step, _ in told[1:-1]] == [2, 4, 6, 8]
-    assert told[1][1]["loss/motion"] == read_log(tmp_path / "mine")[0]["loss/motion"]
+    assert messages[0] == {"project": "mam2", "name": "mine"}
+    assert messages[-1] == "finish"
+    assert [step for step, _ in messages[1:-1]] == [2, 4, 6, 8]
+    assert messages[1][1]["loss/motion"] == read_log(tmp_path / "mine")[0]["loss/motion"]
 
 
 def test_a_tracker_that_is_not_installed_is_one_clear_line(clips, tmp_path, monkeypatch, small):
