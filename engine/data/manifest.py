@@ -149,7 +149,7 @@ def _look(path: str, before: Mapping[str, Video | Skipped], status_of: Callable[
         if member := as_member(path):
             now = member.size, status_of(member.tar).mtime_ns
         else:
-            now = folder_status(path) if os.path.isdir(path) else tuple(status(path))
+            now = folder_status(path) if os.path.isdir(path) else status(path)
     except OSError:
         return probe_file(path)
     return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)
