@@ -32,7 +32,7 @@ PICTURES = "convergence.png", "convergence-ablations.png"
 """Beside the page."""
 ABLATION_COLUMNS = (
     *("family", "setting", "seeds", "motion on validation, %", "difference [95 %]", "clearly", "motion, %"),
-    *("shape, %", "shape, difference [95 %]", "s per epoch", "× default"),
+    *("shape, %", "shape, difference [95 %]", "color, %", "texture, %", "s per epoch", "TFLOP per epoch", "× default"),
 )
 PAIRS = (("mam2", "videomae"), ("mam2-muon", "videomae-muon"), ("mam2-muon", "mam2"), ("videomae-muon", "videomae"))
 """Whose differences are reported: the methods under one optimizer, and the optimizers on one method."""
@@ -141,8 +141,9 @@ def _ablation_row(cell: list[Trial], default: list[Trial]) -> Row:
         "seeds": len(cell),
         "motion on validation, %": percent(values(cell, JUDGED)),
         "motion, %": percent(values(cell, "probe")),
-        "shape, %": percent(values(cell, "shape")),
+        **{f"{question}, %": percent(values(cell, question)) for question in ("shape", "color", "texture")},
         "s per epoch": seconds,
+        "TFLOP per epoch": statistics.fmean(trial["flops"] / trial["epochs"] / 1e12 for trial in cell),
         "× default": f"{seconds / _mean(default, 'epoch_s'):.2f}" if default else None,
     }
 

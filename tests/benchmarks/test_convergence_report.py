@@ -308,6 +308,7 @@ def test_ablation_table() -> None:
         ("motion", "no motion decoder"),
     ]
     assert [row["× default"] for row in rows] == ["1.00", "1.00", "2.00", "1.00"]
+    assert {row["TFLOP per epoch"] for row in rows} == {"1.5"}
     assert rows[0]["motion, %"] == "62.5 ± 1.0"
 
 
