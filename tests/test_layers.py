@@ -6,13 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    ("errors",),
+    ("errors", "units"),
     ("files",),
     ("config",),
     ("runtime", "data"),
     ("model",),
     ("checkpoints",),
     ("tokenizer",),
+    ("layer_costs", "machines"),
     ("costs",),
     ("finetune_costs",),
     ("planning",),

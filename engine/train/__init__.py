@@ -1,6 +1,7 @@
 """A training run, from the outside to the inside.
 
-pretrain.py, finetune.py   the task: model, extras of a batch, work after a step; description.py: what is logged of it
+pretrain.py, finetune.py   the task: model, extras of a batch, work after a step; description.py: what is logged of it;
+                           finetune_setup.py: classes, initial encoder and validation videos
 session.py                 everything around the loop: run folder, log, resume, manifest, loaders, unusable videos
 loop.py                    batches -> steps -> log lines -> checkpoints; saves valid weights, whatever ends the run
 step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss

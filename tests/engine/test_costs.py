@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.engine import costs
+from mam2.engine import costs, layer_costs
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.model.blocks import Block, RegressorBlock
@@ -53,11 +53,11 @@ TABLE = {
     "regressor 4×768 all keys": (lambda: costs.part_costs(BASE)["regressor"], 54.2),
     "decoder 4×768 on 1408": (lambda: costs.part_costs(BASE)["motion decoder"], 52.0),
     "decoder 4×384 on 1408": (lambda: costs.part_costs(load_recipe("mam2-fast"))["motion decoder"], 16.1),
-    "code head 768→8192": (lambda: costs.code_head(1408, 768, 8192, 2), 8.9),
-    "code head 384→8192": (lambda: costs.code_head(1408, 384, 8192, 2), 4.4),
-    "code head 384→1024": (lambda: costs.code_head(1408, 384, 1024, 2), 0.6),
-    "VQGAN f16 at 224, a frame": (lambda: costs.tokenizer_image(CONFIGS["f16-1024"], (14, 14), 2), 53.0),
-    "Gumbel f8 at 112, a frame": (lambda: costs.tokenizer_image(CONFIGS["gumbel-f8-8192"], (14, 14), 2), 16.5),
+    "code head 768→8192": (lambda: layer_costs.code_head(1408, 768, 8192, 2), 8.9),
+    "code head 384→8192": (lambda: layer_costs.code_head(1408, 384, 8192, 2), 4.4),
+    "code head 384→1024": (lambda: layer_costs.code_head(1408, 384, 1024, 2), 0.6),
+    "VQGAN f16 at 224, a frame": (lambda: layer_costs.tokenizer_image(CONFIGS["f16-1024"], (14, 14), 2), 53.0),
+    "Gumbel f8 at 112, a frame": (lambda: layer_costs.tokenizer_image(CONFIGS["gumbel-f8-8192"], (14, 14), 2), 16.5),
 }
 """Expected FLOPs of the forward pass, as the method's page gives them, rounded to one digit."""
 
@@ -72,7 +72,7 @@ def test_the_methods_table(name: str) -> None:
 def test_the_methods_light_regressors(keys: str, expected: float) -> None:
     config = regressor(384, 6, keys)
     visible, masked = 160, 1408
-    without = costs.linear(visible, 768, 384, 2).forward_flops  # the table leaves the projection out
+    without = layer_costs.linear(visible, 768, 384, 2).forward_flops  # the table leaves the projection out
     found = costs.regressor(config, visible, masked, 2).forward_flops - without
     assert gmac(found) == pytest.approx(expected, abs=0.051)
 
@@ -118,7 +118,7 @@ def test_the_tokenizer_is_as_counted(config: VQGANConfig) -> None:
     vqgan = VQGAN(config)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vqgan.codes(torch.randn(1, 3, 4 * config.factor, 6 * config.factor))
-    cost = costs.tokenizer_image(config, (4, 6), 4)
+    cost = layer_costs.tokenizer_image(config, (4, 6), 4)
     assert cost.forward_flops == counter.get_total_flops()
     used = [p.numel() for name, p in vqgan.named_parameters() if not name.startswith(DECODING)]
     assert cost.parameters == sum(used)
@@ -261,7 +261,7 @@ def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> No
         found[len(matrix) // parts, matrix.shape[1]] += parts
     assert costs.hidden_matrix_shapes(config) == found
     assert costs.muon(config, 2).parameters == sum(matrix.numel() for matrix in hidden_matrices(model))
-    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.PartCost()
+    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == layer_costs.PartCost()
 
 
 def test_muons_flops_are_those_counted() -> None:

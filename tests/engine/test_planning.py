@@ -12,9 +12,10 @@ import torch
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
+from mam2.engine.machines import GPUS, UTILIZATION
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.planning import GPUS, UTILIZATION, plan
+from mam2.engine.planning import plan
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective

@@ -111,7 +111,7 @@ def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, s
 def test_decoding_begins_at_the_last_key_frame_before_the_start(tmp_path, write_video, numbered_frames):
     path = write_video(tmp_path / "a.mp4", numbered_frames(24), gop=6)
     with open_video(str(path)) as (container, stream):
-        packets, first, pts = decoding._packets_for(container.demux(stream), 14, 14)
+        packets, first, pts = decoding.packets_for(container.demux(stream), 14, 14)
     assert (first, len(packets)) == (12, 12)
     assert pts == packets[0].pts
     assert packets[0].is_keyframe
@@ -140,7 +140,7 @@ def test_only_a_clean_cut_saves_decoding(packets, first, why):
         )
         for text in packets.split()
     ]
-    rest, index, pts = decoding._packets_for(made, 6, 7)
+    rest, index, pts = decoding.packets_for(made, 6, 7)
     assert index == first, why
     assert rest[-1] is made[-1]
     if first:
@@ -153,23 +153,23 @@ def test_only_a_clean_cut_saves_decoding(packets, first, why):
 def test_of_a_long_video_only_the_last_packets_are_held(tmp_path, write_video, numbered_frames, frame_numbers):
     path = write_video(tmp_path / "a.avi", numbered_frames(24), "mjpeg")
     with open_video(str(path)) as (container, stream):
-        packets, first, _ = decoding._packets_for(container.demux(stream), 20, 21)
+        packets, first, _ = decoding.packets_for(container.demux(stream), 20, 21)
     assert (first, len(packets)) == (20, 4)
     stamps = [*range(12), *range(6)]  # the clock starts again when the first packets are forgotten
     made = [SimpleNamespace(size=1, pts=pts, is_keyframe=True, is_discard=False) for pts in stamps]
-    assert decoding._packets_for(made, 11, 17) == ([], 0, None)
-    assert decoding._packets_for(made[:3] + made[12:], 2, 9) == (made[:3] + made[12:], 0, None)
+    assert decoding.packets_for(made, 11, 17) == ([], 0, None)
+    assert decoding.packets_for(made[:3] + made[12:], 2, 9) == (made[:3] + made[12:], 0, None)
 
 
 def test_a_decoder_that_begins_late_is_noticed(tmp_path, write_video, numbered_frames, frame_numbers, monkeypatch):
     path = str(write_video(tmp_path / "a.avi", numbered_frames(12), "mjpeg"))
-    packets_for = decoding._packets_for
+    packets_for = decoding.packets_for
 
     def lose_one(*arguments):
         packets, index, pts = packets_for(*arguments)
         return (packets[1:] if index else packets), index, pts
 
-    monkeypatch.setattr(decoding, "_packets_for", lose_one)
+    monkeypatch.setattr(decoding, "packets_for", lose_one)
     assert frame_numbers(decode_frames(path, [6, 7, 8])) == [6, 7, 8]
 
 

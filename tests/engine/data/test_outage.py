@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mam2.engine.config.training import DataConfig
-from mam2.engine.data import decoding, outage, video
+from mam2.engine.data import cuts, decoding, outage, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
@@ -167,7 +167,7 @@ def test_a_large_file_is_read_from_a_seek_point(
             yield packet
 
     monkeypatch.setattr(decoding, "read_packets", counted)
-    monkeypatch.setattr(decoding, "REORDER", 2)
+    monkeypatch.setattr(cuts, "REORDER", 2)
     for start in (0, 3, 4, 11, 17, 23):
         wanted = [min(start + k, 23) for k in range(3)]
         assert frame_numbers(decode_frames(path, wanted, seek_points=found.seek_points)) == wanted

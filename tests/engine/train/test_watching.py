@@ -13,6 +13,7 @@ import torch
 
 from mam2.engine.checkpoints import lock
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import signals
@@ -162,13 +163,13 @@ def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path,
 @pytest.mark.slow
 def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypatch, small):
     """Else the lines of a run that is killed in between would be lost: the resumed one begins after them."""
-    original, logged = checkpoint.Saver.save, []
+    original, logged = Saver.save, []
 
     def save(self, step, *arguments):
         logged.append((step, read_log(tmp_path)[-1]["step"]))
         return original(self, step, *arguments)
 
-    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     config = small(run={"compile": False, "log_every": 1, "save_every": 2})
     pretrain(config, clips, tmp_path, progress=False)
     assert logged == [(2, 2), (4, 4), (6, 6), (8, 8)]
