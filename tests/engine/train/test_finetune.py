@@ -15,7 +15,7 @@ from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
 from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.sets import read_sets
 from mam2.engine.data.synthetic import render_clip, write_clip
@@ -26,7 +26,7 @@ from mam2.engine.runtime.log import read_log
 from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.finetune_tasks import ACCURACY
-from tests.helpers.commands import exit_status, outcome, torchrun
+from tests.helpers.commands import exit_status, torchrun
 from tests.helpers.paths import CLIPS
 from tests.helpers.runs import same_tensors
 
@@ -388,48 +388,6 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
     assert results["unusable"] == 0
     assert "5 videos in 3 × 3 views, 0 unusable" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["classes"] == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["finetune"], "expected a recipe as first argument: mam2 finetune RECIPE"),
-        (["finetune", "ssv2/finetun", "--data", "."], "did you mean ssv2/finetune"),
-        (["finetune", "demo/finetune", "--data", ".", "--val", ".", "--out", "{}"], "or --scratch for random weights"),
-        (["evaluate", "/nowhere", "--data", ".", "--out", "{}"], "/nowhere: no such file or folder"),
-    ],
-)
-def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
-    status, _, error = outcome(capsys, *[argument.format(tmp_path / "run") for argument in arguments])
-    assert status == 2
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_recipes_hold_the_methods_values():
-    loaded = {name: load_recipe(name, FinetuneConfig) for name in recipe_names(FinetuneConfig)}
-    assert loaded.keys() == {f"{data}/finetune" for data in ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo")}
-    for name, config in loaded.items():
-        config.check()
-        text = (RECIPES / f"{name}.toml").read_text()
-        assert f"mam2 finetune {name} --data" in text
-        if name == "demo/finetune":
-            continue
-        augment, small_set = config.augment, name.startswith(("ucf101", "hmdb51"))
-        assert (augment.operations, augment.magnitude, augment.magnitude_std) == (4, 7, 0.5)
-        assert (augment.erase, augment.mixup, augment.cutmix, augment.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
-        assert (config.optim.beta2, config.optim.warmup_epochs) == (0.999, 5)
-        assert config.optim.layer_decay == (0.7 if small_set else 0.75)
-        assert config.optim.drop_path == (0.2 if small_set else 0.1)
-        assert config.head.dropout == (0.5 if small_set else 0.0)
-        assert config.data.views == (2 if small_set else 1)
-        ssv2 = name.startswith("ssv2")
-        assert (config.data.sampling, config.data.flip) == (("uniform", False) if ssv2 else ("dense", True))
-        assert (config.test.temporal, config.test.spatial) == (2 if ssv2 else 5, 3)
-        assert config.optim.epochs == (50 if ssv2 else 100)
-        videos = config.optim.batch / config.data.views
-        rate = config.optim.base_lr * config.optim.batch / videos  # VideoMAE's, for 256 videos
-        assert rate == (1e-3 if name.startswith("kinetics") else 5e-4)
 
 
 def test_classes_without_a_video_are_told(few):
