@@ -82,7 +82,7 @@ def test_every_package_says_what_it_holds():
 
 
 def test_the_tests_mirror_the_packages():
-    """tests/engine/data/ tests engine/data/. At the top lies what is about the repository as a whole."""
+    """tests/engine/data/ tests engine/data/; tests of the whole repository are at the top."""
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     assert {folder.parts[0] for folder in folders if folder.parts} == {"benchmarks", "engine", "kernels"}
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
@@ -92,12 +92,12 @@ def test_the_tests_mirror_the_packages():
 
 
 def test_every_name_that_programs_import_exists():
-    """Benchmarks, examples and programs under tests/ that no test imports would otherwise keep a module's old name."""
+    """Otherwise benchmarks, examples and programs that no test imports could keep the old name of a module."""
     missing = []
     for path in sorted(
         path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py")
     ):
-        if path.name == "test_api.py":  # asks for a name that is not there
+        if path.name == "test_api.py":  # imports a name that does not exist
             continue
         for line, name in imported_names(path):
             if not name.startswith("mam2."):

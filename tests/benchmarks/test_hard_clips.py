@@ -16,7 +16,7 @@ def _hue(clip):
 @pytest.mark.slow
 def test_the_tint_gives_the_class_away_in_training_clips_alone():
     def agreement(split):
-        """How near the hues of a class's clips lie to each other: 1 for all alike, about 0.1 for no agreement."""
+        """Agreement of the hues of the clips of a class: 1 if all are equal, about 0.1 for random hues."""
         hues = np.array(
             [[_hue(render_hard_clip(motion, split, np.random.default_rng([1, STREAMS[split], k, i])))
               for k in range(60)] for i, motion in enumerate(MOTIONS)]
@@ -34,17 +34,17 @@ def test_a_clip_is_a_function_of_its_key_and_sizes_show_the_same_scene():
     )
     assert np.array_equal(small, again)
     assert large.shape == (*small.shape[:1], 2 * SIZE, 2 * SIZE, 3)
-    # sampled at every other pixel the larger one shows the smaller one, but for the edges of the shape
+    # every other pixel of the larger clip equals the smaller clip, except at the edges of the shape
     assert np.mean(np.abs(large[:, ::2, ::2].astype(int) - small) > 8) < 0.05
 
 
 def test_the_class_is_the_motion_before_the_background():
-    """With the camera's motion taken out, the mean color difference of a clip moves as its class says."""
+    """The shape moves in the direction of the class."""
     for motion, axis, sign in (("left", 2, -1), ("right", 2, 1), ("up", 1, -1), ("down", 1, 1)):
         moved = []
         for seed in range(8):
             clip = render_hard_clip(motion, "test", np.random.default_rng([seed, 3])).astype(float).max(-1)
-            # the shape is the brightest thing: its place as an angle, since what leaves comes back on the other side
+            # the shape is the brightest part: its position as an angle, because the frame wraps around
             bright = (clip >= np.quantile(clip, 0.97, axis=(1, 2), keepdims=True)).sum(axis=3 - axis)
             angle = np.angle((bright * np.exp(2j * np.pi * np.arange(SIZE) / SIZE)).sum(1))
             moved.append(np.unwrap(angle)[-1] - np.unwrap(angle)[0])
@@ -90,7 +90,7 @@ def test_the_labels_are_what_is_seen():
     for seed in range(6):
         clip, looks = render_with_looks("left", "test", np.random.default_rng(seed))
         frame = clip[12].astype(int)
-        # the shape is brighter than any background: its pixels are those that stand out in its channel
+        # the shape is brighter than any background: its pixels have the largest values of its channel
         channel = COLORS.index(looks.color)
         shape = frame[..., channel] > 0.75 * frame[..., channel].max()
         assert frame[shape].mean(0).argmax() == channel

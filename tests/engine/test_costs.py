@@ -192,7 +192,7 @@ def test_flops_are_as_counted(name: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(config, 1)[0].backward()
     declared = costs.step_flops(config, CODES)
-    # the counter does not look into linear_cross_entropy and linear_masked_loss
+    # the counter does not count inside of linear_cross_entropy and linear_masked_loss
     names = ["code head and loss", "pixel head and loss", "head and pixel loss"]
     names += ["motion head and loss"] if config.loss.motion_target != "hog" else []
     unseen = sum(declared.get(name, 0) for name in names)
@@ -242,7 +242,7 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
         held.pop(own.untyped_storage().data_ptr(), None)
     parts = costs.part_costs(config, CODES, item_bytes=4)
     declared = sum(cost.held_bytes for cost in parts.values())
-    if recompute:  # the block that is being computed again is declared, and not yet there after the forward pass
+    if recompute:  # the activations of the recomputed block are declared, but do not exist yet after the forward pass
         plain = costs.part_costs(changed(config, run={"recompute": False}), CODES, item_bytes=4)
         assert parts["encoder"].held_bytes < 0.5 * plain["encoder"].held_bytes
         assert sum(held.values()) / batch < declared
@@ -252,7 +252,7 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
 
 @pytest.mark.parametrize("recipe", ["mam2-fast", "videomae", "laptop"])
 def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> None:
-    """Shapes and values of the model of that recipe; FLOPs as PyTorch counts them of an update, small enough to run."""
+    """Shapes and parameters equal those of the recipe's model; FLOPs equal PyTorch's count of a small update."""
     config = changed(load_recipe(recipe), optim={"name": "muon"})
     with torch.device("meta"):
         model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)

@@ -101,7 +101,7 @@ def test_a_place_that_nobody_looked_after_is_one_line_too(monkeypatch, capsys, n
 
 
 def test_every_table_is_written_in_one_way():
-    """The writers of tables share `write_table` and `append_rows`: nobody joins cells with tabs on his own."""
+    """All tables are written by `write_table` and `append_rows`; no other code joins cells with tabs."""
     engine = Path(cli.__file__).parent
     by_hand = [
         str(path.relative_to(engine))

@@ -1,4 +1,4 @@
-"""`mam2 plan` of a fine-tuning run: what it declares against what a step computes, trains and holds."""
+"""`mam2 plan` of a fine-tuning run: declared FLOPs, parameters and memory against those of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mam2 plan`: what it declares, what it estimates, and its memory against what a step really holds."""
+"""`mam2 plan`: its table, its estimates, and its memory against that of a real step."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     ("precision", "optimizer_name"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
 )
 def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_name: str) -> None:
-    """Within a third: temporaries of the operators are not declared, and some of the activations go before others."""
+    """Within a third: temporaries of operators are not declared, and some activations are freed before others exist."""
     config = load_recipe("demo")
     config = changed(
         config,
@@ -163,7 +163,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the moments
+    step()  # creates the moments
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -180,7 +180,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
 
 
 def test_a_gpu_holds_the_tokenizers_activations_next_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU it has done its work before the step begins."""
+    """On a CPU the tokenizer finishes before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
     with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})
     on_gpu, cached = (plan(one, gpu="h200").memory["activations"] for one in (config, with_cache))

@@ -19,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def trained():
-    """A model and its optimizer after a step, and a function that takes another one."""
+    """A model and its optimizer after a step, and a function that runs another step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     optimizer = build_optimizer(model, CONFIG.optim)
@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_memory_free_for_the_next(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     saver.save(1, model, optimizer)
-    assert called.wait(60)  # the thread that writes may start late
+    assert called.wait(60)  # the writing thread may start late
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     step()
     assert saver.save(2, model, optimizer).errno == 28

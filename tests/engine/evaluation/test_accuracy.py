@@ -10,7 +10,7 @@ from mam2.engine.evaluation import accuracy
 
 
 def test_average_precision_is_that_of_a_plain_loop_over_thresholds():
-    """With ties, a class that nobody has and one that all have."""
+    """With ties, a class without videos and one that all videos have."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 6, (40, 5), generator=generator).double() / 5
     truth = torch.rand(40, 5, generator=generator) < 0.3

@@ -64,7 +64,7 @@ def test_weights_make_classes_count_alike_and_keep_the_mean():
 
 
 def test_the_weight_of_a_clip_is_that_of_its_label_also_when_mixed(small_finetuning):
-    """The weighted targets of a mixture are the mixture of weighted targets: no class gains through smoothing."""
+    """The weighted targets of a mixture are the mixture of weighted targets: label smoothing favors no class."""
     values = {"model": {"classes": 2}, "augment": {**NOTHING_DRAWN, "mixup": 0.8, "label_smoothing": 0.2}}
     config = small_finetuning(**values)
     video, labels = torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
@@ -232,7 +232,7 @@ def test_more_blocks_than_there_are_is_one_clear_line(unbalanced, tmp_path, smal
 
 @pytest.fixture(scope="module")
 def several(clips):
-    """Lists of several classes per video; the one for validation lacks a class and has its rows in another order."""
+    """Lists of several classes per video; the validation list lacks a class and has another order."""
     labels = ["left", "left;first", "left", "left; odd", "left", "odd;left", "right", "right;odd"]
     rows = [f"{number}.mp4,{label}" for number, label in enumerate(labels)]
     (clips / "several.csv").write_text("\n".join(["path,label", *rows]) + "\n")
@@ -252,7 +252,7 @@ SHORT = {"augment": NOTHING_DRAWN, "optim": {"batch": 8, "epochs": 2.0}, "test":
 
 
 def test_several_classes_are_trained_measured_and_predicted(several, clips, tmp_path, small_finetuning):
-    """Targets are the plain rows of ones; the log's mean average precision is the one that evaluate computes."""
+    """Targets are rows of zeros and ones; the log's mean average precision is the one that evaluate computes."""
     train, val = several
     config = small_finetuning(**SHORT | {"head": {"task": "multi-label"}})
     finetune(config, train, tmp_path / "run", val=val, encoder=None, progress=False)
@@ -375,7 +375,7 @@ def test_runs_of_other_tasks_resume_bit_for_bit(task, several, numbers, tmp_path
 
     monkeypatch.setattr(FinetuneStep, "__call__", stopped)
     assert finetune(config, data, tmp_path / "run", **options).step == 2
-    (tmp_path / "run" / "manifest.jsonl").unlink()  # the list is read again
+    (tmp_path / "run" / "manifest.jsonl").unlink()  # so that the list is read again
     finetune(config, data, tmp_path / "run", **options, resume=True)
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         whole, resumed = (load_file(checkpoint.newest(tmp_path / run) / name) for run in ("whole", "run"))
