@@ -1,4 +1,4 @@
-"""Loader benchmark: clips/s by decoder, codec, key-frame distance and threads, and how long a step waits for clips.
+"""Loader benchmark: clips/s by decoder, codec, key-frame distance and threads, recorded clips, a step's wait for clips.
 
 It also times decoders alone, without crop and resize: PyAV in its simplest use, and decord2 and torchcodec if they are
 installed. A decoder whose frames differ from PyAV's gets no number. On a CPU, rates are relative to PyAV alone on the
@@ -47,6 +47,10 @@ class Settings:
     loaders: tuple[tuple[str, str, int, int], ...]
     """Decoder, codec, frames between key frames, threads (0: one per core)."""
     views: tuple[int, ...]
+    recorded: Row
+    """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
+    recorded_videos: tuple[int, int]
+    """Height and width of the videos of recorded clips in pixels."""
 
 
 SETTINGS = {
@@ -66,6 +70,8 @@ SETTINGS = {
             *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0)),
         ),
         views=(1, 2, 4, 8),
+        recorded={},
+        recorded_videos=(256, 340),
     ),
     "cpu": Settings(
         files=3,
@@ -83,6 +89,8 @@ SETTINGS = {
             *(("pyav", "h264", 12, 1), ("pyav", "h264", 250, 1), ("pyav", "vp9", 30, 1), ("dali-cpu", "vp9", 30, 1)),
         ),
         views=(1, 2, 4),
+        recorded={"threads": 1},
+        recorded_videos=(256, 340),
     ),
 }
 DRY_RUN = dataclasses.replace(
@@ -97,6 +105,8 @@ DRY_RUN = dataclasses.replace(
     steps=2,
     loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
     views=(1,),
+    recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
+    recorded_videos=(48, 64),
 )
 """Settings that run every part on a CPU in seconds."""
 ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -128,6 +138,9 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
         manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
         yield from step_rows(manifests["h264", 30], settings, device, deadline)
         yield from decoding_rows(manifests, settings, device, deadline)
+        from benchmarks.recorded_clips import recorded_rows  # imports this module
+
+        yield from recorded_rows(Path(folder), settings, device, deadline)
 
 
 def _installed(package: str) -> bool:
@@ -209,11 +222,13 @@ class Unmeasured(Exception):
     """Raised with the verdict and reason of a decoder that gets no number."""
 
 
-def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
-    """Returns the first batch of a loader, cropped and resized, uint8 on the CPU."""
+def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device, source: Any = None) -> torch.Tensor:
+    """Returns the first batch of a loader, cropped and resized, uint8 on the CPU. source: see `clips_per_s`."""
     from mam2.engine.data.loader import ClipLoader
 
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
+        if source:
+            loader.fetch_clips(source)
         clips = next(loader.stream()).clip.cpu()
         if loader.skipped:
             raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
@@ -234,11 +249,18 @@ def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.dev
 
 
 def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
-    """Returns clips per second after the prefetched batches are used up; first checks the clips against PyAV's."""
+    """Returns clips per second; first checks the clips against PyAV's."""
+    check_frames(manifest, data, settings, device)
+    return clips_per_s(manifest, data, settings, device)
+
+
+def clips_per_s(manifest: Any, data: Any, settings: Settings, device: torch.device, source: Any = None) -> float:
+    """Returns clips per second after the prefetched batches are used up. source: recorded clips; None: videos."""
     from mam2.engine.data.loader import ClipLoader
 
-    check_frames(manifest, data, settings, device)
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
+        if source:
+            loader.fetch_clips(source)
         stream = loader.stream()
         for _ in range(data.prefetch + 2):
             next(stream)

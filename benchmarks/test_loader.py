@@ -11,7 +11,18 @@ from benchmarks.report import table
 
 SECONDS = 50
 COLUMNS = (
-    *("front_end", "files", "gop", "threads", "views", "ratio_to_pyav_alone", "clips_per_s", "frames_per_s"),
+    *(
+        "front_end",
+        "files",
+        "gop",
+        "threads",
+        "views",
+        "ratio_to_pyav_alone",
+        "ratio_to_decoding",
+        "kb_per_clip",
+        "clips_per_s",
+        "frames_per_s",
+    ),
     *("data_wait_percent", "limit", "verdict", "reason"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> int:
         recipe: tyro.conf.Positional[str],
         out: Path,
         data: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+        clips: Literal["none", "jpeg", "raw"] = "none",
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = values,
         size: str | None = None,
         preset: str | None = None,
@@ -32,22 +33,27 @@ def run(arguments: list[str]) -> int:
             out: folder for the codes.
             data: folder of videos, with or without class folders, or an annotation list; repeat the flag for several
                 data sets, in the order of the pre-training. Default: data.sets of the recipe.
+            clips: also write the cropped and resized clips, so that the pre-training decodes no video: `jpeg`, or `raw`
+                for their exact values, about eight times as large. The size is printed before anything is written.
             config: values that override the recipe.
             size: as in `mam2 pretrain`.
             preset: as in `mam2 pretrain`.
         """
+        from mam2.engine.tokenizer.clip_files import describe_bytes
         from mam2.engine.tokenizer.precompute import tokenize
         from mam2.engine.tokenizer.tokenizer import usage_of
 
-        result = tokenize(config, data, out)
+        result = tokenize(config, data, out, clips=clips)
         cache = result.cache
         used, perplexity = usage_of(cache.histogram())
         rate = f", {result.clips / result.seconds:.0f} clips/s" if result.clips else ""
         absent = cache.count_absent()
         where = f" (see {out / 'skipped.tsv'})" if absent else ""
+        stored = f"; clips as {cache.clips.form.coding}: {describe_bytes(cache.clips.bytes)}" if cache.clips else ""
         print(
             f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} missing{where}\n"
-            f"{used} of {cache.codebook_size} codes used, perplexity {perplexity:.0f}; {cache.bytes / 1e6:.3g} MB\n"
+            f"{used} of {cache.codebook_size} codes used, perplexity {perplexity:.0f}; "
+            f"{describe_bytes(cache.bytes)}{stored}\n"
             f"use them with --tokenizer.cache {out} --data.recorded {config.data.recorded}"
         )
         return 0

@@ -138,8 +138,8 @@ class RunConfig:
     compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
-    """Run the whole step as one CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one process, one
-    pass per step), `on` without a measurement (raises if not possible), or `off`."""
+    """Run the whole step as a CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one pass per step;
+    several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
     recompute: bool = resumable(False)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.config.training import MOST_CHANNELS
 from mam2.engine.data.decoding import MAX_SIDE, DecodeError
+from mam2.engine.data.storage import open_file
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 ARRAY_CODECS = tuple(suffix[1:] for suffix in ARRAY_SUFFIXES)
@@ -86,9 +87,9 @@ class FrameArray:
 def open_array(path: str) -> Iterator[FrameArray]:
     """Opens an array of frames. Raises DecodeError, also for a read within the block; and OSError."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if not path.lower().endswith(".npz"):
-                yield FrameArray(file, 0.0, os.fstat(file.fileno()).st_size)
+                yield FrameArray(file, 0.0, _length(file))
                 return
             with zipfile.ZipFile(file) as archive:
                 name, fps = _members(archive)
@@ -107,6 +108,12 @@ def read_frames(path: str, numbers: Sequence[int], *, channels: int) -> NDArray[
         if array.channels != channels:
             raise DecodeError(f"{array.channels} channels; expected {channels} (data.channels)")
         return array.read(numbers)
+
+
+def _length(file: IO[bytes]) -> int:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return length
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

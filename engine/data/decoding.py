@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.data.cuts import packets_for
 from mam2.engine.data.frame_folders import IMAGE_SUFFIXES, AmbiguousFrames, frame_names
+from mam2.engine.data.storage import BLOCK, is_plain, opened_for_ffmpeg, status
 
 MAX_SIDE = 8192
 """Maximum frame side in pixels: larger values come from damaged headers, and such a clip would not fit into memory."""
@@ -75,10 +76,13 @@ def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputC
     FFmpeg's errors become DecodeError.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if is_plain(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise DecodeError("not a file")  # opening a pipe would wait forever
         only_files = {"protocol_whitelist": "file"}  # a playlist named like a video must not use the network
-        with av.open(path, timeout=timeout_s, options=only_files, **READ_OPTIONS) as container:
+        with (
+            opened_for_ffmpeg(path) as file,
+            av.open(file, timeout=timeout_s, buffer_size=BLOCK, options=only_files, **READ_OPTIONS) as container,
+        ):
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise DecodeError("no video stream")
@@ -92,13 +96,20 @@ def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputC
             )
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
-        if os.path.exists(path) and os.path.getsize(path) == 0:
+        if _is_empty(path):
             raise DecodeError("empty file") from error
         if isinstance(error, av.error.ExitError):
             raise DecodeError(f"not read within {timeout_s:g} s") from error
         if isinstance(error, av.error.InvalidDataError):
             raise DecodeError("damaged, or not a video") from error
         raise DecodeError(getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return status(path).size == 0
+    except OSError:
+        return False
 
 
 def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:

@@ -23,7 +23,7 @@ from mam2.engine.data.assigned_decoders import AssignedDecoders
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.renderer import Job, Renderer
+from mam2.engine.data.renderer import ClipSource, Job, Renderer
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.data.sampling import ClipRequest, draw_clip
 from mam2.engine.data.unusable import UnusableVideos
@@ -119,6 +119,7 @@ class ClipLoader:
         self._unusable = UnusableVideos(manifest, config.max_unusable, on_skip)
         self._available, self._info = available, info
         self._codes: CodesOf | None = None
+        self._reads_clips = False
         self._decoded_any = False
         self._decoders = AssignedDecoders(manifest, config, torch.device(device), info=info, refuse=self._skip)
         self._check_share()
@@ -150,6 +151,16 @@ class ClipLoader:
     def fetch_codes(self, codes: CodesOf) -> None:
         """Makes a loader thread add the codes of recorded clips to the batches of streams opened after this call."""
         self._codes = codes
+
+    def fetch_clips(self, source: ClipSource) -> None:
+        """Makes streams opened after this call read recorded clips instead of decoding videos."""
+        self._renderer.read_clips(source)
+        self._reads_clips = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the clips: uint8, or float32; see `Batch.clip`."""
+        return self._renderer.dtype
 
     @property
     def steps_per_epoch(self) -> float:
@@ -295,6 +306,9 @@ class ClipLoader:
             return self._sample(row, epoch, place, way, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
         request = way.draw(index, video, epoch, attempt)
+        if way.period and self._reads_clips:
+            job = self._renderer.start_recorded(row, request, epoch % way.period)
+            return _Sample(epoch, place, attempt, job)
         job = self._renderer.start(row, video.path, request, self._decoders[index], video.seek_points)
         return _Sample(epoch, place, attempt, job)
 

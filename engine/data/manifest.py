@@ -21,6 +21,8 @@ from tqdm import tqdm
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import list_and_split, read_source
+from mam2.engine.data.storage import as_address, status
+from mam2.engine.data.tar_shards import as_tar_source
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import one_line, whole_file
@@ -75,8 +77,9 @@ def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True
     """
     if Path(source).suffix == ".jsonl" and Path(source).is_file():
         return read_saved_manifest(source)
-    places = (index_path(source), index_path(list_and_split(source)[0]))
-    index = next((place for place in places if place.exists()), None)
+    place = list_and_split(source)[0]
+    places = () if as_address(place) else (index_path(source), index_path(place))
+    index = next((path for path in places if path.exists()), None)
     try:
         known = read_saved_manifest(index) if index else Manifest(())
     except UserError as error:
@@ -85,8 +88,15 @@ def read_manifest(source: str | Path, *, threads: int = 0, progress: bool = True
 
 
 def index_path(source: str | Path) -> Path:
-    """Returns the path of the index of a folder, a list or a video: next to it."""
-    return Path(os.path.abspath(source) + INDEX_SUFFIX)
+    """Returns the path of the index of a folder, a list, a video or tar shards: next to it.
+
+    Raises UserError for an address, next to which nothing is written.
+    """
+    tar = as_tar_source(source)
+    place = tar.pattern if tar else source
+    if as_address(place):
+        raise UserError(f"{place}: an index cannot be written there; pass a file with --out, and it as --data later")
+    return Path(os.path.abspath(place) + INDEX_SUFFIX)
 
 
 def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: bool = True) -> tuple[Manifest, Changes]:
@@ -134,8 +144,7 @@ def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
     if earlier is None or (isinstance(earlier, Video) and not _complete(earlier)):
         return probe_file(path)
     try:
-        status = os.stat(path)
-        now = folder_status(path) if os.path.isdir(path) else (status.st_size, status.st_mtime_ns)
+        now = folder_status(path) if os.path.isdir(path) else tuple(status(path))
     except OSError:
         return probe_file(path)
     return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)

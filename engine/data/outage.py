@@ -16,6 +16,7 @@ from typing import TypeVar
 import av
 import numpy as np
 
+from mam2.engine.data.storage import local_file, open_file, status
 from mam2.engine.errors import UserError
 
 TRANSIENT = frozenset(
@@ -52,8 +53,9 @@ def why_away(path: str, error: BaseException) -> str:
         if isinstance(cause, av.error.FFmpegError) and _can_be_read(path):
             return ""
         return os.strerror(number)
-    if number == errno.ENOENT and _is_gone(os.path.dirname(path)):
-        return f"folder {os.path.dirname(path)} is missing or empty"
+    folder = os.path.dirname(local_file(path))
+    if number == errno.ENOENT and folder and _is_gone(folder):
+        return f"folder {folder} is missing or empty"
     return ""
 
 
@@ -119,8 +121,16 @@ class Patience:
         self._closing.set()
 
     def _most_are_away(self) -> bool:
-        missing = sum(not os.path.exists(path) for path in self._samples)
+        missing = sum(not _exists(path) for path in self._samples)
         return 2 * missing >= max(len(self._samples), 1)
+
+
+def _exists(path: str) -> bool:
+    try:
+        status(path)
+    except OSError:
+        return False
+    return True
 
 
 def _is_gone(folder: str) -> bool:
@@ -137,8 +147,8 @@ def _can_be_read(path: str) -> bool:
     try:
         if os.path.isdir(path):
             path = min(entry.path for entry in os.scandir(path) if entry.is_file())
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
             for place in (0, size // 2, max(size - BLOCK, 0)):
                 file.seek(place)
                 file.read(BLOCK)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -26,6 +26,24 @@ from mam2.engine.data.outage import Patience
 from mam2.engine.data.sampling import ClipRequest, least_size
 from mam2.engine.data.values import PixelValues
 from mam2.engine.data.vetting import read_vetted
+from mam2.engine.errors import UserError
+
+RECORDED = "recorded"
+"""Used as the decoder's name for clips that are read instead of videos."""
+
+
+class ClipSource(Protocol):
+    """Recorded clips, cropped, resized and mirrored. Threads may share it."""
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Paths of all its files."""
+
+    def path_of(self, video: int, augmentation: int) -> str:
+        """Returns the path of the file with a clip, given by the index of its video in the manifest."""
+
+    def read(self, video: int, augmentation: int, out: NDArray[Any]) -> None:
+        """Writes all views of a clip to `out` [R, T, H, W, C]. Raises UserError if it is damaged; OSError."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Job:
     request: ClipRequest
     decoder: str
     payload: Future[NDArray[Any]]
-    """Frames [T, h, w, C] from PyAV or an array, else the bytes of the file."""
+    """Frames [T, h, w, C] from PyAV or an array, views [R, T, H, W, C] of a recorded clip, else the bytes of the
+    file."""
 
 
 class Renderer:
@@ -61,7 +80,10 @@ class Renderer:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
+        self._info = info
         self._patience = Patience(config.wait_s, info, paths)
+        self._recorded: ClipSource | None = None
+        self._recorded_patience = self._patience
         self._vetted: set[tuple[str, int, int]] = set()
         self._values = values or PixelValues(config.channels)
         self._dali = dali_version() if self._plain else ""
@@ -78,6 +100,11 @@ class Renderer:
         return "PyTorch " + ("(DALI is not installed)" if self._plain else "(DALI's graph is for 8-bit RGB)")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the clips."""
+        return self._values.dtype
+
+    @property
     def _plain(self) -> bool:
         """Whether clips are 8-bit RGB."""
         return self._values.channels == 3 and not self._values.floats
@@ -91,6 +118,30 @@ class Renderer:
         else:
             payload = self._pool.submit(self._patience, path, lambda: read_vetted(path, self._vetted))
         return Job(row, request, decoder, payload)
+
+    def read_clips(self, source: ClipSource) -> None:
+        """Sets the source of `start_recorded`."""
+        self._recorded = source
+        self._recorded_patience = Patience(self._config.wait_s, self._info, source.paths)
+
+    def start_recorded(self, row: int, request: ClipRequest, augmentation: int) -> Job:
+        """Reads a recorded clip in a thread."""
+        return Job(row, request, RECORDED, self._pool.submit(self._read_recorded, request, augmentation))
+
+    def _read_recorded(self, request: ClipRequest, augmentation: int) -> NDArray[Any]:
+        source, config = self._recorded, self._config
+        assert source is not None
+        shape = len(request.views), config.frames, config.size, config.size, config.channels
+        clips = torch.empty(shape, dtype=self._values.dtype, pin_memory=self._device.type == "cuda").numpy()
+        path = source.path_of(request.video, augmentation)
+        try:
+            self._recorded_patience(path, lambda: source.read(request.video, augmentation, clips))
+        except OSError as error:  # never replaced by another video, which would make the run depend on the outage
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror or error}); restore it and start again with --resume, or "
+                "run mam2 tokenize with the same values to write it again"
+            ) from error
+        return clips
 
     def _decode(
         self, path: str, request: ClipRequest, decoder: str, seek_points: Sequence[tuple[int, int]]
@@ -130,6 +181,7 @@ class Renderer:
                 groups.setdefault(job.decoder, []).append(job)
             except DecodeError as error:
                 reasons[job.row] = str(error)
+        self._copy_recorded(groups.pop(RECORDED, ()), clip)
         for decoder, group in groups.items():
             with self._lock:
                 try:
@@ -174,6 +226,7 @@ class Renderer:
     def close(self) -> None:
         """Ends the threads; drops jobs that have not started."""
         self._patience.close()
+        self._recorded_patience.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _resize(self, graph: ClipGraph | TorchCrops, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
@@ -196,6 +249,13 @@ class Renderer:
             half = len(group) // 2
             return self._resize(graph, group[:half], clip) | self._resize(graph, group[half:], clip)
         return {}
+
+    def _copy_recorded(self, group: Sequence[Job], clip: torch.Tensor) -> None:
+        if group:
+            with self._copying():
+                for job in group:
+                    clip[job.row].copy_(torch.from_numpy(job.payload.result()), non_blocking=True)
+                self._wait()  # the pinned frames are released afterwards
 
     def _graph(self, decoder: str, views: int) -> ClipGraph | TorchCrops:
         key = "pyav" if decoder == "array" else decoder, views

@@ -3,7 +3,9 @@
 Folders:
 - a folder with one folder per class: the labels are the class folders in the order of their names, or of their numbers
   if all names are numbers;
-- any other folder: every video in it, at any depth, without labels.
+- any other folder: every video in it, at any depth, without labels;
+- a folder with tar files and neither videos nor folders: tar shards, see `mam2.engine.data.tar_shards`, which also
+  describes patterns of them.
 Arrays (.npy, .npz) count as videos, except in a folder with a video of the same name.
 A folder without subfolders and videos that holds numbered images (img_00001.jpg …) is one video of these frames.
 A folder that can be reached through several links is read once.
@@ -38,6 +40,8 @@ from typing import NamedTuple
 
 from mam2.engine.data.arrays import ARRAY_SUFFIXES, is_array
 from mam2.engine.data.frame_folders import holds_frames
+from mam2.engine.data.storage import absolute, as_address
+from mam2.engine.data.tar_shards import TarSource, as_tar_source, read_samples, tar_files
 from mam2.engine.errors import UserError
 
 VIDEO_SUFFIXES = (
@@ -90,7 +94,10 @@ class _Row(NamedTuple):
 
 
 def list_and_split(source: str | Path) -> tuple[Path, str]:
-    """Splits LIST:SPLIT into the list and the split; returns any other source unchanged, with an empty split."""
+    """Splits LIST:SPLIT into the list and the split, and the place of labels from tar shards; returns any other source
+    unchanged, with an empty split."""
+    if tar := as_tar_source(source):
+        return Path(tar.pattern), tar.field
     path = Path(source)
     before, _, split = str(source).rpartition(":")
     return (Path(before), split) if split and not path.exists() and Path(before).is_file() else (path, "")
@@ -98,7 +105,9 @@ def list_and_split(source: str | Path) -> tuple[Path, str]:
 
 def check_source(source: str | Path) -> None:
     """Raises UserError if a source does not exist; call it before expensive work."""
-    if not list_and_split(source)[0].exists():
+    if tar := as_tar_source(source):
+        tar_files(tar)
+    elif not list_and_split(source)[0].exists():
         raise UserError(f"{source}: no such file or folder; expected a folder of videos or an annotation list")
 
 
@@ -107,6 +116,8 @@ def read_source(source: str | Path) -> Listing:
 
     source: LIST:SPLIT selects the rows of a list with SPLIT in their split column.
     """
+    if tar := as_tar_source(source):
+        return _read_tars(tar)
     check_source(source)
     source, split = list_and_split(source)
     if source.is_dir():
@@ -116,7 +127,21 @@ def read_source(source: str | Path) -> Listing:
     else:
         listing = _read_list(source, split)
     # Absolute, so that a saved manifest is valid in any working directory, and FFmpeg does not read a name as a URL.
-    return listing._replace(entries=[entry._replace(path=os.path.abspath(entry.path)) for entry in listing.entries])
+    return listing._replace(entries=[entry._replace(path=absolute(entry.path)) for entry in listing.entries])
+
+
+def _read_tars(source: TarSource) -> Listing:
+    notes: list[str] = []
+    samples = read_samples(source, notes)
+    if not source.field:
+        return Listing([Entry(sample.path, -1) for sample in samples], (), tuple(notes))
+    rows = [_Row(number, sample.path, sample.label) for number, sample in enumerate(samples, 1)]
+    labels, classes = _number_labels(Path(source.pattern), rows, notes)
+    unlabeled = sum(not row.label for row in rows)
+    if unlabeled:
+        notes.append(f"{source.pattern}:{source.field}: {unlabeled} of {len(rows)} videos have no label")
+    entries = [Entry(row.path, label) for row, label in zip(rows, labels, strict=True)]
+    return Listing(entries, classes, tuple(notes))
 
 
 def read_column(table: Path, column: str) -> dict[str, str]:
@@ -209,7 +234,8 @@ def _read_list(source: Path, split: str) -> Listing:
             raise UserError(f"{source}: line {row.number} names no video; expected `path label`")
     labels, classes = _number_labels(source, rows, notes)
     entries = [
-        Entry(os.path.join(source.parent, row.path), label, row.split) for row, label in zip(rows, labels, strict=True)
+        Entry(as_address(row.path) or os.path.join(source.parent, row.path), label, row.split)
+        for row, label in zip(rows, labels, strict=True)
     ]
     return Listing(entries, classes, tuple(notes))
 

@@ -41,6 +41,7 @@ from mam2.engine.data.decoding import (
 from mam2.engine.data.encoding import video_writer
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import Listing, list_and_split, read_source
+from mam2.engine.data.storage import is_plain
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import (
@@ -154,6 +155,9 @@ def transcode(
     out = Path(out).absolute()
     _check(settings, jobs)
     listing = read_source(data)
+    packed = next((entry.path for entry in listing.entries if not is_plain(entry.path)), None)
+    if packed:
+        raise UserError(f"{data}: expected video files on a local drive, found {packed}; unpack or copy them first")
     for note in listing.notes:
         tqdm.write(one_line(note), file=sys.stderr)
     source = list_and_split(data)[0]

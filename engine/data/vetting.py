@@ -7,7 +7,6 @@ file; and it writes frames into buffers of the size that the container states. B
 from __future__ import annotations
 
 import os
-import stat
 
 import av
 import numpy as np
@@ -15,6 +14,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from mam2.engine.data.decoding import READ_OPTIONS, DecodeError, decode_packet, read_packets
+from mam2.engine.data.storage import is_plain, open_file, status
 
 MAX_BYTES = 2**31 - 1
 
@@ -22,13 +22,17 @@ MAX_BYTES = 2**31 - 1
 def read_vetted(path: str, vetted: set[tuple[str, int, int]]) -> NDArray[np.uint8]:
     """Returns the bytes of a file that DALI may decode, else raises DecodeError. `vetted` caches checked files."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_BYTES:
+        size, mtime_ns = status(path)
+        if (is_plain(path) and not os.path.isfile(path)) or not 0 < size <= MAX_BYTES:
             raise DecodeError(f"not a file of 1 to {MAX_BYTES} bytes")
-        content = np.fromfile(path, np.uint8)
+        if is_plain(path):
+            content = np.fromfile(path, np.uint8)
+        else:
+            with open_file(path) as file:
+                content = np.frombuffer(bytearray(file.read()), np.uint8)
     except OSError as error:
         raise DecodeError(error.strerror or str(error)) from error
-    key = path, status.st_size, status.st_mtime_ns
+    key = path, size, mtime_ns
     if key not in vetted:
         vet(content)
         vetted.add(key)

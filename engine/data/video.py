@@ -29,6 +29,7 @@ from mam2.engine.data.decoding import (
 )
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.outage import ALONE_S, Patience
+from mam2.engine.data.storage import open_file, status
 from mam2.engine.data.video_decoders import VIDEO_DECODERS, choose_decoder
 from mam2.engine.errors import UserError
 
@@ -41,9 +42,13 @@ INTERVAL_TOLERANCE = 0.4
 """Allowed deviation of an interval, relative to the median. At 240 frames/s, rounding to milliseconds changes an
 interval by a quarter, a lost frame by 1."""
 SEEK_FROM = 64 * 2**20
-"""Minimum bytes of a file with seek points. Smaller files are read from the beginning, which keeps manifests small."""
+"""Minimum bytes of a file with seek points. Smaller files of up to SEEK_FRAMES frames are read from the beginning,
+which keeps manifests small."""
 SEEK_SPACING = 4 * 2**20
 """Bytes of video between two seek points: the most that is read unnecessarily."""
+SEEK_FRAMES = 1500
+"""A minute at 25 frames per second: the most frames before a seek point, so that a clip from an hour of small frames
+does not read the hour."""
 UNEVEN_SHARE = 0.01
 """Share of uneven intervals from which a rate is variable: a single gap in a long video does not count."""
 _PATIENCE = Patience(ALONE_S, lambda line: tqdm.write(line, file=sys.stderr))
@@ -96,8 +101,9 @@ class Video:
     channels: int = 0
     """Channels of an array; 0 for a file that is decoded to the channels asked for."""
     seek_points: tuple[tuple[int, int], ...] = ()
-    """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING apart; empty for files that
-    are read from their beginning: up to SEEK_FROM bytes, or without clean key frames."""
+    """Frame number and timestamp of key frames at which reading may start, SEEK_SPACING bytes or SEEK_FRAMES frames
+    apart; empty for files that are read from their beginning: up to SEEK_FROM bytes and SEEK_FRAMES frames, or without
+    clean key frames."""
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -172,10 +178,9 @@ def probe_file(path: str, label: int = -1) -> Video | Skipped:
     def look() -> Video | Skipped:
         nonlocal size, mtime_ns
         try:
-            status = os.stat(path)
+            size, mtime_ns = status(path)
         except FileNotFoundError:
             return Skipped(path, "does not exist")
-        size, mtime_ns = status.st_size, status.st_mtime_ns
         if os.path.isdir(path):
             size, mtime_ns = folder_status(path)
             return _probe_folder(path, label, size, mtime_ns)
@@ -203,8 +208,8 @@ def content_hash(paths: Sequence[str], size: int) -> str:
     """
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     for path in paths:
-        with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
+        with open_file(path) as file:
+            length = file.seek(0, os.SEEK_END)
             starts = list(range(0, length, HASH_BLOCK))
             if length > 3 * HASH_BLOCK:
                 starts = [0, (length - HASH_BLOCK) // 2, length - HASH_BLOCK]
@@ -216,7 +221,7 @@ def content_hash(paths: Sequence[str], size: int) -> str:
 
 def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
     with open_video(path) as (container, stream):
-        finder, since, first, trimmed = CutFinder(), 0, None, 0
+        finder, since, since_frame, first, trimmed = CutFinder(), 0, 0, None, 0
         keys: list[int] = []
         times: list[int] = []
         for packet in read_packets(container, stream):
@@ -232,8 +237,10 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
                 if packet.pts is not None:
                     times.append(packet.pts)
             cuts = len(finder.cuts)
-            finder.see(packet, take=since >= SEEK_SPACING)
-            since = packet.size if len(finder.cuts) > cuts else since + packet.size
+            finder.see(packet, take=since >= SEEK_SPACING or finder.index - since_frame >= SEEK_FRAMES)
+            if len(finder.cuts) > cuts:
+                since, since_frame = 0, finder.cuts[-1].frame
+            since += packet.size
         count = finder.index
         if first is None:  # the decoder may still hold the frame
             first = next(iter(decode_packet(stream, None)), None)
@@ -242,7 +249,7 @@ def _probe_file(path: str, label: int, size: int, mtime_ns: int) -> Video:
         intervals = np.zeros(0)
         if stream.time_base and len(times) == count:  # if some frames have no timestamp, the others are of no use
             intervals = np.diff(np.sort(times)) * float(stream.time_base)
-        may_seek = size > SEEK_FROM and finder.timed and not is_packed(stream)
+        may_seek = (size > SEEK_FROM or count > SEEK_FRAMES) and finder.timed and not is_packed(stream)
         gaps = np.diff(sorted({0, *keys, max(count, 1)}))
         return Video(
             path=path,

@@ -18,6 +18,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.runtime.device import compiler
 from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer.cache import CodeCache
+from mam2.engine.tokenizer.clip_files import describe_bytes
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import FILE, Info, build_tokenizer, load_for_run, prepare_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
@@ -68,7 +69,8 @@ def prepare_codes(
 ) -> CodeSource:
     """Returns the source of a run's codes; stores its tokenizer in RUN/tokenizer.safetensors, also with a cache.
 
-    cache: from `open_cache`; the loader must then have the cache's `has` as `available`, and fetches its codes.
+    cache: from `open_cache`; the loader must then have the cache's `has` as `available`, and fetches its codes, and its
+    clips if it has some.
     named: see `prepare_tokenizer`.
     """
     if cache is None:
@@ -82,6 +84,12 @@ def prepare_codes(
         f"each video, {cache.bytes / 1e6:.3g} MB, computed in {cache.precision}; {cache.count_absent()} clips absent"
     )
     loader.fetch_codes(cache.codes)
+    if clips := cache.clips:
+        info(
+            f"clips   from the cache {cache.folder}, {describe_bytes(clips.bytes)} as {clips.form.coding}; "
+            "no video is decoded for training"
+        )
+        loader.fetch_clips(clips)
     return CodeSource(cache.codebook_size, _fetched)
 
 

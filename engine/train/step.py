@@ -27,6 +27,7 @@ from mam2.engine.runtime import cuda
 from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
 from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
+from mam2.engine.train.graph_parts import parts_of_ranks
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
 from mam2.engine.train.pass_size import fewest_passes
@@ -70,14 +71,15 @@ class Step(ABC, Generic[Extras]):
                 fully_shard(block, mp_policy=policy)
             fully_shard(self.objective, mp_policy=policy)
         elif world.size > 1:
-            # positions and masks are the same on all ranks: there are no buffers to synchronize
-            self.forward = DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.forward = self._with_ddp()
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
         self._run: cuda_graph.StepFunction = self._one_pass
         self._lead = cuda.Lead() if device.type == "cuda" else None
+
+    def _with_ddp(self) -> DistributedDataParallel:
+        # positions and masks are the same on all ranks: there are no buffers to synchronize
+        return DistributedDataParallel(self.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
@@ -197,32 +199,49 @@ class Step(ABC, Generic[Extras]):
         wanted = self.config.run.graph
         if wanted == "off" or (self.device.type != "cuda" and wanted == "auto"):
             return None
-        several = self.world.size > 1 or len(micro_batches) * self.passes > 1
-        if self.device.type != "cuda" or several or self.config.run.deterministic:
-            needs = "a CUDA graph needs a GPU, one process, one pass and run.deterministic off"
+        if reason := self._why_no_graph(len(micro_batches)):
             if wanted == "on":
-                raise UserError(f"run.graph on: {needs}; set run.graph auto or off")
-            return f"launched kernel by kernel: {needs}"
-        arguments = self._arguments(step, micro_batches, 0)
-        with _whole_sums():
-            self._run, reason = cuda_graph.choose_step(
-                self._one_pass,
-                arguments,
-                self.model,
-                self.optimizer,
-                cuda.CudaRecorder(),
-                compare=wanted == "auto",
-            )
+                raise self.world.error(f"run.graph on: {reason}; set run.graph auto or off")
+            return f"launched kernel by kernel: {reason}"
+        return self.choose_graph(step, micro_batches, cuda.CudaRecorder())
+
+    def _why_no_graph(self, micro_batches: int) -> str | None:
+        if self.device.type != "cuda" or micro_batches * self.passes > 1 or self.config.run.deterministic:
+            return "a CUDA graph needs a GPU, one pass per step and run.deterministic off"
+        if self._sharded:  # between the blocks FSDP gathers weights and frees them
+            return "a CUDA graph needs run.sharding ddp; FSDP2 frees and gathers weights within the step"
+        return None
+
+    def choose_graph(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], recorder: cuda.Recorder) -> str:
+        """Does the choice of `maybe_capture_cuda_graph` with `recorder`; every rank calls it."""
+        parts = None
+        if self.world.size > 1:
+            pieces = (lambda arguments, inspect: self._gradients([arguments], 1, inspect)), self._update
+            parts = parts_of_ranks(self.model, *pieces, self._distribute, self.world.size)
+        try:
+            with _whole_sums():
+                self._run, reason = cuda_graph.choose_step(
+                    self._one_pass,
+                    self._passes(step, micro_batches)[0],
+                    self.model,
+                    self.optimizer,
+                    recorder,
+                    compare=self.config.run.graph != "on",
+                    parts=parts,
+                    everywhere=self.world.all_gather,
+                )
+        except UserError as error:
+            raise self.world.error(str(error)) from error
         return reason
+
+    def _distribute(self, with_ddp: bool) -> None:
+        """Wraps the objective in DDP, or releases DDP; releases all gradients."""
+        self.optimizer.zero_grad()
+        self.forward = self._with_ddp() if with_ddp else self.objective
 
     def _passes(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> list[tuple[Any, ...]]:
         """Returns the objective's inputs for all passes of a step of this process."""
         return self.weighted(list(self._pass_arguments(step, micro_batches)))
-
-    def _arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], index: int) -> tuple[Any, ...]:
-        """Returns the objective's inputs for a pass of this process."""
-        video, extras = micro_batches[index]
-        return self.arguments(step, (index * self.world.size + self.world.rank) * len(video), video, extras)
 
     def _pass_arguments(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]]) -> Iterator[tuple[Any, ...]]:
         """Yields the inputs of `_passes` without what depends on other passes."""

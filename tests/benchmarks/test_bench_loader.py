@@ -28,6 +28,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         steps=2,
         loaders=(("pyav", "h264", 6, 1), ("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1), ("nvdec", "h264", 30, 1)),
         views=(1, 2),
+        recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
+        recorded_videos=(48, 64),
     )
     monkeypatch.setitem(module.SETTINGS, "cpu", tiny)
     monkeypatch.setitem(sys.modules, "torchcodec", None)
@@ -53,6 +55,11 @@ def test_every_row_has_a_ratio_or_a_reason_and_none_a_rate_of_a_cpu(bench):
     assert "needs an NVIDIA GPU" in refused["reason"]
     first = rows["auto, in a step of mam2-fast", "h264", 30, 1]
     assert 0 <= first["data_wait_percent"] <= 100
+    assert rows["videos of recorded clips, decoded", "h264", 30, None]["ratio_to_decoding"] == 1
+    raw, jpeg = (rows[f"recorded clips, {coding}", "", "", None] for coding in ("raw", "jpeg"))
+    assert raw["ratio_to_decoding"] > 0
+    assert raw["kb_per_clip"] == 4 * 32 * 32 * 3 / 1000
+    assert 0 < jpeg["kb_per_clip"] < raw["kb_per_clip"]
     assert first["limit"] == ("step" if first["data_wait_percent"] < 100 * bench.ENOUGH else "loader")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
+from mam2.engine.data import renderer
 from mam2.engine.data.manifest import read_manifest, write_manifest
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log
@@ -85,6 +86,25 @@ def test_cached_and_online_codes_train_to_the_same_bits(
     assert re.search(r"16 codes from the cache .*: 2 augmentations of each video, .* in \w+; 0 clips absent", log)
     kept = [load_vqgan(run / "tokenizer.safetensors") for run in (tmp_path / "online", tmp_path / "cached")]
     assert fingerprint(kept[0]) == fingerprint(kept[1]), "evaluation needs the tokenizer also where the run did not"
+
+
+@pytest.mark.slow
+def test_a_run_on_recorded_clips_has_the_bits_of_a_run_on_videos(
+    clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = with_tokenizer(config, path=str(codes / "tokenizer.safetensors"))
+    tokenize(named, clips, tmp_path / "codes", clips="raw", progress=False)
+    pretrain(with_tokenizer(config, cache=str(codes)), clips, tmp_path / "videos", progress=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a run on recorded clips decodes no video")
+
+    monkeypatch.setattr(renderer, "decode_frames", refuse)
+    recorded = with_tokenizer(config, cache=str(tmp_path / "codes"))
+    pretrain(recorded, clips, tmp_path / "recorded", progress=False)
+    assert_same_run(tmp_path / "videos", tmp_path / "recorded")
+    log = (tmp_path / "recorded" / "log.txt").read_text()
+    assert re.search(r"clips   from the cache .*, 1.57 MB as raw; no video is decoded for training", log)
 
 
 @pytest.mark.slow

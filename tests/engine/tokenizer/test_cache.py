@@ -15,7 +15,9 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.manifest import Manifest, Video, write_manifest
 from mam2.engine.errors import UserError
 from mam2.engine.tokenizer import cache as code_cache
-from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter, cache_key
+from mam2.engine.tokenizer import cache_key as keys
+from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
+from mam2.engine.tokenizer.cache_key import cache_key
 
 CODES = 100
 TOKENIZER = "0123456789abcdef" * 4
@@ -197,7 +199,7 @@ def test_every_field_that_decides_a_clip_is_in_the_key(config: PretrainConfig) -
     """A new field of the data config is part of the key unless it is declared resumable."""
     fields = {field.name for field in dataclasses.fields(config.data)}
     keys = {name.removeprefix("data.") for name in cache_key(manifest(), config, TOKENIZER) if name.startswith("data.")}
-    assert fields - keys == set(code_cache.IGNORED_IN_KEY)
+    assert fields - keys == set(keys.IGNORED_IN_KEY)
 
 
 def test_how_files_are_read_does_not_matter(tmp_path: Path, config: PretrainConfig) -> None:
@@ -223,13 +225,13 @@ def test_other_videos_are_named(tmp_path: Path, config: PretrainConfig) -> None:
 
 def test_other_draws_are_an_error(tmp_path: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = written(tmp_path, config)
-    draw = code_cache.draw_clip
+    draw = keys.draw_clip
 
     def otherwise(*args: object) -> object:
         drawn = draw(*args)
         return dataclasses.replace(drawn, frames=tuple(frame + 1 for frame in drawn.frames))
 
-    monkeypatch.setattr(code_cache, "draw_clip", otherwise)
+    monkeypatch.setattr(keys, "draw_clip", otherwise)
     with pytest.raises(UserError, match="drawn by another version of MAM2 or NumPy"):
         cache.check(manifest(), config, TOKENIZER)
 

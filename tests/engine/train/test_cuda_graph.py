@@ -5,6 +5,7 @@ import dataclasses
 import math
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from mam2.engine.train import cuda_graph
 from mam2.engine.train.cuda_graph import StepGraph
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
+from tests.engine.train import graph_ranks
+from tests.helpers.commands import torchrun
+from tests.helpers.runs import same_tensors
 
 CODES, BATCH = 16, 4
 
@@ -75,7 +79,7 @@ def batch(number, device="cpu"):
 
 
 def choose(take, recorder, **options):
-    arguments = take._arguments(0, [batch(0)], 0)
+    (arguments,) = take._passes(0, [batch(0)])
     choice = cuda_graph.choose_step(
         recorder.timed(take._one_pass), arguments, take.model, take.optimizer, recorder, **options
     )
@@ -360,7 +364,7 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path, syn
     plain = pretrain(config, tmp_path / "clips" / "train", tmp_path / "plain", progress=False)
 
     def maybe_capture_cuda_graph(self, step, micro_batches):
-        arguments = self._arguments(step, micro_batches, 0)
+        (arguments,) = self._passes(step, micro_batches)
         self._run, reason = cuda_graph.choose_step(
             self._one_pass, arguments, self.model, self.optimizer, Replayer(monkeypatch, launched=0.0, replayed=-1.0)
         )
@@ -374,6 +378,44 @@ def test_a_whole_run_is_settled_before_its_first_step(monkeypatch, tmp_path, syn
     assert "step    " in (tmp_path / "replayed" / "log.txt").read_text()
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Results of both ranks, by case of graph_ranks.py."""
+    out = tmp_path_factory.mktemp("ranks") / "out.pt"
+    done = torchrun(2, Path(graph_ranks.__file__), out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+REASONS = {
+    "faster": "one CUDA graph: a step of 1000 ms replayed, 2000 ms launched kernel by kernel",
+    "slower on one": "launched kernel by kernel: a CUDA graph is not faster (a step of 3000 ms",
+    "fails on one": "launched kernel by kernel: it cannot be captured as a CUDA graph (operation not permitted",
+    "asked for": "one CUDA graph: run.graph is on, without a comparison",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REASONS)
+def test_all_processes_choose_the_same_and_keep_the_bits_of_ddp(case, two_processes):
+    """With balanced gradients, whose norms are exchanged in the backward pass, and values that differ between ranks."""
+    plain = two_processes["plain"][0]
+    for rank in two_processes[case]:
+        assert rank["reason"].startswith(REASONS[case])
+        assert rank["ddp"] == ("launched" in REASONS[case][:8]), "DDP is released for a graph only"
+        assert rank["values"] == plain["values"]
+        assert same_tensors(rank["weights"], plain["weights"])
+
+
+def test_what_cannot_be_a_graph_of_several_processes_is_named(monkeypatch):
+    take = build()
+    monkeypatch.setattr(take, "device", torch.device("cuda"))
+    assert take._why_no_graph(1) is None
+    assert "one pass per step" in take._why_no_graph(2)
+    take._sharded = True
+    assert take._why_no_graph(1).startswith("a CUDA graph needs run.sharding ddp")
+
+
 def test_a_cpu_has_nothing_to_choose():
     assert build().maybe_capture_cuda_graph(0, [batch(0)]) is None
 
@@ -383,7 +425,7 @@ def test_a_cpu_has_nothing_to_choose():
 def test_a_cuda_graph_has_the_losses_of_launched_kernels(monkeypatch, compiled, optimizer):
     monkeypatch.setattr(cuda_graph, "MARGIN", math.inf)  # taken if it is right, however long it needs
     plain, replayed = (build("cuda:0", optimizer, compile=compiled, precision="float32") for _ in range(2))
-    arguments = replayed._arguments(0, [batch(0, "cuda:0")], 0)
+    (arguments,) = replayed._passes(0, [batch(0, "cuda:0")])
     choice = cuda_graph.choose_step(
         replayed._one_pass, arguments, replayed.model, replayed.optimizer, cuda.CudaRecorder()
     )

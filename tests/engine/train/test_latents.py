@@ -85,7 +85,7 @@ def test_a_graph_reads_the_momentum_of_each_step(small):
     before = {name: tensor.clone() for name, tensor in replayed.model.state_dict().items()}
     choice = cuda_graph.choose_step(
         replayed._one_pass,
-        replayed._arguments(0, [batch(0)], 0),
+        replayed._passes(0, [batch(0)])[0],
         replayed.model,
         replayed.optimizer,
         Replayer(),
