@@ -12,8 +12,8 @@ decoding.py         frames by PyAV; cuts.py: key frames to start at; frame_folde
 arrays.py           frames of NumPy arrays; values.py: their values as pixels
 dali.py, crops.py   crop, resize and flip, by a DALI graph or by PyTorch; vetting.py: rejects files that crash DALI
 renderer.py         one batch: decode, crop, retry clip by clip
-loader.py           all batches of all epochs, in a thread ahead of the step (prefetch.py); batch.py: its result;
-                    unusable.py: unusable videos
+loader.py           all batches of all epochs, in a thread ahead of the step (prefetch.py); batch_plan.py: their
+                    samples; batch.py: its result; unusable.py: unusable videos
 windows.py          windows over a whole video in one pass
 side_stream.py      work parallel to the step on a GPU
 synthetic.py        synthetic clips; encoding.py: writes videos
