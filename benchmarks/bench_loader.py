@@ -49,6 +49,8 @@ class Settings:
     views: tuple[int, ...]
     recorded: Row
     """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
+    recorded_clips: int
+    """Clips per turn of recorded clips."""
     recorded_videos: tuple[int, int]
     """Height and width of the videos of recorded clips in pixels."""
 
@@ -71,6 +73,7 @@ SETTINGS = {
         ),
         views=(1, 2, 4, 8),
         recorded={},
+        recorded_clips=512,
         recorded_videos=(256, 340),
     ),
     "cpu": Settings(
@@ -90,6 +93,7 @@ SETTINGS = {
         ),
         views=(1, 2, 4),
         recorded={"threads": 1},
+        recorded_clips=16,
         recorded_videos=(256, 340),
     ),
 }
@@ -106,6 +110,7 @@ DRY_RUN = dataclasses.replace(
     loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
     views=(1,),
     recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
+    recorded_clips=8,
     recorded_videos=(48, 64),
 )
 """Settings that run every part on a CPU in seconds."""
@@ -222,13 +227,11 @@ class Unmeasured(Exception):
     """Raised with the verdict and reason of a decoder that gets no number."""
 
 
-def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device, source: Any = None) -> torch.Tensor:
-    """Returns the first batch of a loader, cropped and resized, uint8 on the CPU. source: see `clips_per_s`."""
+def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
+    """Returns the first batch of a loader, cropped and resized, uint8 on the CPU."""
     from mam2.engine.data.loader import ClipLoader
 
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
-        if source:
-            loader.fetch_clips(source)
         clips = next(loader.stream()).clip.cpu()
         if loader.skipped:
             raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
@@ -249,18 +252,11 @@ def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.dev
 
 
 def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.device) -> float:
-    """Returns clips per second; first checks the clips against PyAV's."""
-    check_frames(manifest, data, settings, device)
-    return clips_per_s(manifest, data, settings, device)
-
-
-def clips_per_s(manifest: Any, data: Any, settings: Settings, device: torch.device, source: Any = None) -> float:
-    """Returns clips per second after the prefetched batches are used up. source: recorded clips; None: videos."""
+    """Returns clips per second after the prefetched batches are used up; first checks the clips against PyAV's."""
     from mam2.engine.data.loader import ClipLoader
 
+    check_frames(manifest, data, settings, device)
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
-        if source:
-            loader.fetch_clips(source)
         stream = loader.stream()
         for _ in range(data.prefetch + 2):
             next(stream)

@@ -47,7 +47,7 @@ def part_rows(
     then one per way to update with Muon."""
     video = inputs[0]
     times = {
-        part: _forward_and_backward(forward, model, config, device) for part, forward in _parts(model, inputs).items()
+        part: _forward_and_backward(forward, model, config, device) for part, forward in parts_of(model, inputs).items()
     }
     optimizer = build_optimizer(model, dataclasses.replace(config.optim, name="adamw"))
     for parameter in model.parameters():
@@ -91,7 +91,7 @@ def muon_updates(model: nn.Module, config: PretrainConfig) -> dict[str, Callable
     return {"Muon and AdamW": optimizer.step, "torch.optim.Muon and AdamW": lambda: (each.step(), rest.step())}
 
 
-def _parts(
+def parts_of(
     model: MAM2 | VideoMAE, inputs: tuple[Tensor, TubeMask, Tensor]
 ) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
     """Returns each part's forward pass on fixed inputs that require gradients.

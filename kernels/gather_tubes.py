@@ -193,4 +193,5 @@ def gather_tubes(
             dtype = video.dtype if video.dtype.is_floating_point else torch.float32
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a float type, found {dtype}")
-    return _gather_tubes(video, visible, list(patch_size), means, stds, dtype)
+    gather = reference.gather_tubes if launch.is_plain_cpu(video, visible) else _gather_tubes
+    return gather(video, visible, list(patch_size), means, stds, dtype)

@@ -53,6 +53,24 @@ def active_path(where: torch.Tensor | torch.device | str) -> str:
     return path
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain_cpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call can go past PyTorch's dispatcher to the PyTorch path: it costs as much as a small operator.
+
+    It cannot where something records or transforms the call: torch.compile, export, torch.func, fake tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return (
+        all(tensor is None or (type(tensor) in PLAIN and tensor.device.type == "cpu") for tensor in tensors)
+        and (os.environ.get("MAM2_KERNELS") or "pytorch") == "pytorch"
+    )
+
+
 _DATA = json.loads(importlib.resources.files(__package__).joinpath("launch_table.json").read_text(encoding="utf-8"))
 WARPS: dict[str, dict[str, list[list[int]]]] = _DATA["warps"]
 """Launch tables: architecture -> kernel -> [[largest block of values, warps], …], written by benchmarks/tune.py.

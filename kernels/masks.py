@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch, reference
+from . import host_masks, launch, reference
 from .launch import jit, tl
 from .shapes import OTHER_COUNT, REPEATED, Grid, check_bool_mask, check_grid, check_index
 
@@ -173,7 +173,9 @@ def _draw_mask(
     energy: torch.Tensor | None = None,
     strength: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    draw_mask = _launch if launch.active_path(step) == "triton" else reference.draw_mask
+    draw_mask = reference.draw_mask if step.device.type != "cpu" else host_masks.draw_mask
+    if launch.active_path(step) == "triton":
+        draw_mask = _launch
     return draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength)
 
 
@@ -223,7 +225,8 @@ def draw_positions(
         raise ValueError(f"step: expected an int or a 0-d int64 tensor, found {step.dtype} {tuple(step.shape)}")
     elif device is not None:
         step = step.to(device)
-    return TubeMask(*_draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength))
+    draw_mask = host_masks.draw_mask if launch.is_plain_cpu(step, energy) else _draw_mask
+    return TubeMask(*draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength))
 
 
 def tube_mask(

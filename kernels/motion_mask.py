@@ -140,7 +140,8 @@ def motion_tube_mask(
     grid = check_video(video, patch_size)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected 0 to 1, found {strength}")
-    energy = _motion_energy(video, list(patch_size))
+    energies = reference.motion_energy if launch.is_plain_cpu(video) else _motion_energy
+    energy = energies(video, list(patch_size))
     where = step, first_sample, video.device
     return draw_positions(
         video.shape[0], grid.slots, grid.rows * grid.columns, ratio, seed, *where, energy, round(strength * 65536)

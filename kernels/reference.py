@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: they define the results, serve as reference in the tests, and run without a GPU.
 
 All functions compute in float64 if an input is float64, otherwise in float32. They work in place on buffers that they
-allocated, and cut the clip into cubes while it is still uint8, because these losses are memory-bound on a CPU.
+allocated, and select cubes while the clip is still uint8, because these losses are memory-bound on a CPU.
 
 B clips, C channels, T frames, N tokens, K selected tokens, P values per token, V codes, M rows (B·K tokens or hidden
 states), τ frames per tubelet, p patch edge.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .shapes import unfit_tokens
+from .token_cubes import cube_view, frame_view, select
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -20,8 +21,8 @@ PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 CHUNK_BYTES = 2 << 20
-"""Bytes that masked_loss and scale_gradient hold at a time besides their result: these stay in the cache, and the
-allocator reuses their pages."""
+"""Bytes that the losses, motion_energy and scale_gradient hold at a time besides their result: these stay in the cache,
+and the allocator reuses their pages."""
 
 
 def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -96,22 +97,22 @@ def tokens_of(video: torch.Tensor, patch_size: Sequence[int]) -> int:
     return math.prod(video.shape[2:]) // math.prod(patch_size)
 
 
-def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Cuts video [B,C,T,H,W] into tokens [B,N,τ·p·p·C]; token order (t',h',w'), value order (t,h,w,c)."""
-    tubelet, height, width = patch_size
-    cubes = video.unflatten(2, (-1, tubelet)).unflatten(4, (-1, height)).unflatten(6, (-1, width))
-    return cubes.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
-
-
-def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Converts token numbers [B,K] to row numbers [B·K] of a [B·N, …] tensor.
+def _check_tokens(index: torch.Tensor, tokens: int) -> None:
+    """Checks token numbers [B,K].
 
     Raises:
         IndexError: a token does not exist.
         ValueError: a token number is REPEATED or OTHER_COUNT of shapes.py.
     """
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-        raise unfit_tokens(int(index.min()), int(index.max()), index.shape[1], tokens)
+    if index.numel():
+        lowest, highest = (int(bound) for bound in index.aminmax())
+        if lowest < 0 or highest >= tokens:
+            raise unfit_tokens(lowest, highest, index.shape[1], tokens)
+
+
+def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Converts token numbers [B,K] to row numbers [B·K] of a [B·N, …] tensor; raises as `_check_tokens`."""
+    _check_tokens(index, tokens)
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()
 
 
@@ -143,13 +144,24 @@ def energy_dtype(video: torch.Tensor) -> torch.dtype:
 
 def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0."""
-    dtype = energy_dtype(video)
+    (tubelet, height, width), dtype = patch_size, energy_dtype(video)
+    inside = compute_dtype(video)
+    if dtype == torch.int64 and tubelet * height * 255**2 >= 2**24:  # float32 holds integers up to 2^24
+        inside = torch.float64
     energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
-    for clip, row in zip(video[:, None], energy, strict=True):
-        change = clip.to(dtype, copy=True)
-        change[:, :, :-1] = change.diff(dim=2).square_()
+    for part in _slices(len(video), video[:1].numel() * inside.itemsize):
+        change = video[part].to(inside, copy=True)
+        for frame in range(video.shape[2] - 1):  # in place: a second buffer would cost more than the loop
+            change[:, :, frame].sub_(change[:, :, frame + 1])
         change[:, :, -1] = 0
-        torch.sum(patchify(change, patch_size)[0], dim=1, out=row)
+        change.square_()
+        last = change.stride(1) == 1  # the sums run along memory: [B,T,H,W,C] or [B,T,H,C,W]
+        rows = change.permute(0, 2, 3, 4, 1) if last else change.permute(0, 2, 3, 1, 4)
+        rows = rows.unflatten(1, (-1, tubelet)).unflatten(3, (-1, height)).sum(4).sum(2).to(dtype)
+        columns = (
+            rows.flatten(3).unflatten(3, (-1, width * rows.shape[4])) if last else rows.sum(3).unflatten(3, (-1, width))
+        )
+        energy[part] = columns.sum(4).flatten(1)
     return energy
 
 
@@ -162,14 +174,16 @@ def gather_tubes(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Returns the selected tokens [B,K,P], (x − mean)/std with x in [0,1]."""
-    tokens = patchify(video, patch_size)
-    picked = tokens.flatten(0, 1).index_select(0, _rows(visible, tokens.shape[1]))
-    compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
-    values = _numbers(picked, video.shape[1], compute, None, None).div_(_unit(video))
+    _check_tokens(visible, tokens_of(video, patch_size))
+    picked, unit = select(cube_view(video, patch_size), visible), _unit(video)
+    values = picked.to(torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32, copy=True)
     if mean is not None and std is not None:
-        by_channel = values.unflatten(-1, (-1, video.shape[1]))
-        by_channel.sub_(values.new_tensor(mean)).div_(values.new_tensor(std))
-    return values.to(dtype).view(*visible.shape, tokens.shape[2])
+        by_row = values.view(-1, patch_size[2] * video.shape[1])  # of a patch: 3 channels do not vectorize
+        row = values.new_tensor([mean, std]).mul_(unit).repeat(1, patch_size[2])
+        by_row.sub_(row[0]).div_(row[1])
+    elif unit > 1:
+        values.div_(unit)
+    return values.to(dtype).view(*visible.shape, picked.shape[1])
 
 
 def _over_rows(cubes: torch.Tensor, statistic: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,11 +240,11 @@ def target(
     A uint8 clip is computed in byte units until the last division.
     """
     channels, (tubelet, _, width), unit = video.shape[1], patch_size, _unit(video)
-    tokens = patchify(video, patch_size)
-    count, values = tokens.shape[1:]
-    rows = _rows(index, count)
-    cubes = _numbers(tokens.reshape(-1, values).index_select(0, rows), channels, dtype, mean, std)
+    count = tokens_of(video, patch_size)
+    _check_tokens(index, count)
+    cubes = _numbers(select(cube_view(video, patch_size), index), channels, dtype, mean, std)
     groups = channels if normalize == "channel" else 1
+    values = cubes.shape[1]
     frame = values // tubelet
     if kind in ("pixel", "joint"):
         if normalize is not None:
@@ -243,13 +257,13 @@ def target(
         return cubes
 
     inside = values - frame
-    difference = cubes.new_empty(len(rows), values if kind == "adjacent" else inside)
+    difference = cubes.new_empty(len(cubes), values if kind == "adjacent" else inside)
     torch.sub(cubes[:, frame:], cubes[:, :inside], out=difference[:, :inside])
     if kind == "adjacent":
         slot = count // (video.shape[2] // tubelet)
-        own_last, next_first = rows * tubelet + tubelet - 1, (rows + slot) * tubelet
-        following = torch.where(lacks_next_frame(index, count, slot).flatten(), own_last, next_first)
-        frames = tokens.reshape(-1, frame).index_select(0, following)
+        # a token without a next frame takes its own last one
+        following = (index // slot + 1) * tubelet - lacks_next_frame(index, count, slot).long()
+        frames = select(frame_view(video, patch_size), following * slot + index % slot)
         torch.sub(_numbers(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
     if normalize is not None:
         deviation = _deviation(_center_(cubes, groups, width, unit > 1), groups, normalize, eps, unit)
@@ -349,20 +363,28 @@ def softmax_gradient_(
     The gradient of row m is (softmax − (1−s)·onehot − s/V), times `upstream`, a scalar or [M], if given; ignored rows
     give 0.
     """
-    wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    ignored = labels == ignore_index
-    column = labels.masked_fill(ignored, 0)[:, None]
-    log_sum = torch.logsumexp(wide, dim=1, keepdim=True)
-    loss = log_sum - (1 - label_smoothing) * wide.gather(1, column)
-    if label_smoothing:
-        loss -= label_smoothing * wide.mean(dim=1, keepdim=True)
-    if needs_gradient:
-        wide.sub_(log_sum).exp_()
-        wide.scatter_add_(1, column, wide.new_full(column.shape, label_smoothing - 1))
+    ignored, column = labels == ignore_index, labels[:, None]
+    factors = (
+        logits.new_ones((), dtype=compute_dtype(logits)) if upstream is None else upstream.to(compute_dtype(logits))
+    )
+    factors = torch.where(ignored, 0.0, factors)[:, None]
+    column = column.masked_fill(ignored[:, None], 0)
+    loss = factors.new_empty(len(logits))
+    for part in _slices(len(logits), logits.shape[1] * factors.itemsize):
+        wide, own, factor = logits[part].to(factors.dtype), column[part], factors[part]
+        largest = wide.amax(dim=1, keepdim=True)
+        probabilities = torch.softmax(wide, dim=1)
+        # the largest probability is 1 / Σ exp(logit − largest)
+        log_sum = largest - probabilities.amax(dim=1, keepdim=True).log_()
+        errors = log_sum - (1 - label_smoothing) * wide.gather(1, own)
         if label_smoothing:
-            wide.sub_(label_smoothing / wide.shape[1])
-        factors = wide.new_ones(()) if upstream is None else upstream.to(wide.dtype)
-        wide.mul_(torch.where(ignored, 0.0, factors)[:, None])
-        if wide is not logits:
-            logits.copy_(wide)
-    return loss[:, 0].masked_fill_(ignored, 0)
+            errors -= label_smoothing * wide.mean(dim=1, keepdim=True)
+        loss[part] = errors[:, 0]
+        if needs_gradient:
+            torch.mul(probabilities, factor, out=wide)
+            wide.scatter_add_(1, own, (label_smoothing - 1) * factor)
+            if label_smoothing:
+                wide -= label_smoothing / wide.shape[1] * factor
+            if wide.dtype != logits.dtype:
+                logits[part] = wide
+    return loss.masked_fill_(ignored, 0)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 # Before torch is imported, and for the processes that tests start: models this small gain nothing from a second
 # thread, and threads of several processes that wait for each other take minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Also before torch: tests that compile write neither to the user's folder nor to one that other machines share.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mam2-tests-{os.getuid()}"))
 
 import av
 import numpy as np

@@ -137,6 +137,9 @@ class RunConfig:
     float32."""
     compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
+    compile_blocks: bool = resumable(False)
+    """Compile only the transformer blocks, and each kind of block once, so that the first step takes less time; the
+    steps after it may be slower than with `compile` alone. `run.sharding` fsdp always compiles that way."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
     """Run the whole step as a CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one pass per step;
     several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""

@@ -1,6 +1,7 @@
 """The process and its machine; independent of videos and models.
 
 device.py        device, precision, autocast, compiler, determinism, profiler
+compile_cache.py the folder of compiled code that runs share
 distributed.py   several processes: start, broadcast, agree, end together
 signals.py       Ctrl-C and the signals of a scheduler: save first, then end
 log.py           RUN/log.txt, log.jsonl, TensorBoard, trackers; its errors never end a run

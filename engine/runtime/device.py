@@ -5,16 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from mam2.engine.config.training import RunConfig
 from mam2.engine.errors import RankError, UserError
+from mam2.engine.runtime.compile_cache import keep_compiled_code
+
+BLOCK_VARIANTS = 64
+"""Most compilations of a block's code: for widths, numbers of tokens and clips, with and without gradient."""
 
 
 def pick_device(config: RunConfig) -> torch.device:
@@ -85,7 +90,16 @@ def compiler(config: RunConfig, device: torch.device) -> tuple[Callable[[Callabl
     reason = why_not_compile(device)
     if reason:
         return (lambda part: part), f"eager: {reason}"
+    keep_compiled_code()  # before torch chooses its folder
     return (lambda part: torch.compile(part, fullgraph=True, dynamic=False)), "compiled, whole graphs"
+
+
+def compile_each(blocks: Iterable[nn.Module], compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Compiles each block alone. torch keeps code by function and shapes, so that equal blocks are compiled once."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, BLOCK_VARIANTS)
+    for block in blocks:
+        block.forward = compiled(block.forward)  # type: ignore[method-assign]
 
 
 def compile_problem(error: BaseException) -> str | None:

@@ -24,6 +24,7 @@ from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
+from mam2.engine.runtime.compile_cache import keep_compiled_code
 from mam2.engine.runtime.device import compile_problem, paused_gc, profiled
 from mam2.engine.runtime.distributed import StopConsensus, first_line
 from mam2.engine.runtime.progress import BAR, Progress
@@ -177,7 +178,12 @@ class Loop:
             began = time.perf_counter()
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer is also compiled, at the first batch
-                info("step    the first step compiles the model, which can take minutes; --run.no-compile avoids this")
+                kept = keep_compiled_code()
+                info(
+                    "step    the first step compiles the model, which can take minutes; --run.compile-blocks compiles "
+                    "less, --run.no-compile nothing. "
+                    + (f"The code is kept in {kept} for later runs" if kept else "Later runs compile again")
+                )
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:

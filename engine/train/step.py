@@ -24,7 +24,7 @@ from mam2.engine.model.masking import keep_decoded, motion_frames, sample_masks
 from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
-from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
+from mam2.engine.runtime.device import autocast, compile_each, compiler, matmul_dtype
 from mam2.engine.runtime.distributed import World, first_line
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.graph_parts import parts_of_ranks
@@ -59,10 +59,10 @@ class Step(ABC, Generic[Extras]):
                 again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
                 block.forward = again  # type: ignore[method-assign]
         sharded = config.run.sharding == "fsdp" and world.size > 1
-        if sharded:  # FSDP's hooks between the blocks cannot be part of a graph
-            for block in blocks:
-                block.forward = compiled(block.forward)  # type: ignore[method-assign]
-            compiled, self.compiled = (lambda part: part), f"{self.compiled}, block by block"
+        if config.run.compile and (sharded or config.run.compile_blocks):
+            # with FSDP always, because its hooks between the blocks cannot be part of a graph
+            compile_each(blocks, compiled)
+            compiled, self.compiled = (lambda part: part), self.compiled.replace("whole graphs", "block by block")
         self.objective = self.build_objective(compiled)
         self.forward: nn.Module = self.objective
         if sharded:

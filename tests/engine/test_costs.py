@@ -124,6 +124,14 @@ def test_the_tokenizer_is_as_counted(config: VQGANConfig) -> None:
     assert cost.parameters == sum(used)
 
 
+def test_heads_of_128_cost_what_heads_of_64_do() -> None:
+    """FLOPs, bytes and parameters of attention do not depend on the number of heads: only a GPU can tell them apart."""
+    config = load_recipe("mam2-fast")
+    assert config.model.decoder.width == 64 * config.model.decoder.heads == 384
+    model = {part: dataclasses.replace(getattr(config.model, part), heads=3) for part in ("regressor", "decoder")}
+    assert costs.part_costs(changed(config, model=model), CODES) == costs.part_costs(config, CODES)
+
+
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "mam2": {},
     "all keys": {"regressor": {"keys": "all"}},

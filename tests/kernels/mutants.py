@@ -368,6 +368,16 @@ _MISTAKES = {
             "return index.flatten()",
         ),
     ],
+    ("test_masks.py", "test_masks_on_a_cpu_are_those_of_the_reference"): [
+        (
+            "masks on a CPU: words that do not change places",
+            "host_masks.py",
+            "reshape(*shape, 2)[::-1]",
+            "reshape(*shape, 2)",
+        ),
+        ("masks on a CPU: the high word of the sample lost", "host_masks.py", "(samples >> 32)[:, None]", "0"),
+        ("masks on a CPU: the last hidden position left out", "host_masks.py", "rank <= threshold", "rank < threshold"),
+    ],
     ("test_masks.py", "test_philox_matches_the_published_vectors"): [
         ("PyTorch path: nine rounds of the generator", "reference.py", "PHILOX_ROUNDS = 10", "PHILOX_ROUNDS = 9"),
     ],
@@ -375,8 +385,8 @@ _MISTAKES = {
         (
             "PyTorch path: smoothing not taken from the target",
             "reference.py",
-            "wide.new_full(column.shape, label_smoothing - 1)",
-            "wide.new_full(column.shape, -1)",
+            "(label_smoothing - 1) * factor",
+            "-factor",
         ),
         (
             "the weight's gradient of the last chunk only",

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.kernels import TubeMask, random_mask, reference, tube_mask
+from mam2.kernels import TubeMask, host_masks, random_mask, reference, tube_mask
 
 GRID = (4, 5, 7)
 
@@ -20,6 +22,39 @@ GRID = (4, 5, 7)
 def test_philox_matches_the_published_vectors(key: int, counter: tuple[int, ...], word: int) -> None:
     """The test vectors of Random123's philox4x32-10."""
     assert int(reference.philox(key, [torch.tensor(value) for value in counter])) == word
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "sample", "energies"),
+    [
+        (0, 0, 0, None),
+        (2**63 - 1, 2**40 + 3, 2**32 - 2, None),
+        (7, -1, 2**33, torch.int64),
+        (7, 5, 3, torch.float32),
+        (7, 5, 3, torch.float64),
+    ],
+)
+def test_masks_on_a_cpu_are_those_of_the_reference(seed: int, step: int, sample: int, energies) -> None:
+    """Samples that cross 32 bits; energies of which the first clip's are all 0."""
+    numbers = torch.tensor(step), seed, sample, 5, 3, 35, 22
+    energy = (
+        None if energies is None else torch.randint(0, 900, (5, 105)).index_fill(0, torch.tensor(0), 0).to(energies)
+    )
+    for found, expected in zip(
+        host_masks.draw_mask(*numbers, energy, 30000), reference.draw_mask(*numbers, energy, 30000), strict=True
+    ):
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
+
+
+def test_operators_and_direct_calls_draw_the_same_masks() -> None:
+    """Under a dispatch mode, as when a graph is recorded, a mask comes from the operator."""
+    drawn = tube_mask(3, GRID, 0.5, seed=3, step=7)
+    with FlopCounterMode(display=False):
+        recorded = tube_mask(3, GRID, 0.5, seed=3, step=7)
+    assert torch.equal(drawn.masked, recorded.masked)
+    with FakeTensorMode():
+        assert type(tube_mask(3, GRID, 0.5, seed=3, step=7).masked) is FakeTensor
 
 
 def test_tube_mask_hides_the_same_positions_in_every_slot() -> None:

@@ -1,6 +1,7 @@
 """Errors that end a run lose nothing: valid weights are saved first; only steps on the disk count as done."""
 
 import dataclasses
+import os
 import shutil
 import signal
 import subprocess
@@ -296,6 +297,7 @@ def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypat
         pretrain(values, clips, tmp_path, progress=False)
     text = (tmp_path / "log.txt").read_text()
     assert "step    the first step compiles the model" in text
+    assert f"The code is kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']} for later runs" in text
     assert "--run.no-compile" in text
     pretrain(values, clips, tmp_path, progress=False)
     assert (tmp_path / "log.txt").read_text().count("step    the first step is done, compiled in") == 1

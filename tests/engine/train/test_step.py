@@ -1,6 +1,7 @@
 """A step's arithmetic and set-up: sums, sharding, process groups, compilations, logged values."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -118,6 +119,33 @@ def test_one_process_may_train_one_model_after_the_other(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=3):
         for width in (16, 20, 24, 28, 32):
             build(config(width, compile=True))(0, [batch()], 1e-3, inspect=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager_decomp_partition"])
+def test_equal_blocks_are_compiled_once_and_give_the_result_of_the_eager_step(backend, monkeypatch):
+    """The second backend divides the graphs as the default one does, but runs PyTorch's operators."""
+
+    def compiler(run, device):
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        return compiled, "compiled, whole graphs"
+
+    def one_step(depth, **run):
+        given = config(loss={"alignment": 0.5}, **run)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = build(dataclasses.replace(given, model=dataclasses.replace(given.model, depth=depth)))
+        values = [step(number, [batch()], 1e-3, inspect=True) for number in range(2)][-1]
+        return step.compiled, values, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    expected = one_step(3)[1]
+    monkeypatch.setattr(steps, "compiler", compiler)
+    text, found, graphs = one_step(3, compile=True, compile_blocks=True)
+    assert text == "compiled, block by block"
+    assert graphs == one_step(1, compile=True, compile_blocks=True)[2] > 0
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0 if backend == "eager" else 1e-4, atol=0, msg=name)
 
 
 def test_figures_of_the_log_are_those_of_a_few_clips(monkeypatch):

@@ -1,0 +1,30 @@
+"""The folder in which torch.compile keeps compiled code, so that other processes and later runs need not compile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable with which torch.compile is told its folder; Triton's code lies in it, too."""
+
+
+def keep_compiled_code() -> str:
+    """Returns the folder of compiled code; "" if only torch's own folder for temporary files remains.
+
+    It is `$XDG_CACHE_HOME/mam2/compiled` (~/.cache/mam2/compiled), unless the environment variable is set. torch's own
+    default is lost at a restart of the machine, and often at the end of a job. torch finds entries by a hash of code,
+    shapes, device and versions and writes them atomically, so that processes and machines can share the folder. The
+    processes of a machine compile at the same time: the first one before the others would leave them waiting longer.
+    """
+    if folder := os.environ.get(VARIABLE):
+        return folder
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mam2" / "compiled"
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only or unknown home
+        return ""
+    if not os.access(path, os.W_OK):
+        return ""
+    os.environ[VARIABLE] = str(path)
+    return str(path)

@@ -1,0 +1,92 @@
+"""Draws masks on a CPU with NumPy: bit for bit the result of `reference.draw_mask`, which defines it, in fewer passes.
+
+The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox takes
+three, and one partial sort replaces three sorts.
+
+B clips, n positions.
+"""
+
+import functools
+import sys
+
+import numpy as np
+import torch
+
+from .reference import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, WORD
+
+POSITION_BITS = 23
+"""Bits of a position in a rank; the key is above them."""
+LOW = int(sys.byteorder == "big")
+"""Place of the low word in a 64-bit number seen as two 32-bit words."""
+_MULTIPLIERS = np.array(PHILOX_MULTIPLIERS, dtype=np.uint64).reshape(2, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(seed: int) -> np.ndarray:
+    """Returns the keys of all rounds [rounds,2,1,1] uint32."""
+    words = seed & WORD, (seed >> 32) & WORD
+    pairs = list(zip(words, PHILOX_WEYL, strict=True))
+    keys = [[(word + turn * weyl) & WORD for word, weyl in pairs] for turn in range(PHILOX_ROUNDS)]
+    return np.array(keys, dtype=np.uint32).reshape(PHILOX_ROUNDS, 2, 1, 1)
+
+
+def philox(seed: int, samples: np.ndarray, positions: int, step: int) -> np.ndarray:
+    """Returns the first word [B,n] uint32 of Philox4x32-10 of the counters (position, sample low, sample high, step).
+
+    `samples` [B] is int64. The state is two arrays [2,B,n]: words 0 and 2, which are multiplied, and words 1 and 3.
+    """
+    shape = 2, len(samples), positions
+    keys = _round_keys(seed)
+    multiplied, other, product = np.empty(shape, np.uint32), np.empty(shape, np.uint32), np.empty(shape, np.uint64)
+    multiplied[0] = np.arange(positions)
+    multiplied[1] = (samples >> 32)[:, None]
+    other[0] = (samples & WORD)[:, None]
+    other[1] = step & WORD
+    other ^= keys[0]
+    words = product.view(np.uint32).reshape(*shape, 2)[::-1]  # the products change places
+    high, low = words[..., 1 - LOW], words[..., LOW]
+    for key in keys[1:]:
+        np.multiply(multiplied, _MULTIPLIERS, out=product)
+        np.bitwise_xor(high, other, out=multiplied)
+        np.bitwise_xor(low, key, out=other)
+    return (multiplied[1] * _MULTIPLIERS[1, 0] >> np.uint64(32)).astype(np.uint32) ^ other[0]
+
+
+def motion_order(keys: np.ndarray, energy: np.ndarray, strength: int) -> np.ndarray:
+    """Returns `reference.motion_order` of keys [B,n] and energies [B,slots,n]."""
+    total = energy.sum(axis=1, dtype=np.float64)
+    mean = total.mean(axis=1, keepdims=True)
+    mean[mean <= 0] = 1.0  # a static clip: equal weights
+    weight = np.maximum(total * (strength / mean) + (65536 - strength), 2.0**-24)
+    wait = -np.log((2**33 - 1 - 2 * keys.astype(np.int64)) * 2.0**-33)
+    return ((np.log(wait) - np.log(weight) + 64) * 2.0**33).astype(np.int64)
+
+
+def draw_mask(
+    step: torch.Tensor,
+    seed: int,
+    first_sample: int,
+    batch: int,
+    slots: int,
+    positions: int,
+    hidden: int,
+    energy: torch.Tensor | None,
+    strength: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `reference.draw_mask` of the same arguments; all tensors are on the CPU."""
+    keys = philox(seed, np.arange(first_sample, first_sample + batch), positions, int(step))
+    if energy is not None:
+        keys = motion_order(keys, energy.detach().numpy().reshape(batch, slots, positions), strength)
+    # key and position in one number: all distinct, so that the `hidden` smallest are well defined
+    rank = (keys.astype(np.int64) << POSITION_BITS) | np.arange(positions)
+    threshold = np.partition(rank, hidden - 1, axis=1)[:, hidden - 1 : hidden]
+    is_hidden = rank <= threshold
+    return _tokens(~is_hidden, slots, positions - hidden), _tokens(is_hidden, slots, hidden)
+
+
+def _tokens(chosen: np.ndarray, slots: int, count: int) -> torch.Tensor:
+    """Returns the tokens [B,slots·count] of the `count` chosen positions of each row of chosen [B,n], ascending."""
+    batch, positions = chosen.shape
+    starts = np.arange(0, slots * positions, positions) - np.arange(0, batch * positions, positions)[:, None]
+    tokens = np.flatnonzero(chosen).reshape(batch, 1, count) + starts[:, :, None]
+    return torch.from_numpy(tokens.reshape(batch, slots * count))

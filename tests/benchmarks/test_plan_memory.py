@@ -1,0 +1,15 @@
+"""The activations that `mam2 plan` declares against what autograd saves, for whole recipes without their data."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mam2-fast", "mam2-cae", "videomae", "laptop"])
+def test_planned_activations_are_close_to_those_saved(recipe: str) -> None:
+    found = list(importlib.import_module("benchmarks.plan_memory").rows(recipe))
+    assert len(found) == (2 if recipe == "videomae" else 4)
+    for row in found:
+        assert row["counted_mib_per_clip"] > 1
+        assert row["planned_percent"] == pytest.approx(100, abs=3), row["part"]
