@@ -126,12 +126,13 @@ def test_a_misspelt_recipe_of_a_set_names_the_nearest() -> None:
 
 def test_fine_tuning_recipes_hold_the_methods_values() -> None:
     loaded = {name: load_recipe(name, FinetuneConfig) for name in recipe_names(FinetuneConfig)}
-    assert loaded.keys() == {f"{data}/finetune" for data in ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo")}
+    names = ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo", "laptop")
+    assert loaded.keys() == {f"{name}/finetune" for name in names}
     for name, config in loaded.items():
         config.check()
         text = (RECIPES / f"{name}.toml").read_text()
         assert f"mam2 finetune {name} --data" in text
-        if name == "demo/finetune":
+        if name in ("demo/finetune", "laptop/finetune"):
             continue
         augment, small_set = config.augment, name.startswith(("ucf101", "hmdb51"))
         assert (augment.operations, augment.magnitude, augment.magnitude_std) == (4, 7, 0.5)

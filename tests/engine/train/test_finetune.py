@@ -396,3 +396,11 @@ def test_classes_without_a_video_are_told(few):
     spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
     message = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
     assert message.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")
+
+
+def test_the_laptops_classifier_is_the_encoder_of_the_laptops_pre_training():
+    config, pretrained = load_recipe("laptop/finetune", FinetuneConfig), load_recipe("laptop")
+    model = pretrained.model
+    assert (config.data.frames, config.data.size) == (pretrained.data.frames, pretrained.data.size)
+    assert (config.model.width, config.model.depth, config.model.heads) == (model.width, model.depth, model.heads)
+    assert (config.model.patch, config.model.tubelet) == (model.patch, model.tubelet)
