@@ -7,6 +7,7 @@ import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from . import launch
 from .scale_gradient import multiplied, scaled
 
 
@@ -19,8 +20,12 @@ def refuse_double_backward(operator: str) -> None:
         )
 
 
-def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable(
+    operator: Any, function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
     """Returns a differentiable function of a custom operator; `save` is as in `register_autograd`.
+
+    `function` is what the operator runs; on a CPU it is called directly where it can be.
 
     `backward` takes after the context a function that multiplies a saved gradient by an upstream gradient. Eager calls
     go through an autograd.Function, which costs less host time than the registered gradient, and may overwrite the
@@ -39,7 +44,8 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = operator(*inputs)
+            tensors = (value for value in inputs if isinstance(value, torch.Tensor))
+            output = (function if launch.is_plain_cpu(*tensors) else operator)(*inputs)
             save(ctx, inputs, output)
             return output
 

@@ -53,6 +53,9 @@ def active_path(where: torch.Tensor | torch.device | str) -> str:
     return path
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_plain_cpu(*tensors: torch.Tensor | None) -> bool:
     """Whether a call can go past PyTorch's dispatcher to the PyTorch path: it costs as much as a small operator.
 
@@ -63,7 +66,7 @@ def is_plain_cpu(*tensors: torch.Tensor | None) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return (
-        all(tensor is None or (type(tensor) is torch.Tensor and tensor.device.type == "cpu") for tensor in tensors)
+        all(tensor is None or (type(tensor) in PLAIN and tensor.device.type == "cpu") for tensor in tensors)
         and (os.environ.get("MAM2_KERNELS") or "pytorch") == "pytorch"
     )
 

@@ -73,8 +73,7 @@ def _run(
     return losses, d_hidden, d_weight, d_bias
 
 
-@torch.library.custom_op("mam2::linear_cross_entropy_sum", mutates_args=())
-def _sum_op(
+def _sum_of(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -95,8 +94,7 @@ def _sum_op(
     return loss, d_hidden, d_weight, d_bias
 
 
-@torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())
-def _rows_op(
+def _rows_of(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -123,6 +121,9 @@ def _gradients_op(
     return _run(hidden, weight, bias, target, upstream, ignore_index, label_smoothing, dtype, needs)[1:]
 
 
+_sum_op = torch.library.custom_op("mam2::linear_cross_entropy_sum", mutates_args=())(_sum_of)
+
+
 @_sum_op.register_fake
 def _(
     hidden: torch.Tensor,
@@ -137,6 +138,9 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     total = hidden.new_empty((), dtype=accumulation_dtype(dtype))
     return total, *empty_gradients(hidden, weight, dtype, needs)
+
+
+_rows_op = torch.library.custom_op("mam2::linear_cross_entropy_rows", mutates_args=())(_rows_of)
 
 
 @_rows_op.register_fake
@@ -206,8 +210,8 @@ def _rows_backward(ctx: Any, _: Callable[..., torch.Tensor], upstream: torch.Ten
     return *cast, *(None,) * 4
 
 
-_sum = differentiable(_sum_op, _save_gradients, _sum_backward)
-_rows = differentiable(_rows_op, _save_inputs, _rows_backward)
+_sum = differentiable(_sum_op, _sum_of, _save_gradients, _sum_backward)
+_rows = differentiable(_rows_op, _rows_of, _save_inputs, _rows_backward)
 
 
 def linear_cross_entropy(

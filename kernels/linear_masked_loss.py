@@ -107,13 +107,7 @@ def _run(
     return errors, errors.new_empty(0) if unweighted is None else unweighted, (d_hidden, d_weight, d_bias)
 
 
-@torch.library.custom_op(
-    "mam2::linear_masked_loss",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? factors, Tensor video, Tensor masked, "
-    f"SymInt divisor, ScalarType dtype, bool[] needs, {GOAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_masked_loss(
+def _compute(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -128,6 +122,14 @@ def _linear_masked_loss(
     inputs = hidden, weight, bias, video, masked, factors, divisor, dtype, needs
     errors, unweighted, gradients = _run(*inputs, Goal(*goal))
     return errors.sum() if divisor else errors.new_full((), float("nan")), unweighted, *gradients
+
+
+_linear_masked_loss = torch.library.custom_op(
+    "mam2::linear_masked_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? factors, Tensor video, Tensor masked, "
+    f"SymInt divisor, ScalarType dtype, bool[] needs, {GOAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(_compute)
 
 
 @_linear_masked_loss.register_fake
@@ -172,7 +174,7 @@ def _backward(
     return *gradients, of_factors, *(None,) * (ctx.count - 4)
 
 
-_loss = differentiable(_linear_masked_loss, _save, _backward)
+_loss = differentiable(_linear_masked_loss, _compute, _save, _backward)
 
 
 def linear_masked_loss(

@@ -219,13 +219,7 @@ def _empty_results(
     )
 
 
-@torch.library.custom_op(
-    "mam2::masked_loss",
-    mutates_args=(),
-    schema="(Tensor pred, Tensor video, Tensor masked, Tensor? factors, SymInt divisor, bool reduce, bool[] needs, "
-    f"{GOAL}) -> (Tensor, Tensor, Tensor)",
-)
-def _masked_loss(
+def _compute(
     pred: torch.Tensor,
     video: torch.Tensor,
     masked: torch.Tensor,
@@ -238,6 +232,14 @@ def _masked_loss(
     errors, unweighted, gradient = masked_errors(pred, video, masked, factors, divisor, needs, Goal(*goal))
     loss = errors.sum() if divisor else errors.new_full((), float("nan"))
     return loss if reduce else errors, unweighted, gradient
+
+
+_masked_loss = torch.library.custom_op(
+    "mam2::masked_loss",
+    mutates_args=(),
+    schema="(Tensor pred, Tensor video, Tensor masked, Tensor? factors, SymInt divisor, bool reduce, bool[] needs, "
+    f"{GOAL}) -> (Tensor, Tensor, Tensor)",
+)(_compute)
 
 
 @_masked_loss.register_fake
@@ -281,7 +283,7 @@ def _backward(
     return of_pred, None, None, of_factors, *(None,) * (ctx.count - 4)
 
 
-masked_loss = differentiable(_masked_loss, _save, _backward)
+masked_loss = differentiable(_masked_loss, _compute, _save, _backward)
 """masked_loss(pred, video, masked, factors, divisor, reduce, needs, *goal) -> (loss, unweighted, gradient).
 
 The loss is the sum of the errors (`reduce`; NaN if divisor is 0) or the errors [B,Nm]. It is differentiable once in

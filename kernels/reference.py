@@ -363,20 +363,28 @@ def softmax_gradient_(
     The gradient of row m is (softmax − (1−s)·onehot − s/V), times `upstream`, a scalar or [M], if given; ignored rows
     give 0.
     """
-    wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-    ignored = labels == ignore_index
-    column = labels.masked_fill(ignored, 0)[:, None]
-    log_sum = torch.logsumexp(wide, dim=1, keepdim=True)
-    loss = log_sum - (1 - label_smoothing) * wide.gather(1, column)
-    if label_smoothing:
-        loss -= label_smoothing * wide.mean(dim=1, keepdim=True)
-    if needs_gradient:
-        wide.sub_(log_sum).exp_()
-        wide.scatter_add_(1, column, wide.new_full(column.shape, label_smoothing - 1))
+    ignored, column = labels == ignore_index, labels[:, None]
+    factors = (
+        logits.new_ones((), dtype=compute_dtype(logits)) if upstream is None else upstream.to(compute_dtype(logits))
+    )
+    factors = torch.where(ignored, 0.0, factors)[:, None]
+    column = column.masked_fill(ignored[:, None], 0)
+    loss = factors.new_empty(len(logits))
+    for part in _slices(len(logits), logits.shape[1] * factors.itemsize):
+        wide, own, factor = logits[part].to(factors.dtype), column[part], factors[part]
+        largest = wide.amax(dim=1, keepdim=True)
+        probabilities = torch.softmax(wide, dim=1)
+        # the largest probability is 1 / Σ exp(logit − largest)
+        log_sum = largest - probabilities.amax(dim=1, keepdim=True).log_()
+        errors = log_sum - (1 - label_smoothing) * wide.gather(1, own)
         if label_smoothing:
-            wide.sub_(label_smoothing / wide.shape[1])
-        factors = wide.new_ones(()) if upstream is None else upstream.to(wide.dtype)
-        wide.mul_(torch.where(ignored, 0.0, factors)[:, None])
-        if wide is not logits:
-            logits.copy_(wide)
-    return loss[:, 0].masked_fill_(ignored, 0)
+            errors -= label_smoothing * wide.mean(dim=1, keepdim=True)
+        loss[part] = errors[:, 0]
+        if needs_gradient:
+            torch.mul(probabilities, factor, out=wide)
+            wide.scatter_add_(1, own, (label_smoothing - 1) * factor)
+            if label_smoothing:
+                wide -= label_smoothing / wide.shape[1] * factor
+            if wide.dtype != logits.dtype:
+                logits[part] = wide
+    return loss.masked_fill_(ignored, 0)

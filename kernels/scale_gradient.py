@@ -92,7 +92,10 @@ def scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns the saved gradient times scale; overwrites it unless the graph is kept for another backward pass."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return scale_gradient(gradient, scale)
-    scale_gradient_(gradient, scale)
+    if not launch.is_plain_cpu(gradient, scale):
+        scale_gradient_(gradient, scale)
+    elif not bool((scale == 1).all()):
+        reference.scale_gradient(gradient, scale, out=gradient)
     return gradient
 
 

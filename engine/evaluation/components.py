@@ -16,7 +16,7 @@ from torch import Tensor
 from mam2.engine.evaluation.linear_probe import ProbeResult, linear_probe
 
 COUNTS = (20, 40, 80, 160, 320)
-"""Numbers of components to try; the best one on held-out training videos is used."""
+"""Numbers of components to try; the best one in cross-validation on the training videos is used."""
 MOST_VIDEOS = 4096
 """The components are those of at most this many training videos, evenly spaced in the list."""
 CHUNK_BYTES = 64 * 2**20
@@ -71,9 +71,12 @@ def principal_components(
 
 
 def probe_components(
-    parts: Sequence[Components], train_labels: Tensor, test_labels: Tensor, held: Tensor, device: torch.device
+    parts: Sequence[Components], train_labels: Tensor, test_labels: Tensor, held: Sequence[Tensor], device: torch.device
 ) -> tuple[ProbeResult, int]:
-    """Runs `linear_probe` on the first k components of every part, concatenated; k is chosen on `held`, see there.
+    """Runs `linear_probe` on the first k components of every part, concatenated; k is chosen like its penalty.
+
+    held: parts of the training videos to hold out in turn, bool [n] each, from `folds`. A single one, of few groups,
+        would often choose a wrong k.
 
     Returns the result and k, the components of each part.
     """
@@ -81,7 +84,8 @@ def probe_components(
     best: tuple[ProbeResult, int] | None = None
     for count in sorted({min(count, most) for count in COUNTS}):
         train, test = (torch.cat([rows[:, :count] for rows in side], 1).to(device) for side in zip(*parts, strict=True))
-        result = linear_probe(train, train_labels.to(device), test, test_labels.to(device), held.to(device))
+        here = [part.to(device) for part in held]
+        result = linear_probe(train, train_labels.to(device), test, test_labels.to(device), here)
         if best is None or result.validated > best[0].validated:
             best = result, count
     assert best is not None

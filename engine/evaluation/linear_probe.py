@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """L2 penalties to try; the best one on a held-out fifth of the training features is used. The largest are for features
 with more dimensions than videos."""
+
+FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,18 @@ class ProbeResult:
 
 
 def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, held: Tensor | None = None
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    held: Tensor | Sequence[Tensor] | None = None,
 ) -> ProbeResult:
     """Fits on `train` [n, D] and measures on `test` [m, D]; labels int64 from 0.
 
     Features are standardized by the training features' statistics. The penalty is chosen without the test features.
 
-    held: bool [n], held-out training features that choose the penalty, from `held_out`; None: a random fifth.
+    held: bool [n], held-out training features that choose the penalty, from `held_out`; several, from `folds`: by the
+        mean accuracy over them; None: a random fifth.
     """
     # one copy in double precision: those of a pool with many groups are large
     train, test = (features.to(torch.float64, copy=True) for features in (train, test))
@@ -42,10 +50,14 @@ def linear_probe(
         features.sub_(mean).div_(std)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     held = held_out(len(train)) if held is None else held
+    parts = [held] if isinstance(held, Tensor) else held
 
     def held_out_accuracy(penalty: float) -> float:
-        weight, bias = _fit(train[~held], train_labels[~held], classes, penalty)
-        return float(((train[held] @ weight + bias).argmax(1) == train_labels[held]).double().mean())
+        accuracies = []
+        for part in parts:
+            weight, bias = _fit(train[~part], train_labels[~part], classes, penalty)
+            accuracies.append(((train[part] @ weight + bias).argmax(1) == train_labels[part]).double().mean())
+        return float(torch.stack(accuracies).mean())
 
     validated, penalty = max(((held_out_accuracy(value), value) for value in PENALTIES), key=lambda found: found[0])
     weight, bias = _fit(train, train_labels, classes, penalty)
@@ -72,6 +84,19 @@ def held_out(count: int, groups: Tensor | None = None, least: int = 1) -> Tensor
     held = torch.zeros(count, dtype=torch.bool)
     held[torch.randperm(count, generator=generator)[: count // 5]] = True
     return held
+
+
+def folds(count: int, groups: Tensor | None = None) -> list[Tensor]:
+    """Divides `count` training videos into five parts to hold out in turn: bool [count] each, every video in one.
+
+    groups: int64 [count]; then groups stay whole, and with fewer than five groups there are as many parts. A single
+        group is divided.
+    """
+    places, total = torch.arange(count), count
+    if groups is not None and len(present := groups.unique()) > 1:
+        places, total = torch.searchsorted(present, groups), len(present)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return [torch.isin(places, part) for part in order.tensor_split(min(FOLDS, total))]
 
 
 def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:

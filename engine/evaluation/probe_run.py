@@ -26,7 +26,7 @@ from mam2.engine.evaluation.components import Components, principal_components, 
 from mam2.engine.evaluation.feature_files import FeatureCache, FeatureSpec
 from mam2.engine.evaluation.features import FeatureKind, cell_grid
 from mam2.engine.evaluation.knn import knn
-from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
+from mam2.engine.evaluation.linear_probe import bootstrap, folds, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool, token_groups
 from mam2.engine.model.pixel_encoder import PixelEncoder
 
@@ -59,7 +59,7 @@ class Score:
     setting: float
     """L2 penalty or learning rate chosen on held-out training videos; 0 for k-NN, which has none."""
     components: int = 0
-    """Number of principal components chosen on held-out training videos, with the pool `tokens`; otherwise 0."""
+    """Number of principal components, chosen by cross-validation, with the pool `tokens`; otherwise 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +230,7 @@ def _with_pixels(frozen: FrozenEncoder) -> str:
 
 
 def _of_components(parts: Sequence[Components], train: _Split, test: _Split, device: torch.device) -> _Outcome:
-    held = held_out(len(train.rows), train.groups)
+    held = folds(len(train.rows), train.groups)
     result, count = probe_components(parts, train.labels, test.labels, held, device)
     return _Outcome(result.right.double(), result.penalty, count)
 

@@ -6,6 +6,7 @@ Shapes: B clips, C channels, T frames, T'×H'×W' the token grid, D gray pixels 
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from mam2.engine.model.pixels import pixel_statistics
 
 
 class PixelEncoder(Encoder):
-    """Returns the gray pixels of every token, from 0 to 1; it has no weights, and one layer.
+    """Returns the gray pixels of every token, normalized by mean and deviation; it has no weights, and one layer.
 
     Args:
         grid: tokens along time, height and width (T', H', W').
@@ -39,4 +40,6 @@ class PixelEncoder(Encoder):
         """Returns gray pixels: video [B, C, T, H, W], uint8 or float from 0 to 1 -> float32 [B, T'·H'·W', D]."""
         frames, rows, columns = self.patch_size
         gray = video.float().mean(1) / (1 if video.is_floating_point() else 255)
+        # cosines, by which neighbors are found, tell little about values that are all positive
+        gray = (gray - statistics.mean(self.mean)) / statistics.mean(self.std)
         return rearrange(gray, "b (t f) (h r) (w c) -> b (t h w) (f r c)", f=frames, r=rows, c=columns)

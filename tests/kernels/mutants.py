@@ -385,8 +385,8 @@ _MISTAKES = {
         (
             "PyTorch path: smoothing not taken from the target",
             "reference.py",
-            "wide.new_full(column.shape, label_smoothing - 1)",
-            "wide.new_full(column.shape, -1)",
+            "(label_smoothing - 1) * factor",
+            "-factor",
         ),
         (
             "the weight's gradient of the last chunk only",

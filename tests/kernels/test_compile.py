@@ -39,6 +39,8 @@ def operator_calls() -> list[tuple[Any, tuple]]:
     statistics = ([0.5] * 3, [0.2] * 3)
     masked, index, factors = op.masked_loss.default, mask.masked, torch.rand(2, 4, requires_grad=True)
     both, only_pred = [True] * 2, [True, False]
+    linear = op.linear_masked_loss.default
+    head = [torch.randn(size, requires_grad=True) for size in ((2, 4, 3), (96, 3), (96,))]
     frozen = hidden.detach(), weight.detach(), None, target, torch.rand(6)
     return [
         (op.draw_mask.default, (torch.tensor(3), 1, 0, 2, 2, 9, 4)),
@@ -60,6 +62,8 @@ def operator_calls() -> list[tuple[Any, tuple]]:
         ),
         (op.linear_cross_entropy_rows.default, (hidden, weight, bias, target, -100, 0.1, torch.float32)),
         (op.linear_cross_entropy_gradients.default, (*frozen, -100, 0.0, single, [True, False, False])),
+        (linear, (*head, factors, video, index, 1, single, [True] * 4, patch, "adjacent", "patch", 0.01, None, None)),
+        (linear, (*head, None, video, index, 768, single, [True] * 3 + [False], patch, "pixel", None, 0.0, None, None)),
     ]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mam2.engine.data import tar_shards
 from mam2.engine.data.arrays import read_frames
-from mam2.engine.data.decoding import decode_frames
+from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.indexing import index
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.outage import why_away
@@ -181,6 +181,22 @@ def test_of_a_tar_cut_short_the_part_before_is_read(tmp_path: Path, shards: Path
     manifest = read_manifest(tmp_path / "cut.tar", progress=False)
     assert [video.path for video in manifest.videos] == [entry.path for entry in listing.entries[:4]]
     assert [skipped.path for skipped in manifest.skipped] == [listing.entries[4].path]
+
+
+def test_a_drive_with_tars_that_is_gone_counts_as_unavailable(tmp_path: Path, shards: Path) -> None:
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes((shards / "00000.tar").read_bytes())
+    path = read_source(folder).entries[0].path
+    for leave, reason in ((True, ""), (False, f"folder {folder} is missing or empty")):
+        (folder / "a.tar").unlink(missing_ok=True)
+        if leave:
+            (folder / "b.tar").touch()
+        else:
+            (folder / "b.tar").unlink()
+        with pytest.raises(DecodeError) as raised:
+            decode_frames(path, [0])
+        assert why_away(path, raised.value) == reason
 
 
 def test_what_is_no_tar_or_does_not_exist_is_named(tmp_path: Path, shards: Path) -> None:

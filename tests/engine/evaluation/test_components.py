@@ -13,7 +13,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.evaluation import components
 from mam2.engine.evaluation.components import Components, principal_components, probe_components
 from mam2.engine.evaluation.features import extract_features
-from mam2.engine.evaluation.linear_probe import held_out, linear_probe
+from mam2.engine.evaluation.linear_probe import folds, linear_probe
 from mam2.engine.model.pixel_encoder import PixelEncoder
 from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder as small_encoder
@@ -67,11 +67,36 @@ def test_number_of_components_is_the_one_that_answers_held_out_videos():
     features = torch.randn(400, 320, generator=generator)
     features[:, 60] += 4 * labels
     part = Components(features[:200], features[200:])
-    result, count = probe_components([part], labels[:200], labels[200:], held_out(200), torch.device("cpu"))
+    result, count = probe_components([part], labels[:200], labels[200:], folds(200), torch.device("cpu"))
     assert count in (80, 160)
-    alone = linear_probe(part.train[:, :count], labels[:200], part.test[:, :count], labels[200:], held_out(200))
+    alone = linear_probe(part.train[:, :count], labels[:200], part.test[:, :count], labels[200:], folds(200))
     assert torch.equal(result.right, alone.right)
     assert result.accuracy > 0.85
+
+
+def test_every_video_is_held_out_once_and_groups_stay_whole():
+    assert torch.equal(torch.stack(folds(23)).sum(0), torch.ones(23, dtype=torch.int64))
+    assert [int(part.sum()) for part in folds(23)] == [5, 5, 5, 4, 4]
+    groups = torch.tensor([7, 9, 11])[torch.arange(60) % 3]
+    parts = folds(60, groups)
+    assert sorted(groups[part].unique().tolist() for part in parts) == [[7], [9], [11]]
+    assert len(folds(23, torch.zeros(23, dtype=torch.int64))) == 5
+
+
+def test_several_held_out_parts_choose_by_their_mean():
+    """One part alone, whose labels are wrong, prefers the strongest penalty; together with the others it does not."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 2
+    features = torch.randn(100, 4, generator=generator)
+    features[:, 0] += 6 * labels
+    seen = labels.clone()
+    parts = [torch.arange(100) // 20 == place for place in range(5)]
+    seen[parts[0]] = 1 - labels[parts[0]]
+    all_parts = linear_probe(features, seen, features, labels, parts)
+    alone = [linear_probe(features, seen, features, labels, part) for part in parts]
+    assert alone[0].validated < 0.1 < 0.6 < all_parts.validated
+    mean = sum(linear_probe(features, seen, features, labels, [part]).validated for part in parts) / 5
+    assert all_parts.validated <= mean + 1e-9  # each part alone chooses its own penalty
 
 
 def test_two_parts_answer_what_neither_can():
@@ -82,7 +107,7 @@ def test_two_parts_answer_what_neither_can():
     noise[0][:, 0] += 6 * (labels % 2)
     noise[1][:, 0] += 6 * (labels // 2)
     parts = [Components(rows[:200], rows[200:]) for rows in noise]
-    held, cpu = held_out(200), torch.device("cpu")
+    held, cpu = folds(200), torch.device("cpu")
     alone = [probe_components([part], labels[:200], labels[200:], held, cpu)[0].accuracy for part in parts]
     both, count = probe_components(parts, labels[:200], labels[200:], held, cpu)
     assert max(alone) < 0.7
@@ -96,7 +121,7 @@ def test_pixels_are_the_gray_values_of_each_token_in_its_order(channels):
     video = torch.randint(0, 256, (2, channels, 4, 12, 8), dtype=torch.uint8)
     tokens = encoder.encode(video)
     assert tokens.shape == (2, 12, 32)
-    gray = video.float().mean(1) / 255
+    gray = (video.float().mean(1) / 255 - 0.449) / 0.226
     torch.testing.assert_close(tokens[1, 7].view(2, 4, 4), gray[1, 2:4, 0:4, 4:8])  # slot 1, row 0, column 1
     torch.testing.assert_close(encoder.encode(video / 255), tokens)
     found = extract_features(encoder, video.split(1), ["tokens", "time"], run=RunConfig())
