@@ -46,7 +46,7 @@ class FinetunePlan(planning.Plan):
             "weights": self.all_parameters * costs.SINGLE / shards,
             **({"validation": float(self.all_parameters * costs.SINGLE)} if own_copy else {}),
             **({"average": trained * costs.SINGLE / shards} if config.optim.ema else {}),
-            "gradients": self._gradients_beside(trained * costs.SINGLE / shards, held),
+            "gradients": self._gradients_at_peak(trained * costs.SINGLE / shards, held),
             "moments": self._moments / shards,
             **({"weights cast": float(cast * item)} if item < costs.SINGLE else {}),
             "activations": held,

@@ -141,14 +141,14 @@ class Plan:
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
             "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
-            "gradients": self._gradients_beside(state, held),
+            "gradients": self._gradients_at_peak(state, held),
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
 
-    def _gradients_beside(self, gradients: float, activations: float) -> float:
+    def _gradients_at_peak(self, gradients: float, activations: float) -> float:
         """Returns the bytes of gradients at the peak of a step, in addition to all activations.
 
         In the backward pass activations go as gradients come, and a process alone releases the gradients after each

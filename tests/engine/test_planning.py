@@ -178,7 +178,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
     assert planned.checkpoint_bytes == held + sum(value.nbytes for value in moments)
 
 
-def test_gradients_are_kept_beside_all_activations_only_between_passes_and_by_several_processes() -> None:
+def test_gradients_are_kept_with_all_activations_only_between_passes_and_by_several_processes() -> None:
     config = changed(load_recipe("mam2-fast"), optim={"batch": 32})
     alone, ranks = plan(config, gpu="h200"), plan(config, gpu="h200", gpus=2)
     passes = plan(changed(config, optim={"batch": 32, "micro_batch": 16}), gpu="h200")
