@@ -30,6 +30,11 @@ ADDED = {
     "index": [],
     "plan": [],
     "plot": [],
+    "embed": ["--device", "cpu"],
+    "finetune": [
+        *("--run.device", "cpu", "--run.no-compile", "--data.threads", "1"),
+        *("--optim.epochs", "1", "--optim.batch", "8", "--optim.warmup-epochs", "0", "--model.depth", "1"),
+    ],
     "pretrain": [
         *("--run.device", "cpu", "--run.no-compile", "--run.log-every", "1", "--data.threads", "1"),
         *("--optim.epochs", "1", "--optim.batch", "16", "--optim.warmup-epochs", "0", "--model.depth", "1"),
@@ -104,7 +109,8 @@ def test_no_reason_is_left_over():
 def test_the_commands_of_the_first_pages_and_the_python_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("left", "right"):
-        shutil.copytree(CLIPS / folder, Path("videos") / folder)
+        for videos in ("videos", "train", "val"):
+            shutil.copytree(CLIPS / folder, Path(videos) / folder)
     calls = {shlex.join(words): verb_of(words) for page in FIRST_PAGES for words in commands(page)}
     for line, call in calls.items():
         if call:

@@ -99,7 +99,8 @@ class TokenizerConfig:
     path: str = ""
     """File of a VQGAN: taming-transformers' `last.ckpt`, or safetensors. Empty: first train a small one on the data."""
     cache: str = resumable("")
-    """Folder of codes that `mam2 tokenize` wrote for this data, config and tokenizer. Empty: the step computes them."""
+    """Folder of codes, with `--clips` also of clips, that `mam2 tokenize` wrote for this data, config and tokenizer.
+    Empty: the step computes the codes, and videos are decoded."""
     frames: Literal["first", "all"] = "first"
     """Codes per token: only that of its `first` frame, or those of `all` its frames; all of them are predicted."""
     codes: int = limited(512, Limits(at_least=2))

@@ -7,10 +7,11 @@ files whose size or modification time differs from the index. Only `mam2 index` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.frame_folders import folder_status
 from mam2.engine.data.sources import list_and_split, read_source
-from mam2.engine.data.storage import as_address, status
+from mam2.engine.data.storage import Status, as_address, as_member, status
 from mam2.engine.data.tar_shards import as_tar_source
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
@@ -106,11 +107,12 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     earlier: tuple[Video | Skipped, ...] = (*known.videos, *known.skipped)
     before = {entry.path: entry for entry in earlier}
     found: dict[str, Video | Skipped] = {}
+    status_of = functools.cache(status)  # thousands of videos share a tar, which may be remote
     pool = ThreadPoolExecutor(threads or 2 * available_cores())
     with Progress(desc="reading videos", total=len(paths), unit="file", shown=progress) as bar:
         try:
             for start in range(0, len(paths), AT_ONCE):
-                for result in pool.map(lambda path: _look(path, before), paths[start : start + AT_ONCE]):
+                for result in pool.map(lambda path: _look(path, before, status_of), paths[start : start + AT_ONCE]):
                     found[result.path] = result
                     bar.update()
         finally:
@@ -137,14 +139,17 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     return Manifest(videos, skipped, listing.classes), changes
 
 
-def _look(path: str, before: Mapping[str, Video | Skipped]) -> Video | Skipped:
+def _look(path: str, before: Mapping[str, Video | Skipped], status_of: Callable[[str], Status]) -> Video | Skipped:
     """Returns the known entry of a file if the file is unchanged, else opens the file."""
     earlier = before.get(path)
     # An index of an earlier version lacks some of today's fields.
     if earlier is None or (isinstance(earlier, Video) and not _complete(earlier)):
         return probe_file(path)
     try:
-        now = folder_status(path) if os.path.isdir(path) else tuple(status(path))
+        if member := as_member(path):
+            now = member.size, status_of(member.tar).mtime_ns
+        else:
+            now = folder_status(path) if os.path.isdir(path) else status(path)
     except OSError:
         return probe_file(path)
     return earlier if now == (earlier.bytes, earlier.mtime_ns) else probe_file(path)

@@ -18,7 +18,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ def _samples_of(tar: str, field: str, notes: list[str]) -> Iterator[Sample]:
         notes.append(f"{tar}: {problem}; {len(members)} members before it are read")
     suffix, _, key = field.partition(".")
     labels = {_key(member.name): member for member in members if suffix and member.name.endswith(f".{suffix}")}
-    with open_file(tar) as file:
+    with open_file(tar) if labels else nullcontext() as file:
         for member in members:
             if member.name.lower().endswith(CLIP_SUFFIXES):
                 described = labels.get(_key(member.name))

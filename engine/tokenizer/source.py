@@ -39,17 +39,20 @@ class CodeSource:
 
 
 def open_cache(config: PretrainConfig, manifest: Manifest, world: World, *, progress: bool = True) -> CodeCache | None:
-    """Opens the cache `config.tokenizer.cache`; returns None if none is set or the run predicts no codes.
+    """Opens the cache `config.tokenizer.cache`; returns None without one, or in a run without codes if it has no clips.
 
     Raises UserError if the cache does not match this run.
     """
     options = config.tokenizer
-    if not options.cache or not config.needs_codes:
+    if not options.cache:
         return None
+    if not config.needs_codes and world.broadcast(lambda: CodeCache(options.cache, verify=False).clips is None):
+        return None
+    path = options.path if config.needs_codes else ""
 
     def check() -> None:
         cache = CodeCache(options.cache, progress=progress)
-        cache.check(manifest, config, fingerprint(load_vqgan(options.path)) if options.path else cache.tokenizer)
+        cache.check(manifest, config, fingerprint(load_vqgan(path)) if path else cache.tokenizer)
 
     world.broadcast(check)  # only one rank reads all of it
     return CodeCache(options.cache, verify=False)
@@ -69,8 +72,7 @@ def prepare_codes(
 ) -> CodeSource:
     """Returns the source of a run's codes; stores its tokenizer in RUN/tokenizer.safetensors, also with a cache.
 
-    cache: from `open_cache`; the loader must then have the cache's `has` as `available`, and fetches its codes, and its
-    clips if it has some.
+    cache: from `open_cache`; the loader must then have the cache's `has` as `available`, and fetches its codes.
     named: see `prepare_tokenizer`.
     """
     if cache is None:
@@ -84,13 +86,17 @@ def prepare_codes(
         f"each video, {cache.bytes / 1e6:.3g} MB, computed in {cache.precision}; {cache.count_absent()} clips absent"
     )
     loader.fetch_codes(cache.codes)
-    if clips := cache.clips:
+    return CodeSource(cache.codebook_size, _fetched)
+
+
+def use_recorded_clips(loader: ClipLoader, cache: CodeCache | None, info: Info) -> None:
+    """Makes the loader read the clips of a cache, if it has some; the loader must have its `has` as `available`."""
+    if cache and (clips := cache.clips):
         info(
             f"clips   from the cache {cache.folder}, {describe_bytes(clips.bytes)} as {clips.form.coding}; "
             "no video is decoded for training"
         )
         loader.fetch_clips(clips)
-    return CodeSource(cache.codebook_size, _fetched)
 
 
 def _fetched(batch: Batch) -> Tensor:

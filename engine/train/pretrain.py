@@ -29,7 +29,7 @@ from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.tokenizer.cache import CodeCache, check_cache
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import FILE
-from mam2.engine.tokenizer.source import open_cache, prepare_codes, with_codes
+from mam2.engine.tokenizer.source import open_cache, prepare_codes, use_recorded_clips, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
 from mam2.engine.train.description import Description, describe_task
 from mam2.engine.train.held_out import HeldOut
@@ -172,6 +172,7 @@ class _Pretraining:
                 named=setup.vqgan,
                 progress=session.progress,
             )
+        use_recorded_clips(session.loader, setup.cache, session.log.info)
         dtype, shapes = matmul_dtype(config.run, device), shapes_of(config, session.clips_per_micro_batch)
         choices, lines = tune_attention(shapes, device, dtype, run=session.folder, broadcast=world.broadcast)
         for line in lines:

@@ -25,7 +25,7 @@ from mam2.engine.tokenizer.precompute import tokenize
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
-from tests.helpers.runs import newest_weights
+from tests.helpers.runs import newest_weights, same_weights
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,13 @@ def test_a_run_on_recorded_clips_has_the_bits_of_a_run_on_videos(
     assert_same_run(tmp_path / "videos", tmp_path / "recorded")
     log = (tmp_path / "recorded" / "log.txt").read_text()
     assert re.search(r"clips   from the cache .*, 1.57 MB as raw; no video is decoded for training", log)
+    # A run without codes reads the clips too.
+    loss = dataclasses.replace(config.loss, appearance_target="none", balance="fixed")
+    motion = dataclasses.replace(recorded, loss=loss)
+    pretrain(motion, clips, tmp_path / "motion", progress=False)
+    monkeypatch.undo()
+    pretrain(with_tokenizer(motion, cache=""), clips, tmp_path / "motion on videos", progress=False)
+    assert same_weights(tmp_path / "motion", tmp_path / "motion on videos")
 
 
 @pytest.mark.slow

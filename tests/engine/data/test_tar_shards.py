@@ -145,7 +145,10 @@ def test_an_index_is_written_next_to_the_tars_and_used(shards: Path, monkeypatch
     assert made.path == Path(f"{pattern}.index.jsonl")
     assert (made.changes.new, made.changes.unchanged) == (10, 0)
     try:
+        asked: list[str] = []
+        monkeypatch.setattr("mam2.engine.data.manifest.status", lambda path: asked.append(path) or status(path))
         assert index(f"{pattern}:cls", progress=False).changes.unchanged == 10
+        assert set(asked) == {f"{shards}/{shard:05d}.tar" for shard in range(2)}
         monkeypatch.setattr("mam2.engine.data.manifest.probe_file", None)  # no file may be opened
         labeled = read_manifest(f"{pattern}:cls", progress=False)
         assert [video.label for video in labeled.videos] == [-1, 1, 2, 3, 0, 1, 2, 3, 0, 1]

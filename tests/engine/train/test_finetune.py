@@ -408,12 +408,13 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, 
 
 def test_recipes_hold_the_methods_values():
     loaded = {name: load_recipe(name, FinetuneConfig) for name in recipe_names(FinetuneConfig)}
-    assert loaded.keys() == {f"{data}/finetune" for data in ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo")}
+    names = ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo", "laptop")
+    assert loaded.keys() == {f"{name}/finetune" for name in names}
     for name, config in loaded.items():
         config.check()
         text = (RECIPES / f"{name}.toml").read_text()
         assert f"mam2 finetune {name} --data" in text
-        if name == "demo/finetune":
+        if name in ("demo/finetune", "laptop/finetune"):
             continue
         augment, small_set = config.augment, name.startswith(("ucf101", "hmdb51"))
         assert (augment.operations, augment.magnitude, augment.magnitude_std) == (4, 7, 0.5)
@@ -438,3 +439,11 @@ def test_classes_without_a_video_are_told(few):
     spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
     message = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
     assert message.startswith("warning: 5 classes, of which 3 have no training video (the first is 1)")
+
+
+def test_the_laptops_classifier_is_the_encoder_of_the_laptops_pre_training():
+    config, pretrained = load_recipe("laptop/finetune", FinetuneConfig), load_recipe("laptop")
+    model = pretrained.model
+    assert (config.data.frames, config.data.size) == (pretrained.data.frames, pretrained.data.size)
+    assert (config.model.width, config.model.depth, config.model.heads) == (model.width, model.depth, model.heads)
+    assert (config.model.patch, config.model.tubelet) == (model.patch, model.tubelet)
