@@ -41,14 +41,15 @@ class FinetunePlan(planning.Plan):
         shards = self.gpus if config.run.sharding == "fsdp" else 1
         cast = self.all_parameters if config.adapters.rank else trained
         own_copy = config.adapters.rank or shards > 1
+        held = float(sum(cost.held_bytes for cost in self.parts.values()) * clips)
         return {
             "weights": self.all_parameters * costs.SINGLE / shards,
             **({"validation": float(self.all_parameters * costs.SINGLE)} if own_copy else {}),
             **({"average": trained * costs.SINGLE / shards} if config.optim.ema else {}),
-            "gradients": trained * costs.SINGLE / shards,
+            "gradients": self._gradients_at_peak(trained * costs.SINGLE / shards, held),
             "moments": self._moments / shards,
             **({"weights cast": float(cast * item)} if item < costs.SINGLE else {}),
-            "activations": float(sum(cost.held_bytes for cost in self.parts.values()) * clips),
+            "activations": held,
             "clips": float((data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels),
         }
 

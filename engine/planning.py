@@ -141,12 +141,21 @@ class Plan:
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
             "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
-            "gradients": state,
+            "gradients": self._gradients_at_peak(state, held),
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
             **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
+
+    def _gradients_at_peak(self, gradients: float, activations: float) -> float:
+        """Returns the bytes of gradients at the peak of a step, in addition to all activations.
+
+        In the backward pass activations go as gradients come, and a process alone releases the gradients after each
+        update. They stay in the buckets or shards of several processes, and between the passes of a step.
+        """
+        kept = self.gpus > 1 or micro_batches_per_step(self.config, self.gpus) > 1
+        return gradients if kept else max(gradients - activations, 0.0)
 
     @property
     def checkpoint_bytes(self) -> float:

@@ -178,6 +178,18 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
     assert planned.checkpoint_bytes == held + sum(value.nbytes for value in moments)
 
 
+def test_gradients_are_kept_with_all_activations_only_between_passes_and_by_several_processes() -> None:
+    config = changed(load_recipe("mam2-fast"), optim={"batch": 32})
+    alone, ranks = plan(config, gpu="h200"), plan(config, gpu="h200", gpus=2)
+    passes = plan(changed(config, optim={"batch": 32, "micro_batch": 16}), gpu="h200")
+    assert alone.memory["gradients"] == 0
+    assert ranks.memory["gradients"] == passes.memory["gradients"] == 4 * alone.parameters
+    wide = changed(config, model={"width": 3072}, optim={"batch": 1})
+    found = plan(wide, gpu="h200")
+    held = sum(cost.held_bytes for name, cost in found.parts.items() if name != "tokenizer")
+    assert found.memory["gradients"] == 4 * found.parameters - held > 0
+
+
 def test_a_gpu_holds_the_tokenizers_activations_next_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it has done its work before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})

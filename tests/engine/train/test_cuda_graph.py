@@ -403,6 +403,7 @@ def test_all_processes_choose_the_same_and_keep_the_bits_of_ddp(case, two_proces
     for rank in two_processes[case]:
         assert rank["reason"].startswith(REASONS[case])
         assert rank["ddp"] == ("launched" in REASONS[case][:8]), "DDP is released for a graph only"
+        assert rank["released"], "its nodes of autograd must be gone before a graph is captured"
         assert rank["values"] == plain["values"]
         assert same_tensors(rank["weights"], plain["weights"])
 
