@@ -121,6 +121,8 @@ PREDICTED = {
     "scale_gradient 90112x1536 bfloat16",
 }
 """Launches in every covering set: benchmarks/predict.py reads them."""
+PREDICTED_TOO = f"masked_loss {Clip(layout='contiguous', video=SINGLE)} pixel channel"
+"""Read there too; added last, so that it does not change what else is in the covering sets."""
 ALL_SHAPES = ("sm_90", "gfx942")
 """Architectures whose covering set holds every shape of patch; to save time, the others' need not."""
 
@@ -258,7 +260,7 @@ def cover(launches: dict[str, Launch], shapes: bool) -> list[str]:
         best = max(features, key=lambda name: len(left & features[name]))
         chosen.add(best)
         left -= features[best]
-    return [name for name in launches if name in chosen]
+    return [name for name in launches if name in chosen or name == PREDICTED_TOO]
 
 
 def table_row(name: str, architecture: str, facts: dict[str, Any]) -> list[str]:
