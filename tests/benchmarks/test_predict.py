@@ -1,4 +1,4 @@
-"""The prediction for an H200: from the checked-in table, by a model whose parts can be checked by hand."""
+"""The prediction for an H200: from the committed table, by a model whose parts are checked by hand."""
 
 import importlib
 from types import ModuleType
@@ -40,7 +40,7 @@ def test_floors_are_those_worked_out_by_hand(predict: ModuleType) -> None:
 
 
 def test_littles_law(predict: ModuleType) -> None:
-    """As many bytes as a copy needs in flight take as long as the copy."""
+    """With as many bytes in flight as a copy needs, the time is that of the copy."""
     for of in predict.kernels().values():
         share = of.in_flight / (predict.COPY * predict.LATENCY / predict.SMS)
         assert of.latency == pytest.approx(of.memory / share)

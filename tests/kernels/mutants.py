@@ -1,6 +1,6 @@
 """Deliberate mistakes in the kernels and in the PyTorch path, each with the tests that must notice it.
 
-`old` occurs exactly once in its file, so that a mutant that no longer applies is an error and not a pass.
+`old` occurs exactly once in its file, so that a mutant that no longer applies is an error.
 """
 
 from typing import NamedTuple
