@@ -4,12 +4,14 @@
 
 The forward pass runs in bfloat16 on tensors without data (PyTorch's FakeTensorMode): a recipe of full size needs
 seconds and no memory. Counted are the storages that autograd saves for the backward pass, except weights, their copies
-in 16 bits and their gradients, which `mam2 plan` lists apart. The step is eager: a compiled one holds less.
+in 16 bits and their gradients, which `mam2 plan` lists apart. The step is eager: a compiled one holds less. The row
+`whole step` has the peak of forward, backward and AdamW, which PyTorch's MemTracker counts, in MiB of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.report import table
 from benchmarks.step_parts import DECLARED, parts_of
@@ -27,12 +30,19 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import part_costs
 from mam2.engine.model.attention_tuning import shapes_of
 from mam2.engine.model.build import build_model
+from mam2.engine.model.mam2 import MAM2
+from mam2.engine.model.videomae import VideoMAE
+from mam2.engine.planning import plan
+from mam2.engine.train.objective import build_objective
 from mam2.kernels import TubeMask
 
 RECIPES = ("mam2-fast", "mam2-cae", "videomae", "laptop")
 CLIPS = 3
 CODES = 8192
-COLUMNS = ("recipe", "part", "planned_mib_per_clip", "counted_mib_per_clip", "planned_percent")
+STEP_CLIPS = 8
+"""Clips of the whole step."""
+PER_CLIP = ("recipe", "part", "planned_mib_per_clip", "counted_mib_per_clip", "planned_percent")
+PER_STEP = ("recipe", "clips", "planned_mib", "counted_mib", "planned_percent")
 
 
 def rows(recipe: str) -> Iterator[dict[str, Any]]:
@@ -50,22 +60,69 @@ def rows(recipe: str) -> Iterator[dict[str, Any]]:
         }
 
 
+def step_row(recipe: str) -> dict[str, Any]:
+    """Returns a row about the peak of a whole step of `STEP_CLIPS` clips; the clips prepared ahead are not in it."""
+    config = load_recipe(recipe)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, recorded=1),
+        tokenizer=dataclasses.replace(config.tokenizer, cache="codes", codes=CODES, path=""),
+        optim=dataclasses.replace(config.optim, batch=STEP_CLIPS, name="adamw"),
+        run=dataclasses.replace(config.run, precision="bfloat16"),
+    )
+    memory = plan(config, gpu="h200").memory
+    planned, counted = sum(memory.values()) - memory["clips"], _step_peak(config)
+    percent = 100 * planned / counted
+    return {
+        "recipe": recipe,
+        "clips": STEP_CLIPS,
+        "planned_mib": planned / 2**20,
+        "counted_mib": counted / 2**20,
+        "planned_percent": percent,
+    }
+
+
+def _step_peak(config: PretrainConfig) -> int:
+    with FakeTensorMode(), mock.patch("torch.nn.init.trunc_normal_"):
+        model = _model(config, STEP_CLIPS)
+        objective = build_objective(model, config, lambda part: part)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        inputs = _inputs(config, STEP_CLIPS)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for step in range(2):
+                if step == 1:
+                    tracker.reset_mod_stats()  # the first step makes the moments
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = objective(*inputs)[0]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return max(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+
+
+def _model(config: PretrainConfig, clips: int) -> MAM2 | VideoMAE:
+    model = build_model(config, CODES)
+    # as on a GPU: a CPU's products would store the scores
+    shapes = shapes_of(config, clips).values()
+    model.set_attention({("cpu", torch.bfloat16, *shape[1:]): "sdpa" for shape in shapes})
+    return model
+
+
 def counted_bytes(config: PretrainConfig) -> dict[str, float]:
     """Returns the bytes per clip that autograd saves in the forward pass of each part."""
     # truncated normal draws depend on their values, which do not exist here
     with FakeTensorMode(), mock.patch("torch.nn.init.trunc_normal_"):
-        model = build_model(config, CODES)
-        shapes = shapes_of(config, CLIPS).values()
-        # as on a GPU: a CPU's products would store the scores
-        model.set_attention({("cpu", torch.bfloat16, *shape[1:]): "sdpa" for shape in shapes})
-        return {part: _saved(forward, model) / CLIPS for part, forward in parts_of(model, _inputs(config)).items()}
+        model, inputs = _model(config, CLIPS), _inputs(config, CLIPS)
+        return {part: _saved(forward, model) / CLIPS for part, forward in parts_of(model, inputs).items()}
 
 
-def _inputs(config: PretrainConfig) -> tuple[Tensor, TubeMask, Tensor]:
+def _inputs(config: PretrainConfig, clips: int) -> tuple[Tensor, TubeMask, Tensor]:
     data, tokens = config.data, math.prod(config.grid)
-    video = torch.empty(CLIPS, data.frames, data.size, data.size, data.channels, dtype=torch.uint8)
+    video = torch.empty(clips, data.frames, data.size, data.size, data.channels, dtype=torch.uint8)
     visible, masked, codes = (
-        torch.empty(CLIPS, count, dtype=torch.int64)
+        torch.empty(clips, count, dtype=torch.int64)
         for count in (tokens - config.masked_tokens, config.decoded_tokens, tokens)
     )
     return video.permute(0, 4, 1, 2, 3), TubeMask(visible, masked), codes
@@ -90,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_memory", description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=list(RECIPES))
     options = parser.parse_args(arguments)
-    print(table([row for recipe in options.recipes for row in rows(recipe)], COLUMNS))
+    print(table([row for recipe in options.recipes for row in rows(recipe)], PER_CLIP))
+    print("\nwhole step", table([step_row(recipe) for recipe in options.recipes], PER_STEP), sep="\n")
     return 0
 
 

@@ -113,12 +113,16 @@ def kernels() -> dict[str, Bounds]:
     clip = "channels_last 2x16x16 uint8 bfloat16"
     tokens = BATCH * MASKED
     loss = costs.masked_loss(BATCH, MASKED, VALUES).bytes_moved
+    planar = costs.masked_loss(BATCH, MASKED, VALUES, clip_bytes=4).bytes_moved
     gather = costs.gather_tubes(BATCH, VISIBLE, VALUES).bytes_moved
     return {
         "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
         "masked_frame_difference_loss, the same": bounds(f"masked_loss {clip} adjacent channel", tokens, loss),
         "their backward pass, unless the upstream gradient is 1": bounds(
             f"scale_gradient {tokens}x{VALUES} bfloat16", tokens, costs.scale_gradient(tokens, VALUES).bytes_moved
+        ),
+        "masked_pixel_loss of planar float32 clips": bounds(
+            "masked_loss contiguous 2x16x16 float32 bfloat16 pixel channel", tokens, planar
         ),
         "gather_tubes": bounds(f"gather_tubes {clip} normalized", BATCH * VISIBLE, gather),
     }
@@ -136,7 +140,8 @@ def head() -> list[tuple[str, float, float]]:
     passes = bounds(f"softmax_gradient {CODES} bfloat16", rows, costs.softmax_gradient(rows, CODES).bytes_moved)
     # the product of a chunk is added to the running float32 sum, which is read and written
     adding = chunks * 2 * CODES * WIDTH * 4 / COPY
-    kernels = 2 * parts + 2 * chunks
+    summing = rows * CODES * 2 / COPY  # a chunk does not fit into the L2
+    kernels = 2 * parts + 4 * chunks
     return [
         (f"three products at {GEMM / 1e12:.0f} TFLOP/s", product, product),
         (
@@ -145,6 +150,7 @@ def head() -> list[tuple[str, float, float]]:
             passes.worst,
         ),
         (f"adding up the weight's gradient in float32 over {chunks} chunks of {chunk} rows", 0.0, adding),
+        (f"column sums over {chunks} chunks of logits, for the bias", summing, summing),
         (f"gaps between {kernels} kernels", 0.0, kernels * GAP),
     ]
 
@@ -189,8 +195,9 @@ def report() -> str:
     parts = head()
     lines += [
         "",
-        f"linear_cross_entropy, forward and backward: {BATCH * MASKED} rows, {WIDTH} wide, {CODES} codes, bfloat16.",
-        "At best logits and the weight's gradient stay in the L2 and gaps are hidden; at worst they come from memory.",
+        f"linear_cross_entropy with bias, forward and backward: {BATCH * MASKED} rows, {WIDTH} wide, {CODES} codes.",
+        "At best logits and the weight's gradient stay in the L2 and gaps are hidden; at worst they come from",
+        "memory. All types are bfloat16. The column sums read a whole chunk, which does not fit into the L2.",
         "",
         "| part | ms at best | ms at worst |",
         "|---|---|---|",

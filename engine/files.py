@@ -10,6 +10,7 @@ import codecs
 import errno
 import io
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,17 +100,32 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Yields a temporary file to write to; renames it if the block ends without an error, else removes it."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a temporary path next to `path`, for a file or a folder that the block creates.
+
+    Renames it to `path` if the block ends without an error, else removes it. Raises OSError.
+    """
     aside = path.with_name(f".part-{path.name}")
+    _remove(aside)
     try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         aside.replace(path)
     except BaseException:
-        with suppress(OSError):
-            aside.unlink()
+        _remove(aside)
         raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

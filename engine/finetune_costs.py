@@ -10,9 +10,9 @@ import dataclasses
 import math
 from collections import Counter
 
-from mam2.engine import costs
+from mam2.engine import costs, layer_costs
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.costs import PartCost
+from mam2.engine.layer_costs import PartCost
 from mam2.engine.model.blocks import mlp_width
 
 PATCHES, FROZEN, BLOCKS, ADAPTERS, HEAD = "patch embedding", "frozen blocks", "blocks", "adapters", "head"
@@ -25,8 +25,8 @@ def finetune_costs(config: FinetuneConfig, item_bytes: int) -> dict[str, PartCos
     """
     model, tokens, rank = config.model, math.prod(config.grid), config.adapters.rank
     pixels = model.tubelet * model.patch**2 * config.data.channels
-    embedding = costs.linear(tokens, pixels, model.width, item_bytes, input_gradient=False)
-    whole = costs.block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
+    embedding = layer_costs.linear(tokens, pixels, model.width, item_bytes, input_gradient=False)
+    whole = layer_costs.block(tokens, model.width, model.mlp_ratio, item_bytes, layer_scale=model.layer_scale)
     frozen = config.frozen_blocks
     parts = {PATCHES: _forward_only(embedding) if frozen_embedding(config) else embedding}
     if frozen:
@@ -45,7 +45,7 @@ def frozen_embedding(config: FinetuneConfig) -> bool:
 
 def trained_parameters(config: FinetuneConfig) -> int:
     """Returns the number of trained parameters."""
-    parts = finetune_costs(config, costs.SINGLE)
+    parts = finetune_costs(config, layer_costs.SINGLE)
     frozen = {FROZEN} | ({PATCHES} if frozen_embedding(config) else set())
     frozen |= {BLOCKS} if config.adapters.rank else set()
     held = config.model.classes * config.model.text_width if config.head.frozen else 0
@@ -70,8 +70,8 @@ def _adapted(config: FinetuneConfig, block: PartCost, tokens: int, item_bytes: i
     """
     model, rank, adapters = config.model, config.adapters.rank, PartCost()
     for inputs, outputs in adapted_layers(config):
-        down = costs.linear(tokens, inputs, rank, item_bytes, bias=False)
-        up = costs.linear(tokens, rank, outputs, item_bytes, bias=False)
+        down = layer_costs.linear(tokens, inputs, rank, item_bytes, bias=False)
+        up = layer_costs.linear(tokens, rank, outputs, item_bytes, bias=False)
         added = PartCost(bytes_moved=7 * tokens * outputs * item_bytes)  # scaled and added; the gradient scaled
         adapters += dataclasses.replace(down, held_bytes=0) + up + added  # the block holds the input of `down`
     weights = sum(2 * tokens * inputs * outputs for inputs, outputs in adapted_layers(config))
@@ -90,10 +90,10 @@ def _head(config: FinetuneConfig, item_bytes: int) -> PartCost:
     """Returns the cost of the mean over tokens, LayerNorm and head on one vector per clip."""
     model, text = config.model, config.model.text_width
     classes = max(model.classes, 1)
-    head = costs.linear(1, model.width, text or classes, item_bytes)
+    head = layer_costs.linear(1, model.width, text or classes, item_bytes)
     if text:
-        head += costs.linear(1, text, classes, item_bytes, bias=False) + PartCost(parameters=1)
-    return costs.norm(1, model.width, item_bytes) + head
+        head += layer_costs.linear(1, text, classes, item_bytes, bias=False) + PartCost(parameters=1)
+    return layer_costs.norm(1, model.width, item_bytes) + head
 
 
 def trained_matrices(config: FinetuneConfig) -> Counter[tuple[int, int]]:

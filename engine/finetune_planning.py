@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mam2.engine import costs, planning
+from mam2.engine import planning
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.finetune_costs import ADAPTERS, finetune_costs, trained_matrices, trained_parameters
-from mam2.engine.planning import _bytes, _count, _duration, _plain, _row
+from mam2.engine.layer_costs import SINGLE, PartCost, muon_update
+from mam2.engine.machines import machine_rates
+from mam2.engine.planning import cost_row
+from mam2.engine.units import binary_bytes, duration, plain_number, with_prefix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,14 +44,15 @@ class FinetunePlan(planning.Plan):
         shards = self.gpus if config.run.sharding == "fsdp" else 1
         cast = self.all_parameters if config.adapters.rank else trained
         own_copy = config.adapters.rank or shards > 1
+        held = float(sum(cost.held_bytes for cost in self.parts.values()) * clips)
         return {
-            "weights": self.all_parameters * costs.SINGLE / shards,
-            **({"validation": float(self.all_parameters * costs.SINGLE)} if own_copy else {}),
-            **({"average": trained * costs.SINGLE / shards} if config.optim.ema else {}),
-            "gradients": trained * costs.SINGLE / shards,
+            "weights": self.all_parameters * SINGLE / shards,
+            **({"validation": float(self.all_parameters * SINGLE)} if own_copy else {}),
+            **({"average": trained * SINGLE / shards} if config.optim.ema else {}),
+            "gradients": self._gradients_at_peak(trained * SINGLE / shards, held),
             "moments": self._moments / shards,
-            **({"weights cast": float(cast * item)} if item < costs.SINGLE else {}),
-            "activations": float(sum(cost.held_bytes for cost in self.parts.values()) * clips),
+            **({"weights cast": float(cast * item)} if item < SINGLE else {}),
+            "activations": held,
             "clips": float((data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels),
         }
 
@@ -56,25 +60,25 @@ class FinetunePlan(planning.Plan):
     def checkpoint_bytes(self) -> float:
         """Returns the bytes of a checkpoint: all weights, optimizer state, and their moving average if there is one."""
         averaged = self.parameters * bool(self.config.optim.ema)
-        return (self.all_parameters + averaged) * costs.SINGLE + self._moments
+        return (self.all_parameters + averaged) * SINGLE + self._moments
 
     @property
     def _moments(self) -> int:
-        return costs.SINGLE * (2 * self.parameters - self._muon.parameters)
+        return SINGLE * (2 * self.parameters - self._muon.parameters)
 
     @property
-    def _muon(self) -> costs.PartCost:
+    def _muon(self) -> PartCost:
         if self.config.optim.name != "muon":
-            return costs.PartCost()
-        return costs.muon_update(trained_matrices(self.config), self.dtype.itemsize)
+            return PartCost()
+        return muon_update(trained_matrices(self.config), self.dtype.itemsize)
 
     @property
     def _update_bytes(self) -> int:
         """Returns the memory traffic of a step that does not depend on clips: weights, gradients, optimizer."""
         item, trained, muon = self.dtype.itemsize, self.parameters, self._muon
-        cast = costs.SINGLE + item if item != costs.SINGLE else 0
+        cast = SINGLE + item if item != SINGLE else 0
         read = self.all_parameters * (cast + 2 * item)
-        return read + trained * costs.SINGLE + 7 * costs.SINGLE * (trained - muon.parameters) + muon.bytes_moved
+        return read + trained * SINGLE + 7 * SINGLE * (trained - muon.parameters) + muon.bytes_moved
 
     @property
     def _seconds_of_arithmetic(self) -> float:
@@ -92,9 +96,9 @@ class FinetunePlan(planning.Plan):
         config, data = self.config, self.config.data
         dtype = str(self.dtype).removeprefix("torch.")
         count = micro_batches_per_step(config, self.gpus)
-        total = sum(self.parts.values(), costs.PartCost())
+        total = sum(self.parts.values(), PartCost())
         memory = self.memory
-        parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
+        parts = ", ".join(f"{name} {binary_bytes(value)}" for name, value in memory.items())
         limit = f" of {self.memory_gib:.0f} GiB" if math.isfinite(self.memory_gib) else ""
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         lines = [
@@ -102,24 +106,24 @@ class FinetunePlan(planning.Plan):
             f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_per_pass} clips on "
             f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
             f"{self.pass_note}",
-            f"trained  {_count(self.parameters).strip()} of {_count(self.all_parameters).strip()} parameters"
+            f"trained  {with_prefix(self.parameters).strip()} of {with_prefix(self.all_parameters).strip()} parameters"
             f"{self._frozen()}",
             "",
             "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
-            *(_row(name, cost) for name, cost in {**self.parts, "all": total}.items()),
-            f"update   {_bytes(self._update_bytes)} of memory traffic per step",
+            *(cost_row(name, cost) for name, cost in {**self.parts, "all": total}.items()),
+            f"update   {binary_bytes(self._update_bytes)} of memory traffic per step",
             "",
-            f"memory   {_bytes(sum(memory.values()))}{limit} per device (estimated): {parts}"
+            f"memory   {binary_bytes(sum(memory.values()))}{limit} per device (estimated): {parts}"
             f"{'' if self.fits else f'  DOES NOT FIT: {self.remedy()}'}",
-            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"saving   {binary_bytes(self.checkpoint_bytes)} per checkpoint"
             f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
-            f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}",
-            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of "
+            f"machine  {self.machine}: {with_prefix(self.peak_flops)}FLOP/s {dtype}",
+            f"speed    {plain_number(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of "
             f"that peak is assumed, not measured; bound by {bound}; loading and validation not counted)",
         ]
         if videos:
             lines.append(
-                f"time     {_duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs "
+                f"time     {duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs "
                 f"of {videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
         return "\n".join(lines)
@@ -136,6 +140,6 @@ class FinetunePlan(planning.Plan):
 def plan_finetuning(config: FinetuneConfig, *, gpu: str = "", gpus: int = 1, utilization: float = 0.0) -> FinetunePlan:
     """Returns the plan of a fine-tuning run of the encoder that `config.model` describes; see `planning.plan`."""
     config.check()
-    machine = planning.machine_rates(config, gpu, gpus, utilization)
+    machine = machine_rates(config, gpu, gpus, utilization)
     parts = finetune_costs(config, machine["dtype"].itemsize)
     return planning.with_automatic_passes(FinetunePlan(config=config, parts=parts, source="", **machine))

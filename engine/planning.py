@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
 from mam2.engine import costs
 from mam2.engine.config.pretrain import PretrainConfig, check
-from mam2.engine.config.training import TrainConfig, micro_batches_per_step
+from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.data.sample_order import SampleOrder
 from mam2.engine.errors import UserError
-from mam2.engine.runtime.device import matmul_dtype, pick_device
-from mam2.engine.runtime.peak import measured_peak_flops
+from mam2.engine.layer_costs import SINGLE, PartCost
+from mam2.engine.machines import machine_rates
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import code_factor
 from mam2.engine.tokenizer.vqgan import VQGANConfig, small
+from mam2.engine.units import binary_bytes, duration, plain_number, with_prefix
 
-
-class GPU(NamedTuple):
-    """Specifications of a GPU from its data sheet."""
-
-    name: str
-    bf16_tflop_per_s: float
-    """Rate of dense bfloat16 products, without sparsity."""
-    gb_per_s: float
-    memory_gb: float
-
-
-GPUS = {
-    "b200": GPU("NVIDIA B200", 2250, 8000, 180),
-    "h200": GPU("NVIDIA H200 SXM", 989, 4800, 141),
-    "h100": GPU("NVIDIA H100 SXM", 989, 3350, 80),
-    "h100pcie": GPU("NVIDIA H100 PCIe", 756, 2000, 80),
-    "a100": GPU("NVIDIA A100 SXM 80 GB", 312, 2039, 80),
-    "a10040gb": GPU("NVIDIA A100 PCIe 40 GB", 312, 1555, 40),
-    "l40s": GPU("NVIDIA L40S", 362, 864, 48),
-    "l4": GPU("NVIDIA L4", 121, 300, 24),
-    "a40": GPU("NVIDIA A40", 149.7, 696, 48),
-    "a30": GPU("NVIDIA A30", 165, 933, 24),
-    "a10": GPU("NVIDIA A10", 125, 600, 24),
-    "rtx6000ada": GPU("NVIDIA RTX 6000 Ada", 364, 960, 48),
-    "rtxa6000": GPU("NVIDIA RTX A6000", 154.8, 768, 48),
-    "rtx5090": GPU("NVIDIA GeForce RTX 5090", 209.5, 1792, 32),
-    "rtx5080": GPU("NVIDIA GeForce RTX 5080", 112.6, 960, 16),
-    "rtx5070ti": GPU("NVIDIA GeForce RTX 5070 Ti", 87.9, 896, 16),
-    "rtx5070": GPU("NVIDIA GeForce RTX 5070", 61.7, 672, 12),
-    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 165, 1008, 24),
-    "rtx4080": GPU("NVIDIA GeForce RTX 4080", 97.5, 717, 16),
-    "rtx4070ti": GPU("NVIDIA GeForce RTX 4070 Ti", 80.2, 504, 12),
-    "rtx4070": GPU("NVIDIA GeForce RTX 4070", 58.3, 504, 12),
-    "rtx4060": GPU("NVIDIA GeForce RTX 4060", 30.2, 272, 8),
-    "rtx3090": GPU("NVIDIA GeForce RTX 3090", 71, 936, 24),
-    "rtx3080": GPU("NVIDIA GeForce RTX 3080", 59.5, 760, 10),
-    "rtx3070": GPU("NVIDIA GeForce RTX 3070", 40.6, 448, 8),
-    "rtx3060": GPU("NVIDIA GeForce RTX 3060", 25.5, 360, 12),
-    "mi300x": GPU("AMD Instinct MI300X", 1307, 5300, 192),
-}
-"""NVIDIA's and AMD's data sheets; a GeForce card's rate is twice that of its float32 units, as in NVIDIA's white papers
-for bfloat16 with float32 accumulation."""
-WITHOUT_BFLOAT16 = {
-    "v100",
-    "t4",
-    "p100",
-    "titanv",
-    "rtx2080ti",
-    "rtx2080",
-    "rtx2070",
-    "rtx2060",
-    "gtx1080ti",
-    "gtx1080",
-}
-"""NVIDIA's cards before Ampere: training there needs float32, for which there is no estimate."""
-MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
-UTILIZATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
-"""Default assumption for the share of the peak that a step reaches; not measured.
-
-On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
-% of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
-"""
 SomePlan = TypeVar("SomePlan", bound="Plan")
 IMAGES_PER_PASS = 64
 """Frames per pass of the tokenizer."""
@@ -92,7 +29,7 @@ IMAGES_PER_PASS = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     config: PretrainConfig
-    parts: dict[str, costs.PartCost]
+    parts: dict[str, PartCost]
     dtype: torch.dtype
     machine: str
     """Name of the machine, and the source of its rates."""
@@ -132,26 +69,35 @@ class Plan:
         data = self.config.data
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer") * clips
         frames = min(IMAGES_PER_PASS, clips * self.config.tokenized_frames)
-        tokenizer = self.parts.get("tokenizer", costs.PartCost())
-        value = costs.SINGLE if data.value_range else 1
+        tokenizer = self.parts.get("tokenizer", PartCost())
+        value = SINGLE if data.value_range else 1
         batches = (data.prefetch + 1) * clips * data.frames * data.size**2 * data.channels * value
         shards = self.gpus if self.config.run.sharding == "fsdp" else 1
-        state = self.parameters * costs.SINGLE / shards
-        teacher = self.parts.get("teacher", costs.PartCost()).parameters * costs.SINGLE / shards
+        state = self.parameters * SINGLE / shards
+        teacher = self.parts.get("teacher", PartCost()).parameters * SINGLE / shards
         tokenizing = tokenizer.held_bytes * frames / self.config.tokenized_frames
         return {
-            "weights": state + tokenizer.parameters * costs.SINGLE + teacher,
-            "gradients": state,
+            "weights": state + tokenizer.parameters * SINGLE + teacher,
+            "gradients": self._gradients_at_peak(state, held),
             "moments": costs.state_bytes(self.config, self.parameters) / shards,
-            **({"weights cast": self.parameters * float(item)} if item < costs.SINGLE else {}),
+            **({"weights cast": self.parameters * float(item)} if item < SINGLE else {}),
             "activations": held + tokenizing if self.cuda else max(held, tokenizing),
             "clips": float(batches),
         }
 
+    def _gradients_at_peak(self, gradients: float, activations: float) -> float:
+        """Returns the bytes of gradients at the peak of a step, in addition to all activations.
+
+        In the backward pass activations go as gradients come, and a process alone releases the gradients after each
+        update. They stay in the buckets or shards of several processes, and between the passes of a step.
+        """
+        kept = self.gpus > 1 or micro_batches_per_step(self.config, self.gpus) > 1
+        return gradients if kept else max(gradients - activations, 0.0)
+
     @property
     def checkpoint_bytes(self) -> float:
         """Returns the bytes of a checkpoint: weights and optimizer state. Rank 0 keeps them in host memory on a GPU."""
-        return self.parameters * costs.SINGLE + costs.state_bytes(self.config, self.parameters)
+        return self.parameters * SINGLE + costs.state_bytes(self.config, self.parameters)
 
     @property
     def fits(self) -> bool:
@@ -221,16 +167,18 @@ class Plan:
             "",
             "per clip                parameters  forward FLOP  backward FLOP  memory traffic  activations held",
         ]
-        lines += [_row(name, cost) for name, cost in self.parts.items()]
-        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), costs.PartCost())
+        lines += [cost_row(name, cost) for name, cost in self.parts.items()]
+        totals = sum((dataclasses.replace(cost, parameters=0) for cost in self.parts.values()), PartCost())
         held = sum(cost.held_bytes for name, cost in self.parts.items() if name != "tokenizer")
-        lines.append(_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
+        lines.append(cost_row("all", dataclasses.replace(totals, parameters=self.parameters, held_bytes=held)))
         step = costs.step_bytes(self.config, self.parameters, self.dtype.itemsize)
         muon = costs.muon(config, self.dtype.itemsize)
-        by_muon = f"; Muon on {_count(muon.parameters)}parameters, {_count(muon.flops)}FLOP per step" * bool(muon.flops)
+        by_muon = f"; Muon on {with_prefix(muon.parameters)}parameters, {with_prefix(muon.flops)}FLOP per step" * bool(
+            muon.flops
+        )
         memory = self.memory
         total = sum(memory.values())
-        parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
+        parts = ", ".join(f"{name} {binary_bytes(value)}" for name, value in memory.items())
         limit = f" of {self.memory_gib:.0f} GiB" if math.isfinite(self.memory_gib) else ""
         fits = "" if self.fits else f"  DOES NOT FIT: {self.remedy()}"
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
@@ -243,18 +191,18 @@ class Plan:
                 f"{'in addition to' if self.cuda else 'before'} the others)"
             )
         lines += [
-            f"update   {_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
+            f"update   {binary_bytes(step)} of memory traffic per step, weights and gradients included{by_muon}",
             "",
-            f"memory   {_bytes(total)}{limit} per device (estimated): {parts}{fits}",
-            f"saving   {_bytes(self.checkpoint_bytes)} per checkpoint"
+            f"memory   {binary_bytes(total)}{limit} per device (estimated): {parts}{fits}",
+            f"saving   {binary_bytes(self.checkpoint_bytes)} per checkpoint"
             f"{', and as much pinned memory of the host, kept while it trains' * self.cuda}",
-            f"machine  {self.machine}: {_count(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
-            f"speed    {_plain(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of that peak is "
-            f"assumed, not measured; bound by {bound}; loading not counted)",
+            f"machine  {self.machine}: {with_prefix(self.peak_flops)}FLOP/s {dtype}{bandwidth}",
+            f"speed    {plain_number(self.clips_per_s)} clips/s (estimated: {100 * self.utilization:.0f} % of that "
+            f"peak is assumed, not measured; bound by {bound}; loading not counted)",
         ]
         if count := sum(counts):
             lines.append(
-                f"time     {_duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
+                f"time     {duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
                 f"{count:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
             )
         lines += sets
@@ -308,41 +256,6 @@ def _with_largest_pass(found: SomePlan) -> SomePlan | None:
     return None
 
 
-def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilization: float) -> dict[str, Any]:
-    """Returns the fields of a plan that depend on the machine; arguments and errors as in `plan`."""
-    if not 0 <= utilization <= 1:
-        raise UserError(f"--utilization is a share from 0 to 1, found {utilization:g}")
-    if gpus < 1:
-        raise UserError(f"--gpus {gpus}: expected at least 1")
-    known = _known(gpu) if gpu else ""
-    micro_batches_per_step(config, gpus)
-    device = torch.device("cuda") if gpu else pick_device(config.run)
-    dtype = matmul_dtype(config.run, device)
-    if gpu:
-        name, tflop_per_s, gb_per_s, memory_gb = GPUS[known]
-        if dtype == torch.float32:
-            raise UserError("--gpu: its rate is known only for bfloat16; leave run.precision at auto")
-        peak, rate, memory = tflop_per_s * 1e12, gb_per_s * 1e9, memory_gb * 1e9 / 2**30
-        machine = f"{name} (data sheet)"
-    else:
-        peak, rate, memory = measured_peak_flops(device, dtype), math.inf, math.inf
-        machine = "this machine's CPU (measured product)"
-        if device.type == "cuda":
-            machine = f"{torch.cuda.get_device_name(device)} (measured product)"
-            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return {
-        "dtype": dtype,
-        "machine": machine,
-        "peak_flops": peak,
-        "bytes_per_s": rate,
-        "memory_gib": memory,
-        "utilization": utilization or UTILIZATION["data sheet" if gpu else device.type],
-        "gpus": gpus,
-        "cuda": device.type == "cuda",
-        "automatic": config.optim.micro_batch == "auto",
-    }
-
-
 def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
     """Returns a line per data set; none for a single one. Raises UserError if the number of weights differs."""
     weights = config.data.weights
@@ -370,54 +283,9 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
 
 
-def _known(gpu: str) -> str:
-    """Returns the key of `GPUS` for a user's spelling; raises UserError with the nearest keys if there is none."""
-    name = re.sub(r"[^a-z0-9]", "", gpu.lower())
-    for maker in MAKERS:
-        name = name.replace(maker, "")
-    name = name if name in GPUS or f"rtx{name}" not in GPUS else f"rtx{name}"
-    if name in WITHOUT_BFLOAT16:
-        raise UserError(
-            f"--gpu {gpu}: it has no bfloat16 products, and only these are estimated; cards from Ampere (2020) on have "
-            "them. A run there takes --run.precision float32"
-        )
-    if name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}, or nothing for this machine{hint}")
-    return name
-
-
-def _row(name: str, cost: costs.PartCost) -> str:
-    flops = f"{_count(cost.forward_flops):>12}  {_count(cost.backward_flops) if cost.backward_flops else '-':>13}"
-    moved, held = _bytes(cost.bytes_moved), _bytes(cost.held_bytes)
-    return f"  {name:<21} {_count(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"
-
-
-def _plain(value: float) -> str:
-    """Formats three digits without an exponent: 0.0123, 1.23, 1,230."""
-    if value < 1:
-        return f"{value:.3g}"
-    rounded = round(value, 2 - math.floor(math.log10(value)))
-    return f"{rounded:,.{max(2 - math.floor(math.log10(rounded)), 0)}f}"
-
-
-def _count(value: float) -> str:
-    """Formats a number with a prefix: 86.2 M, 117 G."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{_plain(value / factor)} {prefix}"
-    return f"{_plain(value)} "
-
-
-def _bytes(value: float) -> str:
-    """Formats bytes in MiB or GiB."""
-    return f"{_plain(value / 2**30)} GiB" if value >= 2**30 else f"{_plain(value / 2**20)} MiB"
-
-
-def _duration(hours: float) -> str:
-    """Formats a duration in seconds, minutes, hours or days, whichever suits."""
-    for least, unit, name in ((100, 24, "days"), (1, 1, "hours"), (1 / 30, 1 / 60, "minutes")):
-        if hours >= least:
-            return f"{_plain(hours / unit)} {name}"
-    return f"{_plain(3600 * hours)} seconds"
+def cost_row(name: str, cost: PartCost) -> str:
+    flops = (
+        f"{with_prefix(cost.forward_flops):>12}  {with_prefix(cost.backward_flops) if cost.backward_flops else '-':>13}"
+    )
+    moved, held = binary_bytes(cost.bytes_moved), binary_bytes(cost.held_bytes)
+    return f"  {name:<21} {with_prefix(cost.parameters):>10}  {flops}  {moved:>14}  {held:>16}"

@@ -25,6 +25,17 @@ def above(largest):
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
+@jit
+def exponential(difference):
+    """Returns exp(difference). Base 2 flushes results below 1e-38 to 0, which takes three instructions less.
+
+    The maximum's difference is 0 and its exponential 1, without a rounding error: so the logits are not multiplied
+    first, although that would fuse with the subtraction.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    return tl.exp2(difference * LOG2_E)
+
+
 @jit(do_not_specialize=["ignore_index"])
 def _softmax_gradient_kernel(
     loss_ptr,
@@ -56,15 +67,17 @@ def _softmax_gradient_kernel(
     logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
     # does not change the maximum, but no thread adds exponentials before it has read the target's logit
     largest = tl.maximum(tl.max(logits, axis=0), picked)
-    exponential = tl.exp(logits - above(largest))
-    sum_exp = tl.sum(exponential, axis=0)
+    exponentials = exponential(logits - above(largest))
+    sum_exp = tl.sum(exponentials, axis=0)
     total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
     if not ONE_BLOCK:
         for start in range(BLOCK, codes, BLOCK):
             mask = start + column < codes
             logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
             larger = tl.maximum(largest, tl.max(logits, axis=0))
-            sum_exp = sum_exp * tl.exp(largest - above(larger)) + tl.sum(tl.exp(logits - above(larger)), axis=0)
+            sum_exp = sum_exp * exponential(largest - above(larger)) + tl.sum(
+                exponential(logits - above(larger)), axis=0
+            )
             largest = larger
             total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
 
@@ -80,13 +93,13 @@ def _softmax_gradient_kernel(
         shift = SMOOTHING * upstream / codes
         at_target = shift + (1 - SMOOTHING) * upstream
         if ONE_BLOCK:
-            gradient = exponential * scale - tl.where(column == target, at_target, shift)
+            gradient = exponentials * scale - tl.where(column == target, at_target, shift)
             tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < codes)
         else:
             for start in range(0, codes, BLOCK):
                 mask = start + column < codes
                 logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-                gradient = tl.exp(logits - above(largest)) * scale
+                gradient = exponential(logits - above(largest)) * scale
                 gradient -= tl.where(start + column == target, at_target, shift)
                 tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 

@@ -73,7 +73,7 @@ def float32_on_cpus() -> Iterator[None]:
 
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """`with full_disk(n)`: no file can grow beyond n bytes; writing then fails as on a full disk, with EFBIG."""
+    """`with full_disk(n)`: no file can exceed n bytes; writing then fails with EFBIG, similar to a full disk."""
 
     @contextmanager
     def limited(most: int) -> Iterator[None]:
@@ -113,7 +113,7 @@ def write_frames() -> Callable[[Path, NDArray[np.uint8]], Path]:
 
 @pytest.fixture(scope="session")
 def numbered_frames() -> Callable[..., NDArray[np.uint8]]:
-    """numbered_frames(n, height, width): frame t is gray, 10·t + 5 bright, so that it is known after any codec."""
+    """numbered_frames(n, height, width): frame t is gray with brightness 10·t + 5, so that any codec keeps it."""
 
     def make(n: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
         levels = 10 * np.arange(n, dtype=np.uint8) + 5
@@ -203,7 +203,7 @@ def finished(finished_result: TrainResult) -> Path:
 
 
 def _small_config(**tables: dict[str, Any]) -> PretrainConfig:
-    """The demo's recipe cut down to seconds."""
+    """The demo's recipe, reduced to seconds."""
     defaults = {
         "model": {"width": 24, "depth": 1, "heads": 2},
         "tokenizer": {"steps": 6, "codes": 16, "channels": 8, "batch": 16},
@@ -221,12 +221,12 @@ def _small_config(**tables: dict[str, Any]) -> PretrainConfig:
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., PretrainConfig]:
-    """small(table={field: value}, …): the demo's recipe cut down to seconds, with values of your own."""
+    """small(table={field: value}, …): the demo's recipe reduced to seconds, with the passed values."""
     return _small_config
 
 
 def _small_finetuning(**tables: dict[str, Any]) -> FinetuneConfig:
-    """The demo's fine-tuning recipe cut down to seconds."""
+    """The demo's fine-tuning recipe, reduced to seconds."""
     defaults = {
         "model": {"width": 48, "depth": 2, "heads": 3},
         "optim": {"batch": 16, "epochs": 2.0, "warmup_epochs": 0.5},
@@ -242,5 +242,5 @@ def _small_finetuning(**tables: dict[str, Any]) -> FinetuneConfig:
 
 @pytest.fixture(scope="session")
 def small_finetuning() -> Callable[..., FinetuneConfig]:
-    """small_finetuning(table={field: value}, …): the demo's fine-tuning recipe cut down to seconds."""
+    """small_finetuning(table={field: value}, …): the demo's fine-tuning recipe, reduced, with the passed values."""
     return _small_finetuning

@@ -42,7 +42,7 @@ def find_pythons() -> list[str]:
 
 
 def steps(python: Path) -> dict[str, list[str | Path]]:
-    """What a user does, by name, in an environment whose interpreter is `python`."""
+    """Commands of a user by name, in an environment whose interpreter is `python`."""
     mam2 = python.with_name("mam2")
     return {
         "version": [mam2, "--version"],
@@ -59,7 +59,7 @@ def steps(python: Path) -> dict[str, list[str | Path]]:
 
 
 def try_python(python: str, extra: str, pins: list[str], folder: Path) -> tuple[dict[str, str], str]:
-    """(versions by package, what went wrong or "") for one interpreter; `folder` is empty and this call's own."""
+    """Returns (versions by package, the error or "") for one interpreter; `folder` is its own, empty."""
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
     inside = folder / "venv" / "bin" / "python"
     work = folder / "work"
@@ -79,7 +79,7 @@ def try_python(python: str, extra: str, pins: list[str], folder: Path) -> tuple[
 
 
 def _run(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command away from the checkout, with nothing of this process' own environment for Python."""
+    """Runs a command outside of the checkout, without the Python variables of this process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

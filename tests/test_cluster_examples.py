@@ -1,4 +1,4 @@
-"""The cluster examples: the Slurm script with a stand-in for Slurm, and what the container file names."""
+"""The cluster examples: the Slurm script with a fake Slurm, and the names in the container file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ esac
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job with two tasks, in which srun and scontrol are stand-ins."""
+    """The environment of a job with two tasks, with fake srun and scontrol."""
     programs = tmp_path / "bin"
     programs.mkdir()
     python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'

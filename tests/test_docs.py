@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, named commands and files exist, the page of the config is current."""
+"""The documentation: links resolve, named commands and files exist, the configuration page is current."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def anchors(page: str) -> frozenset[str]:
 
 
 def problem(page: str, link: str) -> str | None:
-    """What is wrong with a link of a page; None where it leads somewhere."""
+    """Returns the problem of a link of a page, or None."""
     if re.match(r"[a-z]+:", link):
         return None
     target, _, anchor = link.partition("#")

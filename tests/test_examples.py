@@ -1,4 +1,4 @@
-"""The examples of losses run, agree with the losses they replace, and really train."""
+"""The examples of losses run, equal the losses they replace, and train a model."""
 
 import runpy
 from pathlib import Path

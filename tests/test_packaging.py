@@ -1,4 +1,4 @@
-"""The package as users install it: what the wheel holds, which code is imported, what a missing dependency says."""
+"""The package as users install it: contents of the wheel, imported code, messages about missing dependencies."""
 
 import importlib.metadata
 import re
@@ -14,12 +14,12 @@ from mam2.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}
-"""Where the name that is installed differs from the one that is imported."""
+"""Packages whose installed name differs from the imported one."""
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder that holds what `pip install .` writes."""
+    """A folder with the files that `pip install .` writes."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -89,7 +89,7 @@ def test_the_command_line_knows_what_each_extra_installs():
 
 
 def test_every_requirement_of_a_user_has_bounds():
-    """A user's pip takes the newest that is admitted: an untried major version must not be."""
+    """pip installs the newest admitted version: untested major versions must be excluded."""
     for line in importlib.metadata.requires("mam2"):
         if "extra == 'dev'" in line or 'extra == "dev"' in line or line.startswith(("tomli", "pillow")):
             continue

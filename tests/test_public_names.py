@@ -5,8 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DESCRIBE_OPERATORS = ("kernels/costs.py", "kernels/reference.py", "engine/costs.py")
-"""Modules whose functions are named after the operator of which they give the cost, or the definition."""
+DESCRIBE_OPERATORS = ("kernels/costs.py", "kernels/reference.py", "engine/costs.py", "engine/layer_costs.py")
+"""Modules whose functions are named after the operator whose cost or definition they return."""
 
 
 def definitions(path):
@@ -36,7 +36,7 @@ def clashes(root):
     places = defaultdict(set)
     for file, path in files.items():
         for name, kind in definitions(path):
-            verb = name == "run" and file.startswith("engine/commands/")  # each is called by its module's name
+            verb = name == "run" and file.startswith("engine/commands/")  # always called with its module's name
             if name.startswith("_") or verb or (kind == "constant" and (file, name) not in imported):
                 continue
             if not (kind == "code" and file in DESCRIBE_OPERATORS):

@@ -1,4 +1,4 @@
-"""Commands of the pages: every `mam2` line is accepted by its parser; those that a new user types first are run."""
+"""Commands of the pages: every `mam2` line is accepted by its parser; the first ones of a new user are run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_RUN = {
     "make demo": "installs an environment; tests/engine/test_demo.py runs a small demo",
     "make test": "is what runs this test",
 }
-"""Beginnings of the commands of these pages that are not run here, and why."""
+"""Beginnings of commands that are not run, and the reasons."""
 ADDED = {
     "index": [],
     "plan": [],

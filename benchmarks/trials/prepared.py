@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mam2.engine import costs
 from mam2.engine.checkpoints.classifiers import relabeled
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
+from mam2.engine.layer_costs import SINGLE, tokenizer_image
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
 from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, code_factor, train_with_progress
@@ -190,8 +190,8 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
         codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], tokens, tubelet)
     tokenized_s = (clock() - start) / tubelet  # MAM2's default needs one frame's
     codes.flush()
-    image = costs.tokenizer_image(architecture, config.grid[1:], costs.SINGLE).forward_flops
-    crop = costs.tokenizer_image(architecture, tuple(min(side, CROP_CODES) for side in config.grid[1:]), costs.SINGLE)
+    image = tokenizer_image(architecture, config.grid[1:], SINGLE).forward_flops
+    crop = tokenizer_image(architecture, tuple(min(side, CROP_CODES) for side in config.grid[1:]), SINGLE)
     return {
         "tokenizer_s": trained_s,
         "tokenize_s": tokenized_s,

@@ -1,9 +1,4 @@
-"""Loads models from files: runs and checkpoints of MAM2, VideoMAE, VideoMAE v2 and Hugging Face.
-
-A classifier's encoder ends without a LayerNorm (`encoder.norm` is the identity), as in VideoMAE's fine-tuning and with
-Hugging Face's `use_mean_pooling`: the norm comes after the mean over tokens. The epsilons of Hugging Face's LayerNorms
-(1e-12, and 1e-5 before a head) differ from VideoMAE's (1e-6); a model from a Hugging Face folder keeps the folder's.
-"""
+"""Loads models from files: runs and checkpoints of MAM2, VideoMAE, VideoMAE v2 and Hugging Face."""
 
 from __future__ import annotations
 
@@ -11,27 +6,22 @@ import dataclasses
 import json
 import logging
 import math
-import re
-from collections.abc import Set
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
+from mam2.engine.checkpoints.foreign_models import foreign_encoder, foreign_model
 from mam2.engine.checkpoints.hub import local_path
-from mam2.engine.checkpoints.names import Tensors
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
-from mam2.engine.config.pretrain import DecoderConfig, LossConfig, ModelConfig, PretrainConfig
 from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.build import build_model
-from mam2.engine.model.classifier import Classifier, linear_head
+from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.positions import Positions, set_clip_size
@@ -43,10 +33,6 @@ FRAMES, SIZE = 16, 224
 """Clips of a file that does not describe them: those of nearly all models that VideoMAE published."""
 MOST_TOKENS = 2**20
 """Maximum tokens of a clip; a million positions of a ViT-B take 3 GB."""
-NOT_OF_ENCODER = ("encoder_to_decoder.", "mask_token", "decoder.", "norm.", "head.")
-"""Prefixes of the parameters of a decoder and of a classifier's head."""
-MOST_NAMED = 12
-"""Maximum number of tensors that an error lists."""
 
 
 def load_encoder(
@@ -84,7 +70,7 @@ def load_encoder(
         encoder = _own(own).encoder
     else:
         weights = _read(local_path(path), frames, size)
-        encoder = _filled_encoder(weights, heads)
+        encoder = foreign_encoder(weights, heads)
     return _resized(path, encoder, frames, size, positions).eval()
 
 
@@ -114,7 +100,7 @@ def load_model(
     """
     own = find_weights(path)
     model: Model = (
-        _own(own) if own is not None else _foreign_model(_read(local_path(path), frames, size), heads, decoder_heads)
+        _own(own) if own is not None else foreign_model(_read(local_path(path), frames, size), heads, decoder_heads)
     )
     _resized(path, model, frames, size)
     return model.eval()
@@ -145,7 +131,7 @@ def load_any_classifier(
         model, config, classes = load_classifier(own)
     else:
         weights = _read(local_path(path), frames, size)
-        found = _foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
+        found = foreign_model(weights, heads, None) if "head.weight" in weights.tensors else None
         if not isinstance(found, Classifier):
             raise UserError(f"{path}: contains no classifier (no head), only an encoder; fine-tune it first")
         model, classes = found, weights.classes
@@ -159,32 +145,6 @@ def load_any_classifier(
     (slots, rows, _), (tubelet, patch, _) = model.encoder.grid, model.encoder.patch_size
     data = dataclasses.replace(config.data, frames=slots * tubelet, size=rows * patch, channels=model.encoder.channels)
     return model.eval(), dataclasses.replace(config, data=data), classes
-
-
-def _foreign_model(weights: Weights, heads: int | None, decoder_heads: int | None) -> Classifier | VideoMAE | Encoder:
-    """Builds the complete model of another project's file: a classifier, VideoMAE with its decoder, or an encoder."""
-    model: Classifier | VideoMAE | Encoder
-    if "head.weight" in weights.tensors:
-        if "norm.weight" not in weights.tensors:
-            raise UserError(
-                f"{weights.path}: its head reads the first token, not the mean over tokens (no fc_norm); "
-                "such a classifier is not supported; load_encoder reads its encoder"
-            )
-        encoder = _encoder(weights, heads)
-        model = Classifier(encoder, linear_head(encoder.width, len(weights.tensors["head.weight"])), weights.task)
-        model.norm.eps = weights.head_eps
-    elif "mask_token" in weights.tensors:
-        hidden = weights.tensors.get("decoder.blocks.0.mlp.fc1.weight")
-        ratio = 0.0 if hidden is None else len(hidden) / hidden.shape[1]
-        model = VideoMAE(_pretraining_config(weights, heads, decoder_heads), decoder_mlp_ratio=ratio)
-        if _ends_without_norm(weights):
-            model.encoder.norm = nn.Identity()  # type: ignore[assignment]
-        _set_eps(model, weights.eps)
-        model.decoder.norm.eps = weights.head_eps
-    else:
-        return _filled_encoder(weights, heads)
-    _fill(model, weights)
-    return model
 
 
 def encoder_of(model: Model) -> Encoder:
@@ -218,30 +178,18 @@ def _read(path: Path, frames: int | None, size: int | None) -> Weights:
             SIZE if "size" in unknown else weights.size or size,
             ", ".join(f"--{name} or {name}=" for name in unknown),
         )
-    weights = dataclasses.replace(
-        weights,
-        frames=next(value for value in (weights.frames, frames, FRAMES) if value is not None),
-        size=next(value for value in (weights.size, size, SIZE) if value is not None),
-    )
-    if min(_frames(weights), _size(weights)) < 1:
+    own_frames = next(value for value in (weights.frames, frames, FRAMES) if value is not None)
+    own_size = next(value for value in (weights.size, size, SIZE) if value is not None)
+    weights = dataclasses.replace(weights, frames=own_frames, size=own_size)
+    if min(own_frames, own_size) < 1:
         raise UserError(f"{path}: expected at least 1 frame of 1 pixel, found frames {frames}, size {size}")
-    tokens = _frames(weights) * _size(weights) ** 2 // math.prod(weights.patch_size)
+    tokens = own_frames * own_size**2 // math.prod(weights.patch_size)
     if tokens > MOST_TOKENS:
         raise UserError(
             f"{path}: {weights.frames} frames of {weights.size}² with a patch of {weights.patch_size} would be "
             f"{tokens} tokens per clip; expected at most {MOST_TOKENS}. Correct the file's num_frames and image size"
         )
     return weights
-
-
-def _frames(weights: Weights) -> int:
-    assert weights.frames is not None  # `_read` has set it
-    return weights.frames
-
-
-def _size(weights: Weights) -> int:
-    assert weights.size is not None
-    return weights.size
 
 
 def _resized(
@@ -263,13 +211,6 @@ def _resized(
     return model
 
 
-def _ends_without_norm(weights: Weights) -> bool:
-    """Returns whether the encoder ends without a LayerNorm, so that a mean over tokens follows."""
-    return "encoder.norm.weight" not in weights.tensors and (
-        weights.mean_pooling or "mask_token" not in weights.tensors
-    )
-
-
 def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
     if is_classifier(file):
         return load_classifier(file)[0]
@@ -282,128 +223,3 @@ def _own(file: Path) -> MAM2 | VideoMAE | Classifier:
     model = build_model(config, codebook_size)
     checkpoint.load_weights(model, file)
     return model
-
-
-def _filled_encoder(weights: Weights, heads: int | None) -> Encoder:
-    """Returns the encoder of another project's file, without a head or decoder."""
-    encoder = _encoder(weights, heads)
-    others = {name for name in weights.tensors if name.startswith(NOT_OF_ENCODER)}
-    _fill(nn.ModuleDict({"encoder": encoder}), weights, left_out=others)
-    return encoder
-
-
-def _encoder(weights: Weights, heads: int | None) -> Encoder:
-    """Returns an encoder with the sizes of the weights, before loading them."""
-    config = _model_config(weights, heads)
-    tubelet, height, width = weights.patch_size
-    frames, size = _frames(weights), _size(weights)
-    if frames % tubelet or size % height or size % width:
-        raise UserError(f"{weights.path}: {frames} frames of {size}² do not divide into tokens of {weights.patch_size}")
-    encoder = Encoder(
-        (frames // tubelet, size // height, size // width),
-        weights.patch_size,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        layer_scale=config.layer_scale,
-        channels=_channels(weights),
-        mean=weights.mean,
-        std=weights.std,
-    )
-    if _ends_without_norm(weights):
-        encoder.norm = nn.Identity()  # type: ignore[assignment]
-    _set_eps(encoder, weights.eps)
-    return encoder
-
-
-def _pretraining_config(weights: Weights, heads: int | None, decoder_heads: int | None) -> PretrainConfig:
-    model, width = _model_config(weights, heads), weights.tensors["mask_token"].shape[-1]
-    decoder = DecoderConfig(
-        depth=_depth(weights.tensors, "decoder.blocks."),
-        width=width,
-        heads=_heads(weights, "decoder_heads", decoder_heads or weights.decoder_heads, width),
-    )
-    return PretrainConfig(
-        data=DataConfig(
-            frames=_frames(weights),
-            size=_size(weights),
-            channels=_channels(weights),
-            mean=weights.mean,
-            std=weights.std,
-        ),
-        model=dataclasses.replace(model, objective="videomae", decoder=decoder),
-        loss=LossConfig(pixel_normalize="channel" if weights.normalized_pixels else "none"),
-    )
-
-
-def _model_config(weights: Weights, heads: int | None) -> ModelConfig:
-    for name in ("encoder.patch_embed.weight", "encoder.blocks.0.mlp.fc1.weight"):
-        if name not in weights.tensors:
-            raise UserError(f"{weights.path}: lacks {name}")
-    width, hidden = (
-        len(weights.tensors["encoder.patch_embed.weight"]),
-        weights.tensors["encoder.blocks.0.mlp.fc1.weight"],
-    )
-    return ModelConfig(
-        patch=weights.patch_size[1],
-        tubelet=weights.patch_size[0],
-        width=width,
-        depth=_depth(weights.tensors, "encoder.blocks."),
-        heads=_heads(weights, "heads", heads or weights.heads, width),
-        mlp_ratio=len(hidden) / width,
-        layer_scale=1.0 if any(name.endswith(".gamma_1") for name in weights.tensors) else 0.0,
-    )
-
-
-def _channels(weights: Weights) -> int:
-    """Returns the channels of the clips, from the shape of the patch embedding."""
-    return weights.tensors["encoder.patch_embed.weight"].shape[1] // math.prod(weights.patch_size)
-
-
-def _heads(weights: Weights, name: str, heads: int | None, width: int) -> int:
-    if heads is None:
-        option = f"--{name.replace('_', '-')}"
-        raise UserError(
-            f"{weights.path}: unknown number of attention heads for the width {width}; pass {option} or {name}="
-        )
-    if heads < 1 or width % heads:
-        raise UserError(f"{weights.path}: {name}: {heads} heads do not divide a width of {width}")
-    return heads
-
-
-def _depth(tensors: Tensors, beginning: str) -> int:
-    numbers = (re.match(rf"{re.escape(beginning)}(\d+)\.", name) for name in tensors)
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
-
-
-def _set_eps(model: nn.Module, eps: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
-
-
-def _fill(model: nn.Module, weights: Weights, left_out: Set[str] = frozenset()) -> None:
-    """Loads all weights, except those left out, into a model; names and shapes must equal the model's."""
-    expected = model.state_dict()
-    found: dict[str, Tensor] = {name: t for name, t in weights.tensors.items() if name not in left_out}
-    problems = {
-        "lacks": [name for name in expected if name not in found],
-        "contains unexpected": [name for name in found if name not in expected],
-        "contains with another shape": [
-            f"{name} {list(found[name].shape)}, expected {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
-    }
-    parts = [
-        f"{what} {', '.join(names[:MOST_NAMED])}"
-        + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
-        for what, names in problems.items()
-        if names
-    ]
-    if parts:
-        raise UserError(f"{weights.path}: {'; '.join(parts)}")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(found[name])

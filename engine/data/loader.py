@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -21,10 +19,18 @@ from tqdm import tqdm
 from mam2.engine.config.training import DataConfig, check_data
 from mam2.engine.data.assigned_decoders import AssignedDecoders
 from mam2.engine.data.batch import Batch
+from mam2.engine.data.batch_plan import (
+    BatchPlan,
+    Chunk,
+    DrawRules,
+    PlannedSample,
+    for_all_views,
+    in_batches,
+    order_of,
+)
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.prefetch import Prefetcher
-from mam2.engine.data.renderer import ClipSource, Job, Renderer
-from mam2.engine.data.sample_order import SampleOrder
+from mam2.engine.data.renderer import ClipSource, Renderer
 from mam2.engine.data.sampling import ClipRequest, draw_clip
 from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.data.values import PixelValues
@@ -38,45 +44,6 @@ MOST_ATTEMPTS = 100
 
 CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From index in manifest.videos, recorded augmentation and view, int64 [B] on the CPU, to codes int64 [B, N, …]."""
-BatchPlan = tuple[int, list[tuple[int, int]]]
-"""A step and its samples: epoch and index among the usable videos."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How planned samples become clips."""
-
-    draw: Callable[[int, Video, int, int], ClipRequest]
-    """Draws a clip from the index in the manifest, the video, the epoch and the attempt."""
-    views: int
-    replace: bool
-    """Replace a video that cannot be decoded by another one, instead of leaving it out."""
-    period: int = 0
-    """Number of recorded augmentations; 0: every epoch draws new ones."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A clip being prepared."""
-
-    epoch: int
-    place: int
-    """Index among the usable videos, from the order of the epoch; a replacement does not change it."""
-    attempt: int
-    job: Job
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Samples of one batch that are decoded and resized together."""
-
-    step: int
-    clip: torch.Tensor
-    """The batch, uint8 [S, R, T, H, W, C] of S samples and R views; its chunks share it."""
-    shown: list[_Sample | None]
-    """For each sample of the batch, the one that was finally decoded; None if it was left out."""
-    samples: list[_Sample]
-    last: bool
 
 
 class ClipLoader:
@@ -124,7 +91,7 @@ class ClipLoader:
         self._decoders = AssignedDecoders(manifest, config, torch.device(device), info=info, refuse=self._skip)
         self._check_share()
         self._usable = self._decoders.usable
-        self.order = _order_of(manifest, self._usable, config.weights if train else (), seed)
+        self.order = order_of(manifest, self._usable, config.weights if train else (), seed)
         """The order of the samples in `stream`."""
         paths = [video.path for video in manifest.videos]
         values = PixelValues.of(config, (manifest.videos[index] for index in self._usable))
@@ -178,8 +145,8 @@ class ClipLoader:
                 counters = range(first, first + samples)
                 yield step, [self.order.at(counter) for counter in counters]
 
-        way = self._training if self._train else dataclasses.replace(self._middle, replace=True)
-        return self._prefetch(self._produce(plans(), way))
+        rules = self._training if self._train else dataclasses.replace(self._middle, replace=True)
+        return self._prefetch(self._produce(plans(), rules))
 
     @property
     def evaluated_batches(self) -> int:
@@ -202,8 +169,8 @@ class ClipLoader:
         """
         places = {video: place for place, video in enumerate(self._usable)}
         known = ((augmentation, places[video]) for augmentation, video in clips if video in places)
-        way = dataclasses.replace(self._training, replace=False)
-        return self._prefetch(self._produce(_in_batches(known, self._batch // self._views), way))
+        rules = dataclasses.replace(self._training, replace=False)
+        return self._prefetch(self._produce(in_batches(known, self._batch // self._views), rules))
 
     def chosen(
         self, clips: Iterable[tuple[int, int]], draw: Callable[[int, Video, int], ClipRequest], views: int
@@ -217,8 +184,8 @@ class ClipLoader:
             raise UserError(f"expected a batch of at least {views} clips, the views of one video; found {self._batch}")
         places = {video: place for place, video in enumerate(self._usable)}
         known = ((number, places[video]) for video, number in clips if video in places)
-        way = _Way(lambda index, video, number, _: draw(index, video, number), views, replace=False)
-        return self._prefetch(self._produce(_in_batches(known, self._batch // views), way))
+        rules = DrawRules(lambda index, video, number, _: draw(index, video, number), views, replace=False)
+        return self._prefetch(self._produce(in_batches(known, self._batch // views), rules))
 
     @property
     def manifest(self) -> Manifest:
@@ -238,22 +205,22 @@ class ClipLoader:
         self.close()
 
     @property
-    def _training(self) -> _Way:
+    def _training(self) -> DrawRules:
         config, seed = self._config, self._seed
 
         def draw(index: int, video: Video, epoch: int, attempt: int) -> ClipRequest:
             return draw_clip(index, video, epoch, config, seed, attempt=attempt)
 
-        return _Way(draw, self._views, replace=True, period=config.recorded)
+        return DrawRules(draw, self._views, replace=True, period=config.recorded)
 
     @property
-    def _middle(self) -> _Way:
+    def _middle(self) -> DrawRules:
         config, seed = self._config, self._seed
 
         def draw(index: int, video: Video, epoch: int, attempt: int) -> ClipRequest:
             return draw_clip(index, video, epoch, config, seed, train=False)
 
-        return _Way(draw, 1, replace=False)
+        return DrawRules(draw, 1, replace=False)
 
     def _prefetch(self, batches: Generator[Batch, None, None]) -> Prefetcher[Batch]:
         stream = Prefetcher(batches, self._config.prefetch, self._taken)
@@ -264,24 +231,24 @@ class ClipLoader:
         self.wait_s += waited_s
         self._renderer.hand_over(batch.clip, *([] if batch.codes is None else [batch.codes]))
 
-    def _produce(self, plans: Iterable[BatchPlan], way: _Way) -> Generator[Batch, None, None]:
+    def _produce(self, plans: Iterable[BatchPlan], rules: DrawRules) -> Generator[Batch, None, None]:
         """Yields the planned batches. While one chunk is resized, the next is being decoded."""
-        ahead: _Chunk | None = None
-        for chunk in self._decoding(plans, way):
+        ahead: Chunk | None = None
+        for chunk in self._decoding(plans, rules):
             if ahead:
-                yield from self._finished(ahead, way)
+                yield from self._finished(ahead, rules)
             ahead = chunk
         if ahead:
-            yield from self._finished(ahead, way)
+            yield from self._finished(ahead, rules)
 
-    def _decoding(self, plans: Iterable[BatchPlan], way: _Way) -> Iterator[_Chunk]:
+    def _decoding(self, plans: Iterable[BatchPlan], rules: DrawRules) -> Iterator[Chunk]:
         """Yields the planned batches in chunks; each request starts the decoding of the next chunk."""
         for step, planned in plans:
-            clip = self._renderer.empty(len(planned), way.views)
-            shown: list[_Sample | None] = [None] * len(planned)
+            clip = self._renderer.empty(len(planned), rules.views)
+            shown: list[PlannedSample | None] = [None] * len(planned)
             for rows in self._split(planned):
-                samples = [self._sample(row, *planned[row], way) for row in rows]
-                yield _Chunk(step, clip, shown, samples, last=rows[-1] == len(planned) - 1)
+                samples = [self._sample(row, *planned[row], rules) for row in rows]
+                yield Chunk(step, clip, shown, samples, last=rows[-1] == len(planned) - 1)
 
     def _split(self, planned: list[tuple[int, int]]) -> Iterator[list[int]]:
         """Splits a batch into chunks of at least one row whose decoded frames fit into CHUNK_BYTES."""
@@ -297,22 +264,22 @@ class ClipLoader:
             size += needed
         yield rows
 
-    def _sample(self, row: int, epoch: int, place: int, way: _Way, attempt: int = 0) -> _Sample:
+    def _sample(self, row: int, epoch: int, place: int, rules: DrawRules, attempt: int = 0) -> PlannedSample:
         shown = self.order.replacement(place, epoch, attempt) if attempt else place
         index = self._usable[shown]
-        if way.period and self._available and not self._available(index, epoch % way.period):
+        if rules.period and self._available and not self._available(index, epoch % rules.period):
             self._skip(index, "no codes in the cache")
             self._check_share()
-            return self._sample(row, epoch, place, way, self._next_attempt(attempt, index))
+            return self._sample(row, epoch, place, rules, self._next_attempt(attempt, index))
         video = self._manifest.videos[index]
-        request = way.draw(index, video, epoch, attempt)
-        if way.period and self._reads_clips:
-            job = self._renderer.start_recorded(row, request, epoch % way.period)
-            return _Sample(epoch, place, attempt, job)
+        request = rules.draw(index, video, epoch, attempt)
+        if rules.period and self._reads_clips:
+            job = self._renderer.start_recorded(row, request, epoch % rules.period)
+            return PlannedSample(epoch, place, attempt, job)
         job = self._renderer.start(row, video.path, request, self._decoders[index], video.seek_points)
-        return _Sample(epoch, place, attempt, job)
+        return PlannedSample(epoch, place, attempt, job)
 
-    def _finished(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
+    def _finished(self, chunk: Chunk, rules: DrawRules) -> Iterator[Batch]:
         """Finishes the samples of a chunk and retries failed ones; yields the batch after its last chunk."""
         samples = chunk.samples
         while samples:
@@ -324,14 +291,14 @@ class ClipLoader:
                 if reason is None:
                     chunk.shown[sample.job.row] = sample
                 else:
-                    again += self._try_again(sample, reason, way)
+                    again += self._try_again(sample, reason, rules)
             samples = again
             if self._renderer.hangs:
                 self._decoders.switch_nvdec_off(self._renderer.hangs)
         if chunk.last:
-            yield from self._batch_of(chunk, way)
+            yield from self._batch_of(chunk, rules)
 
-    def _try_again(self, sample: _Sample, reason: str, way: _Way) -> list[_Sample]:
+    def _try_again(self, sample: PlannedSample, reason: str, rules: DrawRules) -> list[PlannedSample]:
         """Retries a sample with PyAV, then replaces it by another video; returns an empty list if it leaves it out."""
         job = sample.job
         video = self._manifest.videos[job.request.video]
@@ -342,10 +309,10 @@ class ClipLoader:
         if not self._decoded_any and (problem := self._unusable.all_alike()):
             raise UserError(problem)
         self._check_share()
-        if not way.replace:
+        if not rules.replace:
             return []
         attempt = self._next_attempt(sample.attempt, job.request.video)
-        return [self._sample(job.row, sample.epoch, sample.place, way, attempt)]
+        return [self._sample(job.row, sample.epoch, sample.place, rules, attempt)]
 
     def _next_attempt(self, attempt: int, video: int) -> int:
         if attempt == MOST_ATTEMPTS:
@@ -353,7 +320,7 @@ class ClipLoader:
             raise UserError(f"{MOST_ATTEMPTS} videos drawn in a row cannot be used; the last is {path}")
         return attempt + 1
 
-    def _batch_of(self, chunk: _Chunk, way: _Way) -> Iterator[Batch]:
+    def _batch_of(self, chunk: Chunk, rules: DrawRules) -> Iterator[Batch]:
         """Returns the finished batch; None if every sample was left out."""
         samples = [sample for sample in chunk.shown if sample is not None]
         if not samples:
@@ -362,14 +329,14 @@ class ClipLoader:
         clip = chunk.clip if complete else self._renderer.keep_rows(chunk.clip, [sample.job.row for sample in samples])
         self.decoded_frames += len(samples) * self._config.frames
         requests = [sample.job.request for sample in samples]
-        period, views = way.period, clip.shape[1]
-        index = _each([request.video for request in requests], views)
-        augmentation = _each([sample.epoch % period if period else sample.epoch for sample in samples], views)
+        period, views = rules.period, clip.shape[1]
+        index = for_all_views([request.video for request in requests], views)
+        augmentation = for_all_views([sample.epoch % period if period else sample.epoch for sample in samples], views)
         view = torch.arange(views).repeat(len(samples))
         yield Batch(
             clip=clip.flatten(0, 1),
             index=index,
-            label=_each([self._manifest.videos[request.video].label for request in requests], views),
+            label=for_all_views([self._manifest.videos[request.video].label for request in requests], views),
             augmentation=augmentation,
             view=view,
             box=torch.tensor([view[:4] for request in requests for view in request.views], dtype=torch.float32),
@@ -384,29 +351,6 @@ class ClipLoader:
     def _check_share(self) -> None:
         if problem := self._unusable.too_many():
             raise UserError(problem)
-
-
-def _order_of(manifest: Manifest, usable: list[int], weights: Sequence[float], seed: int) -> SampleOrder:
-    """Raises UserError if none of the videos of a data set has a decoder."""
-    if weights and len(weights) != len(manifest.sets):
-        raise UserError(
-            f"data.weights: expected one number per data set, {len(manifest.sets) or 1}; found {len(weights)}"
-        )
-    ends = list(itertools.accumulate(each.videos for each in manifest.sets)) or [len(manifest.videos)]
-    places = [bisect_left(usable, end) for end in ends]
-    sizes = [place - before for place, before in zip(places, [0, *places], strict=False)]
-    if 0 in sizes:
-        raise UserError(f"{manifest.sets[sizes.index(0)].source}: none of its videos can be decoded here")
-    return SampleOrder(sizes, weights, seed)
-
-
-def _in_batches(samples: Iterator[tuple[int, int]], size: int) -> Iterator[BatchPlan]:
-    return enumerate(iter(lambda: list(itertools.islice(samples, size)), []))
-
-
-def _each(values: list[int], views: int) -> torch.Tensor:
-    """Returns int64 [S * views]: each value repeated for all views of its sample."""
-    return torch.tensor(values).repeat_interleave(views)
 
 
 def _check(config: DataConfig, batch: int, views: int) -> None:

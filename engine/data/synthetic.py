@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from mam2.engine.data.encoding import encode_frames
+from mam2.engine.files import written_aside
 from mam2.engine.runtime.progress import Progress
 
 MOTIONS = ("clockwise", "counterclockwise", "down", "grow", "left", "right", "shrink", "up")
@@ -216,6 +217,5 @@ def clip_paths(folder: Path, counts: Mapping[str, int]) -> Iterator[tuple[Path, 
 def _write_one(job: tuple[Path, Render, str, str, int]) -> None:
     path, render, split, motion, index = job
     clip, quality = render(split, motion, index)
-    aside = path.with_name(f".part-{path.name}")  # an incomplete file must not count as complete
-    write_clip(aside, clip, quality=quality)
-    aside.replace(path)
+    with written_aside(path) as aside:  # an incomplete file must not count as complete
+        write_clip(aside, clip, quality=quality)

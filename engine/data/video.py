@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mam2.engine.data.arrays import is_array, open_array
+from mam2.engine.data.cuts import CutFinder
 from mam2.engine.data.decoding import (
     FILE_ERRORS,
     FRAMES,
-    CutFinder,
     DecodeError,
     decode_packet,
     frame_files,

@@ -7,4 +7,5 @@ signals.py       Ctrl-C and the signals of a scheduler: save first, then end
 log.py           RUN/log.txt, log.jsonl, TensorBoard, trackers; its errors never end a run
 progress.py      progress bar on a terminal, progress lines elsewhere
 peak.py          measures the FLOP per second of matrix products, and GPU memory in use
+cuda.py          CUDA graphs; the host's lead over the device
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
 from mam2.engine.data.sources import check_source
 from mam2.engine.errors import UserError
-from mam2.engine.files import make_folder, one_line, unwritable, write_whole
+from mam2.engine.files import make_folder, one_line, unwritable, write_whole, written_aside
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
 from mam2.engine.tokenizer.kmeans import kmeans
@@ -142,27 +141,21 @@ def train_tokenizer(
         except ValueError:
             raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
 
-    aside = out.with_name(f".part-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        save_vqgan(vqgan, aside / FILE)
-        draw_reconstructions(result, aside / "reconstructions.png")
-        draw_training(reports, aside / "training.png")
-        write_whole(aside / "training.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
-        numbers = {
-            field.name: getattr(result, field.name)
-            for field in dataclasses.fields(result)
-            if not isinstance(getattr(result, field.name), torch.Tensor)
-        }
-        write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
-        aside.replace(out)
+        with written_aside(out) as aside:
+            aside.mkdir(parents=True)
+            save_vqgan(vqgan, aside / FILE)
+            draw_reconstructions(result, aside / "reconstructions.png")
+            draw_training(reports, aside / "training.png")
+            write_whole(aside / "training.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
+            numbers = {
+                field.name: getattr(result, field.name)
+                for field in dataclasses.fields(result)
+                if not isinstance(getattr(result, field.name), torch.Tensor)
+            }
+            write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise unwritable(out, error) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return TokenizerResult(path=out / FILE, quality=result, held_out=len(held_out), advice=verdict(result, out / FILE))
 
 

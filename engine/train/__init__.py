@@ -1,10 +1,15 @@
 """A training run, from the outside to the inside.
 
-pretrain.py, finetune.py   the task: model, extras of a batch, work after a step; description.py: what is logged of it
+pretrain.py, finetune.py   the task: model, extras of a batch, work after a step; description.py: what is logged of it;
+                           initial_weights.py: weights to start from
+finetune_setup.py          classes, initial encoder and validation videos; finetune_tasks.py, finetune_targets.py:
+                           targets and measures of each head; validation_model.py: the model that is validated
 session.py                 everything around the loop: run folder, log, resume, manifest, loaders, unusable videos
 loop.py                    batches -> steps -> log lines -> checkpoints; saves valid weights, whatever ends the run
-step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss
-step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, update
+step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss;
+                           collapse.py: equal features of the teacher
+step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, update;
+                           pass_size.py: the largest micro-batch that fits
 classifier_step.py         the same for fine-tuning
 objective.py               forward pass and losses; measures and balances the gradients of the two losses
 cuda_graph.py              the same step as one CUDA graph, if that is measured to be faster

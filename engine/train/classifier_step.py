@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mam2.engine import costs
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.finetune_costs import HEAD, finetune_costs
+from mam2.engine.layer_costs import SINGLE
 from mam2.engine.model.adapters import add_adapters
 from mam2.engine.model.classifier import Classifier, train_only_last
 from mam2.engine.runtime.device import matmul_dtype
@@ -30,7 +30,7 @@ def classifier_flops(config: FinetuneConfig) -> float:
 
     Frozen blocks and a frozen patch embedding run only forward; frozen weights with adapters have no weight gradient.
     """
-    return sum(cost.flops for name, cost in finetune_costs(config, costs.SINGLE).items() if name != HEAD)
+    return sum(cost.flops for name, cost in finetune_costs(config, SINGLE).items() if name != HEAD)
 
 
 class ClassifierObjective(Objective):

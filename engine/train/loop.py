@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers
+from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
@@ -110,7 +111,7 @@ class Loop:
         stable = config.optim.schedule == "warmup-stable-decay"
         self.last_stable = first_decay_step(self.steps, self.steps_per_epoch, config.optim) if stable else 0
         """Steps before the learning rate decreases, whose checkpoint is kept: a longer run can start from it."""
-        self.saver = checkpoint.Saver(
+        self.saver = Saver(
             session.folder,
             config,
             main=world.main,

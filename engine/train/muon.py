@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mam2.engine.costs import MUON_ITERATIONS
+from mam2.engine.layer_costs import MUON_ITERATIONS
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic polynomial in Jordan's code: steep at 0; singular values become about 0.7 to 1.2."""

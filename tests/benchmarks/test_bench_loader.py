@@ -113,7 +113,7 @@ def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monk
 
 
 def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monkeypatch):
-    """As a decoder that is one frame off would give them."""
+    """Returns frames like a decoder that is off by one frame."""
     from mam2.engine.config.recipe import load_recipe
 
     settings = bench.SETTINGS["cpu"]

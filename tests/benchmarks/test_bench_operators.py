@@ -17,7 +17,7 @@ def operator_of(name: str) -> Any:
 
 
 def test_forward_and_backward_have_their_own_bytes() -> None:
-    """A kernel at the speed of a copy has 100 % of it in either pass, whatever the other takes."""
+    """A kernel as fast as a copy reaches 100 % in each pass, whatever the time of the other pass."""
     operators, timing, clips = module("operators"), module("timing"), module("clips")
     shape, operator = clips.Shape(batch=64), operator_of("masked_pixel_loss")
     forward, backward = (cost(shape).bytes_moved for cost in (operator.cost, operator.backward_cost))

@@ -27,13 +27,13 @@ def compare(bench: ModuleType, name: str, precision: str = "float32") -> list[di
 
 
 def everything(bench: ModuleType) -> Any:
-    """What `make gpu ARGS=--dry-run` asks for."""
+    """The settings of `make gpu ARGS=--dry-run`."""
     return importlib.import_module("benchmarks.sections").Selection(dry_run=True, compiled=False)
 
 
 @pytest.mark.slow
 def test_a_way_has_its_row_before_the_next_is_built(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a time limit keeps what was measured."""
+    """Rows are yielded one by one, so that a time limit keeps the measured ones."""
     pytest.importorskip("transformers")
     config = bench.sized("videomae", bench.TINY, "float32")
     built = []

@@ -1,4 +1,4 @@
-"""Launches are counted, a fallback to PyTorch is an error, and kernels are compiled ahead without a GPU's launch."""
+"""Launches are counted, a fallback to PyTorch is an error, and kernels are compiled ahead of launches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes launch.run_kernel do nothing, and every device one where Triton should run."""
+    """Makes launch.run_kernel do nothing, and every device one on which Triton should run."""
     monkeypatch.setattr(launch, "run_kernel", lambda *_, **__: None)
     monkeypatch.setenv("MAM2_KERNELS", "triton")
 
@@ -31,7 +31,7 @@ def test_launches_are_counted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.ops.mam2.scale_gradient(torch.ones(2, 3), torch.ones(2))
     assert counter.names == ["scale_gradient"]
     assert launches.fallback(CPU, counter) == ""
-    assert launch.run_kernel(None, 1) is None  # the function of before
+    assert launch.run_kernel(None, 1) is None  # the original function
 
 
 def test_a_case_without_a_launch_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_a_case_without_a_launch_fell_back(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_kernels_are_compiled_ahead_in_threads() -> None:
-    """With a driver that only names its GPU, in a process of its own; each kernel once, a failed call harms none."""
+    """With a driver that only names its GPU, in a separate process; each kernel is compiled once."""
     pytest.importorskip("triton")
     code = """
 import functools, json, sys

@@ -13,3 +13,10 @@ def test_planned_activations_are_close_to_those_saved(recipe: str) -> None:
     for row in found:
         assert row["counted_mib_per_clip"] > 1
         assert row["planned_percent"] == pytest.approx(100, abs=3), row["part"]
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_whole_step_is_within_a_tenth_of_its_peak() -> None:
+    row = importlib.import_module("benchmarks.plan_memory").step_row("laptop")
+    assert row["counted_mib"] > 50
+    assert row["planned_percent"] == pytest.approx(100, abs=10)

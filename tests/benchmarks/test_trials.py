@@ -13,7 +13,7 @@ from tests.helpers import small_models
 
 
 def test_probes_of_clips_in_memory_tell_dark_from_bright():
-    """Odd clips are bright: linear probes of any encoder's features are right."""
+    """Odd clips are bright: a linear probe of any encoder is correct."""
     generator = torch.Generator().manual_seed(0)
     encoder = small_models.encoder()
     shape = (40, 1, 1, 4, 24, 24, 3)

@@ -1,4 +1,4 @@
-"""Tuning chooses among right candidates only, and a dry run leaves the table as it is."""
+"""Tuning chooses only among correct candidates, and a dry run does not change the table."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_written_at_once(tune: ModuleType, tmp_path: Path) -> None:
 def test_a_change_must_pay(tune: ModuleType) -> None:
     assert tune.better({1: 1.0, 2: 0.99}, 1) == 1
     assert tune.better({1: 1.0, 2: 0.9, 4: 0.95}, 1) == 2
-    assert tune.better({2: 5.0, 4: 4.0}, 1) == 4  # the present one gives wrong results
+    assert tune.better({2: 5.0, 4: 4.0}, 1) == 4  # the current one computes wrong results
     assert tune.better({}, 1) == 1
 
 

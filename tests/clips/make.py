@@ -1,7 +1,7 @@
 """Writes the clips of this folder again, with train.csv, test.csv and manifest.csv: `python -m tests.clips.make`.
 
 A pattern of waves that moves in one of five ways, which is the class of a clip; each clip in a format of its own.
-manifest.csv states what was asked of the encoder. PyAV 18.1.0 wrote the files that are checked in.
+manifest.csv states the requested properties. PyAV 18.1.0 wrote the files that are checked in.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Clip:
     gop: int = 12
     options: dict[str, str] = field(default_factory=dict)
     times: Sequence[int] = ()
-    """When each frame is shown, in 1 / FPS seconds; empty: a constant rate."""
+    """Time at which each frame is shown, in 1 / FPS seconds; empty: a constant rate."""
     rotation: int = 0
     interlaced: bool = False
     sound: bool = False
     damage: Callable[[bytes], bytes] | None = None
     decodable: bool = True
-    """Whether a frame comes out."""
+    """Whether a frame can be decoded."""
     split: str = "train"
 
 
@@ -55,7 +55,7 @@ def cut(content: bytes) -> bytes:
 
 
 def flip_bits(content: bytes) -> bytes:
-    """One byte of 400 after the head."""
+    """Changes one byte of 400 after the header."""
     changed, random = bytearray(content), np.random.default_rng(1)
     for place in random.integers(len(content) // 4, len(content), len(content) // 400):
         changed[place] ^= 1 << int(random.integers(8))

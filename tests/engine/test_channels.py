@@ -60,7 +60,7 @@ def test_a_gray_clip_is_the_luma_of_a_color_video(tmp_path: Path, write_video: C
 
 
 def test_gray_clips_have_the_draws_of_color_clips(videos: Manifest) -> None:
-    """Same frames, crops and flips, so that a gray clip is the gray of the color clip."""
+    """The frames, crops and flips are the same, so that a gray clip is the luma of the color clip."""
     config = DataConfig(frames=4, stride=2, size=32, threads=1)
     found = []
     for channels in (3, 1):

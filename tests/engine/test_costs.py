@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.engine import costs
+from mam2.engine import costs, layer_costs
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe, recipe_names
 from mam2.engine.model.blocks import Block, RegressorBlock
@@ -53,11 +53,11 @@ TABLE = {
     "regressor 4×768 all keys": (lambda: costs.part_costs(BASE)["regressor"], 54.2),
     "decoder 4×768 on 1408": (lambda: costs.part_costs(BASE)["motion decoder"], 52.0),
     "decoder 4×384 on 1408": (lambda: costs.part_costs(load_recipe("mam2-fast"))["motion decoder"], 16.1),
-    "code head 768→8192": (lambda: costs.code_head(1408, 768, 8192, 2), 8.9),
-    "code head 384→8192": (lambda: costs.code_head(1408, 384, 8192, 2), 4.4),
-    "code head 384→1024": (lambda: costs.code_head(1408, 384, 1024, 2), 0.6),
-    "VQGAN f16 at 224, a frame": (lambda: costs.tokenizer_image(CONFIGS["f16-1024"], (14, 14), 2), 53.0),
-    "Gumbel f8 at 112, a frame": (lambda: costs.tokenizer_image(CONFIGS["gumbel-f8-8192"], (14, 14), 2), 16.5),
+    "code head 768→8192": (lambda: layer_costs.code_head(1408, 768, 8192, 2), 8.9),
+    "code head 384→8192": (lambda: layer_costs.code_head(1408, 384, 8192, 2), 4.4),
+    "code head 384→1024": (lambda: layer_costs.code_head(1408, 384, 1024, 2), 0.6),
+    "VQGAN f16 at 224, a frame": (lambda: layer_costs.tokenizer_image(CONFIGS["f16-1024"], (14, 14), 2), 53.0),
+    "Gumbel f8 at 112, a frame": (lambda: layer_costs.tokenizer_image(CONFIGS["gumbel-f8-8192"], (14, 14), 2), 16.5),
 }
 """Expected FLOPs of the forward pass, as the method's page gives them, rounded to one digit."""
 
@@ -72,7 +72,7 @@ def test_the_methods_table(name: str) -> None:
 def test_the_methods_light_regressors(keys: str, expected: float) -> None:
     config = regressor(384, 6, keys)
     visible, masked = 160, 1408
-    without = costs.linear(visible, 768, 384, 2).forward_flops  # the table leaves the projection out
+    without = layer_costs.linear(visible, 768, 384, 2).forward_flops  # the table leaves the projection out
     found = costs.regressor(config, visible, masked, 2).forward_flops - without
     assert gmac(found) == pytest.approx(expected, abs=0.051)
 
@@ -118,7 +118,7 @@ def test_the_tokenizer_is_as_counted(config: VQGANConfig) -> None:
     vqgan = VQGAN(config)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vqgan.codes(torch.randn(1, 3, 4 * config.factor, 6 * config.factor))
-    cost = costs.tokenizer_image(config, (4, 6), 4)
+    cost = layer_costs.tokenizer_image(config, (4, 6), 4)
     assert cost.forward_flops == counter.get_total_flops()
     used = [p.numel() for name, p in vqgan.named_parameters() if not name.startswith(DECODING)]
     assert cost.parameters == sum(used)
@@ -200,7 +200,7 @@ def test_flops_are_as_counted(name: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(config, 1)[0].backward()
     declared = costs.step_flops(config, CODES)
-    # the counter does not look into linear_cross_entropy and linear_masked_loss
+    # the counter does not count inside of linear_cross_entropy and linear_masked_loss
     names = ["code head and loss", "pixel head and loss", "head and pixel loss"]
     names += ["motion head and loss"] if config.loss.motion_target != "hog" else []
     unseen = sum(declared.get(name, 0) for name in names)
@@ -250,7 +250,7 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
         held.pop(own.untyped_storage().data_ptr(), None)
     parts = costs.part_costs(config, CODES, item_bytes=4)
     declared = sum(cost.held_bytes for cost in parts.values())
-    if recompute:  # the block that is being computed again is declared, and not yet there after the forward pass
+    if recompute:  # the activations of the recomputed block are declared, but do not exist yet after the forward pass
         plain = costs.part_costs(changed(config, run={"recompute": False}), CODES, item_bytes=4)
         assert parts["encoder"].held_bytes < 0.5 * plain["encoder"].held_bytes
         assert sum(held.values()) / batch < declared
@@ -260,7 +260,7 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool) ->
 
 @pytest.mark.parametrize("recipe", ["mam2-fast", "videomae", "laptop"])
 def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> None:
-    """Shapes and values of the model of that recipe; FLOPs as PyTorch counts them of an update, small enough to run."""
+    """Shapes and parameters equal those of the recipe's model; FLOPs equal PyTorch's count of a small update."""
     config = changed(load_recipe(recipe), optim={"name": "muon"})
     with torch.device("meta"):
         model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, CODES)
@@ -269,7 +269,7 @@ def test_muons_cost_is_that_of_its_matrices_and_counted_flops(recipe: str) -> No
         found[len(matrix) // parts, matrix.shape[1]] += parts
     assert costs.hidden_matrix_shapes(config) == found
     assert costs.muon(config, 2).parameters == sum(matrix.numel() for matrix in hidden_matrices(model))
-    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == costs.PartCost()
+    assert costs.muon(changed(config, optim={"name": "adamw"}), 2) == layer_costs.PartCost()
 
 
 def test_muons_flops_are_those_counted() -> None:

@@ -1,4 +1,4 @@
-"""The doctor really decodes: it names what comes out right, and what does not."""
+"""The doctor decodes a clip of each codec, and reports which are correct and which are not."""
 
 from __future__ import annotations
 

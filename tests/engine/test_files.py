@@ -20,6 +20,7 @@ from mam2.engine.files import (
     write_table,
     write_whole,
     writing,
+    written_aside,
 )
 
 ODD = [os.fsdecode(b"caf\xe9"), "tab\there", "two\nlines", "carriage\rreturn", 'a "word"', "", "é \u2028 ×"]
@@ -59,6 +60,27 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, full_disk):
     assert os.listdir(tmp_path) == ["a"]
     write_whole(path, b"second")
     assert path.read_bytes() == b"second"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "a"
+    (tmp_path / ".part-a").mkdir()  # left behind by a killed process
+    (tmp_path / ".part-a" / "old").touch()
+
+    def fill(broken):
+        with written_aside(folder) as aside:
+            aside.mkdir()
+            (aside / "b").touch()
+            assert not folder.exists()
+            if broken:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill(broken=True)
+    assert os.listdir(tmp_path) == []
+    fill(broken=False)
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(folder) == ["b"]
 
 
 def test_an_error_of_the_place_is_one_line_and_others_stay_what_they_are(tmp_path):
@@ -101,7 +123,7 @@ def test_a_place_that_nobody_looked_after_is_one_line_too(monkeypatch, capsys, n
 
 
 def test_every_table_is_written_in_one_way():
-    """The writers of tables share `write_table` and `append_rows`: nobody joins cells with tabs on his own."""
+    """All tables are written by `write_table` and `append_rows`; no other code joins cells with tabs."""
     engine = Path(cli.__file__).parent
     by_hand = [
         str(path.relative_to(engine))

@@ -1,4 +1,4 @@
-"""`mam2 plan` of a fine-tuning run: what it declares against what a step computes, trains and holds."""
+"""`mam2 plan` of a fine-tuning run: declared FLOPs, parameters and memory against those of a step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.engine import costs
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.finetune_costs import BLOCKS, finetune_costs, trained_matrices, trained_parameters
 from mam2.engine.finetune_planning import plan_finetuning
+from mam2.engine.layer_costs import SINGLE
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
 from mam2.engine.train.optimizer import hidden_matrices
@@ -58,7 +58,7 @@ def test_declared_flops_and_parameters_are_those_of_autograd(name: str, small_fi
     head = counter.get_flop_counts().get("Classifier.head", {})
     counted = counter.get_total_flops() - sum(head.values())
     assert counted / len(video) == pytest.approx(classifier_flops(config), rel=1e-9)
-    declared = finetune_costs(config, costs.SINGLE)
+    declared = finetune_costs(config, SINGLE)
     assert sum(cost.parameters for cost in declared.values()) == sum(p.numel() for p in model.parameters())
     assert trained_parameters(config) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -98,7 +98,7 @@ def test_held_activations_are_what_autograd_saves(name: str, recompute: bool, sm
     if recompute and name != "head":  # one block's activations are computed again in the backward pass
         plain = case(name, small_finetuning, model={**MODEL, "depth": 6})
         trained = {"last three": 3}.get(name, 6)
-        declared -= finetune_costs(plain, costs.SINGLE)[BLOCKS].held_bytes // trained
+        declared -= finetune_costs(plain, SINGLE)[BLOCKS].held_bytes // trained
     assert saved / len(video) == pytest.approx(declared, rel=0.15, abs=1000)
 
 
@@ -110,7 +110,7 @@ class Saved:
 
 
 def held_bytes(config: FinetuneConfig) -> int:
-    return sum(cost.held_bytes for cost in finetune_costs(config, costs.SINGLE).values())
+    return sum(cost.held_bytes for cost in finetune_costs(config, SINGLE).values())
 
 
 def test_a_large_encoder_with_adapters_fits_where_whole_fine_tuning_does_not(
@@ -137,7 +137,7 @@ def test_memory_grows_with_what_is_trained(small_finetuning: Any) -> None:
         plans[last] = plan_finetuning(config, gpu="h200")
     head, some, whole = (plans[last] for last in (0, 4, -1))
     assert head.memory["weights"] == some.memory["weights"] == whole.memory["weights"]
-    for key in ("gradients", "moments", "activations"):
+    for key in ("gradients", "moments", "activations"):  # several passes: gradients stay between them
         assert head.memory[key] < some.memory[key] < whole.memory[key], key
     assert head.clips_per_s > some.clips_per_s > whole.clips_per_s
 

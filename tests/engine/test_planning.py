@@ -1,4 +1,4 @@
-"""`mam2 plan`: what it declares, what it estimates, and its memory against what a step really holds."""
+"""`mam2 plan`: its table, its estimates, and its memory against that of a real step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
+from mam2.engine.machines import GPUS, UTILIZATION
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.planning import GPUS, UTILIZATION, plan
+from mam2.engine.planning import plan
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.peak import measured_peak_flops, used_gib
 from mam2.engine.train.objective import build_objective
@@ -139,7 +140,7 @@ def test_a_plan_that_does_not_fit_says_so() -> None:
     ("precision", "optimizer_name"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
 )
 def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_name: str) -> None:
-    """Within a third: temporaries of the operators are not declared, and some of the activations go before others."""
+    """Within a third: temporaries of operators are not declared, and some activations are freed before others exist."""
     config = load_recipe("demo")
     config = changed(
         config,
@@ -162,7 +163,7 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the moments
+    step()  # creates the moments
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -178,8 +179,20 @@ def test_memory_is_what_a_step_holds(objective: str, precision: str, optimizer_n
     assert planned.checkpoint_bytes == held + sum(value.nbytes for value in moments)
 
 
+def test_gradients_are_kept_with_all_activations_only_between_passes_and_by_several_processes() -> None:
+    config = changed(load_recipe("mam2-fast"), optim={"batch": 32})
+    alone, ranks = plan(config, gpu="h200"), plan(config, gpu="h200", gpus=2)
+    passes = plan(changed(config, optim={"batch": 32, "micro_batch": 16}), gpu="h200")
+    assert alone.memory["gradients"] == 0
+    assert ranks.memory["gradients"] == passes.memory["gradients"] == 4 * alone.parameters
+    wide = changed(config, model={"width": 3072}, optim={"batch": 1})
+    found = plan(wide, gpu="h200")
+    held = sum(cost.held_bytes for name, cost in found.parts.items() if name != "tokenizer")
+    assert found.memory["gradients"] == 4 * found.parameters - held > 0
+
+
 def test_a_gpu_holds_the_tokenizers_activations_next_to_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU it has done its work before the step begins."""
+    """On a CPU the tokenizer finishes before the step begins."""
     config = changed(load_recipe("demo"), run={"device": "cpu", "precision": "bfloat16"})
     with_cache = changed(config, tokenizer={"cache": "codes"}, data={"recorded": 1})
     on_gpu, cached = (plan(one, gpu="h200").memory["activations"] for one in (config, with_cache))

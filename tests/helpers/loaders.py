@@ -31,7 +31,7 @@ def assert_same(one, other) -> None:
 
 
 def damaged(videos: Manifest, folder: Path, *numbers: int) -> Manifest:
-    """Returns a scanned manifest with some of its files replaced by noise; it still lists them as sound."""
+    """Returns a scanned manifest with some of its files replaced by noise; it still lists them as usable."""
     changed = list(videos.videos)
     for number in numbers:
         path = folder / f"damaged {number}.mp4"

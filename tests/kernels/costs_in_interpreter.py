@@ -1,4 +1,4 @@
-"""The declared costs against what every kernel loads, stores and computes in Triton's interpreter.
+"""The declared costs against the loads, stores and operations of every kernel in Triton's interpreter.
 
 Collected by test_in_interpreter.py in a process of its own. Bytes must match to the last one: each address
 counts once for its loads and once for its stores. Operations are counted where the cube is float and normalized as a
@@ -165,7 +165,7 @@ def test_softmax_gradient() -> None:
 
 
 def test_linear_cross_entropy() -> None:
-    """Its products are PyTorch's: what counts is that there are three, and what goes in and comes out."""
+    """Its products are PyTorch's: counts the three products, and the bytes of their inputs and outputs."""
     rows, width, codes = 6, 5, 7
     hidden, weight = (torch.randn(size).to(HALF) for size in ((rows, width), (codes, width)))
     target, needs = torch.randint(codes, (rows,)), [True, True, False]

@@ -1,4 +1,4 @@
-"""Triton's interpreter in half the time, and what kernels load, store and compute in it."""
+"""Makes Triton's interpreter twice as fast, and counts loads, stores and operations of kernels in it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Launch:
 
     @property
     def requested_bytes(self) -> int:
-        """Every access counted, also those that a cache serves."""
+        """Bytes of all accesses, also of those that a cache serves."""
         return sum(addresses.size * size for addresses, size in self.loads + self.stores)
 
     @property
     def distinct_bytes(self) -> int:
-        """Every address counted once for its loads and once for its stores."""
+        """Bytes of all addresses, each counted once for loads and once for stores."""
         return sum(_distinct(accesses) for accesses in (self.loads, self.stores))
 
     def outside(self) -> int:
-        """Number of accesses to addresses that are no element of an argument."""
+        """Number of accesses to addresses outside of all arguments."""
         addresses = np.concatenate([np.zeros(0, dtype=np.int64), *(found for found, _ in self.loads + self.stores)])
         inside = np.zeros(addresses.shape, dtype=bool)
         for elements in filter(len, map(_elements, self.tensors)):
@@ -117,7 +117,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 @contextmanager
 def patched_once() -> Iterator[None]:
-    """The interpreter replaces Triton's builtins at every call of a device function, of which once is enough."""
+    """The interpreter replaces Triton's builtins at every call of a device function; once is enough."""
     patched: set[Any] = set()
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:

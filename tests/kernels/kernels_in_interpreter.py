@@ -2,7 +2,7 @@
 
 Collected by test_in_interpreter.py in a process of its own: TRITON_INTERPRET must be set before Triton is
 imported, and MAM2_KERNELS=triton sends CPU tensors to the kernels. A program takes milliseconds there, so the shapes
-are small. The interpreter also tells which addresses are touched: none may lie outside of an argument.
+are small. The interpreter also records accessed addresses: all must be inside of an argument.
 """
 
 import importlib
@@ -43,7 +43,7 @@ LOSSES = {
     "adjacent": (masked_frame_difference_loss, {"difference": "adjacent"}),
     "intra": (masked_frame_difference_loss, {"difference": "intra"}),
 }
-# no search for a smaller failing input: it would take the interpreter minutes
+# no search for a smaller failing input, which would take minutes
 drawn = settings(derandomize=True, deadline=None, database=None, phases=(Phase.generate,))
 
 
@@ -89,7 +89,7 @@ def test_shared_case(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
 def test_a_byte_at_its_channel_s_mean_gives_zero(dtype: torch.dtype) -> None:
-    """Also where the compiler makes one rounding of a product and a sum."""
+    """Also if the compiler rounds a product and a sum once."""
     video = torch.arange(256, dtype=BYTES).view(1, 1, 1, 16, 16).expand(1, 3, 2, -1, -1).contiguous()
     for first in range(0, 255, 3):
         mean = [(first + channel) / 255 for channel in range(3)]
@@ -105,7 +105,7 @@ def test_a_byte_at_its_channel_s_mean_gives_zero(dtype: torch.dtype) -> None:
 def test_a_patch_of_one_color_has_target_zero_on_both_paths(
     target: str, normalize: str, patch: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever its color: with the smallest eps, a rounding in the mean would be as large as the pixels."""
+    """For any color: with the smallest eps, a rounding error of the mean would be as large as the pixels."""
     levels = torch.tensor([3, 77, 149, 190, 247], dtype=BYTES)
     colors = torch.stack([levels, *([levels.flip(0), levels // 2] if normalize == "channel" else [levels] * 2)], dim=1)
     video = colors.view(5, 3, 1, 1, 1).expand(-1, -1, *patch)
@@ -131,7 +131,7 @@ def clips(draw: Any, dtypes: tuple[torch.dtype, ...] = (BYTES, *FLOATS)) -> Clip
 
 @st.composite
 def masks(draw: Any, clip: Clip) -> TubeMask:
-    """Any number of tokens in any order, another choice for every clip."""
+    """Any number of tokens in any order, different for each clip."""
     masked = draw(st.integers(0, clip.tokens))
     seed = draw(st.integers(0, 2**31))
     order = torch.rand(clip.batch, clip.tokens, generator=torch.Generator().manual_seed(seed)).argsort(1)
@@ -139,7 +139,7 @@ def masks(draw: Any, clip: Clip) -> TubeMask:
 
 
 def normalizations(clip: Clip) -> st.SearchStrategy[str | None]:
-    """What a cube is large enough for."""
+    """The motion targets that a cube is large enough for."""
     pixels = clip.values // clip.channels
     return st.sampled_from([None, *["patch"] * (clip.values > 1), *["channel"] * (pixels > 1)])
 
@@ -260,7 +260,7 @@ def test_upstream_scales_the_gradient(target: str) -> None:
 
 
 def test_upstream_scales_the_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By programs that take several blocks each; a factor of 1 stores nothing."""
+    """With programs of several blocks each; a factor of 1 stores nothing."""
     monkeypatch.setattr(launch, "processors", lambda device: 1)
     for shape, scale in (((3, 40, 4096), torch.tensor([1.0, 0.5, 4.0])), ((70_000,), torch.tensor(0.25))):
         gradient = torch.randn(shape).bfloat16()
@@ -302,7 +302,7 @@ def test_a_static_clip_does_not_move() -> None:
 
 
 def repeated_cases() -> list[Case]:
-    """One of each operator, as small as can be."""
+    """One call of each operator, as small as possible."""
     torch.manual_seed(0)
     tiny = Clip(patch=(2, 2, 2), layout="window", dtype=BYTES, grid=(2, 1, 2), batch=1)
     losses = [cases.loss_case(tiny, BRAIN, target=target, normalize="channel") for target in LOSSES]
@@ -350,7 +350,7 @@ def test_a_token_out_of_range_reads_nothing_and_gives_nan() -> None:
 @pytest.mark.parametrize("target", LOSSES)
 @pytest.mark.parametrize("every", [False, True])
 def test_the_gradient_of_a_token_out_of_range_is_nan(target: str, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In predictions of every token it has no place: the whole clip's gradient is NaN. Memory holds old numbers."""
+    """With predictions for every token, the gradient of the whole clip is NaN. The memory contains old numbers."""
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *given, **options: empty(*given, **options).fill_(7))
     video, masked = SMALL.make(), torch.tensor([[8, 1], [3, 0], [-1, 2]])
@@ -401,7 +401,7 @@ def test_a_masked_head_in_parts_that_end_within_clips(monkeypatch: pytest.Monkey
 
 
 def test_masks_whose_numbers_do_not_fit_give_nan() -> None:
-    """A token named twice, zeros and ones for token numbers, another number of masked tokens than predictions."""
+    """A repeated token, zeros and ones as token numbers, and more masked tokens than predictions or fewer."""
     video, numbers = SMALL.make(), torch.tensor([[0, 5, 0], [4, 5, 6]])
     pred = torch.randn(2, 3, 96)
     bad = torch.tensor([True, False])

@@ -1,4 +1,4 @@
-"""Where integers of the kernels would overflow or their order be undecided; run by test_in_interpreter.py."""
+"""Inputs at which integers of the kernels could overflow or their order is ambiguous; run by test_in_interpreter.py."""
 
 import importlib
 
@@ -27,9 +27,9 @@ from mam2.kernels.softmax_gradient import softmax_gradient_
 def test_offsets_that_reach_past_32_bits(
     extent: tuple[int, ...], dimension: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Single strides fit into 32 bits, what they lead to does not. Of the buffer only the clip's pages are used.
+    """Single strides fit into 32 bits, the offsets do not. Only the clip's pages of the buffer are used.
 
-    The first half is there for an offset that wraps: it reads zeros.
+    An offset that wraps reads zeros in the first half.
     """
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # would copy it onto itself
     near = torch.randint(256, extent, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

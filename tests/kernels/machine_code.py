@@ -1,4 +1,4 @@
-"""What compiled kernels are made of: registers, memory accesses and instructions, read from disassemblies.
+"""Contents of compiled kernels: registers, memory accesses and instructions, read from disassemblies.
 
 Used by compile_kernels.py. NVIDIA's tools come in Triton's wheel; AMD's assembly is what Triton's compiler hands out.
 """

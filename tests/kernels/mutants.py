@@ -1,6 +1,6 @@
 """Deliberate mistakes in the kernels and in the PyTorch path, each with the tests that must notice it.
 
-`old` occurs exactly once in its file, so that a mutant that no longer applies is an error and not a pass.
+`old` occurs exactly once in its file, so that a mutant that no longer applies is an error.
 """
 
 from typing import NamedTuple
@@ -282,10 +282,11 @@ _MISTAKES = {
         ),
     ],
     (LIMITS, "largest_logit"): [
+        ("powers of 2 instead of e", "softmax_gradient.py", "tl.exp2(difference * LOG2_E)", "tl.exp2(difference)"),
         (
             "exponentials of another maximum summed",
             "softmax_gradient.py",
-            "sum_exp = sum_exp * tl.exp(largest - above(larger)) + ",
+            "sum_exp = sum_exp * exponential(largest - above(larger)) + ",
             "sum_exp = sum_exp + ",
         ),
     ],

@@ -42,9 +42,9 @@ def jobs() -> list[tuple[str, Mutant | None, str, str]]:
 
 
 def run_here(mutant: Mutant | None, file: str, select: str, folder: Path) -> int:
-    """Pytest's exit status, in a process that has not imported mam2 yet. ValueError if the mutant fits no longer."""
+    """Pytest's exit status, in a process that has not imported mam2. Raises ValueError for an outdated mutant."""
     kernels = Path(shutil.copytree(ROOT / "kernels", folder / "mam2" / "kernels"))
-    (folder / "mam2" / "__init__.py").touch()  # a regular package, as the checkout's, which comes later on the path
+    (folder / "mam2" / "__init__.py").touch()  # a regular package, before that of the checkout
     if mutant is not None:
         source = (kernels / mutant.file).read_text(encoding="utf-8")
         if source.count(mutant.old) != 1:

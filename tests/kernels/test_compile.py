@@ -29,7 +29,7 @@ PATCH = (2, 4, 4)
 
 
 def operator_calls() -> list[tuple[Any, tuple]]:
-    """Every operator with arguments that reach each branch of its fake and its gradient."""
+    """Every operator, with arguments for each branch of its fake implementation and its gradient."""
     video, mask = clips(), random_mask(2, (2, 2, 2), 0.5, seed=0)
     pred = torch.randn(2, 4, 96, requires_grad=True)
     every = torch.randn(2, 8, 96, requires_grad=True)
@@ -78,7 +78,7 @@ def test_operators_pass_opcheck(number: int) -> None:
 
 
 def step(video, hidden, weight, bias, pred, target, step_number):
-    """A training step's worth of operators."""
+    """All operators of a training step."""
     mask = tube_mask(2, (2, 2, 2), 0.5, seed=0, step=step_number)
     visible = gather_tubes(video, mask.visible, patch_size=PATCH, mean=(0.5,) * 3, std=(0.2,) * 3)
     pixels = masked_pixel_loss(pred, video, mask, patch_size=PATCH)
@@ -172,7 +172,7 @@ def test_the_package_imports_without_triton() -> None:
 
 @pytest.mark.slow
 def test_importing_the_folder_by_its_own_name_registers_nothing() -> None:
-    """transformers imports `kernels` where it finds one, as it does in this repository's root."""
+    """transformers imports a module `kernels` if there is one, as in the root of this repository."""
     code = "import mam2.kernels, kernels, torch; print(dir(kernels).count('gather_tubes'), len(kernels.__path__))"
     root = ROOT
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

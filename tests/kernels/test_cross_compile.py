@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, and the checked-in table of the machine code is current."""
+"""Every kernel compiles for GPUs that this machine lacks, and the committed table of the machine code is current."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHARED_MEMORY = {
     "gfx90a": 65_536,
     "gfx942": 65_536,
 }
-"""Bytes a program may take."""
+"""Maximum bytes of shared memory per program."""
 
 ROWS_OF_16_PIXELS = r"(channels_last|far) \dx16x16 (?!.* 4 channels).*"
 PLANES = r"(contiguous|far_planes) .*"
@@ -48,7 +48,7 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("motion_energy", SHORT_ROWS, None, None),
     ("draw_mask", r"\d+ positions.*", None, None),
 ]
-"""Kernel and launches → how many loads and stores of a thread may be narrower than 128 bits; None: nothing promised.
+"""Kernel and launches → how many loads and stores of a thread may be narrower than 128 bits; None: no limit.
 
 Narrow loads: the token's number and factor, and the means and deviations of a normalized clip; a row's target, its
 logit and its weight; a row's factor. Narrow stores: the token's error, where weights learn also without its weight; the
@@ -93,7 +93,7 @@ print(json.dumps({name: len(found) for name, found in keys.items()}))
 
 @pytest.mark.slow
 def test_one_compilation_serves_all_seeds_samples_and_counts() -> None:
-    """Triton compiles again for integers of 1, multiples of 16 and 64 bits, unless it is told not to."""
+    """Triton compiles again for integers of 1, multiples of 16 and 64 bits, unless the argument is excluded."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SPECIALIZATIONS]
@@ -133,7 +133,7 @@ def kernels() -> set[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers run on Linux")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here(architecture: str, compiled: dict[str, Future]) -> None:
-    """Nothing spilled to memory, shared memory within bounds, no atomics, wide accesses where they are promised."""
+    """No spills to memory, shared memory within bounds, no atomics, wide accesses as listed."""
     launches = compiled[architecture].result()
     assert {facts["name"].split()[0] for facts in launches} == kernels()
     for facts in launches:

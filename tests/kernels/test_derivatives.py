@@ -1,4 +1,4 @@
-"""First derivatives work, also under vmap; every other kind is refused with an error that names it."""
+"""First derivatives work, also under vmap; other kinds raise an error that names them."""
 
 from collections.abc import Callable
 
@@ -117,7 +117,7 @@ def test_vmap_maps_masks_over_steps(draw: Callable) -> None:
 
 @losses
 def test_an_eager_call_takes_the_short_way(loss: Loss) -> None:
-    """An autograd.Function in place of the operator's own gradient, which costs the host twice as much."""
+    """Replaces the operator's gradient by an autograd.Function, which takes twice the host's time."""
     value = loss(*(tensor.requires_grad_() for tensor in leaves()))  # keeps its graph alive
     pending, names = [value.grad_fn], set()
     while pending:

@@ -1,4 +1,4 @@
-"""gather_tubes against einops: cut the whole clip, normalize all of it, then pick."""
+"""gather_tubes against einops: split and normalize the whole clip, then select."""
 
 from functools import partial
 

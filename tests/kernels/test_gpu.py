@@ -1,6 +1,6 @@
-"""What only a GPU can show of the operators: compiled steps, captured graphs, streams, devices, memory past 2^31.
+"""Properties of the operators that need a GPU: compiled steps, captured graphs, streams, devices, memory past 2^31.
 
-The tests with "cpu" in their name run the same code on a CPU, so that it is known to work before a GPU sees it.
+The tests with "cpu" in their name run the same code on a CPU, so that errors of the tests show without a GPU.
 """
 
 import importlib
@@ -106,7 +106,7 @@ def masks_and_pixels(video: torch.Tensor, step: torch.Tensor, index: torch.Tenso
 
 
 def results(function: Callable[..., Any], given: Inputs) -> list[torch.Tensor]:
-    """Loss and gradients, or what an operator without a gradient gives."""
+    """Loss and gradients, or the outputs of an operator without a gradient."""
     if function not in LOSSES:
         return list(function(**given))
     leaves = {name: given[name].detach().requires_grad_() for name in LOSSES[function]}
@@ -216,7 +216,7 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
 @WITH_GPU
 @OPERATORS
 def test_a_side_stream(function: Callable[..., Any]) -> None:
-    """The inputs arrive late on that stream: a kernel on another one would read what was there before."""
+    """The inputs arrive late on that stream: a kernel on another stream would read old values."""
     expected = results(function, inputs("cuda"))
     late, given = inputs("cuda"), inputs("cuda", seed=1)
     results(function, given)
@@ -288,7 +288,7 @@ def test_a_patch_of_one_color_has_target_zero(device: str) -> None:
 
 @WITH_GPU
 def test_numbers_out_of_range_give_nan() -> None:
-    """Loss and gradient of that token, row or clip; the others' stay as they are."""
+    """Changes loss and gradient of that token, row or clip; the others do not change."""
     given = inputs("cuda")
     given["index"][0, 1], given["target"][7] = 8, 64
     of_pred = results(pixel, given)[1]

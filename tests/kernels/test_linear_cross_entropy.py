@@ -43,7 +43,7 @@ def test_equals_cross_entropy_in_float64(reduction: str, smoothing: float, with_
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_budget(reduction: str, dtype: torch.dtype) -> None:
-    """Loses at most twice what PyTorch loses in the same type."""
+    """The error is at most twice that of PyTorch in the same type."""
     inputs = problem(codes=50, width=32, dtype=dtype)
     target = inputs[3]
 

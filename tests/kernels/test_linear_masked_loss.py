@@ -82,7 +82,7 @@ def test_masks_and_normalizations_are_those_of_the_masked_losses(target: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_budget(dtype: torch.dtype) -> None:
-    """Loss and gradients of half types lose at most twice what two steps lose in the same type."""
+    """Errors of loss and gradients in half types are at most twice those of two steps in the same type."""
     inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves()]
     wide = [leaf.detach().double().requires_grad_() for leaf in inputs]
     upstream = torch.tensor(2.0**10 if dtype == torch.float16 else 1.0)

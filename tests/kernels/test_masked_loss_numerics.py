@@ -1,4 +1,4 @@
-"""The masked losses in every type and layout: accuracy against float64, gradients, bits that repeat."""
+"""The masked losses in every type and layout: accuracy against float64, gradients, reproducible bits."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_gradcheck(loss, every: bool) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_budget(loss, dtype: torch.dtype) -> None:
-    """Against float64: at most twice what plain PyTorch in float32 on the same prediction loses, plus a rounding."""
+    """The error against float64 is at most twice that of plain PyTorch in float32, plus one rounding."""
     mask = random_mask(2, GRID, 0.6, seed=0)
     pred = random_predictions(mask, dtype=dtype)
     upstream = torch.tensor(0.37)

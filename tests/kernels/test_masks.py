@@ -1,4 +1,4 @@
-"""Masks: which tokens, how many, and equal draws on any device and from any start."""
+"""Masks: which tokens, how many, and equal draws on any device and from any first sample."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ GRID = (4, 5, 7)
     ],
 )
 def test_philox_matches_the_published_vectors(key: int, counter: tuple[int, ...], word: int) -> None:
-    """The known answers of Random123's philox4x32-10."""
+    """The test vectors of Random123's philox4x32-10."""
     assert int(reference.philox(key, [torch.tensor(value) for value in counter])) == word
 
 

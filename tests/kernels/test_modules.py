@@ -1,4 +1,4 @@
-"""The modules are the functions with their keywords set."""
+"""The modules call the functions with fixed keyword arguments."""
 
 import inspect
 

@@ -18,7 +18,7 @@ PROCESSES = 2
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    """What the tests make of each mutant, and of each file's selected tests without a mistake."""
+    """Results of the tests for each mutant, and of each file's selected tests without a mistake."""
     require_interpreter()
 
     def run(part: int) -> list[dict[str, Any]]:

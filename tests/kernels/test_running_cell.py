@@ -10,7 +10,7 @@ GRID = (8, 4, 6)
 
 
 def by_queue(phase: int, left_out: int) -> torch.Tensor:
-    """True where left out: a queue of four flags, turned by one place a slot, laid out in every 2x2 cell."""
+    """True where left out: a queue of four flags, rotated by one place per slot, repeated in every 2x2 cell."""
     queue = [True] * left_out + [False] * (4 - left_out)
     slots = []
     for slot in range(GRID[0]):
@@ -42,7 +42,7 @@ def test_phases_depend_on_seed_step_and_sample_and_not_on_the_tubes() -> None:
     assert torch.equal(whole[4:7], part)
     for other in ({"seed": 12, "step": 5}, {"seed": 11, "step": 6}):
         assert not torch.equal(whole, running_cell_mask(64, GRID, **other).masked)
-    # a clip that hides position 0 in a tube mask of the same seed has every phase all the same
+    # clips that hide position 0 in a tube mask of the same seed have every phase too
     hides_first = tube_mask(400, (1, 2, 2), 0.25, seed=11).masked[:, 0] == 0
     first_left_out = running_cell_mask(400, (1, 2, 2), 0.25, seed=11).masked[:, 0] == 0
     share = first_left_out[hides_first].double().mean()

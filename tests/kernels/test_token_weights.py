@@ -1,4 +1,4 @@
-"""Weights of the masked tokens: what a loss over decoded tokens, or over all of them, counts."""
+"""Weights of the masked tokens: which tokens a loss over decoded tokens, or over all of them, counts."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def weights() -> torch.Tensor:
 
 
 def weighted(loss, pred: torch.Tensor, weight: torch.Tensor, reduction: str) -> torch.Tensor:
-    """From the means of single tokens, and how many values each of them has."""
+    """Computed from the means and the numbers of values of single tokens."""
     tokens = loss(pred, clips(), MASK, reduction="none", **OPTIONS)
     values = torch.full_like(tokens, 96)
     if loss is masked_frame_difference_loss:
@@ -53,7 +53,7 @@ def test_weights_multiply_errors_and_the_mean_divides_by_them(loss, reduction: s
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_tokens_of_no_weight_do_not_count(loss) -> None:
-    """Numbers of counted tokens that differ from clip to clip; the same from a bool, a float and the tokens alone."""
+    """Clips with different numbers of counted tokens; equal for bool and float weights and for selected tokens."""
     counted = torch.tensor([[True, False, True, True, False, False], [False, False, False, False, True, False]])
     pred = predictions()
     ours = loss(pred, clips(), MASK, weight=counted, **OPTIONS)

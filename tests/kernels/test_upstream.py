@@ -1,4 +1,4 @@
-"""Gradients are final after the forward pass: backward leaves them alone at an upstream gradient of 1."""
+"""Gradients are final after the forward pass: backward does not change them at an upstream gradient of 1."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ def leaf(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_final_gradient_is_not_touched(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At an upstream gradient of 1 no number is multiplied, and none is rounded a second time."""
+    """At an upstream gradient of 1 nothing is multiplied or rounded a second time."""
     loss, pred = LOSSES[name], leaf(dtype)
     out = loss(pred)
     with monkeypatch.context() as patch:

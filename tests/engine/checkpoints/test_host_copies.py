@@ -10,6 +10,7 @@ from torch import nn
 from mam2.engine.checkpoints import host_copies
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers
+from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.train.optimizer import build_optimizer
 
@@ -18,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def trained():
-    """A model and its optimizer after a step, and a function that takes another one."""
+    """A model and its optimizer after a step, and a function that runs another step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     optimizer = build_optimizer(model, CONFIG.optim)
@@ -55,7 +56,7 @@ def test_every_checkpoint_uses_the_same_memory_and_holds_its_own_step(tmp_path):
         return torch.full((size,), 7, **options)
 
     buffers = HostBuffers(CPU, print, allocate=allocate)
-    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=buffers)
+    saver = Saver(tmp_path, CONFIG, buffers=buffers)
     expected = {}
     for number in (1, 2, 3):
         step()
@@ -77,7 +78,7 @@ def test_every_checkpoint_uses_the_same_memory_and_holds_its_own_step(tmp_path):
 
 def test_a_failed_write_leaves_the_memory_free_for_the_next(tmp_path, monkeypatch):
     model, optimizer, step = trained()
-    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(CPU, print))
+    saver = Saver(tmp_path, CONFIG, buffers=HostBuffers(CPU, print))
     save_file, called = checkpoint.save_file, threading.Event()
 
     def full(*_, **__):
@@ -86,7 +87,7 @@ def test_a_failed_write_leaves_the_memory_free_for_the_next(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     saver.save(1, model, optimizer)
-    assert called.wait(60)  # the thread that writes may start late
+    assert called.wait(60)  # the writing thread may start late
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     step()
     assert saver.save(2, model, optimizer).errno == 28
@@ -112,7 +113,7 @@ def test_the_writer_waits_for_the_device_and_training_does_not(tmp_path):
         pinned.append(pin_memory)
         return torch.empty(size, dtype=dtype)
 
-    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, print, allocate=allocate, event=Pending))
+    saver = Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, print, allocate=allocate, event=Pending))
     assert saver.save(1, model, optimizer) is None
     assert recorded == [threading.main_thread()]
     assert pinned == [True]
@@ -131,7 +132,7 @@ def test_without_pinned_memory_it_says_so_and_uses_other_memory(tmp_path):
         return torch.empty(size, dtype=dtype)
 
     messages = []
-    saver = checkpoint.Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, messages.append, allocate=allocate))
+    saver = Saver(tmp_path, CONFIG, buffers=HostBuffers(GPU, messages.append, allocate=allocate))
     saver.save(1, model, optimizer)
     assert saver.wait() is None
     assert len(messages) == 1

@@ -46,7 +46,7 @@ def run(clips, tmp_path_factory, small):
 
 
 def test_a_whole_checkpoint_goes_to_the_hub_and_comes_back(run, clips, hub, tmp_path, capsys, small):
-    """Also as the start of another run, with the tokenizer that its heads belong to."""
+    """The pushed weights also start another run, with the tokenizer that their heads belong to."""
     status = exit_status(
         "export", run, "--to", "mam2", "--push", "somebody/first", "--license", "apache-2.0", "--private"
     )

@@ -43,7 +43,7 @@ def test_an_unknown_clip_size_is_assumed_with_a_warning(tmp_path: Path, caplog: 
         assert load_encoder(path, size=24, heads=4).encode(clip(16)).shape == (2, 72, 48)
     assert "does not state the frames of its clips; 16 frames of 24² are assumed" in caplog.text
     caplog.clear()
-    # what it was trained on: its positions are those of that size, not resampled
+    # the size of its training: its positions are used as they are
     close(load_encoder(path, frames=4, size=24, heads=4).encode(clip()), shaken(encoder()).encode(clip()))
     close(load_model(path, frames=4, size=24, heads=4).encode(clip()), shaken(encoder()).encode(clip()))
     write_videomae(shaken(encoder()), tmp_path / "said.pth")
@@ -66,7 +66,7 @@ def test_a_decoder_takes_no_other_clips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mean_pooling", "hidden"), [(True, 48), (False, 60), (True, 37)])
 @torch.no_grad()
 def test_hugging_faces_pre_training_models_of_any_kind(tmp_path: Path, mean_pooling: bool, hidden: int) -> None:
-    """Mean pooling (its default: no LayerNorm after the encoder), and a decoder with an MLP ratio of its own."""
+    """Mean pooling (the default: no LayerNorm after the encoder), and a decoder with a different MLP ratio."""
     transformers = pytest.importorskip("transformers")
     sizes = {"image_size": 24, "patch_size": 8, "num_frames": 4, "hidden_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "intermediate_size": 97, "decoder_hidden_size": 24}
@@ -202,7 +202,7 @@ def test_a_decoder_of_plain_pixels_keeps_its_target(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_layer_scale_goes_into_the_layers_before_it(tmp_path: Path) -> None:
-    """No other code has it; the function is the same."""
+    """Our projection's norm does not exist in other code; the exported function is the same."""
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(

@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_head_as_videomae_v2_gives_them_for_features(tmp_
     save_file(state, tmp_path / "model.safetensors")
     ours = load_model(tmp_path / "model.safetensors")
     assert isinstance(ours, Encoder)
-    assert ours.grid == (8, 28, 28)  # nothing in the file says otherwise
+    assert ours.grid == (8, 28, 28)  # the default, because the file states none
     set_clip_size(ours, 4, 24, "recompute")
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     close(ours.encode(clip()), plain_encoder(bare, clip(), heads=6, final=None))

@@ -24,7 +24,7 @@ time.sleep(60)
 
 
 def of_another_machine(run, age):
-    """A lock as a process elsewhere would have written it, renewed `age` seconds ago."""
+    """Writes a lock as a process on another machine does, renewed `age` seconds ago."""
     held = {"host": "other", "pid": 7, "started": "then", "machine": "elsewhere", "process": "1", "token": "t"}
     (run / lock.FILE).write_text(json.dumps(held))
     then = time.time() - age

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.train.optimizer import build_optimizer
@@ -29,7 +30,7 @@ def _trained(width=4, steps=2):
 
 def save(run, step, model, optimizer, config=CONFIG, *, keep=2, keep_every=0):
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, keep=keep, keep_every=keep_every))
-    saver = checkpoint.Saver(run, config)
+    saver = Saver(run, config)
     assert saver.save(step, model, optimizer) is None
     problem = saver.wait()
     if problem:
@@ -139,7 +140,7 @@ def test_a_damaged_checkpoint_is_found_out_and_set_aside(name, damage, tmp_path)
 
 def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(parents=True)
-    checkpoint.Saver(tmp_path, CONFIG)
+    Saver(tmp_path, CONFIG)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

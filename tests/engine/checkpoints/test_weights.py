@@ -43,7 +43,7 @@ def stepped(seed: int) -> Classifier:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fine-tuning run whose best checkpoint is that of step 4, whose newest that of step 8."""
+    """A fine-tuning run whose best checkpoint is of step 4 and whose newest is of step 8."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     for step in (4, 8):
         checkpoint.write(folder, step, dict(stepped(step).state_dict()), {}, CLASSIFIER, metadata=NOTES)
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def places(run: Path) -> dict[Path, int]:
-    """Paths and the step whose weights they stand for."""
+    """Paths, and the step whose weights each refers to."""
     newest = checkpoint.folder_of(run, 8)
     best = {run: 4, run / "best": 4, run / "best" / checkpoint.WEIGHTS: 4, checkpoint.folder_of(run, 4): 4}
     return best | {newest: 8, newest / checkpoint.WEIGHTS: 8}
@@ -84,7 +84,7 @@ def test_the_hash_is_that_of_the_encoder_that_is_loaded(run: Path, tmp_path: Pat
 
 
 def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
-    """The library writes metadata in a random order, another one for each file."""
+    """safetensors writes metadata in a random order, which differs between files."""
     notes = NOTES | {f"note {number}": 'é\t"\n' for number in range(20)}
     files = [
         checkpoint.write(tmp_path / str(copy), 4, dict(stepped(4).state_dict()), {}, CLASSIFIER, metadata=notes)
@@ -120,7 +120,7 @@ def test_embed_names_the_weights_it_read(run: Path, videos: Manifest, tmp_path: 
 
 
 def test_kept_features_are_those_of_the_weights(run: Path, videos: Manifest, tmp_path: Path) -> None:
-    """In one call, where two paths stand for one encoder, and in calls after each other."""
+    """In one call, in which two paths refer to one encoder, and in successive calls."""
     paths = [run, run / "best", checkpoint.folder_of(run, 8)]
     wanted = [FeatureSpec(load_frozen(path, CPU), 2, "mean") for path in paths]
     together = FeatureCache(tmp_path / "one").get(videos, wanted, batch=5, progress=False)

@@ -1,4 +1,4 @@
-"""`mam2 convert-tokenizer`: taming's Lightning checkpoints, made up with its names and shapes, and what it refuses."""
+"""`mam2 convert-tokenizer`: checkpoints with the names and shapes of taming's, and files that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING = ("loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model
 
 
 def lightning(path: Path, state: dict[str, Tensor], **extra: object) -> Path:
-    """A file as Lightning 1.0 wrote it: optimizers, schedulers, a callback's class as a key, scalars of NumPy."""
+    """Writes a file like those of Lightning 1.0: optimizers, schedulers, a callback's class as a key, NumPy scalars."""
     names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
     modules = {name: types.ModuleType(name) for name in names}
     callback = type("ModelCheckpoint", (), {"__module__": names[-1]})
@@ -93,7 +93,7 @@ def test_the_weights_are_those_of_the_checkpoint(tmp_path: Path, capsys: pytest.
 
 
 class Malicious:
-    """Pickled, it would make a folder when it is read."""
+    """Its pickle makes a folder when it is loaded."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -113,7 +113,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, capsys: 
 
 
 def test_what_stands_in_for_a_framework_runs_none_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where that framework is installed."""
+    """The same if that framework is installed."""
     path = lightning(tmp_path / "last.ckpt", small_state())
     ran = []
 

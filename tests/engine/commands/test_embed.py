@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float32_on_cpus")
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, synthetic_clips):
-    """Eight clips without labels and a file that is no video, with names that lists choke on."""
+    """Eight clips without labels and a file that is not a video; their names contain the separators of lists."""
     folder = tmp_path_factory.mktemp("videos")
     synthetic_clips(folder / "made", train=8)
     for number, path in enumerate(sorted((folder / "made").rglob("*.*"))):
@@ -75,7 +75,7 @@ def test_parquet_holds_the_same(videos, run, tmp_path):
 
 
 def test_a_pool_that_keeps_time(videos, run, tmp_path):
-    """The means of the slots, one after the other: their mean is the mean of all tokens."""
+    """The concatenated means of the time slots: their mean is the mean of all tokens."""
     for pool in ("mean", "time"):
         assert exit_status("embed", run, "--data", videos, "--out", tmp_path / f"{pool}.npy", "--pool", pool) == 0
     mean, time = (np.load(tmp_path / f"{pool}.npy") for pool in ("mean", "time"))

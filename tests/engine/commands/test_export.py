@@ -1,4 +1,4 @@
-"""`mam2 export`: every format from the command line, read back by the program it is for."""
+"""`mam2 export`: writes every format, and the program that each format is for reads it back."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_from_hugging_face_to_videomae(run: Path, tmp_path: Path, capsys: pytest
         (tmp_path / "encoder.pth", load_encoder(run)),
     ):
         again = load_encoder(path, heads=4)
-        set_clip_size(again, 4, 24, "recompute")  # such a file does not say the size of its clips
+        set_clip_size(again, 4, 24, "recompute")  # such a file does not state the size of its clips
         torch.testing.assert_close(again.encode(clip()), expected.encode(clip()), rtol=1e-5, atol=1e-5)
     state = torch.load(tmp_path / "encoder.pth", weights_only=True)["model"]
     assert all(name.startswith("encoder.") for name in state)
@@ -127,7 +127,7 @@ def test_to_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("text", [False, True])
 @torch.no_grad()
 def test_a_classifier_as_a_graph_gives_logits(tmp_path: Path, text: bool) -> None:
-    """Also what no other format has a place for: resampled positions, and a head that compares with texts."""
+    """Our format also keeps resampled positions and a head that compares with texts, which the others cannot."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     head = TextHead(48, torch.randn(3, 8)) if text else linear_head(48, 3)

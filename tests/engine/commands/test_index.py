@@ -42,7 +42,7 @@ def test_advice_names_what_is_wrong_and_the_command(values, message):
 
 def test_good_videos_get_no_advice():
     assert index.advice(many(20)) == []
-    assert index.advice([*many(19), dataclasses.replace(GOOD, keyframe_max=250)]) == []  # one of twenty is no reason
+    assert index.advice([*many(19), dataclasses.replace(GOOD, keyframe_max=250)]) == []  # one of twenty is too few
 
 
 def test_mixed_rates_and_copies_are_told():

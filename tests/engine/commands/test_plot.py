@@ -1,4 +1,4 @@
-"""`mam2 plot`: curves of one run and of several, from logs as runs leave them."""
+"""`mam2 plot`: plots curves of one run and of several from their logs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_run_that_still_writes_and_was_resumed(
 ) -> None:
     folder = write_run(tmp_path / "run", MAM2)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 100, "time": 9000.0, "loss/appearance": 3.0}) + "\n")  # logged once more
+        file.write(json.dumps({"step": 100, "time": 9000.0, "loss/appearance": 3.0}) + "\n")  # logged twice
         file.write('{"step": 120, "loss/appe')
     assert outcome(capsys, "plot", folder, "--out", tmp_path / "run.png")[0] == 0
     line = drawn[0].axes[0].lines[0]

@@ -1,4 +1,4 @@
-"""`mam2 tokenize` and a pre-training on its codes: the bits of a run that tokenizes in its steps."""
+"""`mam2 tokenize` and a pre-training on its codes: the same bits as a run that tokenizes in its steps."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory, synthetic_clips: Callable[..
 
 @pytest.fixture
 def config(small: Callable[..., PretrainConfig]) -> PretrainConfig:
-    """Three epochs over two augmentations: the first is met again."""
+    """Three epochs over two recorded augmentations, so that the first one repeats."""
     return small(data={"recorded": 2, "views": 2}, optim={"batch": 8, "epochs": 3.0})
 
 
 @pytest.fixture(scope="module")
 def codes(clips: Path, tmp_path_factory: pytest.TempPathFactory, small: Callable[..., PretrainConfig]) -> Path:
-    """A whole cache of `clips`."""
+    """A complete cache of `clips`."""
     out = tmp_path_factory.mktemp("codes")
     values = small(data={"recorded": 2, "views": 2}, optim={"batch": 8, "epochs": 3.0})
     result = tokenize(values, clips, out, progress=False)
@@ -118,7 +118,7 @@ def test_a_run_on_recorded_clips_has_the_bits_of_a_run_on_videos(
 def test_files_that_were_lost_meanwhile_are_replaced_as_without_a_cache(
     clips: Path, codes: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
-    """Three runs meet the same replacements: online, cached, and cached with files that are back but have no codes."""
+    """Three runs replace the same videos: online, cached, and cached with readable files without codes."""
     data, index = tmp_path / "clips", tmp_path / "index.jsonl"
     shutil.copytree(clips, data)
     manifest = read_manifest(data, progress=False)
@@ -165,7 +165,7 @@ def test_a_stopped_tokenizing_continues_to_the_same_bytes(
             tokenize(config, clips, tmp_path / "part", progress=False)
     with pytest.raises(UserError, match=r"is missing or damaged; run mam2 tokenize"):
         pretrain(with_tokenizer(config, cache=str(tmp_path / "part")), clips, tmp_path / "run", progress=False)
-    assert tokenize(config, clips, tmp_path / "part", progress=False).clips == 32 - 10  # two shards were whole
+    assert tokenize(config, clips, tmp_path / "part", progress=False).clips == 32 - 10  # two shards were complete
     assert tokenize(config, clips, tmp_path / "part", progress=False).clips == 0
     for name in ("cache.json", "shards.json", *(f"shards/a{a:03d}-{n:06d}.npy" for a in range(2) for n in range(4))):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

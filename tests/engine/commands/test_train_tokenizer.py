@@ -179,7 +179,7 @@ def test_reconstruction_is_measured_as_defined() -> None:
     assert result.kmeans_explained == pytest.approx(explained(by_patch, original), abs=1e-4)
     assert result.kmeans_color_explained == pytest.approx(explained(color(by_patch), color(original)), abs=1e-4)
     assert result.codes_used == len(codes.unique())
-    assert len(result.original) == len(result.reconstructed) == len(result.from_kmeans) == 3  # one of each clip
+    assert len(result.original) == len(result.reconstructed) == len(result.from_kmeans) == 3  # one frame per clip
     torch.testing.assert_close(result.original[1], original[2].movedim(0, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(result.reconstructed[2], back[4].movedim(0, -1), rtol=0, atol=1e-4)
     torch.testing.assert_close(result.from_kmeans[2], by_patch[4].movedim(0, -1), rtol=0, atol=1e-4)

@@ -172,7 +172,7 @@ def test_a_renamed_key_is_still_read_with_one_warning(tmp_path, caplog):
     assert load_recipe(str(tmp_path / "new.toml")).data.decoder == "nvdec"
     saved = to_dict(PretrainConfig())
     saved["data"]["front_end"] = saved["data"].pop("decoder")
-    assert from_dict(PretrainConfig, saved) == PretrainConfig()  # a checkpoint of that time
+    assert from_dict(PretrainConfig, saved) == PretrainConfig()  # a checkpoint of an earlier version
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,5 @@ SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DAT
     ],
 )
 def test_only_what_does_not_change_the_result_may_differ_when_a_run_is_resumed(kind, own):
-    """A key that joins or leaves this list is a decision: what it changes must not change what a run learns."""
+    """Keys on this list must not change what a run learns; adding or removing one is a decision."""
     assert resumable_keys(kind) == SHARED | own

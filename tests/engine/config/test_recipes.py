@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import check
 from mam2.engine.config.recipe import RECIPES, load_recipe, recipe_names
 from mam2.engine.errors import UserError
@@ -121,3 +122,30 @@ def test_a_wrong_inheritance_is_named(tmp_path: Path, files: dict[str, str], mes
 def test_a_misspelt_recipe_of_a_set_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean ssv2/mam2-fast"):
         load_recipe("ssv2/mam2-fsat")
+
+
+def test_fine_tuning_recipes_hold_the_methods_values() -> None:
+    loaded = {name: load_recipe(name, FinetuneConfig) for name in recipe_names(FinetuneConfig)}
+    names = ("kinetics400", "ssv2", "ucf101", "hmdb51", "demo", "laptop")
+    assert loaded.keys() == {f"{name}/finetune" for name in names}
+    for name, config in loaded.items():
+        config.check()
+        text = (RECIPES / f"{name}.toml").read_text()
+        assert f"mam2 finetune {name} --data" in text
+        if name in ("demo/finetune", "laptop/finetune"):
+            continue
+        augment, small_set = config.augment, name.startswith(("ucf101", "hmdb51"))
+        assert (augment.operations, augment.magnitude, augment.magnitude_std) == (4, 7, 0.5)
+        assert (augment.erase, augment.mixup, augment.cutmix, augment.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
+        assert (config.optim.beta2, config.optim.warmup_epochs) == (0.999, 5)
+        assert config.optim.layer_decay == (0.7 if small_set else 0.75)
+        assert config.optim.drop_path == (0.2 if small_set else 0.1)
+        assert config.head.dropout == (0.5 if small_set else 0.0)
+        assert config.data.views == (2 if small_set else 1)
+        ssv2 = name.startswith("ssv2")
+        assert (config.data.sampling, config.data.flip) == (("uniform", False) if ssv2 else ("dense", True))
+        assert (config.test.temporal, config.test.spatial) == (2 if ssv2 else 5, 3)
+        assert config.optim.epochs == (50 if ssv2 else 100)
+        videos = config.optim.batch / config.data.views
+        rate = config.optim.base_lr * config.optim.batch / videos  # VideoMAE's, for 256 videos
+        assert rate == (1e-3 if name.startswith("kinetics") else 5e-4)

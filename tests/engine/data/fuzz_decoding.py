@@ -1,9 +1,9 @@
-"""Damages video files by the thousand and decodes what is left.
+"""Damages thousands of video files and decodes them.
 
     python -m tests.engine.data.fuzz_decoding [SOURCES] [--count N]
 
 Mutant n of a seed is always the same file. The mutants are decoded in processes of their own, one after the other, so
-that a crash or a hang of native code is seen, named and survived. Prints what became of them as JSON; exit status 1
+that a crash or a hang of native code is seen, named and survived. Prints their outcomes as JSON; exit status 1
 if one crashed the decoder, held it for longer than LIMIT_S, or gave a clip of another shape than asked for.
 """
 
@@ -38,7 +38,7 @@ from mam2.engine.data.vetting import vet
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 
 LIMIT_S = 30
-"""A mutant that takes longer is a hang; a sound one of these takes milliseconds."""
+"""A mutant that takes longer counts as a hang; an undamaged file takes milliseconds."""
 CONFIG = DataConfig(frames=4, stride=3, size=32, threads=2, timeout_s=LIMIT_S / 2, max_unusable=1.0)
 ENCODERS = (
     ("a.mp4", "libx264", {"bf": "2"}),
@@ -62,7 +62,7 @@ ELEMENTS = re.compile(
 
 
 def write_sources(folder: Path) -> None:
-    """Sound videos of 30 drifting frames of 64 x 48 in every codec and container that PyAV can write."""
+    """Undamaged videos of 30 drifting frames of 64 x 48 in every codec and container that PyAV can write."""
     texture = np.kron(np.random.default_rng(0).integers(0, 256, (6, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     frames = np.stack([texture[:, 2 * t : 2 * t + 64] for t in range(30)])
     for name, encoder, options in ENCODERS:
@@ -79,7 +79,7 @@ def write_sources(folder: Path) -> None:
 
 
 def mutant(data: bytes, rng: np.random.Generator) -> bytes:
-    """The file with one to three kinds of damage, half of them where the headers are."""
+    """Returns the file with one to three kinds of damage, half of them in the headers."""
     content = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         if content:
@@ -108,14 +108,14 @@ def _cut(content: bytearray, rng: np.random.Generator) -> None:
 
 
 def _write_number(content: bytearray, rng: np.random.Generator) -> None:
-    """Sizes and counts are such numbers."""
+    """Writes one of the values that damaged sizes and counts often have."""
     numbers = (b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x80\x00\x00\x00", b"\x00\x00\x00\x01")
     place = _place(content, rng)
     content[place : place + 4] = numbers[rng.integers(len(numbers))]
 
 
 def _piece(content: bytearray, rng: np.random.Generator) -> tuple[int, int]:
-    """From the name of one box or element to that of another, or anything."""
+    """Replaces the name of a box or element by another name or by random bytes."""
     names = [match.start() for match in itertools.chain(BOXES.finditer(content), ELEMENTS.finditer(content))]
     if len(names) < 2 or rng.random() < 0.3:
         first = _place(content, rng)
@@ -156,7 +156,7 @@ DAMAGES: tuple[Callable[[bytearray, np.random.Generator], None], ...] = (
 
 
 class PyAV:
-    """A mutant is scanned as for a manifest, and decoded whether or not the scan took it."""
+    """Scans a mutant as for a manifest, and decodes it whether or not the scan accepted it."""
 
     def __init__(self, sources: list[Path], folder: Path) -> None:
         self._sources, self._folder = sources, folder
@@ -176,7 +176,7 @@ class PyAV:
 
 
 class DaliCPU:
-    """A mutant that passes the vetting goes to DALI's decoder on the CPU, which loses its pipeline where it fails."""
+    """Passes a vetted mutant to DALI's decoder on the CPU, whose pipeline is lost if it fails."""
 
     def __init__(self, sources: list[Path], folder: Path) -> None:
         videos = {path: probe_file(str(path)) for path in sources}
@@ -196,7 +196,7 @@ class DaliCPU:
 
 
 class Loader:
-    """Half of the sources are mutants, which the manifest took for sound: four batches, twice, to the same bits."""
+    """Half of the files are mutants that the manifest lists as usable: four batches, loaded twice, are equal."""
 
     def __init__(self, sources: list[Path], folder: Path) -> None:
         self._folder = folder
@@ -237,7 +237,7 @@ def work(sources: list[Path], decoder: str, seed: int, first: int, last: int) ->
 
 
 def hunt(sources: Path | None, decoder: str, seed: int, first: int, last: int) -> dict[str, object]:
-    """What became of mutants `first` to `last` - 1: counts of outcomes, and the numbers of the bad ones."""
+    """Outcomes of mutants `first` to `last` - 1: counts of outcomes, and the numbers of the bad ones."""
     outcomes: collections.Counter[str] = collections.Counter()
     bad: dict[int, str] = {}
     peak_kib = 0

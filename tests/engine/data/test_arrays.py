@@ -137,7 +137,7 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_replaces_the_clip(tmp_path: Path) -> None:
-    """It lies in a later frame, which the scan does not read."""
+    """The bad value is in a later frame, which the scan does not read."""
     for name in "abc":
         np.save(tmp_path / f"{name}.npy", random_array("float32"))
     array = random_array("float32")

@@ -24,7 +24,7 @@ VIEWS = [
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_all_rows_at_once_are_those_of_blocks(view, monkeypatch):
-    """As a device takes them that is not a CPU, of which "meta" computes nothing."""
+    """Crops on a device other than the CPU; "meta" computes no values."""
     frames = torch.randint(0, 256, (2, 96, 131, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     products: list[int] = []
     taps = crops._taps

@@ -32,7 +32,7 @@ def test_crops_and_flips_are_numpys():
 
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
-    """DALI takes no number for a graph without a GPU, and NVDEC then seems to be missing."""
+    """DALI requires device_id None for a graph without a GPU; with a number NVDEC would seem to be missing."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     given = {"views": 1, "samples": 1, "threads": 1}
     for device, number in (("cuda", 3), ("cuda:1", 1), ("cpu", None)):
@@ -50,7 +50,7 @@ def test_shrinking_is_antialiased_as_in_pytorch():
     (small,) = resize(frames, 24, View(0, 0, 1, 1, False))
     planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
     expected = torch.nn.functional.interpolate(planes, (24, 24), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
-    # At the border DALI repeats the edge, PyTorch leaves out what is not there.
+    # At the border DALI repeats the edge; PyTorch ignores pixels outside of the frame.
     assert (small.float() - expected)[:, 1:-1, 1:-1].abs().max() <= 1
 
 

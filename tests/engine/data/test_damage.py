@@ -197,7 +197,7 @@ def take(manifest: Manifest, steps: int, on_skip: Callable[[Skipped], None] | No
 def test_what_breaks_after_the_scan_is_replaced_and_named_once(sound, tmp_path, reason):
     path = tmp_path / "broken.mp4"
     path.write_bytes(Path(sound.videos[2].path).read_bytes())
-    (tmp_path / "other.mp4").touch()  # an empty folder counts as a drive that is away, which is waited for
+    (tmp_path / "other.mp4").touch()  # an empty folder counts as an unavailable drive, for which the loader waits
     videos = list(sound.videos)
     videos[2] = dataclasses.replace(videos[2], path=str(path))
     DAMAGES[reason](path)
@@ -275,7 +275,7 @@ def test_every_broken_file_is_named_with_a_reason(clip_set):
     assert len(damaged & usable.keys()) > 1
     for name, reason in skipped.items():
         assert reason
-        assert "Error" not in reason, name  # a reason of ours, not of a surprise
+        assert "Error" not in reason, name  # our message, not that of an unexpected exception
     for name in damaged & usable.keys():
         video = usable[name]
         clip = decode_frames(video.path, range(0, video.frames, max(video.frames // 4, 1)))
@@ -350,7 +350,7 @@ def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbere
     manifest = read_manifest(tmp_path, progress=False)
     for video in manifest.videos[:2]:
         Path(video.path).write_bytes(Path(video.path).read_bytes()[:250])
-    # Unvetted, they cost DALI its pipeline in every epoch.
+    # Without vetting, DALI loses its pipeline to them in every epoch.
     monkeypatch.setattr(vetting, "vet", lambda content: None)
     config = dataclasses.replace(CONFIG, decoder=decoder)
     with ClipLoader(manifest, config, batch=6, device="cpu", seed=0) as loader:
@@ -363,5 +363,5 @@ def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbere
                 next(stream)
             sizes.append(resident_mib())
         assert len(loader.skipped) == 2
-    # The 240 clips of 40 epochs are 53 MiB: a leak adds as much each time, what else this process holds settles once.
+    # The 240 clips of 40 epochs are 53 MiB: a leak adds as much in every round; other memory stops growing.
     assert min(after - before for before, after in itertools.pairwise(sizes)) < 16, sizes

@@ -93,7 +93,7 @@ def test_a_forced_decoder_that_cannot_says_so(codec, forced, rotation, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "encoder", "options"), ENCODERS)
 def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, suffix, encoder, options):
-    # Smooth noise that drifts: no two frames are alike, and B-frames and late references pay.
+    # Smooth drifting noise: all frames differ, and the encoder uses B-frames and distant references.
     generator = np.random.default_rng(0)
     texture = np.kron(generator.integers(0, 256, (12, 40, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     frames = np.stack([texture[:64, 2 * t : 2 * t + 96] for t in range(80)])
@@ -111,7 +111,7 @@ def test_any_frame_is_the_one_sequential_decoding_gives(tmp_path, write_video, s
 def test_decoding_begins_at_the_last_key_frame_before_the_start(tmp_path, write_video, numbered_frames):
     path = write_video(tmp_path / "a.mp4", numbered_frames(24), gop=6)
     with open_video(str(path)) as (container, stream):
-        packets, first, pts = decoding._packets_for(container.demux(stream), 14, 14)
+        packets, first, pts = decoding.packets_for(container.demux(stream), 14, 14)
     assert (first, len(packets)) == (12, 12)
     assert pts == packets[0].pts
     assert packets[0].is_keyframe
@@ -140,7 +140,7 @@ def test_only_a_clean_cut_saves_decoding(packets, first, why):
         )
         for text in packets.split()
     ]
-    rest, index, pts = decoding._packets_for(made, 6, 7)
+    rest, index, pts = decoding.packets_for(made, 6, 7)
     assert index == first, why
     assert rest[-1] is made[-1]
     if first:
@@ -153,23 +153,23 @@ def test_only_a_clean_cut_saves_decoding(packets, first, why):
 def test_of_a_long_video_only_the_last_packets_are_held(tmp_path, write_video, numbered_frames, frame_numbers):
     path = write_video(tmp_path / "a.avi", numbered_frames(24), "mjpeg")
     with open_video(str(path)) as (container, stream):
-        packets, first, _ = decoding._packets_for(container.demux(stream), 20, 21)
+        packets, first, _ = decoding.packets_for(container.demux(stream), 20, 21)
     assert (first, len(packets)) == (20, 4)
-    stamps = [*range(12), *range(6)]  # the clock starts again when the first packets are forgotten
+    stamps = [*range(12), *range(6)]  # timestamps restart after the first packets have been dropped
     made = [SimpleNamespace(size=1, pts=pts, is_keyframe=True, is_discard=False) for pts in stamps]
-    assert decoding._packets_for(made, 11, 17) == ([], 0, None)
-    assert decoding._packets_for(made[:3] + made[12:], 2, 9) == (made[:3] + made[12:], 0, None)
+    assert decoding.packets_for(made, 11, 17) == ([], 0, None)
+    assert decoding.packets_for(made[:3] + made[12:], 2, 9) == (made[:3] + made[12:], 0, None)
 
 
 def test_a_decoder_that_begins_late_is_noticed(tmp_path, write_video, numbered_frames, frame_numbers, monkeypatch):
     path = str(write_video(tmp_path / "a.avi", numbered_frames(12), "mjpeg"))
-    packets_for = decoding._packets_for
+    packets_for = decoding.packets_for
 
     def lose_one(*arguments):
         packets, index, pts = packets_for(*arguments)
         return (packets[1:] if index else packets), index, pts
 
-    monkeypatch.setattr(decoding, "_packets_for", lose_one)
+    monkeypatch.setattr(decoding, "packets_for", lose_one)
     assert frame_numbers(decode_frames(path, [6, 7, 8])) == [6, 7, 8]
 
 
@@ -179,7 +179,7 @@ def test_frames_are_the_ones_asked_for(tmp_path, write_video, numbered_frames, f
     clip = decode_frames(path, [3, 5, 7, 9, 11, 13])
     assert (clip.dtype, clip.shape) == (np.uint8, (6, 48, 64, 3))
     assert frame_numbers(clip) == [3, 5, 7, 9, 11, 13]
-    # Past the end the last frame repeats, also where the stride would have jumped over it.
+    # Past the end the last frame repeats, even if the stride would have skipped it.
     assert frame_numbers(decode_frames(path, [14, 18, 22, 26, 30])) == [14, 18, 19, 19, 19]
     assert frame_numbers(decode_frames(path, [30, 31])) == [19, 19]
 
@@ -230,7 +230,7 @@ def test_dali_and_pyav_give_the_same_frames(tmp_path, write_video, suffix, encod
     generator = np.random.default_rng(0)
     texture = np.kron(generator.integers(0, 256, (8, 14, 1)), np.ones((16, 16, 3))).astype(np.uint8)
     frames = np.stack([texture[:96, 2 * t : 2 * t + 128] for t in range(40)])
-    assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 8  # so that the next frame would not pass for this one
+    assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 8  # so that the next frame differs from this one
     path = write_video(tmp_path / f"a.{suffix}", frames, encoder)
     assert_same_frames(path, starts=(0, 7, 20, 35, 39), strides=(1, 3))
 
@@ -247,7 +247,7 @@ def assert_same_frames(path: Path, starts, strides) -> None:
         (from_dali,) = dali.run([np.fromfile(path, np.uint8)] * len(starts), frames, views)
         (from_pyav,) = pyav.run([decode_frames(str(path), numbers) for numbers in frames], frames, views)
         difference = (from_dali.int() - from_pyav.int()).abs()
-        # The two bring chroma to full size in different ways, which shows at sharp edges of saturated colors only.
+        # The two upsample chroma differently, which shows only at sharp edges of saturated colors.
         assert difference.float().mean() < 2, (path.name, stride)
         assert (difference > 8).float().mean() < 0.02, (path.name, stride)
 

@@ -20,5 +20,5 @@ def test_a_draw_keeps_its_stream(draw, number):
 
 
 def test_all_draws_are_pinned_and_missing_counters_are_zero():
-    assert len(Draw) == 8  # a new one joins the list above
+    assert len(Draw) == 8  # add a new draw to the list above
     assert generator_of(Draw.CLIP, -1, 3).random() == generator_of(Draw.CLIP, 2**64 - 1, 3, 0, 0).random()

@@ -48,7 +48,7 @@ def test_a_batch_may_be_larger_than_the_data_set(videos):
 
 def test_any_number_of_threads_gives_the_same_bits(videos, monkeypatch):
     alone = take(videos, 4, dataclasses.replace(CONFIG, threads=1, prefetch=1))
-    monkeypatch.setattr(loader, "CHUNK_BYTES", 1)  # every sample on its own
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 1)  # every sample in a chunk of its own
     for one, other in zip(alone, take(videos, 4, dataclasses.replace(CONFIG, threads=4, prefetch=3)), strict=True):
         assert_same(one, other)
 
@@ -183,7 +183,7 @@ def test_every_format_gives_a_clip_and_every_broken_file_is_named(clip_set):
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(small)))
     assert {clip_set.name(entry.path) for entry in found.skipped} == clip_set.broken
     moving = torch.cat([batch.clip for batch in batches]).float()
-    assert (moving.std((1, 2, 3, 4)) > 1).float().mean() > 0.95  # pictures, not blanks
+    assert (moving.std((1, 2, 3, 4)) > 1).float().mean() > 0.95  # not blank
 
 
 def test_a_loader_thread_fetches_the_codes_of_recorded_clips(videos):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mam2.engine.config.training import DataConfig
-from mam2.engine.data import decoding, outage, video
+from mam2.engine.data import cuts, decoding, outage, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
@@ -30,7 +30,7 @@ def short_pauses(monkeypatch):
 
 
 def wrapped(error: Exception) -> DecodeError:
-    """As `open_video` raises it."""
+    """Raises the error of `open_video`."""
     found = DecodeError("cannot be read")
     found.__cause__ = error
     return found
@@ -46,7 +46,7 @@ def test_whose_fault_it_is(tmp_path):
     assert why_away(str(sound), DecodeError("damaged, or not a video")) == ""
     assert why_away(str(alone), wrapped(FileNotFoundError(errno.ENOENT, ""))) == ""
     assert "missing or empty" in why_away(str(gone), wrapped(FileNotFoundError(errno.ENOENT, "")))
-    # FFmpeg says EIO for damage too: then the system reads the file.
+    # FFmpeg reports EIO for damage too; reading the file tells the two apart.
     with pytest.raises(av.error.OSError) as caught:
         av.error.err_check(-errno.EIO)
     assert why_away(str(sound), wrapped(caught.value)) == ""
@@ -54,7 +54,7 @@ def test_whose_fault_it_is(tmp_path):
 
 
 def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
-    """The whole data set is renamed away in mid-run for half a second, and the clips are those of a run without it."""
+    """The data set is renamed for half a second during a run; the clips are those of an undisturbed run."""
     folder = tmp_path / "data"
     folder.mkdir()
     moved = []
@@ -111,7 +111,7 @@ def test_one_file_that_stays_unreadable_counts_as_unusable(tmp_path, monkeypatch
     calls.clear()
     with pytest.raises(OSError, match="Input/output"):
         patience(str(paths[0]), bad_sector)
-    assert len(calls) == 1  # it is not waited for again
+    assert len(calls) == 1  # the loader does not wait for it again
     assert len(said) == 1
 
 
@@ -167,7 +167,7 @@ def test_a_large_file_is_read_from_a_seek_point(
             yield packet
 
     monkeypatch.setattr(decoding, "read_packets", counted)
-    monkeypatch.setattr(decoding, "REORDER", 2)
+    monkeypatch.setattr(cuts, "REORDER", 2)
     for start in (0, 3, 4, 11, 17, 23):
         wanted = [min(start + k, 23) for k in range(3)]
         assert frame_numbers(decode_frames(path, wanted, seek_points=found.seek_points)) == wanted
@@ -176,9 +176,9 @@ def test_a_large_file_is_read_from_a_seek_point(
     sought = len(packets)
     packets.clear()
     decode_frames(path, [20, 21])
-    # Transport streams have no index: seeking misses, is noticed, and the file is read from its beginning.
+    # Transport streams have no index: seeking misses, which is detected, and the file is read from its beginning.
     assert suffix == "ts" or sought < len(packets) / 2
-    # Points that are wrong are noticed.
+    # Wrong seek points are detected.
     assert frame_numbers(decode_frames(path, [20], seek_points=[(8, 10**9)])) == [20]
 
 
@@ -192,5 +192,5 @@ def test_large_frames_are_scaled_while_they_are_converted(tmp_path, write_video)
     assert small.shape == (1, 150, 200, 3)  # 1.4 times 64 pixels of 60 % of the height
     one, other = (crop(torch.from_numpy(frames), view, 64).float() for frames in (full, small))
     assert (one - other).abs().mean() < 1
-    assert decode_frames(path, [0], least_size=(400, 300)).shape == full.shape  # not worth it
+    assert decode_frames(path, [0], least_size=(400, 300)).shape == full.shape  # too little to shrink
     assert DataConfig().wait_s < 600

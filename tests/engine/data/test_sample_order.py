@@ -1,4 +1,4 @@
-"""The order over several data sets: exact shares, every set in its own passes, the same wherever a stream begins."""
+"""The order over several data sets: exact shares, passes of each set, the same from any first step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mam2.engine.data.sampling import replacement, sample_at
         ((3.0, 1.0), [3, 1]),
         ((0.7, 0.3), [7, 3]),
         ((2.0, 4.0, 6.0), [1, 2, 3]),
-        ((0.335, 0.1, 0.565), [67, 20, 113]),  # V-JEPA's weights of that kind
+        ((0.335, 0.1, 0.565), [67, 20, 113]),  # weights as V-JEPA uses them
         ((1e-9, 1.0), [1, MOST_BLOCK]),
     ],
 )

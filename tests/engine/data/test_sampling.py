@@ -55,7 +55,7 @@ def test_a_video_no_longer_than_the_clip_starts_at_its_first_frame(frames):
     [
         (25.0, 25.0, (0, 1, 2, 3)),
         (25.0, 12.5, (0, 2, 4, 6)),
-        (30.0, 12.0, (0, 2, 5, 8)),  # 2.5 and 7.5 go to the even number
+        (30.0, 12.0, (0, 2, 5, 8)),  # 2.5 and 7.5 round to the even number
         (29.97, 7.5, (0, 4, 8, 12)),
         (10.0, 25.0, (0, 0, 1, 1)),  # frames repeat where the file has fewer
     ],
@@ -104,7 +104,7 @@ def test_recorded_augmentations_come_again():
     requests = draws(9, config=config)
     assert requests[:3] == requests[3:6] == requests[6:]
     assert len(set(requests)) == 3
-    # A video that stands in for a broken one shows one of its own.
+    # A video that replaces a broken one has its own clip.
     assert draw_clip(5, VIDEO, 7, config, seed=1, attempt=4) == requests[1]
 
 
@@ -190,7 +190,7 @@ def test_every_epoch_shows_every_video_once_in_an_order_of_its_own(n):
 
 
 def test_the_stream_can_be_entered_anywhere():
-    """Whatever was drawn before, and far beyond what a run reaches."""
+    """A draw does not depend on earlier draws; also at steps far beyond those of a run."""
     forward = [sample_at(counter, 17, 3) for counter in range(60)]
     assert [sample_at(counter, 17, 3) for counter in reversed(range(60))] == forward[::-1]
     assert sample_at(10**9 + 7, 240_000, 0)[0] == (10**9 + 7) // 240_000

@@ -89,7 +89,7 @@ def test_the_loader_shows_the_shares_on_any_number_of_ranks(halves):
 
 
 def test_a_set_of_weight_one_is_the_set_alone(halves):
-    """Also within a mixture its own videos come in the order that they have alone, in the same clips."""
+    """In a mixture the videos of a set have the order and the clips that they have alone."""
     alone = take(read_manifest(halves[0], progress=False), 7, batch=1)
     mixed = take(read_sets(halves, progress=False), 14, dataclasses.replace(CONFIG, weights=(1.0, 1.0)), batch=1)
     own = [batch for batch in mixed if batch.index < 7]

@@ -156,7 +156,7 @@ def test_a_list_is_read_in_its_order_with_repeats_blank_lines_and_a_mark(tmp_pat
 
 
 def test_names_that_are_not_utf_8_come_back_as_bytes(tmp_path):
-    name = os.fsdecode(b"caf\xe9 \xe2\x80\xa8.mp4")  # a line separator of Unicode is no end of a line
+    name = os.fsdecode(b"caf\xe9 \xe2\x80\xa8.mp4")  # a Unicode line separator does not end a line
     assert read(tmp_path, f"{name} 1\n")[0] == [(name, 1)]
 
 

@@ -23,7 +23,7 @@ def test_motion_goes_where_its_name_says():
         return x, y, bright.sum()
 
     def moved_by(before, after):
-        """Pixels, the frame's opposite edges being neighbors."""
+        """Distance in pixels on a torus: opposite edges of the frame are adjacent."""
         return np.angle(after / before) * SIZE / (2 * np.pi)
 
     for motion in ("right", "down", "grow"):

@@ -313,7 +313,7 @@ def test_mistakes_are_one_clear_line(tmp_path, clip_bytes):
 
 @pytest.mark.slow
 def test_every_format_looks_and_counts_the_same(tmp_path, clip_set):
-    """Formats, rotations, ranges, depths and rates as they come; damage is either taken over in part or named."""
+    """All formats, rotations, ranges, depths and rates; of a damaged file the readable part is kept, or it is named."""
     folder = clip_set.folder
     outcome = transcode(folder, tmp_path / "out", short_side=64)
     assert len(outcome.written) == len(clip_set.found.videos)

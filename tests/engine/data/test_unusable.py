@@ -22,7 +22,7 @@ def test_each_video_is_reported_once_and_what_the_manifest_names_not_again():
 def test_more_than_the_allowed_share_is_an_error_that_names_the_last():
     unusable = UnusableVideos(manifest(3, 1), 0.5)
     unusable.add(Skipped("0.mp4", "damaged"))
-    assert unusable.too_many() is None  # 2 of 4 are the half
+    assert unusable.too_many() is None  # 2 of 4 are one half
     unusable.add(Skipped("2.mp4", "too short"))
     assert unusable.too_many() == (
         "3 of 4 videos cannot be used, more than data.max_unusable=0.5 allows; the last is 2.mp4: too short"

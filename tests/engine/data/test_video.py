@@ -43,7 +43,7 @@ def test_it_reports_what_the_file_holds(
     path = write_video(tmp_path / f"a.{suffix}", numbered_frames(7, 48, 64), encoder, gop=3)
     found = probe_file(str(path), 3)
     assert isinstance(found, Video)
-    own = found.keyframe_median, found.keyframe_max  # where the encoder takes the brighter frame for another scene
+    own = found.keyframe_median, found.keyframe_max  # where the encoder treats the brighter frame as a new scene
     keys = {"mjpeg": (1, 1), "mpeg4": own}.get(codec, (3, 3))
     expected = Video(str(path), 3, 7, 64, 48, codec, 25.0, 0, pixel_format, False, *keys)
     status = path.stat()
@@ -136,14 +136,14 @@ def test_clips_agree_with_their_list(clip_set):
     found = {clip_set.name(video.path): video for video in clip_set.found.videos}
     assert found.keys() == clip_set.listed.keys() - clip_set.broken
     for name, video in found.items():
-        if name == "torchcodec/nasa_13013.mp4":  # two video streams; the list tells of the first, we take the larger
+        if name == "torchcodec/nasa_13013.mp4":  # two video streams; the list describes the first, we use the larger
             assert (video.width, video.height) == (480, 270)
             continue
         row = clip_set.listed[name]
         assert (video.codec, f"{video.width}x{video.height}") == (row["codec"], row["size"]), name
         assert bool(video.rotation) == (row["rotation"] not in ("", "0")), name
         if "corrupt" not in name:
-            # Packed B-frames: a packet more than there are frames.
+            # Packed B-frames: one packet more than frames.
             assert 0 <= video.frames - int(row["frames_decoded"]) <= 1, name
         if row["vfr"] == "CFR" and "corrupt" not in name:
             assert not video.variable_rate, name
@@ -168,7 +168,7 @@ def test_rates_and_key_frames_of_real_clips():
 
 
 def test_the_clips_of_the_repository_are_seen_as_they_were_made():
-    """All of what the script asked of the encoder; the set is small, and every file of it is in its list."""
+    """Every file has the properties that the script requested; all files are listed; the set is small."""
     made = ClipSet(CLIPS)
     for video in made.found.videos:
         row = made.listed[made.name(video.path)]

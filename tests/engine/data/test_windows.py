@@ -58,7 +58,7 @@ def test_the_middle_square_is_shown(tmp_path, write_video):
 
 
 def test_frames_are_decoded_once_and_few_are_held(tmp_path, write_video, numbered_frames, monkeypatch):
-    """200 windows overlap sixteen times: opened once, and no frame is converted twice."""
+    """200 windows, each frame in sixteen of them: the file is opened once, and each frame is converted once."""
     path = write_video(tmp_path / "v.mp4", np.tile(numbered_frames(20, 32, 32), (10, 1, 1, 1)))
     opened, converted, held = [], [], []
     open_video, convert, crop = module.open_video, module.FrameConverter.__call__, module._Crops.flush

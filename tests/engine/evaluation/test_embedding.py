@@ -184,7 +184,7 @@ def resident_bytes() -> int:
 
 
 def read_bytes() -> int:
-    """That this process has asked the system for, cached or not."""
+    """Bytes that this process has allocated from the system, cached or not."""
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
 
 
@@ -192,7 +192,7 @@ def read_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
 def test_an_hour_of_video_is_read_once_in_bounded_memory(run, tmp_path):
     hour, minute = long_video(tmp_path / "hour.mp4", 3600), long_video(tmp_path / "minute.mp4", 60)
-    embed(run, minute, window=16, hop=8, progress=False)  # what is allocated once
+    embed(run, minute, window=16, hop=8, progress=False)  # allocations of the first use
     video = read_manifest(hour, progress=False).videos[0]
     assert video.frames == 18000
 

@@ -25,7 +25,7 @@ PATCH, ROWS = 8, 12
 
 
 def moving_tokens(frames=8):
-    """Two 4×3 objects that move by whole tokens, and each token's own identity: ids [T, H', W'], masks [T, H', W']."""
+    """Two 4×3 objects that move by whole tokens, and the identity of each token: ids [T, H', W'], masks [T, H', W']."""
     ids = torch.arange(ROWS * ROWS).view(ROWS, ROWS).repeat(frames, 1, 1)
     masks = torch.zeros_like(ids)
     for frame in range(frames):
@@ -63,7 +63,7 @@ def test_random_features_lose_the_masks():
 
 
 def test_masks_are_taken_from_near_tokens_and_the_frames_in_reach():
-    """Features equal everywhere: the label comes from the only token in reach, or from all within the radius."""
+    """All features are equal: the label is that of the only token within the radius, or the mean of all within it."""
     mask = torch.zeros(4 * PATCH, 4 * PATCH, dtype=torch.int64)
     mask[:PATCH, :PATCH] = 1
     same = torch.ones(3, 4, 4, 5)
@@ -71,7 +71,7 @@ def test_masks_are_taken_from_near_tokens_and_the_frames_in_reach():
     assert torch.equal(near[1], near[2])
     assert (near[2] == 1).sum() > 0.7 * PATCH**2  # nothing moved
     assert near[2][PATCH:, PATCH:].sum() == 0
-    # an object that is hidden in frame 1 is found again only where the first frame is searched, which it always is
+    # an object that is hidden in frame 1 is found again because the first frame is always searched
     ids = torch.arange(16).view(4, 4).repeat(3, 1, 1)
     ids[1, 0, 0] = 99
     features = torch.eye(100)[ids]
@@ -148,10 +148,10 @@ def test_mask_clips_show_their_objects_and_are_the_same_each_time():
         clip = render_mask_clip(number, 48)
         assert (clip.frames.shape, clip.frames.dtype) == ((CLIP_FRAMES, 48, 48, 3), torch.uint8)
         shares = torch.stack([(clip.masks == one).float().mean((1, 2)) for one in range(1, OBJECTS + 1)])
-        assert shares[:, 0].min() > 0.02  # what is not in the first frame cannot be carried on
+        assert shares[:, 0].min() > 0.02  # only objects of the first frame are propagated
         assert shares.max() < 0.5
         kept = score_masks(clip.masks[:1].expand_as(clip.masks), clip.masks, OBJECTS)
-        assert kept[0] < 0.75  # something moves
+        assert kept[0] < 0.75  # at least one object moves
     again = render_mask_clip(11, 48)
     assert torch.equal(again.frames, clip.frames)
     assert torch.equal(again.masks, clip.masks)

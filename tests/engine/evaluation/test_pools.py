@@ -1,4 +1,4 @@
-"""Pools of tokens: the groups, what a probe of them can tell, and intervals over groups of videos."""
+"""Pools of tokens: their groups of tokens, the classes that a probe of them separates, intervals over groups."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_tokens_of_another_grid_are_refused():
 
 
 def ordered(count, seed):
-    """Tokens [n, T' 4 · H' 2 · W' 2, D 12] of which one slot is loud: which one it is, is the class."""
+    """Tokens [n, T' 4 · H' 2 · W' 2, D 12] with one slot of large values; the class is the number of that slot."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     tokens = torch.randn(count, 4, 4, 12, generator=generator)
@@ -75,7 +75,7 @@ def test_only_a_pool_of_time_knows_the_order():
 
 
 def test_more_values_than_videos_do_not_break_the_linear_probe():
-    """400 values of which 4 tell the class, 40 videos: the penalty chosen is one that makes up for it."""
+    """40 videos with 400 values, 4 of which depend on the class: the chosen penalty suppresses the others."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(240) % 2
     features = torch.randn(240, 400, generator=generator)
@@ -113,7 +113,7 @@ def test_a_held_out_group_is_held_out_whole():
 
 
 def test_an_interval_over_groups_counts_groups_not_clips():
-    """Ten groups of 50 clips that are right or wrong together: as wide as of ten clips, not of 500."""
+    """Ten groups of 50 clips, all right or all wrong: the interval is as wide as that of ten clips."""
     of_group = (torch.arange(10) % 2).double()
     groups = torch.arange(10).repeat_interleave(50)
     values = of_group[groups]
@@ -155,7 +155,7 @@ def test_the_verb_tests_on_other_groups(run, table, tmp_path, capsys, monkeypatc
     assert exit_status("probe", run, "--data", table, "--group", "speaker", *places) == 0
     found = json.loads((tmp_path / "p.json").read_text())
     assert (found["train"], found["test"], found["groups"]) == (16, 16, 2)  # two of four speakers
-    assert held[0].sum() == 8  # the penalty is chosen on one of the two others, whole
+    assert held[0].sum() == 8  # the penalty is chosen on one of the two others, with all its videos
     assert "interval over the test videos' 2 groups" in capsys.readouterr().out
 
     # the same column from a table of its own, for a list without a header

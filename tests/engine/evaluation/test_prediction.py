@@ -1,4 +1,4 @@
-"""Classes of videos without labels: the right ones, in files and pictures, of a folder, a list and a stream."""
+"""Classes of unlabeled videos of a folder, a list and a stream: correct, and written to files and pictures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def videos(tmp_path_factory, write_video):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_finetuning):
-    """A classifier drawn at random, as its run would have saved it."""
+    """A classifier with random weights, saved like that of a run."""
     config = small_finetuning(
         data={"frames": 4, "stride": 3, "size": 32, "threads": 1},
         model={"width": 24, "depth": 1, "heads": 2, "classes": 3},

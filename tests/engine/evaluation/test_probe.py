@@ -79,7 +79,7 @@ def test_neighbors_vote_after_the_common_part_is_taken_away():
 
 @pytest.mark.slow
 def test_attention_finds_what_the_mean_hides():
-    """One of 16 cells carries the class, the others far louder noise that differs from video to video."""
+    """One of 16 cells contains the class; the others contain much larger noise that differs between videos."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 4
     cells = torch.zeros(400, 16, 12)
@@ -88,7 +88,7 @@ def test_attention_finds_what_the_mean_hides():
     place = torch.randint(16, (400,), generator=generator)
     cells[torch.arange(400), place] = 0
     cells[torch.arange(400), place, labels] = 20
-    cells[torch.arange(400), place, 11] = 60  # what a query can look for
+    cells[torch.arange(400), place, 11] = 60  # the direction that a query can attend to
     tokens = cells.half().numpy()
     answers, rate = attentive_probe(tokens[:300], labels[:300], tokens[300:], held_out(300), 4, torch.device("cpu"))
     attentive = (answers == labels[300:]).double().mean()
@@ -119,7 +119,7 @@ def clips(tmp_path_factory, synthetic_clips):
 
 @pytest.mark.slow
 def test_the_verb_probes_several_checkpoints_and_layers(clips, encoders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mam2.engine.evaluation.attentive.FEWEST_STEPS", 20)  # which of them is right is not asked here
+    monkeypatch.setattr("mam2.engine.evaluation.attentive.FEWEST_STEPS", 20)  # its accuracy is not tested
     arguments = ["probe", *map(str, encoders), "--data", str(clips / "train"), "--val", str(clips / "test")]
     arguments += ["--layers", "1", "2", "--out", str(tmp_path / "p.json"), "--cache", str(tmp_path / "cache")]
     assert exit_status(*arguments) == 0
@@ -161,7 +161,7 @@ def test_kept_features_are_those_of_the_encoder(clips, encoders, tmp_path):
     with ClipLoader(manifest, frozen.data, batch=16, device="cpu", seed=0, train=False) as loader:
         tokens = torch.cat([model.encode(batch.video) for batch in loader.evaluate()])
     torch.testing.assert_close(torch.from_numpy(found[mean].copy()), tokens.mean(1), rtol=1e-4, atol=1e-5)
-    # this grid has as many cells as tokens, so their mean is the tokens'
+    # this grid has as many cells as tokens: the mean over cells is the mean over tokens
     torch.testing.assert_close(torch.from_numpy(found[cells].mean(1, dtype="f4")), tokens.mean(1), rtol=1e-2, atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""Probes of temporal segments from features of windows: the right windows, whole videos apart, known answers."""
+"""Probes of temporal segments from features of windows: the right windows, no video in both training and test."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def clips(tmp_path_factory, write_video):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, small_finetuning):
-    """A classifier drawn at random, of clips without any resizing, as its run would have saved it."""
+    """A classifier with random weights for clips at their own size, saved like that of a run."""
     config = small_finetuning(
         data={"frames": 4, "stride": 3, "size": 32, "threads": 1},
         model={"width": 24, "depth": 1, "heads": 2, "classes": 3},
@@ -174,7 +174,7 @@ def test_evaluation_leaves_what_it_promises(result):
 
 @pytest.mark.slow
 def test_two_processes_count_every_video_once(result, saved, clips, tmp_path):
-    """Five videos on two ranks: none shown twice to fill up, none left out."""
+    """Five videos on two ranks: no video is repeated as padding, none is left out."""
     arguments = ["-m", "mam2.engine", "evaluate", saved, "--data", clips, "--out", tmp_path, "--device", "cpu"]
     done = torchrun(2, *arguments, "--precision", "float32")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -186,7 +186,7 @@ def test_two_processes_count_every_video_once(result, saved, clips, tmp_path):
 
 
 def exported(saved, folder, names):
-    """The same classifier as a folder of Hugging Face and as a .pth that says nothing."""
+    """The same classifier as a Hugging Face folder and as a .pth without metadata."""
     model, _, _ = load_classifier(saved)
     (folder / "hf").mkdir()
     write_hugging_face(model, folder / "hf", names)
@@ -197,7 +197,7 @@ def exported(saved, folder, names):
 
 @pytest.mark.slow
 def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
-    """By the names of their classes, by numbers, and by a list of names; the rest of the recipe as given."""
+    """Classes by name, by number, and by a list of names; other values of the recipe as passed."""
     views = {"temporal": 3, "spatial": 3, "progress": False}
     folder, bare = exported(saved, tmp_path, NAMES)
     numbered = tmp_path / "numbers.csv"
@@ -215,7 +215,7 @@ def test_classifiers_of_others_are_evaluated(result, saved, clips, tmp_path):
     for one in found:
         assert (one.videos, one.unusable, one.temporal, one.spatial) == (5, 1, 3, 3)
         assert 0 <= one.top1 <= one.top5 == 1
-    # one model, the same views: one accuracy (nothing in these files says the stride, so it is the default of 4)
+    # the same model and views have the same accuracy (the files state no stride: the default of 4)
     assert {one.top1 for one in found} == {found[0].top1}
     assert [row["class"] for row in predictions(tmp_path / "told")] == [row["class"] for row in predictions(result[1])]
     assert [row["class"] for row in predictions(tmp_path / "bare")] == ["0", "1", "2", "2", "0"]

@@ -85,7 +85,7 @@ def test_several_checkpoints_side_by_side(videos, runs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_page_says_how_well_the_shown_clips_are_predicted(videos, runs, tmp_path):
-    """The numbers of the demo's measurement over the same clips and masks; a dash where nothing is predicted."""
+    """The page has the numbers that the demo measures on the same clips and masks, or a dash without predictions."""
     assert exit_status("visualize", *runs, "--data", videos, "--out", tmp_path, "--clips", 3) == 0
     page = (tmp_path / "index.html").read_text()
     rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", page)[1:]
@@ -151,7 +151,7 @@ def test_clips_of_many_formats(runs, tmp_path):
 
 @pytest.mark.parametrize("keys", ["visible", "all"])
 def test_attention_is_what_the_regressor_computes(small, keys):
-    """Values that are one for a single visible token and zero elsewhere come out as its weights."""
+    """With values of 1 for one visible token and 0 for the others, the output is the weights of that token."""
     regressor = RegressorConfig(depth=1, width=24, heads=2, keys=keys)
     config = small(model={"regressor": regressor, "decoder": DecoderConfig(depth=1, width=24, heads=2)})
     torch.manual_seed(0)

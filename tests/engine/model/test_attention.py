@@ -31,7 +31,7 @@ def inputs(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
 
 @pytest.fixture
 def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Stands in for xformers.ops: plain formulas, a log-sum-exp padded as CUTLASS's, outputs in odd strides."""
+    """Replaces xformers.ops: plain formulas, a log-sum-exp padded like CUTLASS's, outputs with unusual strides."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = torch.einsum("bnhk,bmhk->bhnm", q.float(), k.float()) / q.shape[-1] ** 0.5
@@ -95,7 +95,7 @@ def test_pytorchs_are_the_textbook_formula(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("backend", ["sdpa", "products", "auto"])
 def test_gradients_survive_tokens_that_resemble_each_other(backend: str, device: str) -> None:
-    """As those of a young model do; without centered keys bfloat16 loses the query's gradient."""
+    """Keys with a large mean, as early in training: without centering, bfloat16 loses the query's gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(common: float, own: float) -> Tensor:
@@ -177,7 +177,7 @@ def test_a_package_that_is_missing_or_has_no_gpu_is_refused(monkeypatch: pytest.
     ],
 )
 def test_why_a_package_does_not_run_is_told(error: Exception, message: str, fake_xformers: types.ModuleType) -> None:
-    """A wheel for another CUDA, or a package that a broken one hinders, gives a reason and no crash."""
+    """A wheel for another CUDA version, or a package whose import fails, returns a reason and does not crash."""
 
     def refuse(*_: Tensor) -> None:
         raise error

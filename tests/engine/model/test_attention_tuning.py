@@ -1,4 +1,4 @@
-"""The choice of an attention implementation: only right ones are timed, the choice is remembered and used."""
+"""The choice of an attention implementation: only correct ones are timed; the choice is stored and used."""
 
 import contextlib
 import copy
@@ -122,7 +122,7 @@ def test_the_choice_is_used_written_down_and_read_again(tmp_path, products_calls
 
 @pytest.fixture
 def products_calls(monkeypatch):
-    """Receives an entry per call of the implementation `products`, also while a graph is traced."""
+    """A list with an entry per call of the implementation `products`, also during tracing."""
     calls = []
     products = attention_module._products
     monkeypatch.setattr(attention_module, "_products", lambda *given: calls.append(None) or products(*given))
@@ -228,7 +228,7 @@ def test_a_choice_of_another_machine_is_measured_again(device, backend, message,
 
 
 def test_other_processes_are_told_the_winners(tmp_path, monkeypatch):
-    """They neither measure nor read the file, which a network file system may show them late."""
+    """Other ranks neither measure nor read the file, because a network file system may show it late."""
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(attention_tuning, "measure_or_read", None)
     winners = {("cuda", torch.bfloat16, 6, 9, 2, 16): "cudnn"}, ["a line"]
@@ -270,7 +270,7 @@ def test_doctor_says_what_packages_run_and_why_others_do_not(monkeypatch):
 
 
 def test_a_kernel_that_waits_for_the_device_is_not_recorded(monkeypatch):
-    """A capture that fails leaves PyTorch's random numbers on the GPU unusable, which the run draws from next."""
+    """A failed capture leaves PyTorch's random generator of the GPU unusable, which the run needs next."""
     recorded = []
 
     class Recorder:

@@ -60,7 +60,7 @@ def test_logits_are_the_head_of_the_normed_mean_over_tokens(classifier, video):
 
 
 def test_standardized_features_have_mean_0_and_variance_1(classifier):
-    """Also where almost all of a feature is the same for every clip; the encoder stays as it is."""
+    """Works also if features hardly differ between clips; the encoder does not change."""
     videos = torch.randint(0, 256, (40, 3, 4, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         classifier.encoder.blocks[-1].mlp.fc2.bias[0] += 60.0
@@ -131,7 +131,7 @@ def test_a_text_heads_logits_are_cosines_over_the_temperature():
 
 
 def test_every_parameter_has_the_rate_of_its_layer(classifier):
-    """Against the exponents written out; each parameter in exactly one group, decay for matrices only."""
+    """Scales equal written-out powers; each parameter is in one group; only matrices have weight decay."""
     optimizer = build_layered_optimizer(classifier, DEPTH, FinetuneOptimConfig(layer_decay=0.5, weight_decay=0.1))
     found = {}
     for group in optimizer.param_groups:
@@ -186,7 +186,7 @@ def test_wrong_embedding_files_are_one_clear_line(tmp_path):
 
 
 def test_a_local_text_encoder_embeds_the_names(tmp_path):
-    """A BERT of two layers made on the spot: each embedding is the mean over that prompt's own words."""
+    """A random BERT of two layers: each embedding is the mean over the tokens of its own prompt, without padding."""
     transformers = pytest.importorskip("transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "video", "of", "ice", "skating", "archery"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

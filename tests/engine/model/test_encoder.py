@@ -1,4 +1,4 @@
-"""The encoder and its blocks: known sizes, position formula, input forms. (test_videomae.py compares with a peer.)"""
+"""The encoder and its blocks: known sizes, position formula, input forms. (test_videomae.py: Hugging Face's.)"""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_float_clips_out_of_range_are_refused_in_evaluation(encoder: Encoder, ch
     encoder.eval()
     with pytest.raises(ValueError, match=rf"expected floats from 0 to 1, found {found}; divide bytes by 255"):
         encoder.encode(change(clip()))  # type: ignore[operator]
-    overshoot = clip().float() / 255 * 1.2 - 0.1  # as bicubic resizing may leave it
+    overshoot = clip().float() / 255 * 1.2 - 0.1  # as bicubic resizing may return it
     assert encoder.encode(overshoot).isfinite().all()
 
 
@@ -172,7 +172,7 @@ def test_a_clip_without_token_numbers_is_told_to_encode(encoder: Encoder) -> Non
 
 
 def test_an_mlps_width_survives_its_ratio() -> None:
-    """A ratio computed from a file's shapes gives the shape again; other fractions are cut off as in VideoMAE."""
+    """A ratio computed from the shapes of a file gives these shapes; others are rounded down as in VideoMAE."""
     for width in (48, 96, 384, 768, 1408):
         assert all(mlp_width(width, hidden / width) == hidden for hidden in range(1, 5 * width))
     assert mlp_width(10, 1.29) == 12

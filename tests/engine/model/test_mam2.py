@@ -1,4 +1,4 @@
-"""MAM2: what may and may not depend on what, gradients by part, whole-graph compilation, learning."""
+"""MAM2: which outputs depend on which inputs, gradients by part, whole-graph compilation, learning."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_regressor_block_is_caes_cross_attention() -> None:
 
 @torch.no_grad()
 def test_layer_scale_multiplies_every_branch_and_the_projection_has_its_norm() -> None:
-    """As in CAE: all of it 0.1 at first, in encoder, regressor and decoders; at 0 a block is the identity."""
+    """LayerScale is initially 0.1 in encoder, regressor and decoders, as in CAE; at 0 a block is the identity."""
     cfg = config("all")
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_scale=0.1, projection_norm=True))
     model = build(cfg)

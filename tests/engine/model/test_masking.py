@@ -77,7 +77,7 @@ def test_a_random_choice_is_independent_of_the_masks_own_draw() -> None:
     hidden = torch.zeros(256).index_add(0, mask.masked.flatten(), torch.ones(mask.masked.numel()))
     shares = counts / hidden
     assert shares.mean() == pytest.approx(0.5, abs=0.01)
-    assert (shares - 0.5).abs().max() < 5 * 0.5 / 300**0.5  # five standard deviations of 300 throws of a coin
+    assert (shares - 0.5).abs().max() < 5 * 0.5 / 300**0.5  # five standard deviations of 300 coin flips
 
 
 def test_a_step_learns_from_the_kept_tokens_alone() -> None:

@@ -1,4 +1,4 @@
-"""Motion targets, objectives and masks other than the defaults: what they are, and that a model trains on them."""
+"""Motion targets, objectives and masks other than the defaults: their values, and that a model trains with them."""
 
 import importlib.util
 import math
@@ -65,7 +65,7 @@ def test_hog_of_a_static_clip_is_zero_and_of_a_turned_one_turns():
     static = noise()[:, :, :1].expand(-1, -1, 8, -1, -1)
     assert not hog_of_difference(static, PATCH, eps=1e-6).any()
     bars = torch.zeros(1, 3, 2, 32, 32)
-    bars[:, :, 1, :, 12:20] = 1  # appears: its edges are upright, their gradients lie across (bin 0)
+    bars[:, :, 1, :, 12:20] = 1  # appears: its edges are vertical, their gradients horizontal (bin 0)
     for clip, orientation in ((bars, 0), (bars.transpose(3, 4), 4)):
         histograms = hog_of_difference(clip, PATCH, eps=1e-6).unflatten(-1, (-1, 9))
         strong = histograms[histograms.sum(-1) > 0.5]

@@ -29,7 +29,7 @@ def clips(count: int, seed: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> Encoder:
-    """Some steps of VideoMAE on 8 × 32²: its encoder reads positions, or it could not tell where a patch belongs."""
+    """Some steps of VideoMAE on 8 × 32²: its encoder must use positions to place a patch."""
     torch.manual_seed(0)
     decoder = DecoderConfig(depth=1, width=32, heads=2)
     model = ModelConfig(objective="videomae", patch=8, width=64, depth=2, heads=2, mlp_ratio=2, decoder=decoder)

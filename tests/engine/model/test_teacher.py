@@ -33,7 +33,7 @@ def clips(batch=2):
 
 
 def standardized(features):
-    """Over the last dimension, by the formula."""
+    """Normalization over the last dimension, by its formula."""
     centered = features - features.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
@@ -95,7 +95,7 @@ def test_the_loss_is_the_mean_absolute_error(small, visible, decoded, regressor)
 
 
 def test_motion_and_alignment_are_those_without_visible_latents(small):
-    """Neither sees the latents of visible tokens that the appearance decoder gets."""
+    """The other decoder and loss do not use the visible latents that the appearance decoder receives."""
     config, model = built(small, visible=0.5, alignment=1.0)
     video = clips()
     mask = sample_masks(video, config, step=0)

@@ -17,7 +17,7 @@ from tests.helpers.small_models import CONFIG, clip, normalized
 
 
 def copy_block(block: nn.Module, layer: nn.Module) -> None:
-    """Hugging Face's VideoMAELayer into our Block."""
+    """Copies Hugging Face's VideoMAELayer into our Block."""
     projections = layer.attention.attention
     block.attn.qkv.weight.copy_(torch.cat([projections.query.weight, projections.key.weight, projections.value.weight]))
     block.attn.q_bias.copy_(projections.query.bias)
@@ -34,7 +34,7 @@ def copy_block(block: nn.Module, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_encoder(encoder: Encoder, model: nn.Module) -> None:
-    """Hugging Face's VideoMAEModel into our Encoder; Conv3d weights [D,C,t,h,w] become rows in (t,h,w,c) order."""
+    """Copies Hugging Face's VideoMAEModel into our Encoder; Conv3d weights become rows in (t,h,w,c) order."""
     convolution = model.embeddings.patch_embeddings.projection
     encoder.patch_embed.weight.copy_(convolution.weight.permute(0, 2, 3, 4, 1).flatten(1))
     encoder.patch_embed.bias.copy_(convolution.bias)
@@ -156,7 +156,7 @@ def test_every_parameter_is_trained() -> None:
 
 
 def test_weights_start_as_videomaes() -> None:
-    """Deviations of VideoMAE's own code at ViT-B (PyTorch's default layers where it initializes nothing itself)."""
+    """Standard deviations of VideoMAE's code at ViT-B (PyTorch's defaults if it does not initialize a layer)."""
     config = dataclasses.replace(
         PretrainConfig(),
         model=ModelConfig(objective="videomae", depth=1, decoder=DecoderConfig(depth=1, width=384, heads=6)),

@@ -64,7 +64,7 @@ def compute(
         batches = [(clips[number, row], codes[number, row]) for row in rows]
         if number == 0:
             values = step._gradients(step._passes(0, batches), step.micro_batches, inspect=True)
-            # the figures of a few clips are those of the rank's
+            # numbers of single clips belong to the rank
             names = [name for name in values if not name.startswith(("accuracy", "loss/motion_relative", "teacher"))]
             means = world.mean_(torch.stack([values[name].float() for name in names]))
             results |= dict(zip(names, means, strict=True))

@@ -1,4 +1,4 @@
-"""Several processes with gloo: the numbers of one process, one list of skips, one end."""
+"""Several processes with gloo: the numbers of one process, one list of skipped files, a common end."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ ALONE = (
 
 
 def _of_all_processes(case):
-    """The part of a case that is the same for one process and for several."""
+    """The part of a case that does not depend on the number of processes."""
     _, balance, _, optimizer, target = case.split("-")
     return balance, optimizer, target
 
@@ -80,7 +80,7 @@ def test_two_processes_compute_what_one_does(case, alone, together):
     assert found.keys() == single.keys()
     for name, value in single.items():
         if int(micro_batch) and name.startswith("gradient/"):
-            continue  # of passes the norms are added up
+            continue  # norms are summed over passes
         # AdamW's first steps are near sign(gradient): rounding shows where a gradient is almost zero
         tolerance = {"rtol": 2e-3, "atol": 1e-4} if name.startswith("weight") else {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
@@ -177,7 +177,7 @@ def test_one_failing_process_ends_all_with_one_message(clips, tmp_path, small):
 
 @pytest.mark.slow
 def test_ranks_name_each_unusable_file_once(clips, tmp_path, small):
-    """Both ranks meet files that break in the middle; rank 0 alone writes, each file once."""
+    """Files that break in the middle on both ranks: rank 0 alone writes the list, each file once."""
     data = tmp_path / "data"
     data.mkdir()
     for number, file in enumerate(sorted(clips.rglob("*.webm"))):

@@ -16,7 +16,7 @@ from mam2.engine.runtime.log import LineFile, RunLog, read_log
 
 @pytest.fixture
 def disk(monkeypatch):
-    """disk["full"]: whether writing fails; it takes the first 5 bytes of a line before it says so."""
+    """disk["full"]: whether writing fails, after the first 5 bytes of a line."""
     state = {"full": False}
 
     class Disk(io.FileIO):

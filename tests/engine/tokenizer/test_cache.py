@@ -1,4 +1,4 @@
-"""The code cache: what is written comes back, also after a kill; what does not fit or is damaged is an error."""
+"""The code cache: codes are read as written, also after a kill; damaged or unsuitable caches raise errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def writer(folder: Path, config: PretrainConfig, videos: Manifest | None = None,
 
 
 def fill(cache: CodeCacheWriter, config: PretrainConfig, *, absent: tuple = (), clips: int | None = None) -> int:
-    """Adds what is missing but `absent` (augmentation, video), in batches of 5 clips; at most `clips` of them."""
+    """Adds missing clips except `absent` (augmentation, video), in batches of 5, at most `clips`."""
     tokens = config.grid[0] * config.grid[1] * config.grid[2]
     missing = list(cache.missing())[:clips]
     present = [clip for clip in missing if clip not in absent]
@@ -134,7 +134,7 @@ def test_a_killed_writing_continues_to_the_same_bytes(
         CodeCache(tmp_path / "resumed", progress=False)
     rest = writer(tmp_path / "resumed", config)
     left = fill(rest, config, absent=absent)
-    # A shard is finished when a clip of a later one has come; the nineteenth clip is absent.
+    # A shard is closed when a clip of a later shard is added; the nineteenth clip is absent.
     assert left == 20 - {0: 0, 1: 0, 4: 0, 9: 8, 13: 10, 19: 14}[stopped_after]
     rest.finish()
     files = sorted(path.name for path in (tmp_path / "whole" / "shards").iterdir())
@@ -196,7 +196,7 @@ def test_another_config_is_an_error_that_names_the_value(tmp_path: Path, config:
 
 
 def test_every_field_that_decides_a_clip_is_in_the_key(config: PretrainConfig) -> None:
-    """A field that is added to the data config counts until it is declared resumable."""
+    """A new field of the data config is part of the key unless it is declared resumable."""
     fields = {field.name for field in dataclasses.fields(config.data)}
     keys = {name.removeprefix("data.") for name in cache_key(manifest(), config, TOKENIZER) if name.startswith("data.")}
     assert fields - keys == set(keys.IGNORED_IN_KEY)

@@ -35,7 +35,7 @@ def build(factor: int = 4, grid: tuple[int, int, int] = (2, 4, 4), **options: ob
 
 
 def toy_frames(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """[B, size, size, 3] uint8: a disc of one color on a ground of another."""
+    """[B, size, size, 3] uint8: a disc on a background of another color."""
     generator = torch.Generator().manual_seed(seed)
     ground, color = torch.rand(2, count, 1, 1, 3, generator=generator)
     center = torch.rand(2, count, 1, 1, generator=generator) * 2 - 1
@@ -93,7 +93,7 @@ def test_parts_and_whole_are_the_same() -> None:
 
 
 def test_a_larger_clip_is_averaged_down_to_the_grid() -> None:
-    """Four times larger by repetition, with noise that an average takes out and a sample of pixels keeps."""
+    """Enlarged four times by repetition, with noise that averaging removes and sampling keeps."""
     large = clip().repeat_interleave(4, 3).repeat_interleave(4, 4).float() / 255
     noise = torch.randn(large.shape, generator=torch.Generator().manual_seed(5))
     codes = build().codes(large + 0.2 * noise)
@@ -134,7 +134,7 @@ def test_a_compiled_network_is_the_one_that_gives_the_codes() -> None:
 
 @pytest.mark.slow
 def test_any_number_of_images_costs_few_compilations() -> None:
-    """As `mam2 tokenize` meets it, which leaves undecodable clips out: torch.compile refuses the ninth."""
+    """`mam2 tokenize` leaves undecodable clips out, so that batch sizes vary: torch.compile refuses the ninth size."""
     torch._dynamo.reset()
     tokenizer = build(
         images_per_pass=24, compiled=lambda codes: torch.compile(codes, fullgraph=True, dynamic=False, backend="eager")
@@ -260,7 +260,7 @@ def test_training_lowers_the_loss_and_uses_most_codes() -> None:
 
 @pytest.mark.slow
 def test_training_begins_as_k_means_of_patches_and_ends_better() -> None:
-    """With next to no steps held-out frames are explained as by k-means of raw patches; with some, better."""
+    """After almost no steps the explained variance is that of k-means of raw patches; after more steps it is higher."""
     config = small(8, 32, 4)
     stream = batches()
     first = first_frames(stream, config)
@@ -282,7 +282,7 @@ def test_training_begins_as_k_means_of_patches_and_ends_better() -> None:
 
 
 def test_k_means_finds_groups_that_random_starts_miss() -> None:
-    """24 tight groups: random starts leave some groups together (and k-means cannot part them), spread ones do not."""
+    """24 tight clusters: random starts merge some of them, which k-means cannot undo; spread starts do not."""
     generator = torch.Generator().manual_seed(0)
     groups = 100 * torch.rand(24, 6, generator=generator)
     vectors = groups.repeat(50, 1) + 0.1 * torch.randn(1200, 6, generator=generator)
@@ -308,7 +308,7 @@ def test_the_linear_path_of_large_patches_keeps_color() -> None:
 
 def test_sums_of_centers_are_those_of_their_vectors() -> None:
     vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    assigned = torch.arange(40) % 7 % 5  # center 5 has none
+    assigned = torch.arange(40) % 7 % 5  # center 5 has no points
     sizes, sums = tally(vectors, assigned, 6)
     assert sizes.tolist() == torch.bincount(assigned, minlength=6).tolist() == [11, 11, 6, 6, 6, 0]
     for center in range(6):
@@ -332,7 +332,7 @@ def test_training_is_repeatable_and_leaves_the_random_state_alone() -> None:
 
 
 def test_dead_codes_are_moved_to_latents() -> None:
-    """Latents at four corners, one code at one of them and the others where no latent is: each corner gets its code."""
+    """Latents at four corners, one code at a corner, the others far away: each corner receives a code."""
     corners = torch.tensor([[0.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 9.0]])
     noise = 0.1 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     latents = corners.repeat(100, 1) + noise

@@ -1,4 +1,4 @@
-"""The VQGAN: Hugging Face's models of the same family, its published forms, and what may come out of a file."""
+"""The VQGAN: equal to Hugging Face's models, in all published forms, and safe to load from a file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build(config: VQGANConfig = TINY) -> VQGAN:
 
 @torch.no_grad()
 def spread_codes(vqgan: nn.Module) -> None:
-    """Put codebook vectors where latents are, so that many codes are met."""
+    """Moves codebook vectors to latents, so that many codes are used."""
     if hasattr(vqgan.quantize, "embedding"):
         latents = vqgan.encode(images(8)).movedim(1, -1).flatten(0, 2)
         chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[: vqgan.config.codes]
@@ -90,7 +90,7 @@ def test_codes_equal_chameleons() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["f16-1024", "f16-16384"])
 def test_codes_of_the_published_forms_equal_chameleons(name: str) -> None:
-    """With random weights; the codebook lies where the latents do, so that many of its codes are met."""
+    """Random weights; the codebook vectors are latents, so that many codes are used."""
     chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon")
     config = CONFIGS[name]
     theirs = chameleon.ChameleonVQVAE(
@@ -238,7 +238,7 @@ def lightning_checkpoint(path: Path, vqgan: VQGAN, **extra: object) -> Path:
 
 
 class Malicious:
-    """Pickled, it would make a folder when it is read."""
+    """Its pickle makes a folder when it is loaded."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

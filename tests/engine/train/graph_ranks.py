@@ -6,6 +6,7 @@ case, the reason of the choice and the weights after STEPS steps; `plain` has no
 
 import dataclasses
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +76,7 @@ def train(world: World, case: str) -> dict[str, object]:
     clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
     codes = torch.randint(0, 16, (STEPS, BATCH, 64))
     rows = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
-    reason, values = "", {}
+    reason, values, ddp = "", {}, weakref.ref(step.forward)
     for number in range(STEPS):
         batches = [(clips[number, rows], codes[number, rows])]
         if number == 1 and case != "plain":  # in the middle of a run, with moments
@@ -89,6 +90,7 @@ def train(world: World, case: str) -> dict[str, object]:
     return {
         "reason": reason,
         "ddp": isinstance(step.forward, DistributedDataParallel),
+        "released": ddp() is None,
         "values": dict(zip(values, means.tolist(), strict=True)),
         "weights": {name: tensor.detach().clone() for name, tensor in step.model.state_dict().items()},
     }

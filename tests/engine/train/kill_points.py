@@ -32,7 +32,7 @@ def start(config: PretrainConfig, data: Path, run: Path) -> int:
 
 
 def steps_logged(run: Path) -> int:
-    """The step of the last whole line: cheap, as it is asked for a hundred times per second while the run goes on."""
+    """Returns the step of the last complete log line; cheap, because it is called a hundred times per second."""
     log = run / "log.jsonl"
     whole = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
     return json.loads(whole[-1])["step"] if whole else 0
@@ -50,7 +50,7 @@ def main(recipe: str, data: Path, out: Path, kills: int) -> None:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended by itself before step {target}")
             time.sleep(0.01)
-        time.sleep(chance.random() * 0.15)  # anywhere in the next steps, their checkpoints included
+        time.sleep(chance.random() * 0.15)  # at any time in the next steps, also while a checkpoint is written
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status), status

@@ -1,6 +1,6 @@
 """`optim.micro_batch auto` on two processes with DDP: test_pass_size.py starts `pass_ranks.py OUT` through torchrun.
 
-The second process has less memory (pretended). Rank 0 writes the passes of both and the weights after two steps, with
+The second process has less memory (simulated). Rank 0 writes the passes of both and the weights after two steps, with
 balanced gradients and with fixed weights.
 """
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters in fine-tuning: what learns, what the files hold, and that a plain model computes the same."""
+"""Low-rank adapters: which weights learn, the contents of the files, and an equal model without adapters."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_model_card_says_that_adapters_were_trained(rank, tmp_path, small_fi
 
 
 def test_the_best_is_a_plain_model_and_every_verb_takes_it(trained, videos, tmp_path, small_finetuning, monkeypatch):
-    """RUN/best, a checkpoint that keeps its adapters, and the export are one function; reading needs no peft."""
+    """RUN/best, a checkpoint with adapters, and the export compute the same function; reading needs no peft."""
     monkeypatch.setitem(sys.modules, "peft", None)
     config = small_finetuning(**RUN)
     best = load_file(trained / checkpoint.BEST / checkpoint.WEIGHTS)

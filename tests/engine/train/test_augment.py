@@ -86,7 +86,7 @@ def test_no_strength_changes_nothing(operation):
 
 
 def test_clips_of_a_batch_do_not_meet():
-    """Each clip of a batch has the same result as alone, wherever the batch is cut."""
+    """Each clip of a batch has the same result as alone, however the batch is split."""
     video, config = clips(6), AugmentConfig()
     whole = augment(video, config, **KEY, first_sample=10)
     parts = [augment(video[k : k + 2], config, **KEY, first_sample=10 + k) for k in (0, 2, 4)]
@@ -121,7 +121,7 @@ def test_a_box_is_erased_in_all_frames_of_some_clips():
         places = clip.any(0).any(0).nonzero()
         (top, left), (bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
         inside = clip[..., top : bottom + 1, left : right + 1]
-        assert inside.float().mean() > 0.9  # noise may be 7 by chance
+        assert inside.float().mean() > 0.9  # noise may equal 7 by chance
         assert int(clip.sum()) == int(inside.sum())
         assert 0.015 < (bottom - top + 1) * (right - left + 1) / 1200 < 0.36
 
@@ -202,7 +202,7 @@ EVERYTHING = {
 
 
 def test_all_draws_of_a_batch_are_sent_in_one_copy(small_finetuning, monkeypatch):
-    """The same as by the parts, each of which sends its own."""
+    """The result equals that of the single operations, each of which copies its own draws."""
     config, video, labels = small_finetuning(**EVERYTHING), clips(8), torch.arange(8) % 5
     key = {"seed": config.run.seed, "step": 7, "first_sample": 16}
     on_cpu = {**key, "device": torch.device("cpu")}
@@ -223,7 +223,7 @@ def test_all_draws_of_a_batch_are_sent_in_one_copy(small_finetuning, monkeypatch
 
 
 def test_nothing_but_the_draws_goes_to_a_gpu_or_comes_from_it(small_finetuning, monkeypatch):
-    """Traced on tensors without values: any other copy would wait for the step that is running."""
+    """Traced on tensors without values: any other copy would wait for the running step."""
     config = small_finetuning(**{**EVERYTHING, "augment": {"operations": 4, "share": 1.0, "erase": 0.0}})
     between = []
 

@@ -1,4 +1,4 @@
-"""The choice between launching a step's kernels one by one and replaying them; on a CPU with a recorder of our own."""
+"""The choice between launching a step's kernels one by one and replaying them; on a CPU with a simulated recorder."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ CODES, BATCH = 16, 4
 
 
 class Replayer:
-    """Does recorded work again by calling it; each call moves a simulated clock by the given seconds."""
+    """Replays recorded work by calling it; each call advances a simulated clock by the given seconds."""
 
     def __init__(self, monkeypatch, *, launched=2.0, replayed=1.0):
         self.now, self.launched, self.replayed = 0.0, launched, replayed
@@ -403,6 +403,7 @@ def test_all_processes_choose_the_same_and_keep_the_bits_of_ddp(case, two_proces
     for rank in two_processes[case]:
         assert rank["reason"].startswith(REASONS[case])
         assert rank["ddp"] == ("launched" in REASONS[case][:8]), "DDP is released for a graph only"
+        assert rank["released"], "its nodes of autograd must be gone before a graph is captured"
         assert rank["values"] == plain["values"]
         assert same_tensors(rank["weights"], plain["weights"])
 

@@ -1,4 +1,4 @@
-"""A run that was killed many times ends with the same bits as one that never stopped."""
+"""A run that is killed many times ends with the same bits as one that is not."""
 
 import dataclasses
 import json

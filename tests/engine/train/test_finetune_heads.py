@@ -19,7 +19,6 @@ from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation import accuracy
 from mam2.engine.evaluation.classification import evaluate
 from mam2.engine.evaluation.prediction import Predictor, predict
 from mam2.engine.model.blocks import Block
@@ -65,7 +64,7 @@ def test_weights_make_classes_count_alike_and_keep_the_mean():
 
 
 def test_the_weight_of_a_clip_is_that_of_its_label_also_when_mixed(small_finetuning):
-    """The weighted targets of a mixture are the mixture of weighted targets: no class gains through smoothing."""
+    """The weighted targets of a mixture are the mixture of weighted targets: label smoothing favors no class."""
     values = {"model": {"classes": 2}, "augment": {**NOTHING_DRAWN, "mixup": 0.8, "label_smoothing": 0.2}}
     config = small_finetuning(**values)
     video, labels = torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
@@ -233,7 +232,7 @@ def test_more_blocks_than_there_are_is_one_clear_line(unbalanced, tmp_path, smal
 
 @pytest.fixture(scope="module")
 def several(clips):
-    """Lists of several classes per video; the one for validation lacks a class and has its rows in another order."""
+    """Lists of several classes per video; the validation list lacks a class and has another order."""
     labels = ["left", "left;first", "left", "left; odd", "left", "odd;left", "right", "right;odd"]
     rows = [f"{number}.mp4,{label}" for number, label in enumerate(labels)]
     (clips / "several.csv").write_text("\n".join(["path,label", *rows]) + "\n")
@@ -253,7 +252,7 @@ SHORT = {"augment": NOTHING_DRAWN, "optim": {"batch": 8, "epochs": 2.0}, "test":
 
 
 def test_several_classes_are_trained_measured_and_predicted(several, clips, tmp_path, small_finetuning):
-    """Targets are the plain rows of ones; the log's mean average precision is the one that evaluate computes."""
+    """Targets are rows of zeros and ones; the log's mean average precision is the one that evaluate computes."""
     train, val = several
     config = small_finetuning(**SHORT | {"head": {"task": "multi-label"}})
     finetune(config, train, tmp_path / "run", val=val, encoder=None, progress=False)
@@ -342,36 +341,6 @@ def test_targets_of_several_classes_and_of_numbers(several, numbers):
     assert rows[:, 0].tolist() == pytest.approx([0, -4.25, 11.5, -4, -3.5, -2.25, 0, 2.5])
 
 
-def test_average_precision_is_that_of_a_plain_loop_over_thresholds():
-    """With ties, a class that nobody has and one that all have."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (40, 5), generator=generator).double() / 5
-    truth = torch.rand(40, 5, generator=generator) < 0.3
-    truth[:, 3], truth[:, 4] = False, True
-    expected = []
-    for column, has in zip(scores.T.numpy(), truth.T.numpy(), strict=True):
-        total, before = 0.0, 0.0
-        for threshold in sorted(set(column), reverse=True):
-            taken = column >= threshold
-            recall = (taken & has).sum() / max(has.sum(), 1)
-            total += (recall - before) * (taken & has).sum() / taken.sum()
-            before = recall
-        expected.append(total if has.any() else None)
-    assert accuracy.average_precisions(scores, truth) == [
-        None if value is None else pytest.approx(value) for value in expected
-    ]
-    known = [value for value in expected if value is not None]
-    assert accuracy.mean_average_precision(scores, truth) == pytest.approx(np.mean(known))
-
-
-def test_r_squared_counted_by_hand():
-    values = torch.tensor([1.0, 2.0, 6.0])
-    assert accuracy.r_squared(torch.tensor([2.0, 2.0, 5.0]), values) == pytest.approx(1 - 2 / 14)
-    assert accuracy.r_squared(values.mean().expand(3), values) == pytest.approx(0)
-    same = torch.tensor([4.0, 4.0])
-    assert (accuracy.r_squared(same, same), accuracy.r_squared(same + 1, same)) == (1, 0)
-
-
 def test_labels_that_are_not_of_the_task_are_one_clear_line(several, numbers, clips, tmp_path, small_finetuning):
     (clips / "unknown.csv").write_text("path,label\n0.mp4,left;up\n")
     (clips / "negative.csv").write_text("path,label\n0.mp4,-5\n1.mp4,3\n")
@@ -406,7 +375,7 @@ def test_runs_of_other_tasks_resume_bit_for_bit(task, several, numbers, tmp_path
 
     monkeypatch.setattr(FinetuneStep, "__call__", stopped)
     assert finetune(config, data, tmp_path / "run", **options).step == 2
-    (tmp_path / "run" / "manifest.jsonl").unlink()  # the list is read again
+    (tmp_path / "run" / "manifest.jsonl").unlink()  # so that the list is read again
     finetune(config, data, tmp_path / "run", **options, resume=True)
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         whole, resumed = (load_file(checkpoint.newest(tmp_path / run) / name) for run in ("whole", "run"))

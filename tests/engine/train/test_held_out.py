@@ -1,4 +1,4 @@
-"""Held-out pretext losses while a run pre-trains: the numbers are right, and the training does not change."""
+"""Held-out pretext losses while a run pre-trains: the numbers are correct, and the training does not change."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_right(clips, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_would(clips, tmp_path, small):
-    """An odd number of videos, one of them broken: each clip has the mask of its number on whatever rank it is."""
+    """An odd number of videos, one of them broken: the mask of a clip depends on its number, not on its rank."""
     videos = tmp_path / "videos"
     videos.mkdir()
     for number, path in enumerate(sorted((clips / "test").rglob("*.*"))[:9]):

@@ -34,13 +34,13 @@ def changed(config, **tables):
 
 @pytest.fixture(scope="module")
 def config(small):
-    """A MAM2 of seconds; with the objective videomae the same encoder."""
+    """A MAM2 small enough to train in seconds; the objective videomae has the same encoder."""
     return small(optim={"epochs": 1.0})
 
 
 @pytest.fixture(scope="module")
 def runs(config, tmp_path_factory):
-    """A checkpoint of MAM2 and one of VideoMAE, with every parameter moved."""
+    """A checkpoint of MAM2 and one of VideoMAE, with every parameter changed."""
     folders = {}
     for objective in ("mam2", "videomae"):
         own = changed(config, model={"objective": objective})
@@ -52,7 +52,7 @@ def runs(config, tmp_path_factory):
 
 
 def started(config, path, *, same_tokenizer=True, **options):
-    """A model with the weights of a checkpoint, one drawn at random, and the lines for the log."""
+    """A model with the weights of a checkpoint, one with random weights, and the lines for the log."""
     start = read_initial_weights(path, options)
     config = complete_config(config, start)
 
@@ -66,7 +66,7 @@ def started(config, path, *, same_tokenizer=True, **options):
 
 
 def origins(found, fresh, source):
-    """The names of the parameters that are the checkpoint's, and of those that are new."""
+    """The names of the parameters that are loaded, and of those that are new."""
     taken = {name for name in found if name in source and torch.equal(found[name], source[name])}
     return taken, {name for name in found if torch.equal(found[name], fresh[name])} - taken
 
@@ -115,7 +115,7 @@ def test_an_encoder_of_another_size_is_an_error_with_the_values(config, runs):
 
 
 def test_published_formats_and_classifiers(config, tmp_path):
-    """What VideoMAE's code and Hugging Face write, with the clip size that the files say."""
+    """Files of VideoMAE's code and of Hugging Face, with the clip size that they state."""
     own = changed(config, model={"objective": "videomae"})
     model = shaken(VideoMAE(own))
     (tmp_path / "hf").mkdir()
@@ -167,7 +167,7 @@ def clips(tmp_path_factory, synthetic_clips):
 
 @pytest.mark.slow
 def test_a_run_starts_from_a_run_at_another_size_and_continues(config, clips, tmp_path, small_finetuning):
-    """Without a learning rate the weights are still the first run's at the end; positions stay those of its clips."""
+    """At a learning rate of 0 the final weights are those of the first run, positions included."""
     first = changed(config, model={"objective": "videomae"}, optim={"batch": 8})
     pretrain(first, clips, tmp_path / "first", progress=False)
     half = first.data.size // 2

@@ -1,4 +1,4 @@
-"""Training on a teacher's latents: resume, bad steps, CUDA graphs, initial weights, and the watch for a collapse."""
+"""Training on a teacher's latents: resume, bad steps, CUDA graphs, initial weights, and the warning of a collapse."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def weights(run):
 
 
 def test_after_a_step_the_teacher_is_the_average_by_the_schedule(small):
-    """Two passes per step: one update of the teacher, after the optimizer's. A bad step moves neither."""
+    """With two passes per step the teacher is updated once, after the optimizer. A bad step changes neither."""
     step = built(small(**LATENTS, optim={"batch": 8, "micro_batch": 4}))
     encoder, teacher = step.model.encoder.state_dict(), step.model.teacher.state_dict()
     expected = {name: tensor.double() for name, tensor in teacher.items()}
@@ -102,7 +102,7 @@ def test_a_graph_reads_the_momentum_of_each_step(small):
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path, small, clips):
-    """The run is stopped in the middle of the momentum's schedule. Nothing of a tokenizer is there."""
+    """The run is stopped in the middle of the schedule of the momentum. There are no files of a tokenizer."""
     config = small(**LATENTS, run={"save_every": 3, "keep": 10})
     pretrain(config, clips, tmp_path / "whole", progress=False)
     last = checkpoint.newest(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Muon with AdamW: against the formula in float64 and torch.optim.Muon; what each trains; steps that are left out."""
+"""Muon with AdamW: against the formula in float64 and torch.optim.Muon; which parameters each trains; skipped steps."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def small_model(objective="mam2", **loss):
 
 
 def polynomial(matrix):
-    """What the iteration makes of a matrix, by its singular values: float64."""
+    """The result of the iteration on a matrix, computed from its singular values in float64."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     s = s / matrix.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -193,7 +193,7 @@ def equal(left, right):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["encoder.blocks.0.attn.qkv.weight", "encoder.norm.bias"])
 def test_a_step_that_is_not_finite_changes_nothing(value, where):
-    """One value of one gradient, of Muon or AdamW: weights and state of both stay, the next step is sound."""
+    """One bad value of one gradient, of Muon or AdamW: weights and state of both do not change, the next step does."""
     take, plain = step_of(), step_of()
     for one in (take, plain):
         one(0, [batch(0)], 1e-3, inspect=False)
@@ -221,7 +221,7 @@ def test_a_first_step_that_is_not_finite_changes_nothing():
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(clips, tmp_path, monkeypatch, small):
-    """Weights and state have the bits of a run that did not stop; with AdamW it is not gone on with."""
+    """Weights and state equal those of a run that did not stop bit by bit; the run cannot be resumed with AdamW."""
     config = small(optim={"name": "muon"}, run={"log_every": 1})
     pretrain(config, clips, tmp_path / "whole", progress=False)
     original, calls = PretrainStep.__call__, []

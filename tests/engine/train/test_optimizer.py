@@ -1,4 +1,4 @@
-"""AdamW's groups and the learning rate's course."""
+"""AdamW's parameter groups and the learning rate schedule."""
 
 import dataclasses
 from itertools import pairwise
@@ -54,7 +54,7 @@ def test_biases_norms_and_mask_tokens_are_not_decayed():
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    """The flag that the training loop sets is honoured by the installed torch's fused AdamW."""
+    """The flag that the training loop sets is respected by the installed torch's fused AdamW."""
     weight = nn.Parameter(torch.ones(4))
     optimizer = build_optimizer(nn.ParameterList([weight]), CONFIG)
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""`optim.micro_batch auto` under a pretended limit of memory: the fewest passes that fit, the same result, resumed."""
+"""`optim.micro_batch auto` under a simulated memory limit: the fewest passes that fit, the same result, resumed."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Ranks(World):
-    """This rank, and what the others say."""
+    """This rank, and the answers of the others."""
 
     def all_gather(self, value):
         return [value, *OTHERS]
@@ -148,7 +148,7 @@ def test_groups_are_not_divided(clips, group, passes):
 
 @pytest.mark.slow
 def test_processes_with_different_memory_agree_and_keep_the_same_weights(tmp_path):
-    """With DDP and balanced gradients, whose exchanges a process that tries alone must not wait for.
+    """With DDP and balanced gradients: a process that tries sizes alone must not wait for exchanges.
 
     With fixed weights of the losses, the result is also that of one process and one pass; balanced gradients have a
     factor per pass.

@@ -75,7 +75,7 @@ def test_a_full_disk_is_one_line(verb, clips, run, tmp_path, capsys, full_disk):
     place = arguments[arguments.index("--out") + 1]
     assert line.startswith(f"mam2: error: --out {place}: cannot be written: ")
     assert "File too large" in line or "os error 27" in line
-    if verb not in ("demo", "tokenize"):  # which go on from what is there
+    if verb not in ("demo", "tokenize"):  # which continue from existing files
         assert os.listdir(tmp_path) == []
 
 
@@ -124,7 +124,7 @@ def test_what_is_missing_is_told_before_the_videos_are_opened(clips, tmp_path, m
 
 
 def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, small):
-    """A run is resumed: a file it skipped before is still skipped, another one can be read again."""
+    """A resumed run still skips a file that it skipped before, and reads another one that is readable again."""
     data = tmp_path / "data"
     data.mkdir()
     for number, entry in enumerate(read_source(clips).entries[:2]):
@@ -145,7 +145,7 @@ def test_skipped_names_each_file_once_and_not_what_came_back(clips, tmp_path, sm
 
 
 def test_a_resumed_run_keeps_the_order_of_its_classes(clips, tmp_path, small):
-    """Folders 0, 1, 10, 2 were numbered in the order of text before; a run of that time continues with that order."""
+    """Earlier versions numbered the folders 0, 1, 10, 2 in text order; such a run continues with that order."""
     data, run, config = tmp_path / "data", tmp_path / "run", small()
     source = Path(read_source(clips).entries[0].path)
     for name in ("0", "2", "10"):
@@ -201,7 +201,7 @@ def test_a_session_closes_every_loader_it_owns(clips, tmp_path, small, fails):
 
 
 def test_a_failing_setup_leaves_no_open_loader(clips, tmp_path, small, monkeypatch):
-    """What fails after the training loader is open, closes it: no thread of it is left."""
+    """An error after the training loader was opened closes the loader: none of its threads is left."""
     closed, close = [], ClipLoader.close
     monkeypatch.setattr(ClipLoader, "close", lambda self: closed.append(self) or close(self))
     monkeypatch.setattr(ClipLoader, "cropper", property(lambda self: 1 / 0))

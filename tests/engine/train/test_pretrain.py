@@ -57,7 +57,7 @@ def test_a_second_run_gives_the_same_bits(finished, clips, tmp_path, small):
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_exactly(finished, clips, tmp_path, monkeypatch, small):
-    """SIGTERM in the middle of a step: the step is finished, saved, and the rest gives the bits of the whole run."""
+    """SIGTERM during a step: the step is finished and saved; the resumed run ends with the same bits."""
     original, calls = PretrainStep.__call__, []
 
     def step(self, *args, **options):
@@ -134,7 +134,7 @@ def objective_and_inputs(config):
 
 
 def test_fixed_weights_give_the_gradient_of_the_weighted_sum(small):
-    """The fork hands on exactly what one backward pass through everything would."""
+    """The gradients behind the fork equal those of one backward pass through the whole model."""
     config = small(loss={"balance": "fixed", "appearance": 0.3, "motion": 2.0, "alignment": 0.5})
     objective, video, mask, codes = objective_and_inputs(config)
     model = objective.model
@@ -170,7 +170,7 @@ def test_balanced_gradients_have_the_ratio_asked_for(small):
 
 @pytest.mark.parametrize(("objective", "optimizer"), [("mam2", "adamw"), ("videomae", "adamw"), ("mam2", "muon")])
 def test_a_step_reads_nothing_back_from_the_device(objective, optimizer, small):
-    """Traced on tensors without values: whatever needs one (a size, a branch, a number to print) raises there."""
+    """Traced on tensors without values: code that needs a value (a size, a branch, a printed number) raises."""
     config = small(
         model={"objective": objective, "width": 24, "depth": 1, "heads": 2},
         mask={"kind": "random"},
@@ -250,7 +250,7 @@ def test_a_run_that_only_meets_bad_losses_stops(clips, tmp_path, monkeypatch, sm
             progress=False,
         )
     saved = checkpoint.newest(tmp_path)
-    assert str(saved) in str(stop.value)  # no checkpoint was due before
+    assert str(saved) in str(stop.value)  # before the first checkpoint is due
     assert checkpoint.why_damaged(saved) is None
     assert all(tensor.isfinite().all() for tensor in newest_weights(tmp_path).values())
 

@@ -1,4 +1,4 @@
-"""Errors that end a run lose nothing: valid weights are saved first, and only what is on the disk counts as done."""
+"""Errors that end a run lose nothing: valid weights are saved first; only steps on the disk count as done."""
 
 import dataclasses
 import os
@@ -82,7 +82,7 @@ def test_half_a_step_is_not_saved(config, clips, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_recorded_step_that_fails_is_not_taken_for_sound(config, clips, tmp_path, monkeypatch):
-    """A CUDA graph does not call the optimizer's hooks: nobody knows whether its update was done."""
+    """A CUDA graph does not call the optimizer's hooks, so that it is unknown whether the update was done."""
     original, calls = PretrainStep._update, []
 
     def replayed(self, inspect=False):
@@ -219,7 +219,7 @@ def test_each_process_takes_a_gpu_that_it_sees(count, local_rank, expected, monk
 
 
 def test_losing_the_others_and_never_reaching_them_are_told_apart(monkeypatch, capsys):
-    """NCCL's errors look alike: before the first sum the cause is told as an error, later as a loss of the others."""
+    """NCCL's errors look alike: before the first sum the cause is reported as an error, later as lost processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     error = RuntimeError("\nNCCL error in: x.cpp, unhandled system error\n/dev/shm: No space left on device")
@@ -288,7 +288,7 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
 
 @pytest.mark.slow
 def test_the_first_step_says_that_it_compiles(config, clips, tmp_path, monkeypatch):
-    """Before its batch is asked for, which compiles the tokenizer; torch.compile itself is stubbed."""
+    """An error before the first batch, which compiles the tokenizer; torch.compile is stubbed."""
     monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     monkeypatch.setattr(runtime, "why_not_compile", lambda _: None)
     monkeypatch.setattr(Prefetcher, "__next__", failing(Prefetcher.__next__, 1, ZeroDivisionError()))

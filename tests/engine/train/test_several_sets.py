@@ -49,7 +49,7 @@ def config(small, finished):
 
 @pytest.fixture(scope="module")
 def whole(config, sets, tmp_path_factory) -> Path:
-    """A run of ten steps that was never stopped."""
+    """A run of ten steps without an interruption."""
     out = tmp_path_factory.mktemp("whole")
     assert pretrain(config, sets, out, val=(sets[1], sets[0]), progress=False).step == 10
     return out
@@ -114,7 +114,7 @@ def test_two_ranks_that_crashed_resume_exactly_and_show_the_clips_of_one(whole, 
     done = torchrun(2, *command, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree(tmp_path / "two", tmp_path / "crashed")
-    shutil.rmtree(checkpoint.newest(tmp_path / "crashed"))  # as after a kill -9 behind step 5, in the second epoch
+    shutil.rmtree(checkpoint.newest(tmp_path / "crashed"))  # as after a kill -9 after step 5, in the second epoch
     done = torchrun(2, *command, tmp_path / "crashed", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 done of 10" in done.stdout

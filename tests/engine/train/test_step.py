@@ -67,7 +67,7 @@ def test_passes_with_different_numbers_of_motion_values_give_the_mean_of_all(dec
         found.append(gradients | {"loss": values["loss/motion"]})
         if micro_batch == 1:
             plain = sum(step.objective(*arguments[:3])[1]["loss/motion"] for arguments in passes) / 4
-            assert abs(plain / values["loss/motion"] - 1) > 1e-5  # there is something to mend
+            assert abs(plain / values["loss/motion"] - 1) > 1e-5  # without the correction they would differ
     for name, whole in found[0].items():
         torch.testing.assert_close(found[1][name], whole, rtol=1e-4, atol=1e-6, msg=name)
 

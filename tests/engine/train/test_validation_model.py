@@ -18,7 +18,7 @@ COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone", "aten::_foreach_copy_"
 
 
 class Copied(TorchDispatchMode):
-    """Notes the shapes of all tensors that are copied."""
+    """Records the shapes of all copied tensors."""
 
     def __init__(self):
         super().__init__()

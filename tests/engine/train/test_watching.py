@@ -13,6 +13,7 @@ import torch
 
 from mam2.engine.checkpoints import lock
 from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.errors import UserError
 from mam2.engine.runtime import signals
@@ -92,7 +93,7 @@ def test_a_signal_while_the_loader_hangs_saves_what_is_done(finished, clips, tmp
 
 @pytest.mark.slow
 def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monkeypatch, small):
-    """Which compiles for minutes, and nothing would be lost: there is no step to save yet."""
+    """The first step compiles for minutes; a signal may end the run then, because there is no step to save."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
     monkeypatch.setattr(PretrainStep, "_gradients", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(signals.Stopped, match="SIGTERM"):
@@ -104,7 +105,7 @@ def test_a_signal_in_the_first_step_ends_at_once(finished, clips, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("number", signals.ENDING)
 def test_every_signal_that_ends_saves_first(number, finished, clips, tmp_path, monkeypatch, small):
-    """Sent twice, as torchrun does: the terminal's signal, and its own."""
+    """The signal is sent twice, as under torchrun: by the terminal and by torchrun."""
     config = small(run=RUN, tokenizer={"path": str(finished / "tokenizer.safetensors")})
     original, calls = PretrainStep._gradients, []
 
@@ -161,14 +162,14 @@ def test_a_signal_during_a_checkpoint_leaves_it_whole(finished, clips, tmp_path,
 
 @pytest.mark.slow
 def test_a_checkpoint_comes_after_the_log_of_its_steps(clips, tmp_path, monkeypatch, small):
-    """Else the lines of a run that is killed in between would be lost: the resumed one begins after them."""
-    original, logged = checkpoint.Saver.save, []
+    """Otherwise a run that is killed in between would lose lines, because the resumed run starts after them."""
+    original, logged = Saver.save, []
 
     def save(self, step, *arguments):
         logged.append((step, read_log(tmp_path)[-1]["step"]))
         return original(self, step, *arguments)
 
-    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     config = small(run={"compile": False, "log_every": 1, "save_every": 2})
     pretrain(config, clips, tmp_path, progress=False)
     assert logged == [(2, 2), (4, 4), (6, 6), (8, 8)]
