@@ -198,7 +198,8 @@ def test_another_config_is_an_error_that_names_the_value(tmp_path: Path, config:
 def test_every_field_that_decides_a_clip_is_in_the_key(config: PretrainConfig) -> None:
     """A new field of the data config is part of the key unless it is declared resumable."""
     fields = {field.name for field in dataclasses.fields(config.data)}
-    named = {name.removeprefix("data.") for name in cache_key(manifest(), config, TOKENIZER) if name.startswith("data.")}
+    key = cache_key(manifest(), config, TOKENIZER)
+    named = {name.removeprefix("data.") for name in key if name.startswith("data.")}
     assert fields - named == set(keys.IGNORED_IN_KEY)
 
 
