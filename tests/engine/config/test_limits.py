@@ -6,9 +6,16 @@ from mam2.engine.config.finetune import EncoderConfig, FinetuneConfig
 from mam2.engine.config.limits import resumable_keys
 from mam2.engine.config.pretrain import PretrainConfig
 
-RUN = "log_every save_every keep keep_every compile compile_blocks graph device sharding recompute max_nonfinite profile tracker"
+RUN = (
+    "log_every save_every keep keep_every compile compile_blocks graph device sharding recompute max_nonfinite profile"
+)
 DATA = "sets threads nvdec_threads prefetch max_unusable timeout_s wait_s"
-SHARED = {*(f"run.{key}" for key in RUN.split()), *(f"data.{key}" for key in DATA.split()), "optim.micro_batch"}
+SHARED = {
+    *(f"run.{key}" for key in RUN.split()),
+    *(f"data.{key}" for key in DATA.split()),
+    "optim.micro_batch",
+    "run.tracker",
+}
 
 
 @pytest.mark.parametrize(
