@@ -167,23 +167,12 @@ def _as_os_error(error: Exception, address: str) -> OSError:
     return OSError(errno.EIO, f"{type(error).__name__}: {error}", address)
 
 
-class _Remote(io.RawIOBase):
-    """A file of fsspec, whose errors are OSErrors."""
+class _Wrapped(io.RawIOBase):
+    """A file that reads from another one, and closes it."""
 
     def __init__(self, file: Any, name: str) -> None:
         self._file, self.name = file, name
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self._file.read(size)
-        except Exception as error:
-            raise _as_os_error(error, self.name) from error
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
+        """FFmpeg takes the suffix of the name as a hint."""
 
     def readable(self) -> bool:
         return True
@@ -197,14 +186,28 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-class _Part(io.RawIOBase):
+class _Remote(_Wrapped):
+    """A file of fsspec, whose errors are OSErrors."""
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:
+            raise _as_os_error(error, self.name) from error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class _Part(_Wrapped):
     """The bytes of a member as a file."""
 
     def __init__(self, file: BinaryIO, member: Member) -> None:
-        self._file, self._member = file, member
-        self._position = 0
-        self.name = member.name
-        """FFmpeg takes the suffix as a hint."""
+        super().__init__(file, member.name)
+        self._member, self._position = member, 0
 
     def read(self, size: int = -1) -> bytes:
         left = max(self._member.size - self._position, 0)
@@ -222,14 +225,3 @@ class _Part(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
