@@ -36,7 +36,7 @@ from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
 from mam2.engine.evaluation.visualize_page import LABELS, READS, ClipView, write_page
-from mam2.engine.files import check_apart
+from mam2.engine.files import check_apart, whole_file, write_whole, written_aside
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import load_vqgan
@@ -123,13 +123,15 @@ def visualize(
             ]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph")  # for scripts that matplotlib's font lacks
-                (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
+                write_whole(out / f"{name}.png", draw_rows(rows, [name], inches=STRIP_INCHES))
             pages = _side_by_side(seen, named=len(checkpoints) > 1)
             images = [Image.fromarray(frame) for frame in pages]
-            images[0].save(
-                out / f"{name}.gif", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
-            )
-            write_clip(out / f"{name}.mp4", np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
+            with whole_file(out / f"{name}.gif") as file:
+                images[0].save(
+                    file, "GIF", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
+                )
+            with written_aside(out / f"{name}.mp4") as aside:
+                write_clip(aside, np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
             named[name] = seen
         return write_page(out / "index.html", named, configs)
     except OSError as error:
