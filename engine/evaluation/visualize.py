@@ -26,6 +26,7 @@ from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.config.training import RunConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
@@ -166,7 +167,7 @@ def _look(
         for batch in loader.evaluate():
             clip = batch.clip.to(device)
             mask, strips = evaluation_mask(clip, config), predict(clip)
-            video = clip.permute(0, 4, 1, 2, 3)
+            video = channels_first(clip)
             attention = None
             if isinstance(model, MAM2) and model.regressor.blocks:
                 attention = regressor_attention(model, video, mask)[0].cpu()
