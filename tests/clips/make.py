@@ -148,7 +148,6 @@ def write_images(clip: Clip, frames: NDArray[np.uint8]) -> None:
             (clip.width, clip.height),
             rate=1,
             pixel_format=clip.pixels,
-            options={"huffman": "default"},
             container_format="image2",
         )
 
