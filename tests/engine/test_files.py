@@ -243,16 +243,23 @@ def writes(call):
     return name in ("write_text", "write_bytes") or opened
 
 
+def calls(node, function=""):
+    """(name of the function, call) of all calls in a syntax tree."""
+    if isinstance(node, ast.FunctionDef):
+        function = node.name
+    if isinstance(node, ast.Call):
+        yield function, node
+    for child in ast.iter_child_nodes(node):
+        yield from calls(child, function)
+
+
 def places(root, folders, wanted):
     """The functions, as "file function", of the sources in which a call is `wanted`; files.py is left out."""
     found = set()
     for path in (path for folder in folders for path in (root / folder).rglob("*.py")):
-        if path == root / "engine" / "files.py":
-            continue
-        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
-        for function in functions:
-            if any(isinstance(node, ast.Call) and wanted(node) for node in ast.walk(function)):
-                found.add(f"{path.relative_to(root)} {function.name}")
+        text = path.read_text("utf-8")
+        if path != root / "engine" / "files.py" and re.search(r"rename|replace\(|\.move\(|write_|open\(", text):
+            found |= {f"{path.relative_to(root)} {name}" for name, call in calls(ast.parse(text)) if wanted(call)}
     return found
 
 
