@@ -1,6 +1,5 @@
 """`make bench`: our VideoMAE step beside Hugging Face's and that of VideoMAE's code: one model, weights, mask and loss.
 
-
 On a CPU in float32 and in bfloat16. The environment variable MAM2_VIDEOMAE names a clone of VideoMAE's code.
 """
 
