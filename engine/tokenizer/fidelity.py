@@ -45,7 +45,7 @@ def fidelity(errors: Tensor, deviations: Tensor) -> Fidelity:
 
 
 @torch.no_grad()
-def measure(vqgan: VQGAN, frames: Iterable[Tensor]) -> Fidelity:
+def measure_fidelity(vqgan: VQGAN, frames: Iterable[Tensor]) -> Fidelity:
     """Encodes and decodes batches of frames, uint8 or float [B, H, W, C], of which whole patches are used."""
     errors, deviations = torch.zeros(2, 2, dtype=torch.float64)
     factor, device = vqgan.config.factor, next(vqgan.parameters()).device

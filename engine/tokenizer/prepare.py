@@ -171,7 +171,7 @@ def train_with_progress(
 
 
 def kept_state(trained: Trained, steps: int) -> str:
-    """Says which state of a training of so many steps is kept."""
+    """Says which state of a training of `steps` steps is kept."""
     return f"kept: step {trained.kept} of {steps}" if trained.kept else "kept: the start, k-means of patches"
 
 

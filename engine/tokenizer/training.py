@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mam2.engine.tokenizer.fidelity import Fidelity, measure
+from mam2.engine.tokenizer.fidelity import Fidelity, measure_fidelity
 from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest_center, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
@@ -125,7 +125,7 @@ def train_vqgan(
     batch_rows = len(first[0]) * math.prod(_window(first[0], config.factor))
     codebook.start(counts, batch_rows / len(patches))
     held_out = held_out or _set_aside(stream)
-    start = found = measure(vqgan, held_out)
+    start = found = measure_fidelity(vqgan, held_out)
     kept, state = 0, _copy(vqgan)
     pool, at_once = torch.cat(first), len(first[0])
     del first, patches
@@ -154,7 +154,7 @@ def train_vqgan(
             progress(step, {"loss": mean_loss, "explained": 1 - mean_loss / max(variance, 1e-12), **codebook.usage()})
             sums.clear()
         if step * CHECKS // steps > (step - 1) * CHECKS // steps:
-            now = measure(vqgan, held_out)
+            now = measure_fidelity(vqgan, held_out)
             if now.explained > found.explained and (start.color or 0.0) <= (now.color or 0.0):
                 kept, found, state = step, now, _copy(vqgan)
     vqgan.load_state_dict(state)
