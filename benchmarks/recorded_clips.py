@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_loader import (
+from benchmarks.loader_settings import (
     CODES,
     SETTINGS,
     TOLERANCE,

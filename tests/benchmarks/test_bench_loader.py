@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import loader_settings
+
 CPU = torch.device("cpu")
 
 
@@ -135,6 +137,6 @@ def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monk
 
 
 def test_moving_noise_moves(bench):
-    frames = bench.moving_noise(3, 32, 48, np.random.default_rng(0))
+    frames = loader_settings.moving_noise(3, 32, 48, np.random.default_rng(0))
     assert frames.shape == (3, 32, 48, 3)
     assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 2 * bench.TOLERANCE
