@@ -30,7 +30,8 @@ Decode = Callable[[str, Sequence[int]], np.ndarray]
 
 ALONE = "PyAV alone"
 CLIP_TOLERANCE = 8.0
-"""As `TOLERANCE`, for cropped and resized clips: decoders interpolate colors differently. The next frame differs by 27."""
+"""As `TOLERANCE`, for cropped and resized clips: decoders interpolate colors differently. The next frame differs by
+27."""
 ENOUGH = 0.02
 """Share of a step spent waiting for clips below which the loader does not limit training."""
 
@@ -42,7 +43,7 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
     """
     for package in ("av", "tqdm"):
         if not _installed(package):
-            yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
+            yield {"decoder": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return
     settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +69,10 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
     turns: list[Callable[[], float]] = []
     for codec, gop in sorted(manifests):
         for name, decode in decoders().items():
-            labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
+            labels.append({"decoder": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for decoder, codec, gop, threads in settings.loaders:
-        labels.append({"front_end": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
+        labels.append({"decoder": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
         options = dataclasses.replace(data, decoder=decoder, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
@@ -91,7 +92,7 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
                 problems[place] = {"verdict": "skipped", "reason": str(problem)[:300]}
     medians = [percentile(found, 50) if found else None for found in rates]
     pairs = list(zip(labels, medians, strict=True))
-    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["front_end"] == ALONE}
+    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["decoder"] == ALONE}
     for row, rate, problem in zip(labels, medians, problems, strict=True):
         if problem or rate is None:
             yield row | problem
@@ -214,7 +215,7 @@ def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline:
     from mam2.engine.data.loader import ClipLoader
 
     for views in settings.views:
-        row: Row = {"front_end": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
+        row: Row = {"decoder": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
         if time.monotonic() > deadline:
             yield row | {"verdict": "skipped", "reason": "out of time"}
             return
