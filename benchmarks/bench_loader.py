@@ -379,12 +379,12 @@ def tailored(settings: Settings, views: int) -> Any:
 
 def training_step(config: Any, batch: int, device: torch.device) -> Callable[[Any], None]:
     """Returns a step of forward, backward and AdamW; it waits for the device, so that the host does not run ahead."""
-    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.model.build import build_model
     from mam2.engine.runtime.device import autocast
     from mam2.engine.train.objective import build_objective
     from mam2.engine.train.optimizer import build_optimizer
 
-    model = MAM2(config, CODES).to(device)
+    model = build_model(config, CODES).to(device)
     objective, optimizer = build_objective(model, config, lambda part: part), build_optimizer(model, config.optim)
     tokens = config.grid[0] * config.grid[1] * config.grid[2]
     codes = torch.randint(CODES, (batch, tokens), device=device)
