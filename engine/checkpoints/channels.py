@@ -22,7 +22,7 @@ GRAY = "start   the patch embedding takes one gray channel: the sum of its weigh
 
 
 def data_for(data: DataConfig, encoder: Encoder, path: str | Path) -> DataConfig:
-    """Returns `data` with the value range and normalization of an encoder's training, where `data` says nothing.
+    """Returns `data` with the value range and normalization of an encoder's training, unless `data` sets its own.
 
     Raises UserError if the encoder of `path` cannot take clips of `data.channels` channels, or was trained with another
     mean or standard deviation.
