@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, table
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import read_manifest
-from mam2.engine.data.sources import read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.linear_probe import bootstrap
 

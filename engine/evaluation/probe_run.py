@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.training import RunConfig
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.data.sources import list_and_split, read_column
+from mam2.engine.data.sources import list_and_split
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.evaluation.components import Components, principal_components, probe_components

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mam2.engine.data.sources import LABEL_COLUMNS, PATH_COLUMNS
+from mam2.engine.data.lists import LABEL_COLUMNS, PATH_COLUMNS
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding import Embedding
 from mam2.engine.evaluation.embedding_files import read_embedding
