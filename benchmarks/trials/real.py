@@ -23,8 +23,8 @@ from benchmarks.trials.prepared import Split, render
 from benchmarks.trials.trial import EVALUATED
 from mam2.engine.checkpoints.classifiers import relabeled
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import Manifest, scan
-from mam2.engine.data.sources import read_column
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.components import principal_components, probe_components
 from mam2.engine.evaluation.features import extract_features
