@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.foreign import PROBLEM_TYPES
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae

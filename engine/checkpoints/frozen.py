@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import ModelConfig, PretrainConfig

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from safetensors import safe_open
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
 from mam2.engine.checkpoints.foreign_models import foreign_encoder, foreign_model
