@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.trials import jobs as plan
 from benchmarks.trials import prepared, real, worker
-from benchmarks.trials.jobs import Job
+from benchmarks.trials.jobs import Job, trained_by
 from benchmarks.trials.settings import Setting, pretraining
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.costs import step_flops
@@ -46,7 +45,7 @@ def results(run: Measured, jobs: Sequence[Job], later: Sequence[Job]) -> dict[st
     there = (run.out / "real" / prepared.PREPARED).is_file()
     names = ("synthetic", *(["real"] if there else []))
     facts = {name: json.loads((run.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
-    tuned = {plan.trained_by(job).key: run.done[job.key] for job in jobs if job.group == "finetune"}
+    tuned = {trained_by(job).key: run.done[job.key] for job in jobs if job.group == "finetune"}
     trained = [job for job in jobs if job.group != "finetune"]
     trials = [_trial(run, job, facts[job.data], tuned) for job in trained if job.group != "random"]
     trials += [{**_trial(run, job, facts[job.data], {}), "group": "sweep"} for job in later]
