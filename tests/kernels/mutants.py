@@ -375,6 +375,22 @@ _MISTAKES = {
             "device=device).repeat(1, pixels)",
         ),
     ],
+    ("test_frame_difference.py", "test_equals_standardizing_and_subtracting"): [
+        (
+            "PyTorch path: the next frame of the clip's last slot from its first one",
+            "reference.py",
+            " + (following % tubelet).flatten()",
+            "",
+        ),
+    ],
+    ("test_frame_difference.py", "test_a_mask_picks_its_rows"): [
+        (
+            "PyTorch path: the next frame of a few tokens from the first row and column",
+            "reference.py",
+            "following * slot + index % slot)",
+            "following * slot)",
+        ),
+    ],
     ("test_motion_mask.py", "test_energies_are_sums_of_squared_changes"): [
         (
             "PyTorch path: bytes that wrap where a pixel gets darker",
