@@ -119,6 +119,7 @@ MINIATURE: Changes = {
     "loss.balance": "gradient",
     "loss.motion_eps": 0.1,
     "optim.name": "adamw",
+    "optim.muon_rate": 1.0,  # the sweeps choose Muon's rate
     "optim.batch": 32,
 }
 """A tiny MAM2 with balanced losses."""

@@ -120,8 +120,8 @@ class OptimConfig:
     """AdamW's second beta; the first is 0.9."""
     momentum: float = limited(0.95, BELOW_ONE)
     """Muon's momentum."""
-    muon_rate: float = limited(1.0, POSITIVE)
-    """Muon's learning rate, divided by AdamW's."""
+    muon_rate: float = limited(4.0, POSITIVE)
+    """Muon's learning rate, divided by AdamW's, which is `base_lr`. Muon's best rate is the higher one."""
     clip_norm: float = limited(0.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 turns clipping off."""
 
