@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import launch, reference, shapes
-from .cube import NORMALIZE, cube_meta, listed_token, restoring_table, run_values, store_rounded
+from .cube import NORMALIZE, cube_meta, listed_token, restoring, run_values, store_rounded
 from .derivatives import differentiable, refuse_double_backward
 from .launch import jit, tl
 from .targets import KINDS, token_target
@@ -31,7 +31,6 @@ def _masked_loss_kernel(
     pred_ptr,
     video_ptr,
     index_ptr,
-    affine_ptr,
     factor_ptr,
     fits_ptr,
     first: tl.int32,
@@ -59,6 +58,7 @@ def _masked_loss_kernel(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -66,7 +66,7 @@ def _masked_loss_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = WIDTH * CHANNELS
+    LENGTH: tl.constexpr = PIXELS * CHANNELS
     place = first + tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     share = 1.0 / divisor.to(DTYPE)
@@ -76,10 +76,9 @@ def _masked_loss_kernel(
     used = inside
     if SKIP:
         used = inside & (factor != 0)
-    row, exists, target = token_target(
-        video_ptr, affine_ptr, clip, token, used, slots, rows, columns, stride_b, stride_c, stride_t, stride_h,
-        stride_w, KIND, NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
-        DTYPE,
+    strip, exists, target = token_target(
+        video_ptr, clip, token, used, slots, rows, columns, stride_b, stride_c, stride_t, stride_h, stride_w, KIND,
+        NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE,
     )  # fmt: skip
     FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
     pred_row = (place % count).to(tl.int64) - first
@@ -96,15 +95,15 @@ def _masked_loss_kernel(
     error = tl.zeros([ROWS], DTYPE)
     for segment in tl.static_range(LENGTH // RUN):
         value, _ = run_values(segment, CHANNELS, RUN)
-        value += row * LENGTH
+        value += strip * LENGTH
         predicted = tl.load(pred + value, mask=exists, other=0).to(DTYPE)
         residual = tl.where(exists, predicted - target[segment], 0.0)
         error += tl.sum(residual * residual, axis=1)
         if GRADIENT:
-            stored = row < FRAMES * HEIGHT
+            stored = strip < FRAMES * HEIGHT * WIDTH // PIXELS
             if EVERY_TOKEN:  # a token out of range has no row in the gradient
                 stored = stored & inside
-            gradient = gradient_ptr + gradient_row * (FRAMES * HEIGHT * LENGTH)
+            gradient = gradient_ptr + gradient_row * (FRAMES * HEIGHT * WIDTH * CHANNELS)
             store_rounded(gradient + value, slope * residual, stored)
     total = tl.sum(error, axis=0)
     tl.store(error_ptr + place, factor * total)
@@ -153,7 +152,6 @@ def launch_masked_loss(
         fits = torch.where(inside, 1.0, float("nan")).to(errors.dtype)
         gradient.copy_(torch.where(inside, 0.0, float("nan"))[:, None, None].expand_as(gradient))
     pred_strides = pred.stride()[:2] if pred.dim() == 3 else (masked.shape[1] * pred.stride(0), pred.stride(0))
-    table = restoring_table(video, goal.mean, goal.std, errors.dtype)
     meta = cube_meta(video, goal.patch_size, errors.dtype)
     launch.run_kernel(
         _masked_loss_kernel,
@@ -164,7 +162,6 @@ def launch_masked_loss(
         pred,
         video,
         masked.contiguous(),
-        table,
         factors,
         fits,
         first,
@@ -183,8 +180,8 @@ def launch_masked_loss(
         KIND=KINDS[goal.kind],
         NORMALIZE=NORMALIZE[goal.normalize],
         EPS=goal.eps,
-        AFFINE=table is not None,
-        num_warps=launch.warps("masked_loss", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
+        AFFINE=restoring(video, goal.mean, goal.std),
+        num_warps=launch.warps("masked_loss", grid.values, video.device),
     )
 
 
