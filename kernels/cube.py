@@ -4,19 +4,20 @@
 """Device functions shared by the kernels that read token cubes directly from the clip.
 
 A token is a cube of τ frames × p rows × p pixels × C channels. A program divides it into strips: PIXELS neighboring
-pixels of a patch row, PIXELS·C values of a prediction. It holds a cube as a tuple of segments, blocks [ROWS, RUN] of
-RUN values of each strip; ROWS is the number of strips, rounded up to a power of two. RUN is a power of two that divides
-a strip, so that a strip needs no padding. Two memory layouts have different strips:
+pixels of a patch row, PIXELS·C values of a prediction; ROWS is the number of strips, rounded up to a power of two. RUN
+is a power of two that divides PIXELS. A cube is a tuple of C·PIXELS/RUN blocks [ROWS, RUN], in one of two orders:
 
-- CHANNELS_LAST: the p·C values of a patch row are contiguous in memory. A strip is a patch row, and segment s holds its
-  values s·RUN to (s+1)·RUN − 1. For a thread that holds a whole run, the channel of each register is known when the
-  kernel is compiled, so that per-channel statistics need no comparison.
-- planes, and every other layout: a strip holds RUN pixels, at most 16 bytes of a plane; segment c holds their channel c.
-  `interleave` brings a cube of planes into the order of a prediction.
+- planes: the pixels of channel 0 of each strip, then those of channel 1, … The kernels compute with planes, so that a
+  channel's statistics are sums over whole blocks.
+- runs: the values of each strip in the order of a prediction, (w,c).
+
+`interleave` and `separate` turn one into the other. They cost no instruction: a thread holds whole strips, and only its
+registers change their names.
 
 The kernels read the clip through its strides, without a copy, in pieces of up to 128 bits where the memory is
-contiguous. Offsets between cubes are 64-bit; inside a cube they are 32-bit unless WIDE is set, for cubes that span more
-than 2^31 elements.
+contiguous. CHANNELS_LAST means that the p·C values of a patch row are: they are then read as runs, else as planes.
+Offsets between cubes are 64-bit; inside a cube they are 32-bit unless WIDE is set, for cubes that span more than 2^31
+elements.
 
 A uint8 clip stays in integers ("raw units", 255 per unit of [0,1]): its sums are exact in one pass.
 """
@@ -30,9 +31,8 @@ from . import launch
 from .launch import jit, tl
 
 NORMALIZE = {None: 0, "channel": 1, "patch": 2}
-MAX_RUN = 16
 MAX_BYTES = 16
-"""Of a plane that a thread reads at a time: 128 bits."""
+"""Of a run: what a thread loads or stores at a time. In another type, the run may be shorter, or take two accesses."""
 
 
 @jit
@@ -102,13 +102,9 @@ def strip_offsets(
 
 
 @jit
-def run_values(segment: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr):
-    """Returns the positions [1,RUN] of a segment's values in their strip, in a prediction's order, and their channels.
-
-    For the segments of a cube with CHANNELS_LAST, or of an interleaved one.
-    """
-    value = segment * RUN + tl.arange(0, RUN)[None, :]
-    return value, value % CHANNELS
+def run_values(strip, run: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, RUN: tl.constexpr):
+    """Returns the positions [ROWS,RUN] of a run's values in their token, in the order of a prediction."""
+    return strip * (PIXELS * CHANNELS) + run * RUN + tl.arange(0, RUN)[None, :]
 
 
 @jit
@@ -120,134 +116,107 @@ def load_cube(
     AFFINE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Loads a cube's segments from the pointers [ROWS,1] of its strips: int32 for BYTES without AFFINE, else DTYPE.
+    """Loads a cube's planes from the pointers [ROWS,1] of its strips: int32 for BYTES without AFFINE, else DTYPE.
 
     AFFINE: None, or (multipliers, shifts); each value becomes x·multiplier[channel] + shift[channel].
     """
+    KIND: tl.constexpr = tl.int32 if BYTES and AFFINE is None else DTYPE
+    OF_PLANE: tl.constexpr = PIXELS // RUN
     cube = ()
-    for segment in tl.static_range(PIXELS * CHANNELS // RUN):
+    for block in tl.static_range(CHANNELS * OF_PLANE):
+        place = tl.arange(0, RUN)[None, :]
         if CHANNELS_LAST:
-            value, _ = run_values(segment, CHANNELS, RUN)
-            raw = tl.load(pointer + value, mask=mask, other=0)
+            offset = block * RUN + place
         elif WIDE:
-            pixel = tl.arange(0, RUN)[None, :].to(tl.int64)
-            plane = tl.full([1, 1], segment, tl.int64) * stride_c
-            raw = tl.load(pointer + (pixel * stride_w + plane), mask=mask, other=0)
+            offset = (block % OF_PLANE * RUN + place).to(tl.int64) * stride_w
+            offset += tl.full([1, 1], block // OF_PLANE, tl.int64) * stride_c
         else:
-            pixel = tl.arange(0, RUN)[None, :]
-            raw = tl.load(pointer + (pixel * stride_w + segment * stride_c), mask=mask, other=0)
-        if AFFINE is not None:
-            pixels = raw.to(DTYPE)
-            multiplier = by_channel(AFFINE, 0, segment, CHANNELS, RUN, CHANNELS_LAST, DTYPE)
-            shift = by_channel(AFFINE, 1, segment, CHANNELS, RUN, CHANNELS_LAST, DTYPE)
-            cube = cube + (tl.where(mask, pixels * multiplier + shift, 0.0),)
-        elif BYTES:
-            cube = cube + (raw.to(tl.int32),)
-        else:
-            cube = cube + (raw.to(DTYPE),)
+            offset = (block % OF_PLANE * RUN + place) * stride_w + block // OF_PLANE * stride_c
+        cube = cube + (tl.load(pointer + offset, mask=mask, other=0).to(KIND),)
+    if CHANNELS_LAST:
+        cube = separate(cube, CHANNELS, PIXELS, ROWS, RUN)
+    if AFFINE is not None:
+        restored = ()
+        for block in tl.static_range(CHANNELS * OF_PLANE):
+            pixels = cube[block] * AFFINE[0][block // OF_PLANE] + AFFINE[1][block // OF_PLANE]
+            restored = restored + (tl.where(mask, pixels, 0.0),)
+        cube = restored
     return cube
 
 
 @jit
-def by_channel(
-    AFFINE: tl.constexpr,
-    which: tl.constexpr,
-    segment: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    RUN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Returns the values [1,RUN] of one of two tuples of constants for a segment, by channel."""
-    if not CHANNELS_LAST:
-        return tl.full([1, RUN], AFFINE[which][segment], DTYPE)
-    _, channel = run_values(segment, CHANNELS, RUN)
-    values = tl.full([1, RUN], AFFINE[which][0], DTYPE)
-    for c in tl.static_range(1, CHANNELS):
-        values = tl.where(channel == c, tl.full([1, RUN], AFFINE[which][c], DTYPE), values)
-    return values
-
-
-@jit
-def by_group(options, segment: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Returns the values [1,RUN] of a tuple of scalars for a segment, by group: GROUPS is 1, or the channels."""
-    group = tl.arange(0, RUN)[None, :] * 0
-    if GROUPS > 1:
-        if CHANNELS_LAST:
-            _, group = run_values(segment, GROUPS, RUN)
-        else:
-            group += segment
-    values = tl.zeros_like(group).to(options[0].dtype) + options[0]
-    for g in tl.static_range(1, GROUPS):
-        values = tl.where(group == g, options[g], values)
-    return values
-
-
-@jit
-def group_sum(cube, group: tl.constexpr, GROUPS: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Returns the sum over the values of one of the cube's groups: GROUPS is 1, or the channels."""
-    rows = tl.sum(tl.zeros_like(cube[0]), axis=1)
-    for segment in tl.static_range(len(cube)):
-        if CHANNELS_LAST and GROUPS > 1:
-            _, own = run_values(segment, GROUPS, RUN)
-            rows += tl.sum(tl.where(own == group, cube[segment], 0), axis=1)
-        elif GROUPS == 1 or segment == group:
-            rows += tl.sum(cube[segment], axis=1)
+def group_sum(planes, group: tl.constexpr, GROUPS: tl.constexpr):
+    """Returns the sum over the values of one of the planes' groups: GROUPS is 1, or the channels."""
+    FIRST: tl.constexpr = group * len(planes) // GROUPS
+    rows = tl.sum(planes[FIRST], axis=1)
+    for block in tl.static_range(FIRST + 1, FIRST + len(planes) // GROUPS):
+        rows += tl.sum(planes[block], axis=1)
     return tl.sum(rows, axis=0)
 
 
 @jit
-def interleave(cube, RUN: tl.constexpr, ROWS: tl.constexpr):
-    """Returns a cube of planes in the order of a prediction: value v of a strip is channel v % C of its pixel v // C.
-
-    Only registers change their names where a thread holds a whole run.
-    """
-    CHANNELS: tl.constexpr = len(cube)
-    pixels = ()  # [ROWS,1], those of plane 0, then those of plane 1, …
-    for plane in tl.static_range(CHANNELS):
-        pixels = pixels + unpacked(cube[plane], RUN, ROWS)
-    segments = ()
-    for segment in tl.static_range(CHANNELS):
-        values = ()
-        for place in tl.static_range(RUN):
-            values = values + (pixels[(segment * RUN + place) % CHANNELS * RUN + (segment * RUN + place) // CHANNELS],)
-        segments = segments + (packed(values, ROWS),)
-    return segments
+def interleave(planes, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr):
+    """Returns the runs of a cube: value v of a strip is channel v % C of its pixel v // C."""
+    values = columns(planes, ROWS, RUN)
+    runs = ()
+    for run in tl.static_range(len(planes)):
+        own = ()
+        for v in tl.static_range(run * RUN, (run + 1) * RUN):
+            own = own + (values[v % CHANNELS * PIXELS + v // CHANNELS],)
+        runs = runs + (joined(own, ROWS),)
+    return runs
 
 
 @jit
-def unpacked(block, RUN: tl.constexpr, ROWS: tl.constexpr):
-    """Returns the RUN columns [ROWS,1] of a block [ROWS,RUN]."""
-    parts = (block,)
-    for _ in tl.static_range(4):  # RUN is at most 16
-        if len(parts) < RUN:  # part j of k holds the columns j, j + k, j + 2k, …
-            even = ()
-            odd = ()
-            for j in tl.static_range(len(parts)):
-                first, second = tl.split(tl.reshape(parts[j], [ROWS, RUN // len(parts) // 2, 2]))
-                even = even + (first,)
-                odd = odd + (second,)
-            parts = even + odd
-    return parts
+def separate(runs, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr):
+    """Returns the planes of a cube, the inverse of `interleave`."""
+    values = columns(runs, ROWS, RUN)
+    planes = ()
+    for block in tl.static_range(len(runs)):
+        own = ()
+        for place in tl.static_range(block * RUN, (block + 1) * RUN):
+            own = own + (values[place % PIXELS * CHANNELS + place // PIXELS],)
+        planes = planes + (joined(own, ROWS),)
+    return planes
 
 
 @jit
-def packed(columns, ROWS: tl.constexpr):
-    """Returns the block [ROWS,RUN] of RUN columns [ROWS,1]."""
-    parts = columns
+def columns(cube, ROWS: tl.constexpr, RUN: tl.constexpr):
+    """Returns the columns [ROWS,1] of a cube's blocks, those of block 0 first."""
+    found = ()
+    for block in tl.static_range(len(cube)):
+        parts = (cube[block],)
+        for _ in tl.static_range(4):  # RUN is at most 16
+            if len(parts) < RUN:  # part j of k holds the columns j, j + k, j + 2k, …
+                even = ()
+                odd = ()
+                for j in tl.static_range(len(parts)):
+                    first, second = tl.split(tl.reshape(parts[j], [ROWS, RUN // len(parts) // 2, 2]))
+                    even = even + (first,)
+                    odd = odd + (second,)
+                parts = even + odd
+        found = found + parts
+    return found
+
+
+@jit
+def joined(parts, ROWS: tl.constexpr):
+    """Returns the block [ROWS,RUN] of RUN columns [ROWS,1]: the inverse of `columns`."""
+    RUN: tl.constexpr = len(parts)
     for _ in tl.static_range(4):
         if len(parts) > 1:
-            joined = ()
+            pairs = ()
             for j in tl.static_range(len(parts) // 2):
                 both = tl.join(parts[j], parts[j + len(parts) // 2])
-                joined = joined + (tl.reshape(both, [ROWS, len(columns) // len(parts) * 2]),)
-            parts = joined
+                pairs = pairs + (tl.reshape(both, [ROWS, RUN // len(parts) * 2]),)
+            parts = pairs
     return parts[0]
 
 
@@ -257,8 +226,6 @@ def mean_and_inverse(
     mask,
     CHANNELS: tl.constexpr,
     VALUES: tl.constexpr,
-    RUN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
     INTEGER: tl.constexpr,
@@ -281,12 +248,12 @@ def mean_and_inverse(
             part = cube[segment].to(tl.int64) if COUNT > 33025 else cube[segment]
             squares = squares + (part * part,)
     for group in tl.static_range(GROUPS):
-        total = group_sum(cube, group, GROUPS, RUN, CHANNELS_LAST)
+        total = group_sum(cube, group, GROUPS)
         if INTEGER:
             wide = total.to(tl.int64)
             # float division is approximate on a GPU; this quotient is exact if all values are equal
             mean = (total // COUNT).to(DTYPE) + (total % COUNT).to(DTYPE) / COUNT
-            scatter = group_sum(squares, group, GROUPS, RUN, CHANNELS_LAST).to(tl.int64) * COUNT - wide * wide
+            scatter = group_sum(squares, group, GROUPS).to(tl.int64) * COUNT - wide * wide
             variance = scatter.to(DTYPE) / (COUNT * (COUNT - 1))
         else:
             mean = total / COUNT
@@ -294,7 +261,7 @@ def mean_and_inverse(
             for segment in tl.static_range(len(cube)):
                 centered = tl.where(mask, cube[segment] - mean, 0.0)
                 squares = squares + (centered * centered,)
-            variance = group_sum(squares, group, GROUPS, RUN, CHANNELS_LAST) / (COUNT - 1)
+            variance = group_sum(squares, group, GROUPS) / (COUNT - 1)
         if NORMALIZE == 1:
             inverse = 1.0 / (tl.sqrt(variance) + EPS * UNIT)
         else:
@@ -323,31 +290,33 @@ def restoring(video: torch.Tensor, mean: Sequence[float] | None, std: Sequence[f
     return tuple(std), tuple(mean)
 
 
-def cube_meta(video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the compile-time description of a clip's cubes that every kernel takes."""
+def cube_meta(
+    video: torch.Tensor, patch_size: Sequence[int], dtype: torch.dtype, other: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Returns the compile-time description of a clip's cubes that every kernel takes.
+
+    `dtype` is the type of the arithmetic, `other` that of a kernel's predictions or results of the clip's size.
+    """
     tubelet, height, width = patch_size
     channels = video.shape[1]
     _, stride_c, stride_t, stride_h, stride_w = video.stride()
     # one frame more than the cube: differences read the next frame
     span = (channels - 1) * stride_c + tubelet * stride_t + (height - 1) * stride_h + (width - 1) * stride_w
-    # the stride of a dimension of size 1 is never used
-    channels_last = (channels == 1 or stride_c == 1) and (width == 1 or stride_w == channels)
-    pixels = width if channels_last else _run(width, MAX_BYTES // video.itemsize)
+    run = min(width & -width, MAX_BYTES // (video.dtype if other is None else other).itemsize)
+    parts = [count for count in range(1, width // run + 1) if width // run % count == 0]
+    rows = {run * count: launch.power_of_two(tubelet * height * width // (run * count)) for count in parts}
+    pixels = min(rows, key=lambda pixels: (rows[pixels] * pixels, pixels))  # the least padding, then the shortest strip
     return {
         "CHANNELS": channels,
         "TUBELET": tubelet,
         "HEIGHT": height,
         "WIDTH": width,
         "PIXELS": pixels,
-        "ROWS": launch.power_of_two(tubelet * height * width // pixels),
-        "RUN": _run(width * channels, MAX_RUN) if channels_last else pixels,
-        "CHANNELS_LAST": channels_last,
+        "ROWS": rows[pixels],
+        "RUN": run,
+        # the stride of a dimension of size 1 is never used
+        "CHANNELS_LAST": (channels == 1 or stride_c == 1) and (width == 1 or stride_w == channels),
         "WIDE": span >= 2**31,
         "BYTES": video.dtype == torch.uint8,
         "DTYPE": launch.triton_type(dtype),
     }
-
-
-def _run(length: int, most: int) -> int:
-    """Returns the largest power of two that divides length and is at most `most`, a power of two."""
-    return min(length & -length, most)

@@ -63,7 +63,6 @@ def _frame_difference_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = PIXELS * CHANNELS
     place = tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     strip, exists, target = token_target(
@@ -71,10 +70,10 @@ def _frame_difference_kernel(
         NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE,
     )  # fmt: skip
     FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
-    out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * WIDTH * CHANNELS) + strip * LENGTH
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        difference = tl.where(inside, tl.where(exists, target[segment], 0.0), float("nan"))
+    out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * WIDTH * CHANNELS)
+    for run in tl.static_range(len(target)):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
+        difference = tl.where(inside, tl.where(exists, target[run], 0.0), float("nan"))
         tl.store(out + value, difference, mask=strip < FRAMES * HEIGHT * WIDTH // PIXELS)
 
 
@@ -92,7 +91,7 @@ def _launch(
     dtype = reference.compute_dtype(video)
     values = target_values(grid, patch_size, difference)
     out = video.new_empty(*index.shape, values, dtype=dtype)
-    meta = cube_meta(video, patch_size, dtype)
+    meta = cube_meta(video, patch_size, dtype, out.dtype)
     launch.run_kernel(
         _frame_difference_kernel,
         index.numel(),

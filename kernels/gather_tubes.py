@@ -14,7 +14,6 @@ import torch
 
 from . import launch, reference
 from .cube import (
-    by_channel,
     cube_meta,
     cube_place,
     interleave,
@@ -57,7 +56,6 @@ def _gather_tubes_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = PIXELS * CHANNELS
     place = tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     base, _ = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
@@ -72,6 +70,7 @@ def _gather_tubes_kernel(
         None,
         CHANNELS,
         PIXELS,
+        ROWS,
         RUN,
         CHANNELS_LAST,
         WIDE,
@@ -79,20 +78,18 @@ def _gather_tubes_kernel(
         DTYPE,
     )
     pixels = ()
-    for segment in tl.static_range(LENGTH // RUN):
-        part = cube[segment]
+    for block in tl.static_range(len(cube)):
+        part = cube[block]
         if AFFINE is not None:  # subtract first: a fused product plus shift would not give 0 for a value at its mean
-            part -= by_channel(AFFINE, 0, segment, CHANNELS, RUN, CHANNELS_LAST, DTYPE)
-            part *= by_channel(AFFINE, 1, segment, CHANNELS, RUN, CHANNELS_LAST, DTYPE)
+            part = (part - AFFINE[0][block * CHANNELS // len(cube)]) * AFFINE[1][block * CHANNELS // len(cube)]
         elif BYTES:
             part *= 1.0 / 255.0
         pixels = pixels + (part,)
-    if not CHANNELS_LAST:
-        pixels = interleave(pixels, RUN, ROWS)
-    out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * WIDTH * CHANNELS) + strip * LENGTH
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        store_rounded(out + value, tl.where(inside, pixels[segment], float("nan")), mask)
+    pixels = interleave(pixels, CHANNELS, PIXELS, ROWS, RUN)
+    out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * WIDTH * CHANNELS)
+    for run in tl.static_range(len(pixels)):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
+        store_rounded(out + value, tl.where(inside, pixels[run], float("nan")), mask)
 
 
 def _launch(
@@ -107,7 +104,7 @@ def _launch(
     grid = token_grid(video, patch_size)
     out = video.new_empty(batch, count, grid.values, dtype=dtype)
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
-    meta = cube_meta(video, patch_size, compute)
+    meta = cube_meta(video, patch_size, compute, dtype)
     launch.run_kernel(
         _gather_tubes_kernel,
         batch * count,

@@ -66,7 +66,6 @@ def _masked_loss_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = PIXELS * CHANNELS
     place = first + tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     share = 1.0 / divisor.to(DTYPE)
@@ -93,11 +92,10 @@ def _masked_loss_kernel(
     pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
     gradient_row = clip * predicted_tokens + pred_row
     error = tl.zeros([ROWS], DTYPE)
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        value += strip * LENGTH
+    for run in tl.static_range(len(target)):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
         predicted = tl.load(pred + value, mask=exists, other=0).to(DTYPE)
-        residual = tl.where(exists, predicted - target[segment], 0.0)
+        residual = tl.where(exists, predicted - target[run], 0.0)
         error += tl.sum(residual * residual, axis=1)
         if GRADIENT:
             stored = strip < FRAMES * HEIGHT * WIDTH // PIXELS
@@ -152,7 +150,7 @@ def launch_masked_loss(
         fits = torch.where(inside, 1.0, float("nan")).to(errors.dtype)
         gradient.copy_(torch.where(inside, 0.0, float("nan"))[:, None, None].expand_as(gradient))
     pred_strides = pred.stride()[:2] if pred.dim() == 3 else (masked.shape[1] * pred.stride(0), pred.stride(0))
-    meta = cube_meta(video, goal.patch_size, errors.dtype)
+    meta = cube_meta(video, goal.patch_size, errors.dtype, pred.dtype)
     launch.run_kernel(
         _masked_loss_kernel,
         (masked.numel() if last is None else last) - first,

@@ -56,7 +56,7 @@ def _motion_energy_kernel(
     source = video_ptr + (place // tokens).to(tl.int64) * stride_b + base + offset
     moves = (strip < TUBELET * HEIGHT * WIDTH // PIXELS) & has_target(frame, slot, slots, 1, TUBELET)
     cube = load_cube(
-        source, moves, stride_c, stride_w, None, CHANNELS, PIXELS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
+        source, moves, stride_c, stride_w, None, CHANNELS, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
     )
     following = load_cube(
         source + stride_t,
@@ -66,6 +66,7 @@ def _motion_energy_kernel(
         None,
         CHANNELS,
         PIXELS,
+        ROWS,
         RUN,
         CHANNELS_LAST,
         WIDE,

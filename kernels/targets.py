@@ -6,7 +6,7 @@
 The kinds of target are those of masked_loss.py and frame_difference.py; see cube.py for cubes and their segments.
 """
 
-from .cube import by_group, cube_place, interleave, load_cube, mean_and_inverse, strip_offsets
+from .cube import cube_place, interleave, load_cube, mean_and_inverse, strip_offsets
 from .launch import jit, tl
 
 KINDS = {"pixel": 0, "adjacent": 1, "intra": 2, "joint": 3}
@@ -45,7 +45,7 @@ def cube_target(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Returns the target segments of one token, in the order of a prediction.
+    """Returns the target of one token as runs.
 
     `mask` [ROWS,1] is true for the token's strips, `exists` [ROWS,1] for the strips that have a target; `frame`
     [ROWS,1] is each strip's frame in the cube. In strips without a target the segments hold undefined values.
@@ -54,7 +54,7 @@ def cube_target(
     UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
     GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
     cube = load_cube(
-        pointer, mask, stride_c, stride_w, AFFINE, CHANNELS, PIXELS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
+        pointer, mask, stride_c, stride_w, AFFINE, CHANNELS, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
     )
     other = cube
     if KIND != 0:
@@ -72,6 +72,7 @@ def cube_target(
             AFFINE,
             CHANNELS,
             PIXELS,
+            ROWS,
             RUN,
             CHANNELS_LAST,
             WIDE,
@@ -79,29 +80,25 @@ def cube_target(
             DTYPE,
         )
     if NORMALIZE:
-        means, inverses = mean_and_inverse(
-            cube, mask, CHANNELS, VALUES, RUN, CHANNELS_LAST, NORMALIZE, EPS, INTEGER, DTYPE
-        )
+        means, inverses = mean_and_inverse(cube, mask, CHANNELS, VALUES, NORMALIZE, EPS, INTEGER, DTYPE)
     target = ()
-    for segment in tl.static_range(len(cube)):
+    for block in tl.static_range(len(cube)):
         if KIND == 0:
-            goal = cube[segment].to(DTYPE)
+            goal = cube[block].to(DTYPE)
             if NORMALIZE:
-                goal -= by_group(means, segment, GROUPS, RUN, CHANNELS_LAST)
+                goal -= means[block * GROUPS // len(cube)]
         elif KIND == 3:
-            goal = (cube[segment] - other[segment]).to(DTYPE)
+            goal = (cube[block] - other[block]).to(DTYPE)
             if NORMALIZE:
-                goal -= tl.where(frame > 0, 0.0, by_group(means, segment, GROUPS, RUN, CHANNELS_LAST))
+                goal -= tl.where(frame > 0, 0.0, means[block * GROUPS // len(cube)])
         else:
-            goal = (other[segment] - cube[segment]).to(DTYPE)
+            goal = (other[block] - cube[block]).to(DTYPE)
         if NORMALIZE:
-            goal *= by_group(inverses, segment, GROUPS, RUN, CHANNELS_LAST)
+            goal *= inverses[block * GROUPS // len(cube)]
         elif INTEGER:
             goal *= 1.0 / UNIT
         target = target + (goal,)
-    if not CHANNELS_LAST:
-        target = interleave(target, RUN, ROWS)
-    return target
+    return interleave(target, CHANNELS, PIXELS, ROWS, RUN)
 
 
 @jit
