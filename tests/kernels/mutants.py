@@ -175,6 +175,14 @@ _MISTAKES = {
             "            slope *= 1.0\n",
         ),
     ],
+    (INTERPRETER, "programs_that_take_several_tokens"): [
+        (
+            "a pipeline that ends before the last token",
+            "masked_error.py",
+            "stop, step = last, tl.num_programs(0)",
+            "stop, step = last - 1, tl.num_programs(0)",
+        ),
+    ],
     (INTERPRETER, "test_a_target_out_of_range"): [
         (
             "a target out of range has the gradient of no target",
