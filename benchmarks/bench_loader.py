@@ -14,116 +14,24 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.loader_settings import CODES, SETTINGS, TOLERANCE, Row, Settings, Unmeasured, write_files
+from benchmarks.recorded_clips import recorded_rows
 from benchmarks.timing import percentile
 from mam2.kernels import tube_mask
 
-Row = dict[str, Any]
 Decode = Callable[[str, Sequence[int]], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Settings:
-    files: int
-    frames: int
-    height: int
-    width: int
-    batch: int
-    data: Row
-    """Keys of the config's `data` table that differ from `mam2-fast`."""
-    model: Row
-    """Keys of the `model` table that differ from `mam2-fast`; regressor and decoders get the same width and depth."""
-    turns: int
-    seconds: float
-    """Duration of each turn."""
-    steps: int
-    loaders: tuple[tuple[str, str, int, int], ...]
-    """Decoder, codec, frames between key frames, threads (0: one per core)."""
-    views: tuple[int, ...]
-    recorded: Row
-    """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
-    recorded_clips: int
-    """Clips per turn of recorded clips."""
-    recorded_videos: tuple[int, int]
-    """Height and width of the videos of recorded clips in pixels."""
-
-
-SETTINGS = {
-    "cuda": Settings(
-        files=16,
-        frames=240,
-        height=256,
-        width=340,
-        batch=64,
-        data={},
-        model={},
-        turns=1,
-        seconds=1.0,
-        steps=12,
-        loaders=(
-            *(("nvdec", "h264", gop, 0) for gop in (30, 12, 250)),
-            *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0)),
-        ),
-        views=(1, 2, 4, 8),
-        recorded={},
-        recorded_clips=512,
-        recorded_videos=(256, 340),
-    ),
-    "cpu": Settings(
-        files=3,
-        frames=120,
-        height=120,
-        width=160,
-        batch=4,
-        data={"frames": 8, "size": 64},
-        model={"patch": 8, "width": 48, "depth": 2, "heads": 3},
-        turns=3,
-        seconds=0.3,
-        steps=8,
-        loaders=(
-            *(("pyav", "h264", 30, threads) for threads in (1, 2, 0)),
-            *(("pyav", "h264", 12, 1), ("pyav", "h264", 250, 1), ("pyav", "vp9", 30, 1), ("dali-cpu", "vp9", 30, 1)),
-        ),
-        views=(1, 2, 4),
-        recorded={"threads": 1},
-        recorded_clips=16,
-        recorded_videos=(256, 340),
-    ),
-}
-DRY_RUN = dataclasses.replace(
-    SETTINGS["cpu"],
-    files=2,
-    frames=24,
-    height=48,
-    width=64,
-    data={"frames": 4, "size": 32, "stride": 2},
-    turns=1,
-    seconds=0.01,
-    steps=2,
-    loaders=(("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1)),
-    views=(1,),
-    recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
-    recorded_clips=8,
-    recorded_videos=(48, 64),
-)
-"""Settings that run every part on a CPU in seconds."""
-ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "h264": ("mp4", "libx264", {"preset": "veryfast", "crf": "23"}),
-    "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30", "b:v": "0"}),
-}
 ALONE = "PyAV alone"
-TOLERANCE = 4.0
-"""Largest mean difference to PyAV's frames, in gray levels; the next frame of these files differs by far more."""
 CLIP_TOLERANCE = 8.0
-"""The same for cropped and resized clips; decoders interpolate colors differently. The next frame differs by 27."""
-CODES = 8192
+"""As `TOLERANCE`, for cropped and resized clips: decoders interpolate colors differently. The next frame differs by
+27."""
 ENOUGH = 0.02
 """Share of a step spent waiting for clips below which the loader does not limit training."""
 
@@ -135,7 +43,7 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
     """
     for package in ("av", "tqdm"):
         if not _installed(package):
-            yield {"front_end": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
+            yield {"decoder": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
             return
     settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
@@ -143,8 +51,6 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
         manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
         yield from step_rows(manifests["h264", 30], settings, device, deadline)
         yield from decoding_rows(manifests, settings, device, deadline)
-        from benchmarks.recorded_clips import recorded_rows  # imports this module
-
         yield from recorded_rows(Path(folder), settings, device, deadline)
 
 
@@ -155,33 +61,6 @@ def _installed(package: str) -> bool:
         return False
 
 
-def moving_noise(frames: int, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns uint8 [T,H,W,3]: coarse noise that drifts, so that the video encoder has motion to code."""
-    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-    picture = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
-    return np.stack([np.roll(picture, (t, 2 * t), (0, 1)) for t in range(frames)])
-
-
-def write_files(folder: Path, codec: str, gop: int, settings: Settings) -> Any:
-    """Writes videos with a key frame every `gop` frames; returns their manifest."""
-    from mam2.engine.data.manifest import read_manifest
-
-    place = folder / f"{codec}-{gop}"
-    place.mkdir()
-
-    def write(number: int) -> None:
-        from mam2.engine.data.encoding import encode_frames
-
-        suffix, encoder, options = ENCODERS[codec]
-        noise = moving_noise(settings.frames, settings.height, settings.width, np.random.default_rng(number))
-        path = place / f"{number:03d}.{suffix}"
-        encode_frames(path, noise, encoder, (settings.width, settings.height), gop=gop, options=options)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(settings.files)))
-    return read_manifest(place, progress=False)
-
-
 def decoding_rows(manifests: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
     from mam2.engine.config.recipe import load_recipe
 
@@ -190,10 +69,10 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
     turns: list[Callable[[], float]] = []
     for codec, gop in sorted(manifests):
         for name, decode in decoders().items():
-            labels.append({"front_end": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
+            labels.append({"decoder": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for decoder, codec, gop, threads in settings.loaders:
-        labels.append({"front_end": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
+        labels.append({"decoder": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
         options = dataclasses.replace(data, decoder=decoder, threads=threads)
         turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
@@ -213,7 +92,7 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
                 problems[place] = {"verdict": "skipped", "reason": str(problem)[:300]}
     medians = [percentile(found, 50) if found else None for found in rates]
     pairs = list(zip(labels, medians, strict=True))
-    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["front_end"] == ALONE}
+    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["decoder"] == ALONE}
     for row, rate, problem in zip(labels, medians, problems, strict=True):
         if problem or rate is None:
             yield row | problem
@@ -221,10 +100,6 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
         reference = base[row["files"], row["gop"]]
         rated = {"clips_per_s": rate, "frames_per_s": rate * data.frames} if device.type == "cuda" else {}
         yield row | rated | {"ratio_to_pyav_alone": rate / reference if reference else None}
-
-
-class Unmeasured(Exception):
-    """Raised with the verdict and reason of a decoder that gets no number."""
 
 
 def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:
@@ -340,7 +215,7 @@ def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline:
     from mam2.engine.data.loader import ClipLoader
 
     for views in settings.views:
-        row: Row = {"front_end": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
+        row: Row = {"decoder": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
         if time.monotonic() > deadline:
             yield row | {"verdict": "skipped", "reason": "out of time"}
             return
@@ -379,12 +254,12 @@ def tailored(settings: Settings, views: int) -> Any:
 
 def training_step(config: Any, batch: int, device: torch.device) -> Callable[[Any], None]:
     """Returns a step of forward, backward and AdamW; it waits for the device, so that the host does not run ahead."""
-    from mam2.engine.model.mam2 import MAM2
+    from mam2.engine.model.build import build_model
     from mam2.engine.runtime.device import autocast
     from mam2.engine.train.objective import build_objective
     from mam2.engine.train.optimizer import build_optimizer
 
-    model = MAM2(config, CODES).to(device)
+    model = build_model(config, CODES).to(device)
     objective, optimizer = build_objective(model, config, lambda part: part), build_optimizer(model, config.optim)
     tokens = config.grid[0] * config.grid[1] * config.grid[2]
     codes = torch.randint(CODES, (batch, tokens), device=device)

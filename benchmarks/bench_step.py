@@ -1,14 +1,15 @@
 """Times a training step and its parts: forward, backward and AdamW on random clips, with random codes for MAM2.
 
-    python -m benchmarks.bench_step [--compile] [--objective NAME …] [--batch N …]
+    python -m benchmarks.bench_step [--compile] [--objective NAME …] [--batch N …] [--videomae CLONE]
 
 Every objective runs eager and compiled, each also as one captured CUDA graph, and with each kind of block compiled
 once. `first s` are the seconds of the first step with its compilation, which is short if the code is in the cache.
-VideoMAE is also compared with Hugging Face's VideoMAEForPreTraining with the same sizes, weights and mask; their losses
-must agree before anything is timed. Each variant is first timed alone and gets a row; then the variants of one
-objective are timed in turns, round by round.
-The model is ViT-B on 16 frames of 224² on a GPU; on a CPU it is smaller, and only ratios are meaningful. MFU is the
-rate of FLOPs that `mam2.engine.costs` declares, divided by the rate of a large matrix product measured in the same run.
+VideoMAE is also compared with its authors' code and with Hugging Face's VideoMAEForPreTraining, with the same sizes,
+weights and mask; the losses must agree before anything is timed. Each variant is first timed alone and gets a row; then
+the variants of one objective are timed in turns, round by round.
+The model is ViT-B on 16 frames of 224² on a GPU; on a CPU it is ViT-S on 16 frames of 112², and only ratios are
+meaningful. MFU is the rate of FLOPs that `mam2.engine.costs` declares, divided by the rate of a large matrix product of
+the same type measured in the same run: the share of a step that is needed even if nothing but products took time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks import hugging_face
+from benchmarks import hugging_face, official_videomae
 from benchmarks.launches import counted, fallback
 from benchmarks.report import table
 from benchmarks.step_parts import part_rows
@@ -34,6 +36,7 @@ from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
+from mam2.engine.errors import UserError
 from mam2.engine.model.attention import Choices
 from mam2.engine.model.attention_tuning import shapes_of, tune_attention
 from mam2.engine.model.blocks import Block, RegressorBlock
@@ -55,9 +58,12 @@ Row = dict[str, Any]
 OBJECTIVES = ("mam2-fast", "mam2-fast half decoded", "videomae", "mam2-cae")
 """Recipes; `half decoded` sets mask.decoded to 0.5."""
 WAYS = (
-    *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face")),
-    *(("compiled blocks", "ours"), ("compiled", "ours"), ("compiled graph", "ours"), ("compiled", "hugging_face")),
+    *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face"), ("eager", "official")),
+    *(("compiled blocks", "ours"), ("compiled", "ours"), ("compiled graph", "ours")),
+    *(("compiled", "hugging_face"), ("compiled", "official")),
 )
+PEERS = ("hugging_face", "official")
+"""Other implementations of VideoMAE: Hugging Face's and its authors'."""
 """Steps and providers; compiled ones last, because a time limit should cut off the slowest to build."""
 BATCHES = {"cuda": (64, 16, 128), "cpu": (16,)}
 """The usual batch first, because a time limit cuts off the end."""
@@ -80,15 +86,15 @@ COLUMNS = (
     ),
     *("first_s", "clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "reason"),
 )
-REDUCED = (
-    {"data": {"size": 112}, "model": {"width": 384, "depth": 4, "heads": 6}},
+SMALL = (
+    {"data": {"size": 112}, "model": {"width": 384, "depth": 12, "heads": 6}},
     {"depth": 4, "width": 192, "heads": 3},
 )
 TINY = (
     {"data": {"frames": 4, "size": 32}, "model": {"patch": 8, "width": 48, "depth": 2, "heads": 3}},
     {"depth": 1, "width": 48, "heads": 3},
 )
-"""Changed values of the config's tables, then of the regressor and the decoder."""
+"""Changed values of the config's tables, then of the regressor and the decoder: ViT-S, and one for tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +170,14 @@ def ours(
     return Candidate("ours", step, lambda: objective(*inputs)[0], optimizer_of(model, config), config, device)
 
 
-def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str) -> Candidate:
-    model = hugging_face.build(config, seeded_model(config, device)).to(device)  # type: ignore[arg-type]
-    forward = torch.compile(model, dynamic=False) if "compiled" in step else model
+def theirs(config: PretrainConfig, batch: int, device: torch.device, step: str, provider: str) -> Candidate:
+    peer: Any = hugging_face if provider == "hugging_face" else official_videomae
+    model = peer.build(config, seeded_model(config, device)).to(device)
+    loss = peer.loss_of(model, config.patch_size)
+    loss = torch.compile(loss, dynamic=False) if "compiled" in step else loss
     video, mask, _ = inputs_of(config, batch, device)
-    pixels, hidden = hugging_face.pixels(video), mask.as_bool()
-    optimizer = optimizer_of(model, config)
-    return Candidate(
-        "hugging_face", step, lambda: forward(pixels, bool_masked_pos=hidden).loss, optimizer, config, device
-    )
+    pixels, hidden = peer.pixels(video), mask.as_bool()
+    return Candidate(provider, step, lambda: loss(pixels, hidden), optimizer_of(model, config), config, device)
 
 
 def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -216,18 +221,20 @@ def compare(
     head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
     runs: dict[tuple[str, str], tuple[Callable[[], Tensor], Row]] = {}
     expected = None
-    peak = measured_peak_flops(device, dtype) if device.type == "cuda" else None
+    peak = measured_peak_flops(device, dtype)
     for step, provider in WAYS:
-        if (provider == "hugging_face" and name != "videomae") or not (takes(step) and takes(provider)):
+        if (provider in PEERS and name != "videomae") or not (takes(step) and takes(provider)):
             continue
         row = head | {"provider": provider, "step": step}
-        reason = why_not(provider, step, device, compiled) or ("out of time" if time.monotonic() > deadline else None)
+        reason = why_not(provider, step, config, device, compiled) or (
+            "out of time" if time.monotonic() > deadline else None
+        )
         if reason:
             yield row | {"verdict": "skipped", "reason": reason}
             continue
         try:
             setup = config, batch, device, step
-            candidate = ours(*setup, choices) if provider == "ours" else theirs(*setup)
+            candidate = ours(*setup, choices) if provider == "ours" else theirs(*setup, provider)
             began = time.monotonic()
             with counted() as counter:
                 loss = candidate().item()
@@ -254,8 +261,10 @@ def compare(
     yield from timed(runs, config, batch, device, rounds, peak)
 
 
-def why_not(provider: str, step: str, device: torch.device, compiled: bool) -> str | None:
+def why_not(provider: str, step: str, config: PretrainConfig, device: torch.device, compiled: bool) -> str | None:
     """Returns why a variant cannot run here, or None."""
+    if provider == "official" and (reason := official_videomae.why_not(config)):
+        return reason
     if provider == "hugging_face" and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     if step.endswith("graph") and device.type != "cuda":
@@ -275,15 +284,18 @@ def timed(
     batch: int,
     device: torch.device,
     rounds: int,
-    peak: float | None,
+    peak: float,
 ) -> Iterator[Row]:
-    """Adds times to the rows, and the speed relative to the peer in the same variant and in the peer's best variant."""
+    """Adds times to the rows, and the speed relative to the fastest peer in the same variant and in any."""
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, (run, _) in runs.items():
             samples[key].append(_milliseconds(run, device))
     timings = {key: summary(times) for key, times in samples.items()}
-    peers = {step: timing.median_ms for (provider, step), timing in timings.items() if provider == "hugging_face"}
+    peers: dict[str, float] = {}
+    for (provider, step), timing in timings.items():
+        if provider in PEERS:
+            peers[step] = min(timing.median_ms, peers.get(step, math.inf))
     for (provider, step), timing in timings.items():
         row = runs[provider, step][1] | {"timed": "in turns"} | rates(timing, config, batch, peak)
         if provider == "ours" and peers:
@@ -292,12 +304,12 @@ def timed(
         yield row
 
 
-def rates(timing: Timing, config: PretrainConfig, batch: int, peak: float | None) -> Row:
+def rates(timing: Timing, config: PretrainConfig, batch: int, peak: float) -> Row:
     """Returns rates and MFU from the time of a step; `peak` is the FLOP/s of a large matrix product."""
     flops = sum(step_flops(config, CODES).values())
     row: Row = {"median_ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
     row |= {"clips_per_s": 1000 * batch / timing.median_ms, "gflop_per_clip": flops / 1e9}
-    return row | ({"mfu_percent": 100 * flops * row["clips_per_s"] / peak} if peak else {})
+    return row | {"mfu_percent": 100 * flops * row["clips_per_s"] / peak}
 
 
 def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -343,15 +355,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="also time compiled steps (takes minutes on a CPU)")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--batch", type=int, nargs="+", help="clips per step; default: 64 on a GPU, 16 on a CPU")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), help="default: both on a CPU")
+    parser.add_argument(
+        "--videomae", help=f"clone of github.com/MCG-NJU/VideoMAE; default: ${official_videomae.VARIABLE}"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
+    if options.videomae:
+        try:
+            os.environ[official_videomae.VARIABLE] = str(official_videomae.check_clone(options.videomae))
+        except UserError as error:
+            parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     found: list[Row] = []
     batches = options.batch or BATCHES[device.type][:1]
-    precisions = ("bfloat16",) if cuda else ("float32", "bfloat16")
+    precisions = options.precision or (("bfloat16",) if cuda else ("float32", "bfloat16"))
     for name, batch, precision in itertools.product(options.objective, batches, precisions):
-        config = sized(name, None if cuda else REDUCED, precision)
+        config = sized(name, None if cuda else SMALL, precision)
         ways = compare(name, config, batch, device, compiled=options.compile, rounds=options.rounds)
         found += [row for row in ways if row.get("timed") != "alone"]
         inputs = inputs_of(config, batch, device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.timing import elapsed_ms, summary
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
+from mam2.engine.data.batch import channels_first
 from mam2.engine.runtime.device import compiler
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
@@ -56,7 +57,7 @@ def measure_online(vqgan: VQGAN, config: PretrainConfig, device: torch.device) -
     compiled = compiler(config.run, device)[0] if device.type == "cuda" else None
     tokenizer = Tokenizer(vqgan, config.grid, precision, compiled=compiled)  # type: ignore[arg-type]
     extent = (BATCH[device.type], config.data.frames, config.data.size, config.data.size, 3)
-    video = torch.randint(0, 256, extent, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    video = channels_first(torch.randint(0, 256, extent, dtype=torch.uint8, device=device))
     return {"precision": precision} | _ms_per_clip(lambda: tokenizer.codes(video), device)
 
 

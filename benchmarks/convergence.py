@@ -281,7 +281,10 @@ class Run:
         clips = real.load_questions(self.out / "real")
         file = self.out / "pixels.json"
         if not file.is_file():
-            answers = {name: {"pixels": answer._asdict()} for name, answer in real.pixel_answers(clips).items()}
+            answers = {
+                name: {kind: answer._asdict() for kind, answer in answers.items()}
+                for name, answers in real.pixel_answers(clips).items()
+            }
             file.write_text(json.dumps(answers), encoding="utf-8")
         return {
             "pixels": json.loads(file.read_text(encoding="utf-8")),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.bench_loader import SETTINGS, write_files
+from benchmarks.loader_settings import SETTINGS, write_files
 from benchmarks.report import table
 
 CLIPS = 24

@@ -37,6 +37,7 @@ from benchmarks import machine, processes
 from benchmarks.machine import ROOT, commit
 from benchmarks.report import draw, table
 from benchmarks.sections import COLUMNS, NO_COMPILER, SECTIONS, Selection, failures, run_section
+from mam2.engine.files import write_whole
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 720
@@ -168,7 +169,7 @@ def slug(text: str) -> str:
 
 def pack(report: dict[str, Any], file: Path, *, marked: bool) -> None:
     """Writes all rows so far into one file, a page next to it, and the plots of the operators."""
-    save(json.dumps(report, indent=1) + "\n", file)
+    write_whole(file, json.dumps(report, indent=1) + "\n")
     lines = [
         f"# {report['machine']['device']}",
         "",
@@ -185,7 +186,7 @@ def pack(report: dict[str, Any], file: Path, *, marked: bool) -> None:
         last = {(row["operator"], row.get("provider"), row.get("batch")): row for row in rows}
         plots = draw(list(last.values()), file.with_suffix(""), machine=report["machine"]["device"])
         lines += ["", plots.replace(str(file.parent) + "/", "")]
-    save("\n".join(lines) + "\n", file.with_suffix(".md"))
+    write_whole(file.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,13 +196,6 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for place, row in enumerate(rows):
         found[tuple(row.get(key) for key in keys) if "timed" in row else place] = row
     return list(found.values())
-
-
-def save(text: str, file: Path) -> None:
-    """Replaces the file atomically, so that an interrupted run keeps the previous one."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def section_text(name: str, section: dict[str, Any], *, marked: bool) -> str:

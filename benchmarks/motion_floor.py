@@ -30,6 +30,7 @@ from benchmarks.trials.settings import changed
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.config.sizes import resized
+from mam2.engine.data.batch import channels_first
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.errors import UserError
@@ -58,7 +59,7 @@ def read_clips(data: Path, config: PretrainConfig) -> Tensor:
 def squared_targets(clips: Tensor, config: PretrainConfig) -> Tensor:
     """Returns the mean squared target of each clip: [B]."""
     eps = config.loss.motion_eps
-    parts = clips.permute(0, 4, 1, 2, 3).split(8)
+    parts = channels_first(clips).split(8)
     targets = (frame_difference(part, patch_size=config.patch_size, eps=eps) for part in parts)
     return torch.cat([target.double().square().mean((1, 2)) for target in targets])
 
@@ -78,7 +79,7 @@ def train(
 ) -> tuple[MAM2, list[float], list[float]]:
     """Returns the model, and the motion loss and gradient norm of every step."""
     torch.manual_seed(config.run.seed)
-    model = MAM2(config, 0)
+    model = MAM2(config, 0)  # not build_model: `huber_loss` and `errors` need MAM2's motion decoder
     if huber:
         huber_loss(model, config)
     take = PretrainStep(config, model, pick_device(config.run), World())
@@ -86,7 +87,7 @@ def train(
     losses, norms = [], []
     for step in range(steps):
         chosen = torch.randint(len(clips), (config.optim.batch,), generator=order)
-        video = clips[chosen].to(take.device).permute(0, 4, 1, 2, 3)
+        video = channels_first(clips[chosen].to(take.device))
         rate = learning_rate(step, steps, steps, config.optim, global_batch=config.optim.batch)
         values = take(step, [(video, None)], rate, inspect=False)
         losses.append(float(values["loss/motion"]))
@@ -101,7 +102,7 @@ def errors(model: MAM2, clips: Tensor, config: PretrainConfig) -> tuple[float, f
     sums = torch.zeros(2, 2, dtype=torch.float64)
     for first in range(0, len(clips), 8):
         clip = clips[first : first + 8]
-        video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config, first)
+        video, mask = channels_first(clip), evaluation_mask(clip, config, first)
         cubes = gather_tubes(video, mask.masked, patch_size=config.patch_size).unflatten(-1, (-1, 3))
         deviation = cubes.std(2, keepdim=True)
         true = frame_difference(video, patch_size=config.patch_size, normalize=None, mask=mask).unflatten(-1, (-1, 3))

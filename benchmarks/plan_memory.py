@@ -28,6 +28,7 @@ from benchmarks.step_parts import DECLARED, parts_of
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import part_costs
+from mam2.engine.data.batch import channels_first
 from mam2.engine.model.attention_tuning import shapes_of
 from mam2.engine.model.build import build_model
 from mam2.engine.model.mam2 import MAM2
@@ -125,7 +126,7 @@ def _inputs(config: PretrainConfig, clips: int) -> tuple[Tensor, TubeMask, Tenso
         torch.empty(clips, count, dtype=torch.int64)
         for count in (tokens - config.masked_tokens, config.decoded_tokens, tokens)
     )
-    return video.permute(0, 4, 1, 2, 3), TubeMask(visible, masked), codes
+    return channels_first(video), TubeMask(visible, masked), codes
 
 
 def _saved(forward: Any, model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_loader import (
+from benchmarks.loader_settings import (
     CODES,
     SETTINGS,
     TOLERANCE,
@@ -29,7 +29,7 @@ from benchmarks.report import table
 from benchmarks.timing import percentile
 
 COLUMNS = (
-    *("front_end", "files", "threads", "ratio_to_decoding", "ratio_of_processor_time", "kb_per_clip", "psnr_db"),
+    *("decoder", "files", "threads", "ratio_to_decoding", "ratio_of_processor_time", "kb_per_clip", "psnr_db"),
     "clips_per_s",
 )
 
@@ -47,7 +47,7 @@ def recorded_rows(
 
     label: Row = {"files": "own" if data else "h264", "threads": settings.recorded.get("threads") or "one per core"}
     if time.monotonic() > deadline:
-        yield label | {"front_end": "recorded clips", "verdict": "skipped", "reason": "out of time"}
+        yield label | {"decoder": "recorded clips", "verdict": "skipped", "reason": "out of time"}
         return
     config = load_recipe("mam2-fast")
     options = dataclasses.replace(config.data, recorded=1, **settings.recorded)
@@ -74,7 +74,7 @@ def recorded_rows(
             raise Unmeasured("wrong", f"{coding} clips differ from the decoded ones by {squared**0.5:.1f} gray levels")
         rate, processor_ms = medians[coding]
         row = {
-            "front_end": f"recorded clips, {coding}" if source else "videos of recorded clips",
+            "decoder": f"recorded clips, {coding}" if source else "videos of recorded clips",
             "ratio_to_decoding": rate / medians["decoded"][0],
             "ratio_of_processor_time": medians["decoded"][1] / processor_ms,
             **({"clips_per_s": rate} if device.type == "cuda" else {}),

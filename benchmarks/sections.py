@@ -69,7 +69,7 @@ COLUMNS = {
         *("backward_ms", "percent", "percent_of_flops", "launches", "attention", "reason"),
     ),
     "loader": (
-        *("front_end", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
+        *("decoder", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
         *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
     ),
     "pretrain": ("run", "steps", "killed_after", "resumed_from", "clips_per_s", "loss", "verdict", "reason"),
@@ -223,7 +223,7 @@ def failures(name: str, section: dict[str, Any]) -> list[str]:
         late = verdict == "skipped" and not gate
         too_large = row.get("reason", "").startswith("OutOfMemoryError")
         if ours and verdict not in ("right", "absent") and not late and not too_large:
-            keys = ("check", "operator", "objective", "front_end", "tokenizer", "tuned", "kernel", "run")
+            keys = ("check", "operator", "objective", "decoder", "tokenizer", "tuned", "kernel", "run")
             label = next(str(row[key]) for key in keys if key in row)
             bad.append(f"{label}: {verdict} {row.get('reason', row.get('error', ''))}")
     return bad

@@ -13,7 +13,7 @@ from benchmarks.report import table
 SECONDS = 50
 COLUMNS = (
     *(
-        "front_end",
+        "decoder",
         "files",
         "gop",
         "threads",

@@ -40,6 +40,7 @@ from benchmarks.clips import Shape
 from benchmarks.operators import input_sets
 from benchmarks.report import Row, table
 from benchmarks.timing import interleaved
+from mam2.engine.files import write_whole
 from mam2.kernels import costs, launch
 from mam2.kernels.scale_gradient import scale_gradient
 
@@ -270,13 +271,6 @@ def text_of(
     return f'{{\n "warps": {{\n{tables}\n }},\n {others}\n}}\n'
 
 
-def write(text: str, path: Path) -> None:
-    """Replaces the file atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; does not change the table")
@@ -301,7 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
     deadline, rounds = time.monotonic() + options.seconds, 1 if options.dry_run else 20
     for row in choices(shape, device, rounds=rounds, kernels=options.kernels, deadline=deadline):
         rows.append(row)
-        write(text_of(*with_choices(name, rows)), path)  # after each choice, so that an interrupted run keeps them
+        write_whole(
+            path, text_of(*with_choices(name, rows))
+        )  # after each choice, so that an interrupted run keeps them
     columns = ["tuned", "block", *([] if options.dry_run else ["present", "best", "present_ms", "best_ms"]), "verdict"]
     print(f"{table(rows, [*columns, 'reason'])}\n{mark}written to {path}")
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0

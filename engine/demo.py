@@ -116,6 +116,7 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
     tokenizer = build_tokenizer(vqgan, config, device)
     codes = vqgan.config.codes
     torch.manual_seed(config.run.seed)
+    # not build_model: measure_pretext needs MAM2, whatever the config's type says
     random, pretrained = (MAM2(config, codes).to(device).eval() for _ in range(2))
     folder = checkpoint.newest(run)
     assert folder is not None

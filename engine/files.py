@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import IO, TextIO
 
 from mam2.engine.errors import UserError
 
+PART = ".part-"
+"""Prefix of the names of temporary files and folders."""
 NAMES = "mam2.names"
 """Error handler of an encoder: surrogates become the bytes that they represent; other characters become escapes."""
 FULL_OR_FORBIDDEN = frozenset(
@@ -107,25 +110,80 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(
+    path: Path, *, durable: bool = False, unique: bool = False, replace_folder: bool = False
+) -> Iterator[Path]:
     """Yields a temporary path next to `path`, for a file or a folder that the block creates.
 
-    Renames it to `path` if the block ends without an error, else removes it. Raises OSError.
+    Renames it to `path` if the block ends without an error, else removes it. The block checks what it has written, and
+    raises to discard it.
+
+    Args:
+        path: the file or folder; a file is replaced.
+        durable: sync all contents to the disk before the temporary path is renamed, and the parent folder after it.
+        unique: use a temporary name of its own, because other processes may write the same path at the same time.
+        replace_folder: replace a folder too. There is a moment between two renames at which `path` does not exist.
+
+    Raises:
+        OSError: the path cannot be written, or it is a folder that is not empty and replace_folder is False.
     """
-    aside = path.with_name(f".part-{path.name}")
+    aside = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name}" if unique else f"{PART}{path.name}")
+    old = path.with_name(f".old-{path.name}")
     _remove(aside)
     try:
         yield aside
+        if durable:
+            for entry in (*aside.rglob("*"), aside):
+                _sync(entry)
+        if replace_folder:
+            _remove(old)
+            if path.is_dir():
+                path.rename(old)
         aside.replace(path)
+        if durable:
+            _sync(path.parent)
+        if replace_folder:
+            _remove(old)
     except BaseException:
         _remove(aside)
         raise
+
+
+@contextmanager
+def files_written_aside(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder, for a file named as `path` and further files that belong to it.
+
+    Moves them next to `path` if the block ends without an error, `path` itself last. Raises OSError.
+    """
+    aside = path.with_name(f"{PART}{path.name}")
+    _remove(aside)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in sorted(aside.iterdir(), key=lambda file: (file.name == path.name, file.name)):
+            file.replace(path.with_name(file.name))
+    finally:
+        _remove(aside)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes the temporary files and folders that a killed process has left in a folder."""
+    for left in folder.glob(f"{PART}*"):
+        _remove(left)
 
 
 def _remove(path: Path) -> None:
     with suppress(OSError):
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -166,7 +224,7 @@ def make_folder(folder: str | Path, argument: str = "--out") -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raises OSError if no file can be created in a folder. It tries, since permissions do not show read-only disks."""
-    probe = folder / f".part-{os.getpid()}"
+    probe = folder / f"{PART}{os.getpid()}"
     probe.touch()
     probe.unlink()
 

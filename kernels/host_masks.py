@@ -1,7 +1,8 @@
 """Draws masks on a CPU with NumPy: bit for bit the result of `reference.draw_mask`, which defines it, in fewer passes.
 
 The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox takes
-three, and one partial sort replaces three sorts.
+three, and one partial sort replaces three sorts. `reference.philox` also computes NumPy arrays, but a round takes it
+twelve operations, with which small batches are slower; and PyTorch has no product of 32-bit words for the three.
 
 B clips, n positions.
 """

@@ -7,9 +7,11 @@ B clips, C channels, T frames, N tokens, K selected tokens, P values per token, 
 states), τ frames per tubelet, p patch edge.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from .shapes import unfit_tokens
@@ -142,6 +144,16 @@ def energy_dtype(video: torch.Tensor) -> torch.dtype:
     return torch.int64 if video.dtype == torch.uint8 else compute_dtype(video)
 
 
+def _frame_distances(frames: np.ndarray) -> np.ndarray:
+    """Returns |x[t+1] − x[t]| of bytes [B,C,T,H,W], 0 for the last frame: a quarter of the memory of floats."""
+    distances = np.empty_like(frames)
+    earlier, later, inside = frames[:, :, :-1], frames[:, :, 1:], distances[:, :, :-1]
+    np.maximum(earlier, later, out=inside)
+    np.subtract(inside, np.minimum(earlier, later), out=inside)
+    distances[:, :, -1] = 0
+    return distances
+
+
 def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0."""
     (tubelet, height, width), dtype = patch_size, energy_dtype(video)
@@ -150,10 +162,13 @@ def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tenso
         inside = torch.float64
     energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
     for part in _slices(len(video), video[:1].numel() * inside.itemsize):
-        change = video[part].to(inside, copy=True)
-        for frame in range(video.shape[2] - 1):  # in place: a second buffer would cost more than the loop
-            change[:, :, frame].sub_(change[:, :, frame + 1])
-        change[:, :, -1] = 0
+        if video.dtype == torch.uint8 and video.device.type == "cpu":
+            change = torch.from_numpy(_frame_distances(video[part].numpy())).to(inside)
+        else:
+            change = video[part].to(inside, copy=True)
+            for frame in range(video.shape[2] - 1):  # in place: a second buffer would cost more than the loop
+                change[:, :, frame].sub_(change[:, :, frame + 1])
+            change[:, :, -1] = 0
         change.square_()
         last = change.stride(1) == 1  # the sums run along memory: [B,T,H,W,C] or [B,T,H,C,W]
         rows = change.permute(0, 2, 3, 4, 1) if last else change.permute(0, 2, 3, 1, 4)
@@ -163,6 +178,18 @@ def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tenso
         )
         energy[part] = columns.sum(4).flatten(1)
     return energy
+
+
+@functools.lru_cache(maxsize=16)
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], unit: int, pixels: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Returns mean and std of each value of a token [2,P], in the clip's unit.
+
+    Stored, because making them costs as much as the rest of a small gathering.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor([mean, std], dtype=dtype, device=device).mul_(unit).repeat(1, pixels)
 
 
 def gather_tubes(
@@ -178,9 +205,8 @@ def gather_tubes(
     picked, unit = select(cube_view(video, patch_size), visible), _unit(video)
     values = picked.to(torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32, copy=True)
     if mean is not None and std is not None:
-        by_row = values.view(-1, patch_size[2] * video.shape[1])  # of a patch: 3 channels do not vectorize
-        row = values.new_tensor([mean, std]).mul_(unit).repeat(1, patch_size[2])
-        by_row.sub_(row[0]).div_(row[1])
+        table = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), values.dtype, values.device)
+        values.sub_(table[0]).div_(table[1])
     elif unit > 1:
         values.div_(unit)
     return values.to(dtype).view(*visible.shape, picked.shape[1])
@@ -372,17 +398,17 @@ def softmax_gradient_(
     loss = factors.new_empty(len(logits))
     for part in _slices(len(logits), logits.shape[1] * factors.itemsize):
         wide, own, factor = logits[part].to(factors.dtype), column[part], factors[part]
-        largest = wide.amax(dim=1, keepdim=True)
-        probabilities = torch.softmax(wide, dim=1)
-        # the largest probability is 1 / Σ exp(logit − largest)
-        log_sum = largest - probabilities.amax(dim=1, keepdim=True).log_()
-        errors = log_sum - (1 - label_smoothing) * wide.gather(1, own)
+        errors = wide.amax(dim=1, keepdim=True)
+        errors -= (1 - label_smoothing) * wide.gather(1, own)
         if label_smoothing:
             errors -= label_smoothing * wide.mean(dim=1, keepdim=True)
+        # in place: memory for another copy costs as much as the exponentials
+        probabilities = torch.softmax(wide, dim=1, out=wide if needs_gradient else None)
+        # the largest probability is 1 / Σ exp(logit − largest)
+        errors -= probabilities.amax(dim=1, keepdim=True).log_()
         loss[part] = errors[:, 0]
         if needs_gradient:
-            torch.mul(probabilities, factor, out=wide)
-            wide.scatter_add_(1, own, (label_smoothing - 1) * factor)
+            wide.mul_(factor).scatter_add_(1, own, (label_smoothing - 1) * factor)
             if label_smoothing:
                 wide -= label_smoothing / wide.shape[1] * factor
             if wide.dtype != logits.dtype:

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Also before torch: tests that compile write neither to the user's folder nor to one that other machines share.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mam2-tests-{os.getuid()}"))
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -100,12 +99,16 @@ def write_frames() -> Callable[[Path, NDArray[np.uint8]], Path]:
     def write(folder: Path, frames: NDArray[np.uint8]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(frames, 1):
-            with av.open(str(folder / f"img_{number:05d}.jpg"), "w", format="image2") as container:
-                stream = container.add_stream("mjpeg", rate=1, options={"qscale": "2"})
-                stream.height, stream.width = image.shape[:2]
-                stream.pix_fmt = "yuvj420p"
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-                container.mux(stream.encode())
+            encode_frames(
+                folder / f"img_{number:05d}.jpg",
+                [image],
+                "mjpeg",
+                (image.shape[1], image.shape[0]),
+                rate=1,
+                pixel_format="yuvj420p",
+                options={"qscale": "2"},
+                container_format="image2",
+            )
         return folder
 
     return write

@@ -173,11 +173,11 @@ def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[
     start = clock()
     with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
         frames = clip_frames(loader, options.batch)
-        vqgan, _ = train_with_progress(frames, architecture, options.steps, device, seed=config.run.seed)
+        trained, _ = train_with_progress(frames, architecture, options.steps, device, seed=config.run.seed)
     trained_s = clock() - start
-    save_vqgan(vqgan, folder / FILE)
+    save_vqgan(trained.vqgan, folder / FILE)
     every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))
-    tokenizer = build_tokenizer(vqgan, every_frame, device)
+    tokenizer = build_tokenizer(trained.vqgan, every_frame, device)
     clips = np.load(folder / "train.npy", mmap_mode="r")
     tubelet, tokens = config.model.tubelet, math.prod(config.grid)
     shape = (*clips.shape[:3], tokens, tubelet)

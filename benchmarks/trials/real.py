@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +23,22 @@ from benchmarks.trials.prepared import Split, render
 from benchmarks.trials.trial import EVALUATED
 from mam2.engine.checkpoints.classifiers import relabeled
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import Manifest, scan
-from mam2.engine.data.sources import read_column
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation.components import principal_components, probe_components
 from mam2.engine.evaluation.features import extract_features
-from mam2.engine.evaluation.linear_probe import held_out, linear_probe
+from mam2.engine.evaluation.linear_probe import ProbeResult, folds, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool
 from mam2.engine.model.encoder import Encoder
 
 CLIPS, QUESTIONS = "clips", "questions.npz"
 COMPONENTS = 80
-"""Principal components of the pixel baseline."""
+"""Principal components of the pixel baseline with a fixed number of them."""
 POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
 """Pools of the tokens of a clip, see `mam2.engine.evaluation.pools`: the usual one, and those that keep the order."""
+TOKENS: Literal["tokens"] = "tokens"
+"""Not a pool: principal components of all tokens, as many as cross-validation on the fitted clips chooses."""
 
 JUDGED_POOL: Pool = "time"
 """The pool by which learning rates are chosen: it keeps time."""
@@ -143,11 +146,13 @@ def load_questions(folder: Path) -> RealClips:
 
 
 def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, dict[str, Answer]]:
-    """The answers to every question, by the way the tokens are pooled."""
+    """The answers to every question, by the way the tokens are pooled: each of `POOLS`, and `TOKENS`."""
     clips = Split(real.clips, torch.empty(0))
-    pooled = extract_features(encoder, clips.videos(EVALUATED), POOLS, run=config.run)
+    found = extract_features(encoder, clips.videos(EVALUATED), [*POOLS, TOKENS], run=config.run)
+    tokens = found[TOKENS].numpy()
     return {
-        name: {pool: _answer(pooled[pool][asked.train], pooled[pool][asked.test], asked) for pool in POOLS}
+        name: {pool: _answer(found[pool][asked.train], found[pool][asked.test], asked) for pool in POOLS}
+        | {TOKENS: _answer_of_components(tokens, asked)}
         for name, asked in real.questions.items()
     }
 
@@ -160,23 +165,36 @@ def judge(encoder: Encoder, real: RealClips, config: PretrainConfig) -> float:
     return _answer(pooled[asked.train], pooled[asked.test], asked).accuracy
 
 
-def pixel_answers(real: RealClips) -> dict[str, Answer]:
-    """Those of `COMPONENTS` principal components of the gray pixels of all frames, without any encoder."""
-    gray = torch.from_numpy(np.array(real.clips[:, 0, 0])).float().mean(-1).flatten(1)
+def pixel_answers(real: RealClips) -> dict[str, dict[str, Answer]]:
+    """Those of the gray pixels of all frames, without any encoder, by question.
+
+    "pixels": of `COMPONENTS` principal components; `TOKENS`: of as many as are chosen, like those of an encoder.
+    """
+    gray = np.asarray(real.clips[:, 0, 0], np.float32).mean(-1).reshape(len(real.clips), -1)
     found = {}
     for name, asked in real.questions.items():
-        train, test = gray[asked.train], gray[asked.test]
-        center = train.mean(0)
-        # the components of n clips from their n×n products: n is smaller than the number of pixels
-        vectors = torch.linalg.eigh((train - center) @ (train - center).T).eigenvectors
-        axes = torch.nn.functional.normalize((train - center).T @ vectors[:, -COMPONENTS:], dim=0)
-        found[name] = _answer((train - center) @ axes, (test - center) @ axes, asked)
+        rows = asked.train.numpy(), asked.test.numpy()
+        train, test = principal_components(gray, rows[0], gray, rows[1], count=COMPONENTS)
+        found[name] = {"pixels": _answer(train, test, asked), TOKENS: _answer_of_components(gray, asked)}
     return found
 
 
 def _answer(train: Tensor, test: Tensor, asked: Question) -> Answer:
-    # where the test clips' groups are new to the probe, its setting is chosen on groups that are new to it, too
-    apart = set(asked.train_groups.tolist()).isdisjoint(asked.test_groups.tolist())
-    held = held_out(len(train), asked.train_groups if apart else None)
-    result = linear_probe(train, asked.train_labels, test, asked.test_labels, held)
+    held = held_out(len(train), _groups_to_hold_out(asked))
+    return _as_answer(linear_probe(train, asked.train_labels, test, asked.test_labels, held))
+
+
+def _answer_of_components(features: np.ndarray, asked: Question) -> Answer:
+    """features: [clips, values], of all clips of all questions."""
+    parts = principal_components(features, asked.train.numpy(), features, asked.test.numpy())
+    held = folds(len(asked.train), _groups_to_hold_out(asked))
+    return _as_answer(probe_components([parts], asked.train_labels, asked.test_labels, held, torch.device("cpu"))[0])
+
+
+def _groups_to_hold_out(asked: Question) -> Tensor | None:
+    """Where the test clips' groups are new to the probe, its setting is chosen on groups that are new to it, too."""
+    return asked.train_groups if set(asked.train_groups.tolist()).isdisjoint(asked.test_groups.tolist()) else None
+
+
+def _as_answer(result: ProbeResult) -> Answer:
     return Answer(result.accuracy, "".join(str(int(right)) for right in result.right))

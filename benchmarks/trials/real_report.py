@@ -9,17 +9,20 @@ from torch import Tensor
 
 from benchmarks.report import Row, table
 from benchmarks.trials.jobs import ranked_rates
-from benchmarks.trials.real import JUDGED_POOL
+from benchmarks.trials.real import COMPONENTS, JUDGED_POOL, TOKENS
 from benchmarks.trials.selection import METHODS, REAL_JUDGED, Results, grouped, trials_of
 from mam2.engine.evaluation.linear_probe import bootstrap
 
 POOLS = {
-    "pixels": "pixels",
+    "pixels": f"{COMPONENTS} principal components",
+    TOKENS: "principal components, as many as cross-validation chooses",
     "time-center": "a mean per time slot, and of its center",
     "time": "a mean per time slot",
     "mean": "the mean of all tokens",
 }
-"""How the tokens are pooled, see `mam2.engine.evaluation.pools`; and the baseline without an encoder."""
+"""How the tokens are pooled, see `real.POOLS` and `real.TOKENS`; "pixels" is the baseline without an encoder.
+
+Trials of earlier versions lack `TOKENS`: a pool that a trial was not asked about is left out."""
 Rights = dict[str, Tensor]
 """By method: float64 [test clips], the share of the seeds whose answer is right."""
 
@@ -45,6 +48,7 @@ def rights(results: Results, question: str, pool: str) -> Rights:
 def real_table(results: Results, question: str) -> str:
     """Markdown: a row per method and pool, with intervals over the groups of the test clips."""
     groups = torch.tensor(results["real"]["questions"][question]["groups"])
+    answers = _answers(results)
     trained = {variant: cell for (variant,), cell in grouped(trials_of(results, "real"), "variant").items()}
     rows: list[Row] = []
     for pool, name in POOLS.items():
@@ -54,10 +58,10 @@ def real_table(results: Results, question: str) -> str:
             cell = trained.get(method, [])
             row: Row = {
                 "encoder": _name(method),
-                "pool": name if method != "pixels" else None,
+                "pool": name,
                 "epochs": f"{cell[0]['epochs']:g}" if cell else None,
                 "base lr": f"{cell[0]['base_lr']:g}" if cell else None,
-                "seeds": len(_answers(results)[method]) if method != "pixels" else None,
+                "seeds": sum(pool in each[question] for each in answers[method]) if method != "pixels" else None,
                 "accuracy, %": f"{100 * right.mean():.1f}",
                 "95 % over groups": _interval(bootstrap(right, groups=groups)),
             }

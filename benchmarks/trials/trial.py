@@ -22,10 +22,9 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.sampling import sample_at
 from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import linear_probe
+from mam2.engine.model.build import build_model
 from mam2.engine.model.classifier import pooled_features, standardize_features
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.classifier_step import FinetuneStep
@@ -48,7 +47,7 @@ class Pretrained:
 def pretraining(config: PretrainConfig, prepared: Prepared) -> PretrainStep:
     """A new model with its step."""
     torch.manual_seed(config.run.seed)
-    model = VideoMAE(config) if config.model.objective == "videomae" else MAM2(config, prepared.codebook_size)
+    model = build_model(config, prepared.codebook_size)
     return PretrainStep(config, model, pick_device(config.run), World())
 
 

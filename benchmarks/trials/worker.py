@@ -71,7 +71,7 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     else:
         pretrained = trial.pretrain(config, clips)
     spent = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-    if job.group in ("main", "random") and job.data == "synthetic":
+    if job.group in ("main", "random", "real"):
         file = encoder_file(out, job)
         file.parent.mkdir(exist_ok=True)
         save_file(pretrained.encoder.state_dict(), file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mam2.engine.checkpoints.model_card import check_license, model_card
 from mam2.engine.checkpoints.traced import write_onnx, write_torch
 from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.errors import UserError
-from mam2.engine.files import make_folder, write_whole
+from mam2.engine.files import files_written_aside, make_folder, write_whole, written_aside
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.model.videomae import VideoMAE
 
@@ -136,34 +135,31 @@ def _export(
     encoder = encoder_of(model)
     graph = model if isinstance(model, Classifier) else encoder
     weights = model if isinstance(model, VideoMAE) else graph
-    aside = out.with_name(f".part-{out.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         if to in FOLDERS:
-            if to == "huggingface":
-                written = write_hugging_face(weights, aside, classes)
-            else:
-                write_mam2(checkpoint, aside)
-                written = type(model).__name__
-            if license:
-                name, files = push or out.name, [Path(file) for file in scores]
-                card = model_card(checkpoint, model, name=name, license=license, to=to, classes=classes, scores=files)
-                write_whole(aside / "README.md", card)
-            aside.rename(out)
+            with written_aside(out) as aside:
+                aside.mkdir(parents=True)
+                if to == "huggingface":
+                    written = write_hugging_face(weights, aside, classes)
+                else:
+                    write_mam2(checkpoint, aside)
+                    written = type(model).__name__
+                if license:
+                    name, files = push or out.name, [Path(file) for file in scores]
+                    card = model_card(
+                        checkpoint, model, name=name, license=license, to=to, classes=classes, scores=files
+                    )
+                    write_whole(aside / "README.md", card)
         else:
-            if to == "videomae":
-                written = write_videomae(weights, aside / out.name, classes)
-            else:
-                {"torch": write_torch, "onnx": write_onnx}[to](graph, aside / out.name, classes)
-                written = type(graph).__name__
-            for file in aside.iterdir():  # ONNX's weights may be a separate file
-                file.rename(out.with_name(file.name))
+            with files_written_aside(out) as aside:  # ONNX's weights may be a separate file
+                if to == "videomae":
+                    written = write_videomae(weights, aside / out.name, classes)
+                else:
+                    {"torch": write_torch, "onnx": write_onnx}[to](graph, aside / out.name, classes)
+                    written = type(graph).__name__
     except (OSError, SafetensorError) as error:  # the library converts an OSError to the latter
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--out {out}: cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     left_out = ""
     if isinstance(model, VideoMAE) and to in ("huggingface", "videomae") and not decoder_is_videomaes(model):
         left_out = (

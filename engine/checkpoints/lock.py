@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mam2.engine.errors import UserError
+from mam2.engine.files import written_aside
 from mam2.engine.runtime import signals
 
 FILE = "lock"
@@ -98,9 +99,8 @@ class RunLock:
                 f"{self._file.parent} is being written by {who} (see {self._file}): {remedy}, or choose another folder "
                 "with --out"
             )
-        partial = self._file.with_name(f".{FILE}-{self._token}")
-        partial.write_text(self._text, encoding="utf-8")
-        partial.replace(self._file)
+        with written_aside(self._file, unique=True) as aside:
+            aside.write_text(self._text, encoding="utf-8")
         time.sleep(SETTLE_S)
         if not self._is_mine():
             raise UserError(f"{self._file.parent}: another process took it over at the same time ({self._file})")

@@ -38,6 +38,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict
 from mam2.engine.config.training import TrainConfig
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole, written_aside
 
 FOLDER = "checkpoints"
 WEIGHTS = "model.safetensors"
@@ -74,9 +75,7 @@ def write(
         save_file(weights, aside / WEIGHTS, metadata=metadata)
         sort_metadata(aside / WEIGHTS)
         save_file(moments, aside / OPTIMIZER)
-    latest = final.with_name(f".{LATEST}")
-    latest.write_text(final.name + "\n", encoding="utf-8")
-    latest.replace(final.with_name(LATEST))
+    write_whole(final.with_name(LATEST), final.name + "\n")
     every = config.run.keep_every
     for old in _all(run)[: -config.run.keep]:
         number = int(old.name.removeprefix("step-"))
@@ -111,37 +110,23 @@ def remove_best(run: Path) -> None:
 def _written_aside(final: Path, state: dict[str, Any], *tensors: dict[str, Tensor]) -> Iterator[Path]:
     """Yields a temporary folder for files; then adds `state` with their hashes, syncs all and renames it to `final`.
 
-    If anything fails, the temporary folder is removed.
+    If anything fails, the temporary folder is removed. Raises OSError, also if the tensors do not fit on the disk.
     """
-    aside = final.with_name(f".part-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        needed = sum(tensor.nbytes for part in tensors for tensor in part.values())
-        if shutil.disk_usage(aside).free < needed:
-            raise OSError(
-                errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(final.parent)
-            )
-        yield aside
-        hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
-        (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
-        for file in aside.iterdir():
-            file.chmod((aside / STATE).stat().st_mode)  # other users cannot read safetensors' files by default
-            _sync(file)
-        _sync(aside)
-        replaced = final.with_name(f".old-{final.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.is_dir():
-            final.rename(replaced)
-        aside.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _sync(final.parent)
+        with written_aside(final, durable=True, replace_folder=True) as aside:
+            aside.mkdir(parents=True)
+            needed = sum(tensor.nbytes for part in tensors for tensor in part.values())
+            if shutil.disk_usage(aside).free < needed:
+                raise OSError(
+                    errno.ENOSPC, f"{needed / 2**20:.0f} MiB do not fit: {os.strerror(errno.ENOSPC)}", str(final.parent)
+                )
+            yield aside
+            hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
+            (aside / STATE).write_text(json.dumps(state | {"sha256": hashes}, indent=1), encoding="utf-8")
+            for file in aside.iterdir():
+                file.chmod((aside / STATE).stat().st_mode)  # other users cannot read safetensors' files by default
     except SafetensorError as error:  # the library's exception for an error of the operating system
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(errno.EIO, str(error), str(aside)) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        raise OSError(errno.EIO, str(error), str(final)) from error
 
 
 @functools.cache
@@ -315,11 +300,3 @@ def _hash(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers, copies, new_copy
 from mam2.engine.config.training import TrainConfig
+from mam2.engine.files import remove_parts
 
 
 class Saver:
@@ -39,8 +39,7 @@ class Saver:
         self._problem: BaseException | None = None
         if main:
             checkpoint.code_version()  # an error here should come now, not at the first save
-            for left in (run / checkpoint.FOLDER).glob(".part-*"):  # left behind by a killed process
-                shutil.rmtree(left, ignore_errors=True)
+            remove_parts(run / checkpoint.FOLDER)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None = None

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         trained = train_tokenizer(data, out, **dataclasses.asdict(training))
         result = trained.quality
         print(
-            f"held out: {trained.held_out} videos, {result.frames} frames\n"
+            f"held out: {trained.held_out} videos, {result.frames} frames; {trained.kept}\n"
             f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
             f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}"
             f"{_color(result.kmeans_color_explained)}\n"

@@ -203,12 +203,6 @@ class PretrainConfig(TokenGrid):
         return self.model.objective == "mam2" and self.loss.appearance_target == "latents"
 
     @property
-    def motion_values_vary(self) -> bool:
-        """Returns whether clips differ in their number of motion values: the last frame of a clip has no next one."""
-        drawn_anywhere = self.mask.kind == "random" or self.mask.decoded < 1
-        return self.model.objective == "mam2" and self.loss.motion_target == "adjacent" and drawn_anywhere
-
-    @property
     def code_shape(self) -> tuple[int, ...]:
         """Returns the shape of one token's codes: () for its first frame, (tubelet,) for all its frames."""
         return (self.model.tubelet,) if self.tokenizer.frames == "all" else ()

@@ -1,7 +1,7 @@
 """From video files to uint8 clips on the device.
 
-sources.py          folders, annotation lists and single files -> paths and labels; label_texts.py: other labels than
-                    one class; tar_shards.py: tar files as data sets; sets.py: several data sets
+sources.py          folders (folders.py), annotation lists (lists.py), tar files (tar_shards.py) and single files ->
+                    paths and labels; label_texts.py: other labels than one class; sets.py: several data sets
 storage.py          opens local files, members of tar files and addresses; outage.py: waits for unavailable storage
 video.py            what one file holds; manifest.py: what all of them hold; moved.py: a resumed run whose videos moved
 indexing.py         `mam2 index`; inspect.py: its summary; transcode.py: `mam2 transcode`

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 
+def channels_first(clip: torch.Tensor) -> torch.Tensor:
+    """Returns clips as models and kernels take them: [B, T, H, W, C] -> [B, C, T, H, W], a view."""
+    return clip.permute(0, 4, 1, 2, 3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """B clips; the views of one decoded clip are adjacent."""
@@ -34,4 +39,4 @@ class Batch:
     @property
     def video(self) -> torch.Tensor:
         """The clips as models and kernels take them: [B, C, T, H, W], a view of `clip`."""
-        return self.clip.permute(0, 4, 1, 2, 3)
+        return channels_first(self.clip)

@@ -22,6 +22,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mam2.engine.data.folders import CLIP_SUFFIXES
 from mam2.engine.data.storage import Member, absolute, addresses_in, as_address, open_file, status
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
@@ -104,8 +105,6 @@ def read_samples(source: TarSource, notes: list[str]) -> list[Sample]:
 
 
 def _samples_of(tar: str, field: str, notes: list[str]) -> Iterator[Sample]:
-    from mam2.engine.data.sources import CLIP_SUFFIXES  # which imports this module
-
     members, problem = list_members(tar)
     if problem:
         notes.append(f"{tar}: {problem}; {len(members)} members before it are read")
@@ -190,8 +189,6 @@ def _tars_in(folder: str) -> list[str]:
 
 def _holds_only_tars(folder: str) -> bool:
     """Returns whether a folder has tars but no videos and no folders: next to videos, tars may be their archives."""
-    from mam2.engine.data.sources import CLIP_SUFFIXES
-
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
     names = [entry.name.lower() for entry in shown]

@@ -16,7 +16,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -53,6 +52,7 @@ from mam2.engine.files import (
     write_table,
     write_whole,
     writing,
+    written_aside,
 )
 from mam2.engine.runtime.progress import Progress
 
@@ -243,16 +243,15 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
         return video.reason
     if video.channels:
         return "an array: only video files and folders of images are transcoded"
-    aside = job.target.with_name(f".part-{job.target.name}")
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        frames = _encode(video, aside, settings, stop)
-        if video.frames - frames > 1 + MOST_LOST * video.frames:
-            return f"damaged: {frames} of {video.frames} frames can be decoded"
-        found = sum(1 for _ in _decoded([str(aside)], stop))
-        if found != frames:
-            return f"the output decodes to {found} frames instead of {frames}"
-        aside.replace(job.target)
+        with written_aside(job.target) as aside:
+            frames = _encode(video, aside, settings, stop)
+            if video.frames - frames > 1 + MOST_LOST * video.frames:
+                raise DecodeError(f"damaged: {frames} of {video.frames} frames can be decoded")
+            found = sum(1 for _ in _decoded([str(aside)], stop))
+            if found != frames:
+                raise DecodeError(f"the output decodes to {found} frames instead of {frames}")
         return Written(video.bytes, job.target.stat().st_size)
     except DecodeError as error:
         return str(error)
@@ -263,9 +262,6 @@ def _transcode_one(job: _Job, settings: Settings, stop: threading.Event) -> Writ
         return f"{type(error).__name__}: {error}"
     except FILE_ERRORS as error:  # one bad file must not end the run: it is reported, and the others continue
         return f"{type(error).__name__}: {error}"
-    finally:
-        with suppress(OSError):  # renamed, or never written
-            aside.unlink()
 
 
 def _is_newer(target: Path, source: str) -> bool:

@@ -19,6 +19,7 @@ from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.checkpoints.untrained import load_all_frozen
 from mam2.engine.config.limits import BATCH, COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.training import DataConfig, RunConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher
@@ -214,7 +215,7 @@ def _of_windows(
         )
         try:
             for numbers, windows in batches:
-                clips = torch.stack([one.clip for one in windows]).to(device).permute(0, 4, 1, 2, 3)
+                clips = channels_first(torch.stack([one.clip for one in windows]).to(device))
                 features = clip_features(encoder, clips, [(spec.layer, pool)], run=run)[spec.layer, pool].numpy()
                 spool.write(features.tobytes())
                 width = features.shape[1]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from mam2.engine.data.manifest import Manifest
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.features import CELLS, FeatureKind, cell_grid, clip_features
 from mam2.engine.evaluation.pools import token_groups
+from mam2.engine.files import written_aside
 from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.progress import Progress
 
@@ -82,10 +84,15 @@ def write_features(
     for want in wanted:
         by_clips.setdefault(json.dumps(_clips(want)), []).append(want)
     for group in by_clips.values():
-        rows = {want: _new_rows(wanted[want], manifest, want) for want in group}
         encoders = list(dict.fromkeys(want.frozen for want in group))
         device = _device(encoders[0])
-        with ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader:
+        with (
+            ExitStack() as files,
+            ClipLoader(manifest, group[0].frozen.data, batch=batch, device=device, seed=0, train=False) as loader,
+        ):
+            # other processes may write the same features
+            asides = {want: files.enter_context(written_aside(wanted[want], unique=True)) for want in group}
+            rows = {want: _new_rows(path, manifest, want) for want, path in asides.items()}
             bar = Progress(loader.evaluate(), "features", loader.evaluated_batches, unit="batch", shown=progress)
             for clips in bar:
                 video = clips.video.to(device)
@@ -96,14 +103,13 @@ def write_features(
                     for want in own:
                         rows[want][clips.index.numpy()] = found[want.layer, want.kind].numpy()
             skipped |= {video.path: video.reason for video in loader.skipped}
-        for want, written in rows.items():
-            written.flush()
-            _aside(wanted[want]).replace(wanted[want])
+            for written in rows.values():
+                written.flush()
     return skipped
 
 
 def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
-    """Creates a temporary .npy file filled with NaN. Raises OSError if the disk has no space for it."""
+    """Creates a .npy file filled with NaN. Raises OSError if the disk has no space for it."""
     width = want.frozen.encoder.width
     if want.kind == "cells":
         shape = [math.prod(cell_grid(want.frozen.encoder.grid)), width]
@@ -112,15 +118,11 @@ def _new_rows(path: Path, manifest: Manifest, want: FeatureSpec) -> np.memmap:
     else:
         shape = [len(token_groups(want.frozen.encoder.grid, want.kind)) * width]
     dtype = np.dtype("float16" if want.kind in ("cells", "tokens") else "float32")
-    rows = np.lib.format.open_memmap(_aside(path), "w+", dtype, (len(manifest.videos), *shape))
-    with _aside(path).open("rb+") as file:  # a full disk under a memory map ends the process with SIGBUS
+    rows = np.lib.format.open_memmap(path, "w+", dtype, (len(manifest.videos), *shape))
+    with path.open("rb+") as file:  # a full disk under a memory map ends the process with SIGBUS
         os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
     rows[:] = np.nan
     return rows
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".part-{os.getpid()}-{path.name}")  # other processes may write the same features
 
 
 def _clips(want: FeatureSpec) -> dict[str, object]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.training import RunConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.evaluation.features import layer_tokens
 from mam2.engine.evaluation.linear_probe import bootstrap
 from mam2.engine.evaluation.mask_clips import CLIP_FRAMES, OBJECTS, MaskClip, render_mask_clip
@@ -107,7 +108,7 @@ def frame_features(
     places = (torch.arange(len(frames))[:, None] + offsets).clamp(0, len(frames) - 1)
     found = []
     for part in places.split(batch):
-        video = frames[part].to(device).permute(0, 4, 1, 2, 3)
+        video = channels_first(frames[part].to(device))
         if encoder.channels != video.shape[1]:
             video = unit_pixels(video).mean(1, keepdim=True).expand(-1, encoder.channels, -1, -1, -1)
         with autocast(run, device):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.evaluation.motion_pictures import motion_picture
 from mam2.engine.evaluation.pixel_pictures import completed_cubes, laid_out, token_cubes
 from mam2.engine.evaluation.pretext import ClipReconstruction, evaluation_mask, hide
@@ -18,7 +19,7 @@ from mam2.engine.model.videomae import VideoMAE
 @torch.no_grad()
 def reconstruct_pixels(model: VideoMAE, clip: Tensor, config: PretrainConfig) -> ClipReconstruction:
     """Masks clips uint8 [B, T, H, W, C], predicts the masked part, and converts the predictions to pixels."""
-    video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
+    video, mask = channels_first(clip), evaluation_mask(clip, config)
     cubes = token_cubes(clip, config)
     completed = completed_cubes(cubes, mask, model.predict_pixels(video, mask), config)
     moves = {}

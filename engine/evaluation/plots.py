@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.runtime.log import read_log
 
 Lines = Sequence[Mapping[str, Any]]
@@ -203,7 +204,7 @@ def plot(
         ) from None
     file = target or (folders[0] / "curves.png" if len(runs) == 1 else Path("runs.png"))
     try:
-        file.write_bytes(picture)
+        write_whole(file, picture)
     except OSError as error:
         raise UserError(f"--out {file}: cannot be written: {error.strerror}") from None
     return file

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.evaluation.feature_pictures import feature_pictures
 from mam2.engine.evaluation.linear_probe import bootstrap
@@ -76,7 +77,7 @@ def measure_pretext(
 
 def evaluation_mask(clip: Tensor, config: PretrainConfig, first_sample: int = 0) -> TubeMask:
     """Draws evaluation's masks for clips [B, T, H, W, C], from a step number that no training reaches."""
-    return sample_masks(clip.permute(0, 4, 1, 2, 3), config, step=2**31 - 1, first_sample=first_sample)
+    return sample_masks(channels_first(clip), config, step=2**31 - 1, first_sample=first_sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def reconstruct(model: MAM2, tokenizer: Tokenizer | None, clip: Tensor, config: 
     tokenizer: used only if codes are predicted.
     """
     model.eval()
-    video, mask = clip.permute(0, 4, 1, 2, 3), evaluation_mask(clip, config)
+    video, mask = channels_first(clip), evaluation_mask(clip, config)
     latents = model.complete(video, mask)
     frames = unit_pixels(clip[:, :: config.model.tubelet])
     true_codes = appearance = features = predicted_features = motion = predicted_motion = None

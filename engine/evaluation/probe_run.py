@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mam2.engine.checkpoints.frozen import FrozenEncoder
 from mam2.engine.config.training import RunConfig
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import Manifest, read_manifest
-from mam2.engine.data.sources import list_and_split, read_column
+from mam2.engine.data.sources import list_and_split
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.evaluation.components import Components, principal_components, probe_components
@@ -60,6 +61,8 @@ class Score:
     """L2 penalty or learning rate chosen on held-out training videos; 0 for k-NN, which has none."""
     components: int = 0
     """Number of principal components, chosen by cross-validation, with the pool `tokens`; otherwise 0."""
+    right: str
+    """A digit per test video, in the order of the list: 1 for a correct answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,7 @@ def probe_encoders(
                 gain_interval=bootstrap(gained, groups=test.groups),
                 setting=found.setting,
                 components=found.components,
+                right=digits(found.right),
             )
         )
 
@@ -218,6 +222,11 @@ def probe_encoders(
             )
         ),
     )
+
+
+def digits(right: Tensor) -> str:
+    """Returns 1 for each correct answer and 0 for the others. right: [m], 0 or 1."""
+    return "".join(str(int(one)) for one in right.tolist())
 
 
 def _layers(frozen: FrozenEncoder, layers: Sequence[int]) -> list[int]:

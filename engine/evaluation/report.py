@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mam2.engine.evaluation.plots import draw_logs, png
 from mam2.engine.evaluation.pretext import ClipReconstruction
+from mam2.engine.files import write_whole
 from mam2.engine.model.pixels import as_colors
 from mam2.engine.runtime.log import read_log
 
@@ -86,15 +87,16 @@ def write_report(
         config: the run's config as nested plain values; the page shows it collapsed.
     """
     curves = draw_logs({run.name: read_log(run)})
-    (run / "curves.png").write_bytes(curves)
-    (run / "strips.png").write_bytes(strips)
+    write_whole(run / "curves.png", curves)
+    write_whole(run / "strips.png", strips)
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
     claims = "".join(
         f'<li class="{"yes" if holds else "no"}">{"yes" if holds else "NO"}: {html.escape(claim)}</li>'
         for claim, holds in verdicts.items()
     )
     page = run / "report.html"
-    page.write_text(
+    write_whole(
+        page,
         _PAGE.format(
             title=html.escape(title),
             notes=html.escape(notes),
@@ -104,7 +106,6 @@ def write_report(
             strips=base64.b64encode(strips).decode(),
             curves=base64.b64encode(curves).decode(),
         ),
-        encoding="utf-8",
     )
     return page
 

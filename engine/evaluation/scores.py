@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
@@ -65,7 +66,7 @@ def score(
     model: MAM2 | VideoMAE, tokenizer: Tokenizer | None, clip: Tensor, mask: TubeMask, config: PretrainConfig
 ) -> Scores:
     """Scores a model in evaluation mode. clip: uint8 [B, T, H, W, C]. tokenizer: used only if codes are predicted."""
-    video = clip.permute(0, 4, 1, 2, 3)
+    video = channels_first(clip)
     if isinstance(model, VideoMAE):
         return Scores(pixels=_pixels(model.predict_pixels(video, mask), video, mask, config))
     latents = model.complete(video, mask)

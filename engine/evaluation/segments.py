@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mam2.engine.data.sources import LABEL_COLUMNS, PATH_COLUMNS
+from mam2.engine.data.lists import LABEL_COLUMNS, PATH_COLUMNS
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding import Embedding
 from mam2.engine.evaluation.embedding_files import read_embedding
 from mam2.engine.evaluation.knn import knn
 from mam2.engine.evaluation.linear_probe import bootstrap, held_out, linear_probe
-from mam2.engine.evaluation.probe_run import FEWEST_VIDEOS, Probe, ProbeReport, Score
+from mam2.engine.evaluation.probe_run import FEWEST_VIDEOS, Probe, ProbeReport, Score, digits
 
 START_COLUMNS, END_COLUMNS = ("start_s", "start", "begin", "t_start"), ("end_s", "end", "stop", "t_end")
 PROBES: tuple[Probe, ...] = ("linear", "knn")
@@ -175,6 +175,7 @@ def probe_segments(
                     gain=float(gained.mean()),
                     gain_interval=bootstrap(gained, groups=groups[test]),
                     setting=setting,
+                    right=digits(right),
                 )
             )
     in_both = set(groups[train].tolist()) & set(groups[test].tolist())

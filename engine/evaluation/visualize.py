@@ -26,6 +26,7 @@ from mam2.engine.config.limits import COUNT, COUNT_OR_NONE, check_flags
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.config.training import RunConfig
+from mam2.engine.data.batch import channels_first
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_clip
@@ -36,7 +37,7 @@ from mam2.engine.evaluation.regressor_attention import regressor_attention
 from mam2.engine.evaluation.report import draw_rows, shown
 from mam2.engine.evaluation.scores import score
 from mam2.engine.evaluation.visualize_page import LABELS, READS, ClipView, write_page
-from mam2.engine.files import check_apart
+from mam2.engine.files import check_apart, whole_file, write_whole, written_aside
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import load_vqgan
@@ -123,13 +124,15 @@ def visualize(
             ]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph")  # for scripts that matplotlib's font lacks
-                (out / f"{name}.png").write_bytes(draw_rows(rows, [name], inches=STRIP_INCHES))
+                write_whole(out / f"{name}.png", draw_rows(rows, [name], inches=STRIP_INCHES))
             pages = _side_by_side(seen, named=len(checkpoints) > 1)
             images = [Image.fromarray(frame) for frame in pages]
-            images[0].save(
-                out / f"{name}.gif", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
-            )
-            write_clip(out / f"{name}.mp4", np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
+            with whole_file(out / f"{name}.gif") as file:
+                images[0].save(
+                    file, "GIF", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
+                )
+            with written_aside(out / f"{name}.mp4") as aside:
+                write_clip(aside, np.concatenate([pages] * ROUNDS), fps=PER_SECOND)
             named[name] = seen
         return write_page(out / "index.html", named, configs)
     except OSError as error:
@@ -164,7 +167,7 @@ def _look(
         for batch in loader.evaluate():
             clip = batch.clip.to(device)
             mask, strips = evaluation_mask(clip, config), predict(clip)
-            video = clip.permute(0, 4, 1, 2, 3)
+            video = channels_first(clip)
             attention = None
             if isinstance(model, MAM2) and model.regressor.blocks:
                 attention = regressor_attention(model, video, mask)[0].cpu()

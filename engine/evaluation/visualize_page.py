@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mam2.engine.evaluation.report import ROWS
 from mam2.engine.evaluation.scores import Scores, joined
+from mam2.engine.files import write_whole
 
 READS = "reads"
 LABELS = {name: label.replace("\n", " ") for name, label in ROWS.items()} | {READS: "read by the marked patch"}
@@ -85,7 +86,7 @@ def write_page(path: Path, clips: Mapping[str, Sequence[ClipView]], configs: Map
     )
     page = _PAGE.replace("%MAPS%", json.dumps(maps)).replace("%CONFIGS%", folded)
     page = page.replace("%SCORES%", _table(scores)).replace("%CLIPS%", str(len(clips)))
-    path.write_text(page.replace("%SECTIONS%", "\n".join(sections)), encoding="utf-8", errors="backslashreplace")
+    write_whole(path, page.replace("%SECTIONS%", "\n".join(sections)).encode("utf-8", "backslashreplace"))
     return path
 
 

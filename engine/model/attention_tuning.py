@@ -21,6 +21,7 @@ from torch import Tensor
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
 from mam2.engine.model.attention import Backend, Choices, active_backend, attention
 from mam2.engine.model.attention_packages import OPERATORS, why_not
 from mam2.engine.runtime.cuda import CudaRecorder
@@ -169,7 +170,7 @@ def measure_or_read(
     if file:
         parts = {name: {"backend": chosen[name], "milliseconds": times[name]} for name in shapes}
         text = json.dumps({"device": machine, "parts": parts}, indent=1) + "\n"
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # DALI needs memory outside of PyTorch's
     how = {name: "measured" if row else "because none could be measured" for name, row in times.items()}

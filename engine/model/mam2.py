@@ -19,7 +19,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import VideoTransformer
 from mam2.engine.model.decoders import Decoder
 from mam2.engine.model.encoder import Encoder
-from mam2.engine.model.motion_targets import motion_head_loss, motion_values, require_flow
+from mam2.engine.model.motion_targets import TARGETS, motion_head_loss, motion_values, require_flow
 from mam2.engine.model.positions import position_table
 from mam2.engine.model.regressor import Regressor
 from mam2.engine.model.teacher import latent_targets, teacher_of
@@ -62,9 +62,10 @@ class MAM2(VideoTransformer):
                 "loss.appearance_target to 'pixels', 'latents' or 'none'"
             )
         motion = cfg.loss.motion_target
-        if motion in ("intra", "hog", "flow") and cfg.model.tubelet < 2:
+        if cfg.model.tubelet < TARGETS[motion].tubelet:
             raise ValueError(
-                f"loss.motion_target: {motion!r} needs model.tubelet of at least 2, found {cfg.model.tubelet}; "
+                f"loss.motion_target: {motion!r} needs model.tubelet of at least {TARGETS[motion].tubelet}, "
+                f"found {cfg.model.tubelet}; "
                 "use 'adjacent'"
             )
         if motion == "flow":

@@ -58,10 +58,3 @@ def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sam
         order = order + (((place - slot - now - sample) % CELL) << 32)
     kept = order.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return mask._replace(masked=hidden.gather(1, kept))
-
-
-def motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
-    """Returns the number of frames of the masked tokens that have a next frame, float64 0-d, on the mask's device."""
-    slots, rows, columns = config.grid
-    last = (mask.masked >= (slots - 1) * rows * columns).sum()
-    return (mask.masked.numel() * config.model.tubelet - last).double()

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mam2.engine.config.pretrain import LossConfig
+from mam2.engine.config.pretrain import LossConfig, PretrainConfig
 from mam2.engine.errors import UserError
 from mam2.engine.model.pixels import unit_pixels
 from mam2.kernels import TubeMask, frame_difference, linear_masked_loss, masked_frame_difference_loss
 
-PIXEL_DIFFERENCES = ("adjacent", "intra")
 ORIENTATIONS = 9
 HOG_CELLS = 2
 """Cells along each side of a patch (8 pixels wide at a patch of 16); the values of MaskFeat and Dalal."""
@@ -37,27 +37,45 @@ FLOW_CELLS = 4
 """Cells along each side of a patch; flow is smooth, so that the cells' means describe it well."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MotionTarget:
+    """All that model, loss and training ask of a motion target."""
+
+    values: Callable[[int, int, int], int]
+    """Pd, the number of values per token, from frames per tubelet, pixels per patch and channels."""
+    compute: Callable[[Tensor, LossConfig, Sequence[int]], Tensor]
+    """The target of every token, from clips, `loss` and patch size: [B, C, T, H, W] -> [B, N, Pd]."""
+    fused: bool = False
+    """Whether it is a pixel difference, which the loss computes itself."""
+    tubelet: int = 1
+    """Least number of frames per tubelet."""
+    missing: Callable[[TubeMask, PretrainConfig], Tensor] | None = None
+    """The number of frames of all masked tokens that have no target, 0-d; None: every frame has one."""
+
+
 def motion_values(target: str, patch_size: Sequence[int], channels: int = 3) -> int:
     """Returns Pd, the number of values of a token's motion target; 0 for `none`."""
     tubelet, *patch = patch_size
-    return {
-        "adjacent": tubelet * math.prod(patch) * channels,
-        "intra": (tubelet - 1) * math.prod(patch) * channels,
-        "hog": HOG_CELLS**2 * channels * ORIENTATIONS,
-        "flow": FLOW_CELLS**2 * 2,
-        "none": 0,
-    }[target]
+    return TARGETS[target].values(tubelet, math.prod(patch), channels)
 
 
 def motion_target(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
     """Computes the target of every token: video [B, C, T, H, W] -> [B, N, Pd]. Raises ValueError for `none`."""
-    if loss.motion_target in PIXEL_DIFFERENCES:
-        return frame_difference(video, **_difference_options(loss, patch_size))
-    if loss.motion_target == "hog":
-        return hog_of_difference(video, patch_size, eps=loss.motion_eps)
-    if loss.motion_target == "flow":
-        return optical_flow(video, patch_size)
-    raise ValueError("loss.motion_target: 'none' has no motion target; use another one")
+    return TARGETS[loss.motion_target].compute(video, loss, patch_size)
+
+
+def motion_values_vary(config: PretrainConfig) -> bool:
+    """Returns whether clips differ in their number of motion values, because some frames have no target."""
+    drawn_anywhere = config.mask.kind == "random" or config.mask.decoded < 1
+    missing = TARGETS[config.loss.motion_target].missing
+    return config.model.objective == "mam2" and missing is not None and drawn_anywhere
+
+
+def motion_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Returns the number of frames of the masked tokens that have a target, float64 0-d, on the mask's device."""
+    missing = TARGETS[config.loss.motion_target].missing
+    frames = torch.full((), mask.masked.numel() * config.model.tubelet, dtype=torch.float64, device=mask.masked.device)
+    return frames if missing is None else frames - missing(mask, config)
 
 
 def motion_loss(
@@ -188,3 +206,46 @@ def _difference_options(loss: LossConfig, patch_size: Sequence[int]) -> dict[str
         "normalize": None if loss.motion_normalize == "none" else loss.motion_normalize,
         "eps": loss.motion_eps,
     }
+
+
+def _frame_difference(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
+    return frame_difference(video, **_difference_options(loss, patch_size))
+
+
+def _last_frames(mask: TubeMask, config: PretrainConfig) -> Tensor:
+    """Counts the masked tokens of the last slot: a clip's last frame has no next one."""
+    slots, rows, columns = config.grid
+    return (mask.masked >= (slots - 1) * rows * columns).sum()
+
+
+def _none(video: Tensor, loss: LossConfig, patch_size: Sequence[int]) -> Tensor:
+    raise ValueError("loss.motion_target: 'none' has no motion target; use another one")
+
+
+TARGETS = {
+    "adjacent": MotionTarget(
+        values=lambda tubelet, pixels, channels: tubelet * pixels * channels,
+        compute=_frame_difference,
+        fused=True,
+        missing=_last_frames,
+    ),
+    "intra": MotionTarget(
+        values=lambda tubelet, pixels, channels: (tubelet - 1) * pixels * channels,
+        compute=_frame_difference,
+        fused=True,
+        tubelet=2,
+    ),
+    "hog": MotionTarget(
+        values=lambda tubelet, pixels, channels: HOG_CELLS**2 * channels * ORIENTATIONS,
+        compute=lambda video, loss, patch_size: hog_of_difference(video, patch_size, eps=loss.motion_eps),
+        tubelet=2,
+    ),
+    "flow": MotionTarget(
+        values=lambda tubelet, pixels, channels: FLOW_CELLS**2 * 2,
+        compute=lambda video, loss, patch_size: optical_flow(video, patch_size),
+        tubelet=2,
+    ),
+    "none": MotionTarget(values=lambda tubelet, pixels, channels: 0, compute=_none),
+}
+"""By the names of `LossConfig.motion_target`."""
+PIXEL_DIFFERENCES = tuple(name for name, target in TARGETS.items() if target.fused)

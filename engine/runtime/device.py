@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from mam2.engine.config.training import RunConfig
 from mam2.engine.errors import RankError, UserError
+from mam2.engine.files import write_whole
 from mam2.engine.runtime.compile_cache import keep_compiled_code
 
 BLOCK_VARIANTS = 64
@@ -176,7 +177,7 @@ def profiled(steps: int, folder: Path, info: Callable[[str], None]) -> Iterator[
         table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "operators.txt").write_text(table, encoding="utf-8")
+            write_whole(folder / "operators.txt", table)
             profiler.export_chrome_trace(str(folder / "trace.json"))
         except OSError as error:
             info(f"profile {folder}: cannot be written: {error.strerror}. The run continues")

@@ -3,7 +3,7 @@
 vqgan.py        the network; files.py: reads taming-transformers' checkpoints and writes safetensors
 tokenizer.py    a clip -> one codebook index per token (or per token and frame)
 training.py     trains a small VQGAN, from k-means (kmeans.py); prepare.py: loads or trains a run's tokenizer;
-                quality.py: measures one
+                fidelity.py: what reconstructions explain; quality.py: measures a tokenizer, with pictures
 from_videos.py  `mam2 train-tokenizer`: trains a VQ model on videos and measures it on held-out videos
 cache.py        codes on disk; cache_files.py: their files; cache_key.py: what they depend on; clip_files.py: recorded
                 clips next to them; precompute.py: `mam2 tokenize` writes both

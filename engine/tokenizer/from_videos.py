@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,8 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder, one_line, unwritable, write_whole, written_aside
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
-from mam2.engine.tokenizer.kmeans import kmeans
-from mam2.engine.tokenizer.prepare import FILE, clip_frames, train_with_progress
+from mam2.engine.tokenizer.prepare import FILE, clip_frames, kept_state, train_with_progress
 from mam2.engine.tokenizer.quality import Reconstruction, draw_reconstructions, draw_training, measure_reconstruction
-from mam2.engine.tokenizer.training import first_frames, first_patches
 from mam2.engine.tokenizer.vqgan import small
 
 MOST_HELD_OUT = 64
@@ -40,6 +37,8 @@ class TokenizerResult:
     """Measured on the held-out videos."""
     held_out: int
     """Number of held-out videos."""
+    kept: str
+    """Which state of the training was the best on the held-out videos and is kept."""
     advice: str
     """Whether the tokenizer is fit for use, in a line."""
 
@@ -126,20 +125,23 @@ def train_tokenizer(
 
     for skipped in manifest.skipped:
         skip(skipped)
+    with ClipLoader(Manifest(held_out), sampled, batch=8, device=where, seed=seed, train=False, on_skip=skip) as loader:
+        judged = [batch.clip for batch in loader.evaluate()]
+    if not judged:
+        raise UserError(f"none of the {len(held_out)} held-out videos can be decoded")
     clips = max(batch // 2, 1)
     with ClipLoader(Manifest(kept), sampled, batch=clips, device=where, seed=seed, on_skip=skip) as loader:
-        frames = clip_frames(loader, batch)
-        first = first_frames(frames, architecture)
-        vqgan, reports = train_with_progress(
-            itertools.chain(first, frames), architecture, steps, where, seed=seed, progress=progress
+        trained, reports = train_with_progress(
+            clip_frames(loader, batch),
+            architecture,
+            steps,
+            where,
+            seed=seed,
+            held_out=[clip.flatten(0, 1) for clip in judged],
+            progress=progress,
         )
-    centers = kmeans(first_patches(first, architecture), codes, torch.Generator().manual_seed(seed))
-    with ClipLoader(Manifest(held_out), sampled, batch=8, device=where, seed=seed, train=False, on_skip=skip) as loader:
-        try:
-            clips_shown = (batch.clip for batch in loader.evaluate())
-            result = measure_reconstruction(vqgan.to(where), clips_shown, centers)
-        except ValueError:
-            raise UserError(f"none of the {len(held_out)} held-out videos can be decoded") from None
+    vqgan = trained.vqgan
+    result = measure_reconstruction(vqgan.to(where), judged, trained.centers)
 
     try:
         with written_aside(out) as aside:
@@ -153,28 +155,28 @@ def train_tokenizer(
                 for field in dataclasses.fields(result)
                 if not isinstance(getattr(result, field.name), torch.Tensor)
             }
-            write_whole(aside / "report.json", json.dumps(numbers, indent=1) + "\n")
+            write_whole(aside / "report.json", json.dumps({**numbers, "kept_step": trained.kept}, indent=1) + "\n")
     except OSError as error:
         raise unwritable(out, error) from error
-    return TokenizerResult(path=out / FILE, quality=result, held_out=len(held_out), advice=verdict(result, out / FILE))
+    return TokenizerResult(
+        path=out / FILE,
+        quality=result,
+        held_out=len(held_out),
+        kept=kept_state(trained, steps),
+        advice=verdict(result, trained.kept, out / FILE),
+    )
 
 
-def verdict(result: Reconstruction, file: Path) -> str:
-    """Returns advice on a tokenizer with these results."""
+def verdict(result: Reconstruction, kept: int, file: Path) -> str:
+    """Returns advice on a tokenizer with these results. kept: the step whose state it has; 0: the start."""
     if result.explained <= 0:
         return (
             "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
             "videos, or more --steps"
         )
-    if result.explained < result.kmeans_explained:
+    if not kept:
         return (
-            "weak: k-means of raw patches explains more of held-out frames with the same number of codes; use more "
-            f"--steps, more --channels, or more videos. It can be used with --tokenizer.path {file}"
-        )
-    color, by_kmeans = result.color_explained, result.kmeans_color_explained
-    if color is not None and by_kmeans is not None and color < by_kmeans:
-        return (
-            "weak in color: k-means of raw patches explains more of the color of held-out frames with the same number "
-            f"of codes; use more --steps, or more videos. It can be used with --tokenizer.path {file}"
+            "weak: training found nothing better than its start, k-means of raw patches; use more --steps, more "
+            f"--channels, or more videos. It can be used with --tokenizer.path {file}"
         )
     return f"better than k-means of raw patches; use it with --tokenizer.path {file}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.cache import SHARDS
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan, save_vqgan
 from mam2.engine.tokenizer.tokenizer import Tokenizer
-from mam2.engine.tokenizer.training import train_vqgan
+from mam2.engine.tokenizer.training import Trained, train_vqgan
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig, small
 
 FILE = "tokenizer.safetensors"
@@ -69,12 +69,13 @@ def prepare_tokenizer(
         info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
         architecture = small(options.channels, options.codes, code_factor(config), config.data.channels)
         frames = clip_frames(loader, options.batch)
-        vqgan, reports = train_with_progress(
+        trained, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
         )
-        last = reports[-1]
+        vqgan, last = trained.vqgan, reports[-1]
         info(
-            f"codes   trained: they explain {last['explained']:.1%} of the variance within a frame, "
+            f"codes   trained: they explain {trained.found.explained:.1%} of the variance within frames set aside, "
+            f"k-means of patches {trained.start.explained:.1%}; {kept_state(trained, options.steps)}; "
             f"{last['codes_used']:.0f} of {options.codes} codes in use, perplexity {last['perplexity']:.0f}"
         )
         (run / TRAINING).unlink(missing_ok=True)
@@ -153,9 +154,10 @@ def train_with_progress(
     device: torch.device,
     *,
     seed: int,
+    held_out: Sequence[Tensor] = (),
     progress: bool = True,
-) -> tuple[VQGAN, list[dict[str, float]]]:
-    """Runs `train_vqgan` with a progress bar; returns the VQGAN, on the CPU, and its reports with their steps."""
+) -> tuple[Trained, list[dict[str, float]]]:
+    """Runs `train_vqgan` with a progress bar; returns its result, on the CPU, and its reports with their steps."""
     reports: list[dict[str, float]] = []
     with Progress(total=steps, desc="tokenizer", unit="step", shown=progress) as bar:
 
@@ -164,8 +166,13 @@ def train_with_progress(
             bar.update(step - bar.n)
             bar.set_postfix_str(f"explained {numbers['explained']:.1%}, {numbers['codes_used']:.0f} codes in use")
 
-        vqgan = train_vqgan(frames, architecture, steps, device, report, seed=seed)
-    return vqgan.cpu(), reports
+        trained = train_vqgan(frames, architecture, steps, device, report, seed=seed, held_out=held_out)
+    return trained._replace(vqgan=trained.vqgan.cpu(), centers=trained.centers.cpu()), reports
+
+
+def kept_state(trained: Trained, steps: int) -> str:
+    """Says which state of a training of `steps` steps is kept."""
+    return f"kept: step {trained.kept} of {steps}" if trained.kept else "kept: the start, k-means of patches"
 
 
 def clip_frames(loader: ClipLoader, batch: int) -> Iterator[Tensor]:

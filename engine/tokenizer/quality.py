@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mam2.engine.model.pixels import as_colors, unit_pixels
+from mam2.engine.tokenizer.fidelity import fidelity, squared_deviations, squared_errors, unit_range
 from mam2.engine.tokenizer.kmeans import nearest_center
 from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
 from mam2.engine.tokenizer.training import frame_patches
@@ -22,8 +23,6 @@ from mam2.engine.tokenizer.vqgan import VQGAN
 
 SHOWN = 8
 """Number of frames in the picture."""
-GRAY = 1e-3
-"""Share of color in the variance below which frames count as gray; video compression leaves about this much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,9 @@ class Reconstruction:
     mean_color_psnr_db: float
     """PSNR of replacing each frame by its mean color."""
     explained: float
-    """Share of the variance within a frame that the decoded codes explain: 1 − squared error / squared deviation from
-    the frame's mean color, both summed over all frames. 1 is perfect; 0 is no better than the mean color."""
+    """Share of the variance within a frame that the decoded codes explain, see `Fidelity`."""
     color_explained: float | None
-    """The same for color only: each pixel's difference to the mean of its channels. None for gray frames."""
+    """The same for color only. None for gray frames."""
     kmeans_explained: float
     """`explained` for k-means of raw patches with one center per code: each patch is replaced by its center."""
     kmeans_color_explained: float | None
@@ -68,7 +66,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         ValueError: there is no clip.
     """
     factor = vqgan.config.factor
-    error, deviation = torch.zeros(2, 4, dtype=torch.float64)  # of codes and k-means: everything, color
+    by_codes, by_kmeans, deviations = torch.zeros(3, 2, dtype=torch.float64)
     values = 0
     codes: list[Tensor] = []
     shown: list[tuple[Tensor, ...]] = []
@@ -78,11 +76,10 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         found = vqgan.codes(scale_pixels(frames.movedim(-1, 1)))
         patches = centers[nearest_center(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
         baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
-        back, by_patch = (((one.to(original) + 1) / 2).clamp(0, 1) for one in (vqgan.decode(found), baseline))
-        true = (original, _color(original)) * 2
-        pairs = list(zip((back, _color(back), by_patch, _color(by_patch)), true, strict=True))
-        error += torch.tensor([_squares(one - other) for one, other in pairs])
-        deviation += torch.tensor([_squares(one - one.mean((2, 3), keepdim=True)) for _, one in pairs])
+        back, by_patch = unit_range(vqgan.decode(found)), unit_range(baseline.to(original))
+        by_codes += squared_errors(back, original)
+        by_kmeans += squared_errors(by_patch, original)
+        deviations += squared_deviations(original)
         values += original.numel()
         codes.append(found.flatten().cpu())
         if len(shown) < SHOWN:  # one per clip
@@ -92,31 +89,21 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         raise ValueError(f"clips: expected at least one, with sides that are multiples of {factor}, found none")
     used, perplexity = codebook_usage(torch.cat(codes), vqgan.config.codes)
     originals, reconstructed, from_kmeans = zip(*shown[:SHOWN], strict=True)
-    explained, color, by_kmeans, color_by_kmeans = (1 - error / deviation).tolist()
-    colored = deviation[1] > GRAY * deviation[0]
+    of_codes, of_kmeans = fidelity(by_codes, deviations), fidelity(by_kmeans, deviations)
     return Reconstruction(
         frames=values // (originals[0].numel()),
-        psnr_db=float(-10 * (error[0] / values).log10()),
-        mean_color_psnr_db=float(-10 * (deviation[0] / values).log10()),
-        explained=explained,
-        color_explained=color if colored else None,
-        kmeans_explained=by_kmeans,
-        kmeans_color_explained=color_by_kmeans if colored else None,
+        psnr_db=float(-10 * (by_codes[0] / values).log10()),
+        mean_color_psnr_db=float(-10 * (deviations[0] / values).log10()),
+        explained=of_codes.explained,
+        color_explained=of_codes.color,
+        kmeans_explained=of_kmeans.explained,
+        kmeans_color_explained=of_kmeans.color,
         codes_used=used,
         perplexity=perplexity,
         original=torch.stack(originals).movedim(1, -1),
         reconstructed=torch.stack(reconstructed).movedim(1, -1),
         from_kmeans=torch.stack(from_kmeans).movedim(1, -1),
     )
-
-
-def _color(images: Tensor) -> Tensor:
-    """Subtracts gray from images [B, C, H, W]."""
-    return images - images.mean(1, keepdim=True)
-
-
-def _squares(values: Tensor) -> float:
-    return float(values.square().double().sum())
 
 
 def draw_reconstructions(result: Reconstruction, path: Path) -> None:

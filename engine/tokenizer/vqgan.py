@@ -65,15 +65,16 @@ CONFIGS = {
 """taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
 
 
-LEAST_DIMENSIONS, MOST_DIMENSIONS = 64, 192
-"""Limits of the number of principal components that the linear path keeps of a patch, a third of its values. With 64
-of the 768 values of a patch of 16² pixels, most of what is lost is color, which has little of the variance."""
+LEAST_DIMENSIONS = 64
+"""Smallest number of dimensions of a small model's latents, unless a patch has fewer values."""
 
 
 def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQGANConfig:
     """Returns a small config, which a CPU trains in seconds.
 
-    One residual block per level, attention only in the middle.
+    One residual block per level, attention only in the middle. A latent has one dimension per code, at most one per
+    value of a patch: as many centers of patches have at most as many independent directions, so that the linear path
+    can hold any k-means of patches without loss.
 
     Args:
         channels: base width, a multiple of 8; 16 is enough for simple frames of 64×64 and factor 8.
@@ -88,7 +89,7 @@ def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQ
         raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
-        embed_dim=min(max(factor**2, LEAST_DIMENSIONS), MOST_DIMENSIONS, image_channels * factor**2),
+        embed_dim=min(max(codes, LEAST_DIMENSIONS), image_channels * factor**2),
         z_channels=32,
         channels=channels,
         channel_multipliers=(1,) * (levels - 2) + (2, 4),

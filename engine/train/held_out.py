@@ -23,7 +23,7 @@ from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
 from mam2.engine.model.attention import Choices
 from mam2.engine.model.build import build_model
-from mam2.engine.model.masking import motion_frames
+from mam2.engine.model.motion_targets import motion_frames, motion_values_vary
 from mam2.engine.runtime.device import autocast
 from mam2.engine.runtime.log import read_log
 from mam2.engine.runtime.progress import Progress
@@ -162,7 +162,7 @@ class HeldOut:
             / sum(counts.get(name, 0.0) for _, counts, *_ in everything)
             for name in dict.fromkeys(name for losses, *_ in everything for name in losses)
         }
-        if session.config.motion_values_vary:  # `_of_batch` leaves it out
+        if motion_values_vary(session.config):  # `_of_batch` leaves it out
             numbers[LOSS] += session.config.loss.motion * numbers[MOTION]
         scores = joined([part for _, _, found, *_ in everything for part in found])
         found = {name: getattr(scores, key) for name, key in SCORES.items()}
@@ -183,7 +183,7 @@ class HeldOut:
             total, losses, _ = self._objective(video, mask, codes)
             scores = score(self._model, self._tokenizer, batch.clip, mask, config)
         frames = float(len(batch.clip))
-        if config.motion_values_vary:
+        if motion_values_vary(config):
             frames = float(motion_frames(mask, config))
             total = total - config.loss.motion * losses["loss/motion"]
         named = {LOSS: total} | {name.replace("loss/", "validation/"): loss for name, loss in losses.items()}

@@ -20,7 +20,8 @@ from mam2.engine.config.training import TrainConfig, equal_passes, micro_batches
 from mam2.engine.errors import UserError
 from mam2.engine.model.blocks import Block, RegressorBlock
 from mam2.engine.model.mam2 import MAM2
-from mam2.engine.model.masking import keep_decoded, motion_frames, sample_masks
+from mam2.engine.model.masking import keep_decoded, sample_masks
+from mam2.engine.model.motion_targets import motion_frames, motion_values_vary
 from mam2.engine.model.teacher import momentum, move_teacher
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime import cuda
@@ -340,7 +341,7 @@ class PretrainStep(Step[Tensor | None]):
         The loss of a pass is the mean over its own values, and the passes of all ranks are averaged: without the factor
         a value would count less in a pass that has more of them.
         """
-        if self.world.size * len(passes) == 1 or not self.config.motion_values_vary:
+        if self.world.size * len(passes) == 1 or not motion_values_vary(self.config):
             return passes
         counts = torch.stack([motion_frames(mask, self.config) for _, mask, _ in passes])
         shares = counts * len(passes) / self.world.mean_(counts.sum())

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import loader_settings
+
 CPU = torch.device("cpu")
 
 
@@ -38,7 +40,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def by_name(rows: list[dict]) -> dict[tuple, dict]:
-    return {(row["front_end"], row["files"], row.get("gop"), row.get("views")): row for row in rows}
+    return {(row["decoder"], row["files"], row.get("gop"), row.get("views")): row for row in rows}
 
 
 @pytest.mark.slow
@@ -101,7 +103,7 @@ def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monk
     )
     settings = dataclasses.replace(settings, loaders=())
     rows = {
-        row["front_end"]: row
+        row["decoder"]: row
         for row in bench.decoding_rows({("h264", 30): manifest}, settings, CPU, time.monotonic() + 100)
     }
     assert rows[bench.ALONE]["ratio_to_pyav_alone"] == 1
@@ -129,12 +131,12 @@ def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monk
     monkeypatch.setattr(bench, "first_clips", off_by_one)
     settings = dataclasses.replace(settings, loaders=(("dali-cpu", "vp9", 30, 1),), turns=1)
     rows = bench.decoding_rows({("vp9", 30): manifest}, settings, CPU, time.monotonic() + 100)
-    row = next(row for row in rows if row["front_end"] == "dali-cpu")
+    row = next(row for row in rows if row["decoder"] == "dali-cpu")
     assert row["verdict"] == "wrong"
     assert "differ from PyAV's by" in row["reason"]
 
 
 def test_moving_noise_moves(bench):
-    frames = bench.moving_noise(3, 32, 48, np.random.default_rng(0))
+    frames = loader_settings.moving_noise(3, 32, 48, np.random.default_rng(0))
     assert frames.shape == (3, 32, 48, 3)
     assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 2 * bench.TOLERANCE

@@ -286,7 +286,7 @@ def test_sections_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.
         ("counters", {"kernel": "all", "verdict": "skipped", "reason": "ncu is not installed"}, 0),
         ("step", {"objective": "s", "verdict": "failed", "reason": "RuntimeError: ?"}, 1),
         ("step", {"objective": "s", "verdict": "failed", "reason": "OutOfMemoryError: ?"}, 0),
-        ("loader", {"front_end": "all", "verdict": "skipped", "reason": "av is not installed"}, 0),
+        ("loader", {"decoder": "all", "verdict": "skipped", "reason": "av is not installed"}, 0),
     ],
 )
 def test_what_makes_a_run_fail(name: str, row: dict, count: int) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import defaults
-from benchmarks.trials import prepared, real, trial
+from benchmarks.trials import prepared, real, trial, worker
+from benchmarks.trials.jobs import Job
+from benchmarks.trials.settings import QUICK
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.training import RunConfig
+from mam2.engine.model.pixel_encoder import PixelEncoder
 from tests.helpers import small_models
 
 
@@ -30,5 +35,43 @@ def test_probes_of_clips_in_memory_tell_dark_from_bright():
     rows = torch.arange(20), labels[:20], torch.arange(20, 40), labels[20:], torch.arange(20), torch.arange(20, 40)
     asked = real.RealClips(clips.numpy(), {"bright": real.Question(*rows)})
     answers = real.ask(encoder, asked, config)["bright"]
-    assert {pool: answer.right for pool, answer in answers.items()} == dict.fromkeys(real.POOLS, 20 * "1")
+    assert {pool: answer.right for pool, answer in answers.items()} == dict.fromkeys([*real.POOLS, "tokens"], 20 * "1")
+    pixels = real.pixel_answers(asked)["bright"]
+    assert {kind: answer.right for kind, answer in pixels.items()} == dict.fromkeys(["pixels", "tokens"], 20 * "1")
     assert real.judge(encoder, asked, config) == 1
+
+
+def test_components_of_tokens_see_what_averages_lose():
+    """Every clip has one bright patch; the class is its side. The mean over tokens of raw pixels says nothing of it."""
+    generator = torch.Generator().manual_seed(0)
+    count = 60
+    labels = torch.arange(count) % 2
+    clips = torch.randint(0, 64, (count, 1, 1, 2, 16, 16, 1), dtype=torch.uint8, generator=generator)
+    for clip, label in zip(clips, labels.tolist(), strict=True):
+        column = 8 * label
+        clip[0, 0, :, :8, column : column + 8] += 128
+    rows = torch.arange(40), labels[:40], torch.arange(40, count), labels[40:]
+    asked = real.RealClips(clips.numpy(), {"side": real.Question(*rows, torch.arange(40), torch.arange(40, count))})
+    encoder = PixelEncoder((1, 2, 2), (2, 8, 8), channels=1)
+    answers = real.ask(encoder, asked, PretrainConfig(run=RunConfig(precision="float32")))["side"]
+    assert answers["tokens"].accuracy == 1
+    assert answers["mean"].accuracy < 0.8
+    assert answers["tokens"].right == real.pixel_answers(asked)["side"]["tokens"].right
+
+
+@pytest.mark.parametrize("group", ["real", "real sweep"])
+def test_encoders_of_reported_trainings_on_real_clips_are_kept(group, tmp_path, monkeypatch):
+    """So that they can be asked again; the encoders of a sweep over learning rates are not kept."""
+    encoder = small_models.encoder()
+    monkeypatch.setattr(worker.prepared, "load", lambda folder: None)
+    monkeypatch.setattr(worker.trial, "pretrain", lambda config, clips: trial.Pretrained(encoder, 3, {}))
+    monkeypatch.setattr(worker.real, "load_questions", lambda folder: None)
+    monkeypatch.setattr(worker.real, "ask", lambda *_: {"words": {"time": real.Answer(0.5, "10")}})
+    monkeypatch.setattr(worker.real, "judge", lambda *_: 0.5)
+    job = Job(group, "mam2-muon", (), 1.0, 1e-3, 0, data="real")
+    found = worker.run_job(QUICK, tmp_path, job)
+    assert found["steps"] == 3
+    kept = {file.name: load_file(file) for file in tmp_path.rglob("*.safetensors")}
+    assert list(kept) == ([worker.encoder_file(tmp_path, job).name] if group == "real" else [])
+    for state in kept.values():
+        assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in state.items())

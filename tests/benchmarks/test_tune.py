@@ -74,14 +74,6 @@ def test_the_file_is_as_written(tune: ModuleType) -> None:
     assert text == tune.TABLE.read_text(encoding="utf-8")
 
 
-def test_written_at_once(tune: ModuleType, tmp_path: Path) -> None:
-    file = tmp_path / "table.json"
-    file.write_text("old")
-    tune.write("new", file)
-    assert file.read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
-
-
 def test_a_change_must_pay(tune: ModuleType) -> None:
     assert tune.better({1: 1.0, 2: 0.99}, 1) == 1
     assert tune.better({1: 1.0, 2: 0.9, 4: 0.95}, 1) == 2

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import csv
 import shutil
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mam2.engine.data.encoding import encode_frames, video_writer
+from tests.helpers.videos import SOUND_RATE, add_sound, mux_sound, rotated, write_sound
+
 HERE = Path(__file__).resolve().parent
 MOTIONS = ("left", "right", "up", "down", "grow")
 FPS = 25
-MATRICES = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
-"""Counter-clockwise degrees → the corner of the 3 by 3 matrix in an mp4's track header."""
+TONE = 0.1 * np.sin(2 * np.pi * 440 / SOUND_RATE * np.arange(SOUND_RATE))[None].astype(np.float32)
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(1, 9, 24)).tolist()
 """Times at which frames are shown, in 1 / FPS seconds."""
 
@@ -118,42 +119,37 @@ def render(motion: str, seed: int, frames: int, height: int, width: int) -> NDAr
 def write(clip: Clip, frames: NDArray[np.uint8]) -> None:
     path = HERE / clip.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
-        if clip.encoder:
-            stream = container.add_stream(clip.encoder, rate=FPS, options=clip.options)
-            stream.height, stream.width, stream.pix_fmt = clip.height, clip.width, clip.pixels
-            stream.codec_context.gop_size, stream.codec_context.thread_count = clip.gop, 1
-            stream.codec_context.time_base = Fraction(1, FPS)
-        if clip.sound:
-            tone = container.add_stream("aac", rate=8000)
-        if clip.encoder:
-            for number, image in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                frame.pts, frame.time_base = clip.times[number] if clip.times else number, Fraction(1, FPS)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        if clip.sound:
-            wave = 0.1 * np.sin(2 * np.pi * 440 / 8000 * np.arange(8000))[None].astype(np.float32)
-            sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            sound.sample_rate = 8000
-            container.mux(tone.encode(sound))
-            container.mux(tone.encode())
-    content = bytearray(path.read_bytes())
+    settings: dict[str, Any] = {"rate": FPS, "pixel_format": clip.pixels, "gop": clip.gop, "options": clip.options}
+    settings["container_options"] = {"fflags": "bitexact"}
+    size = clip.width, clip.height
+    if not clip.encoder:
+        write_sound(path, TONE, fflags="bitexact")
+    elif clip.sound:
+        with video_writer(path, clip.encoder, size, **settings) as (container, stream):
+            tone = add_sound(container)
+            for image in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            mux_sound(container, tone, TONE)
+    else:
+        encode_frames(path, frames, clip.encoder, size, times=clip.times, **settings)
+    content = path.read_bytes()
     if clip.rotation:
-        a, b, c, d = (65536 * value for value in MATRICES[clip.rotation])
-        start = content.index(b"tkhd") + 44  # of the matrix
-        content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(clip.damage(bytes(content)) if clip.damage else content)
+        content = rotated(content, clip.rotation)
+    path.write_bytes(clip.damage(content) if clip.damage else content)
 
 
 def write_images(clip: Clip, frames: NDArray[np.uint8]) -> None:
     (HERE / clip.file).mkdir(parents=True)
     for number, image in enumerate(frames, 1):
-        with av.open(str(HERE / clip.file / f"img_{number:05d}.jpg"), "w", format="image2") as container:
-            stream = container.add_stream("mjpeg", rate=1)
-            stream.height, stream.width, stream.pix_fmt = clip.height, clip.width, clip.pixels
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        encode_frames(
+            HERE / clip.file / f"img_{number:05d}.jpg",
+            [image],
+            "mjpeg",
+            (clip.width, clip.height),
+            rate=1,
+            pixel_format=clip.pixels,
+            container_format="image2",
+        )
 
 
 def write_lists() -> None:

@@ -390,6 +390,26 @@ _MISTAKES = {
             "places = np.arange(len(index))[:, None], *np",
             "places = np.zeros(len(index), int)[:, None], *np",
         ),
+        (
+            "PyTorch path: the mean in units of [0,1] where the clip is in bytes",
+            "reference.py",
+            "device=device).mul_(unit).repeat(1, pixels)",
+            "device=device).repeat(1, pixels)",
+        ),
+    ],
+    ("test_motion_mask.py", "test_energies_are_sums_of_squared_changes"): [
+        (
+            "PyTorch path: bytes that wrap where a pixel gets darker",
+            "reference.py",
+            "np.subtract(inside, np.minimum(earlier, later), out=inside)",
+            "np.subtract(later, earlier, out=inside)",
+        ),
+        (
+            "PyTorch path: the last frame keeps what was in memory",
+            "reference.py",
+            "distances[:, :, -1] = 0",
+            "distances[:, :, -1] = 1",
+        ),
     ],
     ("test_masks.py", "test_masks_on_a_cpu_are_those_of_the_reference"): [
         (

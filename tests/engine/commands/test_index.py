@@ -10,6 +10,7 @@ import av
 import pytest
 
 from mam2.engine.data import inspect as index
+from mam2.engine.data.encoding import video_writer
 from mam2.engine.data.manifest import Manifest, Skipped, Video, read_manifest, read_saved_manifest
 from tests.helpers.commands import MAM2_COMMAND, outcome
 
@@ -95,13 +96,13 @@ def test_hdr_and_interlaced_files_are_recognized(tmp_path, numbered_frames):
         ("fields", {"x264-params": "interlaced=1"}, 1),
         ("b", {"bf": "2"}, 1),
     ):
-        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=25, options={"bf": "0"} | options)
-            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        with video_writer(tmp_path / f"{name}.mp4", "libx264", (64, 48), options={"bf": "0"} | options) as (
+            container,
+            stream,
+        ):
             stream.codec_context.color_trc = trc
             for image in numbered_frames(6):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
     videos = {Path(video.path).stem: video for video in read_manifest(tmp_path, progress=False).videos}
     facts = {name: (video.transfer, video.interlaced, video.b_frames) for name, video in videos.items()}
     assert facts == {

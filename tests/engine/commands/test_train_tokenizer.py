@@ -53,7 +53,7 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     with monkeypatch.context() as patch:
         patch.setattr(from_videos, "ClipLoader", Watched)
         assert train(clips, tmp_path / "tokenizer") == 0
-    trained, held_out = seen
+    held_out, trained = seen
     assert not trained & held_out
     assert (len(trained), len(held_out)) == (22, 2)
     names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
@@ -61,7 +61,10 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
     numbers = json.loads((tmp_path / "tokenizer" / "report.json").read_text())
     assert numbers["frames"] == 4
+    assert numbers["explained"] >= numbers["kmeans_explained"]
     out = capsys.readouterr().out
+    state = f"kept: step {numbers['kept_step']} of 40" if numbers["kept_step"] else "kept: the start"
+    assert f"held out: 2 videos, 4 frames; {state}" in out
     shares = f"{numbers['explained']:.1%} ({numbers['color_explained']:.1%} of its color)"
     assert f"variance within a frame: {shares}; k-means of raw" in out
     assert f"centers: {numbers['kmeans_explained']:.1%}" in out
@@ -78,32 +81,30 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
 
 
 @pytest.mark.parametrize(
-    ("explained", "color", "message"),
+    ("explained", "kept", "message"),
     [
-        (-0.01, None, "not fit for pre-training"),
-        (0.79, None, "weak: k-means of raw patches"),
-        (0.81, None, "better than k-means"),
-        (0.81, 0.39, "weak in color: k-means of raw patches"),
-        (0.81, 0.41, "better than k-means"),
+        (-0.01, 20, "not fit for pre-training"),
+        (0.8, 0, "weak: training found nothing better"),
+        (0.81, 20, "better than k-means"),
     ],
 )
-def test_the_verdict_follows_the_numbers(explained: float, color: float | None, message: str) -> None:
+def test_the_verdict_follows_the_numbers(explained: float, kept: int, message: str) -> None:
     empty = torch.empty(0)
     result = Reconstruction(
         frames=4,
         psnr_db=15.0,
         mean_color_psnr_db=15.1,
         explained=explained,
-        color_explained=color,
+        color_explained=None,
         kmeans_explained=0.8,
-        kmeans_color_explained=None if color is None else 0.4,
+        kmeans_color_explained=None,
         codes_used=3,
         perplexity=2.0,
         original=empty,
         reconstructed=empty,
         from_kmeans=empty,
     )
-    assert verdict(result, Path("tokenizer.safetensors")).startswith(message)
+    assert verdict(result, kept, Path("tokenizer.safetensors")).startswith(message)
 
 
 @pytest.mark.slow

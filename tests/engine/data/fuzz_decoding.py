@@ -24,13 +24,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Video, probe_file
 from mam2.engine.data.sampling import View
@@ -67,15 +67,18 @@ def write_sources(folder: Path) -> None:
     frames = np.stack([texture[:, 2 * t : 2 * t + 64] for t in range(30)])
     for name, encoder, options in ENCODERS:
         # Without times, random names and threads, so that a mutant is the same file in every run.
-        with av.open(str(folder / name), "w", container_options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream(encoder, rate=25, options=options)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
-            stream.codec_context.gop_size = 10
-            stream.codec_context.thread_count = 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        pixels = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
+        exact = {"fflags": "+bitexact"}
+        encode_frames(
+            folder / name,
+            frames,
+            encoder,
+            (64, 48),
+            pixel_format=pixels,
+            gop=10,
+            options=options,
+            container_options=exact,
+        )
 
 
 def mutant(data: bytes, rng: np.random.Generator) -> bytes:

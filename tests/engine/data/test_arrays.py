@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from mam2.engine.config.training import DataConfig, check_data
 from mam2.engine.data import arrays
 from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.indexing import index
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
@@ -221,12 +221,8 @@ def test_an_array_has_the_draws_of_a_video(tmp_path: Path, write_video: Callable
 
 
 def _write_gray(path: Path, frames: NDArray[Any], pixel_format: str) -> None:
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("ffv1", rate=10)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:], pixel_format
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=pixel_format)))
-        container.mux(stream.encode())
+    height, width = frames.shape[1:]
+    encode_frames(path, frames, "ffv1", (width, height), rate=10, pixel_format=pixel_format, frame_format=pixel_format)
 
 
 def test_16_bits_of_videos_and_images_are_kept(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,11 +21,13 @@ import torch
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data import decoding, vetting
 from mam2.engine.data.decoding import DecodeError, decode_frames
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe_file, read_manifest
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 from mam2.engine.errors import UserError
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
+from tests.helpers.videos import rotated, write_sound
 
 CONFIG = DataConfig(frames=4, stride=2, size=32, threads=2)
 
@@ -35,36 +36,15 @@ def encode(
     path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str = "yuv420p", pts: Sequence[int] = ()
 ) -> Path:
     """uint8 [T, H, W, 3] at 25 frames per second, or shown at pts / 25 seconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"x265-params": "log-level=none"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixels
-        stream.codec_context.gop_size = 6
-        stream.codec_context.time_base = Fraction(1, 25)
-        for number, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = pts[number] if pts else number, Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    height, width = frames.shape[1:3]
+    options = {"x265-params": "log-level=none"}
+    encode_frames(path, frames, codec, (width, height), pixel_format=pixels, gop=6, times=pts, options=options)
     return path
 
 
 def turn(path: Path) -> Path:
-    """Writes a rotation by a quarter turn into the first track header of an mp4."""
-    content = bytearray(path.read_bytes())
-    place = content.index(b"tkhd") + 44  # of the 3 by 3 matrix
-    content[place : place + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-    return path
-
-
-def write_sound(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        silence.sample_rate = 8000
-        container.mux(stream.encode(silence))
-        container.mux(stream.encode())
+    """Writes a rotation by a quarter turn into an mp4."""
+    path.write_bytes(rotated(path.read_bytes(), 270))
     return path
 
 

@@ -6,8 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 
 from mam2.engine.data import manifest as module
@@ -24,6 +22,7 @@ from mam2.engine.data.manifest import (
     write_manifest,
 )
 from mam2.engine.errors import UserError
+from tests.helpers.videos import write_sound
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +66,7 @@ def test_each_broken_file_is_named_with_its_reason(tmp_path, clip_bytes):
     place(b"", tmp_path / "empty.mp4")
     place(bytes(range(256)) * 20, tmp_path / "garbage.mp4")
     place(b"just some words\n" * 50, tmp_path / "text.avi")
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_sound(tmp_path / "sound.mp4")
     manifest = read_manifest(tmp_path)
     assert names(manifest) == ["good.mp4"]
     reasons = {Path(entry.path).name: entry.reason for entry in manifest.skipped}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mam2.engine.data.lists import read_column
 from mam2.engine.data.sources import read_source
 from mam2.engine.errors import UserError
 
@@ -281,3 +282,9 @@ def test_a_missing_or_empty_folder_is_one_clear_line(tmp_path):
         read_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no videos in this folder"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["nowhere.csv", "shards/{0..3}.tar"])
+def test_a_column_of_no_list_is_one_line(tmp_path, table):
+    with pytest.raises(UserError, match="no such file or folder; expected a list with a header"):
+        read_column(tmp_path / table, "speaker")

@@ -11,6 +11,7 @@ import pytest
 
 from mam2.engine.data import transcode as module
 from mam2.engine.data.decoding import decode_frames
+from mam2.engine.data.encoding import encode_frames, video_writer
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.transcode import FAILURES, Settings, transcode
 from mam2.engine.data.video import Video, probe_file
@@ -60,12 +61,7 @@ def test_every_frame_keeps_its_number_at_a_smaller_size(tmp_path, clip_bytes, fr
 )
 def test_sides_become_multiples_of_16(tmp_path, write_video, size, expected):
     frames = np.full((3, *size, 3), 90, np.uint8)
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    encode_frames(tmp_path / "a.mkv", frames, "ffv1", size[::-1], pixel_format="bgr0")
     assert not transcode(tmp_path / "a.mkv", tmp_path / "out", short_side=41).failed
     video = good(tmp_path / "out" / "a.mp4")
     assert (video.height, video.width) == expected
@@ -84,13 +80,8 @@ def test_a_picture_is_stretched_by_less_than_3_percent():
 def test_scenes_that_move_get_no_b_frames_and_closed_groups(tmp_path, codec):
     generator = np.random.default_rng(0)
     scene = generator.integers(0, 255, (96, 160, 3), np.uint8)
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 96, 96, "bgr0"
-        for shift in range(40):
-            image = np.ascontiguousarray(scene[:, shift : shift + 96])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    frames = (np.ascontiguousarray(scene[:, shift : shift + 96]) for shift in range(40))
+    encode_frames(tmp_path / "a.mkv", frames, "ffv1", (96, 96), pixel_format="bgr0")
     assert not transcode(tmp_path / "a.mkv", tmp_path / "out", codec=codec, gop=10).failed
     with av.open(str(tmp_path / "out" / "a.mp4")) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -145,13 +136,13 @@ def test_planes_turn_like_the_picture(turns):
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuvj420p"])
 def test_brightness_stays_for_limited_and_full_range(tmp_path, pixels):
     levels = np.arange(0, 256, 15)
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
-        stream.height, stream.width, stream.pix_fmt = 32, 32, pixels
+    with video_writer(tmp_path / "a.mkv", "libx264", (32, 32), pixel_format=pixels, options={"crf": "1"}) as (
+        container,
+        stream,
+    ):
         for level in levels:
             image = np.full((32, 32, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)))
-        container.mux(stream.encode())
     before = decode_frames(str(tmp_path / "a.mkv"), range(len(levels))).mean((1, 2, 3))
     transcode(tmp_path / "a.mkv", tmp_path / "out")
     after = decode_frames(str(tmp_path / "out" / "a.mp4"), range(len(levels))).mean((1, 2, 3))

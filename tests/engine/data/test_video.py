@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.video import HASH_BLOCK, Skipped, Video, content_hash, probe_file
 from tests.helpers.clip_sets import ClipSet
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
@@ -16,15 +17,8 @@ from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
 def write_at_times(path: Path, times_ms: list[int]) -> Path:
     """A video whose frames are shown at these milliseconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for time_ms in times_ms:
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), time_ms % 200, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    frames = (np.full((48, 64, 3), time_ms % 200, np.uint8) for time_ms in times_ms)
+    encode_frames(path, frames, "libx264", (64, 48), times=times_ms, time_base=Fraction(1, 1000))
     return path
 
 

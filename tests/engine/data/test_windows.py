@@ -6,12 +6,12 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 from mam2.engine.data import windows as module
 from mam2.engine.data.decoding import DecodeError
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.data.windows import Span, parse_span, sliding_windows
 from mam2.engine.errors import UserError
@@ -88,16 +88,8 @@ def test_times_are_those_of_the_timestamps(tmp_path):
     """A variable rate: the frames of the second half are shown for five times as long."""
     path = tmp_path / "v.mkv"
     times = [0, 40, 80, 120, 160, 360, 560, 760]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.height = stream.width = 32
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
-        for time in times:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")
-            frame.pts = time
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    frames = [np.full((32, 32, 3), 90, np.uint8)] * len(times)
+    encode_frames(path, frames, "mpeg4", (32, 32), times=times, time_base=Fraction(1, 1000))
     found = list(sliding_windows(look(path), frames=2, size=16, window=2, hop=2))
     assert [one.start_s for one in found] == pytest.approx([0, 0.08, 0.16, 0.56], abs=2e-3)
     assert [one.end_s for one in found[:3]] == pytest.approx([0.08, 0.16, 0.56], abs=2e-3)

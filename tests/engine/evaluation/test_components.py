@@ -174,6 +174,9 @@ def test_the_verb_compares_encoders_with_pixels_and_both_together(clips, tmp_pat
         ("random", 3, "tokens", "linear"),
         ("random + pixels", 3, "tokens", "linear"),
     ]
+    for score in scores:
+        assert len(score["right"]) == json.loads(Path("p.json").read_text())["test"]
+        assert score["accuracy"] == pytest.approx(score["right"].count("1") / len(score["right"]))
     assert [s["components"] > 0 for s in scores] == [s["pool"] == "tokens" for s in scores]
     assert scores[6]["gain"] == pytest.approx(scores[6]["accuracy"] - scores[2]["accuracy"])
     rows = capsys.readouterr().out.splitlines()

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from safetensors import safe_open
 
 from mam2.engine import UserError, embed
 from mam2.engine.checkpoints.frozen import load_frozen
+from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.manifest import read_manifest
 from mam2.engine.data.windows import sliding_windows
 from mam2.engine.train.pretrain import pretrain
@@ -162,20 +162,10 @@ def test_mistakes_are_named(videos, run, tmp_path):
 
 def long_video(path: Path, seconds: int) -> Path:
     """5 frames of 64×64 pixels per second, a gray that changes slowly."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.height = stream.width = 64
-        stream.pix_fmt = "yuv420p"
-        frame = av.VideoFrame(64, 64, "yuv420p")
-        planes = [np.frombuffer(plane, np.uint8) for plane in frame.planes]
-        for plane in planes:
-            plane.flags.writeable = True
-        for number in range(5 * seconds):
-            planes[0][:] = 60 + number // 50 % 100
-            planes[1][:] = planes[2][:] = 128
-            frame.pts = number
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    color = np.full((32, 64), 128, np.uint8)
+    levels = (60 + number // 50 % 100 for number in range(5 * seconds))
+    frames = (np.concatenate([np.full((64, 64), level, np.uint8), color]) for level in levels)
+    encode_frames(path, frames, "mpeg4", (64, 64), rate=5, frame_format="yuv420p")
     return path
 
 

@@ -1,16 +1,19 @@
 """Motion targets, objectives and masks other than the defaults: their values, and that a model trains with them."""
 
+import dataclasses
 import importlib.util
 import math
 import sys
+import typing
 
 import numpy as np
 import pytest
 import torch
 
-from mam2.engine.config.pretrain import check
+from mam2.engine.config.pretrain import LossConfig, check
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.motion_pictures import motion_pictures
+from mam2.engine.model import motion_targets
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
 from mam2.engine.model.motion_targets import hog_of_difference, motion_loss, motion_target, motion_values, optical_flow
@@ -214,3 +217,30 @@ def test_runs_of_other_targets_objectives_and_masks(tmp_path, small, synthetic_c
         line = read_log(tmp_path / name)[-1]
         assert math.isfinite(line["loss/pixels" if name == "joint" else "loss/appearance"])
         assert ("loss/motion" in line) == (name == "hog")
+
+
+def test_every_target_of_the_config_is_defined_and_needs_what_check_asks_for(small):
+    assert set(motion_targets.TARGETS) == set(typing.get_args(typing.get_type_hints(LossConfig)["motion_target"]))
+    for name, target in motion_targets.TARGETS.items():
+        loss = {"motion_target": name, "balance": "fixed", "motion": float(name != "none")}
+        given = small(loss=loss, model={"tubelet": 1})
+        if target.tubelet == 1:
+            check(given)
+        else:
+            with pytest.raises(UserError, match=rf"{name}.*needs model.tubelet of at least {target.tubelet}"):
+                check(given)
+
+
+def test_a_target_says_itself_which_frames_it_leaves_out(small, monkeypatch):
+    config = small(loss={"motion_target": "intra"}, mask={"kind": "random"})
+    mask = sample_masks(noise(), config, step=0)
+    assert not motion_targets.motion_values_vary(config)
+    assert motion_targets.motion_frames(mask, config) == 2 * mask.masked.numel()
+    leaves_out = dataclasses.replace(
+        motion_targets.TARGETS["intra"], missing=lambda mask, config: (mask.masked < 3).sum()
+    )
+    monkeypatch.setitem(motion_targets.TARGETS, "intra", leaves_out)
+    assert motion_targets.motion_values_vary(config)
+    assert motion_targets.motion_frames(mask, config) == 2 * mask.masked.numel() - (mask.masked < 3).sum()
+    tubes = small(loss={"motion_target": "intra"}, mask={"kind": "tube"})
+    assert not motion_targets.motion_values_vary(tubes)  # all clips leave out as many
