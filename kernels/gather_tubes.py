@@ -80,16 +80,16 @@ def _gather_tubes_kernel(
     pixels = ()
     for block in tl.static_range(len(cube)):
         part = cube[block]
+        factor = tl.full([], 1.0 / 255.0 if BYTES else 1.0, DTYPE)
         if AFFINE is not None:  # subtract first: a fused product plus shift would not give 0 for a value at its mean
-            part = (part - AFFINE[0][block * CHANNELS // len(cube)]) * AFFINE[1][block * CHANNELS // len(cube)]
-        elif BYTES:
-            part *= 1.0 / 255.0
-        pixels = pixels + (part,)
+            part -= AFFINE[0][block * CHANNELS // len(cube)]
+            factor = tl.full([], AFFINE[1][block * CHANNELS // len(cube)], DTYPE)
+        pixels = pixels + (part * tl.where(inside, factor, float("nan")),)
     pixels = interleave(pixels, CHANNELS, PIXELS, ROWS, RUN)
     out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * WIDTH * CHANNELS)
     for run in tl.static_range(len(pixels)):
         value = run_values(strip, run, CHANNELS, PIXELS, RUN)
-        store_rounded(out + value, tl.where(inside, pixels[run], float("nan")), mask)
+        store_rounded(out + value, pixels[run], mask)
 
 
 def _launch(

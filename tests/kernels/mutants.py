@@ -203,8 +203,8 @@ _MISTAKES = {
         (
             "a product and a shift, which a GPU rounds once",
             "gather_tubes.py",
-            "part = (part - AFFINE[0][block * CHANNELS // len(cube)]) * AFFINE[1][block * CHANNELS // len(cube)]",
-            "part = part * AFFINE[1][block] - AFFINE[0][block] * AFFINE[1][block]",
+            '(part * tl.where(inside, factor, float("nan")),)',
+            "((part + AFFINE[0][block]) * factor - AFFINE[0][block] * factor,)",
         ),
     ],
     (INTERPRETER, "one_color"): [
