@@ -32,7 +32,7 @@ from .launch import jit, tl
 
 NORMALIZE = {None: 0, "channel": 1, "patch": 2}
 MAX_BYTES = 16
-"""Of a run: what a thread loads or stores at a time. In another type, the run may be shorter, or take two accesses."""
+"""What a thread loads or stores at a time: a run of the kernel's predictions or results, or else of the clip."""
 
 
 @jit

@@ -52,10 +52,9 @@ at a time as it stores: bytes in pieces of 64 bits where it stores two bytes eac
 Rows of 14 or 8 pixels, or of 1000 codes, are not aligned. draw_mask scatters.
 """
 LEAST_BITS = 32
-"""Of a load from a clip whose patches have rows of 16 pixels."""
+"""Width of the narrowest load from a clip whose patches have rows of 16 pixels."""
 REGISTERS = 65_536
-"""Of a multiprocessor; programs of a pipeline must fit into them, as many as the launch table says.
-"""
+"""The registers of a multiprocessor, into which as many programs of a pipeline as the launch table says must fit."""
 
 
 SPECIALIZATIONS = """
