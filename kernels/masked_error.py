@@ -219,8 +219,11 @@ def pipelined(
 ) -> int:
     """Returns the number of programs that go through all tokens in a pipeline; 0 if each token has its own program.
 
-    A pipeline copies into shared memory, at least four bytes at a time, and holds two tokens there.
+    A pipeline copies into shared memory, at least four bytes at a time, and holds two tokens there. Tokens of several
+    warps or in float64 have none: they need too many registers for as many programs as RESIDENT_WARPS assumes.
     """
+    if warps > 1 or max(video.itemsize, pred.itemsize) > 4:
+        return 0
     of_clip, of_channels, *of_rows, of_pixels = video.stride()
     whole = meta["CHANNELS_LAST"] or (of_pixels == 1 and of_channels % VECTOR == 0)
     places = of_clip, *of_rows, *pred.stride()[:-1], video.data_ptr(), pred.data_ptr()

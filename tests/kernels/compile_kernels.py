@@ -147,7 +147,7 @@ class Launch(NamedTuple):
         meta = self.meta | ({"AFFINE": self.meta["AFFINE"] is not None} if "AFFINE" in self.meta else {})
         held |= {item for item in meta.items() if shapes or item[0] not in OF_SHAPES}
         if self.meta.get("STAGES", 1) > 1:
-            held |= {("STAGES", name, self.meta[name]) for name in ("KIND", "CHANNELS_LAST", "BYTES", "num_warps")}
+            held |= {("STAGES", name, self.meta[name]) for name in ("KIND", "CHANNELS_LAST", "BYTES")}
         if shapes and self.meta.get("WIDE"):
             held.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
         return {(self.kernel, *feature) for feature in held}
