@@ -26,8 +26,8 @@ SHARED_MEMORY = {
 }
 """Maximum bytes of shared memory per program."""
 
-ROWS_OF_16_PIXELS = r"\w+ \dx16x16 .*"
-SHORT_ROWS = r"channels_last (\dx14x14|\dx8x8) .*"
+ROWS_OF_16_PIXELS = r"\w+ \dx16x16 (?!.* 4 channels).*"
+SHORT_ROWS = r"channels_last (\dx14x14|\dx8x8) .*|.* 4 channels.*"
 WHOLE_VECTORS, ODD_ROWS = r"(8192|16384|2048|1024) .*|\d+x(1536|512) .*", r"1000 .*|\d+x1000 .*"
 PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("gather_tubes", ROWS_OF_16_PIXELS, 17, 0),
@@ -49,7 +49,7 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
 Narrow loads: the token's number and factor; a row's target, its logit and its weight; a row's factor. Narrow stores:
 the token's error, where weights learn also without its weight; the row's loss. A thread reads as many values of a clip
 at a time as it stores: bytes in pieces of 64 bits where it stores two bytes each, of 32 bits where it stores four.
-Rows of 14 or 8 pixels, or of 1000 codes, are not aligned. draw_mask scatters.
+Rows of 14 or 8 pixels, or of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows. draw_mask scatters.
 """
 LEAST_BITS = 32
 """Width of the narrowest load from a clip whose patches have rows of 16 pixels."""
