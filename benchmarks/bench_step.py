@@ -55,8 +55,10 @@ if TYPE_CHECKING:
     from benchmarks.sections import Selection
 
 Row = dict[str, Any]
-OBJECTIVES = ("mam2-fast", "mam2-fast half decoded", "videomae", "mam2-cae")
-"""Recipes; `half decoded` sets mask.decoded to 0.5."""
+CHANGES = {"half decoded": ("mask", {"decoded": 0.5}), "bfloat16 residual": ("model", {"residual": "bfloat16"})}
+"""What the end of an objective's name changes in its recipe: a table of the config and its values."""
+OBJECTIVES = ("mam2-fast", "mam2-fast half decoded", "videomae", "mam2-cae", "mam2-fast bfloat16 residual")
+"""Recipes, some with one of CHANGES."""
 WAYS = (
     *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face"), ("eager", "official")),
     *(("compiled blocks", "ours"), ("compiled", "ours"), ("compiled graph", "ours")),
@@ -124,10 +126,11 @@ class Candidate:
 
 def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | None, precision: str) -> PretrainConfig:
     """Returns a recipe with a precision, reduced to `sizes` (None: unchanged)."""
-    recipe, half, _ = name.partition(" half decoded")
+    recipe, _, change = name.partition(" ")
     config = load_recipe(recipe)
-    if half:
-        config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, decoded=0.5))
+    if change:
+        part, values = CHANGES[change]
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
     if sizes:
         tables, part = sizes
         config = dataclasses.replace(

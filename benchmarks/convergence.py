@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import time
@@ -40,17 +37,16 @@ from benchmarks.trials import prepared, real, worker
 from benchmarks.trials.clips import LABELS, write_hard_dataset
 from benchmarks.trials.jobs import Job, ranked_rates
 from benchmarks.trials.report import around, write_page
+from benchmarks.trials.results import Measured, results
 from benchmarks.trials.selection import JUDGED, REAL_JUDGED
 from benchmarks.trials.settings import SETTINGS, Setting, changed, optimizer_of, pretraining
-from mam2.engine.config.recipe import to_dict
-from mam2.engine.costs import step_flops
 from mam2.engine.errors import UserError
+from mam2.engine.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "convergence.md"
-PACKAGES = ("mam2", "torch", "numpy")
 WIDENED = 1
-"""So many rates more are tried where a best one is the lowest or highest."""
+"""Number of further rates to try if a best one is the lowest or highest."""
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
@@ -75,7 +71,7 @@ class OutOfTime(Exception):
 
 
 class Run:
-    """A run in its folder, with what it has done so far."""
+    """A run in its folder, with the results so far."""
 
     def __init__(self, setting: Setting, out: Path, real_clips: Real | None, *, minutes: float = 0.0) -> None:
         self.setting, self.out, self.real, self._minutes = setting, out, real_clips, minutes
@@ -89,7 +85,7 @@ class Run:
         mine = json.loads(json.dumps([[getattr(setting, name) for name in same], named], default=_plain))
         described = out / "setting.json"
         if not described.is_file():
-            described.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+            write_whole(described, json.dumps(mine, indent=1))
         elif json.loads(described.read_text(encoding="utf-8")) != mine:
             raise UserError(f"--out {out} holds a run of other settings or data: name another folder")
         seconds = out / "seconds.txt"
@@ -97,7 +93,7 @@ class Run:
         file = out / "trials.jsonl"
         if file.is_file():
             whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-            file.write_text("".join(whole), encoding="utf-8")  # without one that a sudden end has cut off
+            write_whole(file, "".join(whole))  # without a line that a crash has cut off
             self.done = {line["key"]: line for line in map(json.loads, whole)}
 
     @property
@@ -106,7 +102,7 @@ class Run:
         return self._before_s + time.perf_counter() - self.start
 
     def note_time(self) -> None:
-        (self.out / "seconds.txt").write_text(str(self.wall_s))
+        write_whole(self.out / "seconds.txt", str(self.wall_s))
 
     def all(self) -> dict[str, Any]:
         """Prepares, measures and trains all that is not done; returns the results."""
@@ -136,13 +132,14 @@ class Run:
             pass
         self.measure()
         later = [job for job in plan.all_later_sweep_jobs(setting) if job.key in self.done]
-        return self.results([job for job in wanted if job.key in self.done], later)
+        measured = Measured(setting, self.out, self.done, self.steps_ms, self.workers, self.wall_s)
+        return results(measured, [job for job in wanted if job.key in self.done], later)
 
     def sweep(self, wanted: list[Job]) -> dict[str, float]:
-        """The best learning rate of each variant. Its trainings are added to `wanted` before they are done.
+        """Returns the best learning rate of each variant; adds the trainings to `wanted` before they run.
 
-        Where a best rate is the lowest or highest tried, one beyond it is tried as well, `WIDENED` times at most; of
-        the other variants then one more, too, so that each has had as many.
+        If a best rate is the lowest or highest of those tried, one beyond it is tried, at most `WIDENED` times. Every
+        other variant then gets one more rate as well, so that all have the same number.
         """
         setting = self.setting
         tried = {variant: sorted(setting.rates[optimizer_of(changes)]) for variant, changes in setting.variants.items()}
@@ -188,11 +185,11 @@ class Run:
         if not file.is_file() or not set(worker.timed(self.setting)) <= set(json.loads(file.read_text("utf-8"))):
             with self._pool(1) as pool:
                 found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic").result()
-            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            write_whole(file, json.dumps(found, indent=1))
         self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
 
     def train(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """What came of the jobs; runs those that are not done, in their order. OutOfTime where not all could be."""
+        """Runs the jobs that are not done, in their order; returns the results of all. Raises OutOfTime."""
         left = [job for job in jobs if job.key not in self.done]
         queue, running = iter(left), {}
         with (
@@ -201,7 +198,7 @@ class Run:
             tqdm(total=len(left), desc="trainings", unit="training", disable=not left) as bar,
         ):
             while True:
-                # no more than are run at once: what is not begun when the time is over is left
+                # submits only as many jobs as run at once, so that none starts after the time limit
                 while len(running) < self.workers and not self._over() and (job := next(queue, None)):
                     running[pool.submit(worker.run_job, self.setting, self.out, job)] = job
                 if not running:
@@ -234,109 +231,9 @@ class Run:
             os.environ.setdefault(name, value)  # read when a process starts
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.begin)
 
-    def results(self, jobs: Sequence[Job], later: Sequence[Job]) -> dict[str, Any]:
-        """What the report is made of. later: the sweeps at larger budgets; their best ones are among the jobs, too."""
-        there = self.real and (self.out / "real" / prepared.PREPARED).is_file()
-        names = ("synthetic", *(["real"] if there else []))
-        facts = {name: json.loads((self.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
-        tuned = {plan.trained_by(job).key: self.done[job.key] for job in jobs if job.group == "finetune"}
-        trained = [job for job in jobs if job.group != "finetune"]
-        trials = [self._trial(job, facts[job.data], tuned) for job in trained if job.group != "random"]
-        trials += [{**self._trial(job, facts[job.data], {}), "group": "sweep"} for job in later]
-        trials += [
-            {**trial, "group": "ablation", "family": "default", "label": "default"}
-            for trial in trials
-            if (trial["group"], trial["variant"], trial["epochs"])
-            == ("main", self.setting.default, self.setting.ablation_epochs)
-        ]
-        untrained = [
-            {**self.done[job.key], "finetune": tuned.get(job.key, {}).get("finetune")}
-            for job in trained
-            if job.group == "random"
-        ]
-        found = {
-            "machine": _machine(self.workers),
-            "setting": self.setting.name,
-            "default": self.setting.default,
-            "budgets": list(self.setting.budgets),
-            "seeds": self.setting.seeds,
-            "config": to_dict(pretraining(self.setting, {})),
-            "date": datetime.date.today().isoformat(),
-            "wall_s": self.wall_s,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "data": {name: {"validation": 0, **fact["videos"], "classes": fact["classes"]}
-                     for name, fact in facts.items()},
-            "preparation": {name: facts["synthetic"][name] for name in
-                            ("tokenizer_s", "tokenize_s", "tokenizer_flops", "tokenize_flops")},
-            "steps_ms": self.steps_ms,
-            "trials": [_shown(trial) for trial in trials],
-            "random": [_shown(trial) for trial in untrained],
-        }  # fmt: skip
-        if there:
-            found["real"] = self._real()
-        return found
-
-    def _real(self) -> dict[str, Any]:
-        """The questions about real clips, and what the pixel baseline answers."""
-        clips = real.load_questions(self.out / "real")
-        file = self.out / "pixels.json"
-        if not file.is_file():
-            answers = {
-                name: {kind: answer._asdict() for kind, answer in answers.items()}
-                for name, answers in real.pixel_answers(clips).items()
-            }
-            file.write_text(json.dumps(answers), encoding="utf-8")
-        return {
-            "pixels": json.loads(file.read_text(encoding="utf-8")),
-            "questions": {
-                name: {
-                    "train": len(asked.train),
-                    "test": len(asked.test),
-                    "classes": int(asked.train_labels.max()) + 1,
-                    "groups": asked.test_groups.tolist(),
-                }
-                for name, asked in clips.questions.items()
-            },
-        }
-
-    def _trial(self, job: Job, facts: dict[str, Any], tuned: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        found = self.done[job.key]
-        config = worker.config_of(self.setting, job)
-        codes = facts["codebook_size"] if config.needs_codes else 0
-        frames = config.model.tubelet if config.code_shape else 1
-        clips = found["steps"] * config.optim.batch
-        step_s = self.steps_ms[job.label or job.variant] / 1000
-        tokenize = {unit: frames * facts[f"tokenize_{unit}"] for unit in ("s", "flops")}
-        return found | {
-            "changes": dict(job.changes),
-            "finetune": tuned.get(job.key, {}).get("finetune"),
-            "step_ms": 1000 * step_s,
-            "train_s": found["steps"] * step_s,
-            "epoch_s": found["steps"] / job.epochs * step_s,
-            "flops": float(sum(step_flops(config, codes).values()) * clips),
-            "preparation_s": facts["tokenizer_s"] + tokenize["s"] if codes else 0.0,
-            "preparation_flops": facts["tokenizer_flops"] + tokenize["flops"] if codes else 0.0,
-        }
-
-
-def _shown(trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial without what only this program reads."""
-    return {name: value for name, value in trial.items() if name != "key"}
-
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value)
-
-
-def _machine(workers: int) -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{workers} {'core' if workers == 1 else 'cores'} of {model}"
 
 
 def _real_clips(options: argparse.Namespace) -> Real | None:
@@ -396,19 +293,19 @@ def main() -> int:
     setting: Setting = SETTINGS[options.setting]
     out = options.out or ROOT / "runs" / f"convergence-{setting.name}"
     if options.page:
-        around(options.page)  # what cannot be written in the end is said now
+        around(options.page)  # fails now if it cannot be written in the end
     try:
         run = Run(setting, out, _real_clips(options), minutes=options.minutes)
         try:
-            results = run.all()
+            found = run.all()
         finally:
             run.note_time()
     except UserError as error:
         print(f"convergence: error: {error}", file=sys.stderr)
         return 2
     page = options.page or Path(shutil.copy(PAGE, out / PAGE.name))
-    (out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
-    write_page(results, page)
+    write_whole(out / "results.json", json.dumps(found) + "\n")
+    write_page(found, page)
     print(f"{len(run.done)} trainings; {page}, {out / 'results.json'}")
     return 0
 

@@ -82,14 +82,14 @@ def train(
     model = MAM2(config, 0)  # not build_model: `huber_loss` and `errors` need MAM2's motion decoder
     if huber:
         huber_loss(model, config)
-    take = PretrainStep(config, model, pick_device(config.run), World())
+    train_step = PretrainStep(config, model, pick_device(config.run), World())
     order = torch.Generator().manual_seed(config.run.seed)
     losses, norms = [], []
     for step in range(steps):
         chosen = torch.randint(len(clips), (config.optim.batch,), generator=order)
-        video = channels_first(clips[chosen].to(take.device))
+        video = channels_first(clips[chosen].to(train_step.device))
         rate = learning_rate(step, steps, steps, config.optim, global_batch=config.optim.batch)
-        values = take(step, [(video, None)], rate, inspect=False)
+        values = train_step(step, [(video, None)], rate, inspect=False)
         losses.append(float(values["loss/motion"]))
         norms.append(float(values["gradient/norm"]))
     return model, losses, norms

@@ -30,6 +30,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import part_costs
 from mam2.engine.data.batch import channels_first
 from mam2.engine.model.attention_tuning import shapes_of
+from mam2.engine.model.blocks import Residual
 from mam2.engine.model.build import build_model
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
@@ -46,9 +47,10 @@ PER_CLIP = ("recipe", "part", "planned_mib_per_clip", "counted_mib_per_clip", "p
 PER_STEP = ("recipe", "clips", "planned_mib", "counted_mib", "planned_percent")
 
 
-def rows(recipe: str) -> Iterator[dict[str, Any]]:
+def rows(recipe: str, residual: Residual = "float32") -> Iterator[dict[str, Any]]:
     """Yields a row per part of a recipe's step: planned and counted MiB per clip, and planned in percent of counted."""
     config = load_recipe(recipe)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, residual=residual))
     declared = part_costs(config, CODES, item_bytes=2)
     for part, counted in counted_bytes(config).items():
         planned = sum(declared[name].held_bytes for name in DECLARED[part] if name in declared)

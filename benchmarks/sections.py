@@ -158,7 +158,8 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
     else:
         from benchmarks import bench_step
 
-        objectives = ("mam2-fast", "mam2-fast half decoded") if name == "step" else (name,)
+        steps = ("mam2-fast", "mam2-fast half decoded", "mam2-fast bfloat16 residual")
+        objectives = steps if name == "step" else (name,)
         yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 
 

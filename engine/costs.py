@@ -60,8 +60,10 @@ def part_costs(
     }
 
     def decoder(tokens: int) -> PartCost:
-        one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale)
-        return stack(config, one, model.decoder.depth, tokens * width) + norm(tokens, width, item_bytes)
+        stream = stream_bytes(config, item_bytes)
+        one = block(tokens, width, ratio, item_bytes, layer_scale=model.layer_scale, stream_bytes=stream)
+        blocks = stack(config, one, model.decoder.depth, tokens * width, stream_bytes=stream)
+        return blocks + norm(tokens, width, item_bytes, stream_bytes=stream)
 
     def pixel_head(outputs: int, *, stored: bool = False) -> PartCost:
         """Returns the cost of a last layer and its loss; `stored`: the predictions pass through memory."""
@@ -161,12 +163,17 @@ def encoder_blocks(config: PretrainConfig, tokens: int, item_bytes: int) -> Part
     return stack(config, one, model.depth, tokens * model.width) + norm(tokens, model.width, item_bytes)
 
 
-def stack(config: TrainConfig, one: PartCost, depth: int, inputs: int) -> PartCost:
+def stream_bytes(config: PretrainConfig, item_bytes: int) -> int:
+    """Returns the item size of the residual stream of regressor and decoders."""
+    return min(item_bytes, SINGLE) if config.model.residual == "bfloat16" else SINGLE
+
+
+def stack(config: TrainConfig, one: PartCost, depth: int, inputs: int, *, stream_bytes: int = SINGLE) -> PartCost:
     """The cost of successive blocks, each with `inputs` input values; recomputed blocks hold only their inputs and
     one block's activations."""
     total = one * depth
     if config.run.recompute:
-        inputs_and_one = depth * inputs * SINGLE + one.held_bytes
+        inputs_and_one = depth * inputs * stream_bytes + one.held_bytes
         return dataclasses.replace(total, held_bytes=min(inputs_and_one, total.held_bytes))
     return total
 
@@ -186,21 +193,23 @@ def regressor(config: PretrainConfig, visible: int, masked: int, item_bytes: int
     sizes = config.model.regressor
     width, everything = sizes.width, sizes.keys == "all"
     keys = visible + masked if everything else visible
+    stream = stream_bytes(config, item_bytes)
     one = (
-        norm(masked, width, item_bytes)
-        + norm(keys, width, item_bytes) * 2
+        norm(masked, width, item_bytes)  # of sums with the positions, which are float32
+        + norm(keys, width, item_bytes)
+        + norm(keys, width, item_bytes, stream_bytes=stream)
         + linear(masked, width, width, item_bytes)
         + linear(keys, width, width, item_bytes, bias=False)
         + linear(keys, width, width, item_bytes)
         + attention(masked, keys, width, item_bytes)
         + linear(masked, width, width, item_bytes)
-        + mlp(masked, width, config.model.mlp_ratio, item_bytes)
+        + mlp(masked, width, config.model.mlp_ratio, item_bytes, stream_bytes=stream)
         + scaling(masked, width, item_bytes, config.model.layer_scale)
     )
     inputs = (masked + (keys if everything else 0)) * width
-    total = stack(config, one, sizes.depth, inputs) + norm(masked, width, item_bytes)
+    total = stack(config, one, sizes.depth, inputs, stream_bytes=stream) + norm(masked, width, item_bytes)
     if not everything and not config.run.recompute:  # all blocks share the same visible latents
-        total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * SINGLE)
+        total += PartCost(held_bytes=-(sizes.depth - 1) * keys * width * stream)
     return total + projection(config, visible, item_bytes)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.config.training import RunConfig
@@ -116,7 +116,7 @@ def _measure(config: PretrainConfig, data: Path, run: Path) -> tuple[DemoResult,
     tokenizer = build_tokenizer(vqgan, config, device)
     codes = vqgan.config.codes
     torch.manual_seed(config.run.seed)
-    # not build_model: measure_pretext needs MAM2, whatever the config's type says
+    # not build_model: measure_pretext needs MAM2, which every demo recipe is
     random, pretrained = (MAM2(config, codes).to(device).eval() for _ in range(2))
     folder = checkpoint.newest(run)
     assert folder is not None

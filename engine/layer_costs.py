@@ -2,8 +2,8 @@
 
 FLOPs are two per multiply-add of the matrix products and convolutions. Bytes are the memory traffic of activations:
 each operator reads its inputs and writes its outputs once, as in a compiled step. Attention never writes its scores.
-The residual stream and the inputs of LayerNorms are float32, all others have the item size of the precision: 4, or 2
-under autocast.
+The residual stream and the inputs of LayerNorms are float32 (`stream_bytes`), all others have the item size of the
+precision: 4, or 2 under autocast.
 """
 
 from __future__ import annotations
@@ -47,16 +47,18 @@ class PartCost:
 _FIELDS = tuple(field.name for field in dataclasses.fields(PartCost))
 
 
-def block(tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0) -> PartCost:
-    """Returns the cost of a self-attention block."""
+def block(
+    tokens: int, width: int, ratio: float, item_bytes: int, *, layer_scale: float = 0.0, stream_bytes: int = SINGLE
+) -> PartCost:
+    """Returns the cost of a self-attention block. stream_bytes: item size of the residual stream."""
     return (
-        norm(tokens, width, item_bytes)
+        norm(tokens, width, item_bytes, stream_bytes=stream_bytes)
         + linear(tokens, width, 3 * width, item_bytes, bias=False)
         + PartCost(parameters=2 * width)  # biases of queries and values
         + PartCost(held_bytes=_centered(tokens, width, item_bytes))  # in addition to the projection that contains them
         + attention(tokens, tokens, width, item_bytes)
         + linear(tokens, width, width, item_bytes)
-        + mlp(tokens, width, ratio, item_bytes)
+        + mlp(tokens, width, ratio, item_bytes, stream_bytes=stream_bytes)
         + scaling(tokens, width, item_bytes, layer_scale)
     )
 
@@ -72,12 +74,12 @@ def scaling(tokens: int, width: int, item_bytes: int, layer_scale: float) -> Par
     return PartCost(parameters=2 * width, bytes_moved=2 * branches, held_bytes=branches)
 
 
-def mlp(tokens: int, width: int, ratio: float, item_bytes: int) -> PartCost:
+def mlp(tokens: int, width: int, ratio: float, item_bytes: int, *, stream_bytes: int = SINGLE) -> PartCost:
     """Returns the cost of LayerNorm, linear, GELU, linear."""
     inner = mlp_width(width, ratio)
     gelu = PartCost(bytes_moved=5 * tokens * inner * item_bytes, held_bytes=tokens * inner * item_bytes)
     layers = linear(tokens, width, inner, item_bytes) + gelu + linear(tokens, inner, width, item_bytes)
-    return norm(tokens, width, item_bytes) + layers
+    return norm(tokens, width, item_bytes, stream_bytes=stream_bytes) + layers
 
 
 def attention(queries: int, keys: int, width: int, item_bytes: int) -> PartCost:
@@ -117,12 +119,15 @@ def linear(
     )
 
 
-def norm(rows: int, width: int, item_bytes: int) -> PartCost:
-    """Returns the cost of an addition and LayerNorm: reads both summands, writes sum and result; holds the sum."""
-    forward = 2 * SINGLE + 2 * item_bytes
-    backward = 3 * SINGLE + item_bytes
+def norm(rows: int, width: int, item_bytes: int, *, stream_bytes: int = SINGLE) -> PartCost:
+    """Returns the cost of an addition and LayerNorm: reads both summands, writes sum and result; holds the sum.
+
+    stream_bytes: item size of the sum.
+    """
+    forward = 2 * stream_bytes + 2 * item_bytes
+    backward = 3 * stream_bytes + item_bytes
     return PartCost(
-        parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * SINGLE
+        parameters=2 * width, bytes_moved=rows * width * (forward + backward), held_bytes=rows * width * stream_bytes
     )
 
 

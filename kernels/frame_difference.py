@@ -113,6 +113,21 @@ def _launch(
     return out
 
 
+def _in_pytorch(
+    video: torch.Tensor,
+    index: torch.Tensor,
+    patch_size: Sequence[int],
+    difference: str,
+    normalize: str | None,
+    eps: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> torch.Tensor:
+    dtype = reference.compute_dtype(video)
+    target = reference.target(video, index, patch_size, difference, normalize, eps, mean, std, dtype)
+    return target.unflatten(0, index.shape)
+
+
 @torch.library.custom_op("mam2::frame_difference", mutates_args=())
 def _frame_difference(
     video: torch.Tensor,
@@ -126,9 +141,7 @@ def _frame_difference(
 ) -> torch.Tensor:
     if launch.active_path(video) == "triton":
         return _launch(video, index, patch_size, difference, normalize, eps, mean, std)
-    dtype = reference.compute_dtype(video)
-    target = reference.target(video, index, patch_size, difference, normalize, eps, mean, std, dtype)
-    return target.unflatten(0, index.shape)
+    return _in_pytorch(video, index, patch_size, difference, normalize, eps, mean, std)
 
 
 @_frame_difference.register_fake
@@ -183,4 +196,5 @@ def frame_difference(
     check_deviation(normalize, patch_size, video.shape[1])
     means, stds = check_statistics(mean, std, video.shape[1])
     index = masked_index(mask, grid, video)
-    return _frame_difference(video, index, list(patch_size), difference, normalize, eps, means, stds)
+    compute = _in_pytorch if launch.is_plain_cpu(video, index) else _frame_difference
+    return compute(video, index, list(patch_size), difference, normalize, eps, means, stds)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .shapes import unfit_tokens
-from .token_cubes import cube_view, frame_view, select
+from .token_cubes import cube_view, cut, frame_view, select
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -268,7 +268,10 @@ def target(
     channels, (tubelet, _, width), unit = video.shape[1], patch_size, _unit(video)
     count = tokens_of(video, patch_size)
     _check_tokens(index, count)
-    cubes = _numbers(select(cube_view(video, patch_size), index), channels, dtype, mean, std)
+    # most tokens are selected twice: all of the cube and one frame of the next; two selections cost more than one cut
+    tokens = cut(video, patch_size) if kind == "adjacent" and 2 * index.shape[1] > count else None
+    raw = select(cube_view(video, patch_size), index) if tokens is None else tokens.index_select(0, _rows(index, count))
+    cubes = _numbers(raw, channels, dtype, mean, std)
     groups = channels if normalize == "channel" else 1
     values = cubes.shape[1]
     frame = values // tubelet
@@ -289,7 +292,12 @@ def target(
         slot = count // (video.shape[2] // tubelet)
         # a token without a next frame takes its own last one
         following = (index // slot + 1) * tubelet - lacks_next_frame(index, count, slot).long()
-        frames = select(frame_view(video, patch_size), following * slot + index % slot)
+        if tokens is None:
+            frames = select(frame_view(video, patch_size), following * slot + index % slot)
+        else:
+            place = following // tubelet * slot + index % slot
+            rows = _rows(place, count) * tubelet + (following % tubelet).flatten()
+            frames = tokens.view(-1, frame).index_select(0, rows)
         torch.sub(_numbers(frames, channels, dtype, mean, std), cubes[:, inside:], out=difference[:, inside:])
     if normalize is not None:
         deviation = _deviation(_center_(cubes, groups, width, unit > 1), groups, normalize, eps, unit)

@@ -1,4 +1,4 @@
-"""Selects tokens of a clip in plain PyTorch, without cutting the tokens that nobody asks for.
+"""Selects tokens of a clip in plain PyTorch, without cutting the tokens that nobody asks for, or cuts all of them.
 
 A clip [B,C,T,H,W] of any strides is seen as a grid of patches; only what is selected is copied. On a CPU NumPy copies,
 because it moves whole runs of a patch where PyTorch moves single values.
@@ -26,6 +26,16 @@ def cube_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
 def frame_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns the view [B,T,H/p,W/p, p,p,C] of video [B,C,T,H,W]."""
     return cube_view(video, (1, *patch_size[1:])).squeeze(4)
+
+
+def cut(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """Returns all tokens [B·N,P] of video [B,C,T,H,W], contiguous; they may be the memory of the clip."""
+    view = cube_view(video, patch_size)
+    shape = math.prod(view.shape[:4]), math.prod(view.shape[4:])
+    if view.device.type != "cpu":
+        return view.reshape(shape)
+    values = view.view(INTEGERS[view.dtype.itemsize]).numpy()
+    return torch.from_numpy(np.ascontiguousarray(values)).view(view.dtype).view(shape)
 
 
 def select(view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.data.manifest import Manifest

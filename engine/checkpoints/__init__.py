@@ -1,6 +1,6 @@
 """Reads and writes weights, in our format and in those of other projects.
 
-run.py             checkpoints of a run: written aside, hashed, renamed; exact resume
+checkpoint.py      checkpoints of a run: written aside, hashed, renamed; exact resume
 saver.py           saves them in the background, from copies in host memory (host_copies.py)
 lock.py            one process per run folder
 weights.py         finds the weights file of a path, the same for loading, hashing and reading

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.training import DataConfig
 from mam2.engine.errors import UserError
@@ -22,7 +22,7 @@ GRAY = "start   the patch embedding takes one gray channel: the sum of its weigh
 
 
 def data_for(data: DataConfig, encoder: Encoder, path: str | Path) -> DataConfig:
-    """Returns `data` with the value range and normalization of an encoder's training, where `data` says nothing.
+    """Returns `data` with the value range and normalization of an encoder's training, unless `data` sets its own.
 
     Raises UserError if the encoder of `path` cannot take clips of `data.channels` channels, or was trained with another
     mean or standard deviation.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.data.manifest import Manifest

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.foreign import PROBLEM_TYPES
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.names import Tensors, to_hugging_face, to_videomae
@@ -113,13 +113,13 @@ def write_hugging_face(model: Model, folder: Path, classes: tuple[str, ...] = ()
 
 
 def write_mam2(path: str | Path, folder: Path) -> None:
-    """Writes a checkpoint of ours without its optimizer, and the tokenizer of its run, for other machines.
+    """Copies a MAM2 checkpoint without its optimizer, and the tokenizer of its run, for use on other machines.
 
-    The config in it has no paths of this machine any more. Raises UserError where `path` is no checkpoint of ours.
+    Paths of this machine are removed from its config. Raises UserError if `path` is not a MAM2 checkpoint.
     """
     weights = find_weights(path)
     if weights is None:
-        raise UserError(f"{path}: is no checkpoint of mam2, which --to mam2 copies; use --to huggingface")
+        raise UserError(f"{path}: is not a checkpoint of mam2, which --to mam2 copies; use --to huggingface")
     metadata = checkpoint.read_metadata(weights)
     metadata["config"] = json.dumps(shareable(json.loads(metadata["config"])))
     if "start" in metadata:

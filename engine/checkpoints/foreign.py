@@ -73,7 +73,7 @@ class Weights:
     Hugging Face uses another one.
     """
     task: HeadTask = "classes"
-    """What the head's outputs are of."""
+    """Kind of the head's outputs."""
     normalized_pixels: bool = True
     """Whether the decoder predicts standardized pixels."""
     mean_pooling: bool = False

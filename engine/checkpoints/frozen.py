@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.pretrain import ModelConfig, PretrainConfig
@@ -110,7 +110,7 @@ def _clips_of(encoder: Encoder, weights: Path | None, stride: int) -> DataConfig
 
 
 def clips_for(encoder: Encoder, data: DataConfig, stride: int = 0) -> DataConfig:
-    """`data` as an encoder is evaluated with it: clips of its size, in one view, every video used that can be.
+    """Returns `data` for the evaluation of an encoder: clips of its size, one view, without a limit on unusable videos.
 
     stride: see `load_frozen`.
     """
@@ -139,8 +139,8 @@ def _foreign_config(model: MAM2 | VideoMAE) -> PretrainConfig:
 def digest(encoder: Encoder) -> str:
     """Returns the SHA-256 (hexadecimal) of everything that affects an encoder's outputs.
 
-    Weights, positions, sizes, epsilons. Two encoders with the same digest compute the same features, whatever files
-    they came from.
+    Weights, positions, sizes, epsilons. Two encoders with the same digest compute the same features, also if they
+    were read from different files.
     """
     heads = [module.heads for module in encoder.modules() if isinstance(module, Attention)]
     norms = [module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)]

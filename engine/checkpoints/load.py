@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from safetensors import safe_open
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, is_classifier, load_classifier
 from mam2.engine.checkpoints.foreign import Weights, hugging_face_classes, read_hugging_face, read_videomae
 from mam2.engine.checkpoints.foreign_models import foreign_encoder, foreign_model
@@ -49,14 +49,14 @@ def load_encoder(
         features = encoder.encode(video).mean(1)   # video [B, C, T, H, W] uint8 -> [B, D]
 
     Args:
-        path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without running what it
-            holds); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification; or
+        path: a MAM2 run or checkpoint; a checkpoint of VideoMAE or VideoMAE v2 (.pth, read without executing code in
+            it); a Hugging Face folder of VideoMAEModel, VideoMAEForPreTraining or VideoMAEForVideoClassification; or
             `hub:OWNER/NAME`, a repository of such a folder or of a MAM2 checkpoint (see hub.py).
-        frames, size: of the clips it is to take. Where the file says that it was trained on others, the positions are
-            resampled; where it says nothing (a .pth without arguments), it is taken to have been trained on these.
-            Without them such a file counts as one of 16 frames of 224², and a warning is logged.
-        heads: attention heads, where path is a checkpoint of VideoMAE's code of a width that it never published.
-        positions: what becomes of the positions at another size, see `mam2.engine.model.positions`.
+        frames, size: size of the clips that the encoder will read. If the file states another one, the positions are
+            resampled. A file that states none (a .pth without arguments) is assumed to have been trained on this one;
+            if it is not passed either, on 16 frames of 224², and a warning is logged.
+        heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.
+        positions: how positions are adapted to another size, see `mam2.engine.model.positions`.
 
     Returns:
         The encoder; `encode` returns [B, N, D]. For a classifier, these are the outputs of its blocks, as in Hugging

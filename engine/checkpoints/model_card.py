@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.load import Model, encoder_of
 from mam2.engine.checkpoints.weights import find_weights
 from mam2.engine.config.recipe import shareable

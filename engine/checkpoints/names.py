@@ -42,7 +42,7 @@ INSIDES = (
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
 )
-"""Theirs and ours: how VideoMAE's fine-tuning begins a name, how Hugging Face does, and what the latter has within."""
+"""Pairs of their name and ours: prefixes of VideoMAE's fine-tuning and Hugging Face's, parts of the latter's names."""
 PROJECTIONS = ("query", "key", "value")
 BIASES = {"q_bias": ("q_bias", "query.bias"), "v_bias": ("v_bias", "value.bias")}
 """Our name and theirs. transformers 4 and all published checkpoints use `q_bias`, transformers 5 uses `query.bias`.

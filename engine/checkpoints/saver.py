@@ -1,4 +1,4 @@
-"""Saves checkpoints of a training run in the background; run.py writes their files."""
+"""Saves checkpoints of a training run in the background; checkpoint.py writes their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers, copies, new_copy
 from mam2.engine.config.training import TrainConfig
 from mam2.engine.files import remove_parts
@@ -30,7 +30,7 @@ class Saver:
         kept_step: int = 0,
     ) -> None:
         """main: False on ranks that only take part in gathering tensors. metadata: further metadata of the weights.
-        buffers: memory that every checkpoint is copied to; None: new memory for each. kept_step: see run.py.
+        buffers: memory that every checkpoint is copied to; None: new memory for each. kept_step: see checkpoint.py.
         """
         self._kept_step = kept_step
         self._run, self._config, self._main, self._metadata = run, config, main, dict(metadata or {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.hub import local_path
 from mam2.engine.checkpoints.weight_files import open_safetensors
 from mam2.engine.errors import UserError

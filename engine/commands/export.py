@@ -30,16 +30,16 @@ def run(arguments: list[str]) -> int:
         Args:
             checkpoint: a run or checkpoint of MAM2, a checkpoint of VideoMAE's code, or a Hugging Face folder.
             to: `huggingface`: a folder for from_pretrained of transformers' VideoMAE classes and its image processor;
-                `mam2`: a folder with all that a checkpoint of ours holds, tokenizer included; `videomae`: a .pth for
+                `mam2`: a folder with all contents of a MAM2 checkpoint, including the tokenizer; `videomae`: a .pth for
                 the --finetune of VideoMAE's code; `torch` (.pt2, of torch.export) and `onnx`: a graph that takes uint8
                 clips [B, C, T, H, W] and returns tokens [B, N, D], or a classifier's logits.
             out: the folder or file to write; not needed with --push.
             push: OWNER/NAME of a repository on the hub (Hugging Face's, or HF_ENDPOINT's) to upload the folder to, with
                 a model card; every verb then takes hub:OWNER/NAME as a checkpoint. Log in first: hf auth login.
-            private: the repository, where it is made, can only be seen by its owner.
+            private: make a new repository visible only to its owner.
             license: identifier of the license of the weights, such as apache-2.0, cc-by-nc-4.0 or other; with it the
                 folder gets a model card, written from the files of the run. --push needs it.
-            scores: files of mam2 probe and mam2 evaluate for the card, beside those in the run folder.
+            scores: files of mam2 probe and mam2 evaluate for the card; those in the run folder are found.
             frames: frames per clip, if the checkpoint does not state them.
             size: height and width of the clips in pixels, likewise.
             heads: attention heads, for a checkpoint of VideoMAE's code whose width was never published.

@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
 
 
 def tables(report: NeighborsReport) -> str:
-    """The scores below each other, in per cent."""
+    """Returns the scores of all encoders as tables, in percent."""
     parts = []
     if found := report.retrieval:
         lines = [("retrieval", *(f"recall@{rank}" for rank in found.chance))]

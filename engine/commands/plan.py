@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
                 one per data set, with --data.weights for their shares.
             utilization: share of the peak that the step reaches, 0 to 1; 0 uses a default, which is printed.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
-            preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
+            preset: regressor and decoders: fast (half the encoder's width) or cae (its full width).
         """
         from mam2.engine.planning import plan
 

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
                 data sets; --data.weights 3 1 sets their shares. Default: data.sets of the recipe.
             config: values that override the recipe.
             checkpoint: start from its weights: a run or checkpoint of mam2, of VideoMAE or VideoMAE v2, or a folder of
-                Hugging Face. The encoder has to be the recipe's; regressor and decoders are taken where they fit.
+                Hugging Face. The encoder must be the recipe's; regressor and decoders are read if their shapes match.
             checkpoint_moments: also take the optimizer's moments of the checkpoint, a run of mam2 pretrain, for a
                 cooldown or a longer training.
             checkpoint_frames: frames per clip of the checkpoint's training, if the checkpoint does not state them.
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
             val: folder or list of validation videos, whose losses are logged, see [validation]; may be repeated.
             resume: continue from the newest checkpoint in the run folder.
             size: tiny, small, base, large or huge: size of the encoder; the other parts are scaled with it.
-            preset: regressor and decoders: fast (half as wide as the encoder) or cae (as wide).
+            preset: regressor and decoders: fast (half the encoder's width) or cae (its full width).
         """
         check(config)
         from mam2.engine.train.pretrain import pretrain

@@ -81,6 +81,9 @@ class ModelConfig:
     layer_scale: float = limited(0.0, NOT_NEGATIVE)
     """Initial value of LayerScale, a learned vector that multiplies the branches of every block; CAE uses 0.1.
     0: no LayerScale."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Type of the residual stream of regressor and decoders in a bfloat16 run; that of the encoder is float32.
+    `bfloat16` moves and holds fewer bytes; the error of its gradients is in docs/numerics.md."""
     projection_norm: bool = False
     """Add a LayerNorm after the projection from the encoder's to the regressor's width, as in CAE."""
     regressor: RegressorConfig = field(default_factory=RegressorConfig)

@@ -14,7 +14,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 RATE = 25
-"""Frames per second where the caller names no other rate."""
+"""Frames per second unless the caller passes another rate."""
 
 
 @contextmanager

@@ -78,9 +78,9 @@ def read_rows(source: Path, split: str, notes: list[str]) -> list[Row]:
 
 
 def read_column(table: Path, column: str) -> dict[str, str]:
-    """One more column of a list with a header: its cell for each path, absolute. A cell may be empty.
+    """Reads one more column of a list with a header. Returns its cell, which may be empty, for each absolute path.
 
-    Raises UserError where there is no such table, no header with a column of paths, or no such column.
+    Raises UserError if the table, a header with a column of paths, or the column is missing.
     """
     if not table.exists():
         raise UserError(f"{table}: no such file or folder; expected a list with a header")
@@ -184,7 +184,7 @@ def _check_widths(source: Path, header: Sequence[str], rows: Sequence[tuple[int,
 
 
 def _read_table(source: Path, text: str, notes: list[str]) -> list[Row] | None:
-    """The rows of a list with a header, None for one without."""
+    """Returns the rows of a list with a header, None for one without."""
     header, table, spaced = _read_cells(source, text)
     path_column, label_column, split_column = (
         next((header.index(name) for name in names if name in header), None)

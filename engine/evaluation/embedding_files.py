@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet")
 _Contents = tuple[dict[str, Any], list[str], dict[str, Any]]
-"""Arrays of a file by their names, the path of each row's video, and what the file says of itself."""
+"""Arrays of a file by their names, the path of each row's video, and the file's description."""
 ROWS_AT_ONCE = 65536
 """Rows per group in a parquet file; one group is in memory at a time."""
 
@@ -52,7 +52,7 @@ def write_embedding(out: Path, embedding: Embedding) -> None:
 
 
 def is_embedding_file(path: Path) -> bool:
-    """Whether a file is one that `write_embedding` wrote, not weights."""
+    """Returns whether a file was written by `write_embedding`; safetensors files may also be weights."""
     if not path.is_file() or path.suffix not in SUFFIXES:
         return False
     if path.suffix == ".safetensors":
@@ -62,7 +62,7 @@ def is_embedding_file(path: Path) -> bool:
 
 
 def read_embedding(path: Path) -> Embedding:
-    """What `write_embedding` wrote. Raises UserError for anything else."""
+    """Reads a file of `write_embedding`. Raises UserError for any other file."""
     from mam2.engine.evaluation.embedding import Embedding
 
     read = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}

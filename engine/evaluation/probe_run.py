@@ -33,7 +33,7 @@ from mam2.engine.model.pixel_encoder import PixelEncoder
 
 Probe = Literal["linear", "attentive", "knn"]
 ProbePool = Pool | Literal["tokens"]
-"""What a probe sees of the tokens: a pool, or `tokens`: principal components of all of them (linear probe only)."""
+"""Input of a probe: averages over groups of tokens, or `tokens`: principal components of all (linear probe only)."""
 FEWEST_VIDEOS = 5
 TEST_SHARE = 5
 """Without a test list, one in this number of videos of each class is a test video."""

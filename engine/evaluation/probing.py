@@ -45,30 +45,30 @@ def probe(
 
     Args:
         checkpoints: runs, checkpoints, or weights of VideoMAE or Hugging Face; each is compared with the first.
-            `random` is an encoder with random weights, like the first of the others, or of `recipe`; `pixels` are the
-            gray pixels of its clips instead of features. Or files that
-            `embed` wrote with windows: `data` and `val` are then lists of segments with columns for path, start, end
-            (seconds) and label, see `mam2.engine.evaluation.segments`.
-        data: a labeled folder or list to train the probes on.
-        val: one to test on; None: a fifth of each class of `data`, or of its groups.
-        recipe: of pre-training: model and clips of the checkpoints `random` and `pixels`.
+            `random` is an encoder with random weights and the model of the first other checkpoint, or of `recipe`;
+            `pixels` are the gray pixels of its clips instead of features. Or files that `embed` wrote with windows:
+            `data` and `val` are then lists of segments with columns for path, start, end (seconds) and label, see
+            `mam2.engine.evaluation.segments`.
+        data: labeled folder or list to train the probes.
+        val: labeled folder or list to test them; None: a fifth of each class of `data`, or of its groups.
+        recipe: pre-training recipe with the model and clips of `random` and `pixels`.
         probes: linear (logistic regression), attentive (learned queries over the tokens), knn (nearest neighbors).
-        pools: over what of a clip features are taken, see `mam2.engine.evaluation.pools`; `tokens`: the principal
-            components of all tokens of a clip (linear probe only).
-        layers: blocks of the encoder whose tokens are probed, from 1; none for the last.
-        group: a column of the lists, or TABLE:COLUMN of another table, that names what belongs together; intervals are
-            then over groups.
-        out: a file for the scores as JSON; None writes none.
-        cache: folder of features, by the hash of weights and videos; delete it at will.
+        pools: groups of tokens to average, see `mam2.engine.evaluation.pools`; `tokens`: the principal components of
+            all tokens of a clip (linear probe only).
+        layers: encoder blocks whose tokens are probed, from 1; empty: the last.
+        group: column of the lists, or TABLE:COLUMN of another table, that assigns videos to groups, such as the
+            speaker; intervals are then over groups.
+        out: output file for the scores as JSON; None writes none.
+        cache: folder for features, keyed by the hash of weights and videos; it may be deleted at any time.
         stride: distance of two sampled frames instead of the checkpoints'.
-        frames, size, heads: of checkpoints that do not say them, see `load_encoder`.
-        batch: clips that go through an encoder at once.
-        device: auto takes a GPU if there is one.
-        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs that multiply it, else float32.
+        frames, size, heads: for a checkpoint that does not state them, see `load_encoder`.
+        batch: clips per forward pass.
+        device: auto uses a GPU if there is one.
+        precision: auto is bfloat16 autocast on a GPU and on x86 CPUs with bfloat16 instructions, else float32.
         progress: draw a progress bar (only on a terminal).
 
     Raises:
-        UserError: for checkpoints, data and files that cannot be used, data without labels, and too few videos.
+        UserError: a checkpoint, the data or a file cannot be used, labels are missing, or there are too few videos.
     """
     check_flags(
         stride=(stride, COUNT_OR_NONE),

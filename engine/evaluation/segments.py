@@ -1,7 +1,7 @@
 """Probes of temporal segments: labels of parts of videos, predicted from features of windows that `embed` wrote.
 
-The feature of a segment is the mean of the windows whose middle lies in it, or the window nearest to its middle where
-there is none. Videos are kept whole: none is in training and test, and intervals are over videos.
+The feature of a segment is the mean of the windows whose middle lies in it, or, without one, the window nearest to its
+middle. All segments of a video are either training or test segments, and intervals are over videos.
 
 n segments, D values of a feature.
 """
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 def read_segments(source: Path) -> list[Segment]:
-    """The rows of a list of segments: CSV or tab-separated, with columns for path, label, start and end in seconds.
+    """Reads a list of segments: CSV or tab-separated, with columns for path, label, start and end in seconds.
 
     Relative paths start at the list's folder. Raises UserError, with the line.
     """
@@ -195,7 +195,7 @@ def probe_segments(
 def _right(
     probe: Probe, features: Tensor, labels: Tensor, train: Tensor, test: Tensor, groups: Tensor
 ) -> tuple[Tensor, float]:
-    """Which test segments a probe names correctly, float64, and the setting chosen."""
+    """Returns which test segments a probe classifies correctly, float64, and the chosen setting."""
     if probe == "knn":
         return (knn(features[train], labels[train], features[test]) == labels[test]).double(), 0.0
     held = held_out(int(train.sum()), groups[train])

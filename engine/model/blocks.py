@@ -7,6 +7,7 @@ projection have a bias, the key projection has none (it would cancel in the soft
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from mam2.engine.model.attention import Choices, attention
 
 LAYER_NORM_EPS = 1e-6
+Residual = Literal["float32", "bfloat16"]
+"""Types of a residual stream, see `residual_stream`."""
 MASK_TOKEN_STD = 0.02
 
 
@@ -151,8 +154,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, path_scales: Tensor | None = None) -> Tensor:
         attention, mlp = (None, None) if path_scales is None else path_scales[..., None, None]
-        tokens = tokens + _scaled(self.attn(self.norm1(tokens)), self.gamma_1, attention)
-        return tokens + _scaled(self.mlp(self.norm2(tokens)), self.gamma_2, mlp)
+        tokens = _sum(tokens, _scaled(self.attn(self.norm1(tokens)), self.gamma_1, attention))
+        return _sum(tokens, _scaled(self.mlp(self.norm2(tokens)), self.gamma_2, mlp))
 
 
 class RegressorBlock(nn.Module):
@@ -180,8 +183,8 @@ class RegressorBlock(nn.Module):
         """Maps masked states with positions [B, Nm, D] and context with positions [B, M, D] to [B, Nm, D]."""
         queries = self.norm_q(masked + masked_positions)
         keys = self.norm_k(context + context_positions)
-        masked = masked + _scaled(self.attn(queries, keys, self.norm_v(context)), self.gamma_1)
-        return masked + _scaled(self.mlp(self.norm2(masked)), self.gamma_2)
+        masked = _sum(masked, _scaled(self.attn(queries, keys, self.norm_v(context)), self.gamma_1))
+        return _sum(masked, _scaled(self.mlp(self.norm2(masked)), self.gamma_2))
 
 
 def _gammas(width: int, value: float) -> tuple[nn.Parameter, nn.Parameter] | tuple[None, None]:
@@ -197,6 +200,19 @@ def _scaled(branch: Tensor, *scales: Tensor | None) -> Tensor:
     for scale in scales:
         branch = branch if scale is None else scale * branch
     return branch
+
+
+def _sum(stream: Tensor, branch: Tensor) -> Tensor:
+    """Returns the sum in the type of the residual stream."""
+    return (stream + branch).to(stream.dtype)
+
+
+def residual_stream(tokens: Tensor, residual: Residual) -> Tensor:
+    """Returns tokens as a residual stream: for "bfloat16" in the type of autocast if that is on, else unchanged."""
+    device = tokens.device.type
+    if residual == "bfloat16" and torch.is_autocast_enabled(device):
+        return tokens.to(torch.get_autocast_dtype(device))
+    return tokens
 
 
 def _check_heads(width: int, heads: int) -> None:

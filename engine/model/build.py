@@ -8,8 +8,8 @@ from mam2.engine.model.videomae import VideoMAE
 
 
 def build_model(config: PretrainConfig, codebook_size: int = 0) -> MAM2 | VideoMAE:
-    """The model of `config.model.objective`, drawn at random, on the CPU.
+    """Returns the model of `config.model.objective` with random weights, on the CPU.
 
-    codebook_size: of the tokenizer whose codes MAM2 predicts; 0 where it predicts none.
+    codebook_size: codebook size of the tokenizer whose codes MAM2 predicts; 0 if it predicts none.
     """
     return MAM2(config, codebook_size) if config.model.objective == "mam2" else VideoMAE(config)

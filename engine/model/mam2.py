@@ -80,6 +80,7 @@ class MAM2(VideoTransformer):
             mlp_ratio=mlp_ratio,
             layer_scale=cfg.model.layer_scale,
             projection_norm=cfg.model.projection_norm,
+            residual=cfg.model.residual,
         )
 
         def decode(outputs: int) -> Decoder:
@@ -90,6 +91,7 @@ class MAM2(VideoTransformer):
                 outputs=outputs,
                 mlp_ratio=mlp_ratio,
                 layer_scale=cfg.model.layer_scale,
+                residual=cfg.model.residual,
             )
 
         if appearance != "none":

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.model.blocks import RegressorBlock, initialize, layer_norm, mask_token
+from mam2.engine.model.blocks import RegressorBlock, Residual, initialize, layer_norm, mask_token, residual_stream
 
 
 class Regressor(nn.Module):
@@ -24,6 +24,7 @@ class Regressor(nn.Module):
         keys: `all`: each block's keys and values are the visible latents and the current masked states, so that masked
             tokens exchange information; `visible`: only the visible latents, so that each token is predicted
             separately.
+        residual: type of the masked states and of the visible latents that the blocks read, see `residual_stream`.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Regressor(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float = 0.0,
         projection_norm: bool = False,
+        residual: Residual = "float32",
     ) -> None:
         super().__init__()
+        self.residual = residual
         if keys not in ("all", "visible"):
             raise ValueError(f"keys: expected 'all' or 'visible', found {keys!r}")
         self.keys = keys
@@ -71,11 +74,14 @@ class Regressor(nn.Module):
         masked = self.mask_token.expand(batch, masked_count, -1)
         if not self.blocks:
             return torch.cat([visible, masked], dim=1)
-        context, context_positions = visible, visible_positions
+        wide = masked_positions.dtype
+        masked, seen = (residual_stream(tokens, self.residual) for tokens in (masked, visible))
+        context, context_positions = seen, visible_positions
         if self.keys == "all":
             context_positions = torch.cat([visible_positions, masked_positions], dim=1)
         for block in self.blocks:
             if self.keys == "all":
-                context = torch.cat([visible, masked], dim=1)
+                context = torch.cat([seen, masked], dim=1)
             masked = block(masked, context, masked_positions, context_positions)
-        return torch.cat([visible, self.norm(masked)], dim=1) if keep_visible else self.norm(masked)
+        latents = self.norm(masked.to(wide))
+        return torch.cat([visible, latents], dim=1) if keep_visible else latents

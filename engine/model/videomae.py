@@ -43,6 +43,7 @@ class VideoMAE(VideoTransformer):
             outputs=math.prod(cfg.patch_size) * cfg.data.channels,
             mlp_ratio=decoder_mlp_ratio or cfg.model.mlp_ratio,
             layer_scale=cfg.model.layer_scale,
+            residual=cfg.model.residual,
         )
         positions = position_table(cfg.grid, cfg.trained_grid, decoder.width)
         self.register_buffer("positions", positions, persistent=False)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-"""The environment variable with which torch.compile is told its folder; Triton's code lies in it, too."""
+"""Environment variable with the folder of torch.compile's code, and of Triton's."""
 
 
 def keep_compiled_code() -> str:

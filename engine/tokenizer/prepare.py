@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.limits import resumable_fields
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import to_dict

@@ -65,16 +65,15 @@ CONFIGS = {
 """taming-transformers' published ImageNet (f16) and OpenImages (Gumbel f8) models."""
 
 
-LEAST_DIMENSIONS = 64
+LEAST_DIMENSIONS = 192
 """Smallest number of dimensions of a small model's latents, unless a patch has fewer values."""
 
 
 def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQGANConfig:
     """Returns a small config, which a CPU trains in seconds.
 
-    One residual block per level, attention only in the middle. A latent has one dimension per code, at most one per
-    value of a patch: as many centers of patches have at most as many independent directions, so that the linear path
-    can hold any k-means of patches without loss.
+    One residual block per level, attention only in the middle. A latent has at least one dimension per code, but not
+    more than a patch has values, so that the linear path can hold any k-means of patches without loss.
 
     Args:
         channels: base width, a multiple of 8; 16 is enough for simple frames of 64×64 and factor 8.

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier
 from mam2.engine.checkpoints.host_copies import copies
 from mam2.engine.config.finetune import FinetuneConfig

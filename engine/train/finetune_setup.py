@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.classifiers import CLASSES, check_labeled, describe_classes, relabeled
 from mam2.engine.checkpoints.load import load_encoder

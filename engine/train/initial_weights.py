@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.channels import GRAY, becomes_gray, data_for, gray_encoder
 from mam2.engine.checkpoints.load import Model, encoder_of, load_model
 from mam2.engine.checkpoints.weights import find_weights

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.host_copies import HostBuffers
 from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.training import equal_passes

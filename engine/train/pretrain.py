@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints.run import read_config
+from mam2.engine.checkpoints.checkpoint import read_config
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.costs import step_flops
 from mam2.engine.data.batch import Batch

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.config.limits import resumable_keys, with_present_names
 from mam2.engine.config.recipe import to_dict

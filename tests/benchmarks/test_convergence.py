@@ -198,7 +198,7 @@ def test_the_reported_trainings_on_real_clips_have_the_best_rate_of_their_sweep(
     monkeypatch.setattr(Run, "train", train)
     for step in ("prepare", "prepare_real", "measure"):
         monkeypatch.setattr(Run, step, lambda self: None)
-    monkeypatch.setattr(Run, "results", lambda self, jobs, later: reported.extend(jobs))
+    monkeypatch.setattr("benchmarks.convergence.results", lambda run, jobs, later: reported.extend(jobs))
     Run(setting, tmp_path, Real((real.Lists(Path("a"), Path("b")),), Path("a"))).all()
     assert {(job.variant, job.base_lr) for job in reported if job.group == "real"} == set(best.items())
     swept = [job for job in reported if job.group == "real sweep"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import defaults
+from benchmarks import defaults, early_stage
 from benchmarks.trials import prepared, real, trial, worker
 from benchmarks.trials.jobs import Job
 from benchmarks.trials.settings import QUICK
@@ -75,3 +75,23 @@ def test_encoders_of_reported_trainings_on_real_clips_are_kept(group, tmp_path, 
     assert list(kept) == ([worker.encoder_file(tmp_path, job).name] if group == "real" else [])
     for state in kept.values():
         assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in state.items())
+
+
+def test_patch_embeddings_are_exchanged_between_encoders():
+    """A row per encoder; each mixture has the other's patch embedding, and a lower rate changes it less."""
+    generator = np.random.default_rng(0)
+    labels = torch.arange(32) % 2
+    train = generator.integers(0, 256, (32, 1, 1, 8, 40, 40, 3), dtype=np.uint8)
+    splits = {"train": prepared.Split(train, labels), "test": prepared.Split(train[:20], labels[:20])}
+    data = prepared.Prepared(splits, generator.integers(0, 16, (32, 1, 1, 100, 2)), 16, 2, {})
+    found = list(early_stage.rows(QUICK, data, epochs=3, base_lr=0.5, muon_rate=4.0, seed=0))
+    assert [row[:2] for row in found] == [
+        ("random", "its own"),
+        ("3 epochs, base lr 0.5", "its own"),
+        ("3 epochs, base lr 0.5", "random"),
+        ("random", "of 3 epochs, base lr 0.5"),
+        ("3 epochs, base lr 0.125, muon_rate 4", "its own"),
+    ]
+    largest = [row[2] for row in found]
+    assert (largest[2], largest[3]) == (largest[0], largest[1])
+    assert float(largest[0]) < float(largest[4]) < float(largest[1])

@@ -206,7 +206,7 @@ def test_every_table_is_written_in_one_way():
 
 
 RENAMES = {
-    "engine/checkpoints/run.py newest_whole": "puts a damaged checkpoint aside, writes nothing",
+    "engine/checkpoints/checkpoint.py newest_whole": "puts a damaged checkpoint aside, writes nothing",
     "engine/runtime/log.py set_aside": "puts the log of an earlier start aside, writes nothing",
 }
 WRITES = {
@@ -215,7 +215,7 @@ WRITES = {
     "engine/checkpoints/lock.py _create": "must fail if the file exists",
     "engine/checkpoints/lock.py _take_over": "into a temporary file",
     "engine/checkpoints/weight_files.py sort_metadata": "changes a file of a temporary folder in place",
-    "engine/checkpoints/run.py _written_aside": "into the temporary folder of a checkpoint",
+    "engine/checkpoints/checkpoint.py _written_aside": "into the temporary folder of a checkpoint",
     "engine/data/encoding.py video_writer": "FFmpeg writes; callers give it a temporary file",
     "engine/evaluation/feature_files.py _new_rows": "into a temporary file",
     "engine/evaluation/prediction_files.py __enter__": "lines that other programs read while they are written",

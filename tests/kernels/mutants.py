@@ -75,8 +75,8 @@ _MISTAKES = {
         (
             "values without a target in the error",
             "masked_error.py",
-            "residual = tl.where(exists, predicted - target[segment], 0.0)",
-            "residual = predicted - target[segment]",
+            "residual = tl.where(exists, predicted - target[run], 0.0)",
+            "residual = predicted - target[run]",
         ),
         (
             "half the gradient",
@@ -395,6 +395,22 @@ _MISTAKES = {
             "reference.py",
             "device=device).mul_(unit).repeat(1, pixels)",
             "device=device).repeat(1, pixels)",
+        ),
+    ],
+    ("test_frame_difference.py", "test_equals_standardizing_and_subtracting"): [
+        (
+            "PyTorch path: the next frame of the clip's last slot from its first one",
+            "reference.py",
+            " + (following % tubelet).flatten()",
+            "",
+        ),
+    ],
+    ("test_frame_difference.py", "test_a_mask_picks_its_rows"): [
+        (
+            "PyTorch path: the next frame of a few tokens from the first row and column",
+            "reference.py",
+            "following * slot + index % slot)",
+            "following * slot)",
         ),
     ],
     ("test_motion_mask.py", "test_energies_are_sums_of_squared_changes"): [

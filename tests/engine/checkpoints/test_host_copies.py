@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mam2.engine.checkpoints import host_copies
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint, host_copies
 from mam2.engine.checkpoints.host_copies import HostBuffers
 from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.recipe import load_recipe

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mam2.engine import UserError, export, load_encoder, load_model
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints import hub as module
-from mam2.engine.checkpoints import run as checkpoint
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.train.pretrain import pretrain

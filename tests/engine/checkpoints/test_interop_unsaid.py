@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import class_names, load_encoder, load_model
 from mam2.engine.checkpoints.pickles import load_pickle

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import load_classifier
 from mam2.engine.checkpoints.frozen import load_frozen
 from mam2.engine.checkpoints.load import load_encoder, load_model

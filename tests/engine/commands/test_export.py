@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.traced import write_onnx, write_torch

@@ -15,7 +15,7 @@ import torch
 from matplotlib import image
 
 from mam2.engine import UserError
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier
 from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.video import Skipped

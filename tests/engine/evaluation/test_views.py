@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier, relabeled
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.load import load_model
 from mam2.engine.config.pretrain import DecoderConfig, RegressorConfig
 from mam2.engine.data.loader import ClipLoader

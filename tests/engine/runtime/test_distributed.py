@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.training import micro_batches_per_step
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mam2.engine.tokenizer import vqgan as vqgan_module
 from mam2.engine.tokenizer.kmeans import kmeans, nearest_center, tally
 from mam2.engine.tokenizer.quality import measure_reconstruction
 from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
@@ -264,11 +265,16 @@ def smooth_frames(count: int, seed: int) -> Tensor:
     return (255 * blurred).to(torch.uint8).movedim(1, -1)
 
 
-@pytest.mark.parametrize(("factor", "codes"), [(8, 32), (16, 32), (16, 96)])
-def test_training_starts_as_k_means_of_patches(factor: int, codes: int) -> None:
-    """Before the first step, the codes explain of new frames what k-means of raw patches explains."""
+@pytest.mark.parametrize(("factor", "least", "width"), [(8, 192, 192), (16, 192, 192), (16, 2, 32)])
+def test_training_starts_as_k_means_of_patches(
+    factor: int, least: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, the codes explain of new frames what k-means of raw patches explains. That takes as many
+    dimensions as there are codes."""
+    monkeypatch.setattr(vqgan_module, "LEAST_DIMENSIONS", least)
+    codes = 32
     config = small(8, codes, factor)
-    assert config.embed_dim < 3 * factor**2, "fewer dimensions than a patch has values"
+    assert config.embed_dim == width
     frames, held_out = smooth_frames(128, seed=1).split(8), smooth_frames(48, seed=7)
     trained = train_vqgan(frames, config, 2, held_out=[held_out])
     result = measure_reconstruction(trained.vqgan, [held_out[None]], trained.centers)

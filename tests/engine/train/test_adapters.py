@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import CLASSES, build_classifier, load_classifier
 from mam2.engine.checkpoints.exporting import export
 from mam2.engine.checkpoints.load import load_any_classifier, load_encoder, load_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.recipe import load_recipe, to_dict
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.log import read_log

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
 from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig

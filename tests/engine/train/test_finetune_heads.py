@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import build_classifier, load_classifier
 from mam2.engine.checkpoints.exporting import export
 from mam2.engine.data.label_texts import class_places, values_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.frozen import load_pretrained
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.export import write_hugging_face, write_videomae
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.errors import UserError

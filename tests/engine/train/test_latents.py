@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.channels import GRAY, gray_encoder
 from mam2.engine.checkpoints.load import load_encoder, load_model
 from mam2.engine.checkpoints.model_card import model_card

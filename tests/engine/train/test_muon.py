@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.finetune import FinetuneOptimConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.config.training import OptimConfig

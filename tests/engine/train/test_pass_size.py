@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import build_classifier
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, write_manifest
 from mam2.engine.data.sources import read_source

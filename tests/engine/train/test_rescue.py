@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.errors import UserError

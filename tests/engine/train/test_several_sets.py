@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mam2.engine import export
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.config.recipe import load_recipe, to_dict
 from mam2.engine.data.manifest import read_saved_manifest
 from mam2.engine.errors import UserError

@@ -11,8 +11,7 @@ import types
 import pytest
 import torch
 
-from mam2.engine.checkpoints import lock
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint, lock
 from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.data.prefetch import Prefetcher
 from mam2.engine.errors import UserError

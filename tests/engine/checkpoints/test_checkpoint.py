@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mam2.engine.checkpoints import run as checkpoint
+from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
