@@ -49,7 +49,8 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
 Narrow loads: the token's number and factor; a row's target, its logit and its weight; a row's factor. Narrow stores:
 the token's error, where weights learn also without its weight; the row's loss. A thread reads as many values of a clip
 at a time as it stores: bytes in pieces of 64 bits where it stores two bytes each, of 32 bits where it stores four.
-Rows of 14 or 8 pixels, or of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows. draw_mask scatters.
+Rows of 14 or 8 pixels, or of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows.
+draw_mask scatters.
 """
 LEAST_BITS = 32
 """Width of the narrowest load from a clip whose patches have rows of 16 pixels."""
