@@ -170,7 +170,7 @@ def interleave(planes, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.co
         own = ()
         for v in tl.static_range(run * RUN, (run + 1) * RUN):
             own = own + (values[v % CHANNELS * PIXELS + v // CHANNELS],)
-        runs = runs + (joined(own, ROWS),)
+        runs = runs + (block_of(own, ROWS),)
     return runs
 
 
@@ -183,7 +183,7 @@ def separate(runs, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.conste
         own = ()
         for place in tl.static_range(block * RUN, (block + 1) * RUN):
             own = own + (values[place % PIXELS * CHANNELS + place // PIXELS],)
-        planes = planes + (joined(own, ROWS),)
+        planes = planes + (block_of(own, ROWS),)
     return planes
 
 
@@ -207,7 +207,7 @@ def columns(cube, ROWS: tl.constexpr, RUN: tl.constexpr):
 
 
 @jit
-def joined(parts, ROWS: tl.constexpr):
+def block_of(parts, ROWS: tl.constexpr):
     """Returns the block [ROWS,RUN] of RUN columns [ROWS,1]: the inverse of `columns`."""
     RUN: tl.constexpr = len(parts)
     for _ in tl.static_range(4):
