@@ -13,6 +13,10 @@ A round trip is a group of loads that waits for the previous group. If the three
 largest of them; without any overlap it is their sum. Registers, shared memory, warps and blocks limit the number of
 resident programs.
 
+A pipeline (a masked loss with many tokens) has the values of a program's next token in flight while it computes, so
+that the three overlap by construction; counts are those of one turn of its loop. Its time at worst is the largest of
+the three and, for a program's first turn, in which nothing overlaps, its share of their sum.
+
 The head (linear_cross_entropy) is a sequence of such parts for each chunk of logits. A training step has two bounds
 from `mam2.engine.costs`: its FLOPs at the rate of a large product, and its memory traffic at the speed of a copy.
 
@@ -57,6 +61,8 @@ class Bounds(NamedTuple):
     resident: int
     in_flight: float
     """Bytes for which an SM waits at a time."""
+    turns: int
+    """Tokens of each program of a pipeline; 1 without one."""
 
     @property
     def best(self) -> float:
@@ -64,7 +70,7 @@ class Bounds(NamedTuple):
 
     @property
     def worst(self) -> float:
-        return sum(self[:3])
+        return sum(self[:3]) if self.turns == 1 else self.best + sum(self[:3]) / self.turns
 
     @property
     def limit(self) -> str:
@@ -98,13 +104,18 @@ def bounds(name: str, programs: int, moved: int) -> Bounds:
         8 * (count["convert"] + count["MUFU"]),
     )
     resident = resident_programs(count["registers"], warps, count["shared"])
-    in_flight = resident * moved / programs / count["round_trips"]
+    in_flight, turns = resident * moved / programs / max(count["round_trips"], 1), 1
+    if not count["round_trips"]:  # a pipeline
+        resident = min(resident, launch.RESIDENT_WARPS["sm_90"] // warps)
+        in_flight, turns = resident * moved / programs, -(-programs // (SMS * resident))
+        programs = turns * SMS * resident  # in the last turn, programs without a token wait for the others
     return Bounds(
         memory=moved / COPY,
         issue=programs * warps * cycles / (SMS * 4 * CLOCK),
         latency=moved / (SMS * in_flight) * LATENCY,
         resident=resident,
         in_flight=in_flight,
+        turns=turns,
     )
 
 
@@ -116,13 +127,19 @@ def kernels() -> dict[str, Bounds]:
     planar = costs.masked_loss(BATCH, MASKED, VALUES, clip_bytes=4).bytes_moved
     gather = costs.gather_tubes(BATCH, VISIBLE, VALUES).bytes_moved
     return {
-        "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
-        "masked_frame_difference_loss, the same": bounds(f"masked_loss {clip} adjacent channel", tokens, loss),
+        "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel pipelined", tokens, loss),
+        "masked_pixel_loss, a program per token": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
+        "masked_frame_difference_loss, loss and gradient": bounds(
+            f"masked_loss {clip} adjacent channel pipelined", tokens, loss
+        ),
+        "masked_frame_difference_loss, a program per token": bounds(
+            f"masked_loss {clip} adjacent channel", tokens, loss
+        ),
         "their backward pass, unless the upstream gradient is 1": bounds(
             f"scale_gradient {tokens}x{VALUES} bfloat16", tokens, costs.scale_gradient(tokens, VALUES).bytes_moved
         ),
         "masked_pixel_loss of planar float32 clips": bounds(
-            "masked_loss contiguous 2x16x16 float32 bfloat16 pixel channel", tokens, planar
+            "masked_loss contiguous 2x16x16 float32 bfloat16 pixel channel pipelined", tokens, planar
         ),
         "gather_tubes": bounds(f"gather_tubes {clip} normalized", BATCH * VISIBLE, gather),
     }

@@ -6,7 +6,8 @@
 
 Several files may hold the runs of one question. Prints a Markdown table: a row per encoder and pool of the linear
 probe, with the difference to `--against`. An answer counts as the share of the seeds that are right; the intervals draw
-whole groups of test videos. Rows that `mam2 probe` names "RUN + pixels" are averaged like the runs.
+whole groups of test videos. Rows that `mam2 probe` names "RUN + pixels" are averaged like the runs; the column of seeds
+says how many runs have one.
 """
 
 from __future__ import annotations
@@ -89,18 +90,16 @@ def seed_table(
         raise UserError(f"--against {against}: expected one of the encoders {', '.join(encoders)}")
     pools = list(dict.fromkeys(pool for _, pool in answers))
     rows: list[Row] = []
-    seen: set[str] = set()
     for pool in pools:
         right: dict[str, Tensor] = {}
         for name, runs in encoders.items():
             for suffix in ("", PLUS_PIXELS):
                 given = [answers[run + suffix, pool] for run in runs if (run + suffix, pool) in answers]
-                if len(given) == len(runs):
-                    right[name + suffix] = torch.stack(given)
-                elif given or not suffix:
-                    missing = next(run + suffix for run in runs if (run + suffix, pool) not in answers)
+                if len(given) < len(runs) and not suffix:
+                    missing = next(run for run in runs if (run, pool) not in answers)
                     raise UserError(f"no answers of {missing} with the pool {pool}; probe it with mam2 probe")
-        seen |= right.keys()
+                if given:
+                    right[name + suffix] = torch.stack(given)
         for name, by_seed in right.items():
             shares = 100 * by_seed.mean(1)
             row: Row = {

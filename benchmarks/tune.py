@@ -1,7 +1,8 @@
 """Writes the launch table of this GPU into kernels/launch_table.json: `make tune`, or `python -m benchmarks.tune`.
 
 For every kernel and row of the table, it times the operators that launch the kernel with each number of warps, and
-linear_cross_entropy with each chunk size, in interleaved rounds. A candidate that fails check.py is not timed; a
+linear_cross_entropy with each chunk size, and the masked losses with each number of warps that a multiprocessor holds
+in a pipeline (0: none), in interleaved rounds. A candidate that fails check.py is not timed; a
 candidate replaces the current value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where
 launches have no warps, and does not change the table. `--out` writes the table to another file. A row applies to an
 architecture: the values tuned on one GPU serve all GPUs of that architecture (those of an H100 also an H200).
@@ -49,6 +50,8 @@ WARPS = (1, 2, 4, 8, 16)
 CHUNK_MIB = (16, 32, 64, 88, 128, 192, 352, 512)
 """From 88 on, chunks of 8192 codes in bfloat16 are cut so that their products fill 132 multiprocessors n times."""
 CHUNKS = "chunk_bytes"
+RESIDENT = "resident_warps"
+RESIDENT_WARPS = (0, 8, 12, 16, 20)
 SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
 """The shape of a dry run."""
 LEAST_GAIN = 0.02
@@ -110,12 +113,22 @@ TUNED = {
 
 
 @contextlib.contextmanager
-def launched_with(architecture: str, warps: dict[str, int], chunk_bytes: int | None = None) -> Iterator[None]:
-    """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size."""
+def launched_with(
+    architecture: str, warps: dict[str, int], chunk_bytes: int | None = None, resident: int | None = None
+) -> Iterator[None]:
+    """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size.
+
+    `resident`: warps per multiprocessor of a kernel with a pipeline.
+    """
     rows = {kernel: [[1, count]] for kernel, count in warps.items()}
     changed = {architecture: {**launch.WARPS.get(architecture, {}), **rows}}
     chunk = {} if chunk_bytes is None else {architecture: chunk_bytes}
-    with mock.patch.dict(launch.WARPS, changed), mock.patch.dict(launch.CHUNK_BYTES, chunk):
+    held = {} if resident is None else {architecture: resident}
+    with (
+        mock.patch.dict(launch.WARPS, changed),
+        mock.patch.dict(launch.CHUNK_BYTES, chunk),
+        mock.patch.dict(launch.RESIDENT_WARPS, held),
+    ):
         yield
 
 
@@ -157,13 +170,13 @@ def choices(
     first_blocks: bool = False,
     deadline: float = math.inf,
 ) -> Iterator[Row]:
-    """Yields a row per choice as soon as it is made: chunks of logits, then warps of each kernel and block.
+    """Yields a row per choice as soon as it is made: chunks of logits, pipelines, then warps of each kernel and block.
 
     Args:
         shape: shape of the operators that launch the kernels.
         device: device of the operators.
         rounds: rounds of each candidate.
-        kernels: names of kernels; default: all, and `chunk_bytes`.
+        kernels: names of kernels; default: all, `chunk_bytes` and `resident_warps`.
         first_blocks: tune only the blocks of mam2-fast: the first of each kernel, the last of softmax_gradient.
         deadline: time.monotonic() after which nothing is tuned; the remaining rows are marked "skipped".
     """
@@ -173,6 +186,11 @@ def choices(
         present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
         sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
         yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), shape, device, present, sizes, rounds, deadline)
+    if not kernels or RESIDENT in kernels:
+        row = {"tuned": RESIDENT, "block": None}
+        present = launch.RESIDENT_WARPS.get(name, launch.RESIDENT_WARPS["default"])
+        counts = {count: launched_with(name, {}, None, count) for count in sorted({present, *RESIDENT_WARPS})}
+        yield _chosen(row, LOSSES, shape, device, present, counts, rounds, deadline)
     for kernel, present_rows in launch.WARPS["default"].items():
         if kernels and kernel not in kernels:
             continue
@@ -184,11 +202,11 @@ def choices(
         if first_blocks:
             blocks = blocks[-1:] if kernel == "softmax_gradient" else blocks[:1]
         for block in blocks:
-            counts = {count: launched_with(name, {kernel: count}) for count in WARPS}
+            candidates = {count: launched_with(name, {kernel: count}) for count in WARPS}
             at = TUNED[kernel].shape(shape, block)
             row = {"tuned": kernel, "block": block}
             present = launch.warps(kernel, block, device)
-            yield _chosen(row, TUNED[kernel].operators, at, device, present, counts, rounds, deadline)
+            yield _chosen(row, TUNED[kernel].operators, at, device, present, candidates, rounds, deadline)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -219,7 +237,7 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     """Yields the choices that decide the speed of mam2-fast: chunks of logits, warps at its blocks, attention."""
     cuda = device.type == "cuda"
     shape = Shape(batch=64) if cuda else SMALL
-    kernels = (CHUNKS, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
+    kernels = (CHUNKS, RESIDENT, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
     options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
     for row in choices(shape, device, kernels=kernels, **options):
         yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
@@ -240,20 +258,23 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
         yield row | ({"best": best, "best_ms": best_ms, "candidates_ms": found} if cuda else {})
 
 
-def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
+def text_of(
+    warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int], resident_warps: dict[str, int]
+) -> str:
     """Returns the text of launch_table.json, one kernel per line."""
 
     def kernels(table: dict[str, list[list[int]]]) -> str:
         return ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(rows)}" for kernel, rows in sorted(table.items()))
 
     tables = ",\n".join(f"  {json.dumps(name)}: {{\n{kernels(table)}\n  }}" for name, table in sorted(warps.items()))
-    return f'{{\n "warps": {{\n{tables}\n }},\n "chunk_bytes": {json.dumps(chunk_bytes)}\n}}\n'
+    others = f'"chunk_bytes": {json.dumps(chunk_bytes)},\n "resident_warps": {json.dumps(resident_warps)}'
+    return f'{{\n "warps": {{\n{tables}\n }},\n {others}\n}}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; does not change the table")
-    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS], default=[], help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS, RESIDENT], default=[], help="default: all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time limit; the rest stays unchanged")
     parser.add_argument("--out", type=Path, help="file of the table; default: kernels/launch_table.json")
     options = parser.parse_args(arguments)
@@ -282,21 +303,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
 
 
-def with_choices(name: str, rows: Sequence[Row]) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int]]:
+def with_choices(
+    name: str, rows: Sequence[Row]
+) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int], dict[str, int]]:
     """Returns the launch tables with these rows in the table of architecture `name`; untuned rows stay unchanged."""
     warps = {kernel: [list(pair) for pair in pairs] for kernel, pairs in launch.WARPS.get(name, {}).items()}
-    chunk_bytes = dict(launch.CHUNK_BYTES)
+    sizes = {CHUNKS: dict(launch.CHUNK_BYTES), RESIDENT: dict(launch.RESIDENT_WARPS)}
     for row in rows:
         if row["verdict"] != "right":
             continue
-        if row["tuned"] == CHUNKS:
-            chunk_bytes[name] = row["best"]
+        if row["tuned"] in sizes:
+            sizes[row["tuned"]][name] = row["best"]
             continue
         held = warps.setdefault(row["tuned"], [list(pair) for pair in launch.WARPS["default"][row["tuned"]]])
         for pair in held:
             if pair[0] == row["block"]:
                 pair[1] = row["best"]
-    return {**launch.WARPS, **({name: warps} if warps else {})}, chunk_bytes
+    return {**launch.WARPS, **({name: warps} if warps else {})}, sizes[CHUNKS], sizes[RESIDENT]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import NORMALIZE, cube_meta, listed_token, restoring_table, run_values
+from .cube import NORMALIZE, cube_meta, listed_token, restoring, run_values
 from .launch import jit, tl
 from .masks import TubeMask, masked_index
 from .shapes import (
@@ -38,7 +38,6 @@ def _frame_difference_kernel(
     out_ptr,
     video_ptr,
     index_ptr,
-    affine_ptr,
     count,
     slots,
     rows,
@@ -56,6 +55,7 @@ def _frame_difference_kernel(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -63,20 +63,18 @@ def _frame_difference_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = WIDTH * CHANNELS
     place = tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
-    row, exists, target = token_target(
-        video_ptr, affine_ptr, clip, token, inside, slots, rows, columns, stride_b, stride_c, stride_t, stride_h,
-        stride_w, KIND, NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
-        DTYPE,
+    strip, exists, target = token_target(
+        video_ptr, clip, token, inside, slots, rows, columns, stride_b, stride_c, stride_t, stride_h, stride_w, KIND,
+        NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE,
     )  # fmt: skip
     FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
-    out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * LENGTH) + row * LENGTH
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        difference = tl.where(inside, tl.where(exists, target[segment], 0.0), float("nan"))
-        tl.store(out + value, difference, mask=row < FRAMES * HEIGHT)
+    out = out_ptr + place.to(tl.int64) * (FRAMES * HEIGHT * WIDTH * CHANNELS)
+    for run in tl.static_range(len(target)):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
+        difference = tl.where(inside, tl.where(exists, target[run], 0.0), float("nan"))
+        tl.store(out + value, difference, mask=strip < FRAMES * HEIGHT * WIDTH // PIXELS)
 
 
 def _launch(
@@ -93,15 +91,13 @@ def _launch(
     dtype = reference.compute_dtype(video)
     values = target_values(grid, patch_size, difference)
     out = video.new_empty(*index.shape, values, dtype=dtype)
-    table = restoring_table(video, mean, std, dtype)
-    meta = cube_meta(video, patch_size, dtype)
+    meta = cube_meta(video, patch_size, dtype, out.dtype)
     launch.run_kernel(
         _frame_difference_kernel,
         index.numel(),
         out,
         video,
         index.contiguous(),
-        table,
         index.shape[1],
         grid.slots,
         grid.rows,
@@ -111,8 +107,8 @@ def _launch(
         KIND=KINDS[difference],
         NORMALIZE=NORMALIZE[normalize],
         EPS=eps,
-        AFFINE=table is not None,
-        num_warps=launch.warps("frame_difference", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
+        AFFINE=restoring(video, mean, std),
+        num_warps=launch.warps("frame_difference", grid.values, video.device),
     )
     return out
 

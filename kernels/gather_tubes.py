@@ -16,13 +16,13 @@ from . import launch, reference
 from .cube import (
     cube_meta,
     cube_place,
+    interleave,
     listed_token,
     load_cube,
-    normalizing_table,
-    row_offsets,
+    normalizing,
     run_values,
-    spread,
     store_rounded,
+    strip_offsets,
 )
 from .launch import jit, tl
 from .masks import TubeMask, without_repeats
@@ -34,7 +34,6 @@ def _gather_tubes_kernel(
     out_ptr,
     video_ptr,
     index_ptr,
-    mean_ptr,
     count,
     slots,
     rows,
@@ -49,6 +48,7 @@ def _gather_tubes_kernel(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -56,13 +56,12 @@ def _gather_tubes_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    LENGTH: tl.constexpr = WIDTH * CHANNELS
     place = tl.program_id(0)
     clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
     base, _ = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, _, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    strip, _, offset = strip_offsets(stride_t, stride_h, stride_w, HEIGHT, WIDTH, PIXELS, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset
-    mask = row < TUBELET * HEIGHT
+    mask = strip < TUBELET * HEIGHT * WIDTH // PIXELS
     cube = load_cube(
         source,
         mask & inside,
@@ -70,27 +69,27 @@ def _gather_tubes_kernel(
         stride_w,
         None,
         CHANNELS,
-        WIDTH,
+        PIXELS,
+        ROWS,
         RUN,
         CHANNELS_LAST,
         WIDE,
         False,
-        False,
         DTYPE,
     )
     pixels = ()
-    for segment in tl.static_range(LENGTH // RUN):  # before any store, which would make the compiler reload the table
-        value, channel = run_values(segment, CHANNELS, RUN)
-        part = cube[segment]
-        if AFFINE:  # subtract first: a fused product plus shift would not give 0 for a value at its mean
-            part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)
-        elif BYTES:
-            part *= 1.0 / 255.0
-        pixels = pixels + (part,)
-    out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * LENGTH) + row * LENGTH
-    for segment in tl.static_range(LENGTH // RUN):
-        value, _ = run_values(segment, CHANNELS, RUN)
-        store_rounded(out + value, tl.where(inside, pixels[segment], float("nan")), mask)
+    for block in tl.static_range(len(cube)):
+        part = cube[block]
+        factor = tl.full([], 1.0 / 255.0 if BYTES else 1.0, DTYPE)
+        if AFFINE is not None:  # subtract first: a fused product plus shift would not give 0 for a value at its mean
+            part -= AFFINE[0][block * CHANNELS // len(cube)]
+            factor = tl.full([], AFFINE[1][block * CHANNELS // len(cube)], DTYPE)
+        pixels = pixels + (part * tl.where(inside, factor, float("nan")),)
+    pixels = interleave(pixels, CHANNELS, PIXELS, ROWS, RUN)
+    out = out_ptr + place.to(tl.int64) * (TUBELET * HEIGHT * WIDTH * CHANNELS)
+    for run in tl.static_range(len(pixels)):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
+        store_rounded(out + value, pixels[run], mask)
 
 
 def _launch(
@@ -105,23 +104,21 @@ def _launch(
     grid = token_grid(video, patch_size)
     out = video.new_empty(batch, count, grid.values, dtype=dtype)
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
-    table = normalizing_table(video, mean, std, compute)
-    meta = cube_meta(video, patch_size, compute)
+    meta = cube_meta(video, patch_size, compute, dtype)
     launch.run_kernel(
         _gather_tubes_kernel,
         batch * count,
         out,
         video,
         visible.contiguous(),
-        table,
         count,
         grid.slots,
         grid.rows,
         grid.columns,
         *video.stride(),
         **meta,
-        AFFINE=table is not None,
-        num_warps=launch.warps("gather_tubes", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
+        AFFINE=normalizing(video, mean, std),
+        num_warps=launch.warps("gather_tubes", grid.values, video.device),
     )
     return out
 

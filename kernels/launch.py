@@ -113,6 +113,24 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
     return 2 * count if scattered else count
 
 
+RESIDENT_WARPS: dict[str, int] = _DATA["resident_warps"]
+"""Architecture -> warps per multiprocessor of a kernel with a pipeline; 0: it is launched without."""
+RESERVED = 2048
+"""Bytes of shared memory that a program takes beyond what its pipeline holds, at most."""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Returns the bytes of shared memory of each multiprocessor of a GPU; 0 for any other device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
+
+
+def resident_programs(warps: int, held: int, device: torch.device) -> int:
+    """Returns how many programs of a pipeline run at a time on a GPU, each holding `held` bytes in shared memory."""
+    most = RESIDENT_WARPS.get(architecture(device), RESIDENT_WARPS["default"]) // warps
+    return processors(device) * min(most, shared_memory(device) // (held + RESERVED))
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Returns the number of multiprocessors of a GPU; 1 for any other device."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from . import launch, reference
-from .cube import cube_meta, cube_place, load_cube, row_offsets
+from .cube import cube_meta, cube_place, load_cube, strip_offsets
 from .launch import jit, tl
 from .masks import TubeMask, draw_positions
 from .shapes import check_video, token_grid
@@ -41,6 +41,7 @@ def _motion_energy_kernel(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -51,11 +52,11 @@ def _motion_energy_kernel(
     place = tl.program_id(0)
     tokens = slots * rows * columns
     base, slot = cube_place(place % tokens, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    strip, frame, offset = strip_offsets(stride_t, stride_h, stride_w, HEIGHT, WIDTH, PIXELS, ROWS, WIDE)
     source = video_ptr + (place // tokens).to(tl.int64) * stride_b + base + offset
-    moves = (row < TUBELET * HEIGHT) & has_target(frame, slot, slots, 1, TUBELET)
+    moves = (strip < TUBELET * HEIGHT * WIDTH // PIXELS) & has_target(frame, slot, slots, 1, TUBELET)
     cube = load_cube(
-        source, moves, stride_c, stride_w, None, CHANNELS, WIDTH, RUN, CHANNELS_LAST, WIDE, False, BYTES, DTYPE
+        source, moves, stride_c, stride_w, None, CHANNELS, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
     )
     following = load_cube(
         source + stride_t,
@@ -64,11 +65,11 @@ def _motion_energy_kernel(
         stride_w,
         None,
         CHANNELS,
-        WIDTH,
+        PIXELS,
+        ROWS,
         RUN,
         CHANNELS_LAST,
         WIDE,
-        False,
         BYTES,
         DTYPE,
     )
@@ -97,7 +98,7 @@ def _launch(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
         grid.columns,
         *video.stride(),
         **meta,
-        num_warps=launch.warps("motion_energy", grid.values, video.device, scattered=not meta["CHANNELS_LAST"]),
+        num_warps=launch.warps("motion_energy", grid.values, video.device),
     )
     return energy
 

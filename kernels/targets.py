@@ -6,7 +6,7 @@
 The kinds of target are those of masked_loss.py and frame_difference.py; see cube.py for cubes and their segments.
 """
 
-from .cube import cube_place, load_cube, mean_and_inverse, row_offsets, run_values, select_group
+from .cube import cube_place, interleave, load_cube, mean_and_inverse, strip_offsets
 from .launch import jit, tl
 
 KINDS = {"pixel": 0, "adjacent": 1, "intra": 2, "joint": 3}
@@ -14,7 +14,7 @@ KINDS = {"pixel": 0, "adjacent": 1, "intra": 2, "joint": 3}
 
 @jit
 def has_target(frame, slot, slots, KIND: tl.constexpr, TUBELET: tl.constexpr):
-    """Returns which patch rows [ROWS,1] have a target: a difference to the next frame needs that frame."""
+    """Returns which strips [ROWS,1] have a target: a difference to the next frame needs that frame."""
     if KIND == 1:  # adjacent: the clip's last frame has no next frame
         return (frame < TUBELET - 1) | (slot < slots - 1)
     if KIND == 2:  # intra: the cube's last frame has no next frame
@@ -31,30 +31,30 @@ def cube_target(
     stride_c,
     stride_t,
     stride_w,
-    affine_ptr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
+    AFFINE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
-    AFFINE: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Returns the target segments of one token.
+    """Returns the target of one token as runs.
 
-    `mask` [ROWS,1] is true for the token's rows, `exists` [ROWS,1] for the rows that have a target; `frame` [ROWS,1] is
-    each row's frame in the cube. In rows without a target the segments hold undefined values.
+    `mask` [ROWS,1] is true for the token's strips, `exists` [ROWS,1] for the strips that have a target; `frame`
+    [ROWS,1] is each strip's frame in the cube. In strips without a target the segments hold undefined values.
     """
-    INTEGER: tl.constexpr = BYTES and not AFFINE
+    INTEGER: tl.constexpr = BYTES and AFFINE is None
     UNIT: tl.constexpr = 255.0 if INTEGER else 1.0
     GROUPS: tl.constexpr = CHANNELS if NORMALIZE == 1 else 1
     cube = load_cube(
-        pointer, mask, stride_c, stride_w, affine_ptr, CHANNELS, WIDTH, RUN, CHANNELS_LAST, WIDE, AFFINE, BYTES, DTYPE
+        pointer, mask, stride_c, stride_w, AFFINE, CHANNELS, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES, DTYPE
     )
     other = cube
     if KIND != 0:
@@ -69,43 +69,41 @@ def cube_target(
             wanted,
             stride_c,
             stride_w,
-            affine_ptr,
+            AFFINE,
             CHANNELS,
-            WIDTH,
+            PIXELS,
+            ROWS,
             RUN,
             CHANNELS_LAST,
             WIDE,
-            AFFINE,
             BYTES,
             DTYPE,
         )
     if NORMALIZE:
-        means, inverses = mean_and_inverse(cube, mask, CHANNELS, VALUES, RUN, NORMALIZE, EPS, INTEGER, DTYPE)
+        means, inverses = mean_and_inverse(cube, mask, CHANNELS, VALUES, NORMALIZE, EPS, INTEGER, DTYPE)
     target = ()
-    for segment in tl.static_range(len(cube)):
-        _, group = run_values(segment, GROUPS, RUN)
+    for block in tl.static_range(len(cube)):
         if KIND == 0:
-            goal = cube[segment].to(DTYPE)
+            goal = cube[block].to(DTYPE)
             if NORMALIZE:
-                goal -= select_group(means, group, GROUPS)
+                goal -= means[block * GROUPS // len(cube)]
         elif KIND == 3:
-            goal = (cube[segment] - other[segment]).to(DTYPE)
+            goal = (cube[block] - other[block]).to(DTYPE)
             if NORMALIZE:
-                goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))
+                goal -= tl.where(frame > 0, 0.0, means[block * GROUPS // len(cube)])
         else:
-            goal = (other[segment] - cube[segment]).to(DTYPE)
+            goal = (other[block] - cube[block]).to(DTYPE)
         if NORMALIZE:
-            goal *= select_group(inverses, group, GROUPS)
+            goal *= inverses[block * GROUPS // len(cube)]
         elif INTEGER:
             goal *= 1.0 / UNIT
         target = target + (goal,)
-    return target
+    return interleave(target, CHANNELS, PIXELS, ROWS, RUN)
 
 
 @jit
 def token_target(
     video_ptr,
-    affine_ptr,
     clip,
     token,
     used,
@@ -125,6 +123,7 @@ def token_target(
     TUBELET: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -132,14 +131,14 @@ def token_target(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Returns patch rows [ROWS,1] of a token, whether each has a target, and the target segments, see `cube_target`.
+    """Returns the strips [ROWS,1] of a token, whether each has a target, and the target segments, see `cube_target`.
 
     `clip` and `token` are those of `listed_token`; a token that is not `used` is not read.
     """
     base, slot = cube_place(token, rows, columns, stride_t, stride_h, stride_w, TUBELET, HEIGHT, WIDTH)
-    row, frame, offset = row_offsets(stride_t, stride_h, HEIGHT, ROWS, WIDE)
+    strip, frame, offset = strip_offsets(stride_t, stride_h, stride_w, HEIGHT, WIDTH, PIXELS, ROWS, WIDE)
     source = video_ptr + clip * stride_b + base + offset
-    mask = used & (row < TUBELET * HEIGHT)
+    mask = used & (strip < TUBELET * HEIGHT * WIDTH // PIXELS)
     exists = mask & has_target(frame, slot, slots, KIND, TUBELET)
     target = cube_target(
         source,
@@ -149,18 +148,18 @@ def token_target(
         stride_c,
         stride_t,
         stride_w,
-        affine_ptr,
         KIND,
         NORMALIZE,
         EPS,
+        AFFINE,
         CHANNELS,
-        WIDTH,
+        PIXELS,
         TUBELET * HEIGHT * WIDTH * CHANNELS,
+        ROWS,
         RUN,
         CHANNELS_LAST,
         WIDE,
-        AFFINE,
         BYTES,
         DTYPE,
     )
-    return row, exists, target
+    return strip, exists, target

@@ -45,6 +45,13 @@ def test_seeds_are_averaged_and_compared_over_groups(question, capsys, monkeypat
     ]
 
 
+def test_runs_without_a_row_with_pixels_are_not_counted_in_it(question, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.probe_seeds.read_manifest", listed(question))
+    assert called(question, "--encoder", "all=m-0,v-0") == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in rows[2:]] == [["all", "time", "2", "50.0"], ["all + pixels", "time", "1", "100.0"]]
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [

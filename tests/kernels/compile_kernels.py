@@ -4,6 +4,7 @@
     python -m tests.kernels.compile_kernels sm_90 gfx942    # for some
     python -m tests.kernels.compile_kernels --all           # every launch there is: an hour
     python -m tests.kernels.compile_kernels --write         # the covering set, into benchmarks/results/static/
+    python -m tests.kernels.compile_kernels --write --kernels masked_loss    # only this kernel's rows
 
 A program of its own, because Triton must see a pretended driver and no interpreter. Prints one JSON object a kernel,
 launch and architecture: what machine_code.py finds in it, and `row`, its line of the table.
@@ -21,9 +22,10 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["MAM2_KERNELS"] = "triton"
@@ -117,14 +119,19 @@ PREDICTED = {
     f"gather_tubes {PLAIN} normalized",
     f"masked_loss {PLAIN} pixel channel",
     f"masked_loss {PLAIN} adjacent channel",
+    f"masked_loss {PLAIN} pixel channel pipelined",
+    f"masked_loss {PLAIN} adjacent channel pipelined",
     "softmax_gradient 8192 bfloat16",
     "scale_gradient 90112x1536 bfloat16",
 }
 """Launches in every covering set: benchmarks/predict.py reads them."""
-PREDICTED_TOO = f"masked_loss {Clip(layout='contiguous', video=SINGLE)} pixel channel"
+PREDICTED_TOO = f"masked_loss {Clip(layout='contiguous', video=SINGLE)} pixel channel pipelined"
 """Read there too; added last, so that it does not change what else is in the covering sets."""
 ALL_SHAPES = ("sm_90", "gfx942")
 """Architectures whose covering set holds every shape of patch; to save time, the others' need not."""
+
+
+OF_SHAPES = ("CHANNELS", "HEIGHT", "WIDTH", "PIXELS", "ROWS", "RUN")
 
 
 class Launch(NamedTuple):
@@ -137,7 +144,10 @@ class Launch(NamedTuple):
         held: set[tuple[Any, ...]] = {
             (position, getattr(value, "dtype", type(value))) for position, value in enumerate(self.arguments)
         }
-        held |= {item for item in self.meta.items() if shapes or item[0] not in ("CHANNELS", "HEIGHT", "WIDTH", "RUN")}
+        meta = self.meta | ({"AFFINE": self.meta["AFFINE"] is not None} if "AFFINE" in self.meta else {})
+        held |= {item for item in meta.items() if shapes or item[0] not in OF_SHAPES}
+        if self.meta.get("STAGES", 1) > 1:
+            held |= {("STAGES", name, self.meta[name]) for name in ("KIND", "CHANNELS_LAST", "BYTES")}
         if shapes and self.meta.get("WIDE"):
             held.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
         return {(self.kernel, *feature) for feature in held}
@@ -167,7 +177,8 @@ def record(architecture: str) -> dict[str, Launch]:
     def recorder(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         assert programs > 0
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        launches[f"{name} {label}"] = Launch(kernel, arguments, meta)
+        if "pipelined" not in label or meta["STAGES"] > 1:  # a clip that a pipeline cannot copy is launched without
+            launches[f"{name} {label}"] = Launch(kernel, arguments, meta)
 
     def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = False) -> int:
         blocks[kernel].add(block)
@@ -201,7 +212,10 @@ def record(architecture: str) -> dict[str, Launch]:
             pred = video.new_empty(BATCH, 1408, predicted, dtype=clip.pred)
             # the mean's divisor: the number of values, which "adjacent" counts on the device
             factors, divisor = (scalar, 1) if target == "adjacent" else (None, pred.numel())
-            masked_errors(pred, video, index, factors, divisor, (True, False), Goal(*options))
+            for pipeline in (False, True)[: 1 + (launch.RESIDENT_WARPS.get(architecture, 0) > 0)]:
+                label = f"{clip} {target} {normalize}{' pipelined' * pipeline}"
+                with mock.patch.object(launch, "resident_programs", return_value=int(pipeline)):
+                    masked_errors(pred, video, index, factors, divisor, (True, False), Goal(*options))
     goal = Goal((2, 16, 16), "pixel", "channel", 1e-6, None, None)
     video, every = PLAIN.tensor(), torch.empty(BATCH, 1568, 1536, dtype=BRAIN, device="meta")
     label = f"{PLAIN} pixel channel every_token"
@@ -254,7 +268,7 @@ def check_rows(architecture: str, blocks: dict[str, set[int]]) -> None:
 def cover(launches: dict[str, Launch], shapes: bool) -> list[str]:
     """Returns PREDICTED and, chosen greedily, further launches until each feature of each kernel is covered."""
     features = {name: launched.features(shapes) for name, launched in launches.items()}
-    chosen = set(PREDICTED)
+    chosen = PREDICTED & launches.keys()
     left = set().union(*features.values()).difference(*(features[name] for name in chosen))
     while left:
         best = max(features, key=lambda name: len(left & features[name]))
@@ -281,11 +295,15 @@ TABLES = {
 """File → its architectures and columns: bytes of shared memory, accesses to global memory as count x bits."""
 
 
-def compiled(architectures: Iterable[str], everything: bool) -> Iterable[dict[str, Any]]:
+def compiled(
+    architectures: Iterable[str], everything: bool = False, kernels: Sequence[str] = ()
+) -> Iterable[dict[str, Any]]:
     for architecture in architectures:
         launches = record(architecture)
         driver.set_active(PretendedDriver(architecture))
         for name in launches if everything else cover(launches, architecture in ALL_SHAPES):
+            if kernels and name.split()[0] not in kernels:
+                continue
             kernel, arguments, meta = launches[name]
             code = kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
             facts = {"name": name, "architecture": architecture, "warps": code.metadata.num_warps}
@@ -300,11 +318,14 @@ def table_path(table: str, version: str) -> Path:
     return RESULTS / (table if pinned else table.replace(".csv", f"-triton-{version}.csv"))
 
 
-def write_tables() -> None:
+def write_tables(kernels: Sequence[str] = ()) -> None:
+    """Writes the tables of all architectures, or replaces the rows of these kernels."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for table, (architectures, head) in TABLES.items():
         file = table_path(table, triton.__version__)
-        rows = sorted(facts["row"] for facts in compiled(architectures, everything=False))
+        kept = file.read_text(encoding="utf-8").splitlines()[2:] if kernels else []
+        rows = [row for row in kept if row.split(",")[0] not in kernels]
+        rows = sorted(rows + [facts["row"] for facts in compiled(architectures, kernels=kernels)])
         first = f"# triton {triton.__version__}; written by: python -m tests.kernels.compile_kernels --write"
         file.write_text("\n".join([first, head, *rows]) + "\n", encoding="utf-8")
         print(f"{file}: {len(rows)} rows", file=sys.stderr)
@@ -315,11 +336,12 @@ def main() -> None:
     parser.add_argument("architectures", nargs="*", help=f"{', '.join(TARGETS)}; default: all")
     parser.add_argument("--all", action="store_true", help="every launch instead of the covering set")
     parser.add_argument("--write", action="store_true", help="write the tables in benchmarks/results/static")
+    parser.add_argument("--kernels", nargs="+", default=[], help="only these kernels; default: all")
     options = parser.parse_args()
     if options.write:
-        write_tables()
+        write_tables(options.kernels)
         return
-    for facts in compiled(options.architectures or TARGETS, options.all):
+    for facts in compiled(options.architectures or TARGETS, options.all, options.kernels):
         print(json.dumps(facts), flush=True)
 
 

@@ -127,8 +127,7 @@ def test_gather_tubes(dtype: torch.dtype) -> None:
     options = {"patch_size": CLIP.patch, "dtype": HALF, **CLIP.statistics}
     found = launched(lambda: gather_tubes(clip(dtype), visible, **options), "_gather_tubes_kernel")
     declared = costs.gather_tubes(BATCH, 4, VALUES, clip_bytes=dtype.itemsize, out_bytes=2)
-    table = 2 * 3 * 4
-    assert found.distinct_bytes == declared.bytes_moved + table
+    assert found.distinct_bytes == declared.bytes_moved
     assert 1 <= found.flops / declared.flops < MOST_EXTRA_FLOPS
 
 

@@ -366,6 +366,39 @@ def test_the_gradient_of_a_token_out_of_range_is_nan(target: str, every: bool, m
     assert [run.outside() for run in launches] == [0, 0]
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("target", LOSSES)
+def test_programs_that_take_several_tokens_give_the_same_bits(
+    target: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three programs for eight tokens, two of them out of range; a clip whose rows are not aligned has eight."""
+    clip = Clip(patch=(2, 4, 16), layout=layout, dtype=BYTES)
+    video, masked = clip.make(), torch.tensor([[8, 1, 0, 5], [3, 7, -1, 2]])
+    pred = torch.randn(2, 4, clip.values // (2 if target == "intra" else 1))
+    options = {"patch_size": clip.patch, "eps": cases.EPS, "reduction": "none"}
+    grids, run = [], launch.run_kernel
+
+    def watched(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
+        if "STAGES" in meta:
+            grids.append((programs, meta["STAGES"]))
+        run(kernel, programs, *arguments, **meta)
+
+    def results(video: torch.Tensor) -> list[torch.Tensor]:
+        function, named = LOSSES[target]
+        leaf = pred.clone().requires_grad_()
+        loss = function(leaf, video, masked, **options, **named)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf, torch.ones_like(loss))]
+
+    alone = results(video)
+    monkeypatch.setattr(launch, "run_kernel", watched)
+    monkeypatch.setattr(launch, "resident_programs", lambda *_: 3)
+    monkeypatch.setattr(importlib.import_module("mam2.kernels.masked_error"), "LEAST_TURNS", 2)
+    for one, other in zip(alone, results(video), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
+    results(torch.cat([video, video[..., :1]], dim=-1)[..., 1:])
+    assert grids == [(3, 3), (8, 1)]
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("codes", [5, 8193])
 def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:

@@ -59,7 +59,7 @@ def round_trips(code: Iterable[tuple[str, str, str]]) -> int:
     """How often a thread waits for global memory, from (opcode, suffix, operands) in program order.
 
     A load belongs to the trip after the last one that an earlier instruction has waited for, by naming a register that
-    it loads: warps issue in order. A loop counts as one pass.
+    it loads: warps issue in order. A loop counts as one pass. Asynchronous copies into shared memory count nothing.
     """
     pending: dict[int, int] = {}
     done = trips = 0
@@ -80,6 +80,29 @@ def _bits(suffix: str) -> int:
     return next((int(part.lstrip("US")) for part in suffix.split(".") if part.lstrip("US").isdigit()), 32)
 
 
+def _instructions(text: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """Returns all of a disassembly's instructions (opcode, suffix, operands), and those that a turn or program runs.
+
+    The second are all, or those of the loop that contains asynchronous copies: a kernel's pipeline.
+    """
+    line = re.compile(
+        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)((?:\.\w+)*)\s*([^;]*);|^(\.L_\w+):", re.MULTILINE
+    )
+    code: list[tuple[str, str, str]] = []
+    labels: dict[str, int] = {}
+    for found in line.finditer(text):
+        if found[4]:
+            labels[found[4]] = len(code)
+        else:
+            code.append((found[1], found[2], found[3]))
+    for place, (opcode, _, operands) in enumerate(code):
+        target = re.search(r"\.L_\w+", operands) if opcode == "BRA" else None
+        start = labels[target[0]] if target else place
+        if any(one == "LDGSTS" for one, _, _ in code[start:place]):
+            return code, code[start : place + 1]
+    return code, code
+
+
 def _run_tool(tool: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
@@ -90,22 +113,24 @@ def _widths(widths: Iterable[int]) -> dict[int, int]:
 
 
 def inspect_cubin(binary: bytes) -> dict[str, Any]:
-    """Returns an NVIDIA kernel's registers, stack, spills, atomics, accesses by width, instructions and their mix."""
+    """Returns an NVIDIA kernel's registers, stack, spills, atomics, accesses by width, instructions and their mix.
+
+    Of a kernel with a pipeline, accesses and instructions are those of one turn of its loop.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
         text = _run_tool("nvdisasm", "-c", "-ndf", file.name)
-    line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)((?:\.\w+)*)\s*([^;]*);")
-    code = [(found[1], found[2], found[3]) for found in line.finditer(text)]
+    whole, code = _instructions(text)
     opcodes = [opcode for opcode, _, _ in code if opcode != "NOP"]
     numbers = {name: int(found) for name, found in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"],
-        "spills": numbers["LOCAL"] + sum(opcode in ("LDL", "STL") for opcode in opcodes),
-        "atomics": sum(opcode in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") for opcode in opcodes),
-        "loads": _widths(_bits(suffix) for opcode, suffix, _ in code if opcode == "LDG"),
+        "spills": numbers["LOCAL"] + sum(opcode in ("LDL", "STL") for opcode, _, _ in whole),
+        "atomics": sum(opcode in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") for opcode, _, _ in whole),
+        "loads": _widths(_bits(suffix) for opcode, suffix, _ in code if opcode in ("LDG", "LDGSTS")),
         "stores": _widths(_bits(suffix) for opcode, suffix, _ in code if opcode == "STG"),
         "round_trips": round_trips(code),
         "instructions": len(opcodes),

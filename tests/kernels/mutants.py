@@ -44,20 +44,20 @@ _MISTAKES = {
         (
             "the row's stride taken for the frame's",
             "cube.py",
-            "offset = frame * stride_t + row % HEIGHT * stride_h",
+            "offset = frame * stride_t + row * stride_h",
             "offset = row * stride_h",
         ),
         (
-            "channels counted from the start of the segment",
+            "planes in the place of runs",
             "cube.py",
-            "return value, value % CHANNELS",
-            "return value, tl.arange(0, RUN)[None, :] % CHANNELS",
+            "values[v % CHANNELS * PIXELS + v // CHANNELS]",
+            "values[v]",
         ),
         (
-            "segments that overlap",
+            "runs that overlap",
             "cube.py",
-            "value = segment * RUN + tl.arange(0, RUN)[None, :]",
-            "value = segment * (RUN - 1) + tl.arange(0, RUN)[None, :]",
+            "(PIXELS * CHANNELS) + run * RUN + tl",
+            "(PIXELS * CHANNELS) + run * (RUN - 1) + tl",
         ),
         (
             "predictions of every token read in the order of the mask",
@@ -75,8 +75,8 @@ _MISTAKES = {
         (
             "values without a target in the error",
             "masked_error.py",
-            "residual = tl.where(exists, predicted - target[segment], 0.0)",
-            "residual = predicted - target[segment]",
+            "residual = tl.where(exists, predicted - target[run], 0.0)",
+            "residual = predicted - target[run]",
         ),
         (
             "half the gradient",
@@ -87,22 +87,37 @@ _MISTAKES = {
         (
             "the mean taken from differences to the first frame too",
             "targets.py",
-            "goal -= tl.where(frame > 0, 0.0, select_group(means, group, GROUPS))",
-            "goal -= select_group(means, group, GROUPS)",
+            "goal -= tl.where(frame > 0, 0.0, means[",
+            "goal -= tl.where(frame > 9, 0.0, means[",
         ),
     ],
     (INTERPRETER, "shared_case and loss and inner"): [
         (
             "biased variance of a float clip",
             "cube.py",
-            "group_sum(squares, group, GROUPS, RUN) / (COUNT - 1)",
-            "group_sum(squares, group, GROUPS, RUN) / COUNT",
+            "group_sum(squares, group, GROUPS) / (COUNT - 1)",
+            "group_sum(squares, group, GROUPS) / COUNT",
         ),
         (
             "no gradient written where nothing exists",
             "masked_error.py",
-            "stored = row < FRAMES * HEIGHT\n",
+            "stored = strip < FRAMES * HEIGHT * WIDTH // PIXELS\n",
             "stored = exists\n",
+        ),
+    ],
+    (INTERPRETER, "shared_case and loss and 16x16"): [
+        (
+            "values of one channel taken for another's",
+            "cube.py",
+            "values[place % PIXELS * CHANNELS + place // PIXELS]",
+            "values[place]",
+        ),
+        ("strips of a row one pixel apart", "cube.py", "column = strip % STRIPS * PIXELS", "column = strip % STRIPS"),
+        (
+            "every plane with the first channel's statistics",
+            "targets.py",
+            "goal *= inverses[block * GROUPS // len(cube)]",
+            "goal *= inverses[0]",
         ),
     ],
     (LIMITS, "large_bright_patches"): [
@@ -118,14 +133,14 @@ _MISTAKES = {
         (
             "64-bit offsets with the wrong stride",
             "cube.py",
-            "(row % HEIGHT).to(tl.int64) * stride_h",
-            "(row % HEIGHT).to(tl.int64) * stride_t",
+            " + row.to(tl.int64) * stride_h +",
+            " + row.to(tl.int64) * stride_t +",
         ),
         (
             "64-bit offsets of channels by the pixel's stride",
             "cube.py",
-            "channel.to(tl.int64) * stride_c",
-            "channel.to(tl.int64) * stride_w",
+            "block // OF_PLANE, tl.int64) * stride_c",
+            "block // OF_PLANE, tl.int64) * stride_w",
         ),
     ],
     (LIMITS, "reach_past_32_bits"): [
@@ -160,6 +175,14 @@ _MISTAKES = {
             "            slope *= 1.0\n",
         ),
     ],
+    (INTERPRETER, "programs_that_take_several_tokens"): [
+        (
+            "a pipeline that ends before the last token",
+            "masked_error.py",
+            "stop, step = last, tl.num_programs(0)",
+            "stop, step = last - 1, tl.num_programs(0)",
+        ),
+    ],
     (INTERPRETER, "test_a_target_out_of_range"): [
         (
             "a target out of range has the gradient of no target",
@@ -180,9 +203,8 @@ _MISTAKES = {
         (
             "a product and a shift, which a GPU rounds once",
             "gather_tubes.py",
-            "part = (part - spread(mean_ptr, channel, CHANNELS)) * spread(mean_ptr + CHANNELS, channel, CHANNELS)",
-            "part = part * spread(mean_ptr + CHANNELS, channel, CHANNELS) - (spread(mean_ptr, channel, CHANNELS) "
-            "* spread(mean_ptr + CHANNELS, channel, CHANNELS) + 0.0)",
+            '(part * tl.where(inside, factor, float("nan")),)',
+            "((part + AFFINE[0][block]) * factor - AFFINE[0][block] * factor,)",
         ),
     ],
     (INTERPRETER, "one_color"): [

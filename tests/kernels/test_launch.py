@@ -100,6 +100,18 @@ def test_chunks_on_a_gpu_fill_it_and_are_no_smaller_than_the_weight() -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
+def test_programs_of_a_pipeline_fit_into_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "RESIDENT_WARPS", {"default": 0, "sm_90": 16})
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 233_472)
+    assert launch.resident_programs(1, 9216, gpu) == 132 * 16
+    assert launch.resident_programs(4, 9216, gpu) == 132 * 4
+    assert launch.resident_programs(1, 30_720, gpu) == 132 * 7  # limited by the shared memory
+    pretend(monkeypatch, "gfx942")
+    assert launch.resident_programs(1, 9216, gpu) == 0
+
+
+@pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize(
     ("rows", "width", "codes", "parts", "chunks"), [(90112, 384, 8192, 96, 16), (16384, 4096, 128256, 4, 4)]
 )
@@ -184,12 +196,35 @@ def test_a_patch_row_without_gaps_is_read_in_wide_pieces(
     assert cube.cube_meta(video, patch, torch.float32)["CHANNELS_LAST"] == rows_are_whole
 
 
+@pytest.mark.parametrize(
+    ("width", "clip", "other", "expected"),
+    [
+        (16, torch.uint8, torch.bfloat16, (8, 8, 64)),
+        (16, torch.float32, torch.bfloat16, (8, 8, 64)),
+        (16, torch.uint8, torch.float32, (4, 4, 128)),
+        (16, torch.uint8, None, (16, 16, 32)),
+        (14, torch.uint8, torch.bfloat16, (14, 2, 32)),  # strips of 2 pixels would take 256 rows for 224
+        (12, torch.uint8, torch.bfloat16, (12, 4, 32)),
+        (3, torch.float64, torch.float64, (3, 1, 32)),
+    ],
+)
+def test_a_run_is_what_a_thread_stores_at_once(
+    width: int, clip: torch.dtype, other: torch.dtype | None, expected: tuple[int, int, int]
+) -> None:
+    """Pixels per strip, pixels per run, and strips, of patches of 2 frames of 16 rows."""
+    pytest.importorskip("triton")
+    video = torch.zeros(1, 3, 2, 16, width, dtype=clip)
+    meta = cube.cube_meta(video, (2, 16, width), torch.float32, other)
+    assert (meta["PIXELS"], meta["RUN"], meta["ROWS"]) == expected
+
+
 def test_the_file() -> None:
     text = importlib.resources.files("mam2.kernels").joinpath("launch_table.json").read_text(encoding="utf-8")
     tables = json.loads(text)
-    assert set(tables) == {"warps", "chunk_bytes"}
+    assert set(tables) == {"warps", "chunk_bytes", "resident_warps"}
     assert "default" in tables["warps"]
     assert "default" in tables["chunk_bytes"]
+    assert tables["resident_warps"]["default"] == 0
     for kernels in tables["warps"].values():
         assert set(kernels) <= set(tables["warps"]["default"])
         for rows in kernels.values():
