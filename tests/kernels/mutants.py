@@ -62,7 +62,7 @@ _MISTAKES = {
         (
             "predictions of every token read in the order of the mask",
             "masked_error.py",
-            "        pred_row = token.to(tl.int64)\n",
+            "            pred_row = token.to(tl.int64)\n",
             "",
         ),
         (

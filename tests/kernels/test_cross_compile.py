@@ -125,7 +125,7 @@ def compiled() -> Iterator[dict[str, Future[list[dict[str, Any]]]]]:
 def kernels() -> set[str]:
     """Names of the kernels in the source: jitted functions that have a grid of their own."""
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
-    return set(re.findall(r"^@jit(?:\(.*\))?\ndef _(\w+)_kernel\(", sources, re.MULTILINE))
+    return set(re.findall(r"^@jit(?:\([^()]*\))?\ndef _(\w+)_kernel\(", sources, re.MULTILINE))
 
 
 @pytest.mark.slow
