@@ -40,6 +40,8 @@ from mam2.engine.runtime.signals import StopSignal
 SKIPPED = "skipped.tsv"
 EXTENDABLE = {"optim.epochs", "optim.decay_share"}
 """Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
+OF_MUON = {"optim.muon_rate", "optim.momentum"}
+"""Keys that AdamW does not read."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 Available = Callable[[int, int], bool]
@@ -290,6 +292,8 @@ def _check_continues(run: RunContext[Config], saved: Path) -> None:
     steady = not getattr(run.config, "needs_teacher", False) or loss["teacher_momentum"] == loss["teacher_momentum_end"]
     if steady and state["config"]["optim"].get("schedule") == now["optim"]["schedule"] == "warmup-stable-decay":
         free |= EXTENDABLE  # the loop checks that no done step had another learning rate
+    if now["optim"]["name"] != "muon":  # with another optimizer than the saved one the run is refused below
+        free |= OF_MUON
     defaults = to_dict(type(run.config)())  # a key newer than the checkpoint had its default
     for table, values in with_present_names(type(run.config), state["config"]).items():
         for key, old in (defaults[table] | values).items():

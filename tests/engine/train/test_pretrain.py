@@ -107,6 +107,14 @@ def test_resuming_a_finished_run_changes_nothing(finished, clips, small):
 
 
 @pytest.mark.slow
+def test_what_the_optimizer_does_not_read_may_differ_when_a_run_is_resumed(finished, clips, small):
+    other = {"muon_rate": 1.0, "momentum": 0.5}
+    assert pretrain(small(optim=other), clips, finished, resume=True, progress=False).step == 8
+    with pytest.raises(UserError, match=r"optim\.name = 'adamw', now it is 'muon'"):
+        pretrain(small(optim={**other, "name": "muon"}), clips, finished, resume=True, progress=False)
+
+
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(clips, tmp_path, small):
     """Same clips, same masks, same weights after two steps, up to the order of additions."""
     runs = []
