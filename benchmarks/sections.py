@@ -147,9 +147,9 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
 
         yield from counters.rows(device, deadline)
     elif name == "loader":
-        from benchmarks import bench_loader, bench_tokenizer
+        from benchmarks import bench_loader, bench_tokenizer, loader_settings
 
-        yield from bench_loader.rows(device, deadline, bench_loader.DRY_RUN if wanted.dry_run else None)
+        yield from bench_loader.rows(device, deadline, loader_settings.DRY_RUN if wanted.dry_run else None)
         yield from bench_tokenizer.rows(device, deadline)
     elif name == "pretrain":
         from benchmarks import real_run

@@ -102,18 +102,60 @@ def test_the_tests_mirror_the_packages():
     assert whole & modules == set()
 
 
-def test_every_name_that_programs_import_exists():
-    """Otherwise benchmarks, examples and programs that no test imports could keep the old name of a module."""
+def attributes_of_modules(path, starts):
+    """(line, dotted name) of every attribute of our modules that a file reads, where a name is always the module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules, others = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if name.startswith(starts) and importlib.util.find_spec(node.module) and is_module(name):
+                    modules[alias.asname or alias.name] = name
+        elif isinstance(node, ast.arg):
+            others.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            others.add(node.id)
+    known = modules.keys() - others
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            yield node.lineno, f"{modules[node.value.id]}.{node.attr}"
+
+
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False
+
+
+def missing_names(paths, starts):
+    """What is imported or read of modules whose names start so, and does not exist, as lines to read."""
     missing = []
-    for path in sorted(
-        path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py")
-    ):
-        if path.name == "test_api.py":  # imports a name that does not exist
-            continue
-        for line, name in imported_names(path):
-            if not name.startswith("mam2."):
+    for path in paths:
+        for line, name in [*imported_names(path), *attributes_of_modules(path, starts)]:
+            if not name.startswith(starts):
                 continue
             module, _, attribute = name.rpartition(".")
-            if not hasattr(importlib.import_module(module), attribute) and importlib.util.find_spec(name) is None:
-                missing.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
-    assert missing == []
+            if not hasattr(importlib.import_module(module), attribute) and not is_module(name):
+                missing.append(f"{path.name}:{line} uses {name}")
+    return missing
+
+
+def test_every_name_of_our_modules_that_programs_use_exists():
+    """Otherwise benchmarks, examples and programs that no test runs could keep the old name of something that moved."""
+    paths = sorted(path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
+    # test_api.py imports a name that does not exist
+    assert missing_names([path for path in paths if path.name != "test_api.py"], ("mam2.", "benchmarks.")) == []
+
+
+def test_a_name_that_moved_is_found(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "from mam2.engine import files\nfrom mam2.engine.files import nothing\n\n\n"
+        "def f():\n    from benchmarks import report\n\n    return files.moved, report.table, report.gone\n"
+    )
+    assert missing_names([tmp_path / "program.py"], ("mam2.", "benchmarks.")) == [
+        "program.py:2 uses mam2.engine.files.nothing",
+        "program.py:8 uses mam2.engine.files.moved",
+        "program.py:8 uses benchmarks.report.gone",
+    ]
