@@ -286,16 +286,16 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch, synthetic_clips):
 
 
 @pytest.mark.slow
-def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small, synthetic_clips):
+@pytest.mark.parametrize("depth", [1, 2])
+def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small, synthetic_clips, depth):
     synthetic_clips(tmp_path / "clips", train=16)
     videos, sizes = tmp_path / "clips" / "train", {"data": {"recorded": 2}, "optim": {"epochs": 2.0}}
-    made = tokenize(small(**ALL_FRAMES, **sizes), videos, tmp_path / "codes", progress=False)
-    assert made.cache.codes(*torch.zeros(3, 1, dtype=torch.int64)).shape == (1, 64, 2)
+    several = {"frames": "all", "codes_per_patch": depth}
+    made = tokenize(small(tokenizer=several, **sizes), videos, tmp_path / "codes", progress=False)
+    assert made.cache.codes(*torch.zeros(3, 1, dtype=torch.int64)).shape == (1, 64, 2 * depth)
     logs = []
     for name, source in (("path", tmp_path / "codes" / "tokenizer.safetensors"), ("cache", tmp_path / "codes")):
-        pretrain(
-            small(**sizes, tokenizer={"frames": "all", name: str(source)}), videos, tmp_path / name, progress=False
-        )
+        pretrain(small(**sizes, tokenizer={**several, name: str(source)}), videos, tmp_path / name, progress=False)
         lines = read_log(tmp_path / name)
         logs.append([{key: value for key, value in line.items() if key.startswith("loss/")} for line in lines])
     assert logs[0] == logs[1]
