@@ -32,7 +32,7 @@ def everything(bench: ModuleType) -> Any:
     return importlib.import_module("benchmarks.sections").Selection(dry_run=True, compiled=False)
 
 
-def test_a_row_with_wide_heads_changes_only_regressor_and_decoders():
+def test_a_row_with_wide_heads_changes_only_regressor_and_decoders(bench: ModuleType) -> None:
     recipe, wide = load_recipe("mam2-fast").model, bench.sized("mam2-fast heads of 128", None, "float32").model
     assert (wide.regressor.width // wide.regressor.heads, wide.decoder.width // wide.decoder.heads) == (128, 128)
     assert wide.heads == recipe.heads
