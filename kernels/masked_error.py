@@ -175,7 +175,7 @@ def launch_masked_loss(
         pred,
         video,
         masked.contiguous(),
-        factors,
+        None if factors is None else factors.contiguous(),
         fits,
         first,
         first + tokens,

@@ -27,6 +27,7 @@ def _scale_gradient_kernel(
     length,
     BY_ROW: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     stop, end = total, length
@@ -36,7 +37,8 @@ def _scale_gradient_kernel(
             stop = tl.where(scale == 1, 0, total)
     for place in range(tl.program_id(0), stop, tl.num_programs(0)):
         row = (place // blocks).to(tl.int64)
-        column = place % blocks * BLOCK + tl.arange(0, BLOCK)
+        block = (place % blocks).to(tl.int64) if WIDE else place % blocks
+        column = block * BLOCK + tl.arange(0, BLOCK)
         if BY_ROW:
             scale = tl.load(scale_ptr + row)
             if IN_PLACE:
@@ -54,9 +56,21 @@ def _launch(gradient: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> N
     blocks = -(-length // block)
     total = scale.numel() * blocks
     programs = min(total, launch.processors(out.device) * PROGRAMS_PER_PROCESSOR) if in_place else total
-    meta = {"BLOCK": block, "num_warps": launch.warps("scale_gradient", block, gradient.device)}
-    arguments = out, gradient, scale, total, blocks, length
-    launch.run_kernel(_scale_gradient_kernel, programs, *arguments, BY_ROW=by_row, IN_PLACE=in_place, **meta)
+    launch.run_kernel(
+        _scale_gradient_kernel,
+        programs,
+        out,
+        gradient,
+        scale,
+        total,
+        blocks,
+        length,
+        BY_ROW=by_row,
+        IN_PLACE=in_place,
+        WIDE=length >= 2**31,
+        BLOCK=block,
+        num_warps=launch.warps("scale_gradient", block, gradient.device),
+    )
 
 
 @torch.library.custom_op("mam2::scale_gradient", mutates_args=())

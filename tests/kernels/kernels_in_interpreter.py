@@ -259,6 +259,25 @@ def test_upstream_scales_the_gradient(target: str) -> None:
     assert torch.equal(scaled[1], gradient * factors[..., None])
 
 
+@pytest.mark.parametrize("target", LOSSES)
+def test_factors_of_tokens_of_any_strides(target: str) -> None:
+    """A column or one number repeated, a transposed matrix, every second number; of a loss and of a head with it."""
+    video, index = SMALL.make(), random_mask(2, SMALL.grid, 0.5, seed=1).masked
+    pred, (function, named) = prediction(target, index), LOSSES[target]
+    hidden, head = torch.randn(2, 4, 5), torch.randn(pred.shape[2], 5)
+    layouts = torch.rand(2, 1).expand(2, 4), torch.rand(()).expand(2, 4), torch.rand(4, 2).t(), torch.rand(2, 8)[:, ::2]
+    for weight in layouts:
+        assert not weight.is_contiguous()
+        for reduction in ("sum", "mean", "none"):
+            options = {"patch_size": SMALL.patch, "reduction": reduction, **named}
+            found, dense = (function(pred, video, index, weight=w, **options) for w in (weight, weight.contiguous()))
+            torch.testing.assert_close(found, dense, rtol=1e-6, atol=0)
+        options = {"patch_size": SMALL.patch, "reduction": "sum", "target": target}
+        weights = weight, weight.contiguous()
+        found, dense = (linear_masked_loss(hidden, head, video, index, token_weight=w, **options) for w in weights)
+        assert torch.equal(found, dense)
+
+
 def test_upstream_scales_the_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """With programs of several blocks each; a factor of 1 stores nothing."""
     monkeypatch.setattr(launch, "processors", lambda device: 1)

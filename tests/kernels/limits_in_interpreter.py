@@ -2,15 +2,18 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from triton import language as tl
 from triton.runtime import interpreter
 
 from mam2.kernels import (
     frame_difference,
     gather_tubes,
     host_masks,
+    launch,
     linear_cross_entropy,
     masked_frame_difference_loss,
     masked_pixel_loss,
@@ -76,6 +79,19 @@ def test_offsets_past_32_bits_give_the_same_numbers(last: bool, monkeypatch: pyt
         monkeypatch.setattr(module, "cube_meta", lambda *given, meta=module.cube_meta: meta(*given) | {"WIDE": True})
     for one, other in zip(narrow, results(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_gradient_of_more_than_2_31_values_is_scaled_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last program runs; the rest of the memory is never touched."""
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)  # would copy it onto itself
+    values, block = 2**31 + 100, 4096
+    last = interpreter.TensorHandle(np.array([values // block], dtype=np.int32), tl.int32)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda *_: last)
+    monkeypatch.setattr(launch, "run_kernel", lambda kernel, _, *arguments, **meta: kernel[(1,)](*arguments, **meta))
+    gradient = torch.empty(values, dtype=torch.float16)
+    gradient[-101:] = torch.arange(101)
+    torch.ops.mam2.scale_gradient_(gradient, torch.tensor(2.0))
+    assert gradient[-101:].tolist() == [0, *range(2, 202, 2)]
 
 
 def test_sums_of_large_bright_patches_need_64_bits() -> None:
