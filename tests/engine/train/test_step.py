@@ -148,8 +148,8 @@ def test_equal_blocks_are_compiled_once_and_give_the_result_of_the_eager_step(ba
         torch.testing.assert_close(found[name], value, rtol=0 if backend == "eager" else 1e-4, atol=0, msg=name)
 
 
-def test_the_commonest_code_is_that_of_each_codebook():
-    """The first codebook has one code in all tokens, the second two: always predicting the commonest gets 3/4 right."""
+def test_the_most_frequent_code_is_that_of_each_codebook():
+    """The first codebook has one code in all tokens, the second two: the most frequent codes are 3/4 of all."""
     given = config()
     given = dataclasses.replace(given, tokenizer=dataclasses.replace(given.tokenizer, codes_per_patch=2))
     objective = build_objective(MAM2(given, CODES), given, lambda part: part)
