@@ -73,8 +73,12 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
             turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
     for decoder, codec, gop, threads in settings.loaders:
         labels.append({"decoder": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
-        options = dataclasses.replace(data, decoder=decoder, threads=threads)
-        turns.append(lambda o=options, kind=(codec, gop): loader_rate(manifests[kind], o, settings, device))
+
+        def turn(decoder: str = decoder, threads: int = threads, kind: tuple[str, int] = (codec, gop)) -> float:
+            options = options_of(decoder, threads, manifests[kind], data, device)
+            return loader_rate(manifests[kind], options, settings, device)
+
+        turns.append(turn)
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]
     for _ in range(settings.turns):
@@ -100,6 +104,17 @@ def decoding_rows(manifests: Any, settings: Settings, device: torch.device, dead
         reference = base[row["files"], row["gop"]]
         rated = {"clips_per_s": rate, "frames_per_s": rate * data.frames} if device.type == "cuda" else {}
         yield row | rated | {"ratio_to_pyav_alone": rate / reference if reference else None}
+
+
+def options_of(decoder: str, threads: int, manifest: Any, data: Any, device: torch.device) -> Any:
+    """Returns the config of a loader; "shared" measures the rates of NVDEC and PyAV and divides the videos by them."""
+    from mam2.engine.data.decoder_share import measure_rates
+
+    if decoder != "shared":
+        return dataclasses.replace(data, decoder=decoder, threads=threads)
+    options = dataclasses.replace(data, decoder="auto", threads=threads)
+    share = measure_rates(manifest, list(range(len(manifest.videos))), options, device).share
+    return dataclasses.replace(options, nvdec_share=share)
 
 
 def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.device) -> torch.Tensor:

@@ -55,9 +55,33 @@ if TYPE_CHECKING:
     from benchmarks.sections import Selection
 
 Row = dict[str, Any]
-CHANGES = {"half decoded": ("mask", {"decoded": 0.5}), "bfloat16 residual": ("model", {"residual": "bfloat16"})}
-"""What the end of an objective's name changes in its recipe: a table of the config and its values."""
-OBJECTIVES = ("mam2-fast", "mam2-fast half decoded", "videomae", "mam2-cae", "mam2-fast bfloat16 residual")
+
+
+def _wide_heads(config: PretrainConfig) -> PretrainConfig:
+    """Returns the config with heads of 128 in regressor and decoders, or one head where they are narrower."""
+    parts = {
+        name: dataclasses.replace(part, heads=max(part.width // 128, 1))
+        for name, part in (("regressor", config.model.regressor), ("decoder", config.model.decoder))
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **parts))
+
+
+CHANGES: dict[str, Callable[[PretrainConfig], PretrainConfig]] = {
+    "half decoded": lambda config: dataclasses.replace(config, mask=dataclasses.replace(config.mask, decoded=0.5)),
+    "bfloat16 residual": lambda config: dataclasses.replace(
+        config, model=dataclasses.replace(config.model, residual="bfloat16")
+    ),
+    "heads of 128": _wide_heads,
+}
+"""What the end of an objective's name changes in its recipe, after the recipe has been reduced."""
+OBJECTIVES = (
+    "mam2-fast",
+    "mam2-fast half decoded",
+    "videomae",
+    "mam2-cae",
+    "mam2-fast bfloat16 residual",
+    "mam2-fast heads of 128",
+)
 """Recipes, some with one of CHANGES."""
 WAYS = (
     *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face"), ("eager", "official")),
@@ -128,9 +152,6 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
     """Returns a recipe with a precision, reduced to `sizes` (None: unchanged)."""
     recipe, _, change = name.partition(" ")
     config = load_recipe(recipe)
-    if change:
-        part, values = CHANGES[change]
-        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
     if sizes:
         tables, part = sizes
         config = dataclasses.replace(
@@ -139,6 +160,7 @@ def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | N
         smaller = {part_name: dataclasses.replace(getattr(config.model, part_name), **part)
                    for part_name in ("regressor", "decoder")}  # fmt: skip
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **smaller))
+    config = CHANGES[change](config) if change else config
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 

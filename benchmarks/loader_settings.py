@@ -37,7 +37,8 @@ class Settings:
     """Duration of each turn."""
     steps: int
     loaders: tuple[tuple[str, str, int, int], ...]
-    """Decoder, codec, frames between key frames, threads (0: one per core)."""
+    """Decoder, codec, frames between key frames, threads (0: one per core). "shared": NVDEC and PyAV at the same time,
+    by their measured rates."""
     views: tuple[int, ...]
     recorded: Row
     """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
@@ -61,7 +62,7 @@ SETTINGS = {
         steps=12,
         loaders=(
             *(("nvdec", "h264", gop, 0) for gop in (30, 12, 250)),
-            *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0)),
+            *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0), ("shared", "h264", 30, 0)),
         ),
         views=(1, 2, 4, 8),
         recorded={},

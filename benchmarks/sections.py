@@ -158,7 +158,7 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
     else:
         from benchmarks import bench_step
 
-        steps = ("mam2-fast", "mam2-fast half decoded", "mam2-fast bfloat16 residual")
+        steps = ("mam2-fast", "mam2-fast half decoded", "mam2-fast bfloat16 residual", "mam2-fast heads of 128")
         objectives = steps if name == "step" else (name,)
         yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 

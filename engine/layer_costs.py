@@ -226,7 +226,7 @@ def tokenizer_image(config: VQGANConfig, code_map: tuple[int, ...], item_bytes: 
         inward = values * config.embed_dim
         moved = pixels * (values + config.embed_dim) * SINGLE
         total += PartCost(parameters=inward + config.embed_dim, forward_flops=2 * inward * pixels, bytes_moved=moved)
-    codebook = config.embed_dim * config.codes
+    codebook = config.embed_dim * config.codes * config.codes_per_patch
     total += PartCost(parameters=codebook, forward_flops=2 * codebook * pixels)
     if config.quantizer == "gumbel":  # a convolution for the logits, in addition to the codebook
         total += PartCost(parameters=codebook + config.codes)

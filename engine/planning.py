@@ -17,8 +17,8 @@ from mam2.engine.errors import UserError
 from mam2.engine.layer_costs import SINGLE, PartCost
 from mam2.engine.machines import machine_rates
 from mam2.engine.tokenizer.files import load_vqgan
-from mam2.engine.tokenizer.prepare import code_factor
-from mam2.engine.tokenizer.vqgan import VQGANConfig, small
+from mam2.engine.tokenizer.prepare import check_fits, codes_of, own_architecture
+from mam2.engine.tokenizer.vqgan import VQGANConfig
 from mam2.engine.units import binary_bytes, duration, plain_number, with_prefix
 
 SomePlan = TypeVar("SomePlan", bound="Plan")
@@ -278,9 +278,10 @@ def _tokenizer(config: PretrainConfig) -> tuple[VQGANConfig, str]:
     options = config.tokenizer
     if options.path:
         found = load_vqgan(options.path).config
-        return found, f"{found.codes} codes of {options.path}"
-    own = small(options.channels, options.codes, code_factor(config), config.data.channels)
-    return own, f"{own.codes} codes of a small VQ model that is first trained on the data (its training is not counted)"
+        check_fits(found, config)
+        return found, f"{codes_of(found)} of {options.path}"
+    own = own_architecture(config)
+    return own, f"{codes_of(own)} of a small VQ model that is first trained on the data (its training is not counted)"
 
 
 def cost_row(name: str, cost: PartCost) -> str:

@@ -70,6 +70,8 @@ class TokenizerFlags:
 
     codes: int = 1024
     """codebook size."""
+    codes_per_patch: int = 1
+    """codes per patch: each further one names what those before it leave; pass the same to pre-training."""
     channels: int = 32
     """base width of the network, a multiple of 8."""
     factor: int = 16

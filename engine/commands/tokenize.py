@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
         stored = f"; clips as {cache.clips.form.coding}: {describe_bytes(cache.clips.bytes)}" if cache.clips else ""
         print(
             f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} missing{where}\n"
-            f"{used} of {cache.codebook_size} codes used, perplexity {perplexity:.0f}; "
+            f"{used} of {cache.codebook_size * cache.codes_per_patch} codes used, perplexity {perplexity:.0f}; "
             f"{describe_bytes(cache.bytes)}{stored}\n"
             f"use them with --tokenizer.cache {out} --data.recorded {config.data.recorded}"
         )

@@ -28,14 +28,14 @@ def run(arguments: list[str]) -> int:
         from mam2.engine.tokenizer.from_videos import train_tokenizer
 
         trained = train_tokenizer(data, out, **dataclasses.asdict(training))
-        result = trained.quality
+        result, codes = trained.quality, training.codes * training.codes_per_patch
         print(
             f"held out: {trained.held_out} videos, {result.frames} frames; {trained.kept}\n"
             f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
             f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}"
             f"{_color(result.kmeans_color_explained)}\n"
             f"PSNR {result.psnr_db:.1f} dB (each frame's mean color: {result.mean_color_psnr_db:.1f} dB); "
-            f"{result.codes_used} of {training.codes} codes used, perplexity {result.perplexity:.0f}\n"
+            f"{result.codes_used} of {codes} codes used, perplexity {result.perplexity:.0f}\n"
             f"written: {trained.path}, reconstructions.png, training.png\n{trained.advice}"
         )
         return 0

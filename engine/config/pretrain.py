@@ -105,7 +105,10 @@ class TokenizerConfig:
     """Folder of codes, with `--clips` also of clips, that `mam2 tokenize` wrote for this data, config and tokenizer.
     Empty: the step computes the codes, and videos are decoded."""
     frames: Literal["first", "all"] = "first"
-    """Codes per token: only that of its `first` frame, or those of `all` its frames; all of them are predicted."""
+    """Codes per token: only those of its `first` frame, or those of `all` its frames; all of them are predicted."""
+    codes_per_patch: int = limited(1, COUNT)
+    """Codes per patch of a frame, all of them predicted: each further code names what those before it leave (residual
+    quantization), from a codebook of its own. Must be that of `path`."""
     codes: int = limited(512, Limits(at_least=2))
     """Codebook size of the tokenizer that the run trains."""
     channels: int = limited(32, COUNT)
@@ -207,13 +210,22 @@ class PretrainConfig(TokenGrid):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Returns the shape of one token's codes: () for its first frame, (tubelet,) for all its frames."""
-        return (self.model.tubelet,) if self.tokenizer.frames == "all" else ()
+        """Returns the shape of one token's codes: () for one code of its first frame, else (K,).
+
+        K is the number of its frames that have codes, times the codes per patch.
+        """
+        frames, codes = self.coded_frames, self.tokenizer.codes_per_patch
+        return () if self.tokenizer.frames == "first" and codes == 1 else (frames * codes,)
+
+    @property
+    def coded_frames(self) -> int:
+        """Returns the number of a token's frames that have codes."""
+        return self.model.tubelet if self.tokenizer.frames == "all" else 1
 
     @property
     def tokenized_frames(self) -> int:
         """Returns the number of frames per clip that the tokenizer encodes."""
-        return self.grid[0] * math.prod(self.code_shape)
+        return self.grid[0] * self.coded_frames
 
     @property
     def clips_per_group(self) -> int:

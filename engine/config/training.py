@@ -76,6 +76,10 @@ class DataConfig:
     process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
+    nvdec_share: float = limited(0.0, SHARE)
+    """With `decoder = "auto"` on a GPU: NVDEC's share of the videos that it can decode, 0 to 1; PyAV decodes the others
+    at the same time. 0: a training measures both rates at its start and divides the videos accordingly; other commands
+    leave all of them to NVDEC, as 1 does."""
     nvdec_threads: int = limited(32, COUNT, resumable=True)
     """Threads that feed NVDEC; they mostly wait, so that there may be more threads than cores."""
     prefetch: int = limited(2, COUNT, resumable=True)

@@ -9,6 +9,7 @@ import torch
 
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data.dali import dali_version
+from mam2.engine.data.decoder_share import nvdec_keeps
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.nvdec import MOST_FAILURES, Record, broken_codecs
 from mam2.engine.data.sampling import frame_step
@@ -58,6 +59,8 @@ class AssignedDecoders:
             except UserError as error:
                 refusal = error
                 refuse(index, str(error))
+        if config.nvdec_share:
+            self.give_to_pyav(config.nvdec_share)
         if not self._names:
             raise UserError(f"{manifest.videos[-1].path}: {refusal}") if manifest.videos else refusal
 
@@ -72,6 +75,16 @@ class AssignedDecoders:
     def count(self) -> dict[str, int]:
         """Returns the number of videos per decoder."""
         return dict(Counter(self._names.values()))
+
+    def videos_of(self, decoder: str) -> list[int]:
+        """Returns the indices of a decoder's videos, ascending."""
+        return sorted(index for index, name in self._names.items() if name == decoder)
+
+    def give_to_pyav(self, share: float) -> None:
+        """Leaves NVDEC this share of its videos, 0 to 1, and gives PyAV the others, unless `data.decoder` is nvdec."""
+        if self._automatic:
+            given = (index for index in self.videos_of("nvdec") if not nvdec_keeps(index, share))
+            self._names.update(dict.fromkeys(given, "pyav"))
 
     def record(self, decoder: str, reason: str | None) -> None:
         """Records the result of a clip, None where it was decoded. Many failures in a row switch NVDEC off."""
@@ -91,7 +104,7 @@ class AssignedDecoders:
 
     def switch_nvdec_off(self, why: str) -> None:
         """Gives all videos of NVDEC to PyAV, unless the config asks for NVDEC alone."""
-        given = [index for index, name in self._names.items() if name == "nvdec"]
+        given = self.videos_of("nvdec")
         if given and self._automatic:
             self._names.update(dict.fromkeys(given, "pyav"))
             self._info(

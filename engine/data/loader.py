@@ -105,6 +105,14 @@ class ClipLoader:
         """Returns the number of videos per decoder."""
         return self._decoders.count()
 
+    def videos_of(self, decoder: str) -> list[int]:
+        """Returns the indices in the manifest of a decoder's videos, ascending."""
+        return self._decoders.videos_of(decoder)
+
+    def give_to_pyav(self, share: float) -> None:
+        """Leaves NVDEC this share of its videos, 0 to 1, and gives the others to PyAV, for batches that follow."""
+        self._decoders.give_to_pyav(share)
+
     @property
     def skipped(self) -> list[Skipped]:
         """Videos that turned out to be unusable after the manifest was made."""

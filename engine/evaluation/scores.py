@@ -16,7 +16,7 @@ from mam2.engine.data.batch import channels_first
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.videomae import VideoMAE
-from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.tokenizer import Tokenizer, numbered
 from mam2.kernels import TubeMask, masked_pixel_loss
 
 
@@ -27,7 +27,7 @@ class Scores:
     right: Tensor | None = None
     """float64 [B]: share of a clip's masked codes that are predicted correctly."""
     histogram: Tensor | None = None
-    """int64 [V]: number of masked tokens with each code."""
+    """int64 [D, V]: number of masked tokens with each code of each of the D codebooks."""
     motion: Tensor | None = None
     """float64 [B, 2]: the motion loss summed over masked tokens, and that of predicting no motion."""
     pixels: Tensor | None = None
@@ -42,8 +42,11 @@ class Scores:
 
     @property
     def commonest_code(self) -> float | None:
-        """Returns the share of the most frequent code among the masked ones: the accuracy of always predicting it."""
-        return None if self.histogram is None else int(self.histogram.max()) / int(self.histogram.sum())
+        """Returns the share of the most frequent code among the masked ones: the accuracy of always predicting it.
+
+        With several codebooks, the most frequent one of each.
+        """
+        return None if self.histogram is None else int(self.histogram.amax(1).sum()) / int(self.histogram.sum())
 
     @property
     def relative_motion(self) -> float | None:
@@ -75,7 +78,8 @@ def score(
         assert tokenizer is not None
         codes = masked_codes(tokenizer.codes(video), mask)
         right = (model.predict_codes(latents, mask) == codes).double().flatten(1).mean(1).cpu()
-        histogram = codes.flatten().bincount(minlength=tokenizer.codebook_size).cpu()
+        depth, size = config.tokenizer.codes_per_patch, tokenizer.codebook_size
+        histogram = numbered(codes, size, depth).bincount(minlength=depth * size).unflatten(0, (depth, size)).cpu()
     elif config.loss.appearance_target == "pixels":
         pixels = _pixels(model.predict_pixels(latents, mask), video, mask, config)
     elif config.loss.appearance_target == "latents":

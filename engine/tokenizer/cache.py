@@ -50,6 +50,7 @@ from mam2.engine.tokenizer.cache_files import (
 )
 from mam2.engine.tokenizer.cache_key import cache_key, check_key
 from mam2.engine.tokenizer.clip_files import CLIPS, ClipFormat, ClipShard, ClipShardWriter
+from mam2.engine.tokenizer.tokenizer import numbered
 
 SHARD_VIDEOS = 1024
 """Videos per shard: the most that a killed `mam2 tokenize` loses."""
@@ -137,12 +138,19 @@ class CodeCache:
         return sum(int((_firsts(shard) == absent).sum()) for shard in self._shards.values())
 
     def histogram(self) -> Tensor:
-        """Returns how often each code occurs, int64 [V]."""
-        counts = np.zeros(self.codebook_size, np.int64)
+        """Returns how often each code of each of the D codebooks occurs, int64 [D·V]."""
+        size, codebooks = self.codebook_size, self.codes_per_patch
+        counts = torch.zeros(codebooks * size, dtype=torch.int64)
         for shard in self._shards.values():
-            present = shard[_firsts(shard) != _absent(self.codebook_size)]
-            counts += np.bincount(present.ravel(), minlength=self.codebook_size)
-        return torch.from_numpy(counts)
+            present = torch.from_numpy(shard[_firsts(shard) != _absent(size)].astype(np.int64))
+            counts += numbered(present, size, codebooks).bincount(minlength=codebooks * size)
+        return counts
+
+    @property
+    def codes_per_patch(self) -> int:
+        """D, the number of codebooks; 1 in caches of earlier versions, which do not name it."""
+        found: int = self.header["key"].get("tokenizer.codes_per_patch", 1)
+        return found
 
     def _row(self, video: int, augmentation: int) -> NDArray[Any]:
         number, row = divmod(video, self.header["shard_videos"])

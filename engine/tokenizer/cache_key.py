@@ -37,6 +37,7 @@ def cache_key(manifest: Manifest, config: PretrainConfig, tokenizer: str) -> dic
         "model.patch": config.model.patch,
         "model.tubelet": config.model.tubelet,
         "tokenizer.frames": config.tokenizer.frames,
+        "tokenizer.codes_per_patch": config.tokenizer.codes_per_patch,
         "tokenizer": tokenizer,
         "videos": videos.hexdigest(),
         "draws": draws.hexdigest(),
@@ -51,7 +52,8 @@ def _identity(video: Video) -> tuple[Any, ...]:
 
 def check_key(folder: Path, there: dict[str, Any], here: dict[str, Any], manifest: Manifest) -> None:
     defaults = {f"data.{name}": value for name, value in to_dict(DataConfig()).items() if name not in IGNORED_IN_KEY}
-    there = {"tokenizer.frames": "first"} | defaults | there  # missing in caches of earlier versions
+    missing: dict[str, Any] = {"tokenizer.frames": "first", "tokenizer.codes_per_patch": 1}  # in earlier versions
+    there = missing | defaults | there
     for name in (name for name in [*here, *there] if there.get(name) != here.get(name)):
         if name == "videos":
             raise UserError(f"{folder}: contains codes of other videos: {_first_difference(folder, manifest)}")

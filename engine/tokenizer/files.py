@@ -46,6 +46,8 @@ def fingerprint(vqgan: VQGAN) -> str:
         del fields["patch_path"]  # a VQGAN without it keeps the fingerprint that caches of codes already name
     if vqgan.config.image_channels == 3:
         del fields["image_channels"]  # likewise
+    if vqgan.config.codes_per_patch == 1:
+        del fields["codes_per_patch"]  # likewise
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(vqgan.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -140,6 +142,7 @@ def _infer_config(path: Path, state: dict[str, Tensor]) -> VQGANConfig:
             attention_levels=tuple(level for level in range(levels) if _indices(state, f"decoder.up.{level}.attn.")),
             patch_path="patch_in.weight" in state,
             image_channels=state["encoder.conv_in.weight"].shape[1],
+            codes_per_patch=1 + len(_indices(state, "quantize.residual.")),
         )
     raise VQGANFileError(
         f"{path}: expected the parameters of a VQGAN (encoder.conv_in.weight, quantize.embedding.weight, …), "

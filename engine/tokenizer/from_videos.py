@@ -48,6 +48,7 @@ def train_tokenizer(
     out: str | Path,
     *,
     codes: int = 1024,
+    codes_per_patch: int = 1,
     channels: int = 32,
     factor: int = 16,
     size: int = 224,
@@ -68,6 +69,7 @@ def train_tokenizer(
         out: a new folder: tokenizer.safetensors, reconstructions.png, training.png, report.json and training.jsonl. It
             appears only when everything is complete.
         codes: codebook size.
+        codes_per_patch: codes per patch; each further one names what those before it leave, from a codebook of its own.
         channels: base width of the network, a multiple of 8.
         factor: pixels per code along height and width, a power of two; use the patch size of pre-training.
         size: height and width of the training frames, a multiple of `factor`.
@@ -86,17 +88,17 @@ def train_tokenizer(
     """
     out = Path(out)
     least = {"codes": 2, "channels": 8, "factor": 1, "size": 1, "steps": 2, "batch": 1, "seed": 0, "threads": 0}
-    given = {"codes": codes, "channels": channels, "factor": factor, "size": size}
+    given = {"codes": codes, "codes-per-patch": codes_per_patch, "channels": channels, "factor": factor, "size": size}
     given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
     for flag, value in given.items():
-        check_value(f"--{flag}", value, Limits(at_least=least[flag]))
+        check_value(f"--{flag}", value, Limits(at_least=least.get(flag, 1)))
     check_value("--image-channels", image_channels, declared(DataConfig, "channels"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists: choose another folder")
     check_source(data)
     make_folder(out.absolute().parent)
     try:
-        architecture = small(channels, codes, factor, image_channels)
+        architecture = small(channels, codes, factor, image_channels, codes_per_patch=codes_per_patch)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     if size < factor or size % factor:
@@ -163,12 +165,15 @@ def train_tokenizer(
         quality=result,
         held_out=len(held_out),
         kept=kept_state(trained, steps),
-        advice=verdict(result, trained.kept, out / FILE),
+        advice=verdict(result, trained.kept, out / FILE, codes_per_patch),
     )
 
 
-def verdict(result: Reconstruction, kept: int, file: Path) -> str:
+def verdict(result: Reconstruction, kept: int, file: Path, codes_per_patch: int = 1) -> str:
     """Returns advice on a tokenizer with these results. kept: the step whose state it has; 0: the start."""
+    flags = f"--tokenizer.path {file}"
+    if codes_per_patch > 1:
+        flags += f" --tokenizer.codes-per-patch {codes_per_patch}"
     if result.explained <= 0:
         return (
             "not fit for pre-training: its codes describe held-out frames worse than their mean color; use more "
@@ -177,6 +182,6 @@ def verdict(result: Reconstruction, kept: int, file: Path) -> str:
     if not kept:
         return (
             "weak: training found nothing better than its start, k-means of raw patches; use more --steps, more "
-            f"--channels, or more videos. It can be used with --tokenizer.path {file}"
+            f"--channels, or more videos. It can be used with {flags}"
         )
-    return f"better than k-means of raw patches; use it with --tokenizer.path {file}"
+    return f"better than k-means of raw patches; use it with {flags}"

@@ -28,6 +28,30 @@ def kmeans(vectors: Tensor, count: int, generator: torch.Generator, *, rounds: i
     return centers
 
 
+def residual_kmeans(vectors: Tensor, count: int, depth: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Runs `depth` k-means one after the other, each of what the centers before it leave of the vectors [M, E].
+
+    Returns:
+        The centers [depth, count, E], and the number of vectors of each [depth, count].
+    """
+    centers, sizes = [], []
+    for number in range(depth):
+        centers.append(kmeans(vectors, count, generator))
+        assigned = nearest_center(vectors, centers[-1])
+        sizes.append(tally(vectors, assigned, count)[0])
+        if number < depth - 1:
+            vectors = vectors - centers[-1][assigned]
+    return torch.stack(centers), torch.stack(sizes)
+
+
+def nearest_sum(vectors: Tensor, centers: Tensor) -> Tensor:
+    """Returns for vectors [M, E] the sums of the centers [D, V, E] that `residual_kmeans` would choose: [M, E]."""
+    total = torch.zeros_like(vectors)
+    for level in centers:
+        total = total + level[nearest_center(vectors - total, level)]
+    return total
+
+
 def nearest_center(vectors: Tensor, centers: Tensor) -> Tensor:
     """Returns the nearest of the centers [V, E] for each vector [M, E], by Euclidean distance: int64 [M]."""
     norms = centers.square().sum(1)  # a vector's own norm is the same for every center

@@ -31,6 +31,9 @@ FILE = "tokenizer.safetensors"
 TRAINING = "tokenizer.json"
 """File with the settings and videos of a tokenizer that the run trained."""
 
+OWN_TRAINING = ("codes", "codes_per_patch", "channels", "steps", "batch")
+"""Fields of `TokenizerConfig` that decide the tokenizer that a run trains."""
+
 Info = Callable[[str], None]
 """Writes a line to the log."""
 
@@ -66,8 +69,8 @@ def prepare_tokenizer(
     else:
         if own.is_file():
             info(f"codes   {own} is from other data or settings: training a new one")
-        info(f"codes   tokenizer.path is empty: training a VQ model of {options.codes} codes on the data")
-        architecture = small(options.channels, options.codes, code_factor(config), config.data.channels)
+        architecture = own_architecture(config)
+        info(f"codes   tokenizer.path is empty: training a VQ model of {codes_of(architecture)} on the data")
         frames = clip_frames(loader, options.batch)
         trained, reports = train_with_progress(
             frames, architecture, options.steps, device, seed=config.run.seed, progress=progress
@@ -76,13 +79,13 @@ def prepare_tokenizer(
         info(
             f"codes   trained: they explain {trained.found.explained:.1%} of the variance within frames set aside, "
             f"k-means of patches {trained.start.explained:.1%}; {kept_state(trained, options.steps)}; "
-            f"{last['codes_used']:.0f} of {options.codes} codes in use, perplexity {last['perplexity']:.0f}"
+            f"{last['codes_used']:.0f} of {all_codes(architecture)} codes in use, perplexity {last['perplexity']:.0f}"
         )
         (run / TRAINING).unlink(missing_ok=True)
         save_vqgan(vqgan, own)
         write_whole(run / TRAINING, json.dumps(training, indent=1) + "\n")
         source = str(own)
-    info(f"codes   {vqgan.config.codes} codes from {source}")
+    info(f"codes   {codes_of(vqgan.config)} from {source}")
     return vqgan
 
 
@@ -117,7 +120,7 @@ def _training(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
         "videos": videos.hexdigest(),
         "data": data,
         "seed": config.run.seed,
-        "tokenizer": {name: getattr(options, name) for name in ("codes", "channels", "steps", "batch")},
+        "tokenizer": {name: getattr(options, name) for name in OWN_TRAINING},
         "pixels per code": code_factor(config),
     }
 
@@ -135,16 +138,49 @@ def build_tokenizer(
     device: torch.device,
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Tokenizer:
-    """Returns a Tokenizer for a run's token grid and precision. Raises UserError for another number of channels."""
-    takes, given = vqgan.config.image_channels, config.data.channels
+    """Returns a Tokenizer for a run's token grid and precision. Raises UserError, see `check_fits`."""
+    check_fits(vqgan.config, config)
+    rounded = matmul_dtype(config.run, device) == torch.bfloat16
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
+    return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
+
+
+def check_fits(tokenizer: VQGANConfig, config: PretrainConfig) -> None:
+    """Raises UserError if a tokenizer has another number of channels or of codes per patch than the run's config."""
+    takes, given = tokenizer.image_channels, config.data.channels
     if takes != given:
         raise UserError(
             f"the tokenizer takes {takes} channels, data.channels is {given}; leave tokenizer.path empty, or pass one "
             f"of mam2 train-tokenizer --image-channels {given}"
         )
-    rounded = matmul_dtype(config.run, device) == torch.bfloat16
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if rounded else "float32"
-    return Tokenizer(vqgan.to(device), config.grid, precision, frames=config.tokenizer.frames, compiled=compiled)
+    has, asked = tokenizer.codes_per_patch, config.tokenizer.codes_per_patch
+    if has != asked:
+        raise UserError(
+            f"the tokenizer has {has} codes per patch, tokenizer.codes_per_patch is {asked}; set it to {has}, or pass "
+            f"one of mam2 train-tokenizer --codes-per-patch {asked}"
+        )
+
+
+def own_architecture(config: PretrainConfig) -> VQGANConfig:
+    """Returns the architecture of the tokenizer that a run without `tokenizer.path` trains."""
+    options = config.tokenizer
+    return small(
+        options.channels,
+        options.codes,
+        code_factor(config),
+        config.data.channels,
+        codes_per_patch=options.codes_per_patch,
+    )
+
+
+def all_codes(tokenizer: VQGANConfig) -> int:
+    """Returns the number of codes in all codebooks."""
+    return tokenizer.codes * tokenizer.codes_per_patch
+
+
+def codes_of(tokenizer: VQGANConfig) -> str:
+    """Describes the codebooks: "512 codes", or with several codes per patch "4 × 512 codes"."""
+    return f"{tokenizer.codes_per_patch} × {tokenizer.codes} codes".removeprefix("1 × ")
 
 
 def train_with_progress(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mam2.engine.model.pixels import as_colors, unit_pixels
 from mam2.engine.tokenizer.fidelity import fidelity, squared_deviations, squared_errors, unit_range
-from mam2.engine.tokenizer.kmeans import nearest_center
-from mam2.engine.tokenizer.tokenizer import codebook_usage, scale_pixels
+from mam2.engine.tokenizer.kmeans import nearest_sum
+from mam2.engine.tokenizer.tokenizer import codebook_usage, numbered, scale_pixels
 from mam2.engine.tokenizer.training import frame_patches
 from mam2.engine.tokenizer.vqgan import VQGAN
 
@@ -39,13 +39,14 @@ class Reconstruction:
     color_explained: float | None
     """The same for color only. None for gray frames."""
     kmeans_explained: float
-    """`explained` for k-means of raw patches with one center per code: each patch is replaced by its center."""
+    """`explained` for k-means of raw patches with one center per code: each patch is replaced by its center, or with
+    several codes per patch by the sum of its centers, each from k-means of what those before it leave."""
     kmeans_color_explained: float | None
     """`color_explained` for the same k-means."""
     codes_used: int
-    """Number of different codes over all frames."""
+    """Number of different codes over all frames, of all codebooks."""
     perplexity: float
-    """See `codebook_usage`."""
+    """See `codebook_usage`; of all codebooks together."""
     original: Tensor
     """[SHOWN or fewer, H, W, C] float32 in 0 to 1."""
     reconstructed: Tensor
@@ -60,7 +61,7 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
 
     Args:
         clips: H and W are multiples of the VQGAN's factor.
-        centers: [V, P], k-means centers of patches of the training frames, from `frame_patches`.
+        centers: [D, V, P], k-means centers of patches of the training frames, see `Trained.centers`.
 
     Raises:
         ValueError: there is no clip.
@@ -74,20 +75,20 @@ def measure_reconstruction(vqgan: VQGAN, clips: Iterable[Tensor], centers: Tenso
         frames = clip.flatten(0, 1)
         original = unit_pixels(frames.movedim(-1, 1))
         found = vqgan.codes(scale_pixels(frames.movedim(-1, 1)))
-        patches = centers[nearest_center(frame_patches(frames, factor), centers.to(frames.device)).to(centers.device)]
+        patches = nearest_sum(frame_patches(frames, factor), centers.to(frames.device))
         baseline = F.fold(patches.unflatten(0, (len(frames), -1)).mT, original.shape[2:], factor, stride=factor)
         back, by_patch = unit_range(vqgan.decode(found)), unit_range(baseline.to(original))
         by_codes += squared_errors(back, original)
         by_kmeans += squared_errors(by_patch, original)
         deviations += squared_deviations(original)
         values += original.numel()
-        codes.append(found.flatten().cpu())
+        codes.append(numbered(found, vqgan.config.codes, vqgan.config.codes_per_patch).cpu())
         if len(shown) < SHOWN:  # one per clip
             step = clip.shape[1]
             shown += zip(*(pictures[::step].cpu() for pictures in (original, back, by_patch)), strict=True)
     if not codes:
         raise ValueError(f"clips: expected at least one, with sides that are multiples of {factor}, found none")
-    used, perplexity = codebook_usage(torch.cat(codes), vqgan.config.codes)
+    used, perplexity = codebook_usage(torch.cat(codes), vqgan.config.codes * vqgan.config.codes_per_patch)
     originals, reconstructed, from_kmeans = zip(*shown[:SHOWN], strict=True)
     of_codes, of_kmeans = fidelity(by_codes, deviations), fidelity(by_kmeans, deviations)
     return Reconstruction(

@@ -1,8 +1,9 @@
-"""The tokenizer: maps a clip to VQGAN codebook indices, one per token (or per token and frame).
+"""The tokenizer: maps a clip to VQGAN codebook indices, one or several per token.
 
-Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, F codes per token, V codes.
-A token has the code of its first frame, or one code per frame; frames are resized so that the code map is exactly
-H'×W'. Without the dimension F only first frames have codes.
+Shapes: B clips, T frames, T'×H'×W' the token grid, N = T'·H'·W' tokens, F frames with codes per token, D codes per
+patch of the VQGAN, K = F·D codes per token (the D codes of its first frame, then those of the next), V codes.
+A token has the codes of its first frame, or those of every frame; frames are resized so that the code map is exactly
+H'×W'. Without the dimension K only first frames have codes, one each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Tokenizer(nn.Module):
         grid: tokens along time, height and width (T', H', W').
         precision: precision of the convolutions; `float32` is exact float32 on a GPU too, without TF32. The nearest
             codes are computed in float32; bfloat16 convolutions change some of them.
-        frames: `first`: one code per token; `all`: F codes per token, one per frame.
+        frames: the frames of a token that have codes: its `first`, or `all`.
         images_per_pass: frames per pass of the network; limits its memory.
         compiled: compiles the function from images to codes, for example `torch.compile`. Each number of images costs
             a compilation, so that parts are padded to a few numbers of images.
@@ -67,7 +68,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, video: Tensor) -> Tensor:
-        """Computes all codes: video [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, F].
+        """Computes all codes: video [B, C, T, H, W], uint8 (0 to 255) or float (0 to 1) -> int64 [B, N] or [B, N, K].
 
         Raises:
             ValueError: T is not a multiple of the grid's T'.
@@ -100,10 +101,11 @@ class Tokenizer(nn.Module):
         return known
 
     def _by_token(self, maps: Tensor, clips: int) -> Tensor:
-        """Rearranges code maps [B·T'·F, H', W'] to [B, N] or [B, N, F]."""
+        """Rearranges code maps [B·T'·F, H', W'] or [B·T'·F, H', W', D] to [B, N] or [B, N, K]."""
         slots, rows, columns = self.grid
-        codes = maps.view(clips, slots, -1, rows * columns).transpose(2, 3).flatten(1, 2)
-        return codes if self.frames == "all" else codes.squeeze(2)
+        depth = self.vqgan.config.codes_per_patch
+        codes = maps.reshape(clips, slots, -1, rows * columns, depth).transpose(2, 3).flatten(3).flatten(1, 2)
+        return codes.squeeze(2) if self.frames == "first" and depth == 1 else codes
 
     def _frames(self, video: Tensor) -> Tensor:
         """Returns the frames of a video that have codes: [B·T', C, H, W] or [B·T, 3, H, W]."""
@@ -127,14 +129,17 @@ class Tokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Decodes codes to pictures in the VQGAN's scale, float32 in [0, 1].
 
-        [B, N] int64 -> [B, T', 3, h, w] of first frames; [B, N, F] -> [B, T'·F, 3, h, w] of all.
+        [B, N] int64 -> [B, T', 3, h, w] of first frames; [B, N, K] -> [B, T'·F, 3, h, w] of F frames per token.
         """
         slots, rows, columns = self.grid
-        if codes.ndim not in (2, 3) or codes.shape[1] != slots * rows * columns:
-            tokens = slots * rows * columns
-            raise ValueError(f"codes: expected [B, {tokens}] or [B, {tokens}, F], found {tuple(codes.shape)}")
-        by_frame = codes.reshape(len(codes), slots, rows * columns, -1).transpose(2, 3)
-        maps = by_frame.reshape(-1, rows, columns).split(self.images_per_pass)
+        tokens, depth = slots * rows * columns, self.vqgan.config.codes_per_patch
+        one = codes.ndim == 2 and depth == 1
+        if not (one or (codes.ndim == 3 and codes.shape[2] % depth == 0)) or codes.shape[1] != tokens:
+            multiple = f"[B, {tokens}] or [B, {tokens}, F]" if depth == 1 else f"[B, {tokens}, F·{depth}]"
+            raise ValueError(f"codes: expected {multiple}, found {tuple(codes.shape)}")
+        by_frame = codes.reshape(len(codes), slots, rows * columns, -1, depth).transpose(2, 3)
+        of_images = by_frame.reshape(-1, rows, columns, depth)
+        maps = (of_images.squeeze(3) if depth == 1 else of_images).split(self.images_per_pass)
         with self._arithmetic(codes.device, self.precision):
             images = torch.cat([self.vqgan.decode(part).float() for part in maps])
         return ((images + 1) / 2).clamp(0, 1).view(len(codes), -1, *images.shape[1:])
@@ -159,6 +164,16 @@ def scale_pixels(frames: Tensor) -> Tensor:
 def codebook_usage(codes: Tensor, size: int) -> tuple[int, float]:
     """Runs `usage_of` for `codes` of any shape (int64) and a codebook of `size`."""
     return usage_of(torch.bincount(codes.flatten(), minlength=size))
+
+
+def numbered(codes: Tensor, size: int, codebooks: int) -> Tensor:
+    """Numbers codes int64 [..., K] of `codebooks` of `size` consecutively: [M], from 0 to codebooks·size - 1.
+
+    K is a multiple of `codebooks`, whose codes follow each other. With one codebook the codes do not change.
+    """
+    if codebooks == 1:
+        return codes.flatten()
+    return (codes.reshape(-1, codebooks) + size * torch.arange(codebooks, device=codes.device)).flatten()
 
 
 def usage_of(histogram: Tensor) -> tuple[int, float]:

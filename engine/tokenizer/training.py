@@ -3,11 +3,12 @@
 It uses neither a discriminator nor a perceptual loss, because only the codes are needed, not the pictures. The network
 starts as k-means of the first frames' patches: its linear path has an orthonormal basis of the centers, each code is a
 center in this basis, and both convolutional networks start at zero. So it chooses the nearest center of a patch, as
-k-means does, and decodes to this center. Codes are moving averages of their latents, and a code with almost no latents
+k-means does, and decodes to this center; further codes of a patch start as k-means of what the centers before leave.
+Codes are moving averages of their latents, and a code with almost no latents
 is moved to a latent that its code describes badly. Of the start and some later states, the one that explains most of
 held-out frames is kept: the result is never worse than k-means there.
 
-Shapes: B frames, H×W pixels, E code width, V codes, M latents of a batch, P values of a patch.
+Shapes: B frames, H×W pixels, D codes per patch, E code width, V codes, M latents of a batch, P values of a patch.
 Definition: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.1.
 """
 
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mam2.engine.tokenizer.fidelity import Fidelity, measure_fidelity
-from mam2.engine.tokenizer.kmeans import draw, kmeans, nearest_center, tally
+from mam2.engine.tokenizer.kmeans import draw, residual_kmeans, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
-from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
+from mam2.engine.tokenizer.vqgan import VQGAN, VectorQuantizer, VQGANConfig
 
 CROP_CODES = 8
 """Side of the largest training windows, in codes; a smaller frame is used as a whole."""
@@ -57,7 +58,8 @@ class Trained(NamedTuple):
     vqgan: VQGAN
     """In evaluation mode."""
     centers: Tensor
-    """[V, P] float32, k-means centers of patches from `frame_patches`: the start of the training, on its device."""
+    """[D, V, P] float32, k-means centers of patches from `frame_patches`, and of what the centers before leave of them:
+    the start of the training, on its device."""
     kept: int
     """The step after which the network was as returned; 0: the start."""
     found: Fidelity
@@ -86,7 +88,7 @@ def train_vqgan(
         steps: optimizer steps. Each takes one batch of frames from the pool of k-means, and replaces it by a new batch.
         progress: called with the step and, since the last call, `loss` (mean squared error, pixels in -1 to 1) and
             `explained` (share of the variance within a window, see `Reconstruction.explained`); `codes_used` and
-            `perplexity` are of the moving average.
+            `perplexity` are of the moving averages of all codebooks.
         learning_rate: Adam's peak learning rate; it decreases to 0 along a cosine.
         seed: seed of the initial weights, k-means and the moved codes.
         held_out: batches like `frames`, not trained on. The start and `CHECKS` states are measured on them; the one
@@ -115,15 +117,16 @@ def train_vqgan(
     network = [parameter for parameter in vqgan.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(network, lr=learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step / steps))
-    codebook = MovingCodebook(vqgan.get_parameter("quantize.embedding.weight").data, generator)
+    assert isinstance(vqgan.quantize, VectorQuantizer)
+    codebooks = [MovingCodebook(codebook.data, generator) for codebook in vqgan.quantize.codebooks]
     stream = _endless(frames)
     first = first_frames(stream, config)
     patches = first_patches(first, config).to(device)
-    centers = kmeans(patches, config.codes, generator)
+    centers, counts = residual_kmeans(patches, config.codes, config.codes_per_patch, generator)
     unit = _place_patch_path(vqgan, patches, centers)
-    counts, _ = tally(patches, nearest_center(patches, centers), config.codes)
     batch_rows = len(first[0]) * math.prod(_window(first[0], config.factor))
-    codebook.start(counts, batch_rows / len(patches))
+    for codebook, sizes in zip(codebooks, counts, strict=True):
+        codebook.start(sizes, batch_rows / len(patches))
     held_out = held_out or _set_aside(stream)
     start = found = measure_fidelity(vqgan, held_out)
     kept, state = 0, _copy(vqgan)
@@ -139,7 +142,11 @@ def train_vqgan(
             latents = vqgan.encode(images)
             codes = vqgan.quantize.codes(latents)
             named = vqgan.quantize.lookup(codes).detach()
-            codebook.update(_rows(latents), codes.flatten())
+            rest = _rows(latents)
+            for codebook, assigned in zip(codebooks, codes.reshape(len(rest), -1).T, strict=True):
+                left = rest - codebook.codes[assigned]
+                codebook.update(rest, assigned)
+                rest = left
             commitment = unit * (latents.float() - named.float()).square().sum() / images.numel()
             pictures = vqgan.decode_latents(latents + (named - latents).detach())
             loss = F.mse_loss(pictures.float(), images)
@@ -151,7 +158,8 @@ def train_vqgan(
         sums.append(torch.stack([loss.detach(), spread.square().mean()]))
         if progress is not None and (step % REPORT_EVERY == 0 or step == steps):
             mean_loss, variance = torch.stack(sums).mean(0).tolist()
-            progress(step, {"loss": mean_loss, "explained": 1 - mean_loss / max(variance, 1e-12), **codebook.usage()})
+            explained = 1 - mean_loss / max(variance, 1e-12)
+            progress(step, {"loss": mean_loss, "explained": explained, **usage_of_all(codebooks)})
             sums.clear()
         if step * CHECKS // steps > (step - 1) * CHECKS // steps:
             now = measure_fidelity(vqgan, held_out)
@@ -188,13 +196,10 @@ class MovingCodebook:
         drawn = draw(latents, distances, len(self.codes), self.generator)
         self._move(self.counts < DEAD_SHARE * self.counts.mean(), drawn)
 
-    def usage(self) -> dict[str, float]:
-        """Returns `codes_used` (codes that are not dead) and `perplexity` of the moving average."""
-        total = self.counts.sum()
-        if not total:
-            return {"codes_used": 0.0, "perplexity": 0.0}
-        alive = (self.counts >= DEAD_SHARE * self.counts.mean()).sum()
-        return {"codes_used": alive.item(), "perplexity": torch.special.entr(self.counts / total).sum().exp().item()}
+    @property
+    def alive(self) -> int:
+        """Number of codes that are not dead."""
+        return int((self.counts >= DEAD_SHARE * self.counts.mean()).sum())
 
     def _move(self, dead: Tensor, drawn: Tensor) -> None:
         """Moves the codes with `dead` [V] to `drawn` [V, E], and sets their count to the mean."""
@@ -202,6 +207,16 @@ class MovingCodebook:
         self.codes.copy_(torch.where(dead[:, None], drawn, self.codes))
         self.counts = torch.where(dead, mean_count, self.counts)
         self.sums = torch.where(dead[:, None], drawn * mean_count, self.sums)
+
+
+def usage_of_all(codebooks: Sequence[MovingCodebook]) -> dict[str, float]:
+    """Returns `codes_used` (codes that are not dead) and `perplexity` of the moving averages of all codebooks."""
+    counts = torch.cat([codebook.counts for codebook in codebooks])
+    total = counts.sum()
+    if not total:
+        return {"codes_used": 0.0, "perplexity": 0.0}
+    perplexity = torch.special.entr(counts / total).sum().exp().item()
+    return {"codes_used": sum(codebook.alive for codebook in codebooks), "perplexity": perplexity}
 
 
 def frame_patches(frames: Tensor, factor: int) -> Tensor:
@@ -237,7 +252,7 @@ def _patches_seen(config: VQGANConfig) -> int:
 
 
 def _place_patch_path(vqgan: VQGAN, patches: Tensor, centers: Tensor) -> float:
-    """Sets the linear path to a basis of centers [V, P], its biases to each channel's mean, and the codes to centers.
+    """Sets the linear path to a basis of centers [D, V, P], its biases to each channel's mean, the codes to centers.
 
     The basis is orthonormal and, if a latent has more dimensions than there are centers, continues with directions of
     patches [M, P]. Latents of patches have a mean square of 1.
@@ -248,7 +263,8 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor, centers: Tensor) -> float:
     channels, dimensions = vqgan.config.image_channels, vqgan.config.embed_dim
     mean = patches.unflatten(1, (channels, -1)).mean((0, 2))
     from_mean = mean.repeat_interleave(patches.shape[1] // channels)
-    directions = torch.cat([centers, patches[:dimensions]]) - from_mean
+    centers = torch.cat([centers[:1] - from_mean, centers[1:]])  # further centers are differences already
+    directions = torch.cat([*centers, patches[:dimensions] - from_mean])
     basis = torch.linalg.qr(directions.T.double()).Q[:, :dimensions].T.to(patches.dtype)
     scale = ((patches - from_mean) @ basis.T).square().mean().sqrt().clamp(min=1e-6)
     shape = vqgan.patch_in.weight.shape
@@ -259,7 +275,9 @@ def _place_patch_path(vqgan: VQGAN, patches: Tensor, centers: Tensor) -> float:
         vqgan.patch_in.bias.copy_(-(basis / scale) @ from_mean)
         vqgan.patch_out.weight.copy_((basis * scale).view(shape))
         vqgan.patch_out.bias.copy_(mean)
-        vqgan.get_parameter("quantize.embedding.weight").copy_((centers - from_mean) @ basis.T / scale)
+        assert isinstance(vqgan.quantize, VectorQuantizer)
+        for codebook, of_patches in zip(vqgan.quantize.codebooks, centers, strict=True):
+            codebook.copy_(of_patches @ basis.T / scale)
     return scale.square().item()
 
 

@@ -1,10 +1,13 @@
 """The VQGAN of taming-transformers, with the same parameter names, so that its checkpoints load without changes.
 
 Encoder and decoder are convolutional residual networks with a few attention blocks; between them every position of
-the code map is quantized to one of V codes, by nearest neighbor (`vq`) or by the largest logit (`gumbel`).
+the code map is quantized to one of V codes, by nearest neighbor (`vq`) or by the largest logit (`gumbel`). With D > 1
+codes per patch, a position has D codes, each from a codebook of its own (residual quantization).
 
-Shapes: B images, H×W pixels, h×w codes (H / factor), E code width, V codes, C channels.
+Shapes: B images, H×W pixels, h×w positions (H / factor), D codes per position, E code width, V codes, C channels. Code
+maps are [B, h, w] if D = 1, else [B, h, w, D].
 Definition: Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841.
+Residual quantization: Lee et al., "Autoregressive Image Generation using Residual Quantization", arXiv 2203.01941.
 """
 
 from __future__ import annotations
@@ -48,6 +51,16 @@ class VQGANConfig:
     patch_path: bool = False
     """Adds a linear path past both networks: a patch's pixels to its latent, and a code's vector to pixels. The models
     trained here have it, so that they begin as k-means of patches; taming's do not."""
+    codes_per_patch: int = 1
+    """Codes D of a position, only with `vq`: the second code is the one nearest to what the first leaves, and so on.
+    Each has a codebook of V codes of its own."""
+
+    def __post_init__(self) -> None:
+        if self.codes_per_patch < 1 or (self.codes_per_patch > 1 and self.quantizer != "vq"):
+            raise ValueError(
+                "codes_per_patch: expected at least 1, and 1 with the quantizer 'gumbel', found "
+                f"{self.codes_per_patch} with {self.quantizer!r}"
+            )
 
     @property
     def factor(self) -> int:
@@ -69,7 +82,7 @@ LEAST_DIMENSIONS = 192
 """Smallest number of dimensions of a small model's latents, unless a patch has fewer values."""
 
 
-def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQGANConfig:
+def small(channels: int, codes: int, factor: int, image_channels: int = 3, *, codes_per_patch: int = 1) -> VQGANConfig:
     """Returns a small config, which a CPU trains in seconds.
 
     One residual block per level, attention only in the middle. A latent has at least one dimension per code, but not
@@ -80,6 +93,7 @@ def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQ
         codes: codebook size.
         factor: pixels per code along height and width, a power of two from 2.
         image_channels: C of the images.
+        codes_per_patch: codes D of a position.
     """
     levels = factor.bit_length()
     if factor < 2 or factor != 2 ** (levels - 1):
@@ -88,7 +102,7 @@ def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQ
         raise ValueError(f"channels: expected a multiple of 8, found {channels}")
     return VQGANConfig(
         codes=codes,
-        embed_dim=min(max(codes, LEAST_DIMENSIONS), image_channels * factor**2),
+        embed_dim=min(max(codes * codes_per_patch, LEAST_DIMENSIONS), image_channels * factor**2),
         z_channels=32,
         channels=channels,
         channel_multipliers=(1,) * (levels - 2) + (2, 4),
@@ -97,6 +111,7 @@ def small(channels: int, codes: int, factor: int, image_channels: int = 3) -> VQ
         groups=channels // 8,
         image_channels=image_channels,
         patch_path=True,
+        codes_per_patch=codes_per_patch,
     )
 
 
@@ -135,18 +150,18 @@ class VQGAN(nn.Module):
             return latents.float() + self.patch_in(images.float())
 
     def codes(self, images: Tensor) -> Tensor:
-        """Returns the codes of images [B, C, H, W]: [B, h, w] int64.
+        """Returns the codes of images [B, C, H, W]: [B, h, w] or [B, h, w, D] int64.
 
         Chosen in float32, without Gumbel training's noise.
         """
         return self.quantize.codes(self.encode(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decodes codes [B, h, w] int64 to images [B, C, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codes [B, h, w] or [B, h, w, D] int64 to images [B, C, H, W], about -1 to 1 (not clamped)."""
         return self.decode_latents(self.quantize.lookup(codes))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decodes codebook vectors [B, E, h, w] to images [B, C, H, W], about -1 to 1 (not clamped)."""
+        """Decodes codebook vectors (their sums if D > 1) [B, E, h, w] to images [B, C, H, W], about -1 to 1."""
         images = self.decoder(self.post_quant_conv(latents))
         if not self.config.patch_path:
             return images
@@ -155,24 +170,43 @@ class VQGAN(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Chooses the nearest codebook vector, by Euclidean distance in float32: bfloat16 would choose others."""
+    """Chooses the nearest codebook vector, by Euclidean distance in float32: bfloat16 would choose others.
+
+    With D > 1 codes per position, each further one is nearest to what the vectors before it leave of the latent.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.codes, config.embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / config.codes, 1 / config.codes)
+        self.residual = nn.ModuleList(
+            nn.Embedding(config.codes, config.embed_dim) for _ in range(config.codes_per_patch - 1)
+        )
+
+    @property
+    def codebooks(self) -> list[nn.Parameter]:
+        """The D codebooks [V, E], in the order of the codes."""
+        return [self.get_parameter("embedding.weight"), *self.residual.parameters()]
 
     def codes(self, latents: Tensor) -> Tensor:
-        """latents [B, E, h, w] -> [B, h, w] int64."""
+        """latents [B, E, h, w] -> [B, h, w] or [B, h, w, D] int64."""
         with torch.autocast(latents.device.type, enabled=False):
-            weight = self.embedding.weight.float()
-            rows = latents.float().movedim(1, -1)
-            # |z|² is the same for every code and is omitted.
-            return (weight.square().sum(1) - 2 * rows @ weight.T).argmin(-1)
+            rest = latents.float().movedim(1, -1)
+            maps = []
+            for codebook in self.codebooks:
+                weight = codebook.float()
+                # |z|² is the same for every code and is omitted.
+                maps.append((weight.square().sum(1) - 2 * rest @ weight.T).argmin(-1))
+                if len(maps) <= len(self.residual):
+                    rest = rest - F.embedding(maps[-1], weight)
+            return torch.stack(maps, -1) if len(self.residual) else maps[0]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """codes [B, h, w] int64 -> codebook vectors [B, E, h, w]."""
-        return self.embedding(codes).movedim(-1, 1)
+        """codes [B, h, w] or [B, h, w, D] int64 -> codebook vectors, summed over D, [B, E, h, w]."""
+        if not len(self.residual):
+            return self.embedding(codes).movedim(-1, 1)
+        named = [F.embedding(chosen, book) for chosen, book in zip(codes.unbind(-1), self.codebooks, strict=True)]
+        return torch.stack(named).sum(0).movedim(-1, 1)
 
 
 class GumbelQuantizer(nn.Module):

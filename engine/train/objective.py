@@ -22,6 +22,7 @@ from mam2.engine.model.motion_targets import motion_loss
 from mam2.engine.model.teacher import rank_and_deviation
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.cuda import Values
+from mam2.engine.tokenizer.tokenizer import numbered
 from mam2.kernels import TubeMask
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -73,6 +74,7 @@ class MAM2Objective(Objective):
         super().__init__()
         self.model = model
         self._loss: LossConfig = config.loss
+        self._codebooks = config.tokenizer.codes_per_patch
         self._complete = compiled(model.complete)
         self._appearance = compiled(model.appearance_loss)
         self._pixels = compiled(model.pixel_loss)
@@ -150,11 +152,12 @@ class MAM2Objective(Objective):
             assert codes is not None
             answers = masked_codes(codes, mask)
             right = (self.model.predict_codes(latents, mask) == answers).float().mean()
-            answers = answers.flatten()
+            answers = numbered(answers, self.model.codebook_size, self._codebooks)
             # bincount would wait for the device to determine its size
-            counts = answers.new_zeros(self.model.codebook_size)
+            counts = answers.new_zeros(self._codebooks * self.model.codebook_size)
             counts.scatter_add_(0, answers, torch.ones_like(answers))
-            figures = {"accuracy/codes": right, "accuracy/commonest_code": counts.max() / answers.numel()}
+            most_frequent = counts.unflatten(0, (self._codebooks, -1)).amax(1).sum()
+            figures = {"accuracy/codes": right, "accuracy/commonest_code": most_frequent / answers.numel()}
         if self._loss.motion_target != "none":
             motion = self.model.predict_motion(latents, mask)
             loss, still = (

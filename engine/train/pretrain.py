@@ -152,6 +152,10 @@ class _PretrainSetup(Setup[PretrainConfig]):
         self.cache = open_cache(run.config, manifest, run.world, progress=run.progress)
         return self.cache.has if self.cache else None
 
+    @property
+    def decodes(self) -> bool:
+        return not (self.cache and self.cache.clips)
+
 
 class _Pretraining:
     """The task of a loop that pre-trains: its extras are the codes of a batch, or None."""

@@ -23,6 +23,7 @@ from mam2.engine.checkpoints.lock import RunLock
 from mam2.engine.config.limits import resumable_keys, with_present_names
 from mam2.engine.config.recipe import to_dict
 from mam2.engine.config.training import TrainConfig, micro_batches_per_step
+from mam2.engine.data.decoder_share import divide
 from mam2.engine.data.decoding import available_cores
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import MANIFEST, Manifest, read_saved_manifest, write_manifest
@@ -134,6 +135,11 @@ class Setup(Generic[Config]):
         """Returns a function that tells which clips can be used; None: all."""
         return None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether training clips are decoded from the videos."""
+        return True
+
 
 @contextmanager
 def open_session(
@@ -175,6 +181,10 @@ def open_session(
         parts = vars(run) | {"config": config}
         session = Session(**parts, manifest=manifest, loader=loader, unusable=unusable, resources=resources)
         session.exchange_skips()
+        if setup.decodes and (
+            line := divide(loader, config.data, run.device, run.folder, broadcast=run.world.broadcast)
+        ):
+            run.log.info(f"data    {line}")
         decoders = ", ".join(f"{count} by {name}" for name, count in loader.decoders.items())
         run.log.info(
             f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from benchmarks import loader_settings
+from mam2.engine.config.training import DataConfig
+from mam2.engine.data import decoder_share
+from mam2.engine.data.decoder_share import Rates
 
 CPU = torch.device("cpu")
 
@@ -134,6 +137,17 @@ def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monk
     row = next(row for row in rows if row["decoder"] == "dali-cpu")
     assert row["verdict"] == "wrong"
     assert "differ from PyAV's by" in row["reason"]
+
+
+def test_the_shared_loader_has_the_measured_share(bench, tmp_path, monkeypatch):
+    manifest = loader_settings.write_files(tmp_path, "vp9", 30, bench.SETTINGS["cpu"])
+    asked = []
+    measured = lambda manifest, videos, data, device: asked.append((videos, data.decoder)) or Rates(75.0, 25.0)  # noqa: E731
+    monkeypatch.setattr(decoder_share, "measure_rates", measured)
+    options = bench.options_of("shared", 2, manifest, DataConfig(), CPU)
+    assert (options.decoder, options.nvdec_share, options.threads) == ("auto", 0.75, 2)
+    assert asked == [([0, 1], "auto")]
+    assert bench.options_of("nvdec", 2, manifest, DataConfig(), CPU).nvdec_share == DataConfig().nvdec_share
 
 
 def test_moving_noise_moves(bench):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.attention_tuning import shapes_of
 
 CPU = torch.device("cpu")
@@ -29,6 +30,14 @@ def compare(bench: ModuleType, name: str, precision: str = "float32") -> list[di
 def everything(bench: ModuleType) -> Any:
     """The settings of `make gpu ARGS=--dry-run`."""
     return importlib.import_module("benchmarks.sections").Selection(dry_run=True, compiled=False)
+
+
+def test_a_row_with_wide_heads_changes_only_regressor_and_decoders(bench: ModuleType) -> None:
+    recipe, wide = load_recipe("mam2-fast").model, bench.sized("mam2-fast heads of 128", None, "float32").model
+    assert (wide.regressor.width // wide.regressor.heads, wide.decoder.width // wide.decoder.heads) == (128, 128)
+    assert wide.heads == recipe.heads
+    tiny = bench.sized("mam2-fast heads of 128", bench.TINY, "float32").model
+    assert (tiny.decoder.width, tiny.decoder.heads, tiny.regressor.heads) == (48, 1, 1)
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ ATTENDING = VQGANConfig(
     attention_levels=(1,),
     res_blocks=1,
 )
+GUMBEL = dataclasses.replace(ATTENDING, quantizer="gumbel")
 
 
 DECODING = ("decoder", "post_quant_conv", "patch_out")
@@ -111,8 +112,8 @@ DECODING = ("decoder", "post_quant_conv", "patch_out")
 
 @pytest.mark.parametrize(
     "config",
-    [small(16, CODES, 4), ATTENDING, dataclasses.replace(ATTENDING, quantizer="gumbel")],
-    ids=["small", "attention", "gumbel"],
+    [small(16, CODES, 4), small(16, CODES, 4, codes_per_patch=3), ATTENDING, GUMBEL],
+    ids=["small", "residual", "attention", "gumbel"],
 )
 def test_the_tokenizer_is_as_counted(config: VQGANConfig) -> None:
     vqgan = VQGAN(config)
@@ -151,6 +152,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "mask": {"decoded": 0.5},
     },
     "all frames": {"tokenizer": {"frames": "all"}},
+    "residual codes": {"tokenizer": {"codes_per_patch": 3}},
     "no regressor": {"regressor": {"depth": 0}},
     "no regressor, one width": {
         "regressor": {"depth": 0, "width": 48},

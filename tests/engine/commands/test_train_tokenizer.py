@@ -12,7 +12,9 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
+from mam2.engine.checkpoints.load import load_model
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.errors import UserError
 from mam2.engine.tokenizer import from_videos
 from mam2.engine.tokenizer.from_videos import verdict
 from mam2.engine.tokenizer.quality import Reconstruction, measure_reconstruction
@@ -80,6 +82,27 @@ def test_it_leaves_a_tokenizer_that_pretrain_takes_with_numbers_and_pictures(
     assert f"16 codes from {tmp_path}" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
+def test_several_codes_per_patch_explain_more_and_pretrain_must_name_them(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small: Callable[..., PretrainConfig]
+) -> None:
+    assert train(clips, tmp_path / "one") == 0
+    assert train(clips, tmp_path / "three", "--codes-per-patch", "3") == 0
+    out = capsys.readouterr().out
+    one, three = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "three"))
+    assert three["explained"] > one["explained"] + 0.02
+    assert three["explained"] >= three["kmeans_explained"] > one["kmeans_explained"]
+    assert f"{three['codes_used']} of 48 codes used" in out
+    assert "tokenizer.safetensors --tokenizer.codes-per-patch 3" in out
+    path = {"path": str(tmp_path / "three" / "tokenizer.safetensors")}
+    with pytest.raises(UserError, match=r"has 3 codes per patch, tokenizer.codes_per_patch is 1; set it to 3"):
+        pretrain(small(tokenizer=path), clips, tmp_path / "refused", progress=False)
+    config = small(tokenizer={**path, "codes_per_patch": 3}, optim={"epochs": 1.0})
+    assert pretrain(config, clips, tmp_path / "run", progress=False).step > 0
+    assert f"3 × 16 codes from {tmp_path}" in (tmp_path / "run" / "log.txt").read_text()
+    assert load_model(tmp_path / "run").appearance_decoder.head.out_features == 3 * 16
+
+
 @pytest.mark.parametrize(
     ("explained", "kept", "message"),
     [
@@ -126,6 +149,7 @@ def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch:
         (("--channels", "12"), "channels: expected a multiple of 8, found 12"),
         (("--size", "30"), "--size 30 is not a multiple of --factor 4"),
         (("--steps", "1"), "--steps 1: expected at least 2"),
+        (("--codes-per-patch", "0"), "--codes-per-patch 0: expected at least 1"),
     ],
 )
 def test_wrong_values_are_named(
@@ -150,7 +174,7 @@ def test_reconstruction_is_measured_as_defined() -> None:
     vqgan = VQGAN(small(8, 16, 4)).eval()
     clips = [torch.randint(0, 256, (batch, 2, 16, 16, 3), dtype=torch.uint8) for batch in (2, 1)]
     centers = torch.rand(5, 48) * 2 - 1
-    result = measure_reconstruction(vqgan, clips, centers)
+    result = measure_reconstruction(vqgan, clips, centers[None])
     images = torch.cat([clip.flatten(0, 1) for clip in clips]).movedim(-1, 1)
     with torch.no_grad():
         codes = vqgan.codes(scale_pixels(images))
@@ -185,10 +209,10 @@ def test_reconstruction_is_measured_as_defined() -> None:
     torch.testing.assert_close(result.reconstructed[2], back[4].movedim(0, -1), rtol=0, atol=1e-4)
     torch.testing.assert_close(result.from_kmeans[2], by_patch[4].movedim(0, -1), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="found none"):
-        measure_reconstruction(vqgan, [], centers)
+        measure_reconstruction(vqgan, [], centers[None])
 
 
 def test_gray_frames_have_no_color_to_explain() -> None:
     vqgan = VQGAN(small(8, 16, 4)).eval()
     gray = torch.randint(0, 256, (1, 2, 16, 16, 1), dtype=torch.uint8).expand(-1, -1, -1, -1, 3)
-    assert measure_reconstruction(vqgan, [gray], torch.rand(5, 48)).color_explained is None
+    assert measure_reconstruction(vqgan, [gray], torch.rand(1, 5, 48)).color_explained is None

@@ -13,6 +13,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.pretext import measure_pretext, reconstruct
 from mam2.engine.evaluation.regressor_attention import regressor_attention
+from mam2.engine.evaluation.scores import score
 from mam2.engine.evaluation.visualize import visualize
 from mam2.engine.model.mam2 import MAM2, masked_codes
 from mam2.engine.model.masking import sample_masks
@@ -20,7 +21,10 @@ from mam2.engine.planning import plan
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.tokenizer.precompute import tokenize
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
+from mam2.engine.tokenizer.vqgan import VQGAN
+from mam2.engine.tokenizer.vqgan import small as small_vqgan
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
@@ -285,17 +289,30 @@ def test_runs_of_each_option(tmp_path, small, monkeypatch, synthetic_clips):
         assert page.read_text().count('class="tile"') == shown
 
 
+def test_scores_count_the_codes_of_each_codebook_apart(small):
+    config = small(tokenizer={"codes_per_patch": 2})
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(VQGAN(small_vqgan(8, CODES, 8, codes_per_patch=2)), config, torch.device("cpu"))
+    model, mask, clip = build(config), sample_masks(clips(), config, step=0), clips().permute(0, 2, 3, 4, 1)
+    found = score(model, tokenizer, clip, mask, config)
+    codes = masked_codes(tokenizer.codes(clips()), mask)
+    counts = torch.stack([codes[..., codebook].flatten().bincount(minlength=CODES) for codebook in range(2)])
+    assert torch.equal(found.histogram, counts)
+    assert found.commonest_code == pytest.approx(float(counts.amax(1).sum() / counts.sum()))
+    assert found.commonest_code > float(counts.max() / counts.sum())
+
+
 @pytest.mark.slow
-def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small, synthetic_clips):
+@pytest.mark.parametrize("depth", [1, 2])
+def test_codes_of_all_frames_from_a_cache_train_to_the_same_bits(tmp_path, small, synthetic_clips, depth):
     synthetic_clips(tmp_path / "clips", train=16)
     videos, sizes = tmp_path / "clips" / "train", {"data": {"recorded": 2}, "optim": {"epochs": 2.0}}
-    made = tokenize(small(**ALL_FRAMES, **sizes), videos, tmp_path / "codes", progress=False)
-    assert made.cache.codes(*torch.zeros(3, 1, dtype=torch.int64)).shape == (1, 64, 2)
+    several = {"frames": "all", "codes_per_patch": depth}
+    made = tokenize(small(tokenizer=several, **sizes), videos, tmp_path / "codes", progress=False)
+    assert made.cache.codes(*torch.zeros(3, 1, dtype=torch.int64)).shape == (1, 64, 2 * depth)
     logs = []
     for name, source in (("path", tmp_path / "codes" / "tokenizer.safetensors"), ("cache", tmp_path / "codes")):
-        pretrain(
-            small(**sizes, tokenizer={"frames": "all", name: str(source)}), videos, tmp_path / name, progress=False
-        )
+        pretrain(small(**sizes, tokenizer={**several, name: str(source)}), videos, tmp_path / name, progress=False)
         lines = read_log(tmp_path / name)
         logs.append([{key: value for key, value in line.items() if key.startswith("loss/")} for line in lines])
     assert logs[0] == logs[1]

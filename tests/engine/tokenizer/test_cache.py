@@ -100,10 +100,25 @@ def test_codes_of_all_frames_come_back(tmp_path: Path, config: PretrainConfig) -
         opened.check(manifest(), config, TOKENIZER)
 
 
+def test_codes_of_several_codebooks_come_back_and_are_counted_apart(tmp_path: Path, config: PretrainConfig) -> None:
+    two = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, codes_per_patch=2))
+    cache = writer(tmp_path, two)
+    rows = torch.tensor([(1, 0, view) for view in range(3)])
+    codes = torch.randint(CODES, (3, 64, 2), generator=torch.Generator().manual_seed(0))
+    cache.add(*rows.T, codes)
+    cache.finish()
+    opened = CodeCache(tmp_path, progress=False)
+    assert torch.equal(opened.codes(*rows.T), codes)
+    counts = [codes[..., codebook].flatten().bincount(minlength=CODES) for codebook in range(2)]
+    assert torch.equal(opened.histogram(), torch.cat(counts))
+    with pytest.raises(UserError, match=r"made with tokenizer.codes_per_patch = 2, this run has 1"):
+        opened.check(manifest(), config, TOKENIZER)
+
+
 def test_a_cache_that_does_not_say_which_frames_has_the_first_ones(tmp_path: Path, config: PretrainConfig) -> None:
     written(tmp_path, config)
     header = json.loads((tmp_path / "cache.json").read_text())
-    del header["key"]["tokenizer.frames"]
+    del header["key"]["tokenizer.frames"], header["key"]["tokenizer.codes_per_patch"]
     (tmp_path / "cache.json").write_text(json.dumps(header))
     CodeCache(tmp_path, progress=False).check(manifest(), config, TOKENIZER)
     every = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, frames="all"))

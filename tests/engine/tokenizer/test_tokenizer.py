@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mam2.engine.tokenizer import vqgan as vqgan_module
-from mam2.engine.tokenizer.kmeans import kmeans, nearest_center, tally
+from mam2.engine.tokenizer.kmeans import kmeans, nearest_center, nearest_sum, residual_kmeans, tally
 from mam2.engine.tokenizer.quality import measure_reconstruction
-from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, scale_pixels
+from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, numbered, scale_pixels
 from mam2.engine.tokenizer.training import (
     MovingCodebook,
     first_frames,
@@ -73,6 +73,25 @@ def test_with_all_frames_each_token_has_one_code_per_frame() -> None:
     assert pictures.shape == (3, 4, 3, 16, 16)
     for frame, (of_first, part) in enumerate((part, slot) for part in range(2) for slot in range(2)):
         torch.testing.assert_close(pictures[:, frame], build().decode(codes[..., part])[:, of_first])
+
+
+@pytest.mark.parametrize("frames", ["first", "all"])
+def test_a_token_has_the_codes_of_its_first_frame_before_those_of_the_next(frames: str) -> None:
+    torch.manual_seed(0)
+    trained = train_vqgan([toy_frames(64)], small(8, 16, 4, codes_per_patch=3), 2)
+    tokenizer, video = Tokenizer(trained.vqgan, (2, 4, 4), frames=frames, images_per_pass=5), clip()
+    codes, count = tokenizer.codes(video), 2 if frames == "all" else 1
+    assert codes.shape == (3, 32, 3 * count)
+    for slot, frame in itertools.product(range(2), range(count)):
+        expected = tokenizer.vqgan.codes(video[:, :, 2 * slot + frame].float() / 127.5 - 1)
+        assert torch.equal(codes.view(3, 2, 4, 4, count, 3)[:, slot, ..., frame, :], expected)
+    pictures = tokenizer.decode(codes)
+    assert pictures.shape == (3, 2 * count, 3, 16, 16)
+    last = tokenizer.vqgan.decode(codes.view(3, 2, 4, 4, count, 3)[:, -1, ..., -1, :])
+    torch.testing.assert_close(pictures[:, -1], ((last + 1) / 2).clamp(0, 1))
+    assert tokenizer.changed_share(video) == 0
+    with pytest.raises(ValueError, match=r"expected \[B, 32, F·3\], found \(3, 32, 2\)"):
+        tokenizer.decode(codes[..., :2])
 
 
 def test_other_frames_do_not_matter() -> None:
@@ -282,7 +301,44 @@ def test_training_starts_as_k_means_of_patches(
     assert trained.start.explained == pytest.approx(result.kmeans_explained, abs=1e-5)
     assert trained.start.color == pytest.approx(result.kmeans_color_explained, abs=1e-5)
     patches = first_patches(first_frames(itertools.cycle(frames), config), config)
-    assert torch.equal(trained.centers, kmeans(patches, codes, torch.Generator().manual_seed(0)))
+    assert torch.equal(trained.centers[0], kmeans(patches, codes, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("factor", [8, 16])
+def test_further_codes_start_as_k_means_of_what_the_codes_before_leave(factor: int) -> None:
+    """More codes per patch explain more, before the first step and after the last."""
+    frames, held_out = smooth_frames(128, seed=1).split(8), smooth_frames(48, seed=7)
+    found = {}
+    for depth in (1, 3):
+        trained = train_vqgan(frames, small(8, 32, factor, codes_per_patch=depth), 20, held_out=[held_out])
+        result = measure_reconstruction(trained.vqgan, [held_out[None]], trained.centers)
+        assert trained.centers.shape == (depth, 32, 3 * factor**2)
+        assert trained.start.explained == pytest.approx(result.kmeans_explained, abs=1e-5)
+        assert trained.start.color == pytest.approx(result.kmeans_color_explained, abs=1e-5)
+        assert trained.kept > 0
+        assert result.codes_used > 24 * depth
+        found[depth] = trained.start.explained, result.explained
+    assert found[3][0] > found[1][0] + 0.1
+    assert found[3][1] > found[1][1] + 0.1
+
+
+def test_residual_k_means_is_k_means_of_what_the_centers_before_leave() -> None:
+    vectors = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    centers, sizes = residual_kmeans(vectors, 8, 2, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    first = kmeans(vectors, 8, generator)
+    left = vectors - first[nearest_center(vectors, first)]
+    second = kmeans(left, 8, generator)
+    assert torch.equal(centers, torch.stack([first, second]))
+    assert torch.equal(sizes[1], nearest_center(left, second).bincount(minlength=8).float())
+    expected = first[nearest_center(vectors, first)] + second[nearest_center(left, second)]
+    torch.testing.assert_close(nearest_sum(vectors, centers), expected)
+
+
+def test_codes_of_several_codebooks_are_numbered_consecutively() -> None:
+    codes = torch.tensor([[[0, 1, 2, 0]], [[2, 2, 2, 2]]])
+    assert numbered(codes, 3, 2).tolist() == [0, 4, 2, 3, 2, 5, 2, 5]
+    assert torch.equal(numbered(codes, 3, 1), codes.flatten())
 
 
 @pytest.mark.parametrize(("factor", "rate"), [(8, 1e-3), (16, 1e-3), (8, 0.3)])
@@ -354,7 +410,7 @@ def test_dead_codes_are_moved_to_latents() -> None:
     for _ in range(800):
         codebook.update(latents, torch.cdist(latents, codebook.codes).argmin(1))
     assert torch.cdist(corners, codebook.codes).amin(1).max() < 1
-    assert codebook.usage()["codes_used"] >= 4
+    assert codebook.alive >= 4
 
 
 def test_training_refuses_what_it_cannot_do() -> None:

@@ -34,6 +34,9 @@ TINY = VQGANConfig(
 TINY_GUMBEL = dataclasses.replace(TINY, quantizer="gumbel", embed_dim=24)
 
 
+RESIDUAL = small(8, 16, 4, codes_per_patch=3)
+
+
 def build(config: VQGANConfig = TINY) -> VQGAN:
     torch.manual_seed(0)
     vqgan = VQGAN(config).eval()
@@ -46,8 +49,10 @@ def spread_codes(vqgan: nn.Module) -> None:
     """Moves codebook vectors to latents, so that many codes are used."""
     if hasattr(vqgan.quantize, "embedding"):
         latents = vqgan.encode(images(8)).movedim(1, -1).flatten(0, 2)
-        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(1))[: vqgan.config.codes]
-        vqgan.quantize.embedding.weight.copy_(latents[chosen])
+        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(1)).split(vqgan.config.codes)
+        for codebook, chosen in zip(vqgan.quantize.codebooks, order, strict=False):
+            codebook.copy_(latents[chosen])
+            latents = latents - codebook[torch.cdist(latents, codebook).argmin(1)]
     else:
         vqgan.quantize.proj.weight.normal_(generator=torch.Generator().manual_seed(1))
 
@@ -273,7 +278,7 @@ def test_a_bare_pickle_is_refused_and_does_nothing(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("config", [TINY_GUMBEL, small(8, 16, 4)], ids=["gumbel", "small"])
+@pytest.mark.parametrize("config", [TINY_GUMBEL, small(8, 16, 4), RESIDUAL], ids=["gumbel", "small", "residual"])
 def test_saved_and_loaded_is_the_same_model(tmp_path: Path, config: VQGANConfig) -> None:
     vqgan = build(config).to(memory_format=torch.channels_last)
     save_vqgan(vqgan, tmp_path / "tokenizer.safetensors")
@@ -287,7 +292,7 @@ def test_a_model_without_the_linear_path_has_the_fingerprint_of_earlier_versions
     """Caches of codes name it."""
     vqgan = build()
     fields = dataclasses.asdict(TINY)
-    del fields["patch_path"], fields["image_channels"]
+    del fields["patch_path"], fields["image_channels"], fields["codes_per_patch"]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(vqgan.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -311,9 +316,31 @@ def test_the_linear_path_adds_what_it_says() -> None:
     torch.testing.assert_close(pictures, back + vqgan.patch_out.bias[:, None, None])
 
 
-def test_safetensors_without_our_metadata_are_inferred(tmp_path: Path) -> None:
-    save_file(build().state_dict(), tmp_path / "vqgan.safetensors")
-    assert load_vqgan(tmp_path / "vqgan.safetensors").config == TINY
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, codes_per_patch=3)], ids=["one", "residual"])
+def test_safetensors_without_our_metadata_are_inferred(tmp_path: Path, config: VQGANConfig) -> None:
+    save_file(build(config).state_dict(), tmp_path / "vqgan.safetensors")
+    assert load_vqgan(tmp_path / "vqgan.safetensors").config == config
+
+
+def test_each_further_code_is_nearest_to_what_the_codes_before_it_leave() -> None:
+    vqgan = build(RESIDUAL)
+    with torch.no_grad():
+        latents = vqgan.encode(images()).movedim(1, -1)
+        codes = vqgan.codes(images())
+        assert codes.shape == (3, 8, 8, 3)
+        rest = latents
+        for number, codebook in enumerate(vqgan.quantize.codebooks):
+            distances = (rest[..., None, :] - codebook).square().sum(-1)
+            assert torch.equal(distances.argmin(-1), codes[..., number])
+            rest = rest - codebook[codes[..., number]]
+        assert all(len(codes[..., number].unique()) > 4 for number in range(3))
+        torch.testing.assert_close(vqgan.quantize.lookup(codes), (latents - rest).movedim(-1, 1))
+
+
+@pytest.mark.parametrize(("quantizer", "codes_per_patch"), [("vq", 0), ("gumbel", 2)])
+def test_codes_per_patch_that_do_not_exist_are_refused(quantizer: str, codes_per_patch: int) -> None:
+    with pytest.raises(ValueError, match=rf"codes_per_patch.*found {codes_per_patch} with '{quantizer}'"):
+        dataclasses.replace(TINY, quantizer=quantizer, codes_per_patch=codes_per_patch)
 
 
 def test_a_wrong_shape_or_name_is_named(tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_equal_blocks_are_compiled_once_and_give_the_result_of_the_eager_step(ba
         torch.testing.assert_close(found[name], value, rtol=0 if backend == "eager" else 1e-4, atol=0, msg=name)
 
 
+def test_the_most_frequent_code_is_that_of_each_codebook():
+    """The first codebook has one code in all tokens, the second two: the most frequent codes are 3/4 of all."""
+    given = config()
+    given = dataclasses.replace(given, tokenizer=dataclasses.replace(given.tokenizer, codes_per_patch=2))
+    objective = build_objective(MAM2(given, CODES), given, lambda part: part)
+    video, codes = batch(2)
+    mask = tube_mask(2, given.grid, given.mask.ratio, seed=0, device="cpu")
+    codes = torch.stack([torch.full_like(codes, 3), torch.tensor([[1], [2]]).expand_as(codes)], 2)
+    found = objective(video, mask, codes, inspect=True)[2]
+    assert found["accuracy/commonest_code"] == 0.75
+
+
 def test_figures_of_the_log_are_those_of_a_few_clips(monkeypatch):
     monkeypatch.setattr(objectives, "INSPECTED_CLIPS", 3)
     given = config()
