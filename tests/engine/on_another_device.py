@@ -188,7 +188,7 @@ TARGETS: dict[str, Targets] = {
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("task", TARGETS)
 def test_steps_of_finetuning(task: str, there: torch.device) -> None:
-    """Without erasing, whose noise a generator of the device draws. A resumed run goes on with the moments."""
+    """Without erasing, whose noise a generator of the device draws. A resumed run continues with the moments."""
     config = changed(
         FinetuneConfig(),
         data={"views": 1, "size": 32, "frames": 8},
