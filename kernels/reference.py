@@ -21,7 +21,7 @@ CHUNK_BYTES = 2 << 20
 stay in the cache, and the allocator reuses their pages."""
 
 
-def slices(count: int, row_bytes: int) -> Iterator[slice]:
+def row_slices(count: int, row_bytes: int) -> Iterator[slice]:
     """Divides `count` rows into slices of about CHUNK_BYTES."""
     step = max(CHUNK_BYTES // max(row_bytes, 1), 1)
     return (slice(start, start + step) for start in range(0, count, step))
@@ -234,7 +234,7 @@ def masked_errors(
     gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
     share = float("nan") if divisor == 0 else 1 / divisor
     scales = pred.new_tensor(share, dtype=dtype) if factors is None else factors.to(dtype) * share
-    for part in slices(batch, count * pred.shape[2] * dtype.itemsize):
+    for part in row_slices(batch, count * pred.shape[2] * dtype.itemsize):
         index = masked[part]
         goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
         rows = _rows(index, token_count) if every_token else None
@@ -271,7 +271,7 @@ def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
     shape = math.prod(lead), math.prod(gradient.shape[len(lead) :])
     rows, scaled = gradient.reshape(shape), out.view(shape)
     factors = factors.expand((*lead, *[1] * (gradient.dim() - len(lead)))).reshape(-1, 1)
-    for part in slices(len(rows), wide.itemsize * shape[1]):
+    for part in row_slices(len(rows), wide.itemsize * shape[1]):
         scaled[part] = rows[part] * factors[part]
     return out
 
@@ -296,7 +296,7 @@ def softmax_gradient_(
     factors = torch.where(ignored, 0.0, factors)[:, None]
     column = column.masked_fill(ignored[:, None], 0)
     loss = factors.new_empty(len(logits))
-    for part in slices(len(logits), logits.shape[1] * factors.itemsize):
+    for part in row_slices(len(logits), logits.shape[1] * factors.itemsize):
         wide, own, factor = logits[part].to(factors.dtype), column[part], factors[part]
         errors = wide.amax(dim=1, keepdim=True)
         errors -= (1 - label_smoothing) * wide.gather(1, own)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from . import host_masks
-from .reference import compute_dtype, slices, tokens_of
+from .reference import compute_dtype, row_slices, tokens_of
 
 
 def motion_order(keys: torch.Tensor, energy: torch.Tensor, strength: int) -> torch.Tensor:
@@ -76,7 +76,7 @@ def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tenso
     if dtype == torch.int64 and tubelet * height * 255**2 >= 2**24:  # float32 holds integers up to 2^24
         inside = torch.float64
     energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
-    for part in slices(len(video), video[:1].numel() * inside.itemsize):
+    for part in row_slices(len(video), video[:1].numel() * inside.itemsize):
         if video.dtype == torch.uint8 and video.device.type == "cpu":
             change = torch.from_numpy(_frame_distances(video[part].numpy())).to(inside)
         else:
