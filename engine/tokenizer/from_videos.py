@@ -16,6 +16,7 @@ from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
 from mam2.engine.data.sources import check_source
+from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder, one_line, unwritable, write_whole, written_aside
 from mam2.engine.runtime.device import pick_device
@@ -118,9 +119,7 @@ def train_tokenizer(
         raise UserError(
             f"{data}: only one usable video; expected at least two, because one is held out for the measurement"
         )
-    step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
-    held_out = manifest.videos[::step]
-    kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+    kept, held_out = split_held_out(manifest)
 
     def skip(skipped: Skipped) -> None:
         tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
@@ -167,6 +166,13 @@ def train_tokenizer(
         kept=kept_state(trained, steps),
         advice=verdict(result, trained.kept, out / FILE, codes_per_patch),
     )
+
+
+def split_held_out(manifest: Manifest) -> tuple[tuple[Video, ...], tuple[Video, ...]]:
+    """Returns the videos to train on and the held-out ones: one in twenty, at most `MOST_HELD_OUT`."""
+    step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
+    kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+    return kept, manifest.videos[::step]
 
 
 def verdict(result: Reconstruction, kept: int, file: Path, codes_per_patch: int = 1) -> str:
