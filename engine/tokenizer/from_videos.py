@@ -55,6 +55,7 @@ def train_tokenizer(
     size: int = 224,
     steps: int = 2000,
     batch: int = 16,
+    gradient_weight: float = 0.0,
     flip: bool = True,
     image_channels: int = 3,
     value_range: tuple[float, float] | None = None,
@@ -76,6 +77,7 @@ def train_tokenizer(
         size: height and width of the training frames, a multiple of `factor`.
         steps: training steps.
         batch: frames per step.
+        gradient_weight: weight of the error of differences between neighboring pixels, next to the squared error.
         flip: mirror half of the frames.
         image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
         value_range: see `DataConfig`; None: by the type of the values.
@@ -93,6 +95,7 @@ def train_tokenizer(
     given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
     for flag, value in given.items():
         check_value(f"--{flag}", value, Limits(at_least=least.get(flag, 1)))
+    check_value("--gradient-weight", gradient_weight, Limits(at_least=0))
     check_value("--image-channels", image_channels, declared(DataConfig, "channels"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists: choose another folder")
@@ -138,6 +141,7 @@ def train_tokenizer(
             steps,
             where,
             seed=seed,
+            gradient_weight=gradient_weight,
             held_out=[clip.flatten(0, 1) for clip in judged],
             progress=progress,
         )
