@@ -100,8 +100,8 @@ def folds(count: int, groups: Tensor | None = None) -> list[Tensor]:
 
 
 def _fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    weight = torch.zeros(features.shape[1], classes, dtype=features.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=features.dtype, requires_grad=True)
+    weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-7)
 
     def closure() -> Tensor:

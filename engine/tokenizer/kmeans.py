@@ -72,9 +72,20 @@ def tally(vectors: Tensor, assigned: Tensor, count: int) -> tuple[Tensor, Tensor
 
 def draw(vectors: Tensor, distances: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draws `count` vectors of [M, E] with probabilities proportional to the squared distances [M] to their centers."""
-    reach = (distances.double() + 1e-12).cumsum(0)
+    reach = _running_sums(distances.double() + 1e-12)
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(vectors.device)
     return vectors[torch.searchsorted(reach, drawn * reach[-1]).clamp(max=len(vectors) - 1)]
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """Returns the sums of values [M] up to each, float64 and ascending.
+
+    On a GPU they are sums of integers, in units of 2^-60 of the whole: those of floats differ from call to call there,
+    and torch refuses them if it may only be deterministic.
+    """
+    if values.device.type == "cpu":
+        return values.cumsum(0)
+    return (values / values.sum() * 2.0**60).long().cumsum(0).double()
 
 
 def _spread(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ case, the reason of the choice and the weights after STEPS steps; `plain` has no
 import dataclasses
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.runtime.device import paused_gc
 from mam2.engine.runtime.distributed import World, join
 from mam2.engine.train import cuda_graph
 from mam2.engine.train.step import PretrainStep
@@ -26,11 +28,14 @@ CASES = ("plain", "faster", "slower on one", "fails on one", "asked for")
 class StandIn:
     """Does recorded work again by calling it."""
 
-    def __init__(self, seconds: float, fails: bool) -> None:
-        self.now, self.seconds, self.fails = 0.0, seconds, fails
+    def __init__(self, seconds: float, fails: bool, ddp: Callable[[], object]) -> None:
+        """ddp: returns the step's first DDP while it exists."""
+        self.now, self.seconds, self.fails, self.ddp = 0.0, seconds, fails, ddp
+        self.released = True
         cuda_graph.time = SimpleNamespace(perf_counter=lambda: self.now)
 
     def record(self, work):
+        self.released &= self.ddp() is None
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         values = {}
@@ -76,12 +81,14 @@ def train(world: World, case: str) -> dict[str, object]:
     clips = torch.randint(0, 256, (STEPS, BATCH, 3, 8, 32, 32), dtype=torch.uint8)
     codes = torch.randint(0, 16, (STEPS, BATCH, 64))
     rows = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
-    reason, values, ddp = "", {}, weakref.ref(step.forward)
+    reason, values, ddp, recorders = "", {}, weakref.ref(step.forward), []
     for number in range(STEPS):
         batches = [(clips[number, rows], codes[number, rows])]
         if number == 1 and case != "plain":  # in the middle of a run, with moments
             there = world.rank == 1
-            recorder = StandIn(3.0 if case == "slower on one" and there else 1.0, case == "fails on one" and there)
+            seconds = 3.0 if case == "slower on one" and there else 1.0
+            recorder = StandIn(seconds, case == "fails on one" and there, ddp)
+            recorders.append(recorder)
             step._one_pass = recorder.launched(step._one_pass)
             reason = step.choose_graph(number, batches, recorder)
         # a graph reads the rate as a float32: these are the same numbers there
@@ -90,7 +97,7 @@ def train(world: World, case: str) -> dict[str, object]:
     return {
         "reason": reason,
         "ddp": isinstance(step.forward, DistributedDataParallel),
-        "released": ddp() is None,
+        "released": all(recorder.released for recorder in recorders),
         "values": dict(zip(values, means.tolist(), strict=True)),
         "weights": {name: tensor.detach().clone() for name, tensor in step.model.state_dict().items()},
     }
@@ -98,6 +105,7 @@ def train(world: World, case: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     with join(torch.device("cpu")) as joined:
-        everywhere = {case: joined.all_gather(train(joined, case)) for case in CASES}
+        with paused_gc():  # as in the loop
+            everywhere = {case: joined.all_gather(train(joined, case)) for case in CASES}
         if joined.main:
             torch.save(everywhere, Path(sys.argv[1]))
