@@ -210,6 +210,7 @@ RENAMES = {
     "engine/runtime/log.py set_aside": "puts the log of an earlier start aside, writes nothing",
 }
 WRITES = {
+    "benchmarks/gpu.py collect": "output of a process, which is read while it is written",
     "engine/checkpoints/export.py write_hugging_face": "into the temporary folder of export",
     "engine/checkpoints/export.py write_mam2": "into the temporary folder of export",
     "engine/checkpoints/lock.py _create": "must fail if the file exists",
@@ -234,13 +235,22 @@ def renames(call):
 
 
 def writes(call):
-    """Whether a call writes a file under a name of its own: Path.write_text and write_bytes, open for writing."""
+    """Whether a call writes a file under a name of its own: Path.write_text and write_bytes, open for writing, and
+    np.save and np.savez of anything but an open file, which is named `file`, or `buffer`."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = [
         value.value for value in (*call.args, *(entry.value for entry in call.keywords)) if type(value) is ast.Constant
     ]
-    opened = name == "open" and any(re.fullmatch(r"[wx]b?\+?|rb?\+b?", str(value)) for value in given)
-    return name in ("write_text", "write_bytes") or opened
+    opened = name == "open" and any(re.fullmatch(r"[wx][b+]*|rb?\+b?", str(value)) for value in given)
+    saved = name in ("save", "savez") and not (
+        isinstance(call.args[0], ast.Name) and call.args[0].id in ("file", "buffer")
+    )
+    return name in ("write_text", "write_bytes") or opened or (saved and _of_numpy(call))
+
+
+def _of_numpy(call):
+    owner = getattr(call.func, "value", None)
+    return isinstance(owner, ast.Name) and owner.id == "np"
 
 
 def calls(node, function=""):
@@ -258,7 +268,7 @@ def places(root, folders, wanted):
     found = set()
     for path in (path for folder in folders for path in (root / folder).rglob("*.py")):
         text = path.read_text("utf-8")
-        if path != root / "engine" / "files.py" and re.search(r"rename|replace\(|\.move\(|write_|open\(", text):
+        if path != root / "engine" / "files.py" and re.search(r"rename|replace\(|\.move\(|write_|open\(|save", text):
             found |= {f"{path.relative_to(root)} {name}" for name, call in calls(ast.parse(text)) if wanted(call)}
     return found
 
@@ -266,13 +276,14 @@ def places(root, folders, wanted):
 def test_files_get_their_names_in_one_place():
     """Whole files and folders are written by files.py, so that a crash leaves the old or the new one."""
     assert places(ROOT, ("engine", "kernels", "benchmarks", "examples"), renames) == set(RENAMES)
-    assert places(ROOT, ("engine", "kernels"), writes) == set(WRITES)
+    assert places(ROOT, ("engine", "kernels", "benchmarks", "examples"), writes) == set(WRITES)
 
 
 def test_another_way_to_write_a_file_is_found(tmp_path):
     (tmp_path / "engine").mkdir()
     lines = ("os.replace(a, b)", "shutil.move(a, b)", "a.rename(b)", "a.replace(b)", "a.write_text(b)", "a.open('wb')")
     lines += ("dataclasses.replace(a, b=c)", "a.replace(b, c)", "a.open('rb')", "a.open('a')", "open(a)")
+    lines += ("a.open('w+b')", "np.save(a, b)", "np.savez(file, a)")
     (tmp_path / "engine" / "a.py").write_text("".join(f"def f{i}(): {line}\n" for i, line in enumerate(lines)))
     assert places(tmp_path, ["engine"], renames) == {f"engine/a.py f{i}" for i in range(4)}
-    assert places(tmp_path, ["engine"], writes) == {"engine/a.py f4", "engine/a.py f5"}
+    assert places(tmp_path, ["engine"], writes) == {f"engine/a.py f{i}" for i in (4, 5, 11, 12)}
