@@ -75,13 +75,14 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 @functools.lru_cache(maxsize=16)
 def _statistics(
     mean: tuple[float, ...], std: tuple[float, ...], unit: int, pixels: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Returns mean and std of each value of a token [2,P], in the clip's unit.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and std of each value of a token, both [P], in the clip's unit.
 
     Stored, because making them costs as much as the rest of a small gathering.
     """
     with torch.inference_mode(False):
-        return torch.tensor([mean, std], dtype=dtype, device=device).mul_(unit).repeat(1, pixels)
+        table = torch.tensor([mean, std], dtype=dtype, device=device).mul_(unit).repeat(1, pixels)
+        return table[0], table[1]
 
 
 def gather_tubes(
@@ -95,12 +96,14 @@ def gather_tubes(
     """Returns the selected tokens [B,K,P], (x − mean)/std with x in [0,1]."""
     _check_tokens(visible, tokens_of(video, patch_size))
     picked, unit = select(cube_view(video, patch_size), visible), _unit(video)
-    values = picked.to(torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32, copy=True)
+    compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     if mean is not None and std is not None:
-        table = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), values.dtype, values.device)
-        values.sub_(table[0]).div_(table[1])
-    elif unit > 1:
-        values.div_(unit)
+        means, stds = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), compute, picked.device)
+        values = torch.sub(picked, means).div_(stds)  # in the type of the means
+    else:
+        values = picked.to(compute, copy=True)
+        if unit > 1:
+            values.div_(unit)
     return values.to(dtype).view(*visible.shape, picked.shape[1])
 
 
