@@ -145,16 +145,29 @@ def code_version() -> str:
 
 
 def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
-    """Returns the newest undamaged checkpoint, or None. Damaged ones are reported and renamed."""
+    """Returns the newest undamaged checkpoint, or None in a folder without checkpoints.
+
+    Newer ones, which are damaged, are reported and renamed. Raises UserError if all are damaged, and renames none then:
+    a run that began anew would replace what is left of them.
+    """
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(_all(run)):
-        damage = why_damaged(folder)
-        if not damage:
-            return folder
-        aside = folder.with_name(f"damaged-{folder.name}")
+        if not (damage := why_damaged(folder)):
+            break
+        damaged.append((folder, damage))
+    else:
+        if damaged:
+            raise UserError(
+                f"{run / FOLDER}: every checkpoint is damaged (the newest, {damaged[0][0].name}: {damaged[0][1]}); "
+                "restore one from a copy, or start a new run in another folder with --out"
+            )
+        return None
+    for broken, damage in damaged:
+        aside = broken.with_name(f"damaged-{broken.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        info(f"resume  checkpoint {folder} is damaged ({damage}); renamed it to {aside.name}, using the previous one")
-    return None
+        broken.rename(aside)
+        info(f"resume  checkpoint {broken} is damaged ({damage}); renamed it to {aside.name}, using the previous one")
+    return folder
 
 
 def why_damaged(folder: Path) -> str | None:

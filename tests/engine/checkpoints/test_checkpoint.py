@@ -138,6 +138,17 @@ def test_a_damaged_checkpoint_is_found_out_and_set_aside(name, damage, tmp_path)
     assert len(messages) == 1
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    model, optimizer = _trained()
+    for step in (1, 2):
+        (save(tmp_path, step, model, optimizer) / checkpoint.OPTIMIZER).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"every checkpoint is damaged \(the newest, step-00000002: opti.* missing"):
+        checkpoint.newest_whole(tmp_path, pytest.fail)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert checkpoint.newest_whole(tmp_path / "new", pytest.fail) is None
+
+
 def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(parents=True)
     Saver(tmp_path, CONFIG)
