@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.bench_step import CODES, sized
 from mam2.engine.costs import PartCost, part_costs, step_bytes
+from mam2.engine.files import write_whole
 from mam2.kernels import costs, launch
 
 RESULTS = Path(__file__).parent / "results" / "static"
@@ -234,7 +235,7 @@ def report() -> str:
 
 def main() -> None:
     text = report()
-    PREDICTION.write_text(text, encoding="utf-8")
+    write_whole(PREDICTION, text)
     print(text, end="")
 
 

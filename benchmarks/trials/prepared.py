@@ -32,6 +32,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.errors import UserError
+from mam2.engine.files import whole_file, write_whole
 from mam2.engine.layer_costs import SINGLE, tokenizer_image
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
@@ -123,14 +124,16 @@ def prepare(
         if not (folder / f"{name}-labels.npy").is_file():
             render(name, manifest, folder, dataclasses.replace(config, data=data_config), train=train)
         if questions:
-            np.savez(folder / f"{name}-questions.npz", **answers(questions, [video.path for video in manifest.videos]))
+            known = answers(questions, [video.path for video in manifest.videos])
+            with whole_file(folder / f"{name}-questions.npz") as file:
+                np.savez(file, **known)
     facts = {
         "videos": {name: len(manifest.videos) for name, manifest in manifests.items()},
         "classes": len(classes),
         "codebook_size": config.tokenizer.codes,
     }
     facts |= _tokenize(manifests["train"], folder, config)
-    (folder / PREPARED).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_whole(folder / PREPARED, json.dumps(facts, indent=1))
     return load(folder)
 
 
@@ -149,7 +152,11 @@ def answers(table: Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, *, train: bool) -> None:
-    """Writes FOLDER/NAME.npy and FOLDER/NAME-labels.npy. UserError for a video that cannot be decoded."""
+    """Writes FOLDER/NAME.npy, then FOLDER/NAME-labels.npy, whose existence means that both are complete.
+
+    Raises:
+        UserError: a video cannot be decoded.
+    """
     data, device = config.data, pick_device(config.run)
     shape = (len(manifest.videos), data.recorded, data.views, data.frames, data.size, data.size, 3)
     clips = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)
@@ -162,7 +169,8 @@ def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, 
             path, reason = loader.skipped[0]
             raise UserError(f"{path}: cannot be decoded: {reason}; take it out of the data")
     clips.flush()
-    np.save(folder / f"{name}-labels.npy", np.array([video.label for video in manifest.videos]))
+    with whole_file(folder / f"{name}-labels.npy") as file:
+        np.save(file, np.array([video.label for video in manifest.videos]))
 
 
 def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[str, float]:

@@ -30,6 +30,7 @@ from mam2.engine.evaluation.components import principal_components, probe_compon
 from mam2.engine.evaluation.features import extract_features
 from mam2.engine.evaluation.linear_probe import ProbeResult, folds, held_out, linear_probe
 from mam2.engine.evaluation.pools import Pool
+from mam2.engine.files import whole_file
 from mam2.engine.model.encoder import Encoder
 
 CLIPS, QUESTIONS = "clips", "questions.npz"
@@ -112,7 +113,8 @@ def prepare_questions(asked: Sequence[Lists], groups: str, folder: Path, config:
             parts[f"{lists.name}/{part}-groups"] = read_groups(groups, paths) if groups else np.arange(len(paths))
     data = dataclasses.replace(config.data, recorded=1, views=1)
     render(CLIPS, Manifest(tuple(videos)), folder, dataclasses.replace(config, data=data), train=False)
-    np.savez(folder / QUESTIONS, **parts)
+    with whole_file(folder / QUESTIONS) as file:
+        np.savez(file, **parts)
 
 
 def some_of_each_class(manifest: Manifest, count: int) -> Manifest:

@@ -26,6 +26,7 @@ from benchmarks.trials.selection import (
     trials_of,
     values,
 )
+from mam2.engine.files import write_whole
 
 BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 PICTURES = "convergence.png", "convergence-ablations.png"
@@ -317,7 +318,7 @@ def write_page(results: Results, docs_path: Path) -> None:
     before, after = around(docs_path)
     draw(results, docs_path.with_name(PICTURES[0]))
     draw_ablations(results, docs_path.with_name(PICTURES[1]))
-    docs_path.write_text(before + page(results) + after, encoding="utf-8")
+    write_whole(docs_path, before + page(results) + after)
 
 
 def around(docs_path: Path) -> tuple[str, str]:

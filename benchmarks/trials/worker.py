@@ -21,6 +21,7 @@ from benchmarks.trials.jobs import Job, trained_by
 from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, Setting, finetuning, pretraining
 from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.files import written_aside
 
 WARM_UP_ROUNDS = 2
 
@@ -74,7 +75,8 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     if job.group in ("main", "random", "real"):
         file = encoder_file(out, job)
         file.parent.mkdir(exist_ok=True)
-        save_file(pretrained.encoder.state_dict(), file)
+        with written_aside(file) as aside:
+            save_file(pretrained.encoder.state_dict(), aside)
     found: dict[str, Any] = {"steps": pretrained.steps, "losses": pretrained.losses, **spent}
     if job.group == "real sweep":
         found[REAL_JUDGED] = real.judge(pretrained.encoder, real.load_questions(out / "real"), config)

@@ -243,14 +243,26 @@ def writes(call):
     return name in ("write_text", "write_bytes") or opened
 
 
-def calls(node, function=""):
-    """(name of the function, call) of all calls in a syntax tree."""
+def saves(call):
+    """Whether np.save, np.savez or save_file gets a path of its own, not what a `with` around it opened."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in ("save", "savez", "savez_compressed", "save_file"):
+        return False
+    path = call.args[-1 if name == "save_file" else 0]
+    return not (isinstance(path, ast.Name) and path.id in call.opened)
+
+
+def calls(node, function="", opened=frozenset()):
+    """(name of the function, call) of all calls in a syntax tree; call.opened has the names bound by a `with`."""
     if isinstance(node, ast.FunctionDef):
-        function = node.name
+        function, opened = node.name, frozenset()
+    if isinstance(node, ast.With):
+        opened |= {name.id for item in node.items if isinstance(name := item.optional_vars, ast.Name)}
     if isinstance(node, ast.Call):
+        node.opened = opened
         yield function, node
     for child in ast.iter_child_nodes(node):
-        yield from calls(child, function)
+        yield from calls(child, function, opened)
 
 
 def places(root, folders, wanted):
@@ -258,7 +270,7 @@ def places(root, folders, wanted):
     found = set()
     for path in (path for folder in folders for path in (root / folder).rglob("*.py")):
         text = path.read_text("utf-8")
-        if path != root / "engine" / "files.py" and re.search(r"rename|replace\(|\.move\(|write_|open\(", text):
+        if path != root / "engine" / "files.py" and re.search(r"rename|replace\(|\.move\(|write_|open\(|save", text):
             found |= {f"{path.relative_to(root)} {name}" for name, call in calls(ast.parse(text)) if wanted(call)}
     return found
 
@@ -266,13 +278,17 @@ def places(root, folders, wanted):
 def test_files_get_their_names_in_one_place():
     """Whole files and folders are written by files.py, so that a crash leaves the old or the new one."""
     assert places(ROOT, ("engine", "kernels", "benchmarks", "examples"), renames) == set(RENAMES)
-    assert places(ROOT, ("engine", "kernels"), writes) == set(WRITES)
+    assert places(ROOT, ("engine", "kernels", "benchmarks"), writes) == set(WRITES)
+    assert places(ROOT, ("benchmarks",), saves) == set()
 
 
 def test_another_way_to_write_a_file_is_found(tmp_path):
     (tmp_path / "engine").mkdir()
     lines = ("os.replace(a, b)", "shutil.move(a, b)", "a.rename(b)", "a.replace(b)", "a.write_text(b)", "a.open('wb')")
     lines += ("dataclasses.replace(a, b=c)", "a.replace(b, c)", "a.open('rb')", "a.open('a')", "open(a)")
+    lines += ("np.save(a, b)", "np.savez(a / 'b', c=d)", "save_file(b, a)")
+    lines += tuple(f"\n    with whole(a) as file: {call}" for call in ("np.savez(file, b=c)", "save_file(b, file)"))
     (tmp_path / "engine" / "a.py").write_text("".join(f"def f{i}(): {line}\n" for i, line in enumerate(lines)))
     assert places(tmp_path, ["engine"], renames) == {f"engine/a.py f{i}" for i in range(4)}
     assert places(tmp_path, ["engine"], writes) == {"engine/a.py f4", "engine/a.py f5"}
+    assert places(tmp_path, ["engine"], saves) == {f"engine/a.py f{i}" for i in (11, 12, 13)}
