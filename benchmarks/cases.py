@@ -135,6 +135,11 @@ def few(cases: Iterator[Case]) -> list[Case]:
     return list(found.values())
 
 
+def by_columns(tensor: Tensor) -> Tensor:
+    """Returns a matrix with its columns one after the other in memory, as token weights may be."""
+    return tensor.t().contiguous().t()
+
+
 def loss_case(
     clip: Clip,
     dtype: torch.dtype,
@@ -158,7 +163,7 @@ def loss_case(
     inputs = {"video": clip.make(), "masked": masked, "pred": torch.randn(pred_shape).to(dtype)}
     inputs["upstream"] = 0.5 + torch.rand(masked.shape if reduction == "none" else (), dtype=DOUBLE)
     if weighted:
-        inputs["weight"] = torch.rand(masked.shape) * (torch.rand(masked.shape) > 0.3)
+        inputs["weight"] = by_columns(torch.rand(masked.shape) * (torch.rand(masked.shape) > 0.3))
     options: dict[str, Any] = {"patch_size": clip.patch, "normalize": normalize, "eps": EPS, "reduction": reduction}
     options |= {} if clip.dtype == BYTES else clip.statistics
     motion = target in ("adjacent", "intra")
@@ -248,7 +253,7 @@ def masked_head_case(clip: Clip, dtype: torch.dtype, *, target: str, width: int 
     inputs = {name: torch.randn(size).mul(0.5).to(dtype) for name, size in sizes.items()}
     inputs |= {"video": clip.make(), "masked": masked, "upstream": 0.5 + torch.rand((), dtype=DOUBLE)}
     if weighted:
-        inputs["factor"] = torch.rand(masked.shape) * (torch.rand(masked.shape) > 0.3)
+        inputs["factor"] = by_columns(torch.rand(masked.shape) * (torch.rand(masked.shape) > 0.3))
     options: dict[str, Any] = {"patch_size": clip.patch, "eps": EPS, "normalize": "patch"}
     options |= {} if clip.dtype == BYTES else clip.statistics
 

@@ -61,6 +61,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
                 call()
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         mode = AsyncCompileMode(pool)
+        futures = mode.raw_futures  # newer versions of Triton replace the list at the end
         try:
             with mode:
                 for kernel, arguments, meta in recorded:
@@ -68,4 +69,4 @@ def compile_ahead(calls: Iterable[Callable[[], object]], *, threads: int | None 
                         kernel.warmup(*arguments, grid=(1,), **meta, enable_fp_fusion=True)
         except Exception:  # the launch raises again and names the kernel
             _async_compile.active_mode.set(None)
-    return len(mode.raw_futures)
+    return len(futures)

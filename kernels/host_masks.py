@@ -1,19 +1,23 @@
-"""Draws masks on a CPU with NumPy: bit for bit the result of `reference.draw_mask`, which defines it, in fewer passes.
+"""The masks' generator on the host, and masks drawn with it on a CPU in NumPy.
 
-The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox takes
-three, and one partial sort replaces three sorts. `reference.philox` also computes NumPy arrays, but a round takes it
-twelve operations, with which small batches are slower; and PyTorch has no product of 32-bit words for the three.
+`draw_mask` returns bit for bit the result of `reference_masks.draw_mask`, which defines it, in fewer passes. The arrays
+of a mask are so small that the number of operations counts more than their size: a round of Philox takes three, and one
+partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a round would take twelve.
 
 B clips, n positions.
 """
 
 import functools
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .reference import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, WORD
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
 
 POSITION_BITS = 23
 """Bits of a position in a rank; the key is above them."""
@@ -31,18 +35,16 @@ def _round_keys(seed: int) -> np.ndarray:
     return np.array(keys, dtype=np.uint32).reshape(PHILOX_ROUNDS, 2, 1, 1)
 
 
-def philox(seed: int, samples: np.ndarray, positions: int, step: int) -> np.ndarray:
-    """Returns the first word [B,n] uint32 of Philox4x32-10 of the counters (position, sample low, sample high, step).
+def philox(seed: int, counter: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the first word [B,n] uint32 of Philox4x32-10 (Salmon et al. 2011).
 
-    `samples` [B] is int64. The state is two arrays [2,B,n]: words 0 and 2, which are multiplied, and words 1 and 3.
+    `counter` holds 4 int64 arrays that broadcast to [B,n]; the lowest 32 bits of each count. The key is the lowest 64
+    bits of `seed`. The state is two arrays [2,B,n]: words 0 and 2, which are multiplied, and words 1 and 3.
     """
-    shape = 2, len(samples), positions
+    shape = 2, *np.broadcast(*counter).shape
     keys = _round_keys(seed)
     multiplied, other, product = np.empty(shape, np.uint32), np.empty(shape, np.uint32), np.empty(shape, np.uint64)
-    multiplied[0] = np.arange(positions)
-    multiplied[1] = (samples >> 32)[:, None]
-    other[0] = (samples & WORD)[:, None]
-    other[1] = step & WORD
+    multiplied[0], other[0], multiplied[1], other[1] = counter
     other ^= keys[0]
     words = product.view(np.uint32).reshape(*shape, 2)[::-1]  # the products change places
     high, low = words[..., 1 - LOW], words[..., LOW]
@@ -53,8 +55,17 @@ def philox(seed: int, samples: np.ndarray, positions: int, step: int) -> np.ndar
     return (multiplied[1] * _MULTIPLIERS[1, 0] >> np.uint64(32)).astype(np.uint32) ^ other[0]
 
 
+def position_keys(seed: int, first_sample: int, batch: int, positions: int, step: int) -> np.ndarray:
+    """Returns the random keys [B,n] uint32 of positions 0 to n−1 of samples first_sample to first_sample + B − 1.
+
+    The key of (sample, position) is Philox of the counter (position, sample low word, sample high word, step).
+    """
+    sample = np.arange(first_sample, first_sample + batch)[:, None]
+    return philox(seed, (np.arange(positions)[None, :], sample, sample >> 32, np.array([[step]])))
+
+
 def motion_order(keys: np.ndarray, energy: np.ndarray, strength: int) -> np.ndarray:
-    """Returns `reference.motion_order` of keys [B,n] and energies [B,slots,n]."""
+    """Returns `reference_masks.motion_order` of keys [B,n] and energies [B,slots,n]."""
     total = energy.sum(axis=1, dtype=np.float64)
     mean = total.mean(axis=1, keepdims=True)
     mean[mean <= 0] = 1.0  # a static clip: equal weights
@@ -74,8 +85,8 @@ def draw_mask(
     energy: torch.Tensor | None,
     strength: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `reference.draw_mask` of the same arguments; all tensors are on the CPU."""
-    keys = philox(seed, np.arange(first_sample, first_sample + batch), positions, int(step))
+    """Returns `reference_masks.draw_mask` of the same arguments; all tensors are on the CPU."""
+    keys = position_keys(seed, first_sample, batch, positions, int(step))
     if energy is not None:
         keys = motion_order(keys, energy.detach().numpy().reshape(batch, slots, positions), strength)
     # key and position in one number: all distinct, so that the `hidden` smallest are well defined

@@ -65,10 +65,10 @@ def is_plain_cpu(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return (
-        all(tensor is None or (type(tensor) in PLAIN and tensor.device.type == "cpu") for tensor in tensors)
-        and (os.environ.get("MAM2_KERNELS") or "pytorch") == "pytorch"
-    )
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or not tensor.is_cpu):
+            return False
+    return (os.environ.get("MAM2_KERNELS") or "pytorch") == "pytorch"
 
 
 _DATA = json.loads(importlib.resources.files(__package__).joinpath("launch_table.json").read_text(encoding="utf-8"))

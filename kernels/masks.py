@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import host_masks, launch, reference
+from . import host_masks, launch, reference_masks
 from .launch import jit, tl
 from .shapes import OTHER_COUNT, REPEATED, Grid, check_bool_mask, check_grid, check_index
 
@@ -173,7 +173,7 @@ def _draw_mask(
     energy: torch.Tensor | None = None,
     strength: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    draw_mask = reference.draw_mask if step.device.type != "cpu" else host_masks.draw_mask
+    draw_mask = reference_masks.draw_mask if step.device.type != "cpu" else host_masks.draw_mask
     if launch.active_path(step) == "triton":
         draw_mask = _launch
     return draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import launch, reference
+from . import launch, reference, reference_masks
 from .cube import cube_meta, cube_place, load_cube, strip_offsets
 from .launch import jit, tl
 from .masks import TubeMask, draw_positions
@@ -86,7 +86,7 @@ def _motion_energy_kernel(
 def _launch(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     grid = token_grid(video, patch_size)
     dtype = reference.compute_dtype(video)
-    energy = video.new_empty(video.shape[0], grid.tokens, dtype=reference.energy_dtype(video))
+    energy = video.new_empty(video.shape[0], grid.tokens, dtype=reference_masks.energy_dtype(video))
     meta = cube_meta(video, patch_size, dtype)
     launch.run_kernel(
         _motion_energy_kernel,
@@ -107,12 +107,14 @@ def _launch(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
 def _motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     if launch.active_path(video) == "triton":
         return _launch(video, patch_size)
-    return reference.motion_energy(video, patch_size)
+    return reference_masks.motion_energy(video, patch_size)
 
 
 @_motion_energy.register_fake
 def _(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    return video.new_empty(video.shape[0], reference.tokens_of(video, patch_size), dtype=reference.energy_dtype(video))
+    return video.new_empty(
+        video.shape[0], reference.tokens_of(video, patch_size), dtype=reference_masks.energy_dtype(video)
+    )
 
 
 def motion_tube_mask(
@@ -141,7 +143,7 @@ def motion_tube_mask(
     grid = check_video(video, patch_size)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected 0 to 1, found {strength}")
-    energies = reference.motion_energy if launch.is_plain_cpu(video) else _motion_energy
+    energies = reference_masks.motion_energy if launch.is_plain_cpu(video) else _motion_energy
     energy = energies(video, list(patch_size))
     where = step, first_sample, video.device
     return draw_positions(

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: they define the results, serve as reference in the tests, and run without a GPU.
+"""Gathering and the losses in plain PyTorch: the definition, the reference of the tests, and what runs without a GPU.
 
 All functions compute in float64 if an input is float64, otherwise in float32. They work in place on buffers that they
 allocated, and select cubes while the clip is still uint8, because these losses are memory-bound on a CPU.
@@ -11,84 +11,17 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from .shapes import unfit_tokens
 from .token_cubes import cube_view, cut, frame_view, select
 
-PHILOX_ROUNDS = 10
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
-
 CHUNK_BYTES = 2 << 20
-"""Bytes that the losses, motion_energy and scale_gradient hold at a time besides their result: these stay in the cache,
-and the allocator reuses their pages."""
+"""Bytes that the losses, scale_gradient and reference_masks.motion_energy hold at a time besides their result: these
+stay in the cache, and the allocator reuses their pages."""
 
 
-def philox(seed: int, counter: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the first 32-bit word of Philox4x32-10 (Salmon et al. 2011) as int64.
-
-    `counter` holds 4 broadcastable int64 words. A product of two words may exceed 2^63 and wrap; its 64 bits are still
-    correct, so that both 32-bit words can be cut from it.
-    """
-    c0, c1, c2, c3 = (word & WORD for word in counter)
-    key0, key1 = seed & WORD, (seed >> 32) & WORD
-    for _ in range(PHILOX_ROUNDS):
-        first, second = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
-        c0 = ((second >> 32) & WORD) ^ c1 ^ key0
-        c1 = second & WORD
-        c2 = ((first >> 32) & WORD) ^ c3 ^ key1
-        c3 = first & WORD
-        key0, key1 = (key0 + PHILOX_WEYL[0]) & WORD, (key1 + PHILOX_WEYL[1]) & WORD
-    return c0
-
-
-def motion_order(keys: torch.Tensor, energy: torch.Tensor, strength: int) -> torch.Tensor:
-    """Returns integers [B,n] in whose order positions are masked, from 32-bit keys [B,n] and energies [B,slots,n].
-
-    The integers are log(−log(u)/w) with u = 1 − (key + ½)/2^32 and w = 65536 − strength + strength·energy/mean(energy),
-    at least 2^−24, in steps of 2^−33: the steps are fine enough that equal energies keep the order of the keys.
-    """
-    total = energy.double().sum(dim=1)
-    mean = total.mean(dim=1, keepdim=True)
-    share = total / torch.where(mean > 0, mean, 1.0)  # a static clip: equal weights
-    weight = (65536 - strength + strength * share).clamp(min=2**-24)
-    wait = -torch.log((2**33 - 1 - 2 * keys).double() * 2**-33)
-    return ((wait.log() - weight.log() + 64) * 2**33).long()
-
-
-def draw_mask(
-    step: torch.Tensor,
-    seed: int,
-    first_sample: int,
-    batch: int,
-    slots: int,
-    positions: int,
-    hidden: int,
-    energy: torch.Tensor | None,
-    strength: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks in every clip the `hidden` positions with the smallest random keys, the same positions in all slots.
-
-    The key of (sample, position) is Philox of the counter (position, sample low word, sample high word, step).
-    With motion energies [B,slots·positions], `motion_order` replaces the keys. Ties go to the smaller position.
-    Returns visible [B, slots·(positions−hidden)], masked [B, slots·hidden].
-    """
-    sample = torch.arange(first_sample, first_sample + batch, device=step.device)[:, None]
-    position = torch.arange(positions, device=step.device)[None, :]
-    keys = philox(seed, (position, sample, sample >> 32, step))
-    if energy is not None:
-        keys = motion_order(keys, energy.unflatten(1, (slots, positions)), strength)
-    order = keys.sort(dim=1, stable=True).indices
-    offset = torch.arange(slots, device=step.device)[None, :, None] * positions
-    parts = order[:, hidden:], order[:, :hidden]
-    visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).flatten(1) for part in parts)
-    return visible, masked
-
-
-def _slices(count: int, row_bytes: int) -> Iterator[slice]:
+def row_slices(count: int, row_bytes: int) -> Iterator[slice]:
     """Divides `count` rows into slices of about CHUNK_BYTES."""
     step = max(CHUNK_BYTES // max(row_bytes, 1), 1)
     return (slice(start, start + step) for start in range(0, count, step))
@@ -139,57 +72,17 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def energy_dtype(video: torch.Tensor) -> torch.dtype:
-    """Returns the type of motion energies: int64 for a uint8 clip, whose energies are exact, else float."""
-    return torch.int64 if video.dtype == torch.uint8 else compute_dtype(video)
-
-
-def _frame_distances(frames: np.ndarray) -> np.ndarray:
-    """Returns |x[t+1] − x[t]| of bytes [B,C,T,H,W], 0 for the last frame: a quarter of the memory of floats."""
-    distances = np.empty_like(frames)
-    earlier, later, inside = frames[:, :, :-1], frames[:, :, 1:], distances[:, :, :-1]
-    np.maximum(earlier, later, out=inside)
-    np.subtract(inside, np.minimum(earlier, later), out=inside)
-    distances[:, :, -1] = 0
-    return distances
-
-
-def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0."""
-    (tubelet, height, width), dtype = patch_size, energy_dtype(video)
-    inside = compute_dtype(video)
-    if dtype == torch.int64 and tubelet * height * 255**2 >= 2**24:  # float32 holds integers up to 2^24
-        inside = torch.float64
-    energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
-    for part in _slices(len(video), video[:1].numel() * inside.itemsize):
-        if video.dtype == torch.uint8 and video.device.type == "cpu":
-            change = torch.from_numpy(_frame_distances(video[part].numpy())).to(inside)
-        else:
-            change = video[part].to(inside, copy=True)
-            for frame in range(video.shape[2] - 1):  # in place: a second buffer would cost more than the loop
-                change[:, :, frame].sub_(change[:, :, frame + 1])
-            change[:, :, -1] = 0
-        change.square_()
-        last = change.stride(1) == 1  # the sums run along memory: [B,T,H,W,C] or [B,T,H,C,W]
-        rows = change.permute(0, 2, 3, 4, 1) if last else change.permute(0, 2, 3, 1, 4)
-        rows = rows.unflatten(1, (-1, tubelet)).unflatten(3, (-1, height)).sum(4).sum(2).to(dtype)
-        columns = (
-            rows.flatten(3).unflatten(3, (-1, width * rows.shape[4])) if last else rows.sum(3).unflatten(3, (-1, width))
-        )
-        energy[part] = columns.sum(4).flatten(1)
-    return energy
-
-
 @functools.lru_cache(maxsize=16)
 def _statistics(
     mean: tuple[float, ...], std: tuple[float, ...], unit: int, pixels: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Returns mean and std of each value of a token [2,P], in the clip's unit.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and std of each value of a token, both [P], in the clip's unit.
 
     Stored, because making them costs as much as the rest of a small gathering.
     """
     with torch.inference_mode(False):
-        return torch.tensor([mean, std], dtype=dtype, device=device).mul_(unit).repeat(1, pixels)
+        table = torch.tensor([mean, std], dtype=dtype, device=device).mul_(unit).repeat(1, pixels)
+        return table[0], table[1]
 
 
 def gather_tubes(
@@ -203,12 +96,14 @@ def gather_tubes(
     """Returns the selected tokens [B,K,P], (x − mean)/std with x in [0,1]."""
     _check_tokens(visible, tokens_of(video, patch_size))
     picked, unit = select(cube_view(video, patch_size), visible), _unit(video)
-    values = picked.to(torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32, copy=True)
+    compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     if mean is not None and std is not None:
-        table = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), values.dtype, values.device)
-        values.sub_(table[0]).div_(table[1])
-    elif unit > 1:
-        values.div_(unit)
+        means, stds = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), compute, picked.device)
+        values = torch.sub(picked, means).div_(stds)  # in the type of the means
+    else:
+        values = picked.to(compute, copy=True)
+        if unit > 1:
+            values.div_(unit)
     return values.to(dtype).view(*visible.shape, picked.shape[1])
 
 
@@ -342,7 +237,7 @@ def masked_errors(
     gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
     share = float("nan") if divisor == 0 else 1 / divisor
     scales = pred.new_tensor(share, dtype=dtype) if factors is None else factors.to(dtype) * share
-    for part in _slices(batch, count * pred.shape[2] * dtype.itemsize):
+    for part in row_slices(batch, count * pred.shape[2] * dtype.itemsize):
         index = masked[part]
         goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
         rows = _rows(index, token_count) if every_token else None
@@ -379,7 +274,7 @@ def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
     shape = math.prod(lead), math.prod(gradient.shape[len(lead) :])
     rows, scaled = gradient.reshape(shape), out.view(shape)
     factors = factors.expand((*lead, *[1] * (gradient.dim() - len(lead)))).reshape(-1, 1)
-    for part in _slices(len(rows), wide.itemsize * shape[1]):
+    for part in row_slices(len(rows), wide.itemsize * shape[1]):
         scaled[part] = rows[part] * factors[part]
     return out
 
@@ -404,7 +299,7 @@ def softmax_gradient_(
     factors = torch.where(ignored, 0.0, factors)[:, None]
     column = column.masked_fill(ignored[:, None], 0)
     loss = factors.new_empty(len(logits))
-    for part in _slices(len(logits), logits.shape[1] * factors.itemsize):
+    for part in row_slices(len(logits), logits.shape[1] * factors.itemsize):
         wide, own, factor = logits[part].to(factors.dtype), column[part], factors[part]
         errors = wide.amax(dim=1, keepdim=True)
         errors -= (1 - label_smoothing) * wide.gather(1, own)

@@ -19,8 +19,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def cube_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns the view [B,T/τ,H/p,W/p, τ,p,p,C] of video [B,C,T,H,W]."""
     tubelet, height, width = patch_size
-    cubes = video.unflatten(2, (-1, tubelet)).unflatten(4, (-1, height)).unflatten(6, (-1, width))
-    return cubes.permute(0, 2, 4, 6, 3, 5, 7, 1)
+    batch, channels, frames, rows, columns = video.shape
+    grid = frames // tubelet, tubelet, rows // height, height, columns // width, width
+    return video.view(batch, channels, *grid).permute(0, 2, 4, 6, 3, 5, 7, 1)
 
 
 def frame_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
@@ -44,6 +45,12 @@ def select(view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if view.device.type != "cpu":
         numbers = (torch.arange(len(index), device=index.device)[:, None], *torch.unravel_index(index, grid))
         return view[numbers].reshape(shape)
-    values = view.view(INTEGERS[view.dtype.itemsize]).numpy()
+    values = view.view(INTEGERS[view.dtype.itemsize])
+    run, channels = view.shape[-2] * view.shape[-1], view.shape[-1]
+    if view.stride()[-2:] == (channels, 1) and view.numel():  # NumPy copies a row of a patch as one item
+        items = values.flatten(-2).numpy().view(f"V{run * view.itemsize}")[..., 0]
+    else:
+        items = values.numpy()
     places = np.arange(len(index))[:, None], *np.unravel_index(index.numpy(), grid)
-    return torch.from_numpy(values[places]).view(view.dtype).reshape(shape)
+    picked = np.ascontiguousarray(items[places])  # NumPy keeps the clip's order of dimensions in memory
+    return torch.from_numpy(picked.view(f"i{view.itemsize}")).view(view.dtype).view(shape)

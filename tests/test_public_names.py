@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DESCRIBE_OPERATORS = ("kernels/costs.py", "kernels/reference.py", "engine/costs.py", "engine/layer_costs.py")
+DESCRIBE_OPERATORS = ("kernels/costs.py", "kernels/reference.py", "kernels/reference_masks.py")
+DESCRIBE_OPERATORS += ("engine/costs.py", "engine/layer_costs.py")
 """Modules whose functions are named after the operator whose cost or definition they return."""
 
 

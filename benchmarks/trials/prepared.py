@@ -124,9 +124,8 @@ def prepare(
         if not (folder / f"{name}-labels.npy").is_file():
             render(name, manifest, folder, dataclasses.replace(config, data=data_config), train=train)
         if questions:
-            known = answers(questions, [video.path for video in manifest.videos])
             with whole_file(folder / f"{name}-questions.npz") as file:
-                np.savez(file, **known)
+                np.savez(file, **answers(questions, [video.path for video in manifest.videos]))
     facts = {
         "videos": {name: len(manifest.videos) for name, manifest in manifests.items()},
         "classes": len(classes),
@@ -152,11 +151,7 @@ def answers(table: Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, *, train: bool) -> None:
-    """Writes FOLDER/NAME.npy, then FOLDER/NAME-labels.npy, whose existence means that both are complete.
-
-    Raises:
-        UserError: a video cannot be decoded.
-    """
+    """Writes FOLDER/NAME.npy and FOLDER/NAME-labels.npy. UserError for a video that cannot be decoded."""
     data, device = config.data, pick_device(config.run)
     shape = (len(manifest.videos), data.recorded, data.views, data.frames, data.size, data.size, 3)
     clips = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)

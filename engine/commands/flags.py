@@ -82,6 +82,8 @@ class TokenizerFlags:
     """training steps."""
     batch: int = 16
     """frames per step."""
+    gradient_weight: float = 0.0
+    """weight of the error of differences between neighboring pixels, next to the squared error; 0: without it."""
     flip: bool = True
     """mirror half of the frames."""
     image_channels: int = 3

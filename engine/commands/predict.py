@@ -40,6 +40,7 @@ def run(arguments: list[str]) -> int:
             classifier: its model, the views of a video, and how they are computed.
         """
         from mam2.engine.data.sources import read_source
+        from mam2.engine.data.unusable import none_decoded
         from mam2.engine.data.video import Skipped
         from mam2.engine.errors import UserError
         from mam2.engine.evaluation.prediction import Prediction, predict
@@ -69,7 +70,7 @@ def run(arguments: list[str]) -> int:
             **classifier.arguments(),
         )
         if not result.predictions:
-            raise UserError(f"--data: none of the {len(result.skipped)} videos can be decoded")
+            raise UserError(none_decoded("--data", result.skipped))
         print(f"{len(result.predictions)} videos, {len(result.skipped)} skipped", file=sys.stderr)
         return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.video import Skipped
@@ -67,3 +67,9 @@ class UnusableVideos:
             f"no video can be decoded: the first {len(self.found)} videos all failed for the same reason, "
             f"{reasons.pop()}; the last is {self.found[-1].path}. mam2 doctor tests each decoder with its own clips"
         )
+
+
+def none_decoded(source: object, skipped: Sequence[Skipped]) -> str:
+    """Returns the error message if no video of a source could be decoded: it names the first with its reason."""
+    first = f"; the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else ""
+    return f"{source}: no video can be decoded{first}. Pass other videos; mam2 index lists what is wrong with each"

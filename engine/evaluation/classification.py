@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,8 @@ from mam2.engine.data.label_texts import SEPARATOR, class_places, true_classes, 
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.sources import read_source
+from mam2.engine.data.unusable import none_decoded
+from mam2.engine.data.video import Skipped
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation import accuracy
 from mam2.engine.evaluation.views import classify_videos
@@ -181,7 +184,7 @@ def evaluate(
             )
             skipped = {entry.path: entry.reason for part in world.all_gather(loader.skipped) for entry in part}
         if not len(predictions.videos):
-            raise world.error(f"{data}: none of the {len(manifest.videos)} videos can be decoded")
+            raise world.error(none_decoded(data, [*manifest.skipped, *starmap(Skipped, skipped.items())]))
         places = predictions.videos.tolist()
         whole = len(manifest.videos) + len(manifest.skipped)
         tested = TestedOn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ from mam2.engine.data.batch import channels_first
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.prefetch import Prefetcher
+from mam2.engine.data.unusable import none_decoded
 from mam2.engine.data.values import PixelValues
+from mam2.engine.data.video import Skipped
 from mam2.engine.data.windows import Span, Window, parse_span, sliding_windows
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.embedding_files import check_embedding_file, write_embedding
@@ -225,8 +228,7 @@ def _of_windows(
         finally:
             batches.close()
         if not paths:
-            path, reason = next(iter(skipped.items()))
-            raise UserError(f"none of the {len(skipped)} videos can be decoded; the first, {path}: {reason}")
+            raise UserError(none_decoded("--data", list(starmap(Skipped, skipped.items()))))
         spool.flush()
         features = np.memmap(spool, np.float32, "r", shape=(len(paths), width))
     start_s, end_s = (np.array(column, np.float64) for column in zip(*times, strict=True))

@@ -37,7 +37,7 @@ def motion_pictures(video: Tensor, mask: TubeMask, predicted: Tensor, config: Pr
         )
         moved = prediction * _cube_scale(raw, target, config)
         return motion_picture(_first_difference(raw, config)), motion_picture(_first_difference(moved, config))
-    draw = _draw_flow if config.loss.motion_target == "flow" else _draw_hog
+    draw = DRAWINGS[config.loss.motion_target]
     return draw(target, config), draw(prediction, config)
 
 
@@ -85,3 +85,7 @@ def _laid_out(values: Tensor, config: PretrainConfig, cells: int) -> Tensor:
     picture = rearrange(values, layout, t=slots, i=rows, j=columns, h=cells, w=cells)
     wide = config.model.patch // cells
     return picture.repeat_interleave(wide, 2).repeat_interleave(wide, 3)
+
+
+DRAWINGS = {"flow": _draw_flow, "hog": _draw_hog}
+"""Functions that draw the targets that are no pixel difference, by the names of `LossConfig.motion_target`."""

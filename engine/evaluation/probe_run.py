@@ -73,7 +73,7 @@ class ProbeReport:
     both: int
     """Number of test videos that are also training videos; the accuracies are then too high."""
     skipped: int
-    """Number of labeled videos that could not be decoded."""
+    """Number of videos left out: unusable files of the lists, and labeled videos that could not be decoded."""
     classes: int
     groups: int
     """Number of groups of the test videos, for intervals over groups; 0: intervals over videos."""
@@ -211,7 +211,7 @@ def probe_encoders(
         train=len(train.rows),
         test=len(test.rows),
         both=sum(video in trained_on for video in tested_on),
-        skipped=labeled - len(train.rows) - len(test.rows),
+        skipped=labeled - len(train.rows) - len(test.rows) + _unusable(train.manifest, test.manifest),
         classes=len(train.manifest.classes),
         groups=groups,
         commonest=float(test.labels.bincount().max() / len(test.labels)),
@@ -276,6 +276,11 @@ def _outcome(
         return _Outcome((knn(here, labels, there).cpu() == test.labels).double(), 0.0)
     result = linear_probe(here, labels, there, test.labels.to(device), held.to(device))
     return _Outcome(result.right.double(), result.penalty)
+
+
+def _unusable(*manifests: Manifest) -> int:
+    """Returns the number of files of the lists that are missing or unusable, each counted once."""
+    return len({entry.path for manifest in manifests for entry in manifest.skipped})
 
 
 def _splits(data: Path, val: Path | None, group: str, progress: bool) -> tuple[_Split, _Split]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask, motion_tube_mask, random_mask, tube_mask
-from mam2.kernels.reference import philox
+from mam2.kernels.host_masks import position_keys
 
 DECODED_STREAM = 1 << 62
 """Added to the seed for the choice of tokens to predict, so that this draw is independent of the mask's."""
@@ -47,14 +50,18 @@ def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sam
     if count == mask.masked.shape[1]:
         return mask
     hidden, device = mask.masked, mask.masked.device
-    sample = torch.arange(first_sample, first_sample + len(hidden), device=device)[:, None]
-    now = torch.full((), step, dtype=torch.int64, device=device)
-    order = philox(config.run.seed + DECODED_STREAM, (hidden, sample, sample >> 32, now))
+    tokens = math.prod(config.grid)
+    keys = position_keys(config.run.seed + DECODED_STREAM, first_sample, len(hidden), tokens, step).astype(np.int64)
+    # the keys of all tokens, so that the host needs no token numbers; pinned, so that it does not wait for the copy
+    every = torch.from_numpy(keys)
+    every = every.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else every.to(device)
+    order = every.gather(1, hidden)
     if config.mask.decoded_kind == "cell":
         _, rows, columns = config.grid
+        sample = torch.arange(first_sample, first_sample + len(hidden), device=device)[:, None]
         slot, row, column = hidden // (rows * columns), hidden // columns % rows, hidden % columns
         # clockwise from the upper left patch, so that neighboring slots choose neighboring patches
         place = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
-        order = order + (((place - slot - now - sample) % CELL) << 32)
+        order = order + (((place - slot - step - sample) % CELL) << 32)
     kept = order.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return mask._replace(masked=hidden.gather(1, kept))

@@ -16,6 +16,7 @@ from mam2.engine.config.training import DataConfig, RunConfig
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, read_manifest
 from mam2.engine.data.sources import check_source
+from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
 from mam2.engine.files import make_folder, one_line, unwritable, write_whole, written_aside
 from mam2.engine.runtime.device import pick_device
@@ -54,6 +55,7 @@ def train_tokenizer(
     size: int = 224,
     steps: int = 2000,
     batch: int = 16,
+    gradient_weight: float = 0.0,
     flip: bool = True,
     image_channels: int = 3,
     value_range: tuple[float, float] | None = None,
@@ -75,6 +77,7 @@ def train_tokenizer(
         size: height and width of the training frames, a multiple of `factor`.
         steps: training steps.
         batch: frames per step.
+        gradient_weight: weight of the error of differences between neighboring pixels, next to the squared error.
         flip: mirror half of the frames.
         image_channels: channels of the frames: 3, 1 for gray, or those of arrays.
         value_range: see `DataConfig`; None: by the type of the values.
@@ -92,6 +95,7 @@ def train_tokenizer(
     given |= {"steps": steps, "batch": batch, "seed": seed, "threads": threads}
     for flag, value in given.items():
         check_value(f"--{flag}", value, Limits(at_least=least.get(flag, 1)))
+    check_value("--gradient-weight", gradient_weight, Limits(at_least=0))
     check_value("--image-channels", image_channels, declared(DataConfig, "channels"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists: choose another folder")
@@ -118,9 +122,7 @@ def train_tokenizer(
         raise UserError(
             f"{data}: only one usable video; expected at least two, because one is held out for the measurement"
         )
-    step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
-    held_out = manifest.videos[::step]
-    kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+    kept, held_out = split_held_out(manifest)
 
     def skip(skipped: Skipped) -> None:
         tqdm.write(one_line(f"unusable: {skipped.path}: {skipped.reason}"))
@@ -139,6 +141,7 @@ def train_tokenizer(
             steps,
             where,
             seed=seed,
+            gradient_weight=gradient_weight,
             held_out=[clip.flatten(0, 1) for clip in judged],
             progress=progress,
         )
@@ -167,6 +170,13 @@ def train_tokenizer(
         kept=kept_state(trained, steps),
         advice=verdict(result, trained.kept, out / FILE, codes_per_patch),
     )
+
+
+def split_held_out(manifest: Manifest) -> tuple[tuple[Video, ...], tuple[Video, ...]]:
+    """Returns the videos to train on and the held-out ones: one in twenty, at most `MOST_HELD_OUT`."""
+    step = max(20, -(-len(manifest.videos) // MOST_HELD_OUT))
+    kept = tuple(video for number, video in enumerate(manifest.videos) if number % step)
+    return kept, manifest.videos[::step]
 
 
 def verdict(result: Reconstruction, kept: int, file: Path, codes_per_patch: int = 1) -> str:

@@ -190,6 +190,7 @@ def train_with_progress(
     device: torch.device,
     *,
     seed: int,
+    gradient_weight: float = 0.0,
     held_out: Sequence[Tensor] = (),
     progress: bool = True,
 ) -> tuple[Trained, list[dict[str, float]]]:
@@ -202,7 +203,16 @@ def train_with_progress(
             bar.update(step - bar.n)
             bar.set_postfix_str(f"explained {numbers['explained']:.1%}, {numbers['codes_used']:.0f} codes in use")
 
-        trained = train_vqgan(frames, architecture, steps, device, report, seed=seed, held_out=held_out)
+        trained = train_vqgan(
+            frames,
+            architecture,
+            steps,
+            device,
+            report,
+            gradient_weight=gradient_weight,
+            seed=seed,
+            held_out=held_out,
+        )
     return trained._replace(vqgan=trained.vqgan.cpu(), centers=trained.centers.cpu()), reports
 
 

@@ -24,6 +24,8 @@ from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.data.sources import check_source
+from mam2.engine.data.unusable import none_decoded
+from mam2.engine.data.video import Skipped
 from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.adapters import check_peft, merge_adapters
@@ -208,9 +210,9 @@ class _Finetuning:
                 progress=session.progress,
                 scores=self._judge.scores,
             )
-        self._note_unusable()
+        unusable = self._note_unusable()
         if not len(predictions.videos):
-            raise session.world.error("none of the validation videos can be decoded")
+            raise session.world.error(none_decoded("--val", unusable))
         return self._task.measures(predictions.probabilities, self._val, predictions.videos.tolist())
 
     def _trained_weights(self) -> dict[str, Tensor]:
@@ -226,13 +228,12 @@ class _Finetuning:
         except OSError as error:
             session.log.info(f"step {step}: RUN/best cannot be written: {error}. The run continues")
 
-    def _note_unusable(self) -> None:
-        """Logs each unusable validation video once."""
-        loader = self._val_loader
-        for skipped in [
-            *self._val.skipped,
-            *(s for part in self._session.world.all_gather(loader.skipped) for s in part),
-        ]:
+    def _note_unusable(self) -> list[Skipped]:
+        """Logs each unusable validation video once; returns all of them."""
+        found = self._session.world.all_gather(self._val_loader.skipped)
+        unusable = [*self._val.skipped, *itertools.chain.from_iterable(found)]
+        for skipped in unusable:
             if skipped.path not in self._reported:
                 self._reported.add(skipped.path)
                 self._session.log.info(f"unusable for validation: {skipped.path}: {skipped.reason}")
+        return unusable

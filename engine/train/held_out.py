@@ -19,6 +19,8 @@ from mam2.engine.data.batch import Batch
 from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.sets import read_sets
+from mam2.engine.data.unusable import none_decoded
+from mam2.engine.data.video import Skipped
 from mam2.engine.evaluation.pretext import evaluation_mask
 from mam2.engine.evaluation.scores import Scores, joined, score
 from mam2.engine.model.attention import Choices
@@ -156,7 +158,9 @@ class HeldOut:
             self._name(skipped)
         clips = sum(count for _, _, _, count, _ in everything)
         if not clips:
-            raise session.world.error("none of the videos of --val can be decoded; pass others")
+            raise session.world.error(
+                none_decoded("--val", [Skipped(*entry) for *_, skipped in everything for entry in skipped])
+            )
         numbers = {
             name: sum(losses.get(name, 0.0) for losses, *_ in everything)
             / sum(counts.get(name, 0.0) for _, counts, *_ in everything)

@@ -249,14 +249,17 @@ def check_last_clip(device: str, batch: int, frames: int, size: int) -> int:
     pred = torch.empty(*mask.masked.shape, VALUES, dtype=torch.bfloat16, device=device).uniform_()
     last = slice(batch - 1, batch)
     for function in (masked_pixel_loss, masked_frame_difference_loss):
-        found = []
-        for part in (slice(0, batch), last):
-            leaf = pred[part].detach().requires_grad_()
-            loss = function(leaf, video[part], mask.masked[part], eps=0.05, reduction="none")
-            (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
-            found.append((loss.detach()[-1].clone(), gradient[-1].clone()))
-        for whole, alone in zip(*found, strict=True):
-            assert torch.equal(whole, alone)
+        # a sum times a half: the whole gradient is scaled by one number, in place
+        for reduction, upstream in (("none", 1.0), ("sum", 0.5)):
+            found = []
+            for part in (slice(0, batch), last):
+                leaf = pred[part].detach().requires_grad_()
+                loss = function(leaf, video[part], mask.masked[part], eps=0.05, reduction=reduction)
+                (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
+                found.append((loss.detach()[-1:].clone() if loss.dim() else loss.new_zeros(()), gradient[-1].clone()))
+                del leaf, loss, gradient
+            for whole, alone in zip(*found, strict=True):
+                assert torch.equal(whole, alone)
     every = torch.arange(mask.visible.shape[1] + mask.masked.shape[1], device=device).expand(batch, -1)
     tokens = gather_tubes(video, every, dtype=torch.bfloat16)
     assert torch.equal(tokens[-1], gather_tubes(video[last], every[last], dtype=torch.bfloat16)[0])

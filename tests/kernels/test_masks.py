@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.kernels import TubeMask, host_masks, random_mask, reference, tube_mask
+from mam2.kernels import TubeMask, host_masks, motion_tube_mask, random_mask, reference_masks, tube_mask
 
 GRID = (4, 5, 7)
 
@@ -22,9 +22,17 @@ GRID = (4, 5, 7)
 )
 def test_philox_matches_the_published_vectors(key: int, counter: tuple[int, ...], word: int) -> None:
     """The test vectors of Random123's philox4x32-10."""
-    assert int(reference.philox(key, [torch.tensor(value) for value in counter])) == word
-    if not any(counter):  # the other positions are too far for a mask
-        assert host_masks.philox(key, np.zeros(1, np.int64), 1, 0).tolist() == [[word]]
+    assert host_masks.philox(key, [np.array([[value]]) for value in counter]).tolist() == [[word]]
+
+
+def test_masks_are_those_recorded() -> None:
+    """A checkpoint of an earlier version draws the same masks: of tubes, and of motion in a fixed clip."""
+    far = {"seed": 2**62 + 5, "step": 2**33 + 7, "first_sample": 2**32 - 1}
+    assert tube_mask(2, (1, 4, 4), 0.4, **far).masked.tolist() == [[0, 8, 9, 11, 12, 14], [0, 1, 4, 10, 13, 14]]
+    values = (torch.arange(2 * 3 * 4 * 8 * 8) * 7919 % 251).to(torch.uint8)
+    video = values.view(2, 4, 8, 8, 3).permute(0, 4, 1, 2, 3)
+    mask = motion_tube_mask(video, 0.5, patch_size=(2, 2, 2), seed=9, step=3, strength=0.8)
+    assert mask.masked[:, :8].tolist() == [[0, 2, 4, 5, 6, 11, 12, 15], [0, 1, 4, 5, 8, 11, 13, 14]]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +52,7 @@ def test_masks_on_a_cpu_are_those_of_the_reference(seed: int, step: int, sample:
         None if energies is None else torch.randint(0, 900, (5, 105)).index_fill(0, torch.tensor(0), 0).to(energies)
     )
     for found, expected in zip(
-        host_masks.draw_mask(*numbers, energy, 30000), reference.draw_mask(*numbers, energy, 30000), strict=True
+        host_masks.draw_mask(*numbers, energy, 30000), reference_masks.draw_mask(*numbers, energy, 30000), strict=True
     ):
         assert found.dtype == torch.int64
         assert torch.equal(found, expected)

@@ -149,6 +149,7 @@ def test_interrupted_it_leaves_nothing(clips: Path, tmp_path: Path, monkeypatch:
         (("--channels", "12"), "channels: expected a multiple of 8, found 12"),
         (("--size", "30"), "--size 30 is not a multiple of --factor 4"),
         (("--steps", "1"), "--steps 1: expected at least 2"),
+        (("--gradient-weight", "-1"), "--gradient-weight -1.0: expected at least 0"),
         (("--codes-per-patch", "0"), "--codes-per-patch 0: expected at least 1"),
     ],
 )

@@ -1,7 +1,7 @@
 """Unusable videos are named once, and too many of them are an error."""
 
 from mam2.engine.data.manifest import Manifest
-from mam2.engine.data.unusable import UnusableVideos
+from mam2.engine.data.unusable import UnusableVideos, none_decoded
 from mam2.engine.data.video import Skipped, Video
 
 
@@ -28,3 +28,9 @@ def test_more_than_the_allowed_share_is_an_error_that_names_the_last():
         "3 of 4 videos cannot be used, more than data.max_unusable=0.5 allows; the last is 2.mp4: too short"
     )
     assert "broken 1.mp4: empty file" in str(UnusableVideos(manifest(1, 2), 0.5).too_many())
+
+
+def test_no_decoded_video_is_an_error_that_names_the_source_the_first_file_and_the_remedy():
+    message = none_decoded("val.csv", [Skipped("a.mp4", "empty file"), Skipped("b.mp4", "damaged")])
+    assert message.startswith("val.csv: no video can be decoded; the first of 2 is a.mp4: empty file. ")
+    assert "mam2 index" in message

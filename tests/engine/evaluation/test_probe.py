@@ -231,3 +231,7 @@ def test_clips_of_many_formats(encoders, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("checkpoint")
     found = json.loads((tmp_path / "p.json").read_text())
     assert (found["train"], found["test"], found["classes"]) == (20, 5, 5)
+    unusable = len(read_manifest(CLIPS, progress=False).skipped)
+    assert exit_status("probe", encoders[0], "--data", CLIPS, *places, "--probes", "linear", "--pools", "mean") == 0
+    assert f", {unusable} left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "p.json").read_text())["skipped"] == unusable > 0

@@ -59,6 +59,17 @@ def test_the_choice_is_a_function_of_seed_step_and_sample(kind: str) -> None:
     assert not torch.equal(keep_decoded(mask, other, step=3).masked, whole)
 
 
+def test_the_choice_is_the_recorded_one() -> None:
+    """A checkpoint of an earlier version predicts the same tokens; the sample numbers cross 32 bits."""
+    recorded = {
+        "random": [[34, 37, 39, 42, 115, 130, 131, 179, 224], [2, 31, 47, 65, 69, 172, 217, 238, 250]],
+        "cell": [[13, 34, 42, 115, 179, 185, 214, 224, 234], [14, 16, 24, 55, 90, 163, 171, 181, 255]],
+    }
+    for kind, tokens in recorded.items():
+        kept = drawn(small(decoded=0.05, decoded_kind=kind), clips=2, first_sample=2**32 - 1)[1]
+        assert kept.masked.tolist() == tokens
+
+
 def test_cells_are_covered_evenly_in_space_and_time() -> None:
     config = small(decoded=0.5)
     everything = TubeMask(torch.empty(2, 0, dtype=torch.int64), torch.arange(256).expand(2, -1))

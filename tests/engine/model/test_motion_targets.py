@@ -12,7 +12,7 @@ import torch
 
 from mam2.engine.config.pretrain import LossConfig, check
 from mam2.engine.errors import UserError
-from mam2.engine.evaluation.motion_pictures import motion_pictures
+from mam2.engine.evaluation.motion_pictures import DRAWINGS, motion_pictures
 from mam2.engine.model import motion_targets
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
@@ -202,6 +202,17 @@ def test_a_perfect_prediction_looks_like_the_truth(small, target):
     shown = mask.as_bool().view(1, 4, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     torch.testing.assert_close(prediction[shown], truth[shown])
     assert (prediction[~shown] == 0.5).all()
+
+
+def test_a_target_without_a_drawing_is_not_drawn_as_another_one(small, monkeypatch):
+    assert {*DRAWINGS, *motion_targets.PIXEL_DIFFERENCES, "none"} == set(motion_targets.TARGETS)
+    config = small(loss={"motion_target": "hog"})
+    video, mask = noise(), sample_masks(noise(), config, step=0)
+    predicted = torch.zeros(*mask.masked.shape, motion_values("hog", PATCH))
+    monkeypatch.setitem(motion_targets.TARGETS, "other", motion_targets.TARGETS["hog"])
+    renamed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, motion_target="other"))
+    with pytest.raises(KeyError, match="other"):
+        motion_pictures(video, mask, predicted, renamed)
 
 
 @pytest.mark.slow

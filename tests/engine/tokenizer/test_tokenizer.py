@@ -19,6 +19,7 @@ from mam2.engine.tokenizer.training import (
     MovingCodebook,
     first_frames,
     first_patches,
+    gradient_error,
     train_vqgan,
 )
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
@@ -353,6 +354,36 @@ def test_training_never_ends_below_k_means(factor: int, rate: float) -> None:
     assert result.kmeans_color_explained is not None
     assert result.color_explained >= result.kmeans_color_explained - 1e-5
     assert trained.found.explained == pytest.approx(result.explained, abs=1e-6)
+
+
+def test_the_gradient_error_is_that_of_differences_at_three_scales() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures, images = torch.rand(2, 3, 3, 16, 24, generator=generator)
+    expected = 0.0
+    for side in (1, 2, 4):
+        one, other = (
+            part.unflatten(3, (-1, side)).unflatten(2, (-1, side)).mean((3, 5)) for part in (pictures, images)
+        )
+        for down, right in ((1, 0), (0, 1)):
+            height, width = one.shape[2] - down, one.shape[3] - right
+            found, true = (part[:, :, down:, right:] - part[:, :, :height, :width] for part in (one, other))
+            expected += float((found - true).square().mean())
+    assert float(gradient_error(pictures, images)) == pytest.approx(expected, rel=1e-5)
+    assert gradient_error(images + 0.3, images) < 1e-10
+    assert gradient_error(pictures[..., :2, :2], images[..., :2, :2]).isfinite()
+
+
+def test_a_weight_of_the_gradient_error_changes_the_training_alone() -> None:
+    frames, held_out = smooth_frames(128, seed=1).split(8), smooth_frames(48, seed=7)
+    plain, none, weighted = (
+        train_vqgan(frames, small(8, 32, 8), 6, held_out=[held_out], **options)
+        for options in ({}, {"gradient_weight": 0.0}, {"gradient_weight": 1.0})
+    )
+    for name, tensor in plain.vqgan.state_dict().items():
+        assert torch.equal(tensor, none.vqgan.state_dict()[name]), name
+    assert weighted.start == plain.start
+    assert weighted.found != plain.found
+    assert weighted.found.explained >= weighted.start.explained
 
 
 @pytest.mark.slow
