@@ -21,9 +21,10 @@ endif
 demo: $(VENV)/installed
 	$(BIN)/mam2 demo --out runs/demo
 
-# A process per core, up to eight; a file's tests stay in one process, which shares what they set up. JOBS=0: in this process.
+# A process per core, up to eight; a file's tests stay in one process, which shares what they set up. Files with many slow
+# tests come first (tests/helpers/order.py). JOBS=0: in this process.
 JOBS ?= auto --maxprocesses 8
-XDIST := -n $(JOBS) --dist loadfile
+XDIST := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(XDIST)

@@ -79,7 +79,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "expecttest>=0.2",  # torch.library.opcheck imports it
             "transformers>=4.56,<6",  # a peer: VideoMAE and Chameleon's VQ-VAE are compared with ours

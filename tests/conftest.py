@@ -35,12 +35,20 @@ from mam2.engine.data.synthetic import write_dataset
 from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.clip_sets import ClipSet
+from tests.helpers.order import slow_files_first
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # Under nohup. A handler ignores it as well here, but unlike SIG_IGN the processes that the tests start do not
     # inherit it: the tests send them this signal.
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the processes of pytest-xdist; a single process keeps the order of the command line."""
+    if hasattr(config, "workerinput"):
+        items[:] = slow_files_first(items)
 
 
 def _write_video(

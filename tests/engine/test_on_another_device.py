@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
     reason="this torch has no devices written in Python",
 )
 def test_on_another_device() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/on_another_device.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/engine/on_another_device.py"]
     done = run_program(command, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

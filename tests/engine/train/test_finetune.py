@@ -1,27 +1,22 @@
-"""Fine-tuning end to end: it learns, resumes exactly, keeps the best weights, and names unusable inputs."""
+"""Fine-tuning end to end: it learns, resumes exactly, keeps the best weights, and trains in several processes."""
 
 import dataclasses
 import json
 import os
-import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mam2.engine.checkpoints import checkpoint
 from mam2.engine.checkpoints.classifiers import describe_classes, load_classifier
-from mam2.engine.checkpoints.export import write_videomae
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.manifest import read_manifest, read_saved_manifest
 from mam2.engine.data.sets import read_sets
-from mam2.engine.data.synthetic import render_clip, write_clip
 from mam2.engine.errors import UserError
 from mam2.engine.evaluation.classification import evaluate
-from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.finetune import finetune
@@ -30,7 +25,6 @@ from tests.helpers.commands import exit_status, torchrun
 from tests.helpers.paths import CLIPS
 from tests.helpers.runs import same_tensors
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
 EVERYTHING = {
     "data": {"views": 2, "threads": 1},
     "augment": {"operations": 2, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0},
@@ -44,34 +38,10 @@ TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", 
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """Two classes of motion that differ only in the order of the frames: 64 clips to train on, 16 to test."""
-    folder = tmp_path_factory.mktemp("clips")
-    for stream, (split, count) in enumerate((("train", 32), ("test", 8))):
-        for motion in ("left", "right"):
-            (folder / split / motion).mkdir(parents=True)
-            for number in range(count):
-                look = np.random.default_rng([stream, number, motion == "left"])
-                write_clip(folder / split / motion / f"{number:02d}.mp4", render_clip(motion, look))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def few(clips, tmp_path_factory):
-    """16 of these clips."""
-    folder = tmp_path_factory.mktemp("few")
-    for motion in ("left", "right"):
-        (folder / motion).mkdir()
-        for file in sorted((clips / "train" / motion).iterdir())[:8]:
-            shutil.copy(file, folder / motion)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(clips, few, tmp_path_factory, small_finetuning):
+def finished(motion_clips, few_clips, tmp_path_factory, small_finetuning):
     run = tmp_path_factory.mktemp("run")
     config = small_finetuning(**EVERYTHING)
-    return run, finetune(config, few, run, val=clips / "test", encoder=None, progress=False)
+    return run, finetune(config, few_clips, run, val=motion_clips / "test", encoder=None, progress=False)
 
 
 def tensors(run, name=checkpoint.WEIGHTS):
@@ -83,7 +53,7 @@ def without_times(run):
 
 
 @pytest.mark.slow
-def test_it_learns_what_only_motion_tells(clips, tmp_path, small_finetuning):
+def test_it_learns_what_only_motion_tells(motion_clips, tmp_path, small_finetuning):
     """From scratch, with every kind of augmentation switched on lightly: chance is one half."""
     config = small_finetuning(
         data={"views": 2, "threads": 2},
@@ -91,8 +61,8 @@ def test_it_learns_what_only_motion_tells(clips, tmp_path, small_finetuning):
         optim={"batch": 32, "epochs": 20.0, "warmup_epochs": 2.0, "base_lr": 8e-3},
         test={"every": 10.0, "temporal": 2, "spatial": 1},
     )
-    finetune(config, clips / "train", tmp_path / "run", val=clips / "test", encoder=None, progress=False)
-    result = evaluate(tmp_path / "run", clips / "test", tmp_path / "test", progress=False)
+    finetune(config, motion_clips / "train", tmp_path / "run", val=motion_clips / "test", encoder=None, progress=False)
+    result = evaluate(tmp_path / "run", motion_clips / "test", tmp_path / "test", progress=False)
     assert result.videos == 16
     assert result.top1 >= 0.85
 
@@ -119,10 +89,10 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
 
 
 @pytest.mark.slow
-def test_best_is_the_average_of_the_weights_at_that_step(clips, few, tmp_path, small_finetuning):
+def test_best_is_the_average_of_the_weights_at_that_step(motion_clips, few_clips, tmp_path, small_finetuning):
     """With a moving average, RUN/best differs from the weights of the step. Only the last step is validated."""
     run, values = tmp_path, EVERYTHING | {"test": {"every": 100.0}}
-    finetune(small_finetuning(**values), few, run, val=clips / "test", encoder=None, progress=False)
+    finetune(small_finetuning(**values), few_clips, run, val=motion_clips / "test", encoder=None, progress=False)
     extra = {
         name.removeprefix(checkpoint.EXTRA): tensor
         for name, tensor in tensors(run, checkpoint.OPTIMIZER).items()
@@ -148,16 +118,16 @@ def stop_in(monkeypatch, call):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypatch, small_finetuning):
+def test_a_stopped_run_resumes_exactly(finished, motion_clips, few_clips, tmp_path, monkeypatch, small_finetuning):
     """With every random draw: weights, moments, averages, generators, log and RUN/best are those of a run that did not
     stop; the encoder is not read again."""
     stop_in(monkeypatch, 3)
-    config, val = small_finetuning(**EVERYTHING), clips / "test"
-    result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
+    config, val = small_finetuning(**EVERYTHING), motion_clips / "test"
+    result = finetune(config, few_clips, tmp_path, val=val, encoder=None, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
     with pytest.raises(UserError, match="--resume"):
-        finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
-    result = finetune(config, few, tmp_path, val=val, encoder="/nowhere", resume=True, progress=False)
+        finetune(config, few_clips, tmp_path, val=val, encoder=None, progress=False)
+    result = finetune(config, few_clips, tmp_path, val=val, encoder="/nowhere", resume=True, progress=False)
     assert result.step == 8
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         assert same_tensors(tensors(finished[0], name), tensors(tmp_path, name)), name
@@ -167,11 +137,11 @@ def test_a_stopped_run_resumes_exactly(finished, clips, few, tmp_path, monkeypat
 
 
 def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
-    clips, few, tmp_path, monkeypatch, small_finetuning
+    motion_clips, few_clips, tmp_path, monkeypatch, small_finetuning
 ):
     """A list with rows in another order numbers its classes differently; other classes are refused."""
-    config, val, run = small_finetuning(optim={"batch": 16, "epochs": 4.0}), clips / "test", tmp_path / "run"
-    rows = [f"{path},{path.parent.name}\n" for path in sorted(few.rglob("*.mp4"))]
+    config, val, run = small_finetuning(optim={"batch": 16, "epochs": 4.0}), motion_clips / "test", tmp_path / "run"
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(few_clips.rglob("*.mp4"))]
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))
     stop_in(monkeypatch, 2)
     finetune(config, tmp_path / "list.csv", run, val=val, encoder=None, progress=False)
@@ -204,7 +174,7 @@ def test_a_resumed_run_that_lost_its_list_keeps_the_classes_of_the_logits(
 
 @pytest.mark.slow
 def test_a_validation_that_was_interrupted_is_made_up_for(
-    finished, clips, few, tmp_path, monkeypatch, small_finetuning
+    finished, motion_clips, few_clips, tmp_path, monkeypatch, small_finetuning
 ):
     original, calls = FinetuneStep.__call__, []
 
@@ -227,16 +197,16 @@ def test_a_validation_that_was_interrupted_is_made_up_for(
 
     monkeypatch.setattr(FinetuneStep, "__call__", step)
     monkeypatch.setattr(module, "classify_videos", classify_videos)
-    config, val = small_finetuning(**EVERYTHING), clips / "test"
-    result = finetune(config, few, tmp_path, val=val, encoder=None, progress=False)
+    config, val = small_finetuning(**EVERYTHING), motion_clips / "test"
+    result = finetune(config, few_clips, tmp_path, val=val, encoder=None, progress=False)
     assert (result.step, result.signal) == (3, signal.SIGTERM)
     assert not any(ACCURACY in line for line in read_log(tmp_path))
-    finetune(config, few, tmp_path, val=val, encoder=None, resume=True, progress=False)
+    finetune(config, few_clips, tmp_path, val=val, encoder=None, resume=True, progress=False)
     assert without_times(tmp_path) == without_times(finished[0])
 
 
 @pytest.mark.slow
-def test_passes_add_up_to_the_whole_batch(clips, few, tmp_path, small_finetuning):
+def test_passes_add_up_to_the_whole_batch(motion_clips, few_clips, tmp_path, small_finetuning):
     """Two passes have the clips, draws and mixing partners of one: the same weights, up to the order of additions."""
     runs = []
     for most in (0, 8):
@@ -244,119 +214,20 @@ def test_passes_add_up_to_the_whole_batch(clips, few, tmp_path, small_finetuning
         optim = EVERYTHING["optim"] | {"epochs": 1.0, "micro_batch": most, "name": "adamw"}
         values = EVERYTHING | {"optim": optim}
         out = tmp_path / str(most)
-        finetune(small_finetuning(**values), few, out, val=clips / "test", encoder=None, progress=False)
+        finetune(small_finetuning(**values), few_clips, out, val=motion_clips / "test", encoder=None, progress=False)
         runs.append(tensors(out))
     for name in runs[0]:
         close = torch.isclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-5).float().mean()
         assert close > 0.97, name
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, small):
-    """A pre-training checkpoint with random weights."""
-    config = small(model={"objective": "videomae", "width": 24, "depth": 2, "heads": 2})
-    torch.manual_seed(5)
-    model = VideoMAE(config)
-    run = tmp_path_factory.mktemp("pretrained")
-    checkpoint.write(run, 1, model.state_dict(), {"rng.cpu": torch.get_rng_state()}, config, {})
-    return run, model
-
-
-def test_it_starts_from_the_encoder_it_is_given(pretrained, clips, few, tmp_path, small_finetuning):
-    """At a learning rate of 0 the encoder does not change, whatever [model] is; its last LayerNorm is dropped."""
-    run, model = pretrained
-    config = small_finetuning(optim={"batch": 16, "epochs": 1.0, "base_lr": 0.0, "min_lr": 0.0})
-    finetune(config, few, tmp_path, val=clips / "test", encoder=run, progress=False)
-    classifier, resolved, _ = load_classifier(tmp_path)
-    assert (resolved.model.width, resolved.model.depth, resolved.model.heads) == (24, 2, 2)
-    own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
-    assert own.keys() == {name for name in given if not name.startswith("norm.")}
-    assert all(torch.equal(own[name], given[name]) for name in own)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["unsaid", "layer scale"])
-def test_it_starts_from_encoders_of_every_kind(kind, clips, few, tmp_path, small, small_finetuning):
-    """A .pth that does not state its clips, and an encoder with LayerScale; at a rate of 0 both are unchanged."""
-    values = {"objective": "videomae", "width": 24, "depth": 2, "heads": 2}
-    model = VideoMAE(small(model=values | ({"layer_scale": 0.1} if kind == "layer scale" else {})))
-    options = {}
-    if kind == "unsaid":
-        path, options = tmp_path / "bare.pth", {"frames": 8, "size": 32, "heads": 2}
-        write_videomae(model, path)
-        torch.save({"model": torch.load(path)["model"]}, path)
-    else:
-        path = tmp_path / "run"
-        config = small(model=values | {"layer_scale": 0.1})
-        checkpoint.write(path, 1, model.state_dict(), {"rng.cpu": torch.get_rng_state()}, config, {})
-    config = small_finetuning(optim={"batch": 16, "epochs": 1.0, "base_lr": 0.0, "min_lr": 0.0})
-    out = tmp_path / "out"
-    finetune(config, few, out, val=clips / "test", encoder=path, progress=False, encoder_options=options)
-    classifier, resolved, _ = load_classifier(out)
-    assert (resolved.model.frames, resolved.model.size, resolved.model.heads) == (8, 32, 2)
-    own, given = classifier.encoder.state_dict(), model.encoder.state_dict()
-    assert own.keys() == {name for name in given if not name.startswith("norm.")}
-    assert all(torch.equal(own[name], given[name]) for name in own)
-    assert any("gamma_1" in name for name in own) == (kind == "layer scale")
-
-
-def test_another_clip_size_resamples_the_positions_and_is_found_again(
-    pretrained, clips, few, tmp_path, small_finetuning
-):
-    run, model = pretrained
-    data = {"size": 48, "frames": 4, "threads": 1}
-    config = small_finetuning(data=data, optim={"batch": 8, "epochs": 0.5})
-    finetune(config, few, tmp_path, val=clips / "test", encoder=run, progress=False)
-    classifier, resolved, _ = load_classifier(tmp_path)
-    assert classifier.encoder.grid == (2, 6, 6)
-    assert (resolved.model.frames, resolved.model.size) == (8, 32)
-    volume = model.encoder.positions.view(1, 4, 4, 4, -1).permute(0, 4, 1, 2, 3)
-    expected = torch.nn.functional.interpolate(volume, size=(2, 6, 6), mode="trilinear")[0].flatten(1).T
-    torch.testing.assert_close(classifier.encoder.positions, expected)
-
-
-@pytest.mark.slow
-def test_a_frozen_text_head_keeps_its_embeddings(clips, few, tmp_path, small_finetuning):
-    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32))
-    (tmp_path / "text.txt").write_text("right\nleft\n")
-    table = torch.from_numpy(np.load(tmp_path / "text.npy"))[[1, 0]]
-    for frozen in (True, False):
-        head = {"text_embeddings": str(tmp_path / "text.npy"), "frozen": frozen}
-        config = small_finetuning(head=head, optim={"batch": 16, "epochs": 1.0, "warmup_epochs": 0.0})
-        out = tmp_path / str(frozen)
-        finetune(config, few, out, val=clips / "test", encoder=None, progress=False)
-        classifier, resolved, _ = load_classifier(out)
-        assert resolved.model.text_width == 12
-        assert torch.equal(classifier.head.embeddings, table) == frozen
-
-
-def test_what_does_not_fit_is_one_clear_line(clips, few, tmp_path, small_finetuning):
-    config, val = small_finetuning(), clips / "test"
-    (tmp_path / "other" / "jump").mkdir(parents=True)
-    shutil.copy(next((few / "left").iterdir()), tmp_path / "other" / "jump")
-    with pytest.raises(UserError, match="the class 'jump' is not one of the classifier's 2"):
-        finetune(config, few, tmp_path / "a", val=tmp_path / "other", encoder=None, progress=False)
-    with pytest.raises(UserError, match="no label for"):
-        finetune(config, few / "left", tmp_path / "b", val=val, encoder=None, progress=False)
-    with pytest.raises(UserError, match="no such file or folder; expected a run"):
-        finetune(config, tmp_path / "unread", tmp_path / "c", val=val, encoder=tmp_path / "nothing", progress=False)
-    with pytest.raises(UserError, match=r"augment\.mixup"):
-        finetune(small_finetuning(augment={"mixup": -1.0}), few, tmp_path / "d", val=val, encoder=None)
-    with pytest.raises(UserError, match="mixing takes pairs"):
-        finetune(small_finetuning(optim={"batch": 15}), few, tmp_path / "e", val=val, encoder=None)
-
-
-def test_a_run_of_another_kind_is_not_resumed(pretrained, clips, few, small_finetuning):
-    with pytest.raises(UserError, match="a run of another kind"):
-        finetune(small_finetuning(), few, pretrained[0], val=clips / "test", encoder=None, resume=True, progress=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_train_like_one(sharding, finished, clips, few, tmp_path, small_finetuning):
+def test_two_processes_train_like_one(sharding, finished, motion_clips, few_clips, tmp_path, small_finetuning):
     values = EVERYTHING | {"run": EVERYTHING["run"] | {"sharding": sharding}}
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(small_finetuning(**values))))
-    arguments = ["-m", "mam2.engine", "finetune", tmp_path / "recipe.json", "--data", few, "--val", clips / "test"]
+    train, val = ["--data", few_clips], ["--val", motion_clips / "test"]
+    arguments = ["-m", "mam2.engine", "finetune", tmp_path / "recipe.json", *train, *val]
     done = torchrun(2, *arguments, "--scratch", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done: 8 steps; 16 videos used, 0 unusable") == 1
@@ -390,8 +261,8 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["classes"] == 5
 
 
-def test_classes_without_a_video_are_told(few):
-    manifest = read_manifest(few, progress=False)
+def test_classes_without_a_video_are_told(few_clips):
+    manifest = read_manifest(few_clips, progress=False)
     assert describe_classes(manifest) == "classes 2"
     spread = tuple(dataclasses.replace(video, label=4 * video.label) for video in manifest.videos)
     message = describe_classes(dataclasses.replace(manifest, videos=spread, classes=tuple("01234")))
