@@ -85,6 +85,7 @@ def tables(report: NeighborsReport) -> str:
         parts.append(
             f"{_aligned(lines)}\nShare of {found.queries} queries with a video of their class among the nearest of "
             f"{found.gallery}, in % (95 % bootstrap interval over the queries)."
+            + (f" Left out: {found.left_out} files." if found.left_out else "")
         )
     if report.propagation:
         lines = [("masks", "frame as", "pixels", "J", "F", "J&F")]

@@ -54,6 +54,8 @@ class Retrieval:
     chance: dict[int, float]
     """recall@k of random neighbors."""
     scores: tuple[RetrievalScore, ...]
+    left_out: int
+    """Number of files left out: missing or unusable ones, and labeled videos that could not be decoded."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ class _Videos:
     def names(self) -> list[str]:
         """Returns the class of each video."""
         return [self.manifest.classes[self.manifest.videos[row].label] for row in self.rows]
+
+    @property
+    def left_out(self) -> set[str]:
+        """Returns the paths of unusable files, and of videos with a label and without features."""
+        labeled = {row for row, video in enumerate(self.manifest.videos) if video.label >= 0}
+        lost = {self.manifest.videos[row].path for row in labeled.difference(self.rows.tolist())}
+        return lost | {skipped.path for skipped in self.manifest.skipped}
 
     @property
     def contents(self) -> list[str]:
@@ -113,6 +122,7 @@ def retrieve(
         queries=len(queries.rows),
         chance=dict(zip(RANKS, chance(asked, labels, asked_ids, ids), strict=True)),
         scores=tuple(scores),
+        left_out=len(gallery.left_out | queries.left_out),
     )
     return result, _draw(gallery, queries, found)
 

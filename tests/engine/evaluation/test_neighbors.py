@@ -244,12 +244,13 @@ def test_the_verb_writes_scores_and_pictures(clips, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
-    """Every query is also in the gallery, under another name."""
+def test_a_copy_of_the_query_is_no_hit(clips, tmp_path, capsys):
+    """Every query is also in the gallery, under another name; a file that is no video is counted as left out."""
     gallery = tmp_path / "gallery"
     shutil.copytree(clips / "train", gallery)
     for path in (clips / "test").rglob("*.*"):
         shutil.copy(path, gallery / path.parent.name / f"copy {path.name}")
+    (gallery / "left" / "noise.mp4").write_bytes(bytes(3000))
     for name, data in {"apart": clips / "train", "together": gallery}.items():
         places = ["--out", tmp_path / name, "--cache", tmp_path / "cache", "--masks", "0"]
         assert (
@@ -261,6 +262,8 @@ def test_a_copy_of_the_query_is_no_hit(clips, tmp_path):
     )
     assert together["scores"][0]["recall"]["1"] < 1
     assert apart["gallery"] + 16 == together["gallery"]
+    assert (apart["left_out"], together["left_out"]) == (0, 1)
+    assert " Left out: 1 files." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
