@@ -148,7 +148,7 @@ def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
     """Returns the newest undamaged checkpoint, or None in a folder without checkpoints.
 
     Newer ones, which are damaged, are reported and renamed. Raises UserError if all are damaged, and renames none then:
-    a run that began anew would replace what is left of them.
+    a new run would replace what is left of them.
     """
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_all(run)):

@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_found_out_and_set_aside(name, damage, tmp_path)
     assert len(messages) == 1
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     model, optimizer = _trained()
     for step in (1, 2):
         (save(tmp_path, step, model, optimizer) / checkpoint.OPTIMIZER).unlink()
