@@ -34,7 +34,8 @@ CLIPS = 32
 BATCHES = 3
 """Batches that are timed, after two that build graphs and fill queues."""
 LEAST = 0.05
-"""A decoder with less than this share of the total rate gets no video: it is not worth a second group per batch."""
+"""PyAV gets no video if its share would be smaller: it is not worth a second group per batch. NVDEC keeps at least this
+share."""
 
 
 @dataclass(frozen=True)
