@@ -9,6 +9,7 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, Setting, finetuning, pretraining
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.files import written_aside
+from mam2.engine.model.encoder import Encoder
 
 WARM_UP_ROUNDS = 2
 
@@ -63,8 +65,7 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     clips, config = prepared.load(out / job.data), config_of(setting, job)
     start, cpu = time.perf_counter(), time.process_time()
     if job.group == "finetune":
-        encoder = trial.pretraining(config, clips).model.encoder
-        encoder.load_state_dict(load_file(encoder_file(out, trained_by(job))))
+        encoder = _kept_encoder(setting, out, trained_by(job))
         tuned = trial.finetune(encoder, clips, finetuning(setting, config), labelled=setting.labelled)
         return {"finetune": tuned, "wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
     if job.group == "random":
@@ -81,14 +82,32 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     if job.group == "real sweep":
         found[REAL_JUDGED] = real.judge(pretrained.encoder, real.load_questions(out / "real"), config)
     elif job.data == "real":
-        answers = real.ask(pretrained.encoder, real.load_questions(out / "real"), config)
-        found["answers"] = {
-            question: {pool: answer._asdict() for pool, answer in pools.items()} for question, pools in answers.items()
-        }
+        found["answers"] = _answers(pretrained.encoder, out, config)
     else:
         accuracy = trial.probe(pretrained.encoder, clips, config)
         found |= accuracy["test"] | {f"{name}_validation": value for name, value in accuracy["validation"].items()}
     return found | {"measuring_cpu_s": time.process_time() - cpu - spent["cpu_s"]}
+
+
+def ask_again(setting: Setting, out: Path, job: Job, kinds: Collection[str]) -> dict[str, Any]:
+    """In a process of its own: answers of these kinds to the questions about real clips, of the encoder that a training
+    left."""
+    cpu = time.process_time()
+    answers = _answers(_kept_encoder(setting, out, job), out, config_of(setting, job), kinds)
+    return {"answers": answers, "measuring_cpu_s": time.process_time() - cpu}
+
+
+def _kept_encoder(setting: Setting, out: Path, job: Job) -> Encoder:
+    encoder: Encoder = trial.pretraining(config_of(setting, job), prepared.load(out / job.data)).model.encoder
+    encoder.load_state_dict(load_file(encoder_file(out, job)))
+    return encoder
+
+
+def _answers(
+    encoder: Encoder, out: Path, config: PretrainConfig, kinds: Collection[str] = real.KINDS
+) -> dict[str, dict[str, Any]]:
+    answers = real.ask(encoder, real.load_questions(out / "real"), config, kinds)
+    return {question: {kind: found._asdict() for kind, found in each.items()} for question, each in answers.items()}
 
 
 def time_steps(setting: Setting, folder: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.convergence import OutOfTime, Real, Run
-from benchmarks.trials import prepared, real, trial
+from benchmarks.trials import prepared, real, trial, worker
 from benchmarks.trials.clips import write_hard_dataset
 from benchmarks.trials.jobs import (
     Job,
@@ -35,7 +35,7 @@ from benchmarks.trials.jobs import (
 )
 from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
-from benchmarks.trials.worker import config_of
+from benchmarks.trials.worker import config_of, encoder_file
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
 from tests.helpers.paths import ROOT
@@ -237,6 +237,37 @@ def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     assert run.done == {}
 
 
+def test_kept_encoders_are_asked_only_what_their_trainings_lack(tmp_path, monkeypatch):
+    """A training of an earlier version without the attentive answers; another has all; a third left no encoder."""
+    run = Run(QUICK, tmp_path, None)
+    lacking, complete, lost = (Job("real", "mam2-muon", (), 1.0, 1e-3, seed, data="real") for seed in range(3))
+    old = {"words": {kind: {"right": "0"} for kind in real.KINDS if kind not in real.ATTENTIVE}}
+    known = {"words": {kind: {"right": "0"} for kind in real.KINDS}}
+    for job, answers in ((lacking, old), (complete, known), (lost, old)):
+        run.done[job.key] = {"key": job.key, "answers": answers, "measuring_cpu_s": 1.0}
+        if job is not lost:
+            encoder_file(tmp_path, job).parent.mkdir(exist_ok=True)
+            encoder_file(tmp_path, job).touch()
+    begun = []
+
+    def ended(self, what, calls):
+        for job, call in calls.items():
+            begun.append((job, call.func, call.args[-1]))
+            yield job, {"answers": {"words": {kind: {"right": "1"} for kind in call.args[-1]}}, "measuring_cpu_s": 2.0}
+
+    monkeypatch.setattr(Run, "_ended", ended)
+    run.ask_again([lacking, complete, lost, Job("real sweep", "mam2-muon", (), 1.0, 1e-3, 0, data="real")])
+    assert begun == [(lacking, worker.ask_again, list(real.ATTENTIVE))]
+    again = Run(QUICK, tmp_path, None).done
+    right = {kind: answer["right"] for kind, answer in again[lacking.key]["answers"]["words"].items()}
+    assert right == {kind: str(int(kind in real.ATTENTIVE)) for kind in real.KINDS}
+    assert again[lacking.key]["measuring_cpu_s"] == 3.0
+    monkeypatch.setattr(Run, "_ended", lambda self, what, calls: iter(()))
+    run.done[lacking.key]["answers"] = old
+    with pytest.raises(OutOfTime):
+        run.ask_again([lacking])
+
+
 def test_groups_come_from_a_table(tmp_path):
     table = tmp_path / "meta.csv"
     table.write_text("path,speaker\na.mp4,M\nb.mp4,F\n")
@@ -279,6 +310,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
         coded = found["variant"] not in without and not found["variant"].startswith("latents")
         assert (found["preparation_s"] > 0) == coded, found["variant"]
         if found["group"] == "real":
+            assert found["answers"]["train"].keys() == set(real.KINDS)
             assert {len(answer["right"]) for answer in found["answers"]["train"].values()} == {8}
         elif found["group"] == "real sweep":
             assert 0 <= found[REAL_JUDGED] <= 1
@@ -321,15 +353,21 @@ def _alive(pid):
 
 @pytest.mark.slow
 def test_a_run_that_is_done_trains_nothing_again(finished):
-    before = (finished / "trials.jsonl").read_text()
-    lines = before.splitlines(keepends=True)
-    (finished / "trials.jsonl").write_text("".join(lines[:-1]))
+    """Only the training whose line is missing, and a kept encoder is asked what its training was not asked."""
+    lines = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    asked = next(place for place, line in enumerate(lines) if line["group"] == "real")
+    earlier = json.loads(json.dumps(lines[asked]))
+    for answers in earlier["answers"].values():
+        del answers["attentive"]
+    kept = [*lines[:asked], earlier, *lines[asked + 1 : -1]]
+    (finished / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     _run(finished, Path(json.loads((finished / "setting.json").read_text())[1][-1]).parent)
-    after = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
-    assert after[:-1] == lines[:-1]
-    again, first = json.loads(after[-1]), json.loads(lines[-1])
+    after = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    assert after[:-2] == kept
+    assert after[-2]["measuring_cpu_s"] > earlier["measuring_cpu_s"]
     spent = dict.fromkeys(("wall_s", "cpu_s", "measuring_cpu_s"), 0)
-    assert {**again, **spent} == {**first, **spent}, "the same training twice gave other numbers"
+    for again, first in zip(after[-2:], (lines[asked], lines[-1]), strict=True):
+        assert {**again, **spent} == {**first, **spent}, "the same encoder or training gave other numbers"
 
 
 @pytest.mark.slow
