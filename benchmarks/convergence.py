@@ -25,7 +25,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,8 @@ from benchmarks.trials.jobs import Job, ranked_rates
 from benchmarks.trials.report import around, write_page
 from benchmarks.trials.results import Measured, results
 from benchmarks.trials.selection import JUDGED, REAL_JUDGED
-from benchmarks.trials.settings import SETTINGS, Setting, changed, optimizer_of, pretraining
+from benchmarks.trials.settings import SETTINGS, Changes, Setting, changed, optimizer_of, pretraining
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 
@@ -165,32 +166,49 @@ class Run:
     def prepare(self) -> None:
         worker.limit_threads()
         setting, base = self.setting, pretraining(self.setting, {})
-        videos = self.out / "videos"
-        if not (self.out / "synthetic" / prepared.PREPARED).is_file():
+        videos, folder = self.out / "videos", self.out / "synthetic"
+        if not (folder / prepared.PREPARED).is_file():
             write_hard_dataset(videos, setting.counts, size=64 if base.data.size <= 64 else 128)
         prepared.prepare(
             {split: videos / split for split in SPLITS},
-            self.out / "synthetic",
+            folder,
             base,
             recorded=setting.recorded,
             views=setting.views,
             questions=videos / LABELS,
         )
+        self._add_codes(videos / "train", folder, base, worker.timed(setting).values())
 
     def prepare_real(self) -> None:
         if self.real:
-            base, folder = changed(pretraining(self.setting, {}), self.setting.real), self.out / "real"
+            setting = self.setting
+            base, folder = changed(pretraining(setting, {}), setting.real), self.out / "real"
             real.prepare_questions(self.real.asked, self.real.group, folder, base)
-            prepared.prepare({"train": self.real.pretrain}, folder, base, recorded=1, views=self.setting.views)
+            prepared.prepare({"train": self.real.pretrain}, folder, base, recorded=1, views=setting.views)
+            variants = [setting.all_variants[variant] for variant in setting.real_variants]
+            self._add_codes(self.real.pretrain, folder, base, variants)
+
+    def _add_codes(self, train: Path, folder: Path, base: PretrainConfig, variants: Iterable[Changes]) -> None:
+        """Prepares further codes per patch, where variants have them; `prepare` of prepared.py has done one."""
+        for depth in worker.depths(pretraining(self.setting, changes) for changes in variants):
+            if depth > 1:
+                prepared.add_codes(train, folder, changed(base, {"tokenizer.codes_per_patch": depth}))
 
     def measure(self) -> None:
-        """Milliseconds of a step of every variant, in a process of its own."""
-        file = self.out / "steps.json"
-        if not file.is_file() or not set(worker.timed(self.setting)) <= set(json.loads(file.read_text("utf-8"))):
+        """Milliseconds of a step of every variant, in a process of its own.
+
+        Variants that a kept run lacks are timed in turns with the default, and relative to its time in that run.
+        """
+        file, default = self.out / "steps.json", self.setting.default
+        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if missing := [variant for variant in worker.timed(self.setting) if variant not in known]:
+            wanted = list(dict.fromkeys([*missing, default]))
             with self._pool(1) as pool:
-                found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic").result()
-            write_whole(file, json.dumps(found, indent=1))
-        self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
+                found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic", wanted).result()
+            scale = known.get(default, found[default]) / found[default]
+            known |= {variant: scale * found[variant] for variant in missing}
+            write_whole(file, json.dumps(known, indent=1))
+        self.steps_ms = known
 
     def train(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Runs the jobs that are not done, in their order; returns the results of all. Raises OutOfTime."""

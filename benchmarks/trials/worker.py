@@ -9,7 +9,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def encoder_file(out: Path, job: Job) -> Path:
 
 def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     """In a process of its own: one training with what is measured of it, or one fine-tuning."""
-    clips, config = prepared.load(out / job.data), config_of(setting, job)
+    config = config_of(setting, job)
+    clips = prepared.load(out / job.data, config.tokenizer.codes_per_patch)
     start, cpu = time.perf_counter(), time.process_time()
     if job.group == "finetune":
         encoder = _kept_encoder(setting, out, trained_by(job))
@@ -98,7 +99,9 @@ def ask_again(setting: Setting, out: Path, job: Job, kinds: Collection[str]) -> 
 
 
 def _kept_encoder(setting: Setting, out: Path, job: Job) -> Encoder:
-    encoder: Encoder = trial.pretraining(config_of(setting, job), prepared.load(out / job.data)).model.encoder
+    config = config_of(setting, job)
+    clips = prepared.load(out / job.data, config.tokenizer.codes_per_patch)
+    encoder: Encoder = trial.pretraining(config, clips).model.encoder
     encoder.load_state_dict(load_file(encoder_file(out, job)))
     return encoder
 
@@ -110,17 +113,19 @@ def _answers(
     return {question: {kind: found._asdict() for kind, found in each.items()} for question, each in answers.items()}
 
 
-def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
-    """Median milliseconds of a step of each variant. They take turns, in another order each round, so that a change of
-    clocks, and what one leaves in the caches for the next, meets all of them.
+def time_steps(setting: Setting, folder: Path, variants: Collection[str]) -> dict[str, float]:
+    """Median milliseconds of a step of each of these variants, all of `timed`.
+
+    They take turns, in another order each round, so that a change of clocks, and what one leaves in the caches for the
+    next, meets all of them.
 
     On a CPU it is the time of the processor, on one thread: what else the machine does takes none of it.
     """
-    clips = prepared.load(folder)
-    variants = timed(setting)
-    configs = {variant: pretraining(setting, changes) for variant, changes in variants.items()}
-    steps = {variant: trial.pretraining(config, clips) for variant, config in configs.items()}
-    streams = {variant: trial.batches(config, clips) for variant, config in configs.items()}
+    configs = {variant: pretraining(setting, timed(setting)[variant]) for variant in variants}
+    clips = {depth: prepared.load(folder, depth) for depth in depths(configs.values())}
+    own = {variant: clips[config.tokenizer.codes_per_patch] for variant, config in configs.items()}
+    steps = {variant: trial.pretraining(config, own[variant]) for variant, config in configs.items()}
+    streams = {variant: trial.batches(config, own[variant]) for variant, config in configs.items()}
     samples: dict[str, list[float]] = {variant: [] for variant in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -140,6 +145,11 @@ def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
 def timed(setting: Setting) -> dict[str, Any]:
     """Changes of everything whose steps are timed, by its name."""
     return {**setting.variants, **ablations_of(setting)}
+
+
+def depths(configs: Iterable[PretrainConfig]) -> list[int]:
+    """Numbers of codes per patch that occur."""
+    return sorted({config.tokenizer.codes_per_patch for config in configs})
 
 
 def ablations_of(setting: Setting) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, fine
 from benchmarks.trials.worker import config_of, encoder_file
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from tests.helpers.paths import ROOT
 
 
@@ -382,6 +385,60 @@ def test_variants_of_a_seed_see_the_same_clips(finished):
         assert codes.shape == (len(mine), int(np.prod(one.grid)))
     both = changed(one, {"tokenizer.frames": "all"})
     assert next(trial.batches(both, clips))[1].shape == (one.optim.batch, int(np.prod(one.grid)), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", ["first", "all"])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_codes_of_a_step_are_those_that_the_tokenizer_gives_its_clips(finished, depth, frames):
+    config = pretraining(QUICK, {"tokenizer.codes_per_patch": depth, "tokenizer.frames": frames}, seed=5)
+    file = "tokenizer.safetensors" if depth == 1 else f"tokenizer-{depth}.safetensors"
+    tokenizer = build_tokenizer(load_vqgan(finished / "synthetic" / file), config, torch.device("cpu"))
+    clips, codes = next(trial.batches(config, prepared.load(finished / "synthetic", depth)))
+    assert codes.shape == (len(clips), int(np.prod(config.grid)), *config.code_shape)
+    assert (tokenizer.codes(clips) == codes).float().mean() > 0.99, "other batches, other rounding"
+
+
+def test_the_first_frame_has_the_first_codes():
+    config = pretraining(QUICK, {"tokenizer.codes_per_patch": 3})
+    tokens, videos = int(np.prod(config.grid)), config.optim.batch
+    codes = np.broadcast_to(np.arange(2 * 3, dtype=np.int16), (videos, 1, 1, tokens, 2 * 3))
+    split = prepared.Split(np.zeros((videos, 1, 1, 8, 40, 40, 3), np.uint8), torch.zeros(videos))
+    data = prepared.Prepared({"train": split}, codes, 16, 1, {})
+    for changes, expected in (
+        ({}, [0, 1, 2]),
+        ({"tokenizer.frames": "all"}, list(range(6))),
+        ({"tokenizer.codes_per_patch": 1, "tokenizer.frames": "all"}, [0, 1]),
+    ):
+        found = next(trial.batches(changed(config, changes), data))[1]
+        assert found.shape == (videos, tokens, len(expected))
+        assert found[0, 0].tolist() == expected
+    assert next(trial.batches(changed(config, {"tokenizer.codes_per_patch": 1}), data))[1].shape == (videos, tokens)
+
+
+def test_a_variant_that_a_kept_run_lacks_is_timed_relative_to_the_default(tmp_path, monkeypatch):
+    """This machine now takes 3 times as long per step as when the kept times were measured."""
+    run = Run(QUICK, tmp_path, None)
+    kept = {variant: 20.0 for variant in worker.timed(QUICK) if variant != "4 codes per patch"}
+    (tmp_path / "steps.json").write_text(json.dumps(kept))
+    asked = []
+
+    def time_steps(setting, folder, variants):
+        asked.append(variants)
+        return {variant: 60.0 if variant == QUICK.default else 90.0 for variant in variants}
+
+    monkeypatch.setattr(worker, "time_steps", time_steps)
+    monkeypatch.setattr(Run, "_pool", lambda self, workers: ThreadPoolExecutor(workers))
+    run.measure()
+    assert asked == [["4 codes per patch", QUICK.default]]
+    assert run.steps_ms == kept | {"4 codes per patch": 30.0}
+    run.measure()
+    assert len(asked) == 1
+    assert run.steps_ms == kept | {"4 codes per patch": 30.0}
+    (tmp_path / "steps.json").unlink()
+    run.measure()
+    assert set(asked[-1]) == set(worker.timed(QUICK))
+    assert (run.steps_ms[QUICK.default], run.steps_ms["4 codes per patch"]) == (60.0, 90.0)
 
 
 @pytest.mark.slow

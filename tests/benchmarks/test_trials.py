@@ -95,7 +95,7 @@ def test_attentive_probes_keep_time_and_choose_their_setting_on_other_groups(mon
 def test_encoders_of_reported_trainings_on_real_clips_are_kept(group, tmp_path, monkeypatch):
     """So that they can be asked again; the encoders of a sweep over learning rates are not kept."""
     encoder = small_models.encoder()
-    monkeypatch.setattr(worker.prepared, "load", lambda folder: None)
+    monkeypatch.setattr(worker.prepared, "load", lambda folder, codes_per_patch: None)
     monkeypatch.setattr(worker.trial, "pretrain", lambda config, clips: trial.Pretrained(encoder, 3, {}))
     monkeypatch.setattr(worker.real, "load_questions", lambda folder: None)
     monkeypatch.setattr(worker.real, "ask", lambda *_: {"words": {"time": real.Answer(0.5, "10")}})
