@@ -233,6 +233,7 @@ QUICK = dataclasses.replace(
     finetune_seeds=1,
     real_epochs=1,
     real_factors=(1.0, 0.5),
+    real_seeds=1,
 )
 GPU = Setting(
     name="gpu",
