@@ -29,6 +29,7 @@ from mam2.kernels import (
     random_mask,
     tube_mask,
 )
+from mam2.kernels.masked_subset import masked_subset
 from mam2.kernels.scale_gradient import scale_gradient
 
 BYTES, HALF, BRAIN, SINGLE, DOUBLE = torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -314,6 +315,19 @@ def mask_case(seed: int, step: int, sample: int, slots: int, positions: int, hid
     return Case(name, torch.int64, {"step": torch.tensor(step)}, run)
 
 
+def subset_case(
+    seed: int, step: int, sample: int, grid: tuple[int, int, int], hidden: int, count: int, *, by_cell: bool
+) -> Case:
+    """Returns a case of some of the `hidden` masked tokens of three clips."""
+    tokens = torch.rand(3, grid[0] * grid[1] * grid[2]).argsort(1)[:, :hidden].sort(1).values
+
+    def run(_: torch.dtype, *, masked: Tensor, step: Tensor) -> list[Tensor]:
+        return [masked_subset(masked, grid, count, by_cell=by_cell, seed=seed, step=step, first_sample=sample)]
+
+    name = f"masked_subset {(seed, step, sample)} {'x'.join(map(str, grid))}, {count} of {hidden}{' by cell' * by_cell}"
+    return Case(name, torch.int64, {"masked": tokens, "step": torch.tensor(step)}, run)
+
+
 def motion_mask_case(clip: Clip, strength: float) -> Case:
     """Returns a case of tube masks drawn by motion."""
 
@@ -375,3 +389,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for slots, positions, hidden in sizes:
         yield mask_case(0, 0, 0, slots, positions, hidden)
         yield mask_case(*FAR.values(), slots, positions, hidden)
+    large = (((8, 14, 14), 1408, 704),) if device.type == "cuda" else ()
+    for (grid, hidden, count), by_cell in itertools.product(
+        (((2, 3, 5), 21, 8), ((1, 1, 2), 1, 1), *large), (False, True)
+    ):
+        yield subset_case(0, 0, 0, grid, hidden, count, by_cell=by_cell)
+        yield subset_case(*FAR.values(), grid, hidden, count, by_cell=by_cell)

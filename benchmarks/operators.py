@@ -23,6 +23,7 @@ from benchmarks import (
     bench_linear_masked_loss,
     bench_masked_frame_difference_loss,
     bench_masked_pixel_loss,
+    bench_masked_subset,
     bench_motion_tube_mask,
     bench_tube_mask,
 )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 OPERATORS = (
     bench_tube_mask.OPERATOR,
     bench_motion_tube_mask.OPERATOR,
+    bench_masked_subset.OPERATOR,
     bench_gather_tubes.OPERATOR,
     bench_masked_pixel_loss.OPERATOR,
     bench_masked_frame_difference_loss.OPERATOR,

@@ -34,6 +34,11 @@ def draw_mask(batch: int, tokens: int) -> Cost:
     return Cost((1 + batch * tokens) * INDEX_BYTES, 0)
 
 
+def masked_subset(batch: int, masked: int, count: int) -> Cost:
+    """Cost of `masked_subset`: reads the step number and the masked token numbers, writes the drawn ones."""
+    return Cost((1 + batch * (masked + count)) * INDEX_BYTES, 0)
+
+
 def motion_energy(batch: int, tokens: int, values: int, *, clip_bytes: int = 1) -> Cost:
     """Cost of the energies of `motion_tube_mask`: reads the clip, writes 8 bytes per token (4 for a float clip)."""
     energy_bytes = INDEX_BYTES if clip_bytes == 1 else SINGLE_BYTES

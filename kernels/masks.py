@@ -91,6 +91,25 @@ def without_repeats(index: torch.Tensor) -> torch.Tensor:
     return torch.where(repeated, REPEATED, index)
 
 
+@jit
+def random_keys(position, sample, step, seed):
+    """Returns `host_masks.position_keys` of a block of positions int32 of one sample, as int64."""
+    zero = position * 0
+    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
+    step = (step & 0xFFFFFFFF).to(tl.uint32)
+    word, _, _, _ = tl.philox(
+        seed, position.to(tl.uint32), zero.to(tl.uint32) + low, zero.to(tl.uint32) + high, zero.to(tl.uint32) + step
+    )
+    return word.to(tl.int64)
+
+
+@jit
+def are_smallest(rank, place, count):
+    """Returns which of a block of distinct ranks are the `count` smallest; place: 0, 1, 2, … in the block."""
+    largest = tl.sum(tl.where(place == count - 1, tl.sort(rank), 0), axis=0)
+    return rank <= largest
+
+
 # no specialization on argument values: the kernel's sort takes seconds to compile
 @jit(do_not_specialize=["seed", "first_sample", "slots", "positions", "hidden", "strength"])
 def _draw_mask_kernel(
@@ -111,13 +130,7 @@ def _draw_mask_kernel(
     position = tl.arange(0, BLOCK)
     mask = position < positions
     sample = first_sample + clip
-    zero = position * 0
-    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
-    step = (tl.load(step_ptr) & 0xFFFFFFFF).to(tl.uint32)
-    word, _, _, _ = tl.philox(
-        seed, position.to(tl.uint32), zero.to(tl.uint32) + low, zero.to(tl.uint32) + high, zero.to(tl.uint32) + step
-    )
-    key = word.to(tl.int64)
+    key = random_keys(position, sample, tl.load(step_ptr), seed)
     if GUIDED:
         energy = tl.zeros([BLOCK], tl.float64)
         for slot in range(slots):
@@ -130,8 +143,7 @@ def _draw_mask_kernel(
         key = ((tl.log(wait) - tl.log(weight) + 64.0) * 2.0**33).to(tl.int64)
     # key (40 bits) and position in one number: all distinct, so that the `hidden` smallest are well defined
     rank = tl.where(mask, key * 8388608 + position, 0x7FFFFFFFFFFFFFFF)
-    largest_hidden = tl.sum(tl.where(position == hidden - 1, tl.sort(rank), 0), axis=0)
-    is_hidden = rank <= largest_hidden
+    is_hidden = are_smallest(rank, position, hidden)
     hidden_before = tl.cumsum(is_hidden.to(tl.int32), axis=0) - is_hidden.to(tl.int32)
     for slot in range(slots):
         token = (position + slot * positions).to(tl.int64)
@@ -194,6 +206,15 @@ def _(
     return step.new_empty(batch, slots * (positions - hidden)), step.new_empty(batch, slots * hidden)
 
 
+def step_on(step: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """Returns the step's number as a 0-d int64 tensor on a device; None: that of `step`, or the default device."""
+    if not isinstance(step, torch.Tensor):
+        return torch.full((), step, dtype=torch.int64, device=device)
+    if step.dim() or step.dtype != torch.int64:
+        raise ValueError(f"step: expected an int or a 0-d int64 tensor, found {step.dtype} {tuple(step.shape)}")
+    return step if device is None else step.to(device)
+
+
 def draw_positions(
     batch: int,
     slots: int,
@@ -219,12 +240,7 @@ def draw_positions(
         raise ValueError(f"batch: expected 0 or more clips, found {batch}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
-    if not isinstance(step, torch.Tensor):
-        step = torch.full((), step, dtype=torch.int64, device=device)
-    elif step.dim() or step.dtype != torch.int64:
-        raise ValueError(f"step: expected an int or a 0-d int64 tensor, found {step.dtype} {tuple(step.shape)}")
-    elif device is not None:
-        step = step.to(device)
+    step = step_on(step, device)
     draw_mask = host_masks.draw_mask if launch.is_plain_cpu(step, energy) else _draw_mask
     return TubeMask(*draw_mask(step, seed, first_sample, batch, slots, positions, hidden, energy, strength))
 

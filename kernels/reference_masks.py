@@ -3,6 +3,7 @@
 B clips, C channels, T frames, N tokens, n positions.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 
 from . import host_masks
 from .reference import compute_dtype, row_slices, tokens_of
+
+CELL = 4
+"""Number of patches in a cell of 2×2."""
 
 
 def motion_order(keys: torch.Tensor, energy: torch.Tensor, strength: int) -> torch.Tensor:
@@ -52,6 +56,30 @@ def draw_mask(
     parts = order[:, hidden:], order[:, :hidden]
     visible, masked = ((part.sort(dim=1).values[:, None, :] + offset).flatten(1) for part in parts)
     return visible, masked
+
+
+def masked_subset(
+    masked: torch.Tensor, step: torch.Tensor, grid: Sequence[int], count: int, by_cell: bool, seed: int, sample: int
+) -> torch.Tensor:
+    """Draws `count` of the masked tokens [B,Nm] of every clip -> [B,count], as `masked_subset.py` defines it.
+
+    sample: number of the first clip. On a GPU the host waits for `step`.
+    """
+    batch, entries = masked.shape
+    device = masked.device
+    words = host_masks.position_keys(seed, sample, batch, math.prod(grid), int(step))
+    rank = torch.from_numpy(words.astype(np.int64)).to(device).gather(1, masked)
+    if by_cell:
+        _, rows, columns = grid
+        samples = torch.arange(sample, sample + batch, device=device)[:, None]
+        slot, row, column = masked // (rows * columns), masked // columns % rows, masked % columns
+        # clockwise from the upper left patch
+        place = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
+        rank += ((place - slot - step - samples) % CELL) << 32
+    # rank and entry in one number: all distinct, so that the `count` smallest are well defined
+    rank = (rank << host_masks.POSITION_BITS) | torch.arange(entries, device=device)
+    smallest = rank.topk(count, dim=1, largest=False, sorted=False).values
+    return masked[rank <= smallest.amax(dim=1, keepdim=True)].view(batch, count)
 
 
 def energy_dtype(video: torch.Tensor) -> torch.dtype:

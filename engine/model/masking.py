@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-import torch
 from torch import Tensor
 
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.kernels import TubeMask, motion_tube_mask, random_mask, tube_mask
-from mam2.kernels.host_masks import position_keys
+from mam2.kernels.masked_subset import masked_subset
 
 DECODED_STREAM = 1 << 62
 """Added to the seed for the choice of tokens to predict, so that this draw is independent of the mask's."""
-CELL = 4
-"""Number of patches in a cell of 2×2."""
 
 
 def sample_masks(video: Tensor, config: PretrainConfig, *, step: int, first_sample: int = 0) -> TubeMask:
@@ -49,19 +43,13 @@ def keep_decoded(mask: TubeMask, config: PretrainConfig, *, step: int, first_sam
     count = config.decoded_tokens
     if count == mask.masked.shape[1]:
         return mask
-    hidden, device = mask.masked, mask.masked.device
-    tokens = math.prod(config.grid)
-    keys = position_keys(config.run.seed + DECODED_STREAM, first_sample, len(hidden), tokens, step).astype(np.int64)
-    # the keys of all tokens, so that the host needs no token numbers; pinned, so that it does not wait for the copy
-    every = torch.from_numpy(keys)
-    every = every.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else every.to(device)
-    order = every.gather(1, hidden)
-    if config.mask.decoded_kind == "cell":
-        _, rows, columns = config.grid
-        sample = torch.arange(first_sample, first_sample + len(hidden), device=device)[:, None]
-        slot, row, column = hidden // (rows * columns), hidden // columns % rows, hidden % columns
-        # clockwise from the upper left patch, so that neighboring slots choose neighboring patches
-        place = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
-        order = order + (((place - slot - step - sample) % CELL) << 32)
-    kept = order.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
-    return mask._replace(masked=hidden.gather(1, kept))
+    masked = masked_subset(
+        mask.masked,
+        config.grid,
+        count,
+        by_cell=config.mask.decoded_kind == "cell",
+        seed=config.run.seed + DECODED_STREAM,
+        step=step,
+        first_sample=first_sample,
+    )
+    return mask._replace(masked=masked)

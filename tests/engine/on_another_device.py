@@ -47,6 +47,7 @@ from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.finetune_targets import ClassTargets, SetTargets, Targets, ValueTargets
 from mam2.engine.train.step import PretrainStep
 from mam2.engine.train.validation_model import in_equal_batches, share_weights
+from mam2.kernels.masked_subset import masked_subset
 from tests.helpers.other_device import other_device
 
 BATCH, CODES = 4, 16
@@ -233,6 +234,7 @@ def test_operators_and_crops(there: torch.device) -> None:
     mask = kernels.random_mask(2, (4, 4, 4), 0.5, seed=0, device=there)
     kernels.motion_tube_mask(video, 0.5, patch_size=patch, seed=0)
     kernels.running_cell_mask(2, (4, 4, 4), seed=0, device=there)
+    assert masked_subset(mask.masked, (4, 4, 4), 16, by_cell=True, seed=0).device == there
     for given, count in ((mask, 32), (mask.as_bool(), 32), (None, 64)):
         for loss in (kernels.masked_pixel_loss, kernels.masked_frame_difference_loss):
             pred, weight = torch.randn(2, count, 384).to(there).requires_grad_(), torch.rand(2, count).to(there)

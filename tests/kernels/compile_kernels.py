@@ -43,6 +43,7 @@ from tests.kernels.machine_code import AMD_MIX, NVIDIA_MIX, inspect_assembly, in
 # the package's functions of these names hide its modules
 frame_difference = importlib.import_module("mam2.kernels.frame_difference")
 gather_tubes = importlib.import_module("mam2.kernels.gather_tubes")
+masked_subset = importlib.import_module("mam2.kernels.masked_subset")
 
 RESULTS = ROOT / "benchmarks" / "results" / "static"
 TARGETS = {
@@ -249,6 +250,9 @@ def record(architecture: str) -> dict[str, Launch]:
             energy = None if guide is None else torch.empty(BATCH, slots * positions, dtype=guide, device="meta")
             label = f"{positions} positions{f' guided {guide}' if guide else ''}".replace("torch.", "")
             masks._launch(step, 1, 0, BATCH, slots, positions, hidden, energy, 32768)
+    for hidden, count, by_cell in ((1408, 704, True), (1408, 704, False)):
+        label = f"{count} of {hidden}{' by cell' * by_cell}"
+        masked_subset._launch(index[:, :hidden], step, (8, 14, 14), count, by_cell, 1, 0)
     check_rows(architecture, blocks)
     return launches
 

@@ -26,6 +26,7 @@ from mam2.kernels import (
     random_mask,
     tube_mask,
 )
+from mam2.kernels.masked_subset import masked_subset
 from mam2.kernels.scale_gradient import scale_gradient
 from mam2.kernels.softmax_gradient import softmax_gradient_
 from tests.kernels.interpreter_tools import Launch, patched_once, recorded
@@ -145,6 +146,13 @@ def test_draw_mask() -> None:
     assert (found.distinct_bytes, found.flops) == costs.draw_mask(BATCH, TOKENS)
     by_motion = launched(lambda: motion_tube_mask(clip(BYTES), 0.5, patch_size=CLIP.patch, seed=0), "_draw_mask_kernel")
     assert by_motion.distinct_bytes == found.distinct_bytes + BATCH * TOKENS * 8  # the energies
+
+
+def test_masked_subset() -> None:
+    masked = tube_mask(BATCH, GRID, 0.5, seed=0).masked
+    found = launched(lambda: masked_subset(masked, GRID, 3, by_cell=True, seed=0), "_masked_subset_kernel")
+    assert (found.distinct_bytes, found.flops) == costs.masked_subset(BATCH, 4, 3)
+    assert found.requested_bytes == found.distinct_bytes + (BATCH - 1) * 8  # every clip reads the step number
 
 
 def test_scale_gradient() -> None:

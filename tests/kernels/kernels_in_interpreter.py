@@ -202,6 +202,20 @@ def test_tube_mask(data: st.DataObject, seed: int, step: int, sample: int, slots
 
 @given(
     data=st.data(),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(-(2**40), 2**40),
+    sample=st.integers(0, 2**40),
+    grid=st.tuples(*(st.integers(1, most) for most in (5, 4, 4))),
+    by_cell=st.booleans(),
+)
+@settings(drawn, max_examples=20)
+def test_masked_subset(data: st.DataObject, grid: tuple[int, int, int], **options: Any) -> None:
+    hidden = data.draw(st.integers(1, grid[0] * grid[1] * grid[2]))
+    check(cases.subset_case(grid=grid, hidden=hidden, count=data.draw(st.integers(1, hidden)), **options))
+
+
+@given(
+    data=st.data(),
     rows=st.integers(0, 6),
     width=st.integers(1, 5),
     codes=st.sampled_from((1, 2, 5, 63, 64, 65, 8193)),
@@ -332,6 +346,7 @@ def repeated_cases() -> list[Case]:
         cases.energy_case(tiny),
         cases.motion_mask_case(tiny, 0.5),
         cases.mask_case(0, 0, 0, 1, 4, 2),
+        cases.subset_case(0, 0, 0, (2, 2, 2), 5, 3, by_cell=True),
         cases.head_case(3, 2, 5, BRAIN, reduction="none"),
         cases.scale_case((3, 2), 1, BRAIN),
     ]

@@ -153,3 +153,8 @@ def test_of_equal_keys_the_smaller_position_is_hidden() -> None:
         visible, masked = draw(step, 0, sample, 1, 1, 196, 126, None, 0)
         assert 45 in masked
         assert 122 in visible
+    every = torch.arange(196)[None]
+    for subset in (torch.ops.mam2.masked_subset, reference_masks.masked_subset):
+        drawn = subset(every, step, [1, 14, 14], 126, False, 0, sample)
+        assert 45 in drawn
+        assert 122 not in drawn

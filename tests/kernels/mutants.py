@@ -339,7 +339,28 @@ _MISTAKES = {
     (INTERPRETER, "shared_case and tube_mask and 2x5"): [
         ("another word of the generator", "masks.py", "word, _, _, _ = tl.philox(", "_, word, _, _ = tl.philox("),
     ],
+    (INTERPRETER, "shared_case and masked_subset and cell"): [
+        ("cells that do not turn from slot to slot", "masked_subset.py", "((place - slot - step", "((place - step"),
+        ("cells that do not turn from step to step", "masked_subset.py", "slot - step - sample", "slot - sample"),
+        ("cells that do not turn from clip to clip", "masked_subset.py", "step - sample) & 3", "step) & 3"),
+        (
+            "patches of a cell row by row instead of clockwise",
+            "masked_subset.py",
+            "column % 2, 3 - column % 2)",
+            "column % 2, 2 + column % 2)",
+        ),
+    ],
+    (INTERPRETER, "shared_case and masked_subset and not cell"): [
+        ("keys of entries instead of tokens", "masked_subset.py", "random_keys(number, ", "random_keys(entry, "),
+        ("one masked token too few drawn", "masked_subset.py", "entry, count)", "entry, count - 1)"),
+    ],
     (LIMITS, "equal_keys"): [
+        (
+            "of equal keys the larger token drawn",
+            "masked_subset.py",
+            "key * 8388608 + entry,",
+            "key * 8388608 - entry,",
+        ),
         (
             "of equal keys the larger position hidden",
             "masks.py",
@@ -429,6 +450,15 @@ _MISTAKES = {
     ],
     ("test_masks.py", "test_masks_on_a_cpu_are_those_of_the_reference"): [
         ("masks on a CPU: the last hidden position left out", "host_masks.py", "rank <= threshold", "rank < threshold"),
+    ],
+    ("test_masked_subset.py", "test_a_subset_is_the_recorded_one"): [
+        (
+            "PyTorch path: cells that do not turn from slot to slot",
+            "reference_masks.py",
+            "((place - slot - step",
+            "((place - step",
+        ),
+        ("PyTorch path: the largest ranks drawn", "reference_masks.py", "largest=False", "largest=True"),
     ],
     ("test_masks.py", "test_masks_are_those_recorded"): [
         ("masks on a CPU: the high word of the sample lost", "host_masks.py", "sample >> 32", "sample * 0"),

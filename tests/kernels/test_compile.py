@@ -44,6 +44,7 @@ def operator_calls() -> list[tuple[Any, tuple]]:
     frozen = hidden.detach(), weight.detach(), None, target, torch.rand(6)
     return [
         (op.draw_mask.default, (torch.tensor(3), 1, 0, 2, 2, 9, 4)),
+        (op.masked_subset.default, (mask.masked, torch.tensor(3), [2, 2, 2], 3, True, 1, 0)),
         (op.gather_tubes.default, (video, mask.visible, patch, *statistics, torch.bfloat16)),
         (op.gather_tubes.default, (video.float(), mask.visible, patch, None, None, torch.float32)),
         (op.frame_difference.default, (video, mask.masked, patch, "adjacent", "channel", 0.01, None, None)),

@@ -43,6 +43,7 @@ PROMISES: list[tuple[str, str, int | None, int | None]] = [
     ("motion_energy", ROWS_OF_16_PIXELS, 0, 1),
     ("motion_energy", SHORT_ROWS, None, None),
     ("draw_mask", r"\d+ positions.*", None, None),
+    ("masked_subset", r"\d+ of \d+.*", None, None),
 ]
 """Kernel and launches → how many loads and stores of a thread may be narrower than 128 bits; None: no limit.
 
@@ -50,7 +51,7 @@ Narrow loads: the token's number and factor; a row's target, its logit and its w
 the token's error, where weights learn also without its weight; the row's loss. A thread reads as many values of a clip
 at a time as it stores: bytes in pieces of 64 bits where it stores two bytes each, of 32 bits where it stores four.
 Rows of 14 or 8 pixels, or of 1000 codes, are not aligned, and with 4 channels two warps share a cube's rows.
-draw_mask scatters.
+draw_mask and masked_subset scatter.
 """
 LEAST_BITS = 32
 """Width of the narrowest load from a clip whose patches have rows of 16 pixels."""
@@ -61,7 +62,8 @@ REGISTERS = 65_536
 SPECIALIZATIONS = """
 import json
 import torch
-from tests.kernels.compile_kernels import Goal, PretendedDriver, driver, launch, masked_errors, masks, softmax_gradient
+from tests.kernels.compile_kernels import Goal, PretendedDriver, driver, launch, masked_errors, masked_subset, masks
+from tests.kernels.compile_kernels import softmax_gradient
 
 driver.set_active(PretendedDriver("sm_90"))
 launch.architecture = lambda device: "sm_90"
@@ -78,6 +80,8 @@ for seed, sample, slots, positions, hidden, strength in (
     (0, 0, 8, 196, 176, 0), (1, 1, 1, 129, 1, 1), (16, 48, 16, 256, 16, 32768), (2**40 + 1, 2**40, 3, 200, 3, 65536)
 ):
     masks._launch(step, seed, sample, 4, slots, positions, hidden, None, strength)
+    index = torch.empty(4, positions, dtype=torch.int64, device="meta")
+    masked_subset._launch(index, step, (slots, hidden, positions), hidden, True, seed, sample)
 logits, target = torch.empty(4, 64, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
 for ignored in (-100, 0, 1, 16):
     softmax_gradient.softmax_gradient_(logits, target, None, ignored, 0.0, True, torch.empty(4, device="meta"))
@@ -101,6 +105,7 @@ def test_one_compilation_serves_all_seeds_samples_and_counts() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout) == {
         "_draw_mask_kernel": 1,
+        "_masked_subset_kernel": 1,
         "_softmax_gradient_kernel": 1,
         "_masked_loss_kernel": 1,
     }

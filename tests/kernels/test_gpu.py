@@ -24,6 +24,7 @@ from mam2.kernels import (
     running_cell_mask,
     tube_mask,
 )
+from mam2.kernels.masked_subset import masked_subset
 from tests.kernels.test_compile import operator_calls
 
 PATCH, GRID, VALUES = (2, 16, 16), (2, 2, 2), 1536
@@ -100,6 +101,7 @@ def masks_and_pixels(video: torch.Tensor, step: torch.Tensor, index: torch.Tenso
         *tube_mask(2, GRID, 0.5, seed=0, step=step),
         *running_cell_mask(2, GRID, seed=0, step=step),
         *moving,
+        *(masked_subset(index, GRID, 3, by_cell=by_cell, seed=0, step=step) for by_cell in (False, True)),
         gather_tubes(video, moving, **options),
         frame_difference(video, mask=index),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.config.recipe import load_recipe
@@ -15,7 +16,7 @@ from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import keep_decoded, sample_masks
 from mam2.engine.runtime.distributed import World
 from mam2.engine.train.step import PretrainStep
-from mam2.kernels import TubeMask
+from mam2.kernels import TubeMask, host_masks
 
 CODES = 16
 
@@ -68,6 +69,20 @@ def test_the_choice_is_the_recorded_one() -> None:
     for kind, tokens in recorded.items():
         kept = drawn(small(decoded=0.05, decoded_kind=kind), clips=2, first_sample=2**32 - 1)[1]
         assert kept.masked.tolist() == tokens
+
+
+@pytest.mark.parametrize("kind", ["cell", "random"])
+def test_on_a_gpu_nothing_is_drawn_on_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_the_host(*_: object) -> None:
+        raise AssertionError("drawn on the host")
+
+    monkeypatch.setattr(host_masks, "philox", on_the_host)
+    config = small(decoded=0.5, decoded_kind=kind)
+    with FakeTensorMode():
+        mask = sample_masks(torch.empty(6, 3, 1, 1, 1, device="cuda"), config, step=3)
+        kept = keep_decoded(mask, config, step=3)
+    assert kept.masked.shape == (6, 96)
+    assert kept.masked.device.type == "cuda"
 
 
 def test_cells_are_covered_evenly_in_space_and_time() -> None:
