@@ -10,7 +10,8 @@
     finetune   of the encoders of the main comparison
 
 Trainings run side by side, one on each CPU core (on a GPU one after the other), the important ones first. Every one
-that is done is kept in OUT/trials.jsonl: an interrupted run continues where it stopped. OUT gets results.json, the page
+that is done is kept in OUT/trials.jsonl: an interrupted run continues where it stopped, and encoders that lack answers
+of a probe that is new are asked for these only. OUT gets results.json, the page
 and its pictures; with --minutes they are of what was done by then.
 """
 
@@ -24,8 +25,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,8 @@ from benchmarks.trials.jobs import Job, ranked_rates
 from benchmarks.trials.report import around, write_page
 from benchmarks.trials.results import Measured, results
 from benchmarks.trials.selection import JUDGED, REAL_JUDGED
-from benchmarks.trials.settings import SETTINGS, Setting, changed, optimizer_of, pretraining
+from benchmarks.trials.settings import SETTINGS, Changes, Setting, changed, optimizer_of, pretraining
+from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
 
@@ -54,6 +57,7 @@ ALLOCATOR = {
 }
 """glibc keeps freed memory for the next step instead of handing it back: on a CPU 5 to 13 % of a step's time."""
 SPLITS = ("train", "validation", "test")
+Call = Callable[[], dict[str, Any]]
 
 
 class Real(NamedTuple):
@@ -119,6 +123,7 @@ class Run:
                 wanted += (tried := plan.real_sweep_jobs(setting, swept))
                 wanted += (real_jobs := plan.real_jobs(setting, self.best_rates(tried, REAL_JUDGED)))
                 self.train(real_jobs)
+                self.ask_again([job for job in wanted if job.data == "real"])
             for epochs in setting.later_rates:
                 rates[epochs] = self.best_rates(plan.later_sweep_jobs(setting, epochs), JUDGED)
             for jobs in (
@@ -161,49 +166,100 @@ class Run:
     def prepare(self) -> None:
         worker.limit_threads()
         setting, base = self.setting, pretraining(self.setting, {})
-        videos = self.out / "videos"
-        if not (self.out / "synthetic" / prepared.PREPARED).is_file():
+        videos, folder = self.out / "videos", self.out / "synthetic"
+        if not (folder / prepared.PREPARED).is_file():
             write_hard_dataset(videos, setting.counts, size=64 if base.data.size <= 64 else 128)
         prepared.prepare(
             {split: videos / split for split in SPLITS},
-            self.out / "synthetic",
+            folder,
             base,
             recorded=setting.recorded,
             views=setting.views,
             questions=videos / LABELS,
         )
+        self._add_codes(videos / "train", folder, base, worker.timed(setting).values())
 
     def prepare_real(self) -> None:
         if self.real:
-            base, folder = changed(pretraining(self.setting, {}), self.setting.real), self.out / "real"
+            setting = self.setting
+            base, folder = changed(pretraining(setting, {}), setting.real), self.out / "real"
             real.prepare_questions(self.real.asked, self.real.group, folder, base)
-            prepared.prepare({"train": self.real.pretrain}, folder, base, recorded=1, views=self.setting.views)
+            prepared.prepare({"train": self.real.pretrain}, folder, base, recorded=1, views=setting.views)
+            variants = [setting.all_variants[variant] for variant in setting.real_variants]
+            self._add_codes(self.real.pretrain, folder, base, variants)
+
+    def _add_codes(self, train: Path, folder: Path, base: PretrainConfig, variants: Iterable[Changes]) -> None:
+        """Prepares further codes per patch, where variants have them; `prepare` of prepared.py has done one."""
+        for depth in worker.depths(pretraining(self.setting, changes) for changes in variants):
+            if depth > 1:
+                prepared.add_codes(train, folder, changed(base, {"tokenizer.codes_per_patch": depth}))
 
     def measure(self) -> None:
-        """Milliseconds of a step of every variant, in a process of its own."""
-        file = self.out / "steps.json"
-        if not file.is_file() or not set(worker.timed(self.setting)) <= set(json.loads(file.read_text("utf-8"))):
+        """Milliseconds of a step of every variant, in a process of its own.
+
+        Variants that a kept run lacks are timed in turns with the default, and relative to its time in that run.
+        """
+        file, default = self.out / "steps.json", self.setting.default
+        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if missing := [variant for variant in worker.timed(self.setting) if variant not in known]:
+            wanted = list(dict.fromkeys([*missing, default]))
             with self._pool(1) as pool:
-                found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic").result()
-            write_whole(file, json.dumps(found, indent=1))
-        self.steps_ms = json.loads(file.read_text(encoding="utf-8"))
+                found = pool.submit(worker.time_steps, self.setting, self.out / "synthetic", wanted).result()
+            scale = known.get(default, found[default]) / found[default]
+            known |= {variant: scale * found[variant] for variant in missing}
+            write_whole(file, json.dumps(known, indent=1))
+        self.steps_ms = known
 
     def train(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Runs the jobs that are not done, in their order; returns the results of all. Raises OutOfTime."""
-        left = [job for job in jobs if job.key not in self.done]
-        queue, running = iter(left), {}
+        left = {job: partial(worker.run_job, self.setting, self.out, job) for job in jobs if job.key not in self.done}
+        for job, found in self._ended("trainings", left):
+            self._keep(job, {"key": job.key, **dataclasses.asdict(job), **found})
+        if any(job.key not in self.done for job in jobs):
+            raise OutOfTime
+        return [self.done[job.key] for job in jobs]
+
+    def ask_again(self, jobs: Sequence[Job]) -> None:
+        """Gets from kept encoders the answers about real clips that their trainings, of an earlier version, lack.
+
+        Raises OutOfTime.
+        """
+        lacking = {job: kinds for job in jobs if (kinds := self._lacking(job))}
+        calls = {job: partial(worker.ask_again, self.setting, self.out, job, kinds) for job, kinds in lacking.items()}
+        for job, found in self._ended("answers", calls):
+            known = self.done[job.key]
+            answers = {name: {**each, **found["answers"][name]} for name, each in known["answers"].items()}
+            spent = known["measuring_cpu_s"] + found["measuring_cpu_s"]
+            self._keep(job, {**known, "answers": answers, "measuring_cpu_s": spent})
+        if any(map(self._lacking, jobs)):
+            raise OutOfTime
+
+    def _lacking(self, job: Job) -> list[str]:
+        """Kinds of answers that a training lacks although its encoder was kept."""
+        answers = self.done.get(job.key, {}).get("answers", {})
+        kept = worker.encoder_file(self.out, job).is_file()
+        return [kind for kind in real.KINDS if kept and any(kind not in each for each in answers.values())]
+
+    def _keep(self, job: Job, found: dict[str, Any]) -> None:
+        """Appends a line to trials.jsonl; of several lines with one key the last counts."""
+        self.done[job.key] = found
+        with (self.out / "trials.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        self.note_time()
+
+    def _ended(self, what: str, calls: Mapping[Job, Call]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Yields what the calls return when they end; they begin in their order, and none after the time limit."""
+        queue, running = iter(calls), dict[Future[dict[str, Any]], Job]()
         with (
             self._pool(self.workers) as pool,
-            (self.out / "trials.jsonl").open("a", encoding="utf-8") as file,
-            tqdm(total=len(left), desc="trainings", unit="training", disable=not left) as bar,
+            tqdm(total=len(calls), desc=what, unit=what.removesuffix("s"), disable=not calls) as bar,
         ):
             while True:
                 # submits only as many jobs as run at once, so that none starts after the time limit
                 while len(running) < self.workers and not self._over() and (job := next(queue, None)):
-                    running[pool.submit(worker.run_job, self.setting, self.out, job)] = job
+                    running[pool.submit(calls[job])] = job
                 if not running:
                     break
-                ended: Future[dict[str, Any]]
                 for ended in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(ended)
                     try:
@@ -211,17 +267,11 @@ class Run:
                     except BaseException:
                         pool.shutdown(cancel_futures=True)
                         raise
-                    self.done[job.key] = {"key": job.key, **dataclasses.asdict(job), **found}
-                    file.write(json.dumps(self.done[job.key]) + "\n")
-                    file.flush()
-                    self.note_time()
+                    yield job, found
                     bar.update()
                     score = found.get("finetune", found.get("probe", found.get(REAL_JUDGED)))
                     result = "" if score is None else f": {100 * score:.1f} %"
                     bar.set_postfix_str(f"{job.group} {job.label or job.variant}, {job.epochs:g} epochs{result}")
-        if any(job.key not in self.done for job in jobs):
-            raise OutOfTime
-        return [self.done[job.key] for job in jobs]
 
     def _over(self) -> bool:
         return self._minutes > 0 and time.perf_counter() - self.start > 60 * self._minutes

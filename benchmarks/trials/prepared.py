@@ -4,8 +4,11 @@ FOLDER/videos/<split>/<class>/*       files; FOLDER/tokenizer.safetensors   trai
 FOLDER/<split>.npy                    uint8 [videos, augmentations, views, T, H, W, C]; one of each but for training
 FOLDER/<split>-labels.npy             int64 [videos]; -1 where the videos have none
 FOLDER/<split>-questions.npz          int64 [videos] by name: what else is known of each
-FOLDER/codes.npy                      int16 [videos, augmentations, views, N, frames of a tubelet]
+FOLDER/codes.npy                      int16 [videos, augmentations, views, N, K]: K codes per token, for each frame of a
+                                      tubelet D codes per patch
 FOLDER/prepared.json                  what the tokenizer and its codes cost
+
+These are of D = 1. Another D has a tokenizer of its own: tokenizer-D.safetensors, codes-D.npy and codes-D.json.
 """
 
 from __future__ import annotations
@@ -36,9 +39,8 @@ from mam2.engine.files import whole_file, write_whole
 from mam2.engine.layer_costs import SINGLE, tokenizer_image
 from mam2.engine.runtime.device import pick_device
 from mam2.engine.tokenizer.files import save_vqgan
-from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, code_factor, train_with_progress
+from mam2.engine.tokenizer.prepare import FILE, build_tokenizer, clip_frames, own_architecture, train_with_progress
 from mam2.engine.tokenizer.training import CROP_CODES
-from mam2.engine.tokenizer.vqgan import small
 
 PREPARED = "prepared.json"
 BATCH = 64
@@ -65,11 +67,11 @@ class Split:
 class Prepared:
     splits: dict[str, Split]
     codes: np.ndarray
-    """int16 [videos, augmentations, views, N, frames of a tubelet], of the training clips"""
+    """int16 [videos, augmentations, views, N, K], of the training clips"""
     codebook_size: int
     classes: int
     facts: dict[str, Any]
-    """Content of prepared.json."""
+    """See `read_facts`."""
 
 
 def as_video(clips: np.ndarray) -> Tensor:
@@ -77,8 +79,22 @@ def as_video(clips: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(clips)).permute(0, 4, 1, 2, 3)
 
 
-def load(folder: Path) -> Prepared:
-    facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+def read_facts(folder: Path, codes_per_patch: int = 1) -> dict[str, Any]:
+    """Returns the numbers of videos, classes and codes, and what the tokenizer and its codes cost."""
+    facts: dict[str, Any] = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+    if codes_per_patch > 1:
+        facts |= json.loads((folder / _named("codes.json", codes_per_patch)).read_text(encoding="utf-8"))
+    return facts
+
+
+def _named(file: str, codes_per_patch: int) -> str:
+    """Returns the file's name for a tokenizer with this number of codes per patch."""
+    stem, dot, ending = file.partition(".")
+    return file if codes_per_patch == 1 else f"{stem}-{codes_per_patch}{dot}{ending}"
+
+
+def load(folder: Path, codes_per_patch: int = 1) -> Prepared:
+    facts = read_facts(folder, codes_per_patch)
     splits = {}
     for name in facts["videos"]:
         table = folder / f"{name}-questions.npz"
@@ -87,7 +103,7 @@ def load(folder: Path) -> Prepared:
             torch.from_numpy(np.load(folder / f"{name}-labels.npy")),
             {key: torch.from_numpy(found) for key, found in np.load(table).items()} if table.is_file() else {},
         )
-    codes = np.load(folder / "codes.npy", mmap_mode="r")
+    codes = np.load(folder / _named("codes.npy", codes_per_patch), mmap_mode="r")
     return Prepared(splits, codes, facts["codebook_size"], facts["classes"], facts)
 
 
@@ -136,6 +152,16 @@ def prepare(
     return load(folder)
 
 
+def add_codes(train: Path, folder: Path, config: PretrainConfig) -> None:
+    """Trains a tokenizer with `config.tokenizer.codes_per_patch` above 1 and computes its codes of the training clips.
+
+    train, config: those of `prepare`, which made the folder; what is there already is kept.
+    """
+    costs = folder / _named("codes.json", config.tokenizer.codes_per_patch)
+    if not costs.is_file():
+        write_whole(costs, json.dumps(_tokenize(read_manifest(train), folder, config), indent=1))
+
+
 def answers(table: Path, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """The columns of a table with a column `path`, for each path: int64 [paths] by name, a column's values numbered in
     alphabetical order. Raises UserError for a path that the table lacks."""
@@ -169,28 +195,29 @@ def render(name: str, manifest: Manifest, folder: Path, config: PretrainConfig, 
 
 
 def _tokenize(manifest: Manifest, folder: Path, config: PretrainConfig) -> dict[str, float]:
-    """Trains the tokenizer, writes codes.npy; returns seconds (on a CPU of the processor) and FLOPs of both."""
+    """Trains the tokenizer, writes its codes; returns seconds (on a CPU of the processor) and FLOPs of both."""
     options, device = config.tokenizer, pick_device(config.run)
-    architecture = small(options.channels, options.codes, code_factor(config))
+    architecture, depth = own_architecture(config), options.codes_per_patch
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     start = clock()
     with ClipLoader(manifest, config.data, batch=BATCH, device=device, seed=config.run.seed) as loader:
         frames = clip_frames(loader, options.batch)
         trained, _ = train_with_progress(frames, architecture, options.steps, device, seed=config.run.seed)
     trained_s = clock() - start
-    save_vqgan(trained.vqgan, folder / FILE)
+    save_vqgan(trained.vqgan, folder / _named(FILE, depth))
     every_frame = dataclasses.replace(config, tokenizer=dataclasses.replace(options, frames="all"))
     tokenizer = build_tokenizer(trained.vqgan, every_frame, device)
     clips = np.load(folder / "train.npy", mmap_mode="r")
     tubelet, tokens = config.model.tubelet, math.prod(config.grid)
-    shape = (*clips.shape[:3], tokens, tubelet)
-    codes = np.lib.format.open_memmap(folder / "codes.npy", mode="w+", dtype=np.int16, shape=shape)
+    shape = (*clips.shape[:3], tokens, tubelet * depth)
+    file = folder / _named("codes.npy", depth)
+    codes = np.lib.format.open_memmap(file, mode="w+", dtype=np.int16, shape=shape)
     share = max(BATCH // math.prod(clips.shape[1:3]), 1)
     start = clock()
     for first in tqdm(range(0, len(clips), share), desc="tokenizing", unit="batch"):
         part = clips[first : first + share]
         found = tokenizer.codes(as_video(part.reshape(-1, *part.shape[3:])).to(device))
-        codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], tokens, tubelet)
+        codes[first : first + share] = found.cpu().numpy().reshape(*part.shape[:3], *shape[3:])
     tokenized_s = (clock() - start) / tubelet  # MAM2's default needs one frame's
     codes.flush()
     image = tokenizer_image(architecture, config.grid[1:], SINGLE).forward_flops

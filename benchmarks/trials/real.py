@@ -11,7 +11,7 @@ FOLDER/questions.npz    NAME/train, NAME/test: places in clips.npy; NAME/train-l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,10 +26,12 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.data.lists import read_column
 from mam2.engine.data.manifest import Manifest, scan
 from mam2.engine.errors import UserError
+from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.evaluation.components import principal_components, probe_components
 from mam2.engine.evaluation.features import extract_features
-from mam2.engine.evaluation.linear_probe import ProbeResult, folds, held_out, linear_probe
-from mam2.engine.evaluation.pools import Pool
+from mam2.engine.evaluation.linear_probe import folds, held_out, linear_probe
+from mam2.engine.evaluation.pools import Pool, token_groups
+from mam2.engine.evaluation.probe_run import digits
 from mam2.engine.files import whole_file
 from mam2.engine.model.encoder import Encoder
 
@@ -40,6 +42,10 @@ POOLS: tuple[Pool, ...] = ("mean", "time", "time-center")
 """Pools of the tokens of a clip, see `mam2.engine.evaluation.pools`: the usual one, and those that keep the order."""
 TOKENS: Literal["tokens"] = "tokens"
 """Not a pool: principal components of all tokens, as many as cross-validation on the fitted clips chooses."""
+ATTENTIVE: Mapping[str, Pool] = {"attentive": "mean", "attentive-time": "time"}
+"""Attentive probes of all tokens: by name, the pool each of whose groups has a learned query."""
+KINDS: tuple[str, ...] = (*POOLS, TOKENS, *ATTENTIVE)
+"""All kinds of answers of an encoder."""
 
 JUDGED_POOL: Pool = "time"
 """The pool by which learning rates are chosen: it keeps time."""
@@ -147,16 +153,24 @@ def load_questions(folder: Path) -> RealClips:
     return RealClips(np.load(folder / f"{CLIPS}.npy", mmap_mode="r"), questions)
 
 
-def ask(encoder: Encoder, real: RealClips, config: PretrainConfig) -> dict[str, dict[str, Answer]]:
-    """The answers to every question, by the way the tokens are pooled: each of `POOLS`, and `TOKENS`."""
+def ask(
+    encoder: Encoder, real: RealClips, config: PretrainConfig, kinds: Collection[str] = KINDS
+) -> dict[str, dict[str, Answer]]:
+    """Returns the answers to every question, by kind. kinds: those of `KINDS` that are wanted."""
+    pools = [pool for pool in POOLS if pool in kinds]
     clips = Split(real.clips, torch.empty(0))
-    found = extract_features(encoder, clips.videos(EVALUATED), [*POOLS, TOKENS], run=config.run)
-    tokens = found[TOKENS].numpy()
-    return {
-        name: {pool: _answer(found[pool][asked.train], found[pool][asked.test], asked) for pool in POOLS}
-        | {TOKENS: _answer_of_components(tokens, asked)}
-        for name, asked in real.questions.items()
-    }
+    found = extract_features(encoder, clips.videos(EVALUATED), [*pools, TOKENS], run=config.run)
+    flat = found[TOKENS].numpy()
+    tokens = flat.reshape(len(flat), -1, encoder.width)
+    queries = {kind: token_groups(encoder.grid, pool) for kind, pool in ATTENTIVE.items() if kind in kinds}
+    answers: dict[str, dict[str, Answer]] = {}
+    for name, asked in real.questions.items():
+        answers[name] = {pool: _answer(found[pool][asked.train], found[pool][asked.test], asked) for pool in pools}
+        if TOKENS in kinds:
+            answers[name][TOKENS] = _answer_of_components(flat, asked)
+        for kind, groups in queries.items():
+            answers[name][kind] = _attentive_answer(tokens, groups, asked)
+    return answers
 
 
 def judge(encoder: Encoder, real: RealClips, config: PretrainConfig) -> float:
@@ -183,14 +197,24 @@ def pixel_answers(real: RealClips) -> dict[str, dict[str, Answer]]:
 
 def _answer(train: Tensor, test: Tensor, asked: Question) -> Answer:
     held = held_out(len(train), _groups_to_hold_out(asked))
-    return _as_answer(linear_probe(train, asked.train_labels, test, asked.test_labels, held))
+    return _as_answer(linear_probe(train, asked.train_labels, test, asked.test_labels, held).right)
 
 
 def _answer_of_components(features: np.ndarray, asked: Question) -> Answer:
     """features: [clips, values], of all clips of all questions."""
     parts = principal_components(features, asked.train.numpy(), features, asked.test.numpy())
     held = folds(len(asked.train), _groups_to_hold_out(asked))
-    return _as_answer(probe_components([parts], asked.train_labels, asked.test_labels, held, torch.device("cpu"))[0])
+    result, _ = probe_components([parts], asked.train_labels, asked.test_labels, held, torch.device("cpu"))
+    return _as_answer(result.right)
+
+
+def _attentive_answer(tokens: np.ndarray, groups: Tensor, asked: Question) -> Answer:
+    """tokens: [clips, N, D], of all clips of all questions. groups: bool [R, N], each with a learned query."""
+    train, test = tokens[asked.train.numpy()], tokens[asked.test.numpy()]
+    held = held_out(len(train), _groups_to_hold_out(asked))
+    classes = int(asked.train_labels.max()) + 1
+    found, _ = attentive_probe(train, asked.train_labels, test, held, classes, torch.device("cpu"), groups)
+    return _as_answer(found == asked.test_labels)
 
 
 def _groups_to_hold_out(asked: Question) -> Tensor | None:
@@ -198,5 +222,6 @@ def _groups_to_hold_out(asked: Question) -> Tensor | None:
     return asked.train_groups if set(asked.train_groups.tolist()).isdisjoint(asked.test_groups.tolist()) else None
 
 
-def _as_answer(result: ProbeResult) -> Answer:
-    return Answer(result.accuracy, "".join(str(int(right)) for right in result.right))
+def _as_answer(right: Tensor) -> Answer:
+    """right: bool [test clips]."""
+    return Answer(float(right.double().mean()), digits(right))

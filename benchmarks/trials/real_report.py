@@ -16,13 +16,15 @@ from mam2.engine.evaluation.linear_probe import bootstrap
 POOLS = {
     "pixels": f"{COMPONENTS} principal components",
     TOKENS: "principal components, as many as cross-validation chooses",
+    "attentive-time": "attentive: a query per time slot",
+    "attentive": "attentive: one query",
     "time-center": "a mean per time slot, and of its center",
     "time": "a mean per time slot",
     "mean": "the mean of all tokens",
 }
-"""How the tokens are pooled, see `real.POOLS` and `real.TOKENS`; "pixels" is the baseline without an encoder.
+"""How the tokens are pooled, see `real.KINDS`; "pixels" is the baseline without an encoder.
 
-Trials of earlier versions lack `TOKENS`: a pool that a trial was not asked about is left out."""
+A kind of answer that a trial lacks is left out."""
 Rights = dict[str, Tensor]
 """By method: float64 [test clips], the share of the seeds whose answer is right."""
 
@@ -107,8 +109,9 @@ def real_parts(results: Results) -> list[str]:
         return []
     parts = ["### Real clips"]
     parts.append(
-        f"Pre-trained on {results['data']['real']['train']} clips without their labels. Each question is a linear "
-        "probe of the frozen encoder, fitted and tested on clips of their own. The interval draws "
+        f"Pre-trained on {results['data']['real']['train']} clips without their labels. Each question is a "
+        "probe of the frozen encoder, fitted and tested on clips of their own: logistic regression, or an attentive "
+        "probe, whose learned queries read all tokens, or those of a time slot. The interval draws "
         "whole groups (speakers, where the clips have any) of the test clips; seeds are averaged before."
     )
     first, *others = results["real"]["questions"]

@@ -44,11 +44,11 @@ def results(run: Measured, jobs: Sequence[Job], later: Sequence[Job]) -> dict[st
     """
     there = (run.out / "real" / prepared.PREPARED).is_file()
     names = ("synthetic", *(["real"] if there else []))
-    facts = {name: json.loads((run.out / name / prepared.PREPARED).read_text(encoding="utf-8")) for name in names}
+    facts = {name: prepared.read_facts(run.out / name) for name in names}
     tuned = {trained_by(job).key: run.done[job.key] for job in jobs if job.group == "finetune"}
     trained = [job for job in jobs if job.group != "finetune"]
-    trials = [_trial(run, job, facts[job.data], tuned) for job in trained if job.group != "random"]
-    trials += [{**_trial(run, job, facts[job.data], {}), "group": "sweep"} for job in later]
+    trials = [_trial(run, job, tuned) for job in trained if job.group != "random"]
+    trials += [{**_trial(run, job, {}), "group": "sweep"} for job in later]
     trials += [
         {**trial, "group": "ablation", "family": "default", "label": "default"}
         for trial in trials
@@ -107,11 +107,12 @@ def _real(out: Path) -> dict[str, Any]:
     }
 
 
-def _trial(run: Measured, job: Job, facts: dict[str, Any], tuned: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _trial(run: Measured, job: Job, tuned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = run.done[job.key]
     config = worker.config_of(run.setting, job)
+    facts = prepared.read_facts(run.out / job.data, config.tokenizer.codes_per_patch)
     codes = facts["codebook_size"] if config.needs_codes else 0
-    frames = config.model.tubelet if config.code_shape else 1
+    frames = config.coded_frames
     clips = found["steps"] * config.optim.batch
     step_s = run.steps_ms[job.label or job.variant] / 1000
     tokenize = {unit: frames * facts[f"tokenize_{unit}"] for unit in ("s", "flops")}

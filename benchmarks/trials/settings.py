@@ -61,7 +61,13 @@ class Setting:
     """What makes VideoMAE of it: as many blocks after the encoder as MAM2 has in a row, regressor and decoder."""
     real: Changes = dataclasses.field(default_factory=lambda: {"data.sampling": "uniform", "data.stride": 0})
     """Changes for the pre-training on real clips, which may be shorter than the synthetic ones."""
-    real_variants: tuple[str, ...] = ("mam2-muon", "videomae-muon", "motion alone", "codes alone")
+    real_variants: tuple[str, ...] = (
+        "mam2-muon",
+        "videomae-muon",
+        "motion alone",
+        "codes alone",
+        "codes alone, 4 per patch",
+    )
     real_epochs: float = 10
     real_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     """Learning rates tried on real clips, as multiples of the rate that the sweep on synthetic clips chose."""
@@ -150,6 +156,7 @@ ALONE = {"loss.balance": "fixed", "loss.appearance": 1.0, "loss.motion": 1.0}
 TARGETS_ALONE: Mapping[str, Changes] = {
     "motion alone": {"loss.appearance_target": "none", **ALONE},
     "codes alone": {"loss.motion_target": "none", **ALONE},
+    "codes alone, 4 per patch": {"loss.motion_target": "none", **ALONE, "tokenizer.codes_per_patch": 4},
 }
 LATENTS: Changes = {"loss.appearance_target": "latents", "loss.teacher_momentum": 0.99}
 """Features of a teacher that follows within a hundred steps, as so short a training needs."""
@@ -157,6 +164,7 @@ ABLATIONS = (
     *(Ablation("targets", label, changes) for label, changes in TARGETS_ALONE.items()),
     Ablation("targets", "pixels instead of codes", {"loss.appearance_target": "pixels"}),
     Ablation("targets", "codes of both frames", {"tokenizer.frames": "all"}),
+    Ablation("targets", "4 codes per patch", {"tokenizer.codes_per_patch": 4}),
     Ablation("targets", "latents × 0.1", {**LATENTS, "loss.appearance": 0.1}),
     Ablation("targets", "latents × 0.1, visible tokens too", {**LATENTS, "loss.appearance": 0.1, "loss.visible": 1.0}),
     Ablation("targets", "latents × 1", {**LATENTS, "loss.appearance": 1.0}),
@@ -225,6 +233,7 @@ QUICK = dataclasses.replace(
     finetune_seeds=1,
     real_epochs=1,
     real_factors=(1.0, 0.5),
+    real_seeds=1,
 )
 GPU = Setting(
     name="gpu",

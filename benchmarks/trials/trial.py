@@ -7,6 +7,7 @@ training costs no decoding. The clips of a step are a pure function of (seed, st
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,8 @@ def batches(config: PretrainConfig, prepared: Prepared) -> Iterator[tuple[Tensor
         codes = None
         if config.needs_codes:
             found = torch.from_numpy(prepared.codes[video, epoch % recorded, view].astype(np.int64))
-            codes = (found if config.code_shape else found[..., 0]).to(device)
+            # the codes of a token's first frame come first
+            codes = found[..., : math.prod(config.code_shape)].reshape(*found.shape[:-1], *config.code_shape).to(device)
         yield clips, codes
 
 

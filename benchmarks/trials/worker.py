@@ -9,6 +9,7 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, Setting, finetuning, pretraining
 from mam2.engine.config.pretrain import PretrainConfig, check
 from mam2.engine.files import written_aside
+from mam2.engine.model.encoder import Encoder
 
 WARM_UP_ROUNDS = 2
 
@@ -60,11 +62,11 @@ def encoder_file(out: Path, job: Job) -> Path:
 
 def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     """In a process of its own: one training with what is measured of it, or one fine-tuning."""
-    clips, config = prepared.load(out / job.data), config_of(setting, job)
+    config = config_of(setting, job)
+    clips = prepared.load(out / job.data, config.tokenizer.codes_per_patch)
     start, cpu = time.perf_counter(), time.process_time()
     if job.group == "finetune":
-        encoder = trial.pretraining(config, clips).model.encoder
-        encoder.load_state_dict(load_file(encoder_file(out, trained_by(job))))
+        encoder = _kept_encoder(setting, out, trained_by(job))
         tuned = trial.finetune(encoder, clips, finetuning(setting, config), labelled=setting.labelled)
         return {"finetune": tuned, "wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
     if job.group == "random":
@@ -81,27 +83,49 @@ def run_job(setting: Setting, out: Path, job: Job) -> dict[str, Any]:
     if job.group == "real sweep":
         found[REAL_JUDGED] = real.judge(pretrained.encoder, real.load_questions(out / "real"), config)
     elif job.data == "real":
-        answers = real.ask(pretrained.encoder, real.load_questions(out / "real"), config)
-        found["answers"] = {
-            question: {pool: answer._asdict() for pool, answer in pools.items()} for question, pools in answers.items()
-        }
+        found["answers"] = _answers(pretrained.encoder, out, config)
     else:
         accuracy = trial.probe(pretrained.encoder, clips, config)
         found |= accuracy["test"] | {f"{name}_validation": value for name, value in accuracy["validation"].items()}
     return found | {"measuring_cpu_s": time.process_time() - cpu - spent["cpu_s"]}
 
 
-def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
-    """Median milliseconds of a step of each variant. They take turns, in another order each round, so that a change of
-    clocks, and what one leaves in the caches for the next, meets all of them.
+def ask_again(setting: Setting, out: Path, job: Job, kinds: Collection[str]) -> dict[str, Any]:
+    """In a process of its own: answers of these kinds to the questions about real clips, of the encoder that a training
+    left."""
+    cpu = time.process_time()
+    answers = _answers(_kept_encoder(setting, out, job), out, config_of(setting, job), kinds)
+    return {"answers": answers, "measuring_cpu_s": time.process_time() - cpu}
+
+
+def _kept_encoder(setting: Setting, out: Path, job: Job) -> Encoder:
+    config = config_of(setting, job)
+    clips = prepared.load(out / job.data, config.tokenizer.codes_per_patch)
+    encoder: Encoder = trial.pretraining(config, clips).model.encoder
+    encoder.load_state_dict(load_file(encoder_file(out, job)))
+    return encoder
+
+
+def _answers(
+    encoder: Encoder, out: Path, config: PretrainConfig, kinds: Collection[str] = real.KINDS
+) -> dict[str, dict[str, Any]]:
+    answers = real.ask(encoder, real.load_questions(out / "real"), config, kinds)
+    return {question: {kind: found._asdict() for kind, found in each.items()} for question, each in answers.items()}
+
+
+def time_steps(setting: Setting, folder: Path, variants: Collection[str]) -> dict[str, float]:
+    """Median milliseconds of a step of each of these variants, all of `timed`.
+
+    They take turns, in another order each round, so that a change of clocks, and what one leaves in the caches for the
+    next, meets all of them.
 
     On a CPU it is the time of the processor, on one thread: what else the machine does takes none of it.
     """
-    clips = prepared.load(folder)
-    variants = timed(setting)
-    configs = {variant: pretraining(setting, changes) for variant, changes in variants.items()}
-    steps = {variant: trial.pretraining(config, clips) for variant, config in configs.items()}
-    streams = {variant: trial.batches(config, clips) for variant, config in configs.items()}
+    configs = {variant: pretraining(setting, timed(setting)[variant]) for variant in variants}
+    clips = {depth: prepared.load(folder, depth) for depth in depths(configs.values())}
+    own = {variant: clips[config.tokenizer.codes_per_patch] for variant, config in configs.items()}
+    steps = {variant: trial.pretraining(config, own[variant]) for variant, config in configs.items()}
+    streams = {variant: trial.batches(config, own[variant]) for variant, config in configs.items()}
     samples: dict[str, list[float]] = {variant: [] for variant in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -121,6 +145,11 @@ def time_steps(setting: Setting, folder: Path) -> dict[str, float]:
 def timed(setting: Setting) -> dict[str, Any]:
     """Changes of everything whose steps are timed, by its name."""
     return {**setting.variants, **ablations_of(setting)}
+
+
+def depths(configs: Iterable[PretrainConfig]) -> list[int]:
+    """Numbers of codes per patch that occur."""
+    return sorted({config.tokenizer.codes_per_patch for config in configs})
 
 
 def ablations_of(setting: Setting) -> dict[str, Any]:

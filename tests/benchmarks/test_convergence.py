@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.convergence import OutOfTime, Real, Run
-from benchmarks.trials import prepared, real, trial
+from benchmarks.trials import prepared, real, trial, worker
 from benchmarks.trials.clips import write_hard_dataset
 from benchmarks.trials.jobs import (
     Job,
@@ -35,9 +36,11 @@ from benchmarks.trials.jobs import (
 )
 from benchmarks.trials.selection import REAL_JUDGED
 from benchmarks.trials.settings import ABLATIONS, QUICK, SETTINGS, changed, finetuning, pretraining
-from benchmarks.trials.worker import config_of
+from benchmarks.trials.worker import config_of, encoder_file
 from mam2.engine.errors import UserError
 from mam2.engine.model.mam2 import MAM2
+from mam2.engine.tokenizer.files import load_vqgan
+from mam2.engine.tokenizer.prepare import build_tokenizer
 from tests.helpers.paths import ROOT
 
 
@@ -181,6 +184,7 @@ def test_where_a_best_rate_is_at_an_end_every_variant_gets_one_more(tmp_path, mo
 def test_the_reported_trainings_on_real_clips_have_the_best_rate_of_their_sweep(tmp_path, monkeypatch):
     """With a rate per variant that is best on real clips, and another that is best on the synthetic ones."""
     best = {"mam2-muon": 6.4e-2, "videomae-muon": 1.6e-2, "motion alone": 3.2e-2, "codes alone": 1.6e-2}
+    best["codes alone, 4 per patch"] = 8e-3
     setting, trained, reported = SETTINGS["cpu"], [], []
 
     def train(self, jobs):
@@ -237,6 +241,37 @@ def test_a_call_that_is_out_of_time_begins_no_training(tmp_path):
     assert run.done == {}
 
 
+def test_kept_encoders_are_asked_only_what_their_trainings_lack(tmp_path, monkeypatch):
+    """A training of an earlier version without the attentive answers; another has all; a third left no encoder."""
+    run = Run(QUICK, tmp_path, None)
+    lacking, complete, lost = (Job("real", "mam2-muon", (), 1.0, 1e-3, seed, data="real") for seed in range(3))
+    old = {"words": {kind: {"right": "0"} for kind in real.KINDS if kind not in real.ATTENTIVE}}
+    known = {"words": {kind: {"right": "0"} for kind in real.KINDS}}
+    for job, answers in ((lacking, old), (complete, known), (lost, old)):
+        run.done[job.key] = {"key": job.key, "answers": answers, "measuring_cpu_s": 1.0}
+        if job is not lost:
+            encoder_file(tmp_path, job).parent.mkdir(exist_ok=True)
+            encoder_file(tmp_path, job).touch()
+    begun = []
+
+    def ended(self, what, calls):
+        for job, call in calls.items():
+            begun.append((job, call.func, call.args[-1]))
+            yield job, {"answers": {"words": {kind: {"right": "1"} for kind in call.args[-1]}}, "measuring_cpu_s": 2.0}
+
+    monkeypatch.setattr(Run, "_ended", ended)
+    run.ask_again([lacking, complete, lost, Job("real sweep", "mam2-muon", (), 1.0, 1e-3, 0, data="real")])
+    assert begun == [(lacking, worker.ask_again, list(real.ATTENTIVE))]
+    again = Run(QUICK, tmp_path, None).done
+    right = {kind: answer["right"] for kind, answer in again[lacking.key]["answers"]["words"].items()}
+    assert right == {kind: str(int(kind in real.ATTENTIVE)) for kind in real.KINDS}
+    assert again[lacking.key]["measuring_cpu_s"] == 3.0
+    monkeypatch.setattr(Run, "_ended", lambda self, what, calls: iter(()))
+    run.done[lacking.key]["answers"] = old
+    with pytest.raises(OutOfTime):
+        run.ask_again([lacking])
+
+
 def test_groups_come_from_a_table(tmp_path):
     table = tmp_path / "meta.csv"
     table.write_text("path,speaker\na.mp4,M\nb.mp4,F\n")
@@ -279,6 +314,7 @@ def test_a_quick_run_trains_all_and_writes_its_page(finished):
         coded = found["variant"] not in without and not found["variant"].startswith("latents")
         assert (found["preparation_s"] > 0) == coded, found["variant"]
         if found["group"] == "real":
+            assert found["answers"]["train"].keys() == set(real.KINDS)
             assert {len(answer["right"]) for answer in found["answers"]["train"].values()} == {8}
         elif found["group"] == "real sweep":
             assert 0 <= found[REAL_JUDGED] <= 1
@@ -321,15 +357,21 @@ def _alive(pid):
 
 @pytest.mark.slow
 def test_a_run_that_is_done_trains_nothing_again(finished):
-    before = (finished / "trials.jsonl").read_text()
-    lines = before.splitlines(keepends=True)
-    (finished / "trials.jsonl").write_text("".join(lines[:-1]))
+    """Only the training whose line is missing, and a kept encoder is asked what its training was not asked."""
+    lines = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    asked = next(place for place, line in enumerate(lines) if line["group"] == "real")
+    earlier = json.loads(json.dumps(lines[asked]))
+    for answers in earlier["answers"].values():
+        del answers["attentive"]
+    kept = [*lines[:asked], earlier, *lines[asked + 1 : -1]]
+    (finished / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     _run(finished, Path(json.loads((finished / "setting.json").read_text())[1][-1]).parent)
-    after = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
-    assert after[:-1] == lines[:-1]
-    again, first = json.loads(after[-1]), json.loads(lines[-1])
+    after = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    assert after[:-2] == kept
+    assert after[-2]["measuring_cpu_s"] > earlier["measuring_cpu_s"]
     spent = dict.fromkeys(("wall_s", "cpu_s", "measuring_cpu_s"), 0)
-    assert {**again, **spent} == {**first, **spent}, "the same training twice gave other numbers"
+    for again, first in zip(after[-2:], (lines[asked], lines[-1]), strict=True):
+        assert {**again, **spent} == {**first, **spent}, "the same encoder or training gave other numbers"
 
 
 @pytest.mark.slow
@@ -344,6 +386,60 @@ def test_variants_of_a_seed_see_the_same_clips(finished):
         assert codes.shape == (len(mine), int(np.prod(one.grid)))
     both = changed(one, {"tokenizer.frames": "all"})
     assert next(trial.batches(both, clips))[1].shape == (one.optim.batch, int(np.prod(one.grid)), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", ["first", "all"])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_codes_of_a_step_are_those_that_the_tokenizer_gives_its_clips(finished, depth, frames):
+    config = pretraining(QUICK, {"tokenizer.codes_per_patch": depth, "tokenizer.frames": frames}, seed=5)
+    file = "tokenizer.safetensors" if depth == 1 else f"tokenizer-{depth}.safetensors"
+    tokenizer = build_tokenizer(load_vqgan(finished / "synthetic" / file), config, torch.device("cpu"))
+    clips, codes = next(trial.batches(config, prepared.load(finished / "synthetic", depth)))
+    assert codes.shape == (len(clips), int(np.prod(config.grid)), *config.code_shape)
+    assert (tokenizer.codes(clips) == codes).float().mean() > 0.99, "other batches, other rounding"
+
+
+def test_the_first_frame_has_the_first_codes():
+    config = pretraining(QUICK, {"tokenizer.codes_per_patch": 3})
+    tokens, videos = int(np.prod(config.grid)), config.optim.batch
+    codes = np.broadcast_to(np.arange(2 * 3, dtype=np.int16), (videos, 1, 1, tokens, 2 * 3))
+    split = prepared.Split(np.zeros((videos, 1, 1, 8, 40, 40, 3), np.uint8), torch.zeros(videos))
+    data = prepared.Prepared({"train": split}, codes, 16, 1, {})
+    for changes, expected in (
+        ({}, [0, 1, 2]),
+        ({"tokenizer.frames": "all"}, list(range(6))),
+        ({"tokenizer.codes_per_patch": 1, "tokenizer.frames": "all"}, [0, 1]),
+    ):
+        found = next(trial.batches(changed(config, changes), data))[1]
+        assert found.shape == (videos, tokens, len(expected))
+        assert found[0, 0].tolist() == expected
+    assert next(trial.batches(changed(config, {"tokenizer.codes_per_patch": 1}), data))[1].shape == (videos, tokens)
+
+
+def test_a_variant_that_a_kept_run_lacks_is_timed_relative_to_the_default(tmp_path, monkeypatch):
+    """This machine now takes 3 times as long per step as when the kept times were measured."""
+    run = Run(QUICK, tmp_path, None)
+    kept = {variant: 20.0 for variant in worker.timed(QUICK) if variant != "4 codes per patch"}
+    (tmp_path / "steps.json").write_text(json.dumps(kept))
+    asked = []
+
+    def time_steps(setting, folder, variants):
+        asked.append(variants)
+        return {variant: 60.0 if variant == QUICK.default else 90.0 for variant in variants}
+
+    monkeypatch.setattr(worker, "time_steps", time_steps)
+    monkeypatch.setattr(Run, "_pool", lambda self, workers: ThreadPoolExecutor(workers))
+    run.measure()
+    assert asked == [["4 codes per patch", QUICK.default]]
+    assert run.steps_ms == kept | {"4 codes per patch": 30.0}
+    run.measure()
+    assert len(asked) == 1
+    assert run.steps_ms == kept | {"4 codes per patch": 30.0}
+    (tmp_path / "steps.json").unlink()
+    run.measure()
+    assert set(asked[-1]) == set(worker.timed(QUICK))
+    assert (run.steps_ms[QUICK.default], run.steps_ms["4 codes per patch"]) == (60.0, 90.0)
 
 
 @pytest.mark.slow

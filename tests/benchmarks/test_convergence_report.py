@@ -134,6 +134,20 @@ def test_real_table_with_components_chosen_by_cross_validation() -> None:
     ]
 
 
+def test_real_table_with_attentive_probes() -> None:
+    results = full()
+    trial = next(t for t in results["trials"] if t["group"] == "real" and t["variant"] == "mam2-muon")
+    trial["answers"]["words"]["attentive-time"] = {"right": "1110", "accuracy": 0.75}
+    trial["answers"]["words"]["attentive"] = {"right": "1100", "accuracy": 0.5}
+    rows = rows_of(module("real_report").real_table(results, "words"))
+    assert [(row["pool"], row["accuracy, %"]) for row in rows[1:3]] == [
+        ("attentive: a query per time slot", "75.0"),
+        ("attentive: one query", "50.0"),
+    ]
+    kinds = {*module("real").KINDS, "pixels"}
+    assert set(module("real_report").POOLS) == kinds, "every kind of answer has its rows"
+
+
 def test_real_sweep_table() -> None:
     rows = rows_of(module("real_report").real_sweep_table(full()))
     assert [tuple(row.values()) for row in rows] == [

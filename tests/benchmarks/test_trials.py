@@ -13,6 +13,7 @@ from benchmarks.trials.jobs import Job
 from benchmarks.trials.settings import QUICK
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.training import RunConfig
+from mam2.engine.evaluation.attentive import attentive_probe
 from mam2.engine.model.pixel_encoder import PixelEncoder
 from tests.helpers import small_models
 
@@ -35,7 +36,7 @@ def test_probes_of_clips_in_memory_tell_dark_from_bright():
     rows = torch.arange(20), labels[:20], torch.arange(20, 40), labels[20:], torch.arange(20), torch.arange(20, 40)
     asked = real.RealClips(clips.numpy(), {"bright": real.Question(*rows)})
     answers = real.ask(encoder, asked, config)["bright"]
-    assert {pool: answer.right for pool, answer in answers.items()} == dict.fromkeys([*real.POOLS, "tokens"], 20 * "1")
+    assert {kind: answer.right for kind, answer in answers.items()} == dict.fromkeys(real.KINDS, 20 * "1")
     pixels = real.pixel_answers(asked)["bright"]
     assert {kind: answer.right for kind, answer in pixels.items()} == dict.fromkeys(["pixels", "tokens"], 20 * "1")
     assert real.judge(encoder, asked, config) == 1
@@ -59,11 +60,42 @@ def test_components_of_tokens_see_what_averages_lose():
     assert answers["tokens"].right == real.pixel_answers(asked)["side"]["tokens"].right
 
 
+def test_attentive_probes_keep_time_and_choose_their_setting_on_other_groups(monkeypatch):
+    """Every clip is bright in one of two time slots, which is its class; raw pixels have no positions."""
+    count = 60
+    labels, groups = torch.arange(count) % 2, torch.arange(count) // 4
+    clips = torch.randint(
+        0, 64, (count, 1, 1, 4, 16, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    for clip, label in zip(clips, labels.tolist(), strict=True):
+        clip[0, 0, 2 * label : 2 * label + 2] += 128
+    question = real.Question(
+        torch.arange(40), labels[:40], torch.arange(40, count), labels[40:], groups[:40], groups[40:]
+    )
+    held = []
+
+    def fit(train, train_labels, test, held_out, *more):
+        held.append(held_out)
+        return attentive_probe(train, train_labels, test, held_out, *more)
+
+    monkeypatch.setattr(real, "attentive_probe", fit)
+    encoder = PixelEncoder((2, 2, 2), (2, 8, 8), channels=1)
+    config = PretrainConfig(run=RunConfig(precision="float32"))
+    kinds = ["mean", "attentive", "attentive-time"]
+    answers = real.ask(encoder, real.RealClips(clips.numpy(), {"when": question}), config, kinds)["when"]
+    assert list(answers) == kinds, "only the kinds that were asked for"
+    assert answers["attentive-time"] == real.Answer(1.0, 20 * "1")
+    assert max(answers["mean"].accuracy, answers["attentive"].accuracy) < 0.8
+    for part in held:
+        assert set(groups[:40][part].tolist()).isdisjoint(groups[:40][~part].tolist())
+        assert 0 < part.sum() < 40
+
+
 @pytest.mark.parametrize("group", ["real", "real sweep"])
 def test_encoders_of_reported_trainings_on_real_clips_are_kept(group, tmp_path, monkeypatch):
     """So that they can be asked again; the encoders of a sweep over learning rates are not kept."""
     encoder = small_models.encoder()
-    monkeypatch.setattr(worker.prepared, "load", lambda folder: None)
+    monkeypatch.setattr(worker.prepared, "load", lambda folder, codes_per_patch: None)
     monkeypatch.setattr(worker.trial, "pretrain", lambda config, clips: trial.Pretrained(encoder, 3, {}))
     monkeypatch.setattr(worker.real, "load_questions", lambda folder: None)
     monkeypatch.setattr(worker.real, "ask", lambda *_: {"words": {"time": real.Answer(0.5, "10")}})
