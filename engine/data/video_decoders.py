@@ -84,8 +84,9 @@ def choose_decoder(
     if trimmed > 0:  # DALI's index leaves out packets with a negative time, but not those that an edit list hides
         hidden = f"an edit list hides {trimmed} of its frames, which DALI may count"
         problems |= {name: problems[name] or hidden for name in ("nvdec", "dali-cpu")}
-    if not dali:
-        problems |= {name: f"{name} needs NVIDIA DALI, which is not installed" for name in ("nvdec", "dali-cpu")}
+    if not dali:  # last, because it would not help to install DALI for a video that it cannot decode
+        absent = "needs NVIDIA DALI, which is not installed"
+        problems |= {name: problems[name] or f"{name} {absent}" for name in ("nvdec", "dali-cpu")}
     if forced == "auto":
         if bytes > MOST_BYTES_READ:
             return "pyav"

@@ -14,6 +14,7 @@ from benchmarks import loader_settings
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data import decoder_share
 from mam2.engine.data.decoder_share import Rates
+from tests.helpers.dali import needs_dali
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,7 @@ def test_a_decoder_that_is_wrong_or_missing_gets_no_number(bench, tmp_path, monk
     assert (late["verdict"], late["reason"]) == ("skipped", "out of time")
 
 
+@needs_dali
 def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monkeypatch):
     """Returns frames like a decoder that is off by one frame."""
     from mam2.engine.config.recipe import load_recipe

@@ -11,6 +11,7 @@ from mam2.engine.data import crops
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.sampling import View
+from tests.helpers.dali import needs_dali
 
 CPU = torch.device("cpu")
 VIEWS = [
@@ -45,6 +46,7 @@ def test_all_rows_at_once_are_those_of_blocks(view, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (96, 131), (300, 170), (7, 5), (1, 1)])
 @pytest.mark.parametrize("size", [16, 40, 112])
+@needs_dali
 def test_crops_are_dalis(height, width, size):
     frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     config = DataConfig(frames=2, stride=1, size=size)

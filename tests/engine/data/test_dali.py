@@ -11,7 +11,9 @@ from mam2.engine.data import dali as graph
 from mam2.engine.data import decoding
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.sampling import View
+from tests.helpers.dali import needs_dali
 
+pytestmark = needs_dali
 CPU = torch.device("cpu")
 
 

@@ -26,6 +26,7 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest, Skipped, Video, probe_file, read_manifest
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS
 from mam2.engine.errors import UserError
+from tests.helpers.dali import needs_dali
 from tests.helpers.paths import CLIPS, REAL_CLIPS, needs_real_clips
 from tests.helpers.videos import rotated, write_sound
 
@@ -307,7 +308,7 @@ def fuzz(*arguments: str) -> dict:
         ("pyav", 1000, None),
         ("pyav", 150, CLIPS),
         pytest.param("pyav", 150, REAL_CLIPS, marks=needs_real_clips),
-        ("dali-cpu", 100, None),
+        pytest.param("dali-cpu", 100, None, marks=needs_dali),
         ("loader", 20, None),
     ],
 )
@@ -323,7 +324,7 @@ def resident_mib() -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["auto", "dali-cpu"])
+@pytest.mark.parametrize("decoder", ["auto", pytest.param("dali-cpu", marks=needs_dali)])
 def test_memory_stays_flat_over_many_epochs_with_damaged_files(tmp_path, numbered_frames, monkeypatch, decoder):
     for number in range(6):
         encode(tmp_path / f"{number}.webm", numbered_frames(20, 120, 160), "libvpx")

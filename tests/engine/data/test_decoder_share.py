@@ -15,6 +15,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.tokenizer.precompute import tokenize
 from mam2.engine.train import session
 from mam2.engine.train.pretrain import pretrain
+from tests.helpers.dali import needs_dali
 from tests.helpers.loaders import CONFIG, assert_same, open_loader, take
 
 GPU = torch.device("cuda")
@@ -78,6 +79,7 @@ def test_a_loader_divides_its_videos(many, nvdec):
         assert clips.videos_of("nvdec") == [video for video in range(200) if nvdec_keeps(video, 0.25)]
 
 
+@needs_dali
 def test_the_share_changes_who_decodes_and_not_what(many, nvdec):
     alone, shared = take(many, 5), take(many, 5, dataclasses.replace(CONFIG, nvdec_share=0.5))
     by_pyav = take(many, 5, dataclasses.replace(CONFIG, decoder="pyav"))
@@ -88,6 +90,7 @@ def test_the_share_changes_who_decodes_and_not_what(many, nvdec):
             assert torch.equal(both.clip[row], expected.clip[row])
 
 
+@needs_dali
 def test_a_measurement_times_both_decoders(many, nvdec):
     rates = measure_rates(many, list(range(200)), CONFIG, torch.device("cpu"))
     assert rates.nvdec > 0
@@ -156,6 +159,7 @@ def test_the_file_holds_both_rates(many, nvdec, tmp_path, monkeypatch):
     assert json.loads((tmp_path / FILE).read_text()) == {"nvdec": 150.0, "pyav": 50.0}
 
 
+@needs_dali
 def test_batches_of_a_divided_loader_are_reproducible(many, nvdec):
     config = dataclasses.replace(CONFIG, nvdec_share=0.5)
     for one, other in zip(take(many, 4, config)[2:], take(many, 2, config, first_step=2), strict=True):

@@ -15,6 +15,7 @@ from mam2.engine.data.manifest import probe_file
 from mam2.engine.data.sampling import View
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS, choose_decoder
 from mam2.engine.errors import UserError
+from tests.helpers.dali import needs_dali
 from tests.helpers.paths import CLIPS
 
 ROTATED = ("left/h264.mp4", "up/h264_rotated_90.mp4", "down/h264_rotated_180.mp4", "grow/h264_rotated_270.mov")
@@ -90,6 +91,14 @@ def test_a_forced_decoder_that_cannot_says_so(codec, forced, rotation, message):
     assert choose_decoder("vp9", "cpu", "dali-cpu") == "dali-cpu"
     with pytest.raises(UserError, match=message):
         choose_decoder(codec, "cpu", forced, rotation=rotation)
+
+
+def test_what_dali_cannot_decode_is_not_blamed_on_its_absence():
+    for decoder in ("nvdec", "dali-cpu"):
+        with pytest.raises(UserError, match=f"{decoder} needs NVIDIA DALI, which is not installed: use data.decoder="):
+            choose_decoder("vp9", "cuda", decoder, dali=False)
+        with pytest.raises(UserError, match=f"{decoder} decodes RGB, data.channels is 1"):
+            choose_decoder("vp9", "cuda", decoder, dali=False, channels=1)
 
 
 @pytest.mark.slow
@@ -228,6 +237,7 @@ def test_absurd_sizes_are_refused(tmp_path, write_video, numbered_frames, monkey
 @pytest.mark.parametrize(
     ("suffix", "encoder"), [("webm", "libvpx-vp9"), ("webm", "libvpx"), ("avi", "mjpeg"), ("mp4", "libvpx-vp9")]
 )
+@needs_dali
 def test_dali_and_pyav_give_the_same_frames(tmp_path, write_video, suffix, encoder):
     generator = np.random.default_rng(0)
     texture = np.kron(generator.integers(0, 256, (8, 14, 1)), np.ones((16, 16, 3))).astype(np.uint8)
@@ -255,6 +265,7 @@ def assert_same_frames(path: Path, starts, strides) -> None:
 
 
 @pytest.mark.slow
+@needs_dali
 def test_dali_and_pyav_give_the_same_frames_of_every_format(clip_set):
     compared = 0
     for video in clip_set.found.videos:

@@ -18,6 +18,7 @@ from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.manifest import Skipped
 from mam2.engine.data.sampling import draw_clip, replacement
 from mam2.engine.errors import UserError
+from tests.helpers.dali import needs_dali
 from tests.helpers.loaders import CONFIG, assert_same, damaged, open_loader, take
 
 
@@ -47,6 +48,7 @@ def test_a_damaged_video_is_replaced_the_same_way_by_any_thread_and_named_once(v
         assert_same(one, other)
 
 
+@needs_dali
 def test_what_dali_cannot_decode_goes_to_pyav(videos, monkeypatch):
     run = ClipGraph.run
 
@@ -70,6 +72,7 @@ def test_what_dali_cannot_decode_goes_to_pyav(videos, monkeypatch):
         assert difference.max() <= 3
 
 
+@needs_dali
 def test_nvdec_is_not_asked_twice_for_a_file_it_failed_on(videos, monkeypatch):
     run = ClipGraph.run
     asked: list[int] = []
@@ -111,6 +114,7 @@ def test_too_many_damaged_videos_end_the_run(videos, tmp_path):
         open_loader(dataclasses.replace(videos, skipped=skipped))
 
 
+@needs_dali
 def test_a_forced_decoder_decodes_what_it_can(videos):
     config = dataclasses.replace(CONFIG, decoder="dali-cpu", max_unusable=1.0)
     messages: list[Skipped] = []
@@ -268,6 +272,7 @@ def nvdec_for_vp9(codec: str, *_, **__) -> str:
     return "nvdec" if codec == "vp9" else "pyav"
 
 
+@needs_dali
 def test_nvdec_is_no_longer_used_after_failures_in_a_row(videos, monkeypatch):
     run = ClipGraph.run
 
@@ -290,6 +295,7 @@ def test_nvdec_is_no_longer_used_after_failures_in_a_row(videos, monkeypatch):
     assert "NVDEC is switched off for this run: it failed on 20 files in a row" in said[0]
 
 
+@needs_dali
 def test_nvdec_that_hangs_is_no_longer_used(videos, monkeypatch):
     expected = take(videos, 3)
     free = threading.Event()
