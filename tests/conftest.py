@@ -32,6 +32,7 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.manifest import Manifest, read_manifest
 from mam2.engine.data.synthetic import write_dataset
+from mam2.engine.runtime import device
 from mam2.engine.train.loop import TrainResult
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.clip_sets import ClipSet
@@ -71,10 +72,10 @@ def _nothing_compiled_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def float32_on_cpus() -> Iterator[None]:
-    """Makes precision `auto` float32 on every CPU, for comparisons closer than bfloat16 allows."""
+def float32() -> Iterator[None]:
+    """Makes precision `auto` float32 on every CPU and GPU, for comparisons closer than bfloat16 allows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        patch.setattr(device, "multiplies_bfloat16", lambda _: False)
         yield
 
 

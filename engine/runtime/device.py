@@ -53,15 +53,17 @@ def _error_here(message: str) -> UserError:
 
 def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """Returns the dtype of matrix products; `auto` is bfloat16 if the device multiplies it faster than float32."""
-    auto = config.precision == "auto" and (device.type == "cuda" or cpu_multiplies_bfloat16())
+    auto = config.precision == "auto" and multiplies_bfloat16(device)
     return torch.bfloat16 if auto or config.precision == "bfloat16" else torch.float32
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Returns whether this is an x86 CPU with AVX512-BF16 or AMX. ARM CPUs were never measured and count as False.
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Returns whether this is a GPU, or an x86 CPU with AVX512-BF16 or AMX.
 
-    Without `torch.cpu.get_capabilities` (older torch) it returns False.
+    ARM CPUs were never measured and count as False, as do all CPUs without `torch.cpu.get_capabilities` (older torch).
     """
+    if device.type == "cuda":
+        return True
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -109,6 +109,7 @@ def test_the_commit_of_a_checkout_without_history(tmp_path: Path, monkeypatch: p
     machine = module("machine")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv(machine.COMMIT, raising=False)
     assert machine.commit() is None
     monkeypatch.setenv(machine.COMMIT, "abc123")
     assert machine.commit() == "abc123"

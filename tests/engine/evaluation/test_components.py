@@ -18,7 +18,7 @@ from mam2.engine.model.pixel_encoder import PixelEncoder
 from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder as small_encoder
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def correlated(count, seed):

@@ -24,7 +24,7 @@ from mam2.engine.data.windows import sliding_windows
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mam2.engine.evaluation.retrieval import chance, hits, nearest
 from tests.helpers.commands import exit_status
 from tests.helpers.small_models import encoder
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 
 PATCH, ROWS = 8, 12
 

@@ -15,7 +15,7 @@ from mam2.engine.evaluation.pools import pool_tokens, token_groups
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def numbered(grid):

@@ -22,7 +22,7 @@ from mam2.engine.data.video import Skipped
 from mam2.engine.evaluation.prediction import Prediction, Predictor, predict
 from tests.helpers.commands import exit_status
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 NAMES = ("archery", "juggling", "wave")
 
 

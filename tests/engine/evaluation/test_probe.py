@@ -23,7 +23,7 @@ from tests.helpers.commands import exit_status
 from tests.helpers.paths import CLIPS
 from tests.helpers.small_models import encoder as small_encoder
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def _clusters(count, spread, seed):

@@ -28,7 +28,7 @@ from mam2.engine.train.objective import build_objective
 from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 KINDS = {
     "mam2": {"loss": {"alignment": 0.5}},
     "pixels": {"loss": {"appearance_target": "pixels"}, "mask": {"kind": "motion"}},

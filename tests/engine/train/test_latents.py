@@ -25,7 +25,7 @@ from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
 from tests.helpers.small_models import shaken
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 LATENTS = {"loss": {"appearance_target": "latents", "visible": 0.5, "teacher_momentum": 0.9}}
 
 

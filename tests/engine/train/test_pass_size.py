@@ -27,7 +27,7 @@ from tests.engine.train import pass_ranks
 from tests.helpers.commands import outcome, torchrun
 from tests.helpers.runs import same_tensors, same_weights
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 CPU = torch.device("cpu")
 
 

@@ -13,7 +13,7 @@ from mam2.engine.train.classifier_step import FinetuneStep
 from mam2.engine.train.finetune import finetune
 from mam2.engine.train.validation_model import in_equal_batches, share_weights
 
-pytestmark = pytest.mark.usefixtures("float32_on_cpus")
+pytestmark = pytest.mark.usefixtures("float32")
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone", "aten::_foreach_copy_"}
 
 
@@ -59,6 +59,7 @@ def test_it_has_the_weights_after_each_step_or_their_average(average, small_fine
 
 
 def test_a_validation_copies_no_weights(clips, tmp_path, monkeypatch, small_finetuning):
+    """In float32; with bfloat16, autocast converts each matrix, as in a step."""
     validate, copied = finetune_module._Finetuning._validate, Copied()
 
     def watched(self):
