@@ -7,6 +7,7 @@ launches do not count. On a CPU only ratios of two candidates of the same run ar
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ CEILINGS = {"cuda": (4 << 30, 8192, torch.bfloat16), "cpu": (64 << 20, 1024, tor
 """For the ceilings of a device: bytes to copy, and edge and type of the matrices to multiply."""
 CALLS = 10
 """Minimum number of calls in a timed round on a GPU, so that launches and events add little."""
+ROUND_MS = 10.0
+"""Time of a round on a GPU after which no call is repeated to reach `CALLS`."""
+LEAST_ROUNDS = 5
 
 
 class Timing(NamedTuple):
@@ -52,41 +56,69 @@ def ratios(timings: dict[str, Timing], base: str) -> dict[str, float | None]:
 
 
 def interleaved(
-    candidates: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, *, rounds: int
+    candidates: Mapping[str, Sequence[Callable[[], Any]]],
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Times candidates in turn, round by round, so that a change of clocks affects all of them.
 
-    Each candidate is a list of the same call on different inputs; a round goes through the list at least once.
+    Each candidate is a list of the same call on different inputs; for the calls in a round see `calls_of_a_round`.
+    There are at most `rounds` rounds; fewer if the first one shows that they would take more than `seconds` per
+    candidate, but not fewer than `LEAST_ROUNDS`.
     """
     timed = {name: prepare(calls, device) for name, calls in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    wanted, done = rounds, 0
+    while done < wanted:
+        began = time.perf_counter()
         for name, (run, count, _) in timed.items():
             samples[name].append(elapsed_ms(run, device) / count)
+        if not done:
+            wanted = rounds_within(seconds * max(len(timed), 1), time.perf_counter() - began, most=rounds)
+        done += 1
     return {name: summary(samples[name], replayed=timed[name][2]) for name in candidates}
+
+
+def rounds_within(seconds: float, one: float, *, most: int) -> int:
+    """Returns how many rounds of `one` second fit into `seconds`: at least LEAST_ROUNDS if `most` allows them."""
+    return int(max(min(most, LEAST_ROUNDS), min(most, seconds / one))) if one > 0 else most
+
+
+def calls_of_a_round(inputs: int, ms: float, *, waits: bool) -> int:
+    """Returns the number of calls in a round on a GPU, from the number of inputs and the milliseconds of a call.
+
+    It is a multiple of the inputs and at least CALLS; but once the calls take ROUND_MS, no call is repeated, and if the
+    host waits for the device in each call (`waits`), further inputs are left out too: such a call is limited by the
+    host, whatever the cache holds. There are at least two calls.
+    """
+    enough = math.ceil(ROUND_MS / ms) if ms > 0 else math.inf
+    return max(2, int(min(inputs * math.ceil(CALLS / inputs), enough if waits else max(enough, inputs))))
 
 
 def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[Callable[[], Any], int, bool]:
     """Warms up; returns a round as one function, its number of calls, and whether it is a captured graph."""
-    repeats = -(-CALLS // len(calls)) if device.type == "cuda" else 1
+    count = len(calls)
 
     def launch() -> None:
-        for _ in range(repeats):
-            for call in calls:
-                call()
+        for call in itertools.islice(itertools.cycle(calls), count):
+            call()
 
     if device.type != "cuda":
         launch()
-        return launch, len(calls), False
+        return launch, count, False
     side = torch.cuda.Stream()  # capture needs a warm-up on a separate stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        calls[0]()
+        waits = _waits_for_device(calls[0])
+        count = calls_of_a_round(len(calls), elapsed_ms(calls[-1], device), waits=waits)
         launch()
-        alone = not _waits_for_device(launch)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    if not alone:
-        return launch, repeats * len(calls), False
+    if waits:
+        return launch, count, False
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
@@ -94,9 +126,9 @@ def prepare(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[C
     except RuntimeError:  # PyTorch does not detect every synchronization
         torch.cuda.set_stream(stream)  # if a capture cannot be ended, its stream stays current
         torch.cuda.synchronize()
-        return launch, repeats * len(calls), False
+        return launch, count, False
     graph.replay()
-    return graph.replay, repeats * len(calls), True
+    return graph.replay, count, True
 
 
 def _waits_for_device(launch: Callable[[], Any]) -> bool:
@@ -143,17 +175,20 @@ def elapsed_ms(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def copies(moved: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Returns copies that together read and write `moved` bytes, of enough tensors to exceed a GPU's cache."""
-    size = max(moved // 2, 1)
+    """Returns calls that each read and write `moved` bytes together, of enough tensors to exceed a GPU's cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    count = min(2 * cache // max(moved, 1) + 2, 64)
+    return [copy_of(moved // 2, device) for _ in range(min(2 * cache // max(moved, 1) + 2, 64))]
 
-    def one() -> Callable[[], Any]:
-        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
 
-    return [one() for _ in range(count)]
+def copy_of(size: int, device: torch.device) -> Callable[[], Any]:
+    """Returns a call that reads `size` bytes, rounded down to 4, and writes as many: it inverts them in one kernel.
+
+    `Tensor.copy_` would be a memcpy. In a CUDA graph, one of 1 GiB runs on the copy engine, which is slower than any
+    kernel can be: 2.7 TB/s on an H200, where the same memcpy launched in a stream and this kernel reach 4.2.
+    """
+    source = torch.randint(-(2**31), 2**31, (max(size // 4, 1),), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return lambda: torch.bitwise_not(source, out=target)
 
 
 def launched_ms(calls: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 5) -> float:
@@ -193,13 +228,14 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Returns GB/s (read + written) of a large copy and TFLOP/s of a large product; bfloat16 on a GPU, else float32."""
+    """Returns GB/s (read + written) of a large copy and TFLOP/s of a large product; bfloat16 on a GPU, else float32.
+
+    The copy is `copy_of`: the rate that a kernel can reach.
+    """
     copied, edge, dtype = CEILINGS[device.type]
-    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    calls = {"copy": [lambda: target.copy_(source)], "product": [lambda: torch.mm(left, right, out=out)]}
+    calls = {"copy": [copy_of(copied, device)], "product": [lambda: torch.mm(left, right, out=out)]}
     timings = interleaved(calls, device, rounds=10)
     return {
         "copy_gb_per_s": 2 * copied / timings["copy"].median_ms / 1e6,

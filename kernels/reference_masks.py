@@ -3,7 +3,6 @@
 B clips, C channels, T frames, N tokens, n positions.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,21 +62,23 @@ def masked_subset(
 ) -> torch.Tensor:
     """Draws `count` of the masked tokens [B,Nm] of every clip -> [B,count], as `masked_subset.py` defines it.
 
-    sample: number of the first clip. On a GPU the host waits for `step`.
+    The keys are those of `host_masks.position_keys`; on a GPU the host waits for the device. sample: that of the first
+    clip.
     """
     batch, entries = masked.shape
     device = masked.device
-    words = host_masks.position_keys(seed, sample, batch, math.prod(grid), int(step))
-    rank = torch.from_numpy(words.astype(np.int64)).to(device).gather(1, masked)
+    clips = np.arange(sample, sample + batch)[:, None]
+    words = host_masks.philox(seed, (masked.cpu().numpy(), clips, clips >> 32, np.array([[int(step)]])))
+    rank = torch.from_numpy(words.astype(np.int64)).to(device)
     if by_cell:
         _, rows, columns = grid
-        samples = torch.arange(sample, sample + batch, device=device)[:, None]
+        samples = torch.from_numpy(clips).to(device)
         slot, row, column = masked // (rows * columns), masked // columns % rows, masked % columns
         # clockwise from the upper left patch
         place = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
         rank += ((place - slot - step - samples) % CELL) << 32
     # rank and entry in one number: all distinct, so that the `count` smallest are well defined
-    rank = (rank << host_masks.POSITION_BITS) | torch.arange(entries, device=device)
+    rank = rank.bitwise_left_shift_(host_masks.POSITION_BITS).add_(torch.arange(entries, device=device))
     smallest = rank.topk(count, dim=1, largest=False, sorted=False).values
     return masked[rank <= smallest.amax(dim=1, keepdim=True)].view(batch, count)
 

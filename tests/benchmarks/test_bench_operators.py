@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.benchmarks import module
 
 CPU = torch.device("cpu")
+
+
+class Called(TorchDispatchMode):
+    """Lists the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def operator_of(name: str) -> Any:
@@ -55,3 +68,56 @@ def test_only_what_is_asked_for_is_measured() -> None:
     (row,) = operators.rows(CPU, float("inf"), wanted)
     assert (row["operator"], row["provider"], row["verdict"]) == ("gather_tubes", "ours", "right")
     assert not list(operators.rows(CPU, float("inf"), sections.Selection(True, False, shapes=("B64",))))
+
+
+def test_a_copy_is_a_kernel_and_no_memcpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memcpy of 1 GiB in a CUDA graph runs on the copy engine, which reaches two thirds of what kernels do."""
+    timing = module("timing")
+    monkeypatch.setitem(timing.CEILINGS, "cpu", (64, 4, torch.float32))
+    with Called() as called:
+        targets = [copy() for copy in timing.copies(80, CPU)]
+        assert timing.ceilings(CPU)["copy_gb_per_s"] > 0
+    assert [target.nbytes for target in targets] == [40, 40]
+    assert called.names.count("aten::bitwise_not.out") > 2
+    assert not any(name.startswith("aten::copy_") for name in called.names)
+
+
+def test_a_slow_candidate_has_fewer_rounds_and_calls() -> None:
+    timing = module("timing")
+    assert timing.rounds_within(0.4, 0.01, most=30) == 30
+    assert timing.rounds_within(0.4, 0.04, most=30) == 10
+    assert timing.rounds_within(0.4, 1.0, most=30) == 5
+    assert timing.rounds_within(0.4, 1.0, most=3) == 3
+    assert timing.rounds_within(float("inf"), 1.0, most=30) == 30
+    # a round of inputs that together exceed the cache is never cut, unless each call waits for the host
+    assert timing.calls_of_a_round(2, 0.1, waits=False) == 10
+    assert timing.calls_of_a_round(4, 0.1, waits=False) == 12
+    assert timing.calls_of_a_round(2, 5.0, waits=False) == 2
+    assert timing.calls_of_a_round(64, 1.8, waits=False) == 64
+    assert timing.calls_of_a_round(64, 1.8, waits=True) == 6
+    assert timing.calls_of_a_round(64, 100.0, waits=True) == 2
+
+
+def test_rounds_end_when_their_time_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = module("timing")
+    clock, calls = [0.0], []
+
+    def call(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    candidates = {"slow": [lambda: call("slow", 0.09375)], "fast": [lambda: call("fast", 0.03125)]}
+    found = timing.interleaved(candidates, CPU, rounds=30, seconds=0.5)
+    assert calls == ["slow", "fast"] * (1 + 8)  # a warm-up, then 1 s of rounds of 0.125 s
+    assert found["slow"].median_ms == pytest.approx(93.75)
+    assert timing.interleaved({}, CPU, rounds=2) == {}
+
+
+def test_the_most_important_operators_come_first() -> None:
+    names = [operator.name for operator in module("operators").OPERATORS]
+    assert names[:5] == [
+        *("masked_pixel_loss", "masked_frame_difference_loss", "linear_cross_entropy", "linear_masked_loss"),
+        "gather_tubes",
+    ]
+    assert len(set(names)) == 9
