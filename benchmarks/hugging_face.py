@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mam2.engine.checkpoints.names import to_hugging_face
+from mam2.engine.checkpoints.names import KEY_BIAS, to_hugging_face
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.model.blocks import LAYER_NORM_EPS
 from mam2.engine.model.pixels import PIXEL_MEAN, PIXEL_STD
@@ -43,8 +43,13 @@ def build(config: PretrainConfig, ours: VideoMAE) -> nn.Module:
     )
     theirs.decoder.norm.eps = LAYER_NORM_EPS  # VideoMAE's value; Hugging Face uses PyTorch's 1e-5 here
     weights = to_hugging_face(ours.state_dict(), ours.patch_size)
-    # without the names of other versions of transformers
-    theirs.load_state_dict({name: weights[name] for name in theirs.state_dict()})
+    # without the names of other versions of transformers; some also have a bias of the keys, which changes no output
+    theirs.load_state_dict(
+        {
+            name: torch.zeros_like(tensor) if name.endswith(KEY_BIAS) else weights[name]
+            for name, tensor in theirs.state_dict().items()
+        }
+    )
     return theirs.train()
 
 

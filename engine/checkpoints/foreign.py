@@ -101,7 +101,8 @@ def read_hugging_face(folder: Path) -> Weights:
         raise UserError(f"{folder}: config.json: expected hidden_act 'gelu', found {config['hidden_act']!r}")
     tensors = from_hugging_face(_folder_tensors(folder))
     if not config.get("qv_bias", config.get("qkv_bias", True)):
-        tensors |= _zero_biases(tensors)
+        # not instead of those in the file: releases of transformers ignore the key that they do not know
+        tensors = _zero_biases(tensors) | tensors
     config = {key: _whole(folder, key, value) if key in WHOLE_NUMBERS else value for key, value in config.items()}
     patch = _side(folder, config, "patch_size", 16)
     mean, std = _statistics(folder, config.get("num_channels", 3))

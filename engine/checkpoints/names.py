@@ -46,7 +46,14 @@ INSIDES = (
 PROJECTIONS = ("query", "key", "value")
 BIASES = {"q_bias": ("q_bias", "query.bias"), "v_bias": ("v_bias", "value.bias")}
 """Our name and theirs. transformers 4 and all published checkpoints use `q_bias`, transformers 5 uses `query.bias`.
-Version 4 ignores the new name, and version 5 (at least up to 5.5) the old one, without an error: both are written."""
+Version 4 ignores the new name, and some releases of version 5 (5.17) the old one, without an error: both are written.
+"""
+KEY_BIAS = "key.bias"
+"""Some releases of transformers 5 (5.17) also have a bias of the keys; ours and the other releases have none.
+
+It changes no output: q·(k + b) = q·k + q·b, and softmax over the keys cancels q·b, which is equal for all keys of a
+query. Reading therefore drops it, whatever its values, and writing omits it; such a release then initializes it to 0.
+"""
 
 
 def from_videomae(state: Tensors) -> Tensors:
@@ -66,7 +73,10 @@ def to_videomae(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
 
 
 def from_hugging_face(state: Tensors) -> Tensors:
-    """Converts parameters of Hugging Face's VideoMAEModel, -ForPreTraining or -ForVideoClassification to our names."""
+    """Converts parameters of Hugging Face's VideoMAEModel, -ForPreTraining or -ForVideoClassification to our names.
+
+    Drops the biases of the keys (see `KEY_BIAS`).
+    """
     found = {}
     for name, tensor in state.items():
         name = _begun(name.removeprefix("videomae."), BEGINNINGS)
@@ -75,6 +85,7 @@ def from_hugging_face(state: Tensors) -> Tensors:
         layer = query.removesuffix("query.weight")
         parts = [found.pop(f"{layer}{projection}.weight", None) for projection in PROJECTIONS]
         found[f"{layer}qkv.weight"] = torch.cat([part for part in parts if part is not None])
+        found.pop(layer + KEY_BIAS, None)
         for ours, theirs in BIASES.items():
             if biases := [found.pop(layer + name) for name in theirs if layer + name in found]:
                 found[layer + ours] = biases[0]
@@ -82,7 +93,7 @@ def from_hugging_face(state: Tensors) -> Tensors:
 
 
 def to_hugging_face(tensors: Tensors, patch_size: Sequence[int]) -> Tensors:
-    """Converts our names to Hugging Face's."""
+    """Converts our names to Hugging Face's: both names of each bias (see `BIASES`), none of the keys'."""
     found: Tensors = {}
     for ours, tensor in _convolved(tensors, patch_size).items():
         name = _replaced(_begun(ours, _reversed(BEGINNINGS)), _reversed(INSIDES))

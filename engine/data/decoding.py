@@ -294,7 +294,8 @@ def _stack(images: list[NDArray[Any]], pinned: bool) -> NDArray[Any]:
     if pinned:
         import torch
 
-        dtype = torch.from_numpy(images[0]).dtype
+        # of an empty array: torch.from_numpy refuses a rotated image, whose strides are negative
+        dtype = torch.from_numpy(np.empty(0, images[0].dtype)).dtype
         return np.stack(images, out=torch.empty(shape, dtype=dtype, pin_memory=True).numpy())
     return np.stack(images, out=np.empty(shape, images[0].dtype))
 

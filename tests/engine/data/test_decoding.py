@@ -15,7 +15,9 @@ from mam2.engine.data.manifest import probe_file
 from mam2.engine.data.sampling import View
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS, choose_decoder
 from mam2.engine.errors import UserError
+from tests.helpers.paths import CLIPS
 
+ROTATED = ("left/h264.mp4", "up/h264_rotated_90.mp4", "down/h264_rotated_180.mp4", "grow/h264_rotated_270.mov")
 WHOLE = View(0, 0, 1, 1, False)
 ENCODERS = [
     ("mp4", "libx264", {"bf": "3", "preset": "fast"}),
@@ -290,6 +292,21 @@ def test_rotated_clips_stand_upright(clip_set):
         # Counter-clockwise: the stored right edge is the upper one after a quarter turn.
         corners = {90: stored[:, -1], 180: stored[-1, ::-1], 270: stored[::-1, 0]}
         assert np.array_equal(clip[0, 0], corners[video.rotation])
+
+
+def test_pinned_memory_holds_the_same_frames_of_rotated_clips(monkeypatch):
+    """A GPU's loader decodes to pinned memory, which this test replaces by other memory."""
+    empty, asked = torch.empty, []
+
+    def allocate(size, *, dtype, pin_memory):
+        asked.append(pin_memory)
+        return empty(size, dtype=dtype)
+
+    expected = [decode_frames(str(CLIPS / name), [0, 3]) for name in ROTATED]
+    monkeypatch.setattr(torch, "empty", allocate)
+    for name, frames in zip(ROTATED, expected, strict=True):
+        assert np.array_equal(decode_frames(str(CLIPS / name), [0, 3], pinned=True), frames), name
+    assert asked == [True] * len(ROTATED)
 
 
 def test_a_header_that_its_decoder_refuses_is_damage(tmp_path, write_video, numbered_frames):

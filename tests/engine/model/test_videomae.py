@@ -20,8 +20,9 @@ def copy_block(block: nn.Module, layer: nn.Module) -> None:
     """Copies Hugging Face's VideoMAELayer into our Block."""
     projections = layer.attention.attention
     block.attn.qkv.weight.copy_(torch.cat([projections.query.weight, projections.key.weight, projections.value.weight]))
-    block.attn.q_bias.copy_(projections.query.bias)
-    block.attn.v_bias.copy_(projections.value.bias)
+    old = hasattr(projections, "q_bias")  # transformers 4
+    block.attn.q_bias.copy_(projections.q_bias if old else projections.query.bias)
+    block.attn.v_bias.copy_(projections.v_bias if old else projections.value.bias)
     for ours, theirs in [
         (block.attn.proj, layer.attention.output.dense),
         (block.mlp.fc1, layer.intermediate.dense),
