@@ -20,8 +20,8 @@ class StepTimes:
     - `host/prepare_ms`: the rest of getting a batch, for example queuing the tokenizer or the augmentation;
     - `host/step_ms`: drawing masks and queuing the step; on a CPU, which queues nothing, computing it;
     - `host/device_wait_ms`: only on a GPU, waiting because the host is `cuda.AHEAD` steps ahead;
-    - `device/step_ms`: only on a GPU, from the step's first kernel to its last, by events. It runs at the same time as the host's
-      phases. If it is close to `step_ms`, the GPU limits the run, else the host or the data.
+    - `device/step_ms`: only on a GPU, from the step's first kernel to its last, by events. If it
+      is close to `step_ms`, the GPU limits the run, else the host or the data.
     """
 
     def __init__(self, loader: ClipLoader, lead: Lead | None) -> None:
