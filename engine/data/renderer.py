@@ -97,7 +97,7 @@ class Renderer:
         self._dali = dali_version() if self._plain else ""
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
-        self._told = False
+        self._reported = False
         """Whether the log says that processes for decoding cannot start."""
         self.hangs = ""
         """Message of a call of NVDEC that never ended; NVDEC must not be called again. Else empty."""
@@ -185,8 +185,8 @@ class Renderer:
                 return self._processes.decode_frames(path, frames, **options)
             except CannotStart as error:
                 with self._lock:
-                    if not self._told:
-                        self._told = True
+                    if not self._reported:
+                        self._reported = True
                         self._info(f"data    decoding in threads: a process for it cannot start ({error})")
         return decode_frames(path, frames, **options)
 
