@@ -8,8 +8,9 @@
     step          a step of mam2-fast: eager, captured, compiled
     variants      operators compiled, at other batches, types and layouts
     videomae      a step of VideoMAE, compared with Hugging Face's
-    loader        clips/s from encoded files; codes from a tokenizer and from a cache
+    loader        clips/s from encoded files, by decoder and in a step
     pretrain      a real run, killed and resumed
+    files         clips/s for other codecs and key-frame distances, from recorded clips; codes online and from a cache
     mam2-cae      a step of mam2-cae
 
 Each section runs in its own process with a time limit; it is killed if this process dies. Every row is written to

@@ -44,8 +44,9 @@ SECTIONS = {
     "step": Limits(110, 40),
     "variants": Limits(90, 25),
     "videomae": Limits(110, 40),
-    "loader": Limits(50, 20),
+    "loader": Limits(30, 15),
     "pretrain": Limits(150, 60),
+    "files": Limits(60, 20),
     "mam2-cae": Limits(60, 40),
 }
 """The most important first, because a time limit cuts off the end."""
@@ -69,12 +70,17 @@ COLUMNS = {
         *("backward_ms", "percent", "percent_of_flops", "launches", "attention", "reason"),
     ),
     "loader": (
-        *("decoder", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
+        *("decoder", "files", "gop", "threads", "views", "batch", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
         *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
     ),
     "pretrain": ("run", "steps", "killed_after", "resumed_from", "clips_per_s", "loss", "verdict", "reason"),
 }
-COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2-cae": COLUMNS["step"]}
+COLUMNS |= {
+    "files": COLUMNS["loader"],
+    "variants": COLUMNS["operators"],
+    "videomae": COLUMNS["step"],
+    "mam2-cae": COLUMNS["step"],
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,13 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
 
         yield from counters.rows(device, deadline)
     elif name == "loader":
-        from benchmarks import bench_loader, bench_tokenizer, loader_settings
+        from benchmarks import bench_loader, loader_settings
 
         yield from bench_loader.rows(device, deadline, loader_settings.DRY_RUN if wanted.dry_run else None)
+    elif name == "files":
+        from benchmarks import bench_loader, bench_tokenizer, loader_settings
+
+        yield from bench_loader.file_rows(device, deadline, loader_settings.DRY_RUN if wanted.dry_run else None)
         yield from bench_tokenizer.rows(device, deadline)
     elif name == "pretrain":
         from benchmarks import real_run

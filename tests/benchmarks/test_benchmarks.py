@@ -177,7 +177,7 @@ sys.modules |= dict.fromkeys({missing})
 import torch
 from benchmarks import bench_step, correctness, counters, gpu, operators, sections, tune
 wanted = sections.Selection(dry_run=True, compiled=False)
-for name in ("loader", "pretrain"):
+for name in ("loader", "files", "pretrain"):
     for row in sections.rows_of(name, torch.device("cpu"), time.monotonic() + 60, wanted):
         print(json.dumps(row))
 """
@@ -185,8 +185,9 @@ for name in ("loader", "pretrain"):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    files, online, cached, run = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    assert (files["verdict"], files["reason"]) == ("skipped", "av is not installed")
+    files, others, online, cached, run = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    for row in (files, others):
+        assert (row["verdict"], row["reason"]) == ("skipped", "av is not installed")
     assert online["median_ms_per_clip"] > 0
     assert (cached["verdict"], cached["reason"]) == ("skipped", "not installed: av, tqdm")
     assert (run["verdict"], run["reason"].split(",")[0]) == ("skipped", "not installed: av")
