@@ -1,6 +1,6 @@
 """Runs everything that needs a GPU in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
-    smoke         tests/kernels/test_gpu.py: compile, capture, autocast, streams
+    smoke         tests/kernels/test_gpu.py: capture, autocast, streams
     correctness   every kernel on the device against float64
     operators     forward and backward at 64 clips, compared with the original codebases' forms and with libraries
     sweeps        rows per chunk, warps, attention implementations: the best values for the launch table
@@ -12,6 +12,7 @@
     pretrain      a real run, killed and resumed
     files         clips/s for other codecs and key-frame distances, from recorded clips; codes online and from a cache
     mam2-cae      a step of mam2-cae
+    compile       the slow tests of tests/kernels/test_gpu.py: torch.compile, opcheck
 
 Each section runs in its own process with a time limit; it is killed if this process dies. Every row is written to
 OUT/running.jsonl immediately. After each section all rows go into one file, OUT/<GPU>/<date>.json, next to a page and

@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 
 
 SECTIONS = {
-    "smoke": Limits(100, 20),
+    "smoke": Limits(60, 20),
     "correctness": Limits(110, 30),
     "operators": Limits(110, 30),
     "sweeps": Limits(75, 25),
@@ -45,9 +45,10 @@ SECTIONS = {
     "variants": Limits(90, 25),
     "videomae": Limits(110, 40),
     "loader": Limits(30, 15),
-    "pretrain": Limits(150, 60),
+    "pretrain": Limits(90, 40),
     "files": Limits(60, 20),
     "mam2-cae": Limits(60, 40),
+    "compile": Limits(150, 30),
 }
 """The most important first, because a time limit cuts off the end."""
 COLUMNS = {
@@ -73,9 +74,13 @@ COLUMNS = {
         *("decoder", "files", "gop", "threads", "views", "batch", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
         *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
     ),
-    "pretrain": ("run", "steps", "killed_after", "resumed_from", "clips_per_s", "loss", "verdict", "reason"),
+    "pretrain": (
+        *("run", "steps", "killed_after", "resumed_from", "start_s", "resumed_s", "log_step", "clips_per_s", "step_ms"),
+        *("data_wait_percent", "loss", "verdict", "reason"),
+    ),
 }
 COLUMNS |= {
+    "compile": COLUMNS["smoke"],
     "files": COLUMNS["loader"],
     "variants": COLUMNS["operators"],
     "videomae": COLUMNS["step"],
@@ -134,8 +139,8 @@ def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
 
 def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Iterator[Row]:
     """Yields the rows of a section until `deadline` (time.monotonic)."""
-    if name == "smoke":
-        yield from smoke_rows(device, deadline)
+    if name in ("smoke", "compile"):
+        yield from smoke_rows(device, deadline, slow=name == "compile")
     elif name == "correctness":
         from benchmarks import correctness
 
@@ -173,17 +178,19 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
         yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 
 
-def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
+def smoke_rows(device: Any, deadline: float, *, slow: bool = False) -> Iterator[Row]:
     """Yields one row of counts for tests/kernels/test_gpu.py, and one per failed test.
 
-    pytest runs without tests/conftest.py, which imports packages that a GPU machine may lack.
+    slow: the tests with the mark `slow`, most of which compile; else the others. Slow ones that are cut off count as
+    skipped. pytest runs without tests/conftest.py, which imports packages that a GPU machine may lack.
     """
-    row: Row = {"check": TESTS}
+    row: Row = {"check": f"{TESTS}, slow" if slow else TESTS}
     if not (ROOT / TESTS).is_file():
         yield row | {"verdict": "skipped", "reason": f"{TESTS} is not in this checkout"}
         return
     command = [sys.executable, "-m", "pytest", TESTS, "--noconftest", "-p", "no:cacheprovider", "-o"]
     command += ["addopts=--import-mode=importlib", "-v", "--tb=short", "--deselect", f"{TESTS}::{CASES}"]
+    command += ["-m", "slow" if slow else "not slow"]
     if device.type == "cuda":  # the tests' CPU variants check nothing new here
         command += ["-k", "not cpu"]
     environment = {name: value for name, value in os.environ.items() if name != NO_COMPILER}  # the tests compile
@@ -198,15 +205,16 @@ def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
     row |= {"passed": counts["PASSED"], "failed": bad, "skipped": counts["SKIPPED"]}
     checked = counts["PASSED"] or device.type != "cuda"
     reason = ""
-    if ended.code is None:
-        reason = f"cut off after {ended.seconds:.0f} s"
-    elif bad:
+    if bad:
         reason = f"{bad} failed"
+    elif ended.code is None:
+        reason = f"cut off after {ended.seconds:.0f} s"
     elif ended.code not in (0, 5):  # 5: no test was collected
         reason = f"pytest ended with exit status {ended.code}"
     elif not checked:
         reason = "no test ran on the GPU"
-    yield row | ({"verdict": "wrong", "reason": reason} if reason else {"verdict": "right"})
+    late = slow and ended.code is None and not bad
+    yield row | ({"verdict": "skipped" if late else "wrong", "reason": reason} if reason else {"verdict": "right"})
     for test, verdict in found:
         if verdict in ("FAILED", "ERROR"):
             yield {"check": test, "verdict": "wrong", "reason": verdict.lower()}
