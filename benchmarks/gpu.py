@@ -61,12 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", default=[], help="only these operators, such as masked_pixel_loss")
     parser.add_argument("--shapes", nargs="+", default=[], help="only shapes with this in their name: B64, planar, …")
     parser.add_argument("--ways", nargs="+", default=[], help="only these providers or steps: ours, eager, compiled, …")
+    parser.add_argument("--objectives", nargs="+", default=[], help="only these of the section step: mam2-fast, …")
     parser.add_argument("--no-compile", action="store_true", help="skip everything that needs torch.compile")
     parser.add_argument("--child", nargs=3, metavar=("SECTION", "FILE", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         compiled = not (options.no_compile or options.dry_run)
-        lists = (tuple(given) for given in (options.operators, options.shapes, options.ways))
+        lists = (tuple(given) for given in (options.operators, options.shapes, options.ways, options.objectives))
         section, file, until = options.child
         return run_section(section, Path(file), float(until), Selection(options.dry_run, compiled, *lists))
     out = options.out or (Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) if options.dry_run else RESULTS)

@@ -99,10 +99,12 @@ class Selection:
     shapes: tuple[str, ...] = ()
     """Parts of a shape's text, such as "B64" or "planar"."""
     ways: tuple[str, ...] = ()
-    """Providers of operators, and variants of a step."""
+    """Providers of operators; variants of a step and their providers, and its "parts"."""
+    objectives: tuple[str, ...] = ()
+    """Objectives of the section "step"."""
 
     def takes(self, choice: str, text: str) -> bool:
-        """Returns whether a name or text of a `choice` ("operators", "shapes", "ways") is selected."""
+        """Returns whether a name or text of a `choice` ("operators", "shapes", "ways", "objectives") is selected."""
         given = getattr(self, choice)
         return not given or any(word in text if choice == "shapes" else word == text for word in given)
 
@@ -174,7 +176,7 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
         from benchmarks import bench_step
 
         steps = ("mam2-fast", "mam2-fast half decoded", "mam2-fast bfloat16 residual", "mam2-fast heads of 128")
-        objectives = steps if name == "step" else (name,)
+        objectives = [step for step in steps if wanted.takes("objectives", step)] if name == "step" else (name,)
         yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 
 
