@@ -76,6 +76,10 @@ class DataConfig:
     process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
+    workers: Literal["auto", "threads", "processes"] = resumable("auto")
+    """Where PyAV decodes: in `threads` of the training process, or in as many `processes` (Linux; local files).
+    Threads hold Python's lock for a part of their time, and the training waits for it. `auto`: processes if there are
+    more than 4 threads."""
     nvdec_share: float = limited(0.0, SHARE)
     """With `decoder = "auto"` on a GPU: NVDEC's share of the videos that it can decode, 0 to 1; PyAV decodes the others
     at the same time. 0: a training measures both rates at its start and divides the videos accordingly; other commands

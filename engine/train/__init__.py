@@ -7,7 +7,7 @@ finetune_setup.py          classes, initial encoder and validation videos; finet
 session.py                 everything around the loop: run folder, log, resume, manifest, loaders, unusable videos
 loop.py                    batches -> steps -> log lines -> checkpoints; saves valid weights, whatever ends the run
 step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss;
-                           collapse.py: equal features of the teacher
+                           collapse.py: equal features of the teacher; step_times.py: the time of each phase
 step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, update;
                            pass_size.py: the largest micro-batch that fits
 classifier_step.py         the same for fine-tuning

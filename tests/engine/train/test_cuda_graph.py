@@ -250,12 +250,17 @@ def test_the_host_is_at_most_two_steps_ahead():
         def synchronize(self):
             done.append(self)
 
+        def elapsed_time(self, end):
+            assert queued.index(end) == queued.index(self) + 1
+            return 7.0
+
     take = build()
-    take._lead = cuda.Lead(Event)
+    take.lead = cuda.Lead(Event)
     for step in range(5):
         take(step, [batch(step)], 1e-3, inspect=False)
-        assert len(queued) == step + 1
-        assert done == queued[: max(step - 1, 0)]
+        assert len(queued) == 2 * (step + 1)  # where a step begins and where it ends
+        assert done == queued[1::2][: max(step - 1, 0)]
+    assert (take.lead.done, take.lead.device_ms) == (3, 21.0)
 
 
 @pytest.mark.slow
