@@ -31,14 +31,14 @@ def stages(
     A stage measures the ways of earlier ones again, because only ways that are timed in turns can be compared.
 
     Args:
-        takes: whether a step and whether a provider is selected.
+        takes: whether a step, a provider or the parts are selected.
         why_not: why a way cannot run here; such a way is yielded once, in the first stage that has it.
         peers: whether the objective is also that of the peers.
     """
     seen: set[Way] = set()
     for stage in STAGES:
         if isinstance(stage, str):
-            yield stage
+            yield stage if takes(stage) else ()
             continue
         ways = [way for way in stage if takes(way[0]) and takes(way[1]) and (peers or way[1] not in PEERS)]
         new = {way for way in ways if way not in seen}

@@ -92,9 +92,21 @@ def test_every_objective_has_its_best_way_before_another_is_built(
     stages = ((best,), tuple(quick), "parts", tuple(ours))
     assert run() == [(name, ways) for ways in stages for name in objectives]
     found = run(ways=("ours", plan.BEST, "eager"))
-    stages = ((best,), (best, ("eager", "ours")), "parts")
+    stages = ((best,), (best, ("eager", "ours")))
     assert found == [(name, ways) for ways in stages for name in objectives]
+    assert run(ways=("ours", "parts")) == [(name, "parts") for name in objectives]
     assert list(plan.stages(lambda _: True, lambda _: None, peers=True)) == list(plan.STAGES)
+
+
+def test_objectives_of_a_step_are_chosen(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections, asked = importlib.import_module("benchmarks.sections"), []
+    monkeypatch.setattr(bench, "rows", lambda *_, objectives: asked.append(list(objectives)) or [])
+    for given in ((), ("mam2-fast heads of 128",)):
+        wanted = sections.Selection(True, False, objectives=given)
+        assert not list(sections.rows_of("step", CPU, 0.0, wanted))
+    assert asked[0][0] == "mam2-fast"
+    assert len(asked[0]) == 4
+    assert asked[1] == ["mam2-fast heads of 128"]
 
 
 def test_a_way_that_cannot_run_here_is_named_once(bench: ModuleType) -> None:
