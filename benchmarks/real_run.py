@@ -124,8 +124,12 @@ def _killed_and_resumed(
 
 
 def rates(line: dict[str, Any]) -> dict[str, Any]:
-    """Returns the rates in a line of a run's log; the first line of a process has only the wait for data."""
-    found = {name: line[name] for name in ("clips_per_s", "step_ms", "mfu") if name in line}
+    """Returns the rates in a line of a run's log and the milliseconds of each phase of a step ("host/…", "device/…").
+
+    The first line of a process has only the wait for data.
+    """
+    names = ("clips_per_s", "step_ms", "mfu")
+    found = {name: value for name, value in line.items() if name in names or name.startswith(("host/", "device/"))}
     return {"log_step": line["step"], **found, "data_wait_percent": 100 * line["data_wait"]}
 
 

@@ -112,7 +112,8 @@ class Selection:
 def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
     """Runs a section in its process: writes the machine to `file`, then every row as soon as it is measured.
 
-    `until` is the time.monotonic() at which the whole command ends. Returns the exit status.
+    "at_s" of a row is its time in seconds since the section's start-up. `until` is the time.monotonic() at which the
+    whole command ends. Returns the exit status.
     """
     import torch
 
@@ -134,8 +135,9 @@ def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
             print(f"the kernels would run through {active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
             return 2
         deadline = min(time.monotonic() + SHARE * SECTIONS[name].most, until - 3)
+        began = time.monotonic()
         for row in rows_of(name, device, deadline, wanted):
-            write(row)
+            write(row | {"at_s": time.monotonic() - began})
     return 0
 
 

@@ -161,6 +161,7 @@ def test_dry_run_goes_through_every_section_and_is_marked(tmp_path: Path) -> Non
     rows = sections["operators"]["rows"]
     assert {row["operator"] for row in rows} == {entry.name for entry in module("operators").OPERATORS}
     assert not any("median_ms" in row for row in rows)
+    assert [row["at_s"] for row in rows] == sorted(row["at_s"] for row in rows)
     for row in rows:
         assert row["verdict"] == "right" or (row["verdict"] == "absent" and row["reason"]), row
     assert sections["pretrain"]["rows"][0]["verdict"] == "right"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-RATES = {"clips_per_s": 640.0, "step_ms": 100.0, "mfu": 0.3}
+RATES = {"clips_per_s": 640.0, "step_ms": 100.0, "mfu": 0.3, "host/wait_ms": 2.0, "device/step_ms": 98.0}
 LINE = {**RATES, "data_wait": 0.25, "loss/appearance": 5.0, "loss/motion": 1.0}
 """A line of a run's log."""
 
