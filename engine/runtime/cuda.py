@@ -93,6 +93,33 @@ def waits_for_device(work: Callable[[], object]) -> str:
     return found[0] if found else ""
 
 
+class DeviceTimer:
+    """Sums the device's milliseconds for the work that is queued within its context, without waiting for it."""
+
+    def __init__(self, event: Callable[[], Any] | None = None) -> None:
+        """event: creates a device event with the methods used here; default: a CUDA event."""
+        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._begun: Any = None
+        self._queued: deque[tuple[Any, Any]] = deque()
+        self.device_ms = 0.0
+        """From the first kernel to the last of each body that is known to be done, with pauses between kernels."""
+        self.done = 0
+        """Number of these bodies."""
+
+    def __enter__(self) -> None:
+        self._begun = self._event()
+        self._begun.record()
+
+    def __exit__(self, *_: object) -> None:
+        ended = self._event()
+        ended.record()
+        self._queued.append((self._begun, ended))
+        while self._queued and self._queued[0][1].query():
+            begun, ended = self._queued.popleft()
+            self.device_ms += begun.elapsed_time(ended)
+            self.done += 1
+
+
 class Lead:
     """Keeps the host at most `AHEAD` steps ahead of the device, and times both without a further wait."""
 

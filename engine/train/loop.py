@@ -161,7 +161,7 @@ class Loop:
         session, step_log = self.session, self.step_log
         config, stop, info = session.config, session.stop, session.log.info
         ended = 0
-        times = StepTimes(session.loader, self.train_step.lead)
+        times = StepTimes(session.loader, self.train_step.lead, self.train_step.extras_timer)
         stop_consensus = StopConsensus(session.world)
         stream = self.task.batches(self.first * self.train_step.micro_batches)
         bar = Progress(

@@ -77,6 +77,8 @@ class Step(ABC, Generic[Extras]):
         self._sharded = sharded
         self._run: cuda_graph.StepFunction = self._one_pass
         self.lead = cuda.Lead() if device.type == "cuda" else None
+        self.extras_timer = cuda.DeviceTimer() if device.type == "cuda" else None
+        """Times what a task computes for a batch on the device, next to the step before."""
 
     def _with_ddp(self) -> DistributedDataParallel:
         # positions and masks are the same on all ranks: there are no buffers to synchronize

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from mam2.engine.data.loader import ClipLoader
-from mam2.engine.runtime.cuda import Lead
+from mam2.engine.runtime.cuda import DeviceTimer, Lead
 
 Phase = Literal["batch", "step"]
 
@@ -22,10 +22,12 @@ class StepTimes:
     - `host/device_wait_ms`: only on a GPU, waiting because the host is `cuda.AHEAD` steps ahead;
     - `device/step_ms`: only on a GPU, from the step's first kernel to its last, by events. If it
       is close to `step_ms`, the GPU limits the run, else the host or the data.
+    - `device/prepare_ms`: the same of the tokenizer or the augmentation, which run during the step before.
     """
 
-    def __init__(self, loader: ClipLoader, lead: Lead | None) -> None:
+    def __init__(self, loader: ClipLoader, lead: Lead | None, extras_timer: DeviceTimer | None) -> None:
         self._loader, self._lead = loader, lead
+        self._devices = {"prepare": extras_timer, "step": lead}
         self._phases: dict[Phase, float] = {}
         self._restart(None)
 
@@ -33,8 +35,8 @@ class StepTimes:
         self._start, self._step = time.perf_counter(), step
         self._waited, self._decoded = self._loader.wait_s, self._loader.decoded_frames
         self._phases = {"batch": 0.0, "step": 0.0}
-        if self._lead:
-            self._ahead, self._device, self._done = self._lead.waited_s, self._lead.device_ms, self._lead.done
+        self._ahead = self._lead.waited_s if self._lead else 0.0
+        self._before = {name: (timer.device_ms, timer.done) for name, timer in self._devices.items() if timer}
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -73,8 +75,10 @@ class StepTimes:
         numbers = {f"host/{name}_ms": 1000 * value / steps for name, value in seconds.items()}
         if self._lead:
             numbers["host/device_wait_ms"] = 1000 * ahead / steps
-            if done := self._lead.done - self._done:
-                numbers["device/step_ms"] = (self._lead.device_ms - self._device) / done
+        for name, (before_ms, before) in self._before.items():
+            timer = self._devices[name]
+            if timer and timer.done > before:
+                numbers[f"device/{name}_ms"] = (timer.device_ms - before_ms) / (timer.done - before)
         return numbers
 
 
@@ -90,4 +94,6 @@ def describe_times(numbers: dict[str, float]) -> str:
     }
     named = ", ".join(f"{numbers[key]:.4g} {words}" for words, key in phases.items() if key in numbers)
     device = f"; the GPU takes {numbers['device/step_ms']:.4g} ms" if "device/step_ms" in numbers else ""
+    if "device/prepare_ms" in numbers:
+        device += f", and {numbers['device/prepare_ms']:.4g} ms for the next batch"
     return f"a step of {numbers['step_ms']:.4g} ms: {named}{device}"
