@@ -149,7 +149,7 @@ class RunConfig:
     """Compile only the transformer blocks, and each kind of block once, so that the first step takes less time; the
     steps after it may be slower than with `compile` alone. `run.sharding` fsdp always compiles that way."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
-    """Run the whole step as a CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one pass per step;
+    """Run the whole step as a CUDA graph on a GPU: `auto` unless it is measured to be slower (one pass per step;
     several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""

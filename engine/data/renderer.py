@@ -262,9 +262,14 @@ class Renderer:
                 views = graph.run(
                     payloads, [request.frames for request in requests], [request.views for request in requests]
                 )
-                for place, job in enumerate(group):
+                first, last = group[0].row, group[-1].row
+                if [job.row for job in group] == list(range(first, last + 1)):  # a whole chunk: one copy per view
                     for number, clips in enumerate(views):
-                        clip[job.row, number].copy_(clips[place], non_blocking=True)
+                        clip[first : last + 1, number].copy_(clips, non_blocking=True)
+                else:
+                    for place, job in enumerate(group):
+                        for number, clips in enumerate(views):
+                            clip[job.row, number].copy_(clips[place], non_blocking=True)
                 self._wait()  # the graph's next run overwrites the buffer that is being copied
         except DecodeError as error:
             if len(group) == 1:

@@ -12,7 +12,7 @@ step.py                    one optimizer step: micro-batches, autocast, gradient
                            pass_size.py: the largest micro-batch that fits
 classifier_step.py         the same for fine-tuning
 objective.py               forward pass and losses; measures and balances the gradients of the two losses
-cuda_graph.py              the same step as one CUDA graph, if that is measured to be faster
+cuda_graph.py              the same step as one CUDA graph, unless that is measured to be slower
 graph_parts.py             the same step of several processes in two parts, between which gradients are exchanged
 held_out.py                the pretext losses on held-out videos
 optimizer.py, muon.py      AdamW or Muon, layer decay, learning rate
