@@ -26,7 +26,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.bench_step import CODES, sized
+from benchmarks.bench_step import CODES
+from benchmarks.step_sizes import sized
 from mam2.engine.costs import PartCost, part_costs, step_bytes
 from mam2.engine.files import write_whole
 from mam2.kernels import costs, launch
