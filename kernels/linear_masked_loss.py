@@ -16,7 +16,7 @@ import torch
 
 from . import launch, reference, shapes
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
-from .masked_error import GOAL, Goal, launch_masked_loss
+from .masked_error import GOAL, Goal, launch_masked_loss, sum_of_clips
 from .masked_loss import reduction_of
 from .masks import TubeMask, masked_index
 from .products import (
@@ -121,7 +121,7 @@ def _compute(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = hidden, weight, bias, video, masked, factors, divisor, dtype, needs
     errors, unweighted, gradients = _run(*inputs, Goal(*goal))
-    return errors.sum() if divisor else errors.new_full((), float("nan")), unweighted, *gradients
+    return sum_of_clips(errors) if divisor else errors.new_full((), float("nan")), unweighted, *gradients
 
 
 _linear_masked_loss = torch.library.custom_op(
