@@ -17,11 +17,12 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.bench_step import inputs_of, seeded_model, sized
+from benchmarks.bench_step import inputs_of, seeded_model
 from benchmarks.check import exact_outputs, judge, outputs, upstream_of
 from benchmarks.clips import SHAPES, Shape
 from benchmarks.operators import OPERATORS
 from benchmarks.report import Row, table
+from benchmarks.step_sizes import sized
 from benchmarks.timing import peak_mib
 from mam2.engine.model.attention import Backend, attention
 from mam2.engine.model.blocks import Residual
@@ -37,7 +38,7 @@ STEP: Sizes = (
     {"data": {"size": 64}, "model": {"patch": 8, "width": 192, "depth": 4, "heads": 3}},
     {"depth": 4, "width": 192, "heads": 3},
 )
-"""Sizes of MAM2 for `residual_rows`, see `bench_step.sized`: as deep as mam2-fast in regressor and decoders."""
+"""Sizes of MAM2 for `residual_rows`, see `step_sizes.sized`: as deep as mam2-fast in regressor and decoders."""
 ON_A_CPU = Shape(batch=4, size=112)
 """Large enough for chunks to show, small enough for float64."""
 

@@ -8,6 +8,7 @@ same files, measured in turns within one run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -37,21 +38,49 @@ ENOUGH = 0.02
 
 
 def rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
-    """Yields a row per decoder and number of views; a row that cannot be measured has a "reason".
+    """Yields a row per decoder for the first kind of files in `settings.loaders`, then rows of a training step.
 
-    Without DALI, its decoders are skipped, and PyTorch crops PyAV's frames.
+    A row is yielded as soon as it is measured; one that cannot be measured has a "reason". Without DALI, its decoders
+    are skipped, and PyTorch crops PyAV's frames.
     """
-    for package in ("av", "tqdm"):
-        if not _installed(package):
-            yield {"decoder": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
-            return
+    if missing := _missing():
+        yield missing
+        return
     settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
-        kinds = sorted({(codec, gop) for _, codec, gop, _ in settings.loaders})
-        manifests = {kind: write_files(Path(folder), *kind, settings) for kind in kinds}
-        yield from step_rows(manifests["h264", 30], settings, device, deadline)
-        yield from decoding_rows(manifests, settings, device, deadline)
+        kind = kinds_of(settings)[0]
+        manifest = write_files(Path(folder), *kind, settings)
+        yield from decoding_rows({kind: manifest}, settings, device, deadline)
+        yield from step_rows(kind, manifest, settings, device, deadline)
+
+
+def file_rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
+    """Yields the rows of the decoders for the other kinds of files, then those of recorded clips, as `rows` does."""
+    if missing := _missing():
+        yield missing
+        return
+    settings = settings or SETTINGS[device.type]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in kinds_of(settings)[1:]:
+            if time.monotonic() > deadline:
+                label = {"decoder": "all", "files": kind[0], "gop": kind[1]}
+                yield label | {"verdict": "skipped", "reason": "out of time"}
+                continue
+            yield from decoding_rows({kind: write_files(Path(folder), *kind, settings)}, settings, device, deadline)
         yield from recorded_rows(Path(folder), settings, device, deadline)
+
+
+def kinds_of(settings: Settings) -> list[tuple[str, int]]:
+    """Returns codec and key-frame distance of the files that the loaders read, in their order."""
+    return list(dict.fromkeys((codec, gop) for _, codec, gop, _ in settings.loaders))
+
+
+def _missing() -> Row | None:
+    """Returns the row that says which package the measurement lacks."""
+    for package in ("av", "tqdm"):
+        if not _installed(package):
+            return {"decoder": "all", "verdict": "skipped", "reason": f"{package} is not installed"}
+    return None
 
 
 def _installed(package: str) -> bool:
@@ -62,48 +91,58 @@ def _installed(package: str) -> bool:
 
 
 def decoding_rows(manifests: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
+    """Yields a row per decoder and kind of files, in the last of the `settings.turns` in which they are measured."""
     from mam2.engine.config.recipe import load_recipe
 
     data = dataclasses.replace(load_recipe("mam2-fast").data, **settings.data)
     labels: list[Row] = []
     turns: list[Callable[[], float]] = []
-    for codec, gop in sorted(manifests):
+    for kind, manifest in manifests.items():
+        label: Row = {"files": kind[0], "gop": kind[1]}
         for name, decode in decoders().items():
-            labels.append({"decoder": name, "provider": name, "files": codec, "gop": gop, "threads": 1})
-            turns.append(lambda decode=decode, kind=(codec, gop): decoder_rate(decode, manifests[kind], data, settings))
-    for decoder, codec, gop, threads in settings.loaders:
-        labels.append({"decoder": decoder, "files": codec, "gop": gop, "threads": threads or "one per core"})
-
-        def turn(decoder: str = decoder, threads: int = threads, kind: tuple[str, int] = (codec, gop)) -> float:
-            options = options_of(decoder, threads, manifests[kind], data, device)
-            return loader_rate(manifests[kind], options, settings, device)
-
-        turns.append(turn)
+            labels.append({"decoder": name, "provider": name, **label, "threads": 1})
+            turns.append(functools.partial(decoder_rate, decode, manifest, data, settings))
+        for decoder, codec, gop, threads in settings.loaders:
+            if (codec, gop) == kind:
+                labels.append({"decoder": decoder, **label, "threads": threads or "one per core"})
+                turns.append(functools.partial(_loader_turn, decoder, threads, manifest, data, settings, device))
     rates: list[list[float]] = [[] for _ in turns]
     problems: list[Row] = [{} for _ in turns]
-    for _ in range(settings.turns):
-        for place, turn in enumerate(turns):
+    base: dict[tuple[str, int], float] = {}
+    for number in range(settings.turns):
+        for place, (row, turn) in enumerate(zip(labels, turns, strict=True)):
+            if not problems[place]:
+                rate, problems[place] = _measured(turn, deadline)
+                rates[place] += [rate] if rate else []
+            if number + 1 < settings.turns:
+                continue
             if problems[place]:
+                yield row | problems[place]
                 continue
-            if time.monotonic() > deadline:
-                problems[place] = {"verdict": "skipped", "reason": "out of time"}
-                continue
-            try:
-                rates[place].append(turn())
-            except Unmeasured as problem:
-                problems[place] = {"verdict": problem.args[0], "reason": problem.args[1]}
-            except Exception as problem:
-                problems[place] = {"verdict": "skipped", "reason": str(problem)[:300]}
-    medians = [percentile(found, 50) if found else None for found in rates]
-    pairs = list(zip(labels, medians, strict=True))
-    base = {(row["files"], row["gop"]): rate for row, rate in pairs if row["decoder"] == ALONE}
-    for row, rate, problem in zip(labels, medians, problems, strict=True):
-        if problem or rate is None:
-            yield row | problem
-            continue
-        reference = base[row["files"], row["gop"]]
-        rated = {"clips_per_s": rate, "frames_per_s": rate * data.frames} if device.type == "cuda" else {}
-        yield row | rated | {"ratio_to_pyav_alone": rate / reference if reference else None}
+            rate = percentile(rates[place], 50)
+            if row["decoder"] == ALONE:
+                base[row["files"], row["gop"]] = rate
+            reference = base.get((row["files"], row["gop"]))
+            rated = {"clips_per_s": rate, "frames_per_s": rate * data.frames} if device.type == "cuda" else {}
+            yield row | rated | {"ratio_to_pyav_alone": rate / reference if reference else None}
+
+
+def _measured(turn: Callable[[], float], deadline: float) -> tuple[float, Row]:
+    """Returns the rate of a turn, or 0 with the verdict and the reason why there is none."""
+    if time.monotonic() > deadline:
+        return 0.0, {"verdict": "skipped", "reason": "out of time"}
+    try:
+        return turn(), {}
+    except Unmeasured as problem:
+        return 0.0, {"verdict": problem.args[0], "reason": problem.args[1]}
+    except Exception as problem:
+        return 0.0, {"verdict": "skipped", "reason": str(problem)[:300]}
+
+
+def _loader_turn(
+    decoder: str, threads: int, manifest: Any, data: Any, settings: Settings, device: torch.device
+) -> float:
+    return loader_rate(manifest, options_of(decoder, threads, manifest, data, device), settings, device)
 
 
 def options_of(decoder: str, threads: int, manifest: Any, data: Any, device: torch.device) -> Any:
@@ -222,15 +261,18 @@ def _peer(name: str) -> Any:
         raise Unmeasured("skipped", f"installed, but fails to load: {str(problem).splitlines()[0]}") from problem
 
 
-def step_rows(manifest: Any, settings: Settings, device: torch.device, deadline: float) -> Iterator[Row]:
-    """Times uncompiled training steps on clips from the loader, with random codes.
+def step_rows(
+    kind: tuple[str, int], manifest: Any, settings: Settings, device: torch.device, deadline: float
+) -> Iterator[Row]:
+    """Times uncompiled training steps on clips from the loader, with random codes; a row per number of views.
 
     Stops once the loader is no limit.
     """
     from mam2.engine.data.loader import ClipLoader
 
     for views in settings.views:
-        row: Row = {"decoder": "auto, in a step of mam2-fast", "files": "h264", "gop": 30, "views": views}
+        row: Row = {"decoder": "auto, in a step of mam2-fast", "files": kind[0], "gop": kind[1], "views": views}
+        row |= {"batch": settings.batch} if device.type == "cuda" else {}
         if time.monotonic() > deadline:
             yield row | {"verdict": "skipped", "reason": "out of time"}
             return

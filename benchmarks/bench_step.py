@@ -2,11 +2,12 @@
 
     python -m benchmarks.bench_step [--compile] [--objective NAME …] [--batch N …] [--videomae CLONE]
 
-Every objective runs eager and compiled, each also as one captured CUDA graph, and with each kind of block compiled
-once. `first s` are the seconds of the first step with its compilation, which is short if the code is in the cache.
-VideoMAE is also compared with its authors' code and with Hugging Face's VideoMAEForPreTraining, with the same sizes,
-weights and mask; the losses must agree before anything is timed. Each variant is first timed alone and gets a row; then
-the variants of one objective are timed in turns, round by round.
+Every objective runs eager, compiled, and with each kind of block compiled once ("compiled blocks"), each also as one
+captured CUDA graph; `step_plan` has their order. `first s` are the seconds of the first step with its compilation,
+which is short if the code is in the cache; `benchmarks.first_step --here` fills the cache. VideoMAE is also compared
+with its authors' code and with Hugging Face's VideoMAEForPreTraining, with the same sizes, weights and mask. A variant
+whose loss is not that of our eager step is not timed. Each variant is first timed alone and gets a row; then the
+variants of one objective are timed in turns, round by round.
 The model is ViT-B on 16 frames of 224² on a GPU; on a CPU it is ViT-S on 16 frames of 112², and only ratios are
 meaningful. MFU is the rate of FLOPs that `mam2.engine.costs` declares, divided by the rate of a large matrix product of
 the same type measured in the same run: the share of a step that is needed even if nothing but products took time.
@@ -32,9 +33,10 @@ from benchmarks import hugging_face, official_videomae
 from benchmarks.launches import counted, fallback
 from benchmarks.report import table
 from benchmarks.step_parts import part_rows
+from benchmarks.step_plan import PARTS, PEERS, STAGES, WAYS, Way, stages
+from benchmarks.step_sizes import OBJECTIVES, SMALL, TINY, sized
 from benchmarks.timing import Timing, elapsed_ms, peak_mib, summary
 from mam2.engine.config.pretrain import PretrainConfig
-from mam2.engine.config.recipe import load_recipe
 from mam2.engine.costs import step_flops
 from mam2.engine.errors import UserError
 from mam2.engine.model.attention import Choices
@@ -55,72 +57,16 @@ if TYPE_CHECKING:
     from benchmarks.sections import Selection
 
 Row = dict[str, Any]
-
-
-def _wide_heads(config: PretrainConfig) -> PretrainConfig:
-    """Returns the config with heads of 128 in regressor and decoders, or one head where they are narrower."""
-    parts = {
-        name: dataclasses.replace(part, heads=max(part.width // 128, 1))
-        for name, part in (("regressor", config.model.regressor), ("decoder", config.model.decoder))
-    }
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **parts))
-
-
-CHANGES: dict[str, Callable[[PretrainConfig], PretrainConfig]] = {
-    "half decoded": lambda config: dataclasses.replace(config, mask=dataclasses.replace(config.mask, decoded=0.5)),
-    "bfloat16 residual": lambda config: dataclasses.replace(
-        config, model=dataclasses.replace(config.model, residual="bfloat16")
-    ),
-    "heads of 128": _wide_heads,
-}
-"""What the end of an objective's name changes in its recipe, after the recipe has been reduced."""
-OBJECTIVES = (
-    "mam2-fast",
-    "mam2-fast half decoded",
-    "videomae",
-    "mam2-cae",
-    "mam2-fast bfloat16 residual",
-    "mam2-fast heads of 128",
-)
-"""Recipes, some with one of CHANGES."""
-WAYS = (
-    *(("eager", "ours"), ("graph", "ours"), ("eager", "hugging_face"), ("eager", "official")),
-    *(("compiled blocks", "ours"), ("compiled", "ours"), ("compiled graph", "ours")),
-    *(("compiled", "hugging_face"), ("compiled", "official")),
-)
-PEERS = ("hugging_face", "official")
-"""Other implementations of VideoMAE: Hugging Face's and its authors'."""
-"""Steps and providers; compiled ones last, because a time limit should cut off the slowest to build."""
 BATCHES = {"cuda": (64, 16, 128), "cpu": (16,)}
 """The usual batch first, because a time limit cuts off the end."""
 CODES = 8192
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Largest relative difference at which the two losses count as equal."""
 COLUMNS = (
-    *(
-        "objective",
-        "batch",
-        "precision",
-        "provider",
-        "step",
-        "timed",
-        "verdict",
-        "loss",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-    ),
+    *("objective", "batch", "precision", "provider", "step", "timed", "verdict", "loss", "median_ms", "p20_ms"),
+    "p80_ms",
     *("first_s", "clips_per_s", "mfu_percent", "ratio", "ratio_to_best", "peak_gib", "reason"),
 )
-SMALL = (
-    {"data": {"size": 112}, "model": {"width": 384, "depth": 12, "heads": 6}},
-    {"depth": 4, "width": 192, "heads": 3},
-)
-TINY = (
-    {"data": {"frames": 4, "size": 32}, "model": {"patch": 8, "width": 48, "depth": 2, "heads": 3}},
-    {"depth": 1, "width": 48, "heads": 3},
-)
-"""Changed values of the config's tables, then of the regressor and the decoder: ViT-S, and one for tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +80,13 @@ class Candidate:
     config: PretrainConfig
     device: torch.device
 
-    def __call__(self) -> Tensor:
+    def forward(self) -> Tensor:
+        """Returns the loss."""
         with autocast(self.config.run, self.device):
-            loss = self.loss()
+            return self.loss()
+
+    def __call__(self) -> Tensor:
+        loss = self.forward()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -146,22 +96,6 @@ class Candidate:
     def state_bytes(self) -> int:
         """Returns the bytes of weights, gradients and optimizer moments."""
         return sum(4 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
-
-
-def sized(name: str, sizes: tuple[dict[str, dict[str, Any]], dict[str, int]] | None, precision: str) -> PretrainConfig:
-    """Returns a recipe with a precision, reduced to `sizes` (None: unchanged)."""
-    recipe, _, change = name.partition(" ")
-    config = load_recipe(recipe)
-    if sizes:
-        tables, part = sizes
-        config = dataclasses.replace(
-            config, **{table: dataclasses.replace(getattr(config, table), **values) for table, values in tables.items()}
-        )
-        smaller = {part_name: dataclasses.replace(getattr(config.model, part_name), **part)
-                   for part_name in ("regressor", "decoder")}  # fmt: skip
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **smaller))
-    config = CHANGES[change](config) if change else config
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
 
 
 def seeded_model(config: PretrainConfig, device: torch.device, choices: Choices | None = None) -> MAM2 | VideoMAE:
@@ -187,7 +121,7 @@ def ours(
 ) -> Candidate:
     compiled = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if "compiled" in step else (lambda f: f)
     model = seeded_model(config, device, choices)
-    if step == "compiled blocks":
+    if step.startswith("compiled blocks"):
         compile_each([part for part in model.modules() if isinstance(part, Block | RegressorBlock)], compiled)
         compiled = lambda part: part  # noqa: E731
     objective = build_objective(model, config, compiled)
@@ -212,9 +146,8 @@ def optimizer_of(model: torch.nn.Module, config: PretrainConfig) -> torch.optim.
     return optimizer
 
 
-def captured(candidate: Candidate) -> Callable[[], Tensor]:
+def captured(candidate: Candidate, recorder: CudaRecorder) -> Callable[[], Tensor]:
     """Captures the whole step as a CUDA graph; the returned function replays it."""
-    recorder = CudaRecorder()
     recorder.warm_up(candidate)
     replay, values = recorder.record(lambda: {"loss": candidate()})
 
@@ -236,18 +169,21 @@ def compare(
     deadline: float = math.inf,
     takes: Callable[[str], bool] = lambda way: True,
     choices: Choices | None = None,
+    ways: Sequence[Way] = WAYS,
 ) -> Iterator[Row]:
     """Yields rows for the variants of one objective's step at one batch: first each timed alone, then all in turns.
 
     A variant that does not start before `deadline` (time.monotonic) gets a row with the reason. `takes` selects steps
-    and providers. choices: the attention implementations of our model.
+    and providers of `ways`. choices: the attention implementations of our model. The loss of each variant must be that
+    of our eager step.
     """
     dtype = matmul_dtype(config.run, device)
     head = {"objective": name, "batch": batch, "precision": str(dtype).removeprefix("torch.")}
     runs: dict[tuple[str, str], tuple[Callable[[], Tensor], Row]] = {}
     expected = None
     peak = measured_peak_flops(device, dtype)
-    for step, provider in WAYS:
+    recorder: CudaRecorder | None = None
+    for step, provider in ways:
         if (provider in PEERS and name != "videomae") or not (takes(step) and takes(provider)):
             continue
         row = head | {"provider": provider, "step": step}
@@ -259,6 +195,8 @@ def compare(
             continue
         try:
             setup = config, batch, device, step
+            if expected is None and (step, provider) != ("eager", "ours"):
+                expected = ours(config, batch, device, "eager", choices).forward().item()
             candidate = ours(*setup, choices) if provider == "ours" else theirs(*setup, provider)
             began = time.monotonic()
             with counted() as counter:
@@ -267,15 +205,18 @@ def compare(
             expected = loss if expected is None else expected
             row |= {"verdict": "right" if agrees(loss, expected, dtype) else "wrong", "loss": loss}
             if row["verdict"] == "wrong":
-                yield row | {"reason": f"loss {loss:.6g}, that of the first variant {expected:.6g}"}
+                yield row | {"reason": f"loss {loss:.6g}, that of the eager step {expected:.6g}"}
                 continue
             if provider == "ours":
                 row["launches"] = len(counter.names)
                 if reason := fallback(device, counter):
                     yield row | {"verdict": "failed", "reason": reason}
                     continue
-            run = captured(candidate) if step.endswith("graph") else candidate
-            if not step.endswith("graph"):
+            run: Callable[[], Tensor] = candidate
+            if step.endswith("graph"):
+                recorder = recorder or CudaRecorder()  # one for all: its graphs share the memory of their activations
+                run = captured(candidate, recorder)
+            else:
                 run()
                 row["peak_gib"] = candidate.state_bytes / 2**30 + peak_mib(run, device) / 2**10
             runs[provider, step] = run, row
@@ -343,36 +284,71 @@ def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
     return elapsed_ms(lambda: [run() for _ in range(group)], device) / group
 
 
-def choose_attention(config: PretrainConfig, batch: int, device: torch.device) -> tuple[Choices, list[str]]:
-    """Returns the attention implementations that a run on this device would choose, and lines about the choice."""
-    return tune_attention(shapes_of(config, batch), device, matmul_dtype(config.run, device))
+def choose_attention(
+    config: PretrainConfig, batch: int, device: torch.device, known: Choices | None = None
+) -> tuple[Choices, list[str]]:
+    """Returns the attention implementations that a run on this device would choose, and lines about the choice.
+
+    known: earlier choices on this device, whose shapes are not measured again and get no line.
+    """
+    dtype = matmul_dtype(config.run, device)
+    shapes = shapes_of(config, batch)
+    new = {part: shape for part, shape in shapes.items() if (device.type, dtype, *shape[1:]) not in (known or {})}
+    choices, lines = tune_attention(new, device, dtype)
+    return {**(known or {}), **choices}, lines
 
 
 def rows(
     device: torch.device, deadline: float, wanted: Selection, *, objectives: Sequence[str] = OBJECTIVES
 ) -> Iterator[Row]:
-    """Yields rows for every objective and batch until `deadline` (time.monotonic), then the parts; tiny on a CPU."""
+    """Yields rows for every batch and objective, in the stages of `step_plan`, until `deadline` (time.monotonic).
+
+    The parts are timed at the first batch only. Tiny models on a CPU.
+    """
     cuda = device.type == "cuda"
     precision = "bfloat16" if cuda else "float32"
     if cuda:
         yield {"objective": "ceiling", "matmul_tflop_per_s": measured_peak_flops(device, torch.bfloat16) / 1e12}
     batches = BATCHES["cuda"] if cuda else (2,)
-    for batch, name in itertools.product(batches, objectives):
-        if time.monotonic() > deadline:
-            yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
-            continue
-        config = sized(name, None if cuda else TINY, precision)
-        choices, lines = choose_attention(config, batch, device)
-        if lines:
-            yield {"objective": name, "batch": batch, "attention": "; ".join(lines)}
-        ways = {"choices": choices, "compiled": wanted.compiled, "rounds": 8 if cuda else 3, "deadline": deadline}
-        yield from compare(name, config, batch, device, takes=lambda way: wanted.takes("ways", way), **ways)
-        if batch == batches[0] and time.monotonic() < deadline:
-            model = seeded_model(config, device, choices)
-            yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
-        torch.compiler.reset()
-        if cuda:
-            torch.cuda.empty_cache()
+    for batch in batches:
+        configs = {name: sized(name, None if cuda else TINY, precision) for name in objectives}
+        plans = {name: list(_stages(name, config, device, wanted)) for name, config in configs.items()}
+        tuned: dict[str, Choices] = {}
+        known: Choices = {}
+        late: set[str] = set()
+        for stage, (name, config) in itertools.product(range(len(STAGES)), configs.items()):
+            ways = plans[name][stage]
+            if not ways or (ways == PARTS and batch != batches[0]) or name in late:
+                continue
+            if time.monotonic() > deadline:
+                late.add(name)
+                yield {"objective": name, "batch": batch, "verdict": "skipped", "reason": "out of time"}
+                continue
+            if name not in tuned:
+                tuned[name], lines = choose_attention(config, batch, device, known)
+                known = {**known, **tuned[name]}
+                if lines:
+                    yield {"objective": name, "batch": batch, "attention": "; ".join(lines)}
+            if isinstance(ways, str):
+                model = seeded_model(config, device, tuned[name])
+                yield from part_rows(name, model, config, inputs_of(config, batch, device), CODES, device)
+                del model
+            else:
+                options = {"choices": tuned[name], "compiled": wanted.compiled, "deadline": deadline, "ways": ways}
+                yield from compare(name, config, batch, device, rounds=5 if cuda else 3, **options)
+                torch.compiler.reset()
+            if cuda:
+                torch.cuda.empty_cache()
+
+
+def _stages(
+    name: str, config: PretrainConfig, device: torch.device, wanted: Selection
+) -> Iterator[tuple[Way, ...] | str]:
+    return stages(
+        lambda text: wanted.takes("ways", text),
+        lambda way: why_not(way[1], way[0], config, device, wanted.compiled),
+        peers=name == "videomae",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

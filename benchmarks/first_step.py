@@ -5,6 +5,9 @@
 Every measurement is a process with a folder of its own for the compiled code: empty the first time ("cold"), and as the
 first process left it the second time ("warm"). The seconds are those of one step, without imports and building the
 model. The model is that of `benchmarks.bench_step`: ViT-B on a GPU, ViT-S on 16 frames of 112² on a CPU.
+
+`--here` measures one way in this process and leaves its code in the usual cache, where `bench_step` and `make gpu` find
+it: several such processes at the same time prepare a measurement on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_step import OBJECTIVES, SMALL, ours, sized
+from benchmarks.bench_step import choose_attention, ours
 from benchmarks.report import table
+from benchmarks.step_sizes import OBJECTIVES, SMALL, sized
 
 WAYS = ("eager", "compiled blocks", "compiled")
 COLUMNS = ("objective", "batch", "precision", "step", "cold_s", "warm_s")
@@ -31,7 +35,7 @@ def first_step_seconds(objective: str, batch: int, precision: str, way: str) -> 
     """Returns the seconds of the first step in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = sized(objective, None if device.type == "cuda" else SMALL, precision)
-    candidate = ours(config, batch, device, way)
+    candidate = ours(config, batch, device, way, choose_attention(config, batch, device)[0])
     began = time.monotonic()
     candidate().item()
     return time.monotonic() - began

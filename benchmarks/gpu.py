@@ -1,6 +1,6 @@
 """Runs everything that needs a GPU in one command of twelve minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
-    smoke         tests/kernels/test_gpu.py: compile, capture, autocast, streams
+    smoke         tests/kernels/test_gpu.py: capture, autocast, streams
     correctness   every kernel on the device against float64
     operators     forward and backward at 64 clips, compared with the original codebases' forms and with libraries
     sweeps        rows per chunk, warps, attention implementations: the best values for the launch table
@@ -8,9 +8,11 @@
     step          a step of mam2-fast: eager, captured, compiled
     variants      operators compiled, at other batches, types and layouts
     videomae      a step of VideoMAE, compared with Hugging Face's
-    loader        clips/s from encoded files; codes from a tokenizer and from a cache
+    loader        clips/s from encoded files, by decoder and in a step
     pretrain      a real run, killed and resumed
+    files         clips/s for other codecs and key-frame distances, from recorded clips; codes online and from a cache
     mam2-cae      a step of mam2-cae
+    compile       the slow tests of tests/kernels/test_gpu.py: torch.compile, opcheck
 
 Each section runs in its own process with a time limit; it is killed if this process dies. Every row is written to
 OUT/running.jsonl immediately. After each section all rows go into one file, OUT/<GPU>/<date>.json, next to a page and
@@ -59,12 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", default=[], help="only these operators, such as masked_pixel_loss")
     parser.add_argument("--shapes", nargs="+", default=[], help="only shapes with this in their name: B64, planar, …")
     parser.add_argument("--ways", nargs="+", default=[], help="only these providers or steps: ours, eager, compiled, …")
+    parser.add_argument("--objectives", nargs="+", default=[], help="only these of the section step: mam2-fast, …")
     parser.add_argument("--no-compile", action="store_true", help="skip everything that needs torch.compile")
     parser.add_argument("--child", nargs=3, metavar=("SECTION", "FILE", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         compiled = not (options.no_compile or options.dry_run)
-        lists = (tuple(given) for given in (options.operators, options.shapes, options.ways))
+        lists = (tuple(given) for given in (options.operators, options.shapes, options.ways, options.objectives))
         section, file, until = options.child
         return run_section(section, Path(file), float(until), Selection(options.dry_run, compiled, *lists))
     out = options.out or (Path(tempfile.mkdtemp(prefix="mam2-dry-run-")) if options.dry_run else RESULTS)

@@ -38,7 +38,7 @@ class Settings:
     steps: int
     loaders: tuple[tuple[str, str, int, int], ...]
     """Decoder, codec, frames between key frames, threads (0: one per core). "shared": NVDEC and PyAV at the same time,
-    by their measured rates."""
+    by their measured rates. The files of the first are measured first, also with a step."""
     views: tuple[int, ...]
     recorded: Row
     """Keys of the config's `data` table for recorded clips that differ from `mam2-fast`."""
@@ -54,15 +54,15 @@ SETTINGS = {
         frames=240,
         height=256,
         width=340,
-        batch=64,
+        batch=32,
         data={},
         model={},
         turns=1,
         seconds=1.0,
-        steps=12,
+        steps=6,
         loaders=(
-            *(("nvdec", "h264", gop, 0) for gop in (30, 12, 250)),
-            *(("nvdec", "vp9", 30, 0), ("pyav", "h264", 30, 0), ("shared", "h264", 30, 0)),
+            *((decoder, "h264", 30, 0) for decoder in ("nvdec", "pyav", "shared")),
+            *(("nvdec", "h264", 12, 0), ("nvdec", "h264", 250, 0), ("nvdec", "vp9", 30, 0)),
         ),
         views=(1, 2, 4, 8),
         recorded={},

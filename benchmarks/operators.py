@@ -232,7 +232,8 @@ def rows(
             yield from (row | {"variant": shape in operator.variants} for row in found)
         except Exception as problem:  # a provider that does not fit into memory must not end the others
             yield head | {"verdict": "failed", "reason": f"{type(problem).__name__}: {problem}"[:300]}
-        torch.compiler.reset()
+        if compiled and wanted.compiled:  # otherwise it would only import the compiler, which takes seconds
+            torch.compiler.reset()
         if cuda:
             torch.cuda.empty_cache()
 

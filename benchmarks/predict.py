@@ -13,10 +13,6 @@ A round trip is a group of loads that waits for the previous group. If the three
 largest of them; without any overlap it is their sum. Registers, shared memory, warps and blocks limit the number of
 resident programs.
 
-A pipeline (a masked loss with many tokens) has the values of a program's next token in flight while it computes, so
-that the three overlap by construction; counts are those of one turn of its loop. Its time at worst is the largest of
-the three and, for a program's first turn, in which nothing overlaps, its share of their sum.
-
 The head (linear_cross_entropy) is a sequence of such parts for each chunk of logits. A training step has two bounds
 from `mam2.engine.costs`: its FLOPs at the rate of a large product, and its memory traffic at the speed of a copy.
 
@@ -30,7 +26,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.bench_step import CODES, sized
+from benchmarks.bench_step import CODES
+from benchmarks.step_sizes import sized
 from mam2.engine.costs import PartCost, part_costs, step_bytes
 from mam2.engine.files import write_whole
 from mam2.kernels import costs, launch
@@ -62,8 +59,6 @@ class Bounds(NamedTuple):
     resident: int
     in_flight: float
     """Bytes for which an SM waits at a time."""
-    turns: int
-    """Tokens of each program of a pipeline; 1 without one."""
 
     @property
     def best(self) -> float:
@@ -71,7 +66,7 @@ class Bounds(NamedTuple):
 
     @property
     def worst(self) -> float:
-        return sum(self[:3]) if self.turns == 1 else self.best + sum(self[:3]) / self.turns
+        return sum(self[:3])
 
     @property
     def limit(self) -> str:
@@ -105,18 +100,13 @@ def bounds(name: str, programs: int, moved: int) -> Bounds:
         8 * (count["convert"] + count["MUFU"]),
     )
     resident = resident_programs(count["registers"], warps, count["shared"])
-    in_flight, turns = resident * moved / programs / max(count["round_trips"], 1), 1
-    if not count["round_trips"]:  # a pipeline
-        resident = min(resident, launch.RESIDENT_WARPS["sm_90"] // warps)
-        in_flight, turns = resident * moved / programs, -(-programs // (SMS * resident))
-        programs = turns * SMS * resident  # in the last turn, programs without a token wait for the others
+    in_flight = resident * moved / programs / count["round_trips"]
     return Bounds(
         memory=moved / COPY,
         issue=programs * warps * cycles / (SMS * 4 * CLOCK),
         latency=moved / (SMS * in_flight) * LATENCY,
         resident=resident,
         in_flight=in_flight,
-        turns=turns,
     )
 
 
@@ -128,19 +118,13 @@ def kernels() -> dict[str, Bounds]:
     planar = costs.masked_loss(BATCH, MASKED, VALUES, clip_bytes=4).bytes_moved
     gather = costs.gather_tubes(BATCH, VISIBLE, VALUES).bytes_moved
     return {
-        "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel pipelined", tokens, loss),
-        "masked_pixel_loss, a program per token": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
-        "masked_frame_difference_loss, loss and gradient": bounds(
-            f"masked_loss {clip} adjacent channel pipelined", tokens, loss
-        ),
-        "masked_frame_difference_loss, a program per token": bounds(
-            f"masked_loss {clip} adjacent channel", tokens, loss
-        ),
+        "masked_pixel_loss, loss and gradient": bounds(f"masked_loss {clip} pixel channel", tokens, loss),
+        "masked_frame_difference_loss, loss and gradient": bounds(f"masked_loss {clip} adjacent channel", tokens, loss),
         "their backward pass, unless the upstream gradient is 1": bounds(
             f"scale_gradient {tokens}x{VALUES} bfloat16", tokens, costs.scale_gradient(tokens, VALUES).bytes_moved
         ),
         "masked_pixel_loss of planar float32 clips": bounds(
-            "masked_loss contiguous 2x16x16 float32 bfloat16 pixel channel pipelined", tokens, planar
+            "masked_loss contiguous 2x16x16 float32 bfloat16 pixel channel", tokens, planar
         ),
         "gather_tubes": bounds(f"gather_tubes {clip} normalized", BATCH * VISIBLE, gather),
     }
@@ -151,24 +135,18 @@ def head() -> list[tuple[str, float, float]]:
     rows, gpu = BATCH * MASKED, torch.device("cuda", 0)
     with mock.patch.multiple(launch, architecture=lambda device: "sm_90", processors=lambda device: SMS):
         chunk = launch.chunk_rows(CODES, torch.bfloat16, gpu, WIDTH)
-        part = launch.part_rows(CODES, torch.bfloat16, gpu, WIDTH)
     chunks = -(-rows // chunk)
-    parts = chunks * -(-chunk // part)
     product = costs.linear_cross_entropy(rows, WIDTH, CODES).flops / GEMM
     passes = bounds(f"softmax_gradient {CODES} bfloat16", rows, costs.softmax_gradient(rows, CODES).bytes_moved)
     # the product of a chunk is added to the running float32 sum, which is read and written
     adding = chunks * 2 * CODES * WIDTH * 4 / COPY
-    summing = rows * CODES * 2 / COPY  # a chunk does not fit into the L2
-    kernels = 2 * parts + 4 * chunks
+    summing = rows * CODES * 2 / COPY  # unless the pass adds the columns up
+    kernels = 6 * chunks
     return [
         (f"three products at {GEMM / 1e12:.0f} TFLOP/s", product, product),
-        (
-            f"softmax and its gradient over {parts} parts of at most {part} rows",
-            max(passes.issue, passes.latency),
-            passes.worst,
-        ),
-        (f"adding up the weight's gradient in float32 over {chunks} chunks of {chunk} rows", 0.0, adding),
-        (f"column sums over {chunks} chunks of logits, for the bias", summing, summing),
+        (f"softmax and its gradient over {chunks} chunks of {chunk} rows", passes.best, passes.worst),
+        (f"adding up the weight's gradient in float32 over {chunks} chunks", 0.0, adding),
+        (f"column sums over {chunks} chunks of logits, for the bias", 0.0, summing),
         (f"gaps between {kernels} kernels", 0.0, kernels * GAP),
     ]
 
@@ -214,8 +192,8 @@ def report() -> str:
     lines += [
         "",
         f"linear_cross_entropy with bias, forward and backward: {BATCH * MASKED} rows, {WIDTH} wide, {CODES} codes.",
-        "At best logits and the weight's gradient stay in the L2 and gaps are hidden; at worst they come from",
-        "memory. All types are bfloat16. The column sums read a whole chunk, which does not fit into the L2.",
+        "At best the weight's gradient stays in the L2, the pass over the logits adds the columns up, and gaps are",
+        "hidden; at worst none of it. All types are bfloat16.",
         "",
         "| part | ms at best | ms at worst |",
         "|---|---|---|",

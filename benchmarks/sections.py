@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 
 
 SECTIONS = {
-    "smoke": Limits(100, 20),
+    "smoke": Limits(60, 20),
     "correctness": Limits(110, 30),
     "operators": Limits(110, 30),
     "sweeps": Limits(75, 25),
@@ -44,9 +44,11 @@ SECTIONS = {
     "step": Limits(110, 40),
     "variants": Limits(90, 25),
     "videomae": Limits(110, 40),
-    "loader": Limits(50, 20),
-    "pretrain": Limits(150, 60),
+    "loader": Limits(30, 15),
+    "pretrain": Limits(90, 40),
+    "files": Limits(60, 20),
     "mam2-cae": Limits(60, 40),
+    "compile": Limits(150, 30),
 }
 """The most important first, because a time limit cuts off the end."""
 COLUMNS = {
@@ -69,12 +71,21 @@ COLUMNS = {
         *("backward_ms", "percent", "percent_of_flops", "launches", "attention", "reason"),
     ),
     "loader": (
-        *("decoder", "files", "gop", "threads", "views", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
+        *("decoder", "files", "gop", "threads", "views", "batch", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
         *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
     ),
-    "pretrain": ("run", "steps", "killed_after", "resumed_from", "clips_per_s", "loss", "verdict", "reason"),
+    "pretrain": (
+        *("run", "steps", "killed_after", "resumed_from", "start_s", "resumed_s", "log_step", "clips_per_s", "step_ms"),
+        *("data_wait_percent", "loss", "verdict", "reason"),
+    ),
 }
-COLUMNS |= {"variants": COLUMNS["operators"], "videomae": COLUMNS["step"], "mam2-cae": COLUMNS["step"]}
+COLUMNS |= {
+    "compile": COLUMNS["smoke"],
+    "files": COLUMNS["loader"],
+    "variants": COLUMNS["operators"],
+    "videomae": COLUMNS["step"],
+    "mam2-cae": COLUMNS["step"],
+}
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,12 @@ class Selection:
     shapes: tuple[str, ...] = ()
     """Parts of a shape's text, such as "B64" or "planar"."""
     ways: tuple[str, ...] = ()
-    """Providers of operators, and variants of a step."""
+    """Providers of operators; variants of a step and their providers, and its "parts"."""
+    objectives: tuple[str, ...] = ()
+    """Objectives of the section "step"."""
 
     def takes(self, choice: str, text: str) -> bool:
-        """Returns whether a name or text of a `choice` ("operators", "shapes", "ways") is selected."""
+        """Returns whether a name or text of a `choice` ("operators", "shapes", "ways", "objectives") is selected."""
         given = getattr(self, choice)
         return not given or any(word in text if choice == "shapes" else word == text for word in given)
 
@@ -99,7 +112,8 @@ class Selection:
 def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
     """Runs a section in its process: writes the machine to `file`, then every row as soon as it is measured.
 
-    `until` is the time.monotonic() at which the whole command ends. Returns the exit status.
+    "at_s" of a row is its time in seconds since the section's start-up. `until` is the time.monotonic() at which the
+    whole command ends. Returns the exit status.
     """
     import torch
 
@@ -121,15 +135,16 @@ def run_section(name: str, file: Path, until: float, wanted: Selection) -> int:
             print(f"the kernels would run through {active_path(device)}: unset MAM2_KERNELS", file=sys.stderr)
             return 2
         deadline = min(time.monotonic() + SHARE * SECTIONS[name].most, until - 3)
+        began = time.monotonic()
         for row in rows_of(name, device, deadline, wanted):
-            write(row)
+            write(row | {"at_s": time.monotonic() - began})
     return 0
 
 
 def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Iterator[Row]:
     """Yields the rows of a section until `deadline` (time.monotonic)."""
-    if name == "smoke":
-        yield from smoke_rows(device, deadline)
+    if name in ("smoke", "compile"):
+        yield from smoke_rows(device, deadline, slow=name == "compile")
     elif name == "correctness":
         from benchmarks import correctness
 
@@ -147,9 +162,13 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
 
         yield from counters.rows(device, deadline)
     elif name == "loader":
-        from benchmarks import bench_loader, bench_tokenizer, loader_settings
+        from benchmarks import bench_loader, loader_settings
 
         yield from bench_loader.rows(device, deadline, loader_settings.DRY_RUN if wanted.dry_run else None)
+    elif name == "files":
+        from benchmarks import bench_loader, bench_tokenizer, loader_settings
+
+        yield from bench_loader.file_rows(device, deadline, loader_settings.DRY_RUN if wanted.dry_run else None)
         yield from bench_tokenizer.rows(device, deadline)
     elif name == "pretrain":
         from benchmarks import real_run
@@ -159,21 +178,23 @@ def rows_of(name: str, device: Any, deadline: float, wanted: Selection) -> Itera
         from benchmarks import bench_step
 
         steps = ("mam2-fast", "mam2-fast half decoded", "mam2-fast bfloat16 residual", "mam2-fast heads of 128")
-        objectives = steps if name == "step" else (name,)
+        objectives = [step for step in steps if wanted.takes("objectives", step)] if name == "step" else (name,)
         yield from bench_step.rows(device, deadline, wanted, objectives=objectives)
 
 
-def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
+def smoke_rows(device: Any, deadline: float, *, slow: bool = False) -> Iterator[Row]:
     """Yields one row of counts for tests/kernels/test_gpu.py, and one per failed test.
 
-    pytest runs without tests/conftest.py, which imports packages that a GPU machine may lack.
+    slow: the tests with the mark `slow`, most of which compile; else the others. Slow ones that are cut off count as
+    skipped. pytest runs without tests/conftest.py, which imports packages that a GPU machine may lack.
     """
-    row: Row = {"check": TESTS}
+    row: Row = {"check": f"{TESTS}, slow" if slow else TESTS}
     if not (ROOT / TESTS).is_file():
         yield row | {"verdict": "skipped", "reason": f"{TESTS} is not in this checkout"}
         return
     command = [sys.executable, "-m", "pytest", TESTS, "--noconftest", "-p", "no:cacheprovider", "-o"]
     command += ["addopts=--import-mode=importlib", "-v", "--tb=short", "--deselect", f"{TESTS}::{CASES}"]
+    command += ["-m", "slow" if slow else "not slow"]
     if device.type == "cuda":  # the tests' CPU variants check nothing new here
         command += ["-k", "not cpu"]
     environment = {name: value for name, value in os.environ.items() if name != NO_COMPILER}  # the tests compile
@@ -188,15 +209,16 @@ def smoke_rows(device: Any, deadline: float) -> Iterator[Row]:
     row |= {"passed": counts["PASSED"], "failed": bad, "skipped": counts["SKIPPED"]}
     checked = counts["PASSED"] or device.type != "cuda"
     reason = ""
-    if ended.code is None:
-        reason = f"cut off after {ended.seconds:.0f} s"
-    elif bad:
+    if bad:
         reason = f"{bad} failed"
+    elif ended.code is None:
+        reason = f"cut off after {ended.seconds:.0f} s"
     elif ended.code not in (0, 5):  # 5: no test was collected
         reason = f"pytest ended with exit status {ended.code}"
     elif not checked:
         reason = "no test ran on the GPU"
-    yield row | ({"verdict": "wrong", "reason": reason} if reason else {"verdict": "right"})
+    late = slow and ended.code is None and not bad
+    yield row | ({"verdict": "skipped" if late else "wrong", "reason": reason} if reason else {"verdict": "right"})
     for test, verdict in found:
         if verdict in ("FAILED", "ERROR"):
             yield {"check": test, "verdict": "wrong", "reason": verdict.lower()}

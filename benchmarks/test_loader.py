@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_tokenizer
-from benchmarks.bench_loader import rows
+from benchmarks.bench_loader import file_rows, rows
 from benchmarks.recorded_clips import COLUMNS as RECORDED_COLUMNS
 from benchmarks.report import table
 
@@ -30,7 +30,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_loader(capsys: pytest.CaptureFixture[str]) -> None:
-    found = list(rows(DEVICE, time.monotonic() + SECONDS))
+    until = time.monotonic() + SECONDS
+    found = [*rows(DEVICE, until), *file_rows(DEVICE, until)]
     with capsys.disabled():
         print("\nThe loader, with crop and resize, and decoders alone on one thread:")
         print(table([row for row in found if "ratio_to_decoding" not in row], COLUMNS))

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_step import BATCHES, COLUMNS, PEERS, SMALL, Row, compare, sized
+from benchmarks.bench_step import BATCHES, COLUMNS, Row, compare
 from benchmarks.report import table
+from benchmarks.step_plan import PEERS
+from benchmarks.step_sizes import SMALL, sized
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = ("bfloat16",) if DEVICE.type == "cuda" else ("float32", "bfloat16")

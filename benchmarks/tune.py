@@ -1,11 +1,11 @@
 """Writes the launch table of this GPU into kernels/launch_table.json: `make tune`, or `python -m benchmarks.tune`.
 
 For every kernel and row of the table, it times the operators that launch the kernel with each number of warps, and
-linear_cross_entropy with each chunk size, and the masked losses with each number of warps that a multiprocessor holds
-in a pipeline (0: none), in interleaved rounds. A candidate that fails check.py is not timed; a
-candidate replaces the current value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where
-launches have no warps, and does not change the table. `--out` writes the table to another file. A row applies to an
-architecture: the values tuned on one GPU serve all GPUs of that architecture (those of an H100 also an H200).
+linear_cross_entropy with each chunk size and each number of programs per multiprocessor that walk over rows (0: a
+program per row), in interleaved rounds. A candidate that fails check.py is not timed; a candidate replaces the current
+value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where launches have no warps, and does not
+change the table. `--out` writes the table to another file. A row applies to an architecture: the values tuned on one
+GPU serve all GPUs of that architecture (those of an H100 also an H200).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ WARPS = (1, 2, 4, 8, 16)
 CHUNK_MIB = (16, 32, 64, 88, 128, 192, 352, 512)
 """From 88 on, chunks of 8192 codes in bfloat16 are cut so that their products fill 132 multiprocessors n times."""
 CHUNKS = "chunk_bytes"
-RESIDENT = "resident_warps"
-RESIDENT_WARPS = (0, 8, 12, 16, 20)
+WALKING = "row_programs"
+ROW_PROGRAMS = (0, 1, 2, 3)
 SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
 """The shape of a dry run."""
 LEAST_GAIN = 0.02
@@ -109,25 +109,28 @@ TUNED = {
     "motion_energy": Tuned((MOTION_ENERGY,), _longer_tokens),
     "scale_gradient": Tuned((SCALE_GRADIENT,), _more_codes),
     "softmax_gradient": Tuned((bench_linear_cross_entropy.OPERATOR,), _more_codes),
+    "softmax_gradient_sums": Tuned(
+        (bench_linear_cross_entropy.OPERATOR,), lambda shape, block: replace(shape, codes=block, bias=True)
+    ),
 }
 
 
 @contextlib.contextmanager
 def launched_with(
-    architecture: str, warps: dict[str, int], chunk_bytes: int | None = None, resident: int | None = None
+    architecture: str, warps: dict[str, int], chunk_bytes: int | None = None, walking: int | None = None
 ) -> Iterator[None]:
     """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size.
 
-    `resident`: warps per multiprocessor of a kernel with a pipeline.
+    `walking`: programs per multiprocessor that walk over the rows of a chunk.
     """
     rows = {kernel: [[1, count]] for kernel, count in warps.items()}
     changed = {architecture: {**launch.WARPS.get(architecture, {}), **rows}}
     chunk = {} if chunk_bytes is None else {architecture: chunk_bytes}
-    held = {} if resident is None else {architecture: resident}
+    held = {} if walking is None else {architecture: walking}
     with (
         mock.patch.dict(launch.WARPS, changed),
         mock.patch.dict(launch.CHUNK_BYTES, chunk),
-        mock.patch.dict(launch.RESIDENT_WARPS, held),
+        mock.patch.dict(launch.ROW_PROGRAMS, held),
     ):
         yield
 
@@ -170,13 +173,13 @@ def choices(
     first_blocks: bool = False,
     deadline: float = math.inf,
 ) -> Iterator[Row]:
-    """Yields a row per choice as soon as it is made: chunks of logits, pipelines, then warps of each kernel and block.
+    """Yields a row per choice as soon as it is made: chunks, programs that walk over rows, warps of each block.
 
     Args:
         shape: shape of the operators that launch the kernels.
         device: device of the operators.
         rounds: rounds of each candidate.
-        kernels: names of kernels; default: all, `chunk_bytes` and `resident_warps`.
+        kernels: names of kernels; default: all, `chunk_bytes` and `row_programs`.
         first_blocks: tune only the blocks of mam2-fast: the first of each kernel, the last of softmax_gradient.
         deadline: time.monotonic() after which nothing is tuned; the remaining rows are marked "skipped".
     """
@@ -186,11 +189,12 @@ def choices(
         present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
         sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
         yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), shape, device, present, sizes, rounds, deadline)
-    if not kernels or RESIDENT in kernels:
-        row = {"tuned": RESIDENT, "block": None}
-        present = launch.RESIDENT_WARPS.get(name, launch.RESIDENT_WARPS["default"])
-        counts = {count: launched_with(name, {}, None, count) for count in sorted({present, *RESIDENT_WARPS})}
-        yield _chosen(row, LOSSES, shape, device, present, counts, rounds, deadline)
+    if not kernels or WALKING in kernels:
+        row = {"tuned": WALKING, "block": None}
+        present = launch.ROW_PROGRAMS.get(name, launch.ROW_PROGRAMS["default"])
+        counts = {count: launched_with(name, {}, None, count) for count in sorted({present, *ROW_PROGRAMS})}
+        at = replace(shape, bias=True)  # without a bias nothing is added up
+        yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), at, device, present, counts, rounds, deadline)
     for kernel, present_rows in launch.WARPS["default"].items():
         if kernels and kernel not in kernels:
             continue
@@ -237,7 +241,7 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     """Yields the choices that decide the speed of mam2-fast: chunks of logits, warps at its blocks, attention."""
     cuda = device.type == "cuda"
     shape = Shape(batch=64) if cuda else SMALL
-    kernels = (CHUNKS, RESIDENT, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
+    kernels = (CHUNKS, WALKING, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
     options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
     for row in choices(shape, device, kernels=kernels, **options):
         yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
@@ -259,7 +263,7 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
 
 
 def text_of(
-    warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int], resident_warps: dict[str, int]
+    warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int], row_programs: dict[str, int]
 ) -> str:
     """Returns the text of launch_table.json, one kernel per line."""
 
@@ -267,14 +271,15 @@ def text_of(
         return ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(rows)}" for kernel, rows in sorted(table.items()))
 
     tables = ",\n".join(f"  {json.dumps(name)}: {{\n{kernels(table)}\n  }}" for name, table in sorted(warps.items()))
-    others = f'"chunk_bytes": {json.dumps(chunk_bytes)},\n "resident_warps": {json.dumps(resident_warps)}'
+    sizes = {CHUNKS: chunk_bytes, WALKING: row_programs}
+    others = ",\n ".join(f"{json.dumps(name)}: {json.dumps(size, sort_keys=True)}" for name, size in sizes.items())
     return f'{{\n "warps": {{\n{tables}\n }},\n {others}\n}}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; does not change the table")
-    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS, RESIDENT], default=[], help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS, WALKING], default=[], help="default: all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time limit; the rest stays unchanged")
     parser.add_argument("--out", type=Path, help="file of the table; default: kernels/launch_table.json")
     options = parser.parse_args(arguments)
@@ -308,7 +313,7 @@ def with_choices(
 ) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int], dict[str, int]]:
     """Returns the launch tables with these rows in the table of architecture `name`; untuned rows stay unchanged."""
     warps = {kernel: [list(pair) for pair in pairs] for kernel, pairs in launch.WARPS.get(name, {}).items()}
-    sizes = {CHUNKS: dict(launch.CHUNK_BYTES), RESIDENT: dict(launch.RESIDENT_WARPS)}
+    sizes = {CHUNKS: dict(launch.CHUNK_BYTES), WALKING: dict(launch.ROW_PROGRAMS)}
     for row in rows:
         if row["verdict"] != "right":
             continue
@@ -319,7 +324,7 @@ def with_choices(
         for pair in held:
             if pair[0] == row["block"]:
                 pair[1] = row["best"]
-    return {**launch.WARPS, **({name: warps} if warps else {})}, sizes[CHUNKS], sizes[RESIDENT]
+    return {**launch.WARPS, **({name: warps} if warps else {})}, sizes[CHUNKS], sizes[WALKING]
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ The last row also applies to every larger block. If an architecture does not lis
 """
 
 CHUNK_BYTES: dict[str, int] = _DATA["chunk_bytes"]
-"""Architecture -> bytes of logits that linear_cross_entropy holds at a time; on a CPU they fit in the L3."""
+"""Architecture -> bytes of a head's outputs (logits, predictions) that exist at a time; on a CPU they fit in its L3."""
 
 
 @functools.cache
@@ -113,22 +113,9 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
     return 2 * count if scattered else count
 
 
-RESIDENT_WARPS: dict[str, int] = _DATA["resident_warps"]
-"""Architecture -> warps per multiprocessor of a kernel with a pipeline; 0: it is launched without."""
-RESERVED = 2048
-"""Bytes of shared memory that a program takes beyond what its pipeline holds, at most."""
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Returns the bytes of shared memory of each multiprocessor of a GPU; 0 for any other device."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
-
-
-def resident_programs(warps: int, held: int, device: torch.device) -> int:
-    """Returns how many programs of a pipeline run at a time on a GPU, each holding `held` bytes in shared memory."""
-    most = RESIDENT_WARPS.get(architecture(device), RESIDENT_WARPS["default"]) // warps
-    return processors(device) * min(most, shared_memory(device) // (held + RESERVED))
+ROW_PROGRAMS: dict[str, int] = _DATA["row_programs"]
+"""Architecture -> programs per multiprocessor that walk over the rows of a chunk of logits and add their gradients up;
+0: a program per row, and a separate pass over the chunk for the sums."""
 
 
 @functools.cache
@@ -137,21 +124,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def row_programs(device: torch.device) -> int:
+    """Returns how many programs walk over the rows of a chunk of logits; 0: each row has its own."""
+    return processors(device) * ROW_PROGRAMS.get(architecture(device), ROW_PROGRAMS["default"])
+
+
 def power_of_two(size: int) -> int:
     """Returns the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 GPU_ROWS = 1024
-"""Minimum rows of a chunk or part on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
-PART_BYTES = 1 << 24
-"""Bytes of a head's outputs that stay in a GPU's L2 cache between their product and their loss."""
+"""Minimum rows of a chunk on a GPU: with fewer, reading the weight takes longer than multiplying by it."""
 TILE = 128
 """Edge of the tile of a product's result that one multiprocessor computes."""
 
 
 def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
-    """Returns the number of rows of logits [rows,codes] per chunk, a multiple of 128.
+    """Returns the number of rows of a head's outputs [rows,codes] per chunk, a multiple of 128.
 
     Every chunk reads the weight [codes,width] twice, for the gradients; on a GPU the chunk's logits are therefore at
     least as large as the weight, and if the chunk is large enough, the tiles of its gradient [rows,width] fill all
@@ -163,17 +153,6 @@ def chunk_rows(codes: int, dtype: torch.dtype, device: torch.device, width: int 
         wave = TILE * max(processors(device) // max(_whole_tiles(width) // TILE, 1), 1)
         rows = rows // wave * wave or rows
     return max(rows // TILE * TILE, least)
-
-
-def part_rows(outputs: int, dtype: torch.dtype, device: torch.device, width: int = 0) -> int:
-    """Returns the number of rows of a head's outputs [rows,outputs] per part of a chunk, a multiple of 128.
-
-    Every part reads the weight [outputs,width] once. On a CPU a part is as large as a chunk.
-    """
-    if device.type != "cuda":
-        return chunk_rows(outputs, dtype, device, width)
-    rows = PART_BYTES // (outputs * dtype.itemsize) // TILE * TILE
-    return max(rows, GPU_ROWS, _whole_tiles(width))
 
 
 def _whole_tiles(size: int) -> int:

@@ -2,9 +2,9 @@
 
     pred = hidden · weightᵀ + bias,  loss = masked_pixel_loss(pred, …)  or  masked_frame_difference_loss(pred, …)
 
-A decoder's last layer and its loss in one operator: each part of the tokens takes one GEMM for the predictions, the
-pass of masked_error.py that replaces them by their gradient, and two GEMMs for d_hidden and d_weight. The part stays in
-a GPU's L2 cache. d_weight and d_bias are summed over the parts in float32.
+A decoder's last layer and its loss in one operator: each chunk of the tokens takes one GEMM for the predictions, the
+pass of masked_error.py that replaces them by their gradient, and two GEMMs for d_hidden and d_weight. d_weight and
+d_bias are summed over the chunks in float32.
 
 B clips, N tokens, Nm masked, D width, P values per token.
 """
@@ -16,7 +16,7 @@ import torch
 
 from . import launch, reference, shapes
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
-from .masked_error import GOAL, Goal, launch_masked_loss
+from .masked_error import GOAL, Goal, launch_masked_loss, sum_of_clips
 from .masked_loss import reduction_of
 from .masks import TubeMask, masked_index
 from .products import (
@@ -38,7 +38,7 @@ EPS = {"pixel": 1e-6, "joint": 1e-6, "adjacent": 0.05, "intra": 0.05}
 
 def _error_and_gradient(
     pred: torch.Tensor,
-    part: slice,
+    chunk: slice,
     video: torch.Tensor,
     masked: torch.Tensor,
     factors: torch.Tensor | None,
@@ -48,14 +48,14 @@ def _error_and_gradient(
     needs_gradient: bool,
     goal: Goal,
 ) -> torch.Tensor:
-    """Writes the part's errors; returns the gradient of its predictions [rows,P] if needed, in their memory or not."""
+    """Writes the chunk's errors; returns the gradient of its predictions [rows,P] if needed, in their memory or not."""
     if launch.active_path(pred) == "triton":
         gradient = pred if needs_gradient else None
         whole = errors, unweighted, gradient, pred, video, masked, factors, divisor, goal
-        launch_masked_loss(*whole, part.start, part.stop)
+        launch_masked_loss(*whole, chunk.start, chunk.stop)
         return pred
     count = masked.shape[1]
-    clips = slice(part.start // count, part.stop // count)  # parts of whole clips, see _run
+    clips = slice(chunk.start // count, chunk.stop // count)  # chunks of whole clips, see _run
     own = factors[clips] if factors is not None and factors.dim() else factors
     needs = needs_gradient, unweighted is not None
     by_clip = pred.view(-1, count, pred.shape[1])
@@ -89,19 +89,19 @@ def _run(
     flat, weight = hidden.to(dtype).flatten(0, 1), weight.to(dtype)
     bias, masked = None if bias is None else bias.to(dtype), masked.contiguous()
     of_flat = d_hidden.view(-1, width) if needs[0] else d_hidden
-    step = launch.part_rows(values, dtype, hidden.device, width)
+    step = launch.chunk_rows(values, dtype, hidden.device, width)
     if launch.active_path(hidden) != "triton":
         step = max(step // max(count, 1), 1) * count
     buffer = hidden.new_empty(min(step, rows), values, dtype=dtype)
-    for part in slices(0, rows, max(step, 1)):
-        pred = buffer[: part.stop - part.start]
-        linear_into(pred, flat[part], weight, bias)
+    for chunk in slices(0, rows, max(step, 1)):
+        pred = buffer[: chunk.stop - chunk.start]
+        linear_into(pred, flat[chunk], weight, bias)
         given = video, masked, factors, divisor, errors, unweighted
-        gradient = _error_and_gradient(pred, part, *given, products, goal)
+        gradient = _error_and_gradient(pred, chunk, *given, products, goal)
         if needs[0]:
-            torch.mm(gradient, weight, out=of_flat[part])
+            torch.mm(gradient, weight, out=of_flat[chunk])
         if needs[1]:
-            add_product(d_weight, gradient.t(), flat[part])
+            add_product(d_weight, gradient.t(), flat[chunk])
         if needs[2]:
             add_column_sums(d_bias, gradient)
     return errors, errors.new_empty(0) if unweighted is None else unweighted, (d_hidden, d_weight, d_bias)
@@ -121,7 +121,7 @@ def _compute(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = hidden, weight, bias, video, masked, factors, divisor, dtype, needs
     errors, unweighted, gradients = _run(*inputs, Goal(*goal))
-    return errors.sum() if divisor else errors.new_full((), float("nan")), unweighted, *gradients
+    return sum_of_clips(errors) if divisor else errors.new_full((), float("nan")), unweighted, *gradients
 
 
 _linear_masked_loss = torch.library.custom_op(

@@ -1,3 +1,6 @@
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+# (kernels extend tuples with `+`: Triton has no unpacking)
 """Computes the squared error of masked tokens against a target built from the clip, and its gradient, in one pass.
 
     error[b, k]      = factor[b, k] / divisor · Σ over the token's values of (pred − target)²
@@ -5,8 +8,8 @@
     target           = the standardized cube ("pixel"), the same with the first frame subtracted from the later ones
                        ("joint"), or the cube's frame difference ("adjacent", "intra": frame_difference.py)
 
-A program computes one token; or, if `pipelined`, every n-th token of n programs, as many as the GPU holds at a time.
-The numbers of the token after the next one and the values of the next one are then in flight while it computes a token.
+A program computes one token. Programs that go through many tokens, with the next one on its way into shared memory,
+were slower on an H200 (279 µs and more, where a program per token takes 254).
 
 The gradient is final: with the factors and the divisor of a mean, it is that of the mean itself. Backward multiplies it
 in place by the upstream gradient, and does nothing if that is 1. A token of factor 0 is not read.
@@ -23,12 +26,10 @@ from . import launch, reference, shapes
 from .cube import NORMALIZE, cube_meta, listed_token, restoring, run_values, store_rounded
 from .derivatives import differentiable, refuse_double_backward
 from .launch import jit, tl
-from .targets import KINDS, token_target
+from .targets import KINDS, token_strips, token_target
 
 
-@jit(
-    do_not_specialize=["first", "last", "divisor"], do_not_specialize_on_alignment=["count", "slots", "rows", "columns"]
-)
+@jit(do_not_specialize=["first", "divisor"], do_not_specialize_on_alignment=["count", "slots", "rows", "columns"])
 def _masked_loss_kernel(
     error_ptr,
     unweighted_ptr,
@@ -39,7 +40,6 @@ def _masked_loss_kernel(
     factor_ptr,
     fits_ptr,
     first: tl.int32,
-    last: tl.int32,
     divisor: tl.int64,
     count,
     slots,
@@ -52,7 +52,6 @@ def _masked_loss_kernel(
     stride_w,
     pred_stride_b,
     pred_stride_k,
-    STAGES: tl.constexpr,
     EVERY_TOKEN: tl.constexpr,
     GRADIENT: tl.constexpr,
     FACTOR_STRIDE: tl.constexpr,
@@ -73,52 +72,53 @@ def _masked_loss_kernel(
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    start = first + tl.program_id(0)
-    stop, step = start + 1, 1  # a program computes one token, or goes through a pipeline
-    if STAGES > 1:
-        stop, step = last, tl.num_programs(0)
-    for place in tl.range(start, stop, step, num_stages=STAGES):
-        clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
-        share = 1.0 / divisor.to(DTYPE)
-        factor = share
-        if FACTOR_STRIDE is not None:
-            factor *= tl.load(factor_ptr + place * FACTOR_STRIDE)
-        used = inside
-        if SKIP:
-            used = inside & (factor != 0)
-        strip, exists, target = token_target(
-            video_ptr, clip, token, used, slots, rows, columns, stride_b, stride_c, stride_t, stride_h, stride_w, KIND,
-            NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
-            DTYPE,
-        )  # fmt: skip
-        FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
-        pred_row = (place % count).to(tl.int64) - first
-        predicted_tokens = count
-        factor = tl.where(inside, factor, float("nan"))
-        slope = 2.0 * factor
-        if EVERY_TOKEN:
-            pred_row = token.to(tl.int64)
-            predicted_tokens = slots * rows * columns
-            if GRADIENT:  # NaN for all tokens of a clip that has one out of range, which has no row of its own
-                slope *= tl.load(fits_ptr + clip)
-        pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
-        gradient_row = clip * predicted_tokens + pred_row
-        error = tl.zeros([ROWS], DTYPE)
-        for run in tl.static_range(len(target)):
+    place = first + tl.program_id(0)
+    clip, token, inside = listed_token(index_ptr, place, count, slots, rows, columns)
+    share = 1.0 / divisor.to(DTYPE)
+    factor = share
+    if FACTOR_STRIDE is not None:
+        factor *= tl.load(factor_ptr + place * FACTOR_STRIDE)
+    used = inside
+    if SKIP:
+        used = inside & (factor != 0)
+    FRAMES: tl.constexpr = TUBELET - 1 if KIND == 2 else TUBELET
+    pred_row = (place % count).to(tl.int64) - first
+    predicted_tokens = count
+    factor = tl.where(inside, factor, float("nan"))
+    slope = 2.0 * factor
+    if EVERY_TOKEN:
+        pred_row = token.to(tl.int64)
+        predicted_tokens = slots * rows * columns
+        if GRADIENT:  # NaN for all tokens of a clip that has one out of range, which has no row of its own
+            slope *= tl.load(fits_ptr + clip)
+    pred = pred_ptr + clip * pred_stride_b + pred_row * pred_stride_k
+    gradient_row = clip * predicted_tokens + pred_row
+    # the predictions before the clip, so that a program waits for memory once
+    strip, exists = token_strips(token, used, slots, rows, columns, KIND, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS)
+    predictions = ()
+    for run in tl.static_range(CHANNELS * PIXELS // RUN):
+        value = run_values(strip, run, CHANNELS, PIXELS, RUN)
+        predictions = predictions + (tl.load(pred + value, mask=exists, other=0),)
+    _, _, target = token_target(
+        video_ptr, clip, token, used, slots, rows, columns, stride_b, stride_c, stride_t, stride_h, stride_w, KIND,
+        NORMALIZE, EPS, AFFINE, CHANNELS, TUBELET, HEIGHT, WIDTH, PIXELS, ROWS, RUN, CHANNELS_LAST, WIDE, BYTES,
+        DTYPE,
+    )  # fmt: skip
+    error = tl.zeros([ROWS], DTYPE)
+    for run in tl.static_range(len(target)):
+        residual = tl.where(exists, predictions[run].to(DTYPE) - target[run], 0.0)
+        error += tl.sum(residual * residual, axis=1)
+        if GRADIENT:
+            stored = strip < FRAMES * HEIGHT * WIDTH // PIXELS
+            if EVERY_TOKEN:  # a token out of range has no row in the gradient
+                stored = stored & inside
+            gradient = gradient_ptr + gradient_row * (FRAMES * HEIGHT * WIDTH * CHANNELS)
             value = run_values(strip, run, CHANNELS, PIXELS, RUN)
-            predicted = tl.load(pred + value, mask=exists, other=0).to(DTYPE)
-            residual = tl.where(exists, predicted - target[run], 0.0)
-            error += tl.sum(residual * residual, axis=1)
-            if GRADIENT:
-                stored = strip < FRAMES * HEIGHT * WIDTH // PIXELS
-                if EVERY_TOKEN:  # a token out of range has no row in the gradient
-                    stored = stored & inside
-                gradient = gradient_ptr + gradient_row * (FRAMES * HEIGHT * WIDTH * CHANNELS)
-                store_rounded(gradient + value, slope * residual, stored)
-        total = tl.sum(error, axis=0)
-        tl.store(error_ptr + place, factor * total)
-        if unweighted_ptr is not None:
-            tl.store(unweighted_ptr + place, tl.where(inside, share * total, float("nan")))
+            store_rounded(gradient + value, slope * residual, stored)
+    total = tl.sum(error, axis=0)
+    tl.store(error_ptr + place, factor * total)
+    if unweighted_ptr is not None:
+        tl.store(unweighted_ptr + place, tl.where(inside, share * total, float("nan")))
 
 
 class Goal(NamedTuple):
@@ -165,10 +165,9 @@ def launch_masked_loss(
     meta = cube_meta(video, goal.patch_size, errors.dtype, pred.dtype)
     tokens = (masked.numel() if last is None else last) - first
     warps = launch.warps("masked_loss", grid.values, video.device)
-    programs = pipelined(tokens, warps, pred, video, grid, goal.kind, meta)
     launch.run_kernel(
         _masked_loss_kernel,
-        programs or tokens,
+        tokens,
         errors,
         unweighted,
         gradient,
@@ -178,7 +177,6 @@ def launch_masked_loss(
         None if factors is None else factors.contiguous(),
         fits,
         first,
-        first + tokens,
         divisor,
         masked.shape[1],
         grid.slots,
@@ -187,7 +185,6 @@ def launch_masked_loss(
         *video.stride(),
         *pred_strides,
         **meta,
-        STAGES=PIPELINE if programs else 1,
         EVERY_TOKEN=every_token,
         GRADIENT=gradient is not None,
         FACTOR_STRIDE=None if factors is None else min(factors.dim(), 1),
@@ -198,41 +195,6 @@ def launch_masked_loss(
         AFFINE=restoring(video, goal.mean, goal.std),
         num_warps=warps,
     )
-
-
-PIPELINE = 3
-"""Stages of the loop over tokens: read the token's number, read its values, compute."""
-LEAST_TURNS = 8
-"""Tokens per program from which on a pipeline pays: its first and last turn overlap with nothing."""
-VECTOR = 16
-"""Triton reads whole vectors where it knows that offsets are multiples of this."""
-
-
-def pipelined(
-    tokens: int,
-    warps: int,
-    pred: torch.Tensor,
-    video: torch.Tensor,
-    grid: shapes.Grid,
-    kind: str,
-    meta: dict[str, Any],
-) -> int:
-    """Returns the number of programs that go through all tokens in a pipeline; 0 if each token has its own program.
-
-    A pipeline copies into shared memory, at least four bytes at a time, and holds two tokens there. Tokens of several
-    warps or in float64 have none: they need too many registers for as many programs as RESIDENT_WARPS assumes.
-    """
-    if warps > 1 or max(video.itemsize, pred.itemsize) > 4:
-        return 0
-    of_clip, of_channels, *of_rows, of_pixels = video.stride()
-    whole = meta["CHANNELS_LAST"] or (of_pixels == 1 and of_channels % VECTOR == 0)
-    places = of_clip, *of_rows, *pred.stride()[:-1], video.data_ptr(), pred.data_ptr()
-    if not whole or any(place % VECTOR for place in places) or meta["RUN"] * min(video.itemsize, pred.itemsize) < 4:
-        return 0
-    frames = 1 if kind == "pixel" else 2
-    held = 2 * grid.values * (frames * video.itemsize + pred.itemsize)
-    programs = launch.resident_programs(warps, held, video.device)
-    return programs if tokens >= LEAST_TURNS * programs else 0
 
 
 def masked_errors(
@@ -253,6 +215,11 @@ def masked_errors(
     written = unweighted if needs[1] else None, gradient if needs[0] else None
     launch_masked_loss(errors, *written, pred, video, masked, factors, divisor, goal)
     return errors, unweighted, gradient
+
+
+def sum_of_clips(values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of [B,Nm]; on a GPU clip by clip, because PyTorch sums a whole matrix in few programs."""
+    return values.sum(dim=1).sum() if values.is_cuda else values.sum()
 
 
 def _empty_results(
@@ -277,7 +244,7 @@ def _compute(
     *goal: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     errors, unweighted, gradient = masked_errors(pred, video, masked, factors, divisor, needs, Goal(*goal))
-    loss = errors.sum() if divisor else errors.new_full((), float("nan"))
+    loss = sum_of_clips(errors) if divisor else errors.new_full((), float("nan"))
     return loss if reduce else errors, unweighted, gradient
 
 

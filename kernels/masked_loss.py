@@ -13,7 +13,7 @@ import torch
 
 from . import reference, shapes
 from .derivatives import refuse_transforms, wants_gradient
-from .masked_error import Goal, masked_loss
+from .masked_error import Goal, masked_loss, sum_of_clips
 from .masks import TubeMask, masked_index
 
 
@@ -65,7 +65,7 @@ def reduction_of(
     if reduction == "mean":
         if weight is not None:
             existing = weight * existing
-        total = existing.sum() if isinstance(existing, torch.Tensor) else masked.numel() * existing
+        total = sum_of_clips(existing) if isinstance(existing, torch.Tensor) else masked.numel() * existing
     if pred_dtype == torch.float16:
         return Reduction(weight, 1, total)
     if isinstance(total, int):

@@ -1,7 +1,7 @@
 """Matrix products of a linear head whose outputs exist only for some rows at a time.
 
-A chunk of rows is what the gradients' products take at once, large enough to fill a GPU. On a GPU it consists of parts:
-what the head's product writes and the loss reads at once, small enough to stay in the L2 cache.
+A chunk of rows is what exists at a time: large enough to fill a GPU, or small enough for a CPU's cache. On an H200,
+chunks that stay in the L2 cache were slower than larger ones in memory: each takes more launches and smaller products.
 
 M rows, D width, V outputs.
 """

@@ -23,6 +23,27 @@ def has_target(frame, slot, slots, KIND: tl.constexpr, TUBELET: tl.constexpr):
 
 
 @jit
+def token_strips(
+    token,
+    used,
+    slots,
+    rows,
+    columns,
+    KIND: tl.constexpr,
+    TUBELET: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Returns the strips [ROWS,1] of a token, and which of them belong to a token that is `used` and have a target."""
+    STRIPS: tl.constexpr = WIDTH // PIXELS
+    strip = tl.arange(0, ROWS)[:, None]
+    inside = used & (strip < TUBELET * HEIGHT * STRIPS)
+    return strip, inside & has_target(strip // (HEIGHT * STRIPS), token // (rows * columns), slots, KIND, TUBELET)
+
+
+@jit
 def cube_target(
     pointer,
     mask,

@@ -169,7 +169,7 @@ def ask(
         if TOKENS in kinds:
             answers[name][TOKENS] = _answer_of_components(flat, asked)
         for kind, groups in queries.items():
-            answers[name][kind] = _attentive_answer(tokens, groups, asked)
+            answers[name][kind] = _attentive_answer(tokens, groups, asked, encoder.positions.device)
     return answers
 
 
@@ -208,12 +208,12 @@ def _answer_of_components(features: np.ndarray, asked: Question) -> Answer:
     return _as_answer(result.right)
 
 
-def _attentive_answer(tokens: np.ndarray, groups: Tensor, asked: Question) -> Answer:
+def _attentive_answer(tokens: np.ndarray, groups: Tensor, asked: Question, device: torch.device) -> Answer:
     """tokens: [clips, N, D], of all clips of all questions. groups: bool [R, N], each with a learned query."""
     train, test = tokens[asked.train.numpy()], tokens[asked.test.numpy()]
     held = held_out(len(train), _groups_to_hold_out(asked))
     classes = int(asked.train_labels.max()) + 1
-    found, _ = attentive_probe(train, asked.train_labels, test, held, classes, torch.device("cpu"), groups)
+    found, _ = attentive_probe(train, asked.train_labels, test, held, classes, device, groups)
     return _as_answer(found == asked.test_labels)
 
 

@@ -76,6 +76,10 @@ class DataConfig:
     process."""
     threads: int = limited(0, COUNT_OR_NONE, resumable=True)
     """Decoding threads; 0: one per core that this process may use, divided by the processes of the machine."""
+    workers: Literal["auto", "threads", "processes"] = resumable("auto")
+    """Where PyAV decodes: in `threads` of the training process, or in as many `processes` (Linux; local files).
+    Threads hold Python's lock for a part of their time, and the training waits for it. `auto`: processes if there are
+    more than 4 threads."""
     nvdec_share: float = limited(0.0, SHARE)
     """With `decoder = "auto"` on a GPU: NVDEC's share of the videos that it can decode, 0 to 1; PyAV decodes the others
     at the same time. 0: a training measures both rates at its start and divides the videos accordingly; other commands
@@ -145,7 +149,7 @@ class RunConfig:
     """Compile only the transformer blocks, and each kind of block once, so that the first step takes less time; the
     steps after it may be slower than with `compile` alone. `run.sharding` fsdp always compiles that way."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
-    """Run the whole step as a CUDA graph on a GPU: `auto` if a measurement shows that it is faster (one pass per step;
+    """Run the whole step as a CUDA graph on a GPU: `auto` unless it is measured to be slower (one pass per step;
     several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""

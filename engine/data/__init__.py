@@ -9,7 +9,8 @@ sample_order.py     which sample of which data set is next; sampling.py: its fra
 video_decoders.py   the decoder of a file: NVDEC, DALI on the CPU, or PyAV; nvdec.py: tests whether NVDEC works here
                     assigned_decoders.py: the decoders of a loader's videos; decoder_share.py: how many of them
                     NVDEC decodes, and how many PyAV at the same time
-decoding.py         frames by PyAV; cuts.py: key frames to start at; frame_folders.py: folders of images, one per frame
+decoding.py         frames by PyAV; decode_process.py: in processes of their own; cuts.py: key frames to start at;
+                    frame_folders.py: folders of images, one per frame
 arrays.py           frames of NumPy arrays; values.py: their values as pixels
 dali.py, crops.py   crop, resize and flip, by a DALI graph or by PyTorch; vetting.py: rejects files that crash DALI
 renderer.py         one batch: decode, crop, retry clip by clip

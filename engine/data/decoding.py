@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mam2.engine.data.cuts import packets_for
 from mam2.engine.data.frame_folders import IMAGE_SUFFIXES, AmbiguousFrames, frame_names
@@ -58,6 +58,8 @@ are errors of a program or its packages and must never count as a bad file."""
 
 
 Item = TypeVar("Item")
+Empty = Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
+"""Returns an array of a shape and type whose values are not set, such as `np.empty`."""
 
 
 class DecodeError(Exception):
@@ -145,7 +147,7 @@ def decode_frames(
     timeout_s: float = TIMEOUT_S,
     seek_points: Sequence[tuple[int, int]] = (),
     least_size: tuple[float, float] | None = None,
-    pinned: bool = False,
+    empty: Empty = np.empty,
     channels: int = 3,
 ) -> NDArray[Any]:
     """Decodes frames of a video, or of a folder of images, by their numbers: [T, H, W, C], upright.
@@ -162,14 +164,14 @@ def decode_frames(
         seek_points: `Video.seek_points`, frame numbers and timestamps of key frames, ascending.
         least_size: sufficient width and height in pixels; frames more than SHRINK_FROM times as large are scaled down
             to it during the conversion to RGB, with their aspect ratio. None for the stored size.
-        pinned: return pinned memory, from which a GPU copies directly. Needs CUDA.
+        empty: allocates the result.
         channels: C: 3 for RGB, 1 for gray, the luma of a color video.
 
     Raises:
         DecodeError: no frame, an image of a folder cannot be decoded, or decoding takes longer than timeout_s.
     """
     limit = _Limit(timeout_s)
-    target = _Target(least_size, pinned, channels)
+    target = _Target(least_size, empty, channels)
     if os.path.isdir(path):
         return _decode_images(path, frames, limit, target)
     point = next((point for point in reversed(seek_points) if point[0] <= frames[0]), None)
@@ -187,7 +189,7 @@ class _Target(NamedTuple):
     """Destination of decoded frames; see `decode_frames`."""
 
     least_size: tuple[float, float] | None
-    pinned: bool
+    empty: Empty
     channels: int
 
 
@@ -221,7 +223,7 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _T
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
         convert = convert or FrameConverter(image, target.least_size, target.channels)
         images.append(convert(image))
-    return _stack(images, target.pinned)
+    return _stack(images, target.empty)
 
 
 def _decode(
@@ -265,7 +267,7 @@ def _decode(
             return None
         if len(images) < len(wanted):
             images += [convert(frame)] * (len(wanted) - len(images))
-        return _stack(images, target.pinned)
+        return _stack(images, target.empty)
 
 
 def is_packed(stream: VideoStream) -> bool:
@@ -288,16 +290,9 @@ def _packets_from(container: InputContainer, stream: VideoStream, limit: _Limit,
     return None
 
 
-def _stack(images: list[NDArray[Any]], pinned: bool) -> NDArray[Any]:
+def _stack(images: list[NDArray[Any]], empty: Empty) -> NDArray[Any]:
     # DALI accepts only dense arrays, and by default NumPy keeps the memory order of a rotated image.
-    shape = len(images), *images[0].shape
-    if pinned:
-        import torch
-
-        # of an empty array: torch.from_numpy refuses a rotated image, whose strides are negative
-        dtype = torch.from_numpy(np.empty(0, images[0].dtype)).dtype
-        return np.stack(images, out=torch.empty(shape, dtype=dtype, pin_memory=True).numpy())
-    return np.stack(images, out=np.empty(shape, images[0].dtype))
+    return np.stack(images, out=empty((len(images), *images[0].shape), images[0].dtype))
 
 
 def decoded_frames(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:

@@ -13,21 +13,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mam2.engine.config.training import DataConfig
 from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.crops import TorchCrops
 from mam2.engine.data.dali import ClipGraph, dali_version, with_number
+from mam2.engine.data.decode_process import SUPPORTED, CannotStart, DecodingProcesses
 from mam2.engine.data.decoding import FILE_ERRORS, DecodeError, available_cores, decode_frames
 from mam2.engine.data.nvdec import NvdecHangs, error_of, fault
 from mam2.engine.data.outage import Patience
 from mam2.engine.data.sampling import ClipRequest, least_size
+from mam2.engine.data.storage import local_file
 from mam2.engine.data.values import PixelValues
 from mam2.engine.data.vetting import read_vetted
 from mam2.engine.errors import UserError
 
+MOST_THREADS = 4
+"""Most decoding threads with which `data.workers auto` decodes in threads: each holds Python's lock for up to a tenth
+of its time, for which the training loop waits (docs/benchmarks.md)."""
 RECORDED = "recorded"
 """Used as the decoder's name for clips that are read instead of videos."""
 
@@ -80,6 +86,8 @@ class Renderer:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
+        own = config.workers == "processes" or (config.workers == "auto" and self._threads > MOST_THREADS)
+        self._processes = DecodingProcesses(self._threads) if own and SUPPORTED else None
         self._info = info
         self._patience = Patience(config.wait_s, info, paths)
         self._recorded: ClipSource | None = None
@@ -89,6 +97,8 @@ class Renderer:
         self._dali = dali_version() if self._plain else ""
         self._graphs: dict[tuple[str, int], ClipGraph | TorchCrops] = {}
         self._lock = threading.Lock()
+        self._reported = False
+        """Whether the log says that processes for decoding cannot start."""
         self.hangs = ""
         """Message of a call of NVDEC that never ended; NVDEC must not be called again. Else empty."""
 
@@ -149,13 +159,13 @@ class Renderer:
         def read() -> NDArray[Any]:
             if decoder == "array":
                 return self._values.check(read_frames(path, request.frames, channels=self._config.channels))
-            return decode_frames(
+            return self._decode_frames(
                 path,
                 request.frames,
                 timeout_s=self._config.timeout_s,
-                seek_points=seek_points,
+                seek_points=tuple(seek_points),
                 least_size=least_size(request.views, self._config.size),
-                pinned=self._device.type == "cuda",
+                empty=pinned_empty if self._device.type == "cuda" else np.empty,
                 channels=self._config.channels,
             )
 
@@ -167,6 +177,18 @@ class Renderer:
             if isinstance(error, RuntimeError) and fault(str(error)) in ("memory", "driver", "gpu"):
                 raise error_of(str(error), str(error).splitlines()[0]) from error
             raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+    def _decode_frames(self, path: str, frames: Sequence[int], **options: Any) -> NDArray[Any]:
+        """Runs `decode_frames`, in another process if this renderer has processes and they can read the path."""
+        if self._processes and local_file(path):
+            try:
+                return self._processes.decode_frames(path, frames, **options)
+            except CannotStart as error:
+                with self._lock:
+                    if not self._reported:
+                        self._reported = True
+                        self._info(f"data    decoding in threads: a process for it cannot start ({error})")
+        return decode_frames(path, frames, **options)
 
     def finish(self, jobs: Sequence[Job], clip: torch.Tensor) -> list[str | None]:
         """Waits for jobs and resizes them into their rows of a batch.
@@ -228,6 +250,8 @@ class Renderer:
         self._patience.close()
         self._recorded_patience.close()
         self._pool.shutdown(cancel_futures=True)
+        if self._processes:
+            self._processes.close()
 
     def _resize(self, graph: ClipGraph | TorchCrops, group: list[Job], clip: torch.Tensor) -> dict[int, str]:
         """Runs the jobs of one decoder through its graph; returns the failed rows with the reasons."""
@@ -238,9 +262,14 @@ class Renderer:
                 views = graph.run(
                     payloads, [request.frames for request in requests], [request.views for request in requests]
                 )
-                for place, job in enumerate(group):
+                first, last = group[0].row, group[-1].row
+                if [job.row for job in group] == list(range(first, last + 1)):  # a whole chunk: one copy per view
                     for number, clips in enumerate(views):
-                        clip[job.row, number].copy_(clips[place], non_blocking=True)
+                        clip[first : last + 1, number].copy_(clips, non_blocking=True)
+                else:
+                    for place, job in enumerate(group):
+                        for number, clips in enumerate(views):
+                            clip[job.row, number].copy_(clips[place], non_blocking=True)
                 self._wait()  # the graph's next run overwrites the buffer that is being copied
         except DecodeError as error:
             if len(group) == 1:
@@ -281,6 +310,12 @@ class Renderer:
     def _wait(self) -> None:
         if self._copies:
             self._copies.synchronize()
+
+
+def pinned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Returns an array of unset values in pinned memory, from which a GPU copies directly. Needs CUDA."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
 
 
 def threads_of_a_process() -> int:

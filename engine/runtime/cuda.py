@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -92,21 +93,63 @@ def waits_for_device(work: Callable[[], object]) -> str:
     return found[0] if found else ""
 
 
-class Lead:
-    """Keeps the host at most `AHEAD` steps ahead of the device."""
+class DeviceTimer:
+    """Sums the device's milliseconds for the work that is queued within its context, without waiting for it."""
 
     def __init__(self, event: Callable[[], Any] | None = None) -> None:
-        """event: creates a device event with `record` and `synchronize`; default: a CUDA event."""
-        self._event = event or (lambda: torch.cuda.Event(blocking=True))
-        self._queued: deque[Any] = deque()
+        """event: creates a device event with the methods used here; default: a CUDA event."""
+        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._begun: Any = None
+        self._queued: deque[tuple[Any, Any]] = deque()
+        self.device_ms = 0.0
+        """From the first kernel to the last of each body that is known to be done, with pauses between kernels."""
+        self.done = 0
+        """Number of these bodies."""
+
+    def __enter__(self) -> None:
+        self._begun = self._event()
+        self._begun.record()
+
+    def __exit__(self, *_: object) -> None:
+        ended = self._event()
+        ended.record()
+        self._queued.append((self._begun, ended))
+        while self._queued and self._queued[0][1].query():
+            begun, ended = self._queued.popleft()
+            self.device_ms += begun.elapsed_time(ended)
+            self.done += 1
+
+
+class Lead:
+    """Keeps the host at most `AHEAD` steps ahead of the device, and times both without a further wait."""
+
+    def __init__(self, event: Callable[[], Any] | None = None) -> None:
+        """event: creates a device event with the methods used here; default: a CUDA event."""
+        self._event = event or (lambda: torch.cuda.Event(enable_timing=True, blocking=True))
+        self._begun: Any = None
+        self._queued: deque[tuple[Any, Any]] = deque()
+        self.waited_s = 0.0
+        """Seconds that the host has waited for the device."""
+        self.device_ms = 0.0
+        """Milliseconds of the device from the beginning of a step to its end, summed over the steps known to be done.
+        Includes pauses in which the device waits for the host's next launch."""
+        self.done = 0
+        """Number of these steps."""
 
     def wait(self) -> None:
         """Waits until fewer than `AHEAD` steps are queued; call it before queuing a step."""
+        start = time.perf_counter()
         while len(self._queued) >= AHEAD:
-            self._queued.popleft().synchronize()
+            begun, ended = self._queued.popleft()
+            ended.synchronize()
+            self.device_ms += begun.elapsed_time(ended)
+            self.done += 1
+        self.waited_s += time.perf_counter() - start
+        self._begun = self._event()
+        self._begun.record()
 
     def queued(self) -> None:
         """Records that a step was queued."""
-        event = self._event()
-        event.record()
-        self._queued.append(event)
+        ended = self._event()
+        ended.record()
+        self._queued.append((self._begun, ended))

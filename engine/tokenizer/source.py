@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +130,19 @@ def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
 
 
 def with_codes(
-    batches: Iterator[Batch], source: CodeSource | None, device: torch.device
+    batches: Iterator[Batch],
+    source: CodeSource | None,
+    device: torch.device,
+    timer: AbstractContextManager[None] | None = None,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Yields batches with their codes, or with None if there is no source; on a GPU computed on a side stream."""
-    pairs = ((batch, source.codes(batch) if source else None) for batch in batches)
+    """Yields batches with their codes, or with None if there is no source; on a GPU computed on a side stream.
+
+    timer: the context in which the codes of a batch are computed.
+    """
+
+    def codes(batch: Batch) -> Tensor | None:
+        with timer or nullcontext():
+            return source.codes(batch) if source else None
+
+    pairs = ((batch, codes(batch)) for batch in batches)
     return on_side_stream(pairs, device) if source else pairs

@@ -7,12 +7,12 @@ finetune_setup.py          classes, initial encoder and validation videos; finet
 session.py                 everything around the loop: run folder, log, resume, manifest, loaders, unusable videos
 loop.py                    batches -> steps -> log lines -> checkpoints; saves valid weights, whatever ends the run
 step_log.py                the numbers of the steps on their way to the log; spikes.py: jumps of the motion loss;
-                           collapse.py: equal features of the teacher
+                           collapse.py: equal features of the teacher; step_times.py: the time of each phase
 step.py                    one optimizer step: micro-batches, autocast, gradients, finite check, update;
                            pass_size.py: the largest micro-batch that fits
 classifier_step.py         the same for fine-tuning
 objective.py               forward pass and losses; measures and balances the gradients of the two losses
-cuda_graph.py              the same step as one CUDA graph, if that is measured to be faster
+cuda_graph.py              the same step as one CUDA graph, unless that is measured to be slower
 graph_parts.py             the same step of several processes in two parts, between which gradients are exchanged
 held_out.py                the pretext losses on held-out videos
 optimizer.py, muon.py      AdamW or Muon, layer decay, learning rate

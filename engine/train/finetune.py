@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -163,11 +164,14 @@ class _Finetuning:
         )
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Prepared]]:
-        prepared = (
-            (batch, self.train_step.prepare(number, batch.video, batch.label))
-            for number, batch in enumerate(self._session.loader.stream(first_step=first_micro_batch), first_micro_batch)
-        )
-        return on_side_stream(prepared, self._session.device)
+        timer = self.train_step.extras_timer
+
+        def prepare(number: int, batch: Batch) -> Prepared:
+            with timer or nullcontext():
+                return self.train_step.prepare(number, batch.video, batch.label)
+
+        numbered = enumerate(self._session.loader.stream(first_step=first_micro_batch), first_micro_batch)
+        return on_side_stream(((batch, prepare(number, batch)) for number, batch in numbered), self._session.device)
 
     def after_step(self, step: int, steps: int) -> None:
         """Validates every `test.every` epochs and at the end, but no step twice."""

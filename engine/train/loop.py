@@ -22,7 +22,6 @@ from mam2.engine.checkpoints.host_copies import HostBuffers
 from mam2.engine.checkpoints.saver import Saver
 from mam2.engine.config.training import equal_passes
 from mam2.engine.data.batch import Batch
-from mam2.engine.data.loader import ClipLoader
 from mam2.engine.errors import UserError
 from mam2.engine.runtime.compile_cache import keep_compiled_code
 from mam2.engine.runtime.device import compile_problem, paused_gc, profiled
@@ -41,6 +40,7 @@ from mam2.engine.train.optimizer import (
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
+from mam2.engine.train.step_times import StepTimes, describe_times
 
 Extras = TypeVar("Extras")
 CLIPS_PER_PASS = "clips_per_pass"
@@ -99,6 +99,8 @@ class Loop:
         self.updates, self.recorded = 0, False
         """Updates reported by the optimizer; a captured step (CUDA graph) reports none."""
         train_step.optimizer.register_step_pre_hook(self._note_update)
+        self.times = ""
+        """Where the time of the newest log line's steps went, in words."""
         self.step_log = StepLog(session, self.description.progress_format)
         self.steps_per_epoch = session.steps_per_epoch
         self.steps = total_steps(config.optim, self.steps_per_epoch)
@@ -159,7 +161,7 @@ class Loop:
         session, step_log = self.session, self.step_log
         config, stop, info = session.config, session.stop, session.log.info
         ended = 0
-        window = _Window(session.loader)
+        times = StepTimes(session.loader, self.train_step.lead, self.train_step.extras_timer)
         stop_consensus = StopConsensus(session.world)
         stream = self.task.batches(self.first * self.train_step.micro_batches)
         bar = Progress(
@@ -174,7 +176,7 @@ class Loop:
         profile_steps = config.run.profile if session.world.main else 0
         profiling = profiled(profile_steps, session.folder / "profile", info)
         with bar, paused_gc(), profiling as profiler_step:
-            ended = self._after_step(window) if self.step else 0
+            ended = self._after_step(times) if self.step else 0
             began = time.perf_counter()
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer is also compiled, at the first batch
@@ -187,7 +189,7 @@ class Loop:
             while self.step < self.steps and not ended:
                 with stop.nothing_to_save(self.step == self.first and session.world.size == 1):
                     try:
-                        with stop.interruptible(session.world.size == 1):
+                        with times.phase("batch"), stop.interruptible(session.world.size == 1):
                             batches = [next(stream) for _ in range(self.train_step.micro_batches)]
                     except Interrupted:  # a hanging loader must not prevent the checkpoint
                         return int(stop.received or 0)
@@ -198,7 +200,8 @@ class Loop:
                         self.step, self.steps, self.steps_per_epoch, config.optim, global_batch=config.optim.batch
                     )
                     clips = [(batch.video, extras) for batch, extras in batches]
-                    values = self._run_step(clips, rate, inspect=logged)
+                    with times.phase("step"):
+                        values = self._run_step(clips, rate, inspect=logged)
                 if compiles:
                     info(f"step    the first step is done, compiled in {time.perf_counter() - began:.0f} s")
                     compiles = False
@@ -208,13 +211,14 @@ class Loop:
                 step_log.write(bar)
                 if logged:
                     session.exchange_skips()
-                    numbers = window.close(self.step, config.optim.batch)
+                    numbers = times.close(self.step, config.optim.batch)
+                    self.times = describe_times(numbers) or self.times
                     if "clips_per_s" in numbers:
                         numbers["mfu"] = numbers["clips_per_s"] / self.description.full_clips_per_s
                     numbers |= {"learning_rate": rate, "epoch": self.step / self.steps_per_epoch}
                     numbers |= session.set_numbers(self.step)
                     step_log.put(self.step, values, numbers)
-                ended = self._after_step(window)
+                ended = self._after_step(times)
                 due = self.step % config.run.save_every == 0 or self.step == self.last_stable
                 if due and self.step < self.steps:
                     step_log.write(bar, wait=True)  # a run that resumes here does not log these steps again
@@ -294,14 +298,14 @@ class Loop:
         where = f"the last complete checkpoint is {whole}" if whole else "there is no checkpoint"
         return f"the state after step {step} is not saved ({reason}); {where}"
 
-    def _after_step(self, window: _Window) -> int:
+    def _after_step(self, times: StepTimes) -> int:
         """Runs the task's hook, whose time no rate counts; returns the signal that ended it early, or 0."""
         start = time.perf_counter()
         try:
             self.task.after_step(self.step, self.steps)
         except Interrupted:
             return int(self.session.stop.received or 0)
-        window.leave_out(time.perf_counter() - start)
+        times.leave_out(time.perf_counter() - start)
         return 0
 
     def _save(self, step: int, *, last: bool = False) -> None:
@@ -334,6 +338,8 @@ class Loop:
         folder = checkpoint.folder_of(session.folder, step)
         if self.step_log.last:
             session.log.info(f"last    {self.step_log.last}")
+        if self.times:
+            session.log.info(f"time    {self.times}")
         best = session.folder / checkpoint.BEST
         if session.world.main and best.is_dir():
             found = checkpoint.read_state(best)
@@ -343,30 +349,3 @@ class Loop:
             session.log.info(f"data    {seen}")
         session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)
-
-
-class _Window:
-    """Rates since the last log line."""
-
-    def __init__(self, loader: ClipLoader) -> None:
-        self._loader = loader
-        self._restart(None)
-
-    def _restart(self, step: int | None) -> None:
-        self._start, self._step = time.perf_counter(), step
-        self._waited, self._decoded = self._loader.wait_s, self._loader.decoded_frames
-
-    def leave_out(self, seconds: float) -> None:
-        self._start += seconds
-
-    def close(self, step: int, batch: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self._start
-        rates = {
-            "data_wait": (self._loader.wait_s - self._waited) / seconds,
-            "decoded_frames_per_s": (self._loader.decoded_frames - self._decoded) / seconds,
-        }
-        if self._step is not None:  # the first window includes the compilation
-            rates["clips_per_s"] = (step - self._step) * batch / seconds
-            rates["step_ms"] = 1000 * seconds / (step - self._step)
-        self._restart(step)
-        return rates

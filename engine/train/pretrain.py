@@ -201,7 +201,8 @@ class _Pretraining:
 
     def batches(self, first_micro_batch: int) -> Iterator[tuple[Batch, Tensor | None]]:
         session = self._session
-        return with_codes(session.loader.stream(first_step=first_micro_batch), self._codes, session.device)
+        stream, timer = session.loader.stream(first_step=first_micro_batch), self.train_step.extras_timer
+        return with_codes(stream, self._codes, session.device, timer if self._codes else None)
 
     def after_step(self, step: int, steps: int) -> None:
         if self._held_out:

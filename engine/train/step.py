@@ -76,7 +76,9 @@ class Step(ABC, Generic[Extras]):
         self.optimizer = self.build_optimizer()
         self._sharded = sharded
         self._run: cuda_graph.StepFunction = self._one_pass
-        self._lead = cuda.Lead() if device.type == "cuda" else None
+        self.lead = cuda.Lead() if device.type == "cuda" else None
+        self.extras_timer = cuda.DeviceTimer() if device.type == "cuda" else None
+        """Times what a task computes for a batch on the device, next to the step before."""
 
     def _with_ddp(self) -> DistributedDataParallel:
         # positions and masks are the same on all ranks: there are no buffers to synchronize
@@ -130,8 +132,8 @@ class Step(ABC, Generic[Extras]):
         changed. inspect: add the objective's costlier figures. progress: share of the run's steps that are done, 0 to
         1, for schedules other than the rate's. Raises UserError if GPU memory is exhausted.
         """
-        if self._lead:
-            self._lead.wait()
+        if self.lead:
+            self.lead.wait()
         cuda_graph.set_rate(self.optimizer, rate)
         self.begin(progress)
         try:
@@ -139,8 +141,8 @@ class Step(ABC, Generic[Extras]):
                 values = self._step(step, micro_batches, inspect)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.config, len(micro_batches[0][0]) // self.passes, error) from error
-        if self._lead:
-            self._lead.queued()
+        if self.lead:
+            self.lead.queued()
         return values
 
     def _step(self, step: int, micro_batches: Sequence[tuple[Tensor, Extras]], inspect: bool) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         turns=2,
         seconds=0.01,
         steps=2,
-        loaders=(("pyav", "h264", 6, 1), ("pyav", "h264", 30, 1), ("dali-cpu", "vp9", 30, 1), ("nvdec", "h264", 30, 1)),
+        loaders=(("pyav", "h264", 30, 1), ("nvdec", "h264", 30, 1), ("pyav", "h264", 6, 1), ("dali-cpu", "vp9", 30, 1)),
         views=(1, 2),
         recorded={"frames": 4, "size": 32, "stride": 2, "threads": 1},
         recorded_clips=8,
@@ -43,13 +43,18 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def everything(bench: ModuleType) -> dict[tuple, dict]:
+    until = time.monotonic() + 100
+    return by_name([*bench.rows(CPU, until), *bench.file_rows(CPU, until)])
+
+
 def by_name(rows: list[dict]) -> dict[tuple, dict]:
     return {(row["decoder"], row["files"], row.get("gop"), row.get("views")): row for row in rows}
 
 
 @pytest.mark.slow
 def test_every_row_has_a_ratio_or_a_reason_and_none_a_rate_of_a_cpu(bench):
-    rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))
+    rows = everything(bench)
     for row in rows.values():
         assert not any(key.endswith("_per_s") for key in row)
         assert ("reason" in row) == ("verdict" in row)
@@ -80,11 +85,38 @@ def test_without_dali_pyav_and_the_step_are_still_measured(bench, monkeypatch):
     for place in ("assigned_decoders", "renderer"):
         monkeypatch.setattr(importlib.import_module(f"mam2.engine.data.{place}"), "dali_version", lambda: "")
     monkeypatch.setattr(bench, "_installed", lambda name: name != "nvidia.dali")
-    rows = by_name(list(bench.rows(CPU, time.monotonic() + 100)))
+    rows = everything(bench)
     assert rows["pyav", "h264", 6, None]["ratio_to_pyav_alone"] > 0
     assert rows["auto, in a step of mam2-fast", "h264", 30, 1]["data_wait_percent"] >= 0
     refused = rows["dali-cpu", "vp9", 30, None]
     assert (refused["verdict"], "NVIDIA DALI, which is not installed" in refused["reason"]) == ("skipped", True)
+
+
+def test_each_row_is_yielded_before_the_next_is_measured(bench, monkeypatch):
+    """Decoders first: a time limit then keeps what a data loader is chosen by."""
+    measured = []
+
+    def rate(name):
+        return lambda *given: measured.append(name) or 10.0
+
+    monkeypatch.setattr(bench, "loader_rate", rate("loader"))
+    monkeypatch.setattr(bench, "decoder_rate", rate("alone"))
+    monkeypatch.setattr(bench, "write_files", lambda folder, *kind: measured.append(kind[:2]))
+    monkeypatch.setattr(bench, "options_of", lambda *_: None)
+    monkeypatch.setattr(bench, "step_rows", lambda *_: measured.append("step") or iter([{"decoder": "step"}]))
+    settings = dataclasses.replace(bench.SETTINGS["cuda"], turns=1)
+    rows = bench.rows(CPU, time.monotonic() + 100, settings)
+    seen = {}
+    for row in rows:
+        seen[row["decoder"]] = len(measured)
+    assert measured[:4] == [("h264", 30), "alone", "alone", "alone"]
+    assert measured[4:] == ["loader"] * 3 + ["step"]
+    expected = [bench.ALONE, "decord2", "torchcodec", "nvdec", "pyav", "shared", "step"]
+    assert seen == {name: place + 2 for place, name in enumerate(expected)}
+    measured.clear()
+    found = list(bench.file_rows(CPU, 0.0, settings))
+    assert {row["reason"] for row in found} == {"out of time"}
+    assert not measured, "no files are written in vain"
 
 
 def test_files_have_their_key_frames_where_they_are_told(bench, tmp_path):

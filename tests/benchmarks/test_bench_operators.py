@@ -121,3 +121,12 @@ def test_the_most_important_operators_come_first() -> None:
         "gather_tubes",
     ]
     assert len(set(names)) == 9
+
+
+def test_operators_that_are_not_compiled_import_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators, sections = module("operators"), module("sections")
+    resets: list[None] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    wanted = sections.Selection(True, True, operators=("gather_tubes",), ways=("ours",))
+    assert len(list(operators.rows(CPU, float("inf"), wanted))) == 1
+    assert not resets

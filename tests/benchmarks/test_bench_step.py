@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from types import ModuleType
@@ -49,7 +50,7 @@ def test_a_way_has_its_row_before_the_next_is_built(bench: ModuleType, monkeypat
     theirs = bench.theirs
     monkeypatch.setattr(bench, "theirs", lambda *given: built.append(given) or theirs(*given))
     rows = bench.compare("videomae", config, 2, CPU, compiled=False, rounds=1)
-    first = next(rows)
+    first = next(row for row in rows if "timed" in row)
     assert (first["provider"], first["step"], first["timed"]) == ("ours", "eager", "alone")
     assert first["clips_per_s"] > 0
     assert not built
@@ -62,10 +63,85 @@ def test_ways_are_chosen_and_late_ones_named(bench: ModuleType) -> None:
     config = bench.sized("mam2-fast", bench.TINY, "float32")
     options = {"compiled": False, "rounds": 1}
     late = list(bench.compare("mam2-fast", config, 2, CPU, deadline=0.0, **options))
-    assert late[0]["reason"] == "out of time"
+    assert {row["step"]: row["reason"] for row in late}["eager"] == "out of time"
     assert not any("median_ms" in row for row in late)
     rows = list(bench.compare("mam2-fast", config, 2, CPU, takes=lambda way: way in ("ours", "eager"), **options))
     assert {row["step"] for row in rows} == {"eager"}
+
+
+def test_every_objective_has_its_best_way_before_another_is_built(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time limit keeps the rows that matter: those of the four objectives of `make gpu`, then slower variants."""
+    plan, sections = (importlib.import_module(f"benchmarks.{name}") for name in ("step_plan", "sections"))
+    asked: list[tuple[str, Any]] = []
+    monkeypatch.setattr(bench, "compare", lambda name, *_, ways, **more: asked.append((name, ways)) or [])
+    monkeypatch.setattr(bench, "part_rows", lambda name, *_: asked.append((name, "parts")) or [])
+    monkeypatch.setattr(bench, "why_not", lambda *_: None)
+    objectives = ("mam2-fast", "mam2-fast half decoded")
+
+    def run(**options: Any) -> list[tuple[str, Any]]:
+        asked.clear()
+        assert not list(
+            bench.rows(CPU, float("inf"), sections.Selection(False, True, **options), objectives=objectives)
+        )
+        return list(asked)
+
+    ours = [way for way in plan.WAYS if way[1] == "ours"]
+    best, quick = (plan.BEST, "ours"), [way for way in ours if way[0] not in ("compiled", "compiled graph")]
+    stages = ((best,), tuple(quick), "parts", tuple(ours))
+    assert run() == [(name, ways) for ways in stages for name in objectives]
+    found = run(ways=("ours", plan.BEST, "eager"))
+    stages = ((best,), (best, ("eager", "ours")))
+    assert found == [(name, ways) for ways in stages for name in objectives]
+    assert run(ways=("ours", "parts")) == [(name, "parts") for name in objectives]
+    assert list(plan.stages(lambda _: True, lambda _: None, peers=True)) == list(plan.STAGES)
+
+
+def test_objectives_of_a_step_are_chosen(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections, asked = importlib.import_module("benchmarks.sections"), []
+    monkeypatch.setattr(bench, "rows", lambda *_, objectives: asked.append(list(objectives)) or [])
+    for given in ((), ("mam2-fast heads of 128",)):
+        wanted = sections.Selection(True, False, objectives=given)
+        assert not list(sections.rows_of("step", CPU, 0.0, wanted))
+    assert asked[0][0] == "mam2-fast"
+    assert len(asked[0]) == 4
+    assert asked[1] == ["mam2-fast heads of 128"]
+
+
+def test_a_way_that_cannot_run_here_is_named_once(bench: ModuleType) -> None:
+    everywhere = everything(bench)
+    rows = list(bench.rows(CPU, float("inf"), everywhere, objectives=("mam2-fast",)))
+    skipped = [row["step"] for row in rows if row.get("verdict") == "skipped"]
+    assert sorted(skipped) == ["compiled", "compiled blocks", "compiled blocks graph", "compiled graph", "graph"]
+    assert sum(row.get("timed") == "in turns" for row in rows) == 1
+
+
+def test_the_loss_of_every_way_is_that_of_the_eager_step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the eager step is not timed, or later."""
+    config = bench.sized("mam2-fast", bench.TINY, "float32")
+    ours = bench.ours
+
+    def off(config: Any, batch: int, device: Any, step: str, choices: Any = None) -> Any:
+        found = ours(config, batch, device, "eager", choices)
+        return found if step == "eager" else dataclasses.replace(found, step=step, loss=lambda: 1.1 * found.loss())
+
+    monkeypatch.setattr(bench, "ours", off)
+    monkeypatch.setattr(bench, "why_not", lambda *_: None)
+    (row,) = bench.compare("mam2-fast", config, 2, CPU, compiled=True, rounds=1, ways=[("compiled blocks", "ours")])
+    assert (row["verdict"], "median_ms" in row) == ("wrong", False)
+    assert "that of the eager step" in row["reason"]
+
+
+def test_a_known_attention_is_not_measured_again(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = bench.sized("mam2-fast", bench.TINY, "bfloat16")
+    asked = []
+    monkeypatch.setattr(bench, "tune_attention", lambda shapes, *_: asked.append(set(shapes)) or ({}, []))
+    bench.choose_attention(config, 2, CPU)
+    shape = shapes_of(config, 2)["encoder"]
+    known = {("cpu", torch.bfloat16, *shape[1:]): "products"}
+    assert bench.choose_attention(config, 2, CPU, known) == (known, [])
+    assert asked == [{"encoder", "regressor", "decoders"}, {"regressor", "decoders"}]
 
 
 def test_a_step_takes_the_attention_that_a_run_chooses(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

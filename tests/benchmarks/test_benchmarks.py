@@ -82,7 +82,7 @@ def test_ours_without_a_triton_launch_gets_no_number(monkeypatch: pytest.MonkeyP
     operators, operator = module("operators"), operator_of("masked_pixel_loss")
     monkeypatch.setattr(operators, "fallback", lambda device, counter: "fell back to PyTorch" * (not counter.names))
     shape = operators.SHAPES["cpu"][0]
-    ours, eager = operators.compare(operator, shape, CPU, compiled=False, rounds=2)
+    ours, eager, *_ = operators.compare(operator, shape, CPU, compiled=False, rounds=2)
     assert (ours["verdict"], ours["reason"], ours["path"]) == ("failed", "fell back to PyTorch", "pytorch")
     assert (eager["verdict"], eager["ratio_to_eager"]) == ("right", 1)
     assert "ratio_to_eager" not in ours
@@ -161,6 +161,7 @@ def test_dry_run_goes_through_every_section_and_is_marked(tmp_path: Path) -> Non
     rows = sections["operators"]["rows"]
     assert {row["operator"] for row in rows} == {entry.name for entry in module("operators").OPERATORS}
     assert not any("median_ms" in row for row in rows)
+    assert [row["at_s"] for row in rows] == sorted(row["at_s"] for row in rows)
     for row in rows:
         assert row["verdict"] == "right" or (row["verdict"] == "absent" and row["reason"]), row
     assert sections["pretrain"]["rows"][0]["verdict"] == "right"
@@ -177,7 +178,7 @@ sys.modules |= dict.fromkeys({missing})
 import torch
 from benchmarks import bench_step, correctness, counters, gpu, operators, sections, tune
 wanted = sections.Selection(dry_run=True, compiled=False)
-for name in ("loader", "pretrain"):
+for name in ("loader", "files", "pretrain"):
     for row in sections.rows_of(name, torch.device("cpu"), time.monotonic() + 60, wanted):
         print(json.dumps(row))
 """
@@ -185,8 +186,9 @@ for name in ("loader", "pretrain"):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    files, online, cached, run = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    assert (files["verdict"], files["reason"]) == ("skipped", "av is not installed")
+    files, others, online, cached, run = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    for row in (files, others):
+        assert (row["verdict"], row["reason"]) == ("skipped", "av is not installed")
     assert online["median_ms_per_clip"] > 0
     assert (cached["verdict"], cached["reason"]) == ("skipped", "not installed: av, tqdm")
     assert (run["verdict"], run["reason"].split(",")[0]) == ("skipped", "not installed: av")
@@ -226,15 +228,46 @@ def test_a_dry_run_compiles_nothing_but_its_tests(tmp_path: Path, monkeypatch: p
     given: list[dict[str, str]] = []
     sections = module("sections")
 
+    marks = []
+
     def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
         given.append(environment)
+        marks.append(command[command.index("-m", 3) + 1])
         return module("processes").Ended(5, 0.0)
 
     monkeypatch.setattr(sections.processes, "run", run)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    assert next(iter(sections.smoke_rows(CPU, 0.0)))["verdict"] == "right"
+    for slow in (False, True):
+        assert next(iter(sections.smoke_rows(CPU, 0.0, slow=slow)))["verdict"] == "right"
     assert "PATH" in given[0]
     assert "TORCHDYNAMO_DISABLE" not in given[0]
+    assert marks == ["not slow", "slow"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "slow", "verdict"),
+    [
+        ("t.py::a PASSED", None, False, "wrong"),
+        ("t.py::a PASSED", None, True, "skipped"),
+        ("t.py::a PASSED\nt.py::b FAILED", None, True, "wrong"),
+        ("t.py::a PASSED", 0, True, "right"),
+    ],
+)
+def test_slow_tests_may_be_cut_off(
+    text: str, code: int | None, slow: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = module("sections")
+
+    def run(command: list[str], *, output: Any, **options: Any) -> Any:
+        output.write(text.encode())
+        return module("processes").Ended(code, 50.0)
+
+    monkeypatch.setattr(sections.processes, "run", run)
+    row = next(iter(sections.smoke_rows(CPU, 0.0, slow=slow)))
+    assert (row["verdict"], row["passed"]) == (verdict, 1)
+    assert len(sections.failures("compile" if slow else "smoke", {"status": "done", "rows": [row]})) == (
+        verdict == "wrong"
+    )
 
 
 def test_a_section_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,14 +43,14 @@ def test_what_was_not_tuned_stays(tune: ModuleType) -> None:
         {"tuned": "scale_gradient", "block": 512, "best": 16, "verdict": "right"},
         {"tuned": "scale_gradient", "block": 1024, "best": 8, "verdict": "skipped"},
         {"tuned": tune.CHUNKS, "block": None, "best": 2**27, "verdict": "right"},
-        {"tuned": tune.RESIDENT, "block": None, "best": 12, "verdict": "right"},
+        {"tuned": tune.WALKING, "block": None, "best": 12, "verdict": "right"},
     ]
     before = [list(pair) for pair in launch.WARPS["default"]["scale_gradient"]]
-    warps, chunk_bytes, resident_warps = tune.with_choices("sm_90", rows)
-    assert warps["sm_90"] == {"scale_gradient": [[512, 16], *before[1:]]}
+    warps, chunk_bytes, row_programs = tune.with_choices("sm_80", rows)
+    assert warps["sm_80"] == {"scale_gradient": [[512, 16], *before[1:]]}
     assert warps["default"] == launch.WARPS["default"]
-    assert chunk_bytes == {**launch.CHUNK_BYTES, "sm_90": 2**27}
-    assert resident_warps == {**launch.RESIDENT_WARPS, "sm_90": 12}
+    assert chunk_bytes == {**launch.CHUNK_BYTES, "sm_80": 2**27}
+    assert row_programs == {**launch.ROW_PROGRAMS, "sm_80": 12}
     assert launch.WARPS["default"]["scale_gradient"] == before
 
 
@@ -70,7 +70,7 @@ def test_shapes_give_the_blocks(tune: ModuleType) -> None:
 
 
 def test_the_file_is_as_written(tune: ModuleType) -> None:
-    text = tune.text_of(launch.WARPS, launch.CHUNK_BYTES, launch.RESIDENT_WARPS)
+    text = tune.text_of(launch.WARPS, launch.CHUNK_BYTES, launch.ROW_PROGRAMS)
     assert text == tune.TABLE.read_text(encoding="utf-8")
 
 
@@ -102,12 +102,10 @@ def test_only_right_candidates_are_timed(tune: ModuleType) -> None:
     assert "cpu" not in launch.WARPS
 
 
-def test_pipelines_are_set_within(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "shared_memory", lambda device: 2**17)
-    before = launch.resident_programs(1, 0, CPU)
+def test_programs_that_walk_are_set_within(tune: ModuleType) -> None:
     with tune.launched_with("cpu", {}, None, 12):
-        assert launch.resident_programs(1, 0, CPU) == 12
-    assert launch.resident_programs(1, 0, CPU) == before == 0
+        assert launch.row_programs(CPU) == 12
+    assert launch.row_programs(CPU) == 0
 
 
 def test_chunks_are_set_within(tune: ModuleType) -> None:

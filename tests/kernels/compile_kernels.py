@@ -120,13 +120,11 @@ PREDICTED = {
     f"gather_tubes {PLAIN} normalized",
     f"masked_loss {PLAIN} pixel channel",
     f"masked_loss {PLAIN} adjacent channel",
-    f"masked_loss {PLAIN} pixel channel pipelined",
-    f"masked_loss {PLAIN} adjacent channel pipelined",
     "softmax_gradient 8192 bfloat16",
     "scale_gradient 90112x1536 bfloat16",
 }
 """Launches in every covering set: benchmarks/predict.py reads them."""
-PREDICTED_TOO = f"masked_loss {Clip(layout='contiguous', video=SINGLE)} pixel channel pipelined"
+PREDICTED_TOO = f"masked_loss {Clip(layout='contiguous', video=SINGLE)} pixel channel"
 """Read there too; added last, so that it does not change what else is in the covering sets."""
 ALL_SHAPES = ("sm_90", "gfx942")
 """Architectures whose covering set holds every shape of patch; to save time, the others' need not."""
@@ -147,8 +145,6 @@ class Launch(NamedTuple):
         }
         meta = self.meta | ({"AFFINE": self.meta["AFFINE"] is not None} if "AFFINE" in self.meta else {})
         held |= {item for item in meta.items() if shapes or item[0] not in OF_SHAPES}
-        if self.meta.get("STAGES", 1) > 1:
-            held |= {("STAGES", name, self.meta[name]) for name in ("KIND", "CHANNELS_LAST", "BYTES")}
         if shapes and self.meta.get("WIDE"):
             held.add(("WIDE", self.meta["CHANNELS_LAST"], self.meta.get("KIND")))
         return {(self.kernel, *feature) for feature in held}
@@ -178,8 +174,7 @@ def record(architecture: str) -> dict[str, Launch]:
     def recorder(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         assert programs > 0
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        if "pipelined" not in label or meta["STAGES"] > 1:  # a clip that a pipeline cannot copy is launched without
-            launches[f"{name} {label}"] = Launch(kernel, arguments, meta)
+        launches[f"{name} {label}"] = Launch(kernel, arguments, meta)
 
     def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = False) -> int:
         blocks[kernel].add(block)
@@ -213,10 +208,7 @@ def record(architecture: str) -> dict[str, Launch]:
             pred = video.new_empty(BATCH, 1408, predicted, dtype=clip.pred)
             # the mean's divisor: the number of values, which "adjacent" counts on the device
             factors, divisor = (scalar, 1) if target == "adjacent" else (None, pred.numel())
-            for pipeline in (False, True)[: 1 + (launch.RESIDENT_WARPS.get(architecture, 0) > 0)]:
-                label = f"{clip} {target} {normalize}{' pipelined' * pipeline}"
-                with mock.patch.object(launch, "resident_programs", return_value=int(pipeline)):
-                    masked_errors(pred, video, index, factors, divisor, (True, False), Goal(*options))
+            masked_errors(pred, video, index, factors, divisor, (True, False), Goal(*options))
     goal = Goal((2, 16, 16), "pixel", "channel", 1e-6, None, None)
     video, every = PLAIN.tensor(), torch.empty(BATCH, 1568, 1536, dtype=BRAIN, device="meta")
     label = f"{PLAIN} pixel channel every_token"
@@ -238,6 +230,9 @@ def record(architecture: str) -> dict[str, Launch]:
             softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True, losses)
         label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} without_gradient"
         softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False, losses)
+        label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} with_sums"
+        with mock.patch.object(launch, "row_programs", return_value=2):
+            softmax_gradient.softmax_gradient_(logits, labels, scalar, -100, smoothing, True, losses, logits[0].float())
     for (rows, width), kind in itertools.product(((64 * 1408, 1536), (64, 1000), (64, 512)), (BRAIN, HALF, SINGLE)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")

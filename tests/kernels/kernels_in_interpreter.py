@@ -400,37 +400,27 @@ def test_the_gradient_of_a_token_out_of_range_is_nan(target: str, every: bool, m
     assert [run.outside() for run in launches] == [0, 0]
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("target", LOSSES)
-def test_programs_that_take_several_tokens_give_the_same_bits(
-    target: str, layout: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("codes", "programs"), [(20, [3]), (8193, [7])])
+def test_programs_that_walk_over_rows_add_their_gradients_up(
+    codes: int, programs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three programs for eight tokens, two of them out of range; a clip whose rows are not aligned has eight."""
-    clip = Clip(patch=(2, 4, 16), layout=layout, dtype=BYTES)
-    video, masked = clip.make(), torch.tensor([[8, 1, 0, 5], [3, 7, -1, 2]])
-    pred = torch.randn(2, 4, clip.values // (2 if target == "intra" else 1))
-    options = {"patch_size": clip.patch, "eps": cases.EPS, "reduction": "none"}
+    """Three programs for seven rows, one of them ignored; a row longer than a block has its own program."""
+    hidden, weight = torch.randn(7, 4).requires_grad_(), torch.randn(codes, 4).requires_grad_()
+    bias, target = torch.randn(codes).requires_grad_(), torch.tensor([1, 0, -100, 19, 2, 2, 5])
+    monkeypatch.setattr(launch, "row_programs", lambda device: 3)
     grids, run = [], launch.run_kernel
-
-    def watched(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
-        if "STAGES" in meta:
-            grids.append((programs, meta["STAGES"]))
-        run(kernel, programs, *arguments, **meta)
-
-    def results(video: torch.Tensor) -> list[torch.Tensor]:
-        function, named = LOSSES[target]
-        leaf = pred.clone().requires_grad_()
-        loss = function(leaf, video, masked, **options, **named)
-        return [loss.detach(), *torch.autograd.grad(loss, leaf, torch.ones_like(loss))]
-
-    alone = results(video)
-    monkeypatch.setattr(launch, "run_kernel", watched)
-    monkeypatch.setattr(launch, "resident_programs", lambda *_: 3)
-    monkeypatch.setattr(importlib.import_module("mam2.kernels.masked_error"), "LEAST_TURNS", 2)
-    for one, other in zip(alone, results(video), strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
-    results(torch.cat([video, video[..., :1]], dim=-1)[..., 1:])
-    assert grids == [(3, 3), (8, 1)]
+    monkeypatch.setattr(
+        launch, "run_kernel", lambda kernel, count, *a, **k: (grids.append(count), run(kernel, count, *a, **k))
+    )
+    with recorded() as launches:
+        loss = linear_cross_entropy(hidden, weight, target, bias, label_smoothing=0.1)
+    assert grids == programs
+    assert [run.outside() for run in launches] == [0] * len(launches)
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss, plain)
+    leaves = hidden, weight, bias
+    for mine, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -447,12 +437,12 @@ def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:
     assert of_weight.isnan().all()
 
 
-def test_a_masked_head_in_parts_that_end_within_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_masked_head_in_chunks_that_end_within_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient overwrites the predictions; a token out of range gives NaN to its own features' gradient only."""
     video, masked = SMALL.make(), torch.tensor([[7, 1, 0], [3, 8, 5]])
     hidden, weight = torch.randn(2, 3, 4).requires_grad_(), torch.randn(96, 4).requires_grad_()
     options = {"patch_size": SMALL.patch, "eps": cases.EPS}
-    monkeypatch.setattr(launch, "part_rows", lambda *_: 2)
+    monkeypatch.setattr(launch, "chunk_rows", lambda *_: 2)
     with recorded() as launches:
         loss = linear_masked_loss(hidden, weight, video, masked, target="adjacent", **options)
     assert [run.kernel for run in launches] == ["_masked_loss_kernel"] * 3

@@ -71,7 +71,7 @@ def test_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_are_multiples_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CHUNK_BYTES", {"default": 1 << 20, "sm_90": 1 << 22})
-    assert launch.chunk_rows(512, torch.float32, CPU) == launch.part_rows(512, torch.float32, CPU) == 512
+    assert launch.chunk_rows(512, torch.float32, CPU) == 512
     assert launch.chunk_rows(10**6, torch.float32, CPU) == 128
     pretend(monkeypatch, "sm_90")
     assert launch.chunk_rows(512, torch.float32, CPU) == 2048
@@ -94,29 +94,20 @@ def test_chunks_on_a_gpu_fill_it_and_are_no_smaller_than_the_weight() -> None:
     assert launch.chunk_rows(32000, half, gpu, 384) == 2048
     assert launch.chunk_rows(128256, half, gpu, 4096) == 4096
     assert launch.chunk_rows(128256, half, gpu, 1100) == 1152
-    assert launch.part_rows(8192, half, gpu, 384) == 1024  # 16 MiB
-    assert launch.part_rows(1536, half, gpu, 384) == 5376
-    assert launch.part_rows(128256, half, gpu, 4096) == 4096
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_programs_of_a_pipeline_fit_into_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(launch, "RESIDENT_WARPS", {"default": 0, "sm_90": 16})
-    monkeypatch.setattr(launch, "shared_memory", lambda device: 233_472)
-    assert launch.resident_programs(1, 9216, gpu) == 132 * 16
-    assert launch.resident_programs(4, 9216, gpu) == 132 * 4
-    assert launch.resident_programs(1, 30_720, gpu) == 132 * 7  # limited by the shared memory
+def test_programs_that_walk_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ROW_PROGRAMS", {"default": 0, "sm_90": 2})
+    assert launch.row_programs(torch.device("cuda", 0)) == 264
     pretend(monkeypatch, "gfx942")
-    assert launch.resident_programs(1, 9216, gpu) == 0
+    assert launch.row_programs(torch.device("cuda", 0)) == 0
 
 
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(
-    ("rows", "width", "codes", "parts", "chunks"), [(90112, 384, 8192, 96, 16), (16384, 4096, 128256, 4, 4)]
-)
+@pytest.mark.parametrize(("rows", "width", "codes", "chunks"), [(90112, 384, 8192, 16), (16384, 4096, 128256, 4)])
 def test_products_of_a_head_on_a_gpu(
-    rows: int, width: int, codes: int, parts: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, width: int, codes: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On meta tensors: how often the weight is read, and that its gradient is summed in float32 without a temporary.
 
@@ -124,11 +115,8 @@ def test_products_of_a_head_on_a_gpu(
     """
     monkeypatch.setattr(launch, "run_kernel", lambda *_, **__: None)
     monkeypatch.setenv("MAM2_KERNELS", "triton")
-    for name in ("part_rows", "chunk_rows"):
-        on_a_gpu = getattr(launch, name)
-        monkeypatch.setattr(
-            launch, name, lambda size, dtype, _, width, of=on_a_gpu: of(size, dtype, torch.device("cuda", 0), width)
-        )
+    on_a_gpu, gpu = launch.chunk_rows, torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "chunk_rows", lambda size, dtype, _, width: on_a_gpu(size, dtype, gpu, width))
     monkeypatch.setattr(launch, "wide_sums", lambda device: True)
     run = importlib.import_module("mam2.kernels.linear_cross_entropy")._run
     with Calls() as calls:
@@ -136,11 +124,11 @@ def test_products_of_a_head_on_a_gpu(
         target = torch.empty(rows, dtype=torch.int64, device="meta")
         run(hidden, weight, None, target, None, -100, 0.0, torch.bfloat16, (True, True, False))
     aten = torch.ops.aten
-    assert calls.functions.count(aten.mm.out) == parts + chunks
+    assert calls.functions.count(aten.mm.out) == 2 * chunks
     assert calls.functions.count(aten.addmm.dtype_out) == chunks
     assert aten.mm.dtype not in calls.functions
     in_cache = 2 * codes * width < 20e6
-    assert in_cache or (parts + chunks) * codes * width <= 2 * rows * codes
+    assert in_cache or 2 * chunks * codes * width <= 2 * rows * codes
 
 
 @pytest.mark.parametrize(
@@ -221,10 +209,10 @@ def test_a_run_is_what_a_thread_stores_at_once(
 def test_the_file() -> None:
     text = importlib.resources.files("mam2.kernels").joinpath("launch_table.json").read_text(encoding="utf-8")
     tables = json.loads(text)
-    assert set(tables) == {"warps", "chunk_bytes", "resident_warps"}
+    assert set(tables) == {"warps", "chunk_bytes", "row_programs"}
     assert "default" in tables["warps"]
     assert "default" in tables["chunk_bytes"]
-    assert tables["resident_warps"]["default"] == 0
+    assert tables["row_programs"]["default"] == 0
     for kernels in tables["warps"].values():
         assert set(kernels) <= set(tables["warps"]["default"])
         for rows in kernels.values():

@@ -12,6 +12,7 @@ from mam2.engine.data import decoding
 from mam2.engine.data.dali import ClipGraph
 from mam2.engine.data.decoding import DecodeError, decode_frames, decode_packet, open_video
 from mam2.engine.data.manifest import probe_file
+from mam2.engine.data.renderer import pinned_empty
 from mam2.engine.data.sampling import View
 from mam2.engine.data.video_decoders import DALI_CPU_CODECS, choose_decoder
 from mam2.engine.errors import UserError
@@ -316,7 +317,7 @@ def test_pinned_memory_holds_the_same_frames_of_rotated_clips(monkeypatch):
     expected = [decode_frames(str(CLIPS / name), [0, 3]) for name in ROTATED]
     monkeypatch.setattr(torch, "empty", allocate)
     for name, frames in zip(ROTATED, expected, strict=True):
-        assert np.array_equal(decode_frames(str(CLIPS / name), [0, 3], pinned=True), frames), name
+        assert np.array_equal(decode_frames(str(CLIPS / name), [0, 3], empty=pinned_empty), frames), name
     assert asked == [True] * len(ROTATED)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mam2.engine.data.side_stream import on_side_stream
+from mam2.engine.tokenizer.source import with_codes
 
 
 class Stream:
@@ -53,3 +54,23 @@ def test_on_a_cpu_nothing_changes(notes):
     notes, prepared = notes
     assert len(list(on_side_stream(prepared(), torch.device("cpu")))) == 2
     assert notes == ["prepared on step"] * 2
+
+
+def test_the_codes_of_a_batch_are_computed_within_the_timer():
+    notes = []
+
+    class Timer:
+        def __enter__(self):
+            notes.append("begun")
+
+        def __exit__(self, *_):
+            notes.append("ended")
+
+    def batches():
+        for number in range(2):
+            notes.append("loaded")
+            yield number
+
+    source = SimpleNamespace(codes=lambda batch: notes.append("codes") or batch + 10)
+    assert list(with_codes(batches(), source, torch.device("cpu"), Timer())) == [(0, 10), (1, 11)]
+    assert notes == ["loaded", "begun", "codes", "ended"] * 2

@@ -72,3 +72,31 @@ def test_a_capture_minds_its_own_thread_only(monkeypatch):
     stand_in_for_graphs(monkeypatch, graph)
     assert cuda.CudaRecorder().record(dict)[1] == {}
     assert options == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+
+
+def test_a_timer_sums_the_work_that_is_done_and_never_waits():
+    now, events = [0.0], []
+
+    class Event:
+        """Has passed at once, or when its time comes."""
+
+        def record(self):
+            self.at, self.passed = now[0], False
+            events.append(self)
+
+        def query(self):
+            return self.passed
+
+        def elapsed_time(self, end):
+            assert end.passed
+            return end.at - self.at
+
+    timer, found = cuda.DeviceTimer(Event), []
+    for milliseconds in (3.0, 5.0, 7.0):
+        with timer:
+            now[0] += milliseconds
+        now[0] += 100  # between the bodies
+        found.append((timer.done, timer.device_ms))
+        for event in events[:4]:
+            event.passed = True
+    assert found == [(0, 0), (1, 3), (2, 8)]

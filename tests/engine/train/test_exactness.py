@@ -16,6 +16,7 @@ from mam2.engine.runtime.log import read_log
 
 KILLS = 12
 TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", "mfu", "memory_gib"}
+TIMES |= {"host/wait_ms", "host/prepare_ms", "host/step_ms"}
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ EVERYTHING = {
 }
 """Every random draw of a step, and both optimizers."""
 TIMES = {"time", "data_wait", "decoded_frames_per_s", "clips_per_s", "step_ms", "mfu", "memory_gib"}
+TIMES |= {"host/wait_ms", "host/prepare_ms", "host/step_ms"}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_a_run_leaves_what_it_promises(finished, finished_result, small):
         "gradient/appearance", "gradient/motion", "gradient/norm", "learning_rate", "data_wait", "epoch",
     }  # fmt: skip
     assert expected <= lines[-1].keys()
-    assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s", "mfu"}
+    assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s", "mfu", "host/wait_ms"}
     assert 0 < lines[-1]["mfu"] < 1
     text = (run / "log.txt").read_text()
     assert "kernels: pytorch" in text
