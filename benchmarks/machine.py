@@ -23,7 +23,7 @@ PACKAGES = (
     *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "tyro", "matplotlib", "pytest", "numpy"),
 )
 COMMIT = "MAM2_COMMIT"
-"""Environment variable that names the commit if the checkout has no history."""
+"""Environment variable that names the commit, where the checkout's history does not."""
 QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 CLOCKS = ("sm_mhz", "memory_mhz", "power_w", "temperature_c")
 
@@ -88,16 +88,18 @@ def describe(device: Any) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Returns the commit of the checkout, with a plus if files differ from it.
+    """Returns the value of MAM2_COMMIT, or else the commit of the checkout, with a plus if files differ from it.
 
-    Without history the value of MAM2_COMMIT.
+    A copy of a checkout on another machine may have an older history than its files.
     """
+    if given := os.environ.get(COMMIT):
+        return given
     try:
         options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
         return head + ("+" if subprocess.run(["git", "status", "--porcelain"], **options).stdout else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT)
+        return None
 
 
 class Clocks:

@@ -79,6 +79,14 @@ def float32() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def on_a_cpu() -> Iterator[None]:
+    """Hides the GPUs, for comparisons with frames that PyAV decodes: NVDEC's differ by up to a gray level on average."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """`with full_disk(n)`: no file can exceed n bytes; writing then fails with EFBIG, similar to a full disk."""

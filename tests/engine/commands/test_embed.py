@@ -17,7 +17,7 @@ from mam2.engine.train.pretrain import pretrain
 from tests.helpers.commands import exit_status
 from tests.helpers.paths import CLIPS
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = pytest.mark.usefixtures("float32", "on_a_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from mam2.engine.evaluation.classification import evaluate
 from mam2.engine.evaluation.views import view_clip
 from tests.helpers.commands import torchrun
 
-pytestmark = pytest.mark.usefixtures("float32")
+pytestmark = pytest.mark.usefixtures("float32", "on_a_cpu")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000"}
 NAMES = ("archery", "juggling", "wave")
 
