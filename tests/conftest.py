@@ -81,7 +81,7 @@ def float32() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def on_a_cpu() -> Iterator[None]:
-    """Hides the GPUs, for comparisons with frames that PyAV decodes: NVDEC's differ by up to a gray level on average."""
+    """Hides the GPUs, for comparisons with frames that PyAV decodes: those of NVDEC differ by up to a gray level."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
