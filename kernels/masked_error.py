@@ -165,6 +165,8 @@ def launch_masked_loss(
     meta = cube_meta(video, goal.patch_size, errors.dtype, pred.dtype)
     tokens = (masked.numel() if last is None else last) - first
     warps = launch.warps("masked_loss", grid.values, video.device)
+    if errors.dtype == torch.float64:  # twice the registers
+        warps = max(warps, 2)
     launch.run_kernel(
         _masked_loss_kernel,
         tokens,

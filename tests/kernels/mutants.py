@@ -62,7 +62,7 @@ _MISTAKES = {
         (
             "predictions of every token read in the order of the mask",
             "masked_error.py",
-            "            pred_row = token.to(tl.int64)\n",
+            "        pred_row = token.to(tl.int64)\n",
             "",
         ),
         (
@@ -75,8 +75,8 @@ _MISTAKES = {
         (
             "values without a target in the error",
             "masked_error.py",
-            "residual = tl.where(exists, predicted - target[run], 0.0)",
-            "residual = predicted - target[run]",
+            "residual = tl.where(exists, predictions[run].to(DTYPE) - target[run], 0.0)",
+            "residual = predictions[run].to(DTYPE) - target[run]",
         ),
         (
             "half the gradient",
@@ -282,17 +282,17 @@ _MISTAKES = {
             "if False:",
         ),
     ],
-    (INTERPRETER, "masked_head_in_parts"): [
+    (INTERPRETER, "masked_head_in_chunks"): [
         (
-            "every part takes the first tokens",
+            "every chunk takes the first tokens",
             "linear_masked_loss.py",
-            "launch_masked_loss(*whole, part.start, part.stop)",
-            "launch_masked_loss(*whole, 0, part.stop - part.start)",
+            "launch_masked_loss(*whole, chunk.start, chunk.stop)",
+            "launch_masked_loss(*whole, 0, chunk.stop - chunk.start)",
         ),
     ],
     ("test_linear_masked_loss.py", "two_steps"): [
         (
-            "factors of the first clips for all parts",
+            "factors of the first clips for all chunks",
             "linear_masked_loss.py",
             "own = factors[clips] if",
             "own = factors[: len(masked[clips])] if",
@@ -489,8 +489,8 @@ _MISTAKES = {
         (
             "upstream weights of the first chunk for all",
             "linear_cross_entropy.py",
-            "weights = upstream[part] if",
-            "weights = upstream[: len(own)] if",
+            "weights = upstream[chunk] if",
+            "weights = upstream[: len(logits)] if",
         ),
     ],
     ("test_linear_cross_entropy.py", "test_ignored_rows"): [
