@@ -15,7 +15,6 @@ from mam2.engine.model import teacher as teachers
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.masking import sample_masks
 from mam2.engine.planning import plan
-from mam2.engine.runtime import device
 from mam2.engine.runtime.distributed import World
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train import collapse, cuda_graph
@@ -203,8 +202,7 @@ def test_the_warning_states_the_limits():
     assert {"teacher/rank", "teacher/deviation", "validation/latents_relative"} <= columns
 
 
-def test_a_plan_counts_the_teacher_apart(small, monkeypatch):
-    monkeypatch.setattr(device, "multiplies_bfloat16", lambda _: True)  # as that GPU does
+def test_a_plan_counts_the_teacher_apart(small):
     latents, pixels = small(**LATENTS), small(loss={"appearance_target": "pixels"})
     with torch.device("meta"):
         model = MAM2(latents, 0)
