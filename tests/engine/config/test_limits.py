@@ -9,7 +9,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 RUN = (
     "log_every save_every keep keep_every compile compile_blocks graph device sharding recompute max_nonfinite profile"
 )
-DATA = "sets threads nvdec_threads prefetch max_unusable timeout_s wait_s"
+DATA = "sets threads nvdec_threads prefetch max_unusable timeout_s wait_s workers"
 SHARED = {
     *(f"run.{key}" for key in RUN.split()),
     *(f"data.{key}" for key in DATA.split()),

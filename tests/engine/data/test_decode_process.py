@@ -122,9 +122,11 @@ def test_results_and_errors_are_those_of_a_call(videos, processes, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_stays_behind(videos, number):
     program = f"""\
+import signal
 import numpy as np
 from mam2.engine.data.decode_process import DecodingProcesses
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
     own = DecodingProcesses(1)
     own.decode_frames({videos.videos[0].path!r}, [0], empty=np.empty)
     print(own.pids[0], flush=True)
