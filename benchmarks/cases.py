@@ -378,7 +378,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for place, (codes, dtype) in enumerate(itertools.product((5, 1000, 8200), (SINGLE, BRAIN, HALF, DOUBLE))):
         reduction, smoothing = REDUCTIONS[place % 3], 0.1 if codes == 1000 else 0.0
         yield head_case(5, 64, codes, dtype, reduction=reduction, smoothing=smoothing, ignored=[2])
-    if device.type == "cuda":  # more rows than programs that walk over them
+    if device.type == "cuda":
         for place, dtype in enumerate((SINGLE, BRAIN, HALF, DOUBLE)):
             codes, reduction = (1000, 8192)[place % 2], ("mean", "sum")[place // 2]
             yield head_case(900, 64, codes, dtype, reduction=reduction, smoothing=0.1, ignored=[2, 899])

@@ -1,11 +1,10 @@
 """Writes the launch table of this GPU into kernels/launch_table.json: `make tune`, or `python -m benchmarks.tune`.
 
 For every kernel and row of the table, it times the operators that launch the kernel with each number of warps, and
-linear_cross_entropy with each chunk size and each number of programs per multiprocessor that walk over rows (0: a
-program per row), in interleaved rounds. A candidate that fails check.py is not timed; a candidate replaces the current
-value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where launches have no warps, and does not
-change the table. `--out` writes the table to another file. A row applies to an architecture: the values tuned on one
-GPU serve all GPUs of that architecture (those of an H100 also an H200).
+linear_cross_entropy with each chunk size, in interleaved rounds. A candidate that fails check.py is not timed; a
+candidate replaces the current value if it is more than 2 % faster. `--dry-run` runs everything on the CPU, where
+launches have no warps, and does not change the table. `--out` writes the table to another file. A row applies to an
+architecture: the values tuned on one GPU serve all GPUs of that architecture (those of an H100 also an H200).
 """
 
 from __future__ import annotations
@@ -50,8 +49,6 @@ WARPS = (1, 2, 4, 8, 16)
 CHUNK_MIB = (16, 32, 64, 88, 128, 192, 352, 512)
 """From 88 on, chunks of 8192 codes in bfloat16 are cut so that their products fill 132 multiprocessors n times."""
 CHUNKS = "chunk_bytes"
-WALKING = "row_programs"
-ROW_PROGRAMS = (0, 1, 2, 3)
 SMALL = Shape(batch=1, size=32, width=16, dtype=torch.float32)
 """The shape of a dry run."""
 LEAST_GAIN = 0.02
@@ -109,28 +106,18 @@ TUNED = {
     "motion_energy": Tuned((MOTION_ENERGY,), _longer_tokens),
     "scale_gradient": Tuned((SCALE_GRADIENT,), _more_codes),
     "softmax_gradient": Tuned((bench_linear_cross_entropy.OPERATOR,), _more_codes),
-    "softmax_gradient_sums": Tuned(
-        (bench_linear_cross_entropy.OPERATOR,), lambda shape, block: replace(shape, codes=block, bias=True)
-    ),
 }
 
 
 @contextlib.contextmanager
-def launched_with(
-    architecture: str, warps: dict[str, int], chunk_bytes: int | None = None, walking: int | None = None
-) -> Iterator[None]:
-    """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size.
-
-    `walking`: programs per multiprocessor that walk over the rows of a chunk.
-    """
+def launched_with(architecture: str, warps: dict[str, int], chunk_bytes: int | None = None) -> Iterator[None]:
+    """Inside the context, all kernels launch with this number of warps, and logits come in chunks of this size."""
     rows = {kernel: [[1, count]] for kernel, count in warps.items()}
     changed = {architecture: {**launch.WARPS.get(architecture, {}), **rows}}
     chunk = {} if chunk_bytes is None else {architecture: chunk_bytes}
-    held = {} if walking is None else {architecture: walking}
     with (
         mock.patch.dict(launch.WARPS, changed),
         mock.patch.dict(launch.CHUNK_BYTES, chunk),
-        mock.patch.dict(launch.ROW_PROGRAMS, held),
     ):
         yield
 
@@ -173,13 +160,13 @@ def choices(
     first_blocks: bool = False,
     deadline: float = math.inf,
 ) -> Iterator[Row]:
-    """Yields a row per choice as soon as it is made: chunks, programs that walk over rows, warps of each block.
+    """Yields a row per choice as soon as it is made: chunks, then warps of each block.
 
     Args:
         shape: shape of the operators that launch the kernels.
         device: device of the operators.
         rounds: rounds of each candidate.
-        kernels: names of kernels; default: all, `chunk_bytes` and `row_programs`.
+        kernels: names of kernels; default: all and `chunk_bytes`.
         first_blocks: tune only the blocks of mam2-fast: the first of each kernel, the last of softmax_gradient.
         deadline: time.monotonic() after which nothing is tuned; the remaining rows are marked "skipped".
     """
@@ -189,12 +176,6 @@ def choices(
         present = launch.CHUNK_BYTES.get(name, launch.CHUNK_BYTES["default"])
         sizes = {size: launched_with(name, {}, size) for size in sorted({present, *(mib << 20 for mib in CHUNK_MIB)})}
         yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), shape, device, present, sizes, rounds, deadline)
-    if not kernels or WALKING in kernels:
-        row = {"tuned": WALKING, "block": None}
-        present = launch.ROW_PROGRAMS.get(name, launch.ROW_PROGRAMS["default"])
-        counts = {count: launched_with(name, {}, None, count) for count in sorted({present, *ROW_PROGRAMS})}
-        at = replace(shape, bias=True)  # without a bias nothing is added up
-        yield _chosen(row, (bench_linear_cross_entropy.OPERATOR,), at, device, present, counts, rounds, deadline)
     for kernel, present_rows in launch.WARPS["default"].items():
         if kernels and kernel not in kernels:
             continue
@@ -241,7 +222,7 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     """Yields the choices that decide the speed of mam2-fast: chunks of logits, warps at its blocks, attention."""
     cuda = device.type == "cuda"
     shape = Shape(batch=64) if cuda else SMALL
-    kernels = (CHUNKS, WALKING, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
+    kernels = (CHUNKS, "masked_loss", "softmax_gradient", "scale_gradient", "gather_tubes")
     options: dict[str, Any] = {"rounds": 10 if cuda else 1, "first_blocks": True, "deadline": deadline}
     for row in choices(shape, device, kernels=kernels, **options):
         yield row if cuda else {key: row[key] for key in row if key not in ("present", "best")}
@@ -262,24 +243,21 @@ def sweep_rows(device: torch.device, deadline: float) -> Iterator[Row]:
         yield row | ({"best": best, "best_ms": best_ms, "candidates_ms": found} if cuda else {})
 
 
-def text_of(
-    warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int], row_programs: dict[str, int]
-) -> str:
+def text_of(warps: dict[str, dict[str, list[list[int]]]], chunk_bytes: dict[str, int]) -> str:
     """Returns the text of launch_table.json, one kernel per line."""
 
     def kernels(table: dict[str, list[list[int]]]) -> str:
         return ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(rows)}" for kernel, rows in sorted(table.items()))
 
     tables = ",\n".join(f"  {json.dumps(name)}: {{\n{kernels(table)}\n  }}" for name, table in sorted(warps.items()))
-    sizes = {CHUNKS: chunk_bytes, WALKING: row_programs}
-    others = ",\n ".join(f"{json.dumps(name)}: {json.dumps(size, sort_keys=True)}" for name, size in sizes.items())
-    return f'{{\n "warps": {{\n{tables}\n }},\n {others}\n}}\n'
+    chunks = json.dumps(chunk_bytes, sort_keys=True)
+    return f'{{\n "warps": {{\n{tables}\n }},\n "{CHUNKS}": {chunks}\n}}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; does not change the table")
-    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS, WALKING], default=[], help="default: all")
+    parser.add_argument("--kernels", nargs="+", choices=[*TUNED, CHUNKS], default=[], help="default: all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time limit; the rest stays unchanged")
     parser.add_argument("--out", type=Path, help="file of the table; default: kernels/launch_table.json")
     options = parser.parse_args(arguments)
@@ -308,23 +286,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
 
 
-def with_choices(
-    name: str, rows: Sequence[Row]
-) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int], dict[str, int]]:
+def with_choices(name: str, rows: Sequence[Row]) -> tuple[dict[str, dict[str, list[list[int]]]], dict[str, int]]:
     """Returns the launch tables with these rows in the table of architecture `name`; untuned rows stay unchanged."""
     warps = {kernel: [list(pair) for pair in pairs] for kernel, pairs in launch.WARPS.get(name, {}).items()}
-    sizes = {CHUNKS: dict(launch.CHUNK_BYTES), WALKING: dict(launch.ROW_PROGRAMS)}
+    chunk_bytes = dict(launch.CHUNK_BYTES)
     for row in rows:
         if row["verdict"] != "right":
             continue
-        if row["tuned"] in sizes:
-            sizes[row["tuned"]][name] = row["best"]
+        if row["tuned"] == CHUNKS:
+            chunk_bytes[name] = row["best"]
             continue
         held = warps.setdefault(row["tuned"], [list(pair) for pair in launch.WARPS["default"][row["tuned"]]])
         for pair in held:
             if pair[0] == row["block"]:
                 pair[1] = row["best"]
-    return {**launch.WARPS, **({name: warps} if warps else {})}, sizes[CHUNKS], sizes[WALKING]
+    return {**launch.WARPS, **({name: warps} if warps else {})}, chunk_bytes
 
 
 if __name__ == "__main__":

@@ -113,20 +113,10 @@ def warps(kernel: str, block: int, device: torch.device, *, scattered: bool = Fa
     return 2 * count if scattered else count
 
 
-ROW_PROGRAMS: dict[str, int] = _DATA["row_programs"]
-"""Architecture -> programs per multiprocessor that walk over the rows of a chunk of logits and add their gradients up;
-0: a program per row, and a separate pass over the chunk for the sums."""
-
-
 @functools.cache
 def processors(device: torch.device) -> int:
     """Returns the number of multiprocessors of a GPU; 1 for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def row_programs(device: torch.device) -> int:
-    """Returns how many programs walk over the rows of a chunk of logits; 0: each row has its own."""
-    return processors(device) * ROW_PROGRAMS.get(architecture(device), ROW_PROGRAMS["default"])
 
 
 def power_of_two(size: int) -> int:

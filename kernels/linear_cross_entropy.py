@@ -2,8 +2,8 @@
 
     logits = hidden · weightᵀ + bias,  loss[m] = log Σ exp(logits[m]) − (1−s)·logits[m, target[m]] − s·mean(logits[m])
 
-Each chunk takes one GEMM for the logits, one pass that computes the losses, replaces the logits by their gradient and
-adds its columns up to d_bias, and two GEMMs for d_hidden and d_weight (products.py). The log-sum-exp is float32;
+Each chunk takes one GEMM for the logits, one pass that computes the losses and replaces the logits by their gradient,
+and two GEMMs for d_hidden and d_weight (products.py). The log-sum-exp is float32;
 d_weight and d_bias are summed over the chunks in float32. The gradients of a mean are final: backward does nothing if
 the upstream gradient is 1.
 
@@ -19,6 +19,7 @@ from . import launch
 from .derivatives import differentiable, refuse_double_backward, refuse_transforms, wants_gradient
 from .products import (
     accumulation_dtype,
+    add_column_sums,
     add_product,
     compute_type,
     empty_gradients,
@@ -58,11 +59,13 @@ def _run(
         linear_into(logits, hidden[chunk], weight, bias)
         weights = upstream[chunk] if upstream is not None and upstream.dim() else upstream
         settings = ignore_index, label_smoothing, any(needs)
-        softmax_gradient_(logits, target[chunk], weights, *settings, losses[chunk], d_bias if needs[2] else None)
+        softmax_gradient_(logits, target[chunk], weights, *settings, losses[chunk])
         if needs[0]:
             torch.mm(logits, weight, out=d_hidden[chunk])
         if needs[1]:
             add_product(d_weight, logits.t(), hidden[chunk])
+        if needs[2]:
+            add_column_sums(d_bias, logits)
     return losses, d_hidden, d_weight, d_bias
 
 

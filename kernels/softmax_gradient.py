@@ -17,7 +17,6 @@ import torch
 
 from . import launch, reference
 from .launch import jit, tl
-from .products import add_column_sums
 
 
 @jit
@@ -37,17 +36,14 @@ def exponential(difference):
     return tl.exp2(difference * LOG2_E)
 
 
-@jit(do_not_specialize=["ignore_index", "rows"])
+@jit(do_not_specialize=["ignore_index"])
 def _softmax_gradient_kernel(
     loss_ptr,
     logits_ptr,
     target_ptr,
     upstream_ptr,
-    sums_ptr,
-    rows: tl.int32,
     codes,
     ignore_index,
-    STAGES: tl.constexpr,
     UPSTREAM_STRIDE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -55,71 +51,57 @@ def _softmax_gradient_kernel(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * codes
+    target = tl.load(target_ptr + row)
+    upstream = 1.0
+    if UPSTREAM_STRIDE is not None:  # before the logits, so that the row waits for memory once
+        upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)
+    counted = target != ignore_index
+    exists = (target >= 0) & (target < codes)
+    picked = tl.load(logits_ptr + tl.where(exists, target, 0)).to(DTYPE)
+    target = tl.where(exists, target, -1).to(tl.int32)
     column = tl.arange(0, BLOCK)
     lowest = float("-inf")
-    stop, step = tl.program_id(0) + 1, 1  # a program computes one row, or every n-th of n programs and their sum
-    if sums_ptr is not None:
-        stop, step = rows, tl.num_programs(0)
-        sums = tl.zeros([BLOCK], DTYPE)
-    for place in tl.range(tl.program_id(0), stop, step, num_stages=STAGES):
-        row = tl.full((), place, tl.int64)  # an interpreted loop counts in Python's integers
-        own_ptr = logits_ptr + row * codes
-        target = tl.load(target_ptr + row)
-        upstream = 1.0
-        if UPSTREAM_STRIDE is not None:  # before the logits, so that the row waits for memory once
-            upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)
-        counted = target != ignore_index
-        exists = (target >= 0) & (target < codes)
-        picked = tl.load(own_ptr + tl.where(exists, target, 0)).to(DTYPE)
-        target = tl.where(exists, target, -1).to(tl.int32)
 
-        logits = tl.load(own_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
-        # does not change the maximum, but no thread adds exponentials before it has read the target's logit
-        largest = tl.maximum(tl.max(logits, axis=0), picked)
-        exponentials = exponential(logits - above(largest))
-        sum_exp = tl.sum(exponentials, axis=0)
-        total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
-        if not ONE_BLOCK:
-            for start in range(BLOCK, codes, BLOCK):
+    logits = tl.load(logits_ptr + column, mask=column < codes, other=lowest).to(DTYPE)
+    # does not change the maximum, but no thread adds exponentials before it has read the target's logit
+    largest = tl.maximum(tl.max(logits, axis=0), picked)
+    exponentials = exponential(logits - above(largest))
+    sum_exp = tl.sum(exponentials, axis=0)
+    total = tl.sum(tl.where(column < codes, logits, 0.0), axis=0)
+    if not ONE_BLOCK:
+        for start in range(BLOCK, codes, BLOCK):
+            mask = start + column < codes
+            logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
+            larger = tl.maximum(largest, tl.max(logits, axis=0))
+            sum_exp = sum_exp * exponential(largest - above(larger)) + tl.sum(
+                exponential(logits - above(larger)), axis=0
+            )
+            largest = larger
+            total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
+
+    loss = largest + tl.log(sum_exp) - (1 - SMOOTHING) * picked
+    if SMOOTHING > 0:
+        loss -= SMOOTHING * total / codes
+    loss = tl.where(exists, loss, float("nan"))
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
+
+    if GRADIENT:
+        upstream = tl.where(counted, tl.where(exists, upstream, float("nan")), 0.0).to(DTYPE)
+        scale = upstream / sum_exp
+        shift = SMOOTHING * upstream / codes
+        at_target = shift + (1 - SMOOTHING) * upstream
+        if ONE_BLOCK:
+            gradient = exponentials * scale - tl.where(column == target, at_target, shift)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < codes)
+        else:
+            for start in range(0, codes, BLOCK):
                 mask = start + column < codes
-                logits = tl.load(own_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-                larger = tl.maximum(largest, tl.max(logits, axis=0))
-                sum_exp = sum_exp * exponential(largest - above(larger)) + tl.sum(
-                    exponential(logits - above(larger)), axis=0
-                )
-                largest = larger
-                total += tl.sum(tl.where(mask, logits, 0.0), axis=0)
-
-        loss = largest + tl.log(sum_exp) - (1 - SMOOTHING) * picked
-        if SMOOTHING > 0:
-            loss -= SMOOTHING * total / codes
-        loss = tl.where(exists, loss, float("nan"))
-        tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
-
-        if GRADIENT:
-            upstream = tl.where(counted, tl.where(exists, upstream, float("nan")), 0.0).to(DTYPE)
-            scale = upstream / sum_exp
-            shift = SMOOTHING * upstream / codes
-            at_target = shift + (1 - SMOOTHING) * upstream
-            if ONE_BLOCK:
-                gradient = exponentials * scale - tl.where(column == target, at_target, shift)
-                tl.store(own_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < codes)
-                if sums_ptr is not None:
-                    sums += gradient
-            else:
-                for start in range(0, codes, BLOCK):
-                    mask = start + column < codes
-                    logits = tl.load(own_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
-                    gradient = exponential(logits - above(largest)) * scale
-                    gradient -= tl.where(start + column == target, at_target, shift)
-                    tl.store(own_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * codes + column, sums, mask=column < codes)
-
-
-STAGES = 1
-"""Rows that a program of several rows has in flight. With two, the next one is read while it computes one, but a
-multiprocessor holds one program instead of two: 172 registers on sm_90 instead of 128."""
+                logits = tl.load(logits_ptr + start + column, mask=mask, other=lowest).to(DTYPE)
+                gradient = exponential(logits - above(largest)) * scale
+                gradient -= tl.where(start + column == target, at_target, shift)
+                tl.store(logits_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
 def softmax_gradient_(
@@ -130,44 +112,32 @@ def softmax_gradient_(
     label_smoothing: float,
     needs_gradient: bool,
     losses: torch.Tensor,
-    d_bias: torch.Tensor | None = None,
 ) -> None:
     """Runs `reference.softmax_gradient_` or its kernel, on the path of the device, and writes losses [M], contiguous.
 
-    `upstream` is a scalar or [M]. Adds the sum of the gradient's rows to d_bias [V], if it is given.
+    `upstream` is a scalar or [M].
     """
     if launch.active_path(logits) != "triton":
         losses.copy_(
             reference.softmax_gradient_(logits, target, upstream, ignore_index, label_smoothing, needs_gradient)
         )
-        if d_bias is not None:
-            add_column_sums(d_bias, logits)
         return
     rows, codes = logits.shape
     block = min(launch.power_of_two(codes), 8192)
-    programs, sums = rows, None
-    walking = launch.row_programs(logits.device) if d_bias is not None and codes <= block else 0
-    if rows > walking > 0:
-        programs, sums = walking, losses.new_empty(walking, codes)
     launch.run_kernel(
         _softmax_gradient_kernel,
-        programs,
+        rows,
         losses,
         logits,
         target.contiguous(),
         upstream,
-        sums,
-        rows,
         codes,
         ignore_index,
-        STAGES=1 if sums is None else STAGES,
         UPSTREAM_STRIDE=None if upstream is None else upstream.dim(),
         SMOOTHING=label_smoothing,
         GRADIENT=needs_gradient,
         ONE_BLOCK=codes <= block,
         BLOCK=block,
         DTYPE=launch.triton_type(losses.dtype),
-        num_warps=launch.warps("softmax_gradient" if sums is None else "softmax_gradient_sums", block, logits.device),
+        num_warps=launch.warps("softmax_gradient", block, logits.device),
     )
-    if d_bias is not None:
-        add_column_sums(d_bias, logits if sums is None else sums)

@@ -43,14 +43,12 @@ def test_what_was_not_tuned_stays(tune: ModuleType) -> None:
         {"tuned": "scale_gradient", "block": 512, "best": 16, "verdict": "right"},
         {"tuned": "scale_gradient", "block": 1024, "best": 8, "verdict": "skipped"},
         {"tuned": tune.CHUNKS, "block": None, "best": 2**27, "verdict": "right"},
-        {"tuned": tune.WALKING, "block": None, "best": 12, "verdict": "right"},
     ]
     before = [list(pair) for pair in launch.WARPS["default"]["scale_gradient"]]
-    warps, chunk_bytes, row_programs = tune.with_choices("sm_80", rows)
+    warps, chunk_bytes = tune.with_choices("sm_80", rows)
     assert warps["sm_80"] == {"scale_gradient": [[512, 16], *before[1:]]}
     assert warps["default"] == launch.WARPS["default"]
     assert chunk_bytes == {**launch.CHUNK_BYTES, "sm_80": 2**27}
-    assert row_programs == {**launch.ROW_PROGRAMS, "sm_80": 12}
     assert launch.WARPS["default"]["scale_gradient"] == before
 
 
@@ -70,7 +68,7 @@ def test_shapes_give_the_blocks(tune: ModuleType) -> None:
 
 
 def test_the_file_is_as_written(tune: ModuleType) -> None:
-    text = tune.text_of(launch.WARPS, launch.CHUNK_BYTES, launch.ROW_PROGRAMS)
+    text = tune.text_of(launch.WARPS, launch.CHUNK_BYTES)
     assert text == tune.TABLE.read_text(encoding="utf-8")
 
 
@@ -100,12 +98,6 @@ def test_only_right_candidates_are_timed(tune: ModuleType) -> None:
     assert set(found) == {1}
     assert launch.WARPS is before
     assert "cpu" not in launch.WARPS
-
-
-def test_programs_that_walk_are_set_within(tune: ModuleType) -> None:
-    with tune.launched_with("cpu", {}, None, 12):
-        assert launch.row_programs(CPU) == 12
-    assert launch.row_programs(CPU) == 0
 
 
 def test_chunks_are_set_within(tune: ModuleType) -> None:

@@ -25,7 +25,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["MAM2_KERNELS"] = "triton"
@@ -230,9 +229,6 @@ def record(architecture: str) -> dict[str, Launch]:
             softmax_gradient.softmax_gradient_(logits, labels, upstream, -100, smoothing, True, losses)
         label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} without_gradient"
         softmax_gradient.softmax_gradient_(logits, labels, None, -100, smoothing, False, losses)
-        label = f"{codes} {str(kind)[6:]}{' smoothed' * bool(smoothing)} with_sums"
-        with mock.patch.object(launch, "row_programs", return_value=2):
-            softmax_gradient.softmax_gradient_(logits, labels, scalar, -100, smoothing, True, losses, logits[0].float())
     for (rows, width), kind in itertools.product(((64 * 1408, 1536), (64, 1000), (64, 512)), (BRAIN, HALF, SINGLE)):
         label = f"{rows}x{width} {str(kind)[6:]}"
         gradient = torch.empty(rows, width, dtype=kind, device="meta")

@@ -400,29 +400,6 @@ def test_the_gradient_of_a_token_out_of_range_is_nan(target: str, every: bool, m
     assert [run.outside() for run in launches] == [0, 0]
 
 
-@pytest.mark.parametrize(("codes", "programs"), [(20, [3]), (8193, [7])])
-def test_programs_that_walk_over_rows_add_their_gradients_up(
-    codes: int, programs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three programs for seven rows, one of them ignored; a row longer than a block has its own program."""
-    hidden, weight = torch.randn(7, 4).requires_grad_(), torch.randn(codes, 4).requires_grad_()
-    bias, target = torch.randn(codes).requires_grad_(), torch.tensor([1, 0, -100, 19, 2, 2, 5])
-    monkeypatch.setattr(launch, "row_programs", lambda device: 3)
-    grids, run = [], launch.run_kernel
-    monkeypatch.setattr(
-        launch, "run_kernel", lambda kernel, count, *a, **k: (grids.append(count), run(kernel, count, *a, **k))
-    )
-    with recorded() as launches:
-        loss = linear_cross_entropy(hidden, weight, target, bias, label_smoothing=0.1)
-    assert grids == programs
-    assert [run.outside() for run in launches] == [0] * len(launches)
-    plain = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, target, label_smoothing=0.1)
-    torch.testing.assert_close(loss, plain)
-    leaves = hidden, weight, bias
-    for mine, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True):
-        torch.testing.assert_close(mine, other)
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("codes", [5, 8193])
 def test_a_target_out_of_range_gives_nan(reduction: str, codes: int) -> None:

@@ -175,15 +175,6 @@ _MISTAKES = {
             "            slope *= 1.0\n",
         ),
     ],
-    (INTERPRETER, "programs_that_walk_over_rows"): [
-        (
-            "a walk that ends before the last row",
-            "softmax_gradient.py",
-            "stop, step = rows, tl.num_programs(0)",
-            "stop, step = rows - 1, tl.num_programs(0)",
-        ),
-        ("only the last row's gradient", "softmax_gradient.py", "sums += gradient", "sums = gradient"),
-    ],
     (INTERPRETER, "test_a_target_out_of_range"): [
         (
             "a target out of range has the gradient of no target",
@@ -325,8 +316,8 @@ _MISTAKES = {
         (
             "the upstream weights of rows dropped",
             "softmax_gradient.py",
-            "            upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)\n",
-            "            upstream = 1.0\n",
+            "        upstream = tl.load(upstream_ptr + row * UPSTREAM_STRIDE)\n",
+            "        upstream = 1.0\n",
         ),
     ],
     (INTERPRETER, "shared_case and V5"): [

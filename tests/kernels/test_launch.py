@@ -97,14 +97,6 @@ def test_chunks_on_a_gpu_fill_it_and_are_no_smaller_than_the_weight() -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_programs_that_walk_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "ROW_PROGRAMS", {"default": 0, "sm_90": 2})
-    assert launch.row_programs(torch.device("cuda", 0)) == 264
-    pretend(monkeypatch, "gfx942")
-    assert launch.row_programs(torch.device("cuda", 0)) == 0
-
-
-@pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize(("rows", "width", "codes", "chunks"), [(90112, 384, 8192, 16), (16384, 4096, 128256, 4)])
 def test_products_of_a_head_on_a_gpu(
     rows: int, width: int, codes: int, chunks: int, monkeypatch: pytest.MonkeyPatch
@@ -209,10 +201,9 @@ def test_a_run_is_what_a_thread_stores_at_once(
 def test_the_file() -> None:
     text = importlib.resources.files("mam2.kernels").joinpath("launch_table.json").read_text(encoding="utf-8")
     tables = json.loads(text)
-    assert set(tables) == {"warps", "chunk_bytes", "row_programs"}
+    assert set(tables) == {"warps", "chunk_bytes"}
     assert "default" in tables["warps"]
     assert "default" in tables["chunk_bytes"]
-    assert tables["row_programs"]["default"] == 0
     for kernels in tables["warps"].values():
         assert set(kernels) <= set(tables["warps"]["default"])
         for rows in kernels.values():
