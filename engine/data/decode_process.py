@@ -40,6 +40,10 @@ serve({memory})
 """
 """The program of a process; it ignores signals before its imports, which take a part of a second."""
 READY = b"ready"
+MOST_CRASHES = 2
+"""Ends of a process at one clip, by a crash or an exit, after which the file is unusable."""
+MOST_ENDS = 10
+"""The same with those by SIGKILL, which the system (out of memory) or a person sends: they say nothing of the file."""
 
 
 class CannotStart(Exception):
@@ -47,7 +51,11 @@ class CannotStart(Exception):
 
 
 class _Ended(Exception):
-    """Raised if a process has ended while it should have answered."""
+    """Raised if a process has ended while it should have answered; the message says how it ended."""
+
+    @property
+    def killed(self) -> bool:
+        return str(self) == signal.SIGKILL.name
 
 
 class DecodingProcesses:
@@ -63,21 +71,22 @@ class DecodingProcesses:
     def decode_frames(self, path: str, frames: Sequence[int], *, empty: Empty, **options: Any) -> NDArray[Any]:
         """Runs `decoding.decode_frames` in a process, with the same arguments, results and exceptions.
 
-        A process that ends (killed, or crashed by a file) is replaced, and the clip is decoded once more.
+        A process that ends (killed, or crashed by a file) is replaced, and the clip is decoded again.
 
         Raises:
-            DecodeError: also if the file ends two processes.
+            DecodeError: also if MOST_CRASHES processes crash at the file, or MOST_ENDS end in any way.
             CannotStart: a process cannot be started.
         """
+        crashes = 0
         with self._process() as process:
-            try:
-                return process.decode(path, frames, empty, options)
-            except _Ended:
-                pass
-            try:
-                return process.decode(path, frames, empty, options)
-            except _Ended as error:
-                raise DecodeError(f"decoding it ended two processes ({error})") from None
+            for ends in range(1, MOST_ENDS + 1):
+                try:
+                    return process.decode(path, frames, empty, options)
+                except _Ended as error:
+                    crashes += not error.killed
+                    if crashes == MOST_CRASHES or ends == MOST_ENDS:
+                        raise DecodeError(f"decoding it ended {ends} processes ({error})") from None
+        raise AssertionError("the last attempt returns or raises")
 
     @property
     def pids(self) -> list[int]:
@@ -142,7 +151,8 @@ class _Process:
             raise CannotStart(str(error)) from error
         self._child = child
         if _pipe(child.stdout).read(len(READY)) != READY:
-            raise CannotStart(self.end())
+            ended = _Ended(self.end())
+            raise ended if ended.killed else CannotStart(str(ended))
         return child
 
     def _shared(self, size: int) -> mmap.mmap:

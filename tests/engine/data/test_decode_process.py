@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mam2.engine.data import decode_process
-from mam2.engine.data.decode_process import PRELUDE, SUPPORTED, DecodingProcesses
+from mam2.engine.data.decode_process import MOST_ENDS, PRELUDE, SUPPORTED, DecodingProcesses
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import why_away
 from mam2.engine.data.renderer import MOST_THREADS, Renderer
@@ -31,6 +31,27 @@ own.decode_frames = lambda path, *rest, **named: own.os._exit(9) if "/0.mp4" in 
 serve({memory})""",
 )
 """The program of a process that the file 0.mp4 ends."""
+KILLED = PRELUDE.replace(
+    "serve({memory})",
+    """\
+import os
+import mam2.engine.data.decode_process as own
+real = own.decode_frames
+def kill():
+    if os.path.getsize(MARKS) < KILLS:
+        with open(MARKS, "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), 9)
+def decode(*arguments, **named):
+    kill()
+    return real(*arguments, **named)
+if LATE:
+    own.decode_frames = decode
+else:
+    kill()
+serve({memory})""",
+)
+"""The program of a process that is killed at its start, or LATE: when it decodes; KILLS times in all."""
 
 
 @pytest.fixture
@@ -70,7 +91,7 @@ def test_batches_have_the_bits_of_threads_also_after_a_resume(videos, tmp_path):
 
 
 def test_a_killed_process_is_replaced(videos):
-    expected = take(videos, 8)
+    expected = take(videos, MOST_ENDS - 2)  # so that one clip cannot meet MOST_ENDS kills
     with open_loader(videos, PROCESSES) as clips:
         stream, killed = clips.stream(), set()
         for batch in expected:
@@ -84,11 +105,28 @@ def test_a_killed_process_is_replaced(videos):
     assert all(map(ends, [*killed, *left]))
 
 
+@pytest.mark.parametrize("place", ["while it starts", "while it decodes"])
+@pytest.mark.parametrize("kills", [4, MOST_ENDS])
+def test_a_kill_does_not_blame_the_file(videos, processes, monkeypatch, tmp_path, place, kills):
+    """The system kills a process for want of memory, again and again; the clip is decoded when that stops."""
+    marks = tmp_path / "kills"
+    marks.touch()
+    program = KILLED.replace("MARKS", repr(str(marks))).replace("KILLS", str(kills))
+    monkeypatch.setattr(decode_process, "PRELUDE", program.replace("LATE", str(place == "while it decodes")))
+    path = videos.videos[0].path
+    if kills == MOST_ENDS:
+        with pytest.raises(DecodeError, match="ended 10 processes"):
+            processes.decode_frames(path, [0], empty=np.empty)
+    else:
+        assert np.array_equal(processes.decode_frames(path, [0], empty=np.empty), decode_frames(path, [0]))
+    assert marks.stat().st_size == kills
+
+
 def test_a_file_that_ends_its_process_is_left_out(videos, monkeypatch):
     monkeypatch.setattr(decode_process, "PRELUDE", BROKEN_DECODER)
     found = []
     batches = take(videos, 5, PROCESSES, on_skip=found.append)
-    assert [entry.reason for entry in found] == ["decoding it ended two processes (exit status 9)"]
+    assert [entry.reason for entry in found] == ["decoding it ended 2 processes (exit status 9)"]
     assert found[0].path.endswith("/0.mp4")
     assert all(0 not in batch.index for batch in batches)
 
