@@ -15,7 +15,8 @@ def keep_compiled_code() -> str:
     It is `$XDG_CACHE_HOME/mam2/compiled` (~/.cache/mam2/compiled), unless the environment variable is set. torch's own
     default is lost at a restart of the machine, and often at the end of a job. torch finds entries by a hash of code,
     shapes, device and versions and writes them atomically, so that processes and machines can share the folder. The
-    processes of a machine compile at the same time; whether one before the others would be faster is not measured.
+    device includes the number of the GPU: a process finds what an earlier run, or another machine, compiled for the
+    same number. The processes of a machine compile at the same time.
     """
     if folder := os.environ.get(VARIABLE):
         return folder
