@@ -49,6 +49,8 @@ TABLE, PREDICTION = RESULTS / "nvidia.csv", RESULTS / "predicted-h200.md"
 MASKED, VISIBLE, VALUES = 1408, 160, 1536
 WIDTH = 384
 GOAL_HEAD = 3.0e-3
+LARGE, SMALL_CHUNK = (2 * MASKED, 2048, 131_072), 128
+"""Rows, width and codes of the largest head that is measured, and the rows of a chunk of 32 MiB of its logits."""
 
 
 class Bounds(NamedTuple):
@@ -131,11 +133,32 @@ def kernels() -> dict[str, Bounds]:
     }
 
 
+def rows_per_chunk(width: int, codes: int) -> int:
+    """Returns the rows of a head's chunk of bfloat16 logits on an H200."""
+    with mock.patch.multiple(launch, architecture=lambda device: "sm_90", processors=lambda device: SMS):
+        return launch.chunk_rows(codes, torch.bfloat16, torch.device("cuda", 0), width)
+
+
+def large_head() -> str:
+    """Returns a sentence about LARGE: the traffic of its weight per chunk, and what it was with small chunks."""
+    rows, width, codes = LARGE
+    product = costs.linear_cross_entropy(rows, width, codes).flops / GEMM
+    # a chunk reads the weight twice, and reads and writes the float32 sum of its gradient
+    per_chunk = width * codes * (2 * 2 + 2 * 4) / COPY
+    chunk = rows_per_chunk(width, codes)
+    now, small = -(-rows // chunk), -(-rows // SMALL_CHUNK)
+    return (
+        f"A head of {codes} codes, {width} wide, for {rows} rows: the products take {1e3 * product:.1f} ms. Its weight"
+        f" and gradient are\n{1e3 * per_chunk:.2f} ms of memory traffic per chunk: {1e3 * per_chunk * now:.1f} ms for"
+        f" {now} chunks of {chunk} rows; {small} chunks of {SMALL_CHUNK} rows would take"
+        f" {1e3 * per_chunk * small:.1f} ms."
+    )
+
+
 def head() -> list[tuple[str, float, float]]:
     """Returns the parts of linear_cross_entropy forward and backward: name, seconds at best, seconds at worst."""
-    rows, gpu = CLIPS * MASKED, torch.device("cuda", 0)
-    with mock.patch.multiple(launch, architecture=lambda device: "sm_90", processors=lambda device: SMS):
-        chunk = launch.chunk_rows(CODES, torch.bfloat16, gpu, WIDTH)
+    rows = CLIPS * MASKED
+    chunk = rows_per_chunk(WIDTH, CODES)
     chunks = -(-rows // chunk)
     product = costs.linear_cross_entropy(rows, WIDTH, CODES).flops / GEMM
     passes = bounds(f"softmax_gradient {CODES} bfloat16", rows, costs.softmax_gradient(rows, CODES).bytes_moved)
@@ -188,6 +211,8 @@ def report() -> str:
         "",
         f"Measured without bias: {1e3 * measured:.2f} ms. With the column sums, which read all logits once more:"
         f" {1e3 * (measured + summing):.2f} ms.",
+        "",
+        large_head(),
         "",
         *predict_steps.report(),
         "",

@@ -92,3 +92,11 @@ def test_frames_that_nvdec_decodes_for_a_clip() -> None:
     assert loader.frame_seconds() == pytest.approx(22 * 16 / 8160 / (771 * 1.545 / 1.86))
     found = loader.decoding(30)
     assert math.isclose(found.rate * found.frames * loader.frame_seconds(), 7)
+
+
+def test_a_large_head_passes_over_its_weight_a_few_times(predict: ModuleType) -> None:
+    """Logits of 131 072 codes fill a chunk of 352 MiB with 1408 rows; chunks have at least as many as the width."""
+    assert predict.rows_per_chunk(2048, 131_072) == 2048
+    assert "products take 5.7 ms" in predict.large_head()
+    assert "0.75 ms of memory traffic per chunk: 1.5 ms for 2 chunks" in predict.large_head()
+    assert "22 chunks of 128 rows would take 16.5 ms" in predict.large_head()

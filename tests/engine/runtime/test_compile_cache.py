@@ -74,11 +74,20 @@ def test_a_run_that_compiles_keeps_its_code(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.skipif(bool(device.why_not_compile(torch.device("cpu"))), reason="no C++ compiler")
 def test_another_rank_finds_the_code_of_the_first(tmp_path: Path) -> None:
-    """On GPUs torch's key has the number of the GPU, so that there only ranks with the same number do."""
+    """Each has its own folder for temporary files, torch's default, as on different machines.
+
+    On GPUs torch's key has the number of the GPU, so that there only ranks with the same number share code.
+    """
     found = []
     for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-        environment |= {"XDG_CACHE_HOME": str(tmp_path), "RANK": rank, "LOCAL_RANK": rank}
+        environment |= {
+            "XDG_CACHE_HOME": str(tmp_path),
+            "TMPDIR": str(tmp_path / rank),
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+        }
         script = tmp_path / "rank.py"
         script.write_text(RANK)
         done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
