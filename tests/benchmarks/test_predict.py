@@ -89,7 +89,7 @@ def test_frames_that_nvdec_decodes_for_a_clip() -> None:
     assert loader.decoded_frames(300) == pytest.approx(61 + 119.5, rel=0.02)
     assert loader.decoded_frames(30) == pytest.approx(61 + 14.5, rel=0.02)
     assert loader.macroblocks(1920, 1080) == 120 * 68
-    assert loader.frame_seconds() == pytest.approx(22 * 16 / 8160 / (771 * 1.545 / 1.86))
+    assert loader.frame_seconds() == pytest.approx(21 * 16 / 8160 / (771 * 1.545 / 1.86))
     found = loader.decoding(30)
     assert math.isclose(found.rate * found.frames * loader.frame_seconds(), 7)
 

@@ -49,6 +49,15 @@ def test_a_folder_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keep_compiled_code() == "/somewhere/else" == os.environ[VARIABLE]
 
 
+def test_the_folder_that_importing_torchs_compiler_chooses_is_no_choice(tmp_path: Path) -> None:
+    """A run imports torch._dynamo with its optimizer, before it asks for a compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+    code = "import mam2.engine.train.pretrain, mam2.engine.runtime.compile_cache as c; print(c.keep_compiled_code())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "mam2" / "compiled")
+
+
 @pytest.mark.parametrize("problem", ["a file", "read-only"])
 def test_without_a_folder_torch_keeps_its_own(problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "")
