@@ -58,7 +58,7 @@ def test_whose_fault_it_is(tmp_path):
 
 @pytest.mark.parametrize("stops", [1, 2])
 def test_a_run_that_is_stopped_for_a_while_blames_no_file(videos, monkeypatch, stops):
-    """Ctrl-Z during a clip, then fg: its time is over, and it is decoded again. A file that is slow twice is unusable."""
+    """Ctrl-Z during a clip, then fg: its time is over, and it is decoded again. A file slow twice is unusable."""
     config, reads = dataclasses.replace(CONFIG, threads=1), itertools.count()
     expected = take(videos, 3, config)
     # the clip's begin, and the check after its first packet
