@@ -43,7 +43,7 @@ from mam2.engine.files import PART, write_whole, written_aside
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-\d{8,}")
-"""Of a checkpoint in this folder."""
+"""Name of a checkpoint in this folder."""
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -77,7 +77,7 @@ def write(
     for old in _all(run)[: -config.run.keep]:
         number = _step_of(old)
         if number != kept_step and (not every or number % every):
-            removed = old.with_name(f"{PART}{old.name}")  # what a kill leaves of it is no checkpoint
+            removed = old.with_name(f"{PART}{old.name}")  # partly removed, it must not look like a checkpoint
             old.rename(removed)
             # a file server refuses while another process reads from it; the next start of the run removes the rest
             shutil.rmtree(removed, ignore_errors=True)
@@ -265,7 +265,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict):
-            raise ValueError("it is no object")
+            raise ValueError("not an object")
         return state
     except (OSError, ValueError) as error:
         raise UserError(
