@@ -158,10 +158,9 @@ class _Finetuning:
         stream = session.loader.stream()
         count = -(-STANDARDIZED // (session.clips_per_micro_batch * session.world.size))
         with autocast(session.config.run, session.device):
-            batches = (batch.video for batch in itertools.islice(stream, count))
-            pooled = pooled_features(
-                model, (part for v in batches for part in v.split(session.clips_without_gradients))
-            )
+            size = session.clips_without_gradients
+            parts = (part for batch in itertools.islice(stream, count) for part in batch.video.split(size))
+            pooled = pooled_features(model, parts)
         stream.close()
         share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
         session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")
