@@ -35,7 +35,10 @@ CACHE_NEEDS = ("av", "tqdm")
 
 
 def rows(device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
-    """Yields rows per tokenizer, online (on a GPU also in CUDA graphs) and cached: random weights, random codes, the clips of `mam2-fast`."""
+    """Yields rows per tokenizer, online (on a GPU also in CUDA graphs) and cached.
+
+    Random weights, random codes, the clips of `mam2-fast`.
+    """
     config = load_recipe("mam2-fast")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, recorded=1, size=SIZE[device.type]))
     for name in MODELS[device.type]:
