@@ -37,6 +37,7 @@ from mam2.engine.runtime.device import determinism, pick_device
 from mam2.engine.runtime.distributed import World, join
 from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
+from mam2.engine.units import counted
 
 SKIPPED = "skipped.tsv"
 EXTENDABLE = {"optim.epochs", "optim.decay_share"}
@@ -196,7 +197,8 @@ def open_session(
             run.log.info(f"data    {line}")
         decoders = ", ".join(f"{count} by {name}" for name, count in loader.decoders.items())
         run.log.info(
-            f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
+            f"data    {counted(sum(loader.decoders.values()), 'video')}, decoded {decoders}, cropped by "
+            f"{loader.cropper}; "
             f"{len(unusable)} unusable"
         )
         for line in describe_sets(manifest, loader.order, bool(config.data.weights)):

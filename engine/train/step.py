@@ -33,6 +33,7 @@ from mam2.engine.train.graph_parts import parts_of_ranks
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
 from mam2.engine.train.pass_size import fewest_passes
+from mam2.engine.units import counted
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -164,7 +165,8 @@ class Step(ABC, Generic[Extras]):
             return None
         clips = len(micro_batches[0][0])
         if not self.tries_passes:
-            return f"optim.micro_batch auto: {clips} clips per pass, the whole share; only a GPU's memory is tried"
+            share = counted(clips, "clip")
+            return f"optim.micro_batch auto: {share} per pass, the whole share; only a GPU's memory is tried"
         possible = equal_passes(clips, self.config.clips_per_group)
 
         def alone(passes: int) -> None:
@@ -189,7 +191,7 @@ class Step(ABC, Generic[Extras]):
             error = out_of_memory(self.config, size, torch.OutOfMemoryError(choice.problem or "on another process."))
             raise self.world.error(str(error))
         larger = f"; {clips // possible[possible.index(self.passes) - 1]} do not fit" * (self.passes > 1)
-        return f"optim.micro_batch auto: {size} clips per pass, {self.passes} per step and process{larger}"
+        return f"optim.micro_batch auto: {counted(size, 'clip')} per pass, {self.passes} per step and process{larger}"
 
     @property
     def tries_passes(self) -> bool:
@@ -395,4 +397,4 @@ def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
     first = first_line(error)
-    return UserError(f"out of GPU memory with {clips} clips per pass: {first} Set {', or '.join(remedies)}")
+    return UserError(f"out of GPU memory with {counted(clips, 'clip')} per pass: {first} Set {', or '.join(remedies)}")

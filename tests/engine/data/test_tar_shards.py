@@ -94,7 +94,7 @@ def test_labels_are_read_where_they_are_asked_for(shards: Path) -> None:
     numbers = read_source(f"{shards}/{{00000..00001}}.tar:cls")
     assert [entry.label for entry in numbers.entries] == [-1, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert numbers.classes == ("0", "1", "2", "3")
-    assert numbers.notes == (f"{shards}/{{00000..00001}}.tar:cls: 1 of 10 videos have no label",)
+    assert numbers.notes == (f"{shards}/{{00000..00001}}.tar:cls: 1 of 10 videos without a label",)
     named = read_source(f"{shards}:json.label")
     assert named.classes == tuple(sorted(CLASSES))
     assert [named.classes[entry.label] for entry in named.entries] == [CLASSES[n % 4] for n in range(10)]

@@ -135,7 +135,7 @@ def test_all_ranks_take_the_most_passes_that_any_needs(monkeypatch):
 def test_where_nothing_fits_it_is_one_line_with_remedies(limit, small):
     step, batches = pretraining(small)
     limit(0)
-    with pytest.raises(UserError, match=r"out of GPU memory with 1 clips per pass: CUDA out of memory\. .* Set "):
+    with pytest.raises(UserError, match=r"out of GPU memory with 1 clip per pass: CUDA out of memory\. .* Set "):
         step.choose_passes(0, batches)
     assert step.forward is step.objective
     other, batches = pretraining(small, world=World(rank=1))
