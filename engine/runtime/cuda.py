@@ -29,7 +29,7 @@ def own_stream(device: torch.device | None = None) -> torch.cuda.Stream:
     """Returns a stream of a device (default: the current one) that no other live result of this function shares.
 
     `torch.cuda.Stream` returns the same stream again after 31 others. Work of another thread on a stream that captures
-    would become part of the graph. And cuBLAS has one workspace per thread and stream: work beside the replay of a
+    would become part of the graph. And cuBLAS has one workspace per thread and stream: work during the replay of a
     graph would use the graph's workspace, if it were launched on the stream of the capture.
     """
     for _ in range(POOL):
