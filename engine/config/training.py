@@ -146,12 +146,13 @@ class RunConfig:
     float32."""
     compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
-    compile_blocks: bool = resumable(False)
-    """Compile only the transformer blocks, and each kind of block once, so that the first step takes less time; the
-    steps after it may be slower than with `compile` alone. `run.sharding` fsdp always compiles that way."""
+    compile_blocks: bool = resumable(True)
+    """Compile only the transformer blocks, and each kind of block once; false compiles the whole step, whose first step
+    takes longer. `run.sharding` fsdp always compiles only the blocks."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
     """Run the whole step as a CUDA graph on a GPU: `auto` unless it is measured to be slower (one pass per step;
-    several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""
+    several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`. The
+    network of a tokenizer that runs during training is a graph of its own, unless this is `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
     recompute: bool = resumable(False)

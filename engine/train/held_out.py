@@ -96,7 +96,7 @@ class HeldOut:
         self._loader: ClipLoader | None = None
         if own.videos:
             data = dataclasses.replace(config.data, views=1, recorded=0, max_unusable=1.0)  # the log lists them
-            batch = session.clips_per_micro_batch
+            batch = session.clips_without_gradients
             self._loader = session.own(ClipLoader(own, data, batch=batch, device=device, seed=0, train=False))
         self._named: set[str] = set()
         """Paths of videos that cannot be used."""

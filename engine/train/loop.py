@@ -182,9 +182,10 @@ class Loop:
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer is also compiled, at the first batch
                 kept = keep_compiled_code()
+                less = "" if config.run.compile_blocks else "--run.compile-blocks compiles less, "
                 info(
-                    "step    the first step compiles the model, which can take minutes; --run.compile-blocks compiles "
-                    "less, --run.no-compile nothing. "
+                    f"step    the first step compiles the model, which can take minutes; {less}--run.no-compile "
+                    "compiles nothing. "
                     + (f"The code is kept in {kept} for later runs" if kept else "Later runs compile again")
                 )
             while self.step < self.steps and not ended:

@@ -42,6 +42,8 @@ from mam2.engine.units import counted
 SKIPPED = "skipped.tsv"
 EXTENDABLE = {"optim.epochs", "optim.decay_share"}
 """Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
+MOST_UNTRIED = 64
+"""Maximum clips of a forward pass without gradients whose memory nothing has tried."""
 OF_MUON = {"optim.muon_rate", "optim.momentum"}
 """Keys that AdamW does not read."""
 
@@ -71,6 +73,13 @@ class RunContext(Generic[Config]):
     def clips_per_micro_batch(self) -> int:
         """Clips of one forward pass of one process."""
         return self.config.optim.batch // (self.world.size * self.micro_batches)
+
+    @property
+    def clips_without_gradients(self) -> int:
+        """Clips of one forward pass without gradients. With `optim.micro_batch auto` the loader yields a process's
+        whole share of the batch, which may not fit into a GPU's memory at once."""
+        auto = self.config.optim.micro_batch == "auto"
+        return min(self.clips_per_micro_batch, MOST_UNTRIED) if auto else self.clips_per_micro_batch
 
     @property
     def micro_batches(self) -> int:

@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -83,7 +84,9 @@ class Step(ABC, Generic[Extras]):
 
     def _with_ddp(self) -> DistributedDataParallel:
         # positions and masks are the same on all ranks: there are no buffers to synchronize
-        return DistributedDataParallel(self.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # from torch 2.13 on
+        unsynchronized: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(self.objective, gradient_as_bucket_view=True, **unsynchronized)
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
