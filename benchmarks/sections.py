@@ -72,7 +72,8 @@ COLUMNS = {
     ),
     "loader": (
         *("decoder", "files", "gop", "threads", "views", "batch", "clips_per_s", "frames_per_s", "ratio_to_pyav_alone"),
-        *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip", "verdict", "reason"),
+        *("data_wait_percent", "limit", "tokenizer", "codes", "median_ms_per_clip"),
+        *("host_ms_per_clip", "verdict", "reason"),
     ),
     "pretrain": (
         *("run", "steps", "killed_after", "resumed_from", "start_s", "resumed_s", "log_step", "clips_per_s", "step_ms"),

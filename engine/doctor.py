@@ -80,7 +80,7 @@ def try_decoding(device: torch.device) -> list[str]:
                 if found != list(range(0, 16, 2)):
                     lines.append(f"{codec:<6} WRONG: frames {found} by {decoder} instead of 0, 2, … 14")
                 else:
-                    lines.append(f"{codec:<6} right by {decoder}, cropped by {cropper} on {device.type}")
+                    lines.append(f"{codec:<6} decoded correctly by {decoder}, cropped by {cropper} on {device.type}")
             except Exception as error:  # the report must show any error and continue
                 lines.append(f"{codec:<6} NOT POSSIBLE: {type(error).__name__}: {error}".splitlines()[0])
     return lines
@@ -89,7 +89,7 @@ def try_decoding(device: torch.device) -> list[str]:
 def _attention(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Returns the attention used for the shapes of mam2-fast, and the time of each implementation here."""
     unmeasured = active_backend(device, dtype)
-    yes = f"measured for a run and kept, else {unmeasured}" if device.type == "cuda" else f"a run takes {unmeasured}"
+    yes = f"measured for a run and kept, else {unmeasured}" if device.type == "cuda" else f"a run uses {unmeasured}"
     lines = [f"{str(dtype).removeprefix('torch.')}; {yes}"]
     if device.type == "cuda":
         for package in OPERATORS:

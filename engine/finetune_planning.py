@@ -13,7 +13,7 @@ from mam2.engine.finetune_costs import ADAPTERS, finetune_costs, trained_matrice
 from mam2.engine.layer_costs import SINGLE, PartCost, muon_update
 from mam2.engine.machines import machine_rates
 from mam2.engine.planning import cost_row
-from mam2.engine.units import binary_bytes, duration, plain_number, with_prefix
+from mam2.engine.units import binary_bytes, counted, duration, plain_number, with_prefix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,9 @@ class FinetunePlan(planning.Plan):
         bound = "arithmetic" if self._seconds_of_arithmetic > self._seconds_of_memory else "memory bandwidth"
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {math.prod(config.grid)} tokens",
-            f"step     {config.optim.batch} clips: {count} pass{'es' * (count > 1)} of {self.clips_per_pass} clips on "
-            f"{self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"step     {counted(config.optim.batch, 'clip')}: {counted(count, 'pass')} of "
+            f"{counted(self.clips_per_pass, 'clip')} on "
+            f"{counted(self.gpus, 'device')}, {dtype}{', recomputed' if config.run.recompute else ''}"
             f"{self.pass_note}",
             f"trained  {with_prefix(self.parameters).strip()} of {with_prefix(self.all_parameters).strip()} parameters"
             f"{self._frozen()}",
@@ -123,8 +124,8 @@ class FinetunePlan(planning.Plan):
         ]
         if videos:
             lines.append(
-                f"time     {duration(self.hours(videos))} (estimated) for {config.optim.epochs:g} epochs "
-                f"of {videos:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {duration(self.hours(videos))} (estimated) for {counted(config.optim.epochs, 'epoch')} "
+                f"of {counted(videos, 'video', ',')}{f' in {data.views} views' if data.views > 1 else ''}"
             )
         return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from mam2.engine.machines import machine_rates
 from mam2.engine.tokenizer.files import load_vqgan
 from mam2.engine.tokenizer.prepare import check_fits, codes_of, own_architecture
 from mam2.engine.tokenizer.vqgan import VQGANConfig
-from mam2.engine.units import binary_bytes, duration, plain_number, with_prefix
+from mam2.engine.units import binary_bytes, counted, duration, plain_number, with_prefix
 
 SomePlan = TypeVar("SomePlan", bound="Plan")
 IMAGES_PER_PASS = 64
@@ -157,8 +157,9 @@ class Plan:
         passes = micro_batches_per_step(config, self.gpus)
         lines = [
             f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
-            f"step     {config.optim.batch} clips: {passes} pass{'es' * (passes > 1)} of {self.clips_per_pass} clips "
-            f"on {self.gpus} device{'s' * (self.gpus > 1)}, {dtype}{', recomputed' if config.run.recompute else ''}"
+            f"step     {counted(config.optim.batch, 'clip')}: {counted(passes, 'pass')} of "
+            f"{counted(self.clips_per_pass, 'clip')} "
+            f"on {counted(self.gpus, 'device')}, {dtype}{', recomputed' if config.run.recompute else ''}"
             f"{self.pass_note}",
         ]
         if config.needs_codes:
@@ -202,8 +203,8 @@ class Plan:
         ]
         if count := sum(counts):
             lines.append(
-                f"time     {duration(self.hours(count))} (estimated) for {config.optim.epochs:g} epochs of "
-                f"{count:,} videos{f' in {data.views} views' if data.views > 1 else ''}"
+                f"time     {duration(self.hours(count))} (estimated) for {counted(config.optim.epochs, 'epoch')} of "
+                f"{counted(count, 'video', ',')}{f' in {data.views} views' if data.views > 1 else ''}"
             )
         lines += sets
         return "\n".join(lines)
@@ -269,7 +270,8 @@ def _mixture(config: PretrainConfig, counts: Sequence[int]) -> list[str]:
         raise UserError(f"--videos {' '.join(map(str, counts))}: expected at least one video per data set")
     shares = SampleOrder(counts, weights, config.run.seed).shares
     return [
-        f"set {number}    {count:,} videos, {share:.2%} of clips: {share * sum(counts) / count:.3g} passes per epoch"
+        f"set {number}    {counted(count, 'video', ',')}, {share:.2%} of clips: "
+        f"{share * sum(counts) / count:.3g} passes per epoch"
         for number, (count, share) in enumerate(zip(counts, shares, strict=True), 1)
     ]
 

@@ -32,3 +32,17 @@ def duration(hours: float) -> str:
         if hours >= least:
             return f"{plain_number(hours / unit)} {name}"
     return f"{plain_number(3600 * hours)} seconds"
+
+
+def decimal_bytes(value: float) -> str:
+    """Formats bytes in kB, MB or GB, as file systems and shells count the sizes of files."""
+    return f"{with_prefix(value)}B"
+
+
+def counted(count: float, noun: str, form: str = "", *, plural: str = "") -> str:
+    """Formats a number with its noun in the singular or plural: 1 video, 2 videos, 0 passes.
+
+    noun: the singular. form: the format of the number. plural: default: the noun with s, or with es after s or x.
+    """
+    several = plural or noun + ("es" if noun.endswith(("s", "x")) else "s")
+    return f"{count:{form or ('g' if isinstance(count, float) else 'd')}} {noun if count == 1 else several}"

@@ -42,19 +42,22 @@ def token_grid(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
 
 def check_video(video: torch.Tensor, patch_size: Sequence[int]) -> Grid:
     """Returns the token grid of `video` [B,C,T,H,W]; raises ValueError if it cannot be cut into whole cubes."""
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(f"video: expected a tensor [B,C,T,H,W], found {type(video).__name__}")
     if video.dim() != 5:
         raise ValueError(f"video: expected 5 dimensions [B,C,T,H,W], found shape {tuple(video.shape)}")
     if video.dtype not in VIDEO_DTYPES:
         raise ValueError(f"video: expected uint8 (0 to 255) or a float type (0 to 1), found {video.dtype}")
     if video.requires_grad:
         raise ValueError("video: no gradient flows to the clip; pass video.detach()")
-    if len(patch_size) != 3 or min(patch_size) < 1:
+    if isinstance(patch_size, int) or len(patch_size) != 3 or min(patch_size) < 1:
         raise ValueError(f"patch_size: expected 3 positive integers (tubelet, height, width), found {patch_size}")
     for name, size, patch in zip(("frames", "height", "width"), video.shape[2:], patch_size, strict=True):
         if size % patch or size == 0:
+            swapped = name == "frames" and size in (1, 3) and video.shape[1] not in (1, 3)
             raise ValueError(
                 f"video: expected {name} to be a multiple of {patch} (patch_size {tuple(patch_size)}), found {size}; "
-                "crop or resize the clip"
+                f"{'pass [B,C,T,H,W], of [B,T,C,H,W] its transpose(1, 2)' if swapped else 'crop or resize the clip'}"
             )
     return token_grid(video, patch_size)
 
@@ -150,6 +153,10 @@ def check_statistics(
     if mean is None or std is None:
         raise ValueError("mean and std: expected both or neither, found one of them")
     for name, values in (("mean", mean), ("std", std)):
+        if isinstance(values, (int, float)):
+            raise ValueError(
+                f"{name}: expected {channels} values (one per channel of video), found the number {values}"
+            )
         if len(values) != channels:
             raise ValueError(f"{name}: expected {channels} values (one per channel of video), found {len(values)}")
     if min(std) <= 0:

@@ -21,6 +21,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,9 +39,11 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict
 from mam2.engine.config.training import TrainConfig
 from mam2.engine.errors import UserError
-from mam2.engine.files import write_whole, written_aside
+from mam2.engine.files import PART, write_whole, written_aside
 
 FOLDER = "checkpoints"
+NAME = re.compile(r"step-\d{8,}")
+"""Name of a checkpoint in this folder."""
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -67,21 +70,34 @@ def write(
     Raises OSError (disk full, no permission); the older checkpoints are then kept.
     """
     final = folder_of(run, step)
-    if final.is_dir():  # steps are deterministic: this step has been saved before
-        return final
+    if not final.is_dir():  # else the step has been saved before, and steps are deterministic
+        _write_new(final, step, weights, moments, config, metadata)
+    write_whole(final.with_name(LATEST), final.name + "\n")
+    every = config.run.keep_every
+    for old in _all(run)[: -config.run.keep]:
+        number = _step_of(old)
+        if number != kept_step and (not every or number % every):
+            removed = old.with_name(f"{PART}{old.name}")  # partly removed, it must not look like a checkpoint
+            old.rename(removed)
+            # a file server refuses while another process reads from it; the next start of the run removes the rest
+            shutil.rmtree(removed, ignore_errors=True)
+    return final
+
+
+def _write_new(
+    final: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    config: TrainConfig,
+    metadata: dict[str, str],
+) -> None:
     state = {"step": step, "config": to_dict(config), "torch": torch.__version__, "code": code_version()}
     metadata = {"config": json.dumps(to_dict(config)), "step": str(step)} | metadata
     with _written_aside(final, state, weights, moments) as aside:
         save_file(weights, aside / WEIGHTS, metadata=metadata)
         sort_metadata(aside / WEIGHTS)
         save_file(moments, aside / OPTIMIZER)
-    write_whole(final.with_name(LATEST), final.name + "\n")
-    every = config.run.keep_every
-    for old in _all(run)[: -config.run.keep]:
-        number = int(old.name.removeprefix("step-"))
-        if number != kept_step and (not every or number % every):
-            shutil.rmtree(old)
-    return final
 
 
 def write_best(
@@ -165,7 +181,13 @@ def newest_whole(run: Path, info: Callable[[str], None]) -> Path | None:
     for broken, damage in damaged:
         aside = broken.with_name(f"damaged-{broken.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        broken.rename(aside)
+        try:
+            broken.rename(aside)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {broken} is damaged ({damage}) and cannot be renamed ({error.strerror}): remove it to use "
+                "the previous one"
+            ) from None
         info(f"resume  checkpoint {broken} is damaged ({damage}); renamed it to {aside.name}, using the previous one")
     return folder
 
@@ -179,7 +201,11 @@ def why_damaged(folder: Path) -> str | None:
     for name in (WEIGHTS, OPTIMIZER):
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if name in hashes and _hash(folder / name) != hashes[name]:
+        try:
+            changed = name in hashes and _hash(folder / name) != hashes[name]
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error.strerror}"
+        if changed:
             return f"SHA-256 mismatch: {name} changed after it was written"
     return None
 
@@ -196,7 +222,13 @@ def newest(run: Path) -> Path | None:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*"))
+    """Returns the checkpoints in the order of their steps; a folder of another name, such as a user's copy, is none."""
+    found = (run / FOLDER).glob("step-*")
+    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def restore(
@@ -231,7 +263,10 @@ def set_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: str, 
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads `state.json` of a checkpoint folder."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not an object")
+        return state
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {folder}: state.json cannot be read ({error}); remove the folder to use the previous one"

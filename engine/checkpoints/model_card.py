@@ -21,6 +21,7 @@ from mam2.engine.errors import UserError
 from mam2.engine.files import printable
 from mam2.engine.model.classifier import Classifier
 from mam2.engine.runtime.log import read_log
+from mam2.engine.units import counted
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 """A license identifier of the hub: apache-2.0, cc-by-nc-4.0, other."""
@@ -173,7 +174,8 @@ def _data(run: Path | None, config: Mapping[str, Any]) -> str:
         rows.append(("shorter side, median", f"{sides[len(sides) // 2]} pixels"))
     weights = config.get("data", {}).get("weights") or [each.videos for each in manifest.sets]
     for each, weight in zip(manifest.sets, weights, strict=False):
-        counts = f"{each.videos:,} videos, {each.skipped:,} unusable files, {weight / sum(weights):.1%} of the clips"
+        videos, files = counted(each.videos, "video", ","), counted(each.skipped, "unusable file", ",")
+        counts = f"{videos}, {files}, {weight / sum(weights):.1%} of the clips"
         rows.append((f"data set `{printable(Path(each.source).name)}`", counts))
     return f"## Training data\n\n{_table(('', ''), rows)}"
 
@@ -228,7 +230,7 @@ def _scores(run: Path | None, files: Sequence[Path]) -> str:
 def _of_file(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the rows of results.json of `mam2 evaluate`, or of the JSON file of `mam2 probe`."""
     if "temporal" in values:
-        what = f"{values['videos']} test videos, {values['temporal']} × {values['spatial']} views"
+        what = f"{counted(values['videos'], 'test video')}, {values['temporal']} × {values['spatial']} views"
     if "mean_average_precision" in values:
         return [(f"mean average precision, {what}", f"{100 * values['mean_average_precision']:.2f} %")]
     if "r2" in values:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mam2.engine.commands.flags import ENCODER, EncoderFlags
+from mam2.engine.units import counted
 
 
 def run(arguments: list[str]) -> int:
@@ -54,8 +55,8 @@ def run(arguments: list[str]) -> int:
             **dataclasses.asdict(encoder),
         )
         count, values = found.features.shape
-        videos = f"{len(set(found.paths))} videos"
-        rows = videos if found.start_s is None else f"{count} windows of {videos}"
+        videos = f"{counted(len(set(found.paths)), 'video')}"
+        rows = videos if found.start_s is None else f"{counted(count, 'window')} of {videos}"
         left_out = f"; {len(found.skipped)} left out" if found.skipped else ""
         print(f"{rows}, {values} values each: {out}{left_out}")
         for path, reason in found.skipped.items():

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
+from mam2.engine.units import counted
 
 
 def run(arguments: list[str]) -> int:
@@ -47,7 +48,7 @@ def run(arguments: list[str]) -> int:
             else:
                 found = f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, mean over classes {result.mean_class:.2%}"
             print(
-                f"{found}: {result.videos} videos in {result.temporal} × {result.spatial} views, "
+                f"{found}: {counted(result.videos, 'video')} in {result.temporal} × {result.spatial} views, "
                 f"{result.unusable} unusable\nwritten to {out}"
             )
         return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mam2.engine.errors import UserError
+from mam2.engine.units import counted
 
 if TYPE_CHECKING:
     from mam2.engine.data.indexing import IndexResult
@@ -50,7 +51,7 @@ def run(arguments: list[str]) -> int:
             if len(data) > 1:
                 print()
         if len(data) > 1:
-            print(f"{videos} usable videos in {len(data)} data sets")
+            print(f"{counted(videos, 'usable video')} in {len(data)} data sets")
         return 0
 
     return tyro.cli(index, args=arguments, prog="mam2 index")
@@ -61,5 +62,8 @@ def _report(result: IndexResult) -> None:
         print(f"{result.replaced}: it is written again")
     changes = result.changes
     print(result.summary())
-    print(f"\n{result.path}: {changes.new} files new, {changes.changed} changed, {changes.removed} removed, ", end="")
+    print(
+        f"\n{result.path}: {counted(changes.new, 'new file')}, {changes.changed} changed, {changes.removed} removed, ",
+        end="",
+    )
     print(f"{changes.unchanged} unchanged and not opened")

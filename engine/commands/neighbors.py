@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mam2.engine.commands.flags import ENCODER, EncoderFlags
+from mam2.engine.units import counted
 
 if TYPE_CHECKING:
     from mam2.engine.evaluation.neighbors import NeighborsReport
@@ -85,7 +86,7 @@ def tables(report: NeighborsReport) -> str:
         parts.append(
             f"{_aligned(lines)}\nShare of {found.queries} queries with a video of their class among the nearest of "
             f"{found.gallery}, in % (95 % bootstrap interval over the queries)."
-            + (f" Left out: {found.left_out} files." if found.left_out else "")
+            + (f" Left out: {counted(found.left_out, 'file')}." if found.left_out else "")
         )
     if report.propagation:
         lines = [("masks", "frame as", "pixels", "J", "F", "J&F")]
@@ -94,7 +95,8 @@ def tables(report: NeighborsReport) -> str:
             numbers = (f"{100 * one.region:.1f}", f"{100 * one.boundary:.1f}", _share(mean, one.interval))
             lines.append((one.checkpoint or "the first mask, kept", one.context, str(one.size), *numbers))
         parts.append(
-            f"{_aligned(lines)}\nMasks of {report.mask_clips} clips carried on from their first frames, in % (95 % "
+            f"{_aligned(lines)}\nMasks of {counted(report.mask_clips, 'clip')} carried on from their first "
+            "frames, in % (95 % "
             "bootstrap interval over the clips).\n"
             "still: a frame is repeated as a clip; window: it is shown among the frames around it."
         )

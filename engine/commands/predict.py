@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
+from mam2.engine.units import counted
 
 STDIN = Path("-")
 
@@ -71,7 +72,7 @@ def run(arguments: list[str]) -> int:
         )
         if not result.predictions:
             raise UserError(none_decoded("--data", result.skipped))
-        print(f"{len(result.predictions)} videos, {len(result.skipped)} skipped", file=sys.stderr)
+        print(f"{counted(len(result.predictions), 'video')}, {len(result.skipped)} skipped", file=sys.stderr)
         return 0
 
     return tyro.cli(predict, args=arguments, prog="mam2 predict")

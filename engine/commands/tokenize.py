@@ -9,6 +9,7 @@ import tyro
 
 from mam2.engine.commands.options import named_pretraining
 from mam2.engine.config.pretrain import PretrainConfig
+from mam2.engine.units import counted, decimal_bytes
 
 
 def run(arguments: list[str]) -> int:
@@ -39,7 +40,6 @@ def run(arguments: list[str]) -> int:
             size: as in `mam2 pretrain`.
             preset: as in `mam2 pretrain`.
         """
-        from mam2.engine.tokenizer.clip_files import describe_bytes
         from mam2.engine.tokenizer.precompute import tokenize
         from mam2.engine.tokenizer.tokenizer import usage_of
 
@@ -49,11 +49,11 @@ def run(arguments: list[str]) -> int:
         rate = f", {result.clips / result.seconds:.0f} clips/s" if result.clips else ""
         absent = cache.count_absent()
         where = f" (see {out / 'skipped.tsv'})" if absent else ""
-        stored = f"; clips as {cache.clips.form.coding}: {describe_bytes(cache.clips.bytes)}" if cache.clips else ""
+        stored = f"; clips as {cache.clips.form.coding}: {decimal_bytes(cache.clips.bytes)}" if cache.clips else ""
         print(
-            f"{result.clips} clips tokenized in {result.seconds:.0f} s{rate}; {absent} missing{where}\n"
+            f"{counted(result.clips, 'clip')} tokenized in {result.seconds:.0f} s{rate}; {absent} missing{where}\n"
             f"{used} of {cache.codebook_size * cache.codes_per_patch} codes used, perplexity {perplexity:.0f}; "
-            f"{describe_bytes(cache.bytes)}{stored}\n"
+            f"{decimal_bytes(cache.bytes)}{stored}\n"
             f"use them with --tokenizer.cache {out} --data.recorded {config.data.recorded}"
         )
         return 0

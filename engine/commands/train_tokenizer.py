@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import TOKENIZER, TokenizerFlags
+from mam2.engine.units import counted
 
 
 def run(arguments: list[str]) -> int:
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
         trained = train_tokenizer(data, out, **dataclasses.asdict(training))
         result, codes = trained.quality, training.codes * training.codes_per_patch
         print(
-            f"held out: {trained.held_out} videos, {result.frames} frames; {trained.kept}\n"
+            f"held out: {counted(trained.held_out, 'video')}, {counted(result.frames, 'frame')}; {trained.kept}\n"
             f"explained of the variance within a frame: {result.explained:.1%}{_color(result.color_explained)}; "
             f"k-means of raw patches with as many centers: {result.kmeans_explained:.1%}"
             f"{_color(result.kmeans_color_explained)}\n"

@@ -158,7 +158,8 @@ class ViewsConfig:
     spatial: int = limited(3, COUNT, resumable=True)
     """Square crops per clip, with the full shorter side, evenly along the longer side."""
     batch: int = limited(0, COUNT_OR_NONE, resumable=True)
-    """Maximum clips per forward pass; 0: as many as in a training pass, in `mam2 evaluate` 32."""
+    """Maximum clips per forward pass; 0: as many as in a training pass (with `optim.micro_batch auto` at most 64), in
+    `mam2 evaluate` 32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from mam2.engine.config.limits import (
     resumable,
 )
 from mam2.engine.errors import UserError
+from mam2.engine.units import counted
 
 MOST_CHANNELS = 64
 """Maximum channels of a clip: the fused operators compare every value's channel with each of them."""
@@ -145,12 +146,13 @@ class RunConfig:
     float32."""
     compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
-    compile_blocks: bool = resumable(False)
-    """Compile only the transformer blocks, and each kind of block once, so that the first step takes less time; the
-    steps after it may be slower than with `compile` alone. `run.sharding` fsdp always compiles that way."""
+    compile_blocks: bool = resumable(True)
+    """Compile only the transformer blocks, and each kind of block once; false compiles the whole step, whose first step
+    takes longer. `run.sharding` fsdp always compiles only the blocks."""
     graph: Literal["auto", "on", "off"] = resumable("auto")
     """Run the whole step as a CUDA graph on a GPU: `auto` unless it is measured to be slower (one pass per step;
-    several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`."""
+    several processes with `run.sharding` ddp), `on` without a measurement (raises if not possible), or `off`. The
+    network of a tokenizer that runs during training is a graph of its own, unless this is `off`."""
     deterministic: bool = False
     """Use only bit-exact repeatable algorithms on a GPU, some of which are slower; on a CPU all are repeatable."""
     recompute: bool = resumable(False)
@@ -226,13 +228,17 @@ def micro_batches_per_step(config: TrainConfig, processes: int) -> int:
             "optim.micro_batch auto: with run.sharding fsdp no process can try passes alone; set a number of clips, "
             "which mam2 plan estimates"
         )
+    views = f"data.views {config.data.views}" + " × 2 videos that are mixed" * (group > config.data.views)
+    if batch % (processes * group):
+        raise UserError(
+            f"optim.batch {batch}: expected a multiple of {processes * group} "
+            f"({counted(processes, 'process')} × {views})"
+        )
     for count in range(1, batch // (processes * group) + 1):
         if batch % (processes * count * group) == 0 and (not most or batch // (processes * count) <= most):
             return count
     raise UserError(
-        f"optim.batch {batch} cannot be divided among {processes} processes in equal passes of whole views "
-        f"(data.views {config.data.views}; mixing takes pairs of videos) of at most optim.micro_batch {most or 'any'} "
-        f"clips; a multiple of {processes * group} can"
+        f"optim.micro_batch {most}: a pass has at least {group} clips ({views}); set it to {group} or more, or to 0"
     )
 
 

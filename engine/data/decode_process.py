@@ -2,6 +2,7 @@
 
 A process decodes one clip at a time. It writes the frames into memory that it shares with its parent (a Linux memfd,
 which no file system limits and which disappears with the processes), and the parent copies them to their place. It
+answers through a pipe of its own, because what starts with the interpreter (sitecustomize, a wrapper) may print. It
 ends when its parent closes its standard input or dies. It ignores signals: launchers send them to all processes of a
 job, and the parent decides when decoding ends.
 """
@@ -13,12 +14,16 @@ import mmap
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import spawn
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -30,20 +35,29 @@ SUPPORTED = hasattr(os, "memfd_create")
 """Whether the system has the shared memory that is used here: Linux."""
 END_S = 5.0
 """Seconds after which a process that does not end by itself is killed."""
+START_S = 300.0
+"""Seconds after which a process that has not started counts as one that cannot."""
+RETRY_S = 60.0
+"""Seconds without another try after a process could not be started: each try takes a core for a second."""
 PRELUDE = """\
 import signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 sys.path[:] = {path!r}
 from mam2.engine.data.decode_process import serve
-serve({memory})
+serve({memory}, {answers})
 """
 """The program of a process; it ignores signals before its imports, which take a part of a second."""
 READY = b"ready"
 MOST_CRASHES = 2
 """Ends of a process at one clip, by a crash or an exit, after which the file is unusable."""
 MOST_ENDS = 10
-"""The same with those by SIGKILL, which the system (out of memory) or a person sends: they say nothing of the file."""
+"""The same with ends by other causes, such as SIGKILL, which the system (out of memory) or a person sends: they say
+little about the file."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Pauses in seconds after such an end; each is twice the one before. The ten take about 20 s."""
+CRASHES = frozenset((signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP))
+"""Signals that the code of a process causes."""
 
 
 class CannotStart(Exception):
@@ -53,9 +67,11 @@ class CannotStart(Exception):
 class _Ended(Exception):
     """Raised if a process has ended while it should have answered; the message says how it ended."""
 
-    @property
-    def killed(self) -> bool:
-        return str(self) == signal.SIGKILL.name
+    def __init__(self, status: int) -> None:
+        """status: exit status, or minus the number of a signal."""
+        super().__init__(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+        self.crashed = status >= 0 or -status in CRASHES
+        """Whether the cause is in the process; else something outside has ended it."""
 
 
 class DecodingProcesses:
@@ -67,6 +83,10 @@ class DecodingProcesses:
         self._free: queue.LifoQueue[_Process] = queue.LifoQueue()
         for process in self._all:
             self._free.put(process)
+        self._failed: tuple[float, str] | None = None
+        """When a process could not be started, and why; None after a start."""
+        self._finalizer = weakref.finalize(self, _end_all, self._all)  # else an object that nobody closes leaves them
+        self._finalizer.atexit = False  # they end with this process
 
     def decode_frames(self, path: str, frames: Sequence[int], *, empty: Empty, **options: Any) -> NDArray[Any]:
         """Runs `decoding.decode_frames` in a process, with the same arguments, results and exceptions.
@@ -75,18 +95,41 @@ class DecodingProcesses:
 
         Raises:
             DecodeError: also if MOST_CRASHES processes crash at the file, or MOST_ENDS end in any way.
-            CannotStart: a process cannot be started.
+            CannotStart: a process cannot be started, or could not in the last RETRY_S seconds.
         """
         crashes = 0
         with self._process() as process:
             for ends in range(1, MOST_ENDS + 1):
+                self._start(process)
                 try:
                     return process.decode(path, frames, empty, options)
                 except _Ended as error:
-                    crashes += not error.killed
+                    crashes += error.crashed
                     if crashes == MOST_CRASHES or ends == MOST_ENDS:
                         raise DecodeError(f"decoding it ended {ends} processes ({error})") from None
+                    if not error.crashed:
+                        _pause(ends)
         raise AssertionError("the last attempt returns or raises")
+
+    def _start(self, process: _Process) -> None:
+        """Starts a process that does not run. A file is never blamed for the end of a process that starts."""
+        if process.pid:
+            return
+        if self._failed and time.monotonic() - self._failed[0] < RETRY_S:
+            raise CannotStart(self._failed[1])
+        try:
+            for ends in range(1, MOST_ENDS + 1):
+                try:
+                    process.start()
+                    break
+                except _Ended as error:
+                    if error.crashed or ends == MOST_ENDS:
+                        raise CannotStart(str(error)) from None
+                    _pause(ends)
+        except CannotStart as error:
+            self._failed = time.monotonic(), str(error)
+            raise
+        self._failed = None
 
     @property
     def pids(self) -> list[int]:
@@ -95,10 +138,7 @@ class DecodingProcesses:
 
     def close(self) -> None:
         """Ends the processes. No thread may be decoding."""
-        for process in self._all:
-            process.ask_to_end()
-        for process in self._all:
-            process.end()
+        self._finalizer()
 
     @contextmanager
     def _process(self) -> Iterator[_Process]:
@@ -114,7 +154,8 @@ class _Process:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
-        self._memory = -1
+        self._files: list[BinaryIO] = []
+        """The shared memory, and the pipe of the answers."""
         self._view: mmap.mmap | None = None
 
     @property
@@ -122,13 +163,19 @@ class _Process:
         return self._child.pid if self._child else 0
 
     def decode(self, path: str, frames: Sequence[int], empty: Empty, options: dict[str, Any]) -> NDArray[Any]:
-        child = self._child or self._start()
+        """Decodes a clip in the running process. Raises _Ended, and what `decoding.decode_frames` raises."""
+        child = self._child
+        assert child is not None
+        request = pickle.dumps((path, tuple(frames), options))
         try:
-            pickle.dump((path, tuple(frames), options), _pipe(child.stdin))
+            _pipe(child.stdin).write(request)
             _pipe(child.stdin).flush()
-            answer = pickle.load(_pipe(child.stdout))
+            answer = pickle.load(self._files[1])
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise _Ended(self.end() or str(error)) from error
+            raise _Ended(self.end()) from error
+        except BaseException:
+            self.end()  # the answer may still come, and must not be taken for that to the next request
+            raise
         if isinstance(answer, list):
             raise _chained(answer)
         shape, dtype = answer
@@ -136,29 +183,45 @@ class _Process:
         np.copyto(found, np.ndarray(shape, dtype, self._shared(found.nbytes)))
         return found
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._memory = _new_memory()
+    def start(self) -> None:
+        """Starts the process. Raises CannotStart; _Ended if it ends before it is ready."""
+        program = os.fsdecode(spawn.get_executable() or "")  # a program with Python in it sets Python's path there
+        if not program or getattr(sys, "frozen", False):
+            raise CannotStart("Python is part of another program, whose multiprocessing.set_executable was not called")
+        sending = -1
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-c", PRELUDE.format(path=sys.path, memory=self._memory)],
+            memory = os.fdopen(os.memfd_create("mam2-frames"), "rb+", buffering=0)
+            receiving, sending = os.pipe()
+            self._files = [cast(BinaryIO, memory), os.fdopen(receiving, "rb")]
+            path = [place for place in sys.path if isinstance(place, str)]
+            self._child = subprocess.Popen(
+                [program, "-c", PRELUDE.format(path=path, memory=memory.fileno(), answers=sending)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self._memory],
+                stdout=2,  # standard error, where it does no harm
+                pass_fds=[memory.fileno(), sending],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # NumPy's, which only copies
             )
-        except OSError as error:
-            os.close(self._memory)
+        except (OSError, ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from error
-        self._child = child
-        if _pipe(child.stdout).read(len(READY)) != READY:
-            ended = _Ended(self.end())
-            raise ended if ended.killed else CannotStart(str(ended))
-        return child
+        finally:
+            if sending >= 0:
+                os.close(sending)
+            if not self._child:
+                self._release()
+        poll = select.poll()
+        poll.register(self._files[1], select.POLLIN)
+        if not poll.poll(1000 * START_S):
+            self._child.kill()
+            self.end()
+            raise CannotStart(f"it does not start within {START_S:g} s")
+        if self._files[1].read(len(READY)) != READY:
+            raise _Ended(self.end())
 
     def _shared(self, size: int) -> mmap.mmap:
         """Returns the shared memory, of at least `size` bytes."""
         if self._view is None or len(self._view) < size:
-            self._view = mmap.mmap(self._memory, os.fstat(self._memory).st_size)
+            memory = self._files[0].fileno()
+            self._view = mmap.mmap(memory, os.fstat(memory).st_size)
         return self._view
 
     def ask_to_end(self) -> None:
@@ -166,11 +229,11 @@ class _Process:
             with suppress(OSError):
                 _pipe(self._child.stdin).close()
 
-    def end(self) -> str:
-        """Ends the process and releases its memory; returns how it ended."""
+    def end(self) -> int:
+        """Ends the process and releases its memory. Returns its exit status, or minus the number of a signal."""
         child, self._child = self._child, None
         if child is None:
-            return ""
+            return 0
         with suppress(OSError):
             _pipe(child.stdin).close()
         try:
@@ -178,16 +241,18 @@ class _Process:
         except subprocess.TimeoutExpired:
             child.kill()
             status = child.wait()
-        _pipe(child.stdout).close()
-        os.close(self._memory)
-        self._view = None
-        return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        self._release()
+        return status
+
+    def _release(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files, self._view = [], None
 
 
-def serve(memory: int) -> None:
-    """Decodes for the parent until standard input ends. memory: descriptor of the shared memory."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else may write between the answers
+def serve(memory: int, answers_to: int) -> None:
+    """Decodes for the parent until standard input ends. Descriptors: of the shared memory, of the pipe for answers."""
+    requests, answers = sys.stdin.buffer, os.fdopen(answers_to, "wb")
     view: mmap.mmap | None = None
 
     def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -215,12 +280,16 @@ def serve(memory: int) -> None:
             answers.flush()
 
 
-def _new_memory() -> int:
-    """Returns the descriptor of new shared memory of size 0."""
-    try:
-        return os.memfd_create("mam2-frames")
-    except OSError as error:
-        raise CannotStart(str(error)) from error
+def _end_all(processes: list[_Process]) -> None:
+    for process in processes:
+        process.ask_to_end()
+    for process in processes:
+        process.end()
+
+
+def _pause(ends: int) -> None:
+    """Waits after the end number `ends` of a process that something outside has ended."""
+    time.sleep(min(FIRST_PAUSE_S * 2 ** (ends - 1), LONGEST_PAUSE_S))
 
 
 def _causes(error: BaseException) -> list[BaseException]:

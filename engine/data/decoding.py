@@ -66,6 +66,11 @@ class DecodeError(Exception):
     """Raised if a video cannot be decoded; the message is a short reason without the path."""
 
 
+class TooSlow(DecodeError):
+    """Raised at a time limit. Clocks go on while a process is stopped (Ctrl-Z, a scheduler), so that the cause may not
+    be the file; see `Patience`."""
+
+
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,7 +106,7 @@ def open_video(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[tuple[InputC
         if _is_empty(path):
             raise DecodeError("empty file") from error
         if isinstance(error, av.error.ExitError):
-            raise DecodeError(f"not read within {timeout_s:g} s") from error
+            raise TooSlow(f"not read within {timeout_s:g} s") from error
         if isinstance(error, av.error.InvalidDataError):
             raise DecodeError("damaged, or not a video") from error
         raise DecodeError(getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
@@ -203,7 +208,7 @@ class _Limit:
     def __call__(self, items: Iterable[Item]) -> Iterator[Item]:
         for item in items:
             if time.monotonic() > self._end:
-                raise DecodeError(f"not decoded within {self.seconds:g} s")
+                raise TooSlow(f"not decoded within {self.seconds:g} s")
             yield item
 
 
@@ -218,7 +223,7 @@ def _decode_images(folder: str, frames: Sequence[int], limit: _Limit, target: _T
             with open_video(file, limit.seconds) as (container, stream):
                 image = next(decoded_frames(stream, read_packets(container, stream)), None)
         except DecodeError as error:
-            raise DecodeError(f"{os.path.basename(file)}: {error}") from error
+            raise type(error)(f"{os.path.basename(file)}: {error}") from error
         if image is None:
             raise DecodeError(f"{os.path.basename(file)}: no decodable image")
         convert = convert or FrameConverter(image, target.least_size, target.channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.manifest import Manifest, Video
 from mam2.engine.data.video import HDR
 from mam2.engine.files import one_line, write_whole
+from mam2.engine.units import counted, decimal_bytes, duration
 
 CLIP = tuple(range(0, 64, 4))
 """Frames of the clip for the measurement of decoding: 16 frames at stride 4, from a random start."""
@@ -65,15 +66,19 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     keys = np.array([video.keyframe_max for video in videos])
     fps = np.array([video.fps for video in videos if video.fps])
     hours = sum(video.duration_s for video in videos) / 3600
-    size = sum(video.bytes for video in videos) / 1e9
+    short = int((frames <= CLIP[-1]).sum())
+    rotated = sum(video.rotation > 0 for video in videos)
+    variable = sum(video.variable_rate for video in videos)
+    size = sum(video.bytes for video in videos)
     labels = Counter(video.label for video in videos if video.label >= 0)
-    rows = [("videos", f"{len(videos)} usable, {len(manifest.skipped)} skipped; {size:.2f} GB, {hours:.2f} hours")]
+    counts = f"{len(videos)} usable, {len(manifest.skipped)} skipped"
+    rows = [("videos", f"{counts}; {decimal_bytes(size)}, {duration(hours)}")]
     if labels:
         rows.append(
             (
                 "classes",
-                f"{len(labels)} with {min(labels.values())} to {max(labels.values())} videos, "
-                f"{len(videos) - labels.total()} videos without a label",
+                f"{len(labels)} with {_range(labels.values(), 'video')}, "
+                f"{counted(len(videos) - labels.total(), 'video')} without a label",
             )
         )
     rows += [
@@ -81,13 +86,13 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
         ("pixels", _counted(Counter(video.pixel_format for video in videos))),
         (
             "frames",
-            f"{_spread(frames)}; {int((frames <= CLIP[-1]).sum())} videos are shorter than 16 frames at stride 4",
+            f"{_spread(frames)}; {counted(short, 'video')} shorter than 16 frames at stride 4 ({CLIP[-1] + 1} frames)",
         ),
-        ("short side", f"{_spread(sides)} pixels; {sum(video.rotation > 0 for video in videos)} videos are rotated"),
+        ("short side", f"{_spread(sides)} pixels; {counted(rotated, 'video')} rotated"),
         (
             "rate",
-            f"{_spread(fps)} frames/s; {sum(video.variable_rate for video in videos)} have a variable rate, "
-            f"{len(videos) - len(fps)} state no rate",
+            f"{_spread(fps)} frames/s; {counted(variable, 'video')} with a variable rate, "
+            f"{len(videos) - len(fps)} without a rate",
         ),
         ("key frames", f"{_spread(keys)} frames in the longest key-frame interval per video"),
     ]
@@ -97,28 +102,30 @@ def summary(manifest: Manifest, rate: tuple[float, int]) -> str:
     interlaced = sum(video.interlaced for video in videos)
     trimmed = sum(video.trimmed > 0 for video in videos)
     if hdr:
-        rows.append(("HDR", f"{hdr} videos are decoded without tone mapping and look pale"))
+        rows.append(("HDR", f"{counted(hdr, 'video')} decoded without tone mapping: the colors are pale"))
     if interlaced:
-        rows.append(("interlaced", f"{interlaced} videos are not deinterlaced: moving edges look like combs"))
+        rows.append(("interlaced", f"{counted(interlaced, 'video')} not deinterlaced: moving edges look like combs"))
     speed = f"{rate[0]:.1f} clips/s per thread, measured here on {rate[1]} of them"
     if not rate[1]:
         speed = f"speed not measured: no video can be decoded, or a clip takes more than {MEASURED_BYTES / 2**30:g} GiB"
+    only = f"; AV1 ({counted(av1, 'video')}) only on {AV1_GPUS}, so PyAV decodes it here" if av1 else ""
     if trimmed:
-        rows.append(("edit lists", f"{trimmed} videos hide some frames; PyAV decodes them, since DALI may count these"))
+        rows.append(
+            (
+                "edit lists",
+                f"{counted(trimmed, 'video')} with hidden frames; PyAV decodes them, since DALI may count these",
+            )
+        )
     rows += [
-        (
-            "NVDEC",
-            f"{decoders['nvdec']} videos on every GPU since Turing; AV1 ({av1} videos) only on {AV1_GPUS}, "
-            "so PyAV decodes it here",
-        ),
-        ("DALI on CPU", f"{decoders['dali-cpu']} videos"),
+        ("NVDEC", f"{counted(decoders['nvdec'], 'video')} on every GPU since Turing{only}"),
+        ("DALI on CPU", f"{counted(decoders['dali-cpu'], 'video')}"),
         (
             "PyAV",
-            f"{decoders['pyav']} videos; {speed}",
+            f"{counted(decoders['pyav'], 'video')}; {speed}",
         ),
     ]
     if arrays := [video for video in videos if video.channels]:
-        kinds = Counter(f"{video.pixel_format} of {video.channels} channels" for video in arrays)
+        kinds = Counter(f"{video.pixel_format} of {counted(video.channels, 'channel')}" for video in arrays)
         rows.append(("arrays", f"{_counted(kinds)}; needs --data.channels"))
     lines = [f"{name:<12}{text}" for name, text in rows]
     if manifest.skipped:
@@ -152,27 +159,30 @@ def advice(videos: Sequence[Video]) -> list[str]:
     if len(sparse) > count / 10:
         apart = int(np.median([video.keyframe_max for video in sparse]))
         found.append(
-            f"{len(sparse)} of {count} videos have key frames up to {apart} frames apart (median); each clip needs "
+            f"{len(sparse)} of {counted(count, 'video')}: key frames up to {apart} frames apart (median); each "
+            "clip needs "
             "all frames since the key frame before it: mam2 transcode DATA --out FOLDER --gop 30"
         )
     if len(large) > count / 10:
         found.append(
-            f"{len(large)} of {count} videos have a shorter side above {LARGE_SIDE}: "
+            f"{len(large)} of {counted(count, 'video')}: a shorter side above {LARGE_SIDE}: "
             "mam2 transcode DATA --out FOLDER --short-side 320"
         )
     if no_nvdec > count / 10:
         found.append(
-            f"{no_nvdec} of {count} videos cannot be decoded by NVDEC (codec, pixel format, rotation or edit list): "
+            f"{no_nvdec} of {counted(count, 'video')}: NVDEC cannot decode them (codec, pixel format, rotation "
+            "or edit list): "
             "mam2 transcode DATA --out FOLDER --codec h264"
         )
     if odd > count / 10:
         found.append(
-            f"{odd} of {count} videos have sides that are not multiples of {NVDEC_MULTIPLE}: on a GPU, DALI makes a "
+            f"{odd} of {counted(count, 'video')}: sides that are not multiples of {NVDEC_MULTIPLE}: on a GPU, "
+            "DALI makes a "
             "new NVDEC decoder for each of their clips: mam2 transcode DATA --out FOLDER"
         )
     if reordered > count / 10:
         found.append(
-            f"{reordered} of {count} videos have B-frames, which slow NVDEC down on a GPU: "
+            f"{reordered} of {counted(count, 'video')}: B-frames, which slow NVDEC down on a GPU: "
             "mam2 transcode DATA --out FOLDER"
         )
     if fps and max(fps) > 1.5 * min(fps):
@@ -181,7 +191,10 @@ def advice(videos: Sequence[Video]) -> list[str]:
             "--data.fps 7.5 --data.stride 0 (or another rate) instead of a stride"
         )
     if copies:
-        found.append(f"{copies} videos are copies of others: remove them, above all copies between training and test")
+        found.append(
+            f"{counted(copies, 'copy', plural='copies')} of other videos: remove them, above all copies "
+            "between training and test"
+        )
     return found
 
 
@@ -207,6 +220,11 @@ def draw_histograms(videos: Sequence[Video], path: Path) -> None:
 
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _range(counts: Collection[int], noun: str) -> str:
+    least, most = min(counts), max(counts)
+    return f"{counted(least, noun)} each" if least == most else f"{least} to {counted(most, noun)} each"
 
 
 def _spread(values: np.ndarray) -> str:

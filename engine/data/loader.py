@@ -3,7 +3,7 @@
 Batch k of rank r is a pure function of (seed, k, r, ranks): a run may stop and continue at any step, with any number of
 threads, and sees the same bits. There are two exceptions. If NVDEC fails on a file, PyAV decodes it, but a restarted
 run tries NVDEC again; if only some frames are damaged, the others may then differ by a few gray levels. And a file
-whose decoding takes about `data.timeout_s` may exceed it in one run and not in another.
+whose decoding takes about `data.timeout_s` may exceed it, twice, in one run and not in another.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from mam2.engine.data.video import Skipped, Video, probe_file
 from mam2.engine.errors import UserError
 from mam2.engine.files import one_line, whole_file
 from mam2.engine.runtime.progress import Progress
+from mam2.engine.units import counted
 
 INDEX_SUFFIX = ".index.jsonl"
 MANIFEST = "manifest.jsonl"
@@ -130,12 +131,12 @@ def scan(source: str | Path, known: Manifest, *, threads: int = 0, progress: boo
     skipped = tuple(dict.fromkeys(result for result in results if isinstance(result, Skipped)))
     if not videos and all(entry.reason == "does not exist" for entry in skipped):
         raise UserError(
-            f"{source}: none of the {len(skipped)} listed videos exists, the first is {skipped[0].path}; "
-            f"relative paths are relative to the list's folder"
+            f"{source}: no listed video exists ({counted(len(skipped), 'line')}); the first is {skipped[0].path}. "
+            "Relative paths start at the folder of the list"
         )
     if not videos:
         reason = f"the first, {skipped[0].path}: {skipped[0].reason}"
-        raise UserError(f"{source}: none of the {len(skipped)} videos can be used; {reason}")
+        raise UserError(f"{source}: no video can be used ({counted(len(skipped), 'file')}); {reason}")
     return Manifest(videos, skipped, listing.classes), changes
 
 

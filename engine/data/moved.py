@@ -13,6 +13,7 @@ from mam2.engine.data.sets import join_sets, parts_of, set_names
 from mam2.engine.data.sources import read_source
 from mam2.engine.data.video import Video
 from mam2.engine.errors import UserError
+from mam2.engine.units import counted
 
 
 def follow_sets(
@@ -71,11 +72,12 @@ def follow(
         now[video.path] = dataclasses.replace(video, path=copy.path, mtime_ns=copy.mtime_ns)
     if len(missing) > max_missing * len(saved.videos):
         raise UserError(
-            f"--data {data} lacks {len(missing)} of the {len(saved.videos)} videos on which the run was trained; "
+            f"--data {data} lacks {len(missing)} of the {counted(len(saved.videos), 'video')} on which the run "
+            "was trained; "
             f"the first is {missing[0].path}: pass the place where they are now, or start a new run with another --out"
         )
     videos = tuple(now.get(video.path, video) for video in saved.videos)
-    lacking = f"; {len(missing)} are missing" if missing else ""
+    lacking = f"; {len(missing)} missing" if missing else ""
     return dataclasses.replace(saved, videos=videos), (
-        f"{len(now)} of {len(videos)} videos were found at other paths by their content{lacking}"
+        f"{len(now)} of {counted(len(videos), 'video')} found at other paths by their content{lacking}"
     )

@@ -21,6 +21,8 @@ from mam2.engine.errors import UserError
 
 MOST_FAILURES = 20
 """After this many failures of NVDEC in a row, the cause is the machine and not the files."""
+WAIT_PARTS = 10
+"""Parts in which a time limit is waited for."""
 TRIAL_FRAMES, TRIAL_SIDE = 16, 256
 TRIAL_TOLERANCE = 6.0
 """Largest mean difference to PyAV's frames in gray levels; the next frame of the trial clip differs by 10."""
@@ -70,7 +72,7 @@ def error_of(message: str, reason: str) -> Exception:
 def within(seconds: float, work: Callable[[], Value]) -> Value:
     """Runs `work` in a new thread and returns its result. Raises TimeoutError after `seconds`.
 
-    The thread keeps running.
+    The thread keeps running. Time in which this process is stopped (Ctrl-Z, a scheduler) counts at most a tenth.
     """
     box: list[Any] = []
 
@@ -82,7 +84,8 @@ def within(seconds: float, work: Callable[[], Value]) -> Value:
 
     thread = threading.Thread(target=run, name="nvdec", daemon=True)
     thread.start()
-    thread.join(seconds)
+    for _ in range(WAIT_PARTS):
+        thread.join(seconds / WAIT_PARTS)
     if not box:
         raise TimeoutError(f"no answer within {seconds:g} s")
     if box[1] is not None:

@@ -1,4 +1,4 @@
-"""Waits for unavailable data: an unmounted drive or an I/O error does not make a file unusable.
+"""Reads again what failed for another cause than the file: an unmounted drive, an I/O error, a stopped process.
 
 Reading is retried after growing pauses. A run whose data stays unavailable ends with an error; it does not replace one
 video after the other. A single file or folder that stays unreadable while the rest is available counts as unusable.
@@ -16,6 +16,7 @@ from typing import TypeVar
 import av
 import numpy as np
 
+from mam2.engine.data.decoding import TooSlow
 from mam2.engine.data.storage import local_file, open_file, status
 from mam2.engine.errors import UserError
 
@@ -60,7 +61,10 @@ def why_away(path: str, error: BaseException) -> str:
 
 
 class Patience:
-    """Calls functions that read a file, and retries while the file is unavailable. Threads may share one object."""
+    """Calls functions that read a file, and retries while the file is unavailable, and once after a time limit.
+
+    Threads may share one object.
+    """
 
     def __init__(self, wait_s: float, info: Callable[[str], None], paths: Sequence[str] = ()) -> None:
         """wait_s: longest wait in seconds. info: receives lines for the log. paths: the paths of the data."""
@@ -82,10 +86,14 @@ class Patience:
             Exception: an exception of `read` that waiting does not resolve.
         """
         begun, pause, outage = time.monotonic(), FIRST_PAUSE_S, ""
+        slow = False
         while True:
             try:
                 value = read()
             except Exception as error:
+                if isinstance(error, TooSlow) and not slow:
+                    slow = True  # the process may have been stopped meanwhile
+                    continue
                 reason = why_away(path, error)
                 if not reason:
                     raise

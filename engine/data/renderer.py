@@ -30,6 +30,7 @@ from mam2.engine.data.storage import local_file
 from mam2.engine.data.values import PixelValues
 from mam2.engine.data.vetting import read_vetted
 from mam2.engine.errors import UserError
+from mam2.engine.runtime.cuda import own_stream
 
 MOST_THREADS = 4
 """Most decoding threads with which `data.workers auto` decodes in threads: each holds Python's lock for up to a tenth
@@ -83,7 +84,7 @@ class Renderer:
         self._config = config
         self._samples = samples
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = own_stream(device) if device.type == "cuda" else None
         self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
         own = config.workers == "processes" or (config.workers == "auto" and self._threads > MOST_THREADS)

@@ -15,6 +15,7 @@ from mam2.engine.data.sources import check_source, list_and_split
 from mam2.engine.data.unusable import UnusableVideos
 from mam2.engine.errors import UserError
 from mam2.engine.files import check_apart
+from mam2.engine.units import counted
 
 Sources = str | Path | Sequence[str | Path]
 """One data set or several; each is a folder, an annotation list, a video or an index."""
@@ -126,10 +127,11 @@ def describe_sets(manifest: Manifest, order: SampleOrder, weighted: bool) -> lis
         return []
     total = sum(order.sizes)
     how = "each video once" if not weighted else "as many as there are videos, in the proportion of data.weights"
-    lines = [f"data    {len(order.sizes)} data sets; an epoch is {total} samples: {how}"]
+    lines = [f"data    {len(order.sizes)} data sets; an epoch is {counted(total, 'sample')}: {how}"]
     for name, each, size, share in zip(set_names(manifest), manifest.sets, order.sizes, order.shares, strict=True):
         lines.append(
-            f"data    {name}: {size} videos, {each.skipped + each.videos - size} unusable; {share:.2%} of the clips, "
+            f"data    {name}: {counted(size, 'video')}, {each.skipped + each.videos - size} unusable; "
+            f"{share:.2%} of the clips, "
             f"{share * total / size:.3g} passes per epoch ({each.source})"
         )
     if not manifest.classes:
@@ -144,6 +146,7 @@ def describe_seen(manifest: Manifest, unusable: UnusableVideos, numbers: dict[st
         paths = {video.path for video in part.videos} | {skipped.path for skipped in part.skipped}
         bad.append(sum(path in unusable for path in paths))
     return "; ".join(
-        f"{name}: {numbers[f'clips/{name}']:.0f} clips, {numbers[f'passes/{name}']:.3g} passes, {count} unusable"
+        f"{name}: {counted(round(numbers[f'clips/{name}']), 'clip')}, {numbers[f'passes/{name}']:.3g} passes, "
+        f"{count} unusable"
         for name, count in zip(set_names(manifest), bad, strict=True)
     )

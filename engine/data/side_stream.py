@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mam2.engine.data.batch import Batch
+from mam2.engine.runtime.cuda import own_stream
 
 Extras = TypeVar("Extras")
 
@@ -23,7 +24,7 @@ def on_side_stream(prepared: Iterator[tuple[Batch, Extras]], device: torch.devic
     if device.type != "cuda":
         yield from prepared
         return
-    side_stream = torch.cuda.Stream(device)
+    side_stream = own_stream(device)
     side_stream.wait_stream(torch.cuda.current_stream(device))  # on which weights may still be copied
     while True:
         step = torch.cuda.current_stream(device)

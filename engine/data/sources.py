@@ -22,6 +22,7 @@ from mam2.engine.data.lists import Row, number_labels, read_rows
 from mam2.engine.data.storage import absolute, as_address
 from mam2.engine.data.tar_shards import TarSource, as_tar_source, read_samples, tar_files
 from mam2.engine.errors import UserError
+from mam2.engine.units import counted
 
 
 class Entry(NamedTuple):
@@ -93,7 +94,7 @@ def _read_tars(source: TarSource) -> Listing:
     labels, classes = number_labels(Path(source.pattern), rows, notes)
     unlabeled = sum(not row.label for row in rows)
     if unlabeled:
-        notes.append(f"{source.pattern}:{source.field}: {unlabeled} of {len(rows)} videos have no label")
+        notes.append(f"{source.pattern}:{source.field}: {unlabeled} of {counted(len(rows), 'video')} without a label")
     entries = [Entry(row.path, label) for row, label in zip(rows, labels, strict=True)]
     return Listing(entries, classes, tuple(notes))
 

@@ -26,6 +26,7 @@ from mam2.engine.data.folders import CLIP_SUFFIXES
 from mam2.engine.data.storage import Member, absolute, addresses_in, as_address, open_file, status
 from mam2.engine.errors import UserError
 from mam2.engine.files import write_whole
+from mam2.engine.units import counted
 
 TAR = ".tar"
 CACHE_VERSION = 1
@@ -107,7 +108,7 @@ def read_samples(source: TarSource, notes: list[str]) -> list[Sample]:
 def _samples_of(tar: str, field: str, notes: list[str]) -> Iterator[Sample]:
     members, problem = list_members(tar)
     if problem:
-        notes.append(f"{tar}: {problem}; {len(members)} members before it are read")
+        notes.append(f"{tar}: {problem}; {counted(len(members), 'member')} before it can be read")
     suffix, _, key = field.partition(".")
     labels = {_key(member.name): member for member in members if suffix and member.name.endswith(f".{suffix}")}
     with open_file(tar) if labels else nullcontext() as file:

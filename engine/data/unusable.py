@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.video import Skipped
+from mam2.engine.units import counted
 
 FIRST_FILES = 16
 """The run ends if this many first files all fail for the same reason and no file was decoded."""
@@ -51,7 +52,7 @@ class UnusableVideos:
             return None
         last = [*self._manifest.skipped, *self.found][-1]
         return (
-            f"{len(self)} of {self.total} videos cannot be used, more than data.max_unusable="
+            f"{len(self)} of {counted(self.total, 'video')} cannot be used, more than data.max_unusable="
             f"{self._max_unusable:g} allows; the last is {last.path}: {last.reason}"
         )
 

@@ -136,7 +136,7 @@ def _videos(source: Path, specs: Sequence[FeatureSpec], cache: FeatureCache, bat
     for rows in features.values():
         usable &= ~np.isnan(rows[:, 0])
     if usable.sum() < 2:
-        raise UserError(f"{source}: {usable.sum()} videos with a label could be decoded; expected at least 2")
+        raise UserError(f"{source}: expected at least 2 videos with a label that can be decoded, found {usable.sum()}")
     return _Videos(manifest, usable.nonzero()[0], features)
 
 

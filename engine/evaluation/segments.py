@@ -139,7 +139,7 @@ def probe_segments(
     test = torch.arange(len(listed)) >= known
     if val is None:
         if len(videos) < 3:
-            raise UserError(f"{data}: segments of {len(videos)} videos; expected three or more, or --val")
+            raise UserError(f"{data}: expected segments of three or more videos, or --val; found {len(videos)}")
         test = held_out(len(listed), groups, least=2)
     embeddings = {str(file): read_embedding(file) for file in files}
     found: dict[str, NDArray[np.float32]] = {}

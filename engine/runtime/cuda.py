@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,9 +13,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mam2.engine.runtime.distributed import first_line
+
 Values = dict[str, Tensor]
 AHEAD = 2
 """Steps that the host may be ahead of the device; each keeps its clips in memory until it is done."""
+
+
+POOL = 32
+"""Streams of a device that `torch.cuda.Stream` returns in turn."""
+_OWNED: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def own_stream(device: torch.device | None = None) -> torch.cuda.Stream:
+    """Returns a stream of a device (default: the current one) that no other live result of this function shares.
+
+    `torch.cuda.Stream` returns the same stream again after 31 others. Work of another thread on a stream that captures
+    would become part of the graph. And cuBLAS has one workspace per thread and stream: work during the replay of a
+    graph would use the graph's workspace, if it were launched on the stream of the capture.
+    """
+    for _ in range(POOL):
+        stream = torch.cuda.Stream(device)
+        if stream not in _OWNED:
+            break
+    _OWNED.add(stream)
+    return stream
 
 
 class Recorder(Protocol):
@@ -34,24 +57,31 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures CUDA graphs that share one memory pool, because they never run at the same time."""
+    """Captures CUDA graphs that share one memory pool and stream, because they never run at the same time.
+
+    Graphs of different recorders may.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = own_stream()
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # the loader's threads decode meanwhile: their driver calls must neither break the capture nor fail
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 values = work()
         except BaseException:
             torch.cuda.set_stream(stream)  # if a capture cannot be ended, its stream stays current
             raise
-        return graph.replay, values
+        return lambda: self._replay(graph), values
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:  # a method, because the stream must live as long
+        graph.replay()
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        side = torch.cuda.Stream()  # gradients accumulate on the stream that first used their weights
+        side = self._stream  # gradients accumulate on the stream that first used their weights
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -91,6 +121,56 @@ def waits_for_device(work: Callable[[], object]) -> str:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     return found[0] if found else ""
+
+
+class Captured:
+    """A function of one tensor, replayed as a CUDA graph for each shape, which its first call with the shape captures.
+
+    All calls must be on one stream, and the function may depend on nothing else that changes. What cannot be captured,
+    or has another result as a graph, is launched kernel by kernel.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], recorder: Recorder, info: Callable[[str], None], name: str
+    ) -> None:
+        """info: receives a line for the log about each shape, which begins with `name`."""
+        self._function, self._recorder, self._info, self._name = function, recorder, info, name
+        self._graphs: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor] | None] = {}
+        """The graph's input, its replay, and its result by shape and dtype; None: launched kernel by kernel."""
+
+    def __call__(self, argument: Tensor) -> Tensor:
+        key = argument.shape, argument.dtype
+        if key not in self._graphs:
+            self._graphs[key] = self._record(argument)
+        graph = self._graphs[key]
+        if graph is None:
+            return self._function(argument)
+        held, replay, result = graph
+        held.copy_(argument)
+        replay()
+        return result.clone()
+
+    def _record(self, argument: Tensor) -> tuple[Tensor, Callable[[], None], Tensor] | None:
+        held = argument.clone()
+
+        def work() -> Values:
+            return {"result": self._function(held)}
+
+        what = f"{self._name}, {list(argument.shape)}"
+        try:
+            self._recorder.warm_up(work)
+            expected = self._function(held)
+            replay, values = self._recorder.record(work)
+            replay()
+            problem = "" if torch.equal(values["result"], expected) else "a CUDA graph gives another result"
+        except RuntimeError as error:  # also out of memory, because a graph reserves memory
+            problem = f"it cannot be captured as a CUDA graph ({first_line(error)})"
+        self._recorder.release()
+        if problem:
+            self._info(f"{what}: launched kernel by kernel: {problem}")
+            return None
+        self._info(f"{what}: one CUDA graph")
+        return held, replay, values["result"]
 
 
 class DeviceTimer:

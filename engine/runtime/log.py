@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mam2.engine.errors import UserError
 from mam2.engine.files import NAMES, one_line
+from mam2.engine.runtime.cuda import own_stream
 from mam2.engine.runtime.distributed import World
 
 MOST_PENDING = 2**20
@@ -245,7 +246,7 @@ class Readout:
     """Copies a line's numbers from the device without making the loop wait; they are ready some steps later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(device) if device.type == "cuda" else None
         self._pending: list[tuple[Any, ...]] = []
 
     def put(

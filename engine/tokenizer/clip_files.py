@@ -74,11 +74,6 @@ class ClipFormat(NamedTuple):
             start = end
 
 
-def describe_bytes(count: float) -> str:
-    """Returns a number of bytes as text, such as "3.1 GB"."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
-
-
 def _jpeg(frame: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     picture = frame[..., 0] if frame.shape[-1] == 1 else frame

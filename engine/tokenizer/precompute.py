@@ -27,11 +27,12 @@ from mam2.engine.files import append_rows, make_folder, one_line, writing
 from mam2.engine.runtime.device import compiler, pick_device
 from mam2.engine.runtime.progress import Progress
 from mam2.engine.tokenizer.cache import CodeCache, CodeCacheWriter
-from mam2.engine.tokenizer.clip_files import ClipFormat, describe_bytes
+from mam2.engine.tokenizer.clip_files import ClipFormat
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import build_tokenizer, prepare_tokenizer
 from mam2.engine.tokenizer.source import CodeSource, online, with_codes
 from mam2.engine.tokenizer.vqgan import VQGAN
+from mam2.engine.units import counted, decimal_bytes
 
 Clips = Literal["none", "jpeg", "raw"]
 
@@ -149,13 +150,13 @@ class _ClipStore:
     def _predict(self, clip_bytes: float, measured: int) -> None:
         needed, free = self._left * clip_bytes, shutil.disk_usage(self._out).free
         tqdm.write(
-            f"clips   {describe_bytes(needed)} as {self._form.coding} in {self._out}: {self._left} clips of "
-            f"{clip_bytes / 1e3:.0f} kB, the mean of the first {measured}; {describe_bytes(free)} are free"
+            f"clips   {decimal_bytes(needed)} as {self._form.coding} in {self._out}: {counted(self._left, 'clip')} of "
+            f"{clip_bytes / 1e3:.0f} kB, the mean of the first {measured}; {decimal_bytes(free)} are free"
         )
         if needed > free:
             smaller = ", --clips jpeg" if self._form.coding == "raw" else ""
             raise UserError(
-                f"--out {self._out}: the clips need about {describe_bytes(needed)}, {describe_bytes(free)} are free; "
+                f"--out {self._out}: the clips need about {decimal_bytes(needed)}, {decimal_bytes(free)} are free; "
                 f"use another drive, a smaller data.recorded{smaller} or no --clips"
             )
 

@@ -16,14 +16,15 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.errors import UserError
+from mam2.engine.runtime.cuda import Captured, CudaRecorder
 from mam2.engine.runtime.device import compiler
 from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer.cache import CodeCache
-from mam2.engine.tokenizer.clip_files import describe_bytes
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import FILE, Info, build_tokenizer, load_for_run, prepare_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import VQGAN, VQGANConfig
+from mam2.engine.units import counted, decimal_bytes
 
 MEASURED_CLIPS = 8
 """Clips of the first batch that are compared with float32."""
@@ -80,21 +81,36 @@ def prepare_codes(
         vqgan = world.broadcast(
             lambda: prepare_tokenizer(config, loader, run, device, info, named=named, progress=progress)
         )
-        return online(build_tokenizer(vqgan, config, device, compiler(config.run, device)[0]), info)
+        return online(build_tokenizer(vqgan, config, device, lambda codes: fast(codes, config, device, info)), info)
     world.broadcast(lambda: _keep_tokenizer(cache, run))
     info(
-        f"codes   {cache.codebook_size} codes from the cache {cache.folder}: {config.data.recorded} augmentations of "
-        f"each video, {cache.bytes / 1e6:.3g} MB, computed in {cache.precision}; {cache.count_absent()} clips absent"
+        f"codes   {cache.codebook_size} codes from the cache {cache.folder}: "
+        f"{counted(config.data.recorded, 'augmentation')} of "
+        f"each video, {decimal_bytes(cache.bytes)}, computed in {cache.precision}; "
+        f"{counted(cache.count_absent(), 'clip')} absent"
     )
     loader.fetch_codes(cache.codes)
     return CodeSource(cache.codebook_size, _fetched)
+
+
+def fast(
+    codes: Callable[[Tensor], Tensor], config: PretrainConfig, device: torch.device, info: Info
+) -> Callable[[Tensor], Tensor]:
+    """Returns the function from images to codes compiled, and on a GPU as CUDA graphs, according to `config.run`.
+
+    Launched one by one, its kernels would wait for the host, which also queues the step.
+    """
+    compiled = compiler(config.run, device)[0](codes)
+    if device.type != "cuda" or config.run.graph == "off" or config.run.deterministic:
+        return compiled
+    return Captured(compiled, CudaRecorder(), info, "codes   network of the tokenizer")
 
 
 def use_recorded_clips(loader: ClipLoader, cache: CodeCache | None, info: Info) -> None:
     """Makes the loader read the clips of a cache, if it has some; the loader must have its `has` as `available`."""
     if cache and (clips := cache.clips):
         info(
-            f"clips   from the cache {cache.folder}, {describe_bytes(clips.bytes)} as {clips.form.coding}; "
+            f"clips   from the cache {cache.folder}, {decimal_bytes(clips.bytes)} as {clips.form.coding}; "
             "no video is decoded for training"
         )
         loader.fetch_clips(clips)
@@ -123,7 +139,10 @@ def online(tokenizer: Tokenizer, info: Info) -> CodeSource:
             measured = True
             some = video[:MEASURED_CLIPS]
             share = tokenizer.changed_share(some)
-            info(f"codes   {tokenizer.precision} changes {share:.2%} of them against float32 ({len(some)} clips)")
+            info(
+                f"codes   {tokenizer.precision} changes {share:.2%} of them against float32 "
+                f"({counted(len(some), 'clip')})"
+            )
         return tokenizer.codes(video)
 
     return CodeSource(tokenizer.codebook_size, codes, tokenizer.vqgan.config)

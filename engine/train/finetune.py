@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,8 +31,9 @@ from mam2.engine.evaluation.views import classify_videos
 from mam2.engine.files import check_apart
 from mam2.engine.model.adapters import check_peft, merge_adapters
 from mam2.engine.model.attention_tuning import classifier_shapes, tune_attention
+from mam2.engine.model.blocks import Block
 from mam2.engine.model.classifier import Classifier, pooled_features, standardize_features
-from mam2.engine.runtime.device import autocast, compiler, matmul_dtype
+from mam2.engine.runtime.device import autocast, compile_each, compiler, matmul_dtype
 from mam2.engine.runtime.log import read_log
 from mam2.engine.train.augment import Prepared
 from mam2.engine.train.classifier_step import FinetuneStep, classifier_flops
@@ -125,8 +126,8 @@ class _Finetuning:
         self._judge = build_classifier(config).to(session.device).eval().requires_grad_(False)
         self._judge.set_attention(choices)
         self._gather_weights = share_weights(self._judge, self._trained_weights, in_place=not config.adapters.rank)
-        batch = config.test.batch or session.clips_per_micro_batch
-        self._classify = in_equal_batches(compiler(config.run, session.device)[0](self._judge), batch)
+        batch = config.test.batch or session.clips_without_gradients
+        self._classify = in_equal_batches(self._compiled_judge(), batch)
         self._val = setup.val_manifest
         self._val_loader = session.own(
             ClipLoader(
@@ -142,13 +143,24 @@ class _Finetuning:
         self._note_unusable()
         self._validated, self._best = world.broadcast(self._begin)
 
+    def _compiled_judge(self) -> Callable[[Tensor], Tensor]:
+        """Compiles the model for validation as the step's is."""
+        run = self._session.config.run
+        compiled = compiler(run, self._session.device)[0]
+        if not (run.compile and run.compile_blocks):
+            return compiled(self._judge)
+        compile_each([module for module in self._judge.modules() if isinstance(module, Block)], compiled)
+        return self._judge
+
     def _standardize(self, model: Classifier) -> None:
         """Scales the features before the head by the first clips, the same for any number of processes."""
         session = self._session
         stream = session.loader.stream()
         count = -(-STANDARDIZED // (session.clips_per_micro_batch * session.world.size))
         with autocast(session.config.run, session.device):
-            pooled = pooled_features(model, (batch.video for batch in itertools.islice(stream, count)))
+            size = session.clips_without_gradients
+            parts = (part for batch in itertools.islice(stream, count) for part in batch.video.split(size))
+            pooled = pooled_features(model, parts)
         stream.close()
         share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
         session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")

@@ -35,6 +35,7 @@ from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.train.objective import build_objective
 from mam2.engine.train.session import Session
 from mam2.engine.train.validation_model import share_weights
+from mam2.engine.units import counted
 from mam2.kernels import TubeMask
 
 LOSS = "validation/loss"
@@ -95,7 +96,7 @@ class HeldOut:
         self._loader: ClipLoader | None = None
         if own.videos:
             data = dataclasses.replace(config.data, views=1, recorded=0, max_unusable=1.0)  # the log lists them
-            batch = session.clips_per_micro_batch
+            batch = session.clips_without_gradients
             self._loader = session.own(ClipLoader(own, data, batch=batch, device=device, seed=0, train=False))
         self._named: set[str] = set()
         """Paths of videos that cannot be used."""
@@ -104,11 +105,13 @@ class HeldOut:
         trained_on = {video.content or video.path for video in session.manifest.videos}
         both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
         session.log.info(
-            f"val     {len(used)} of the {len(manifest.videos)} videos of {', '.join(map(str, videos))}, "
-            f"every {config.validation.every:g} epochs"
+            f"val     {len(used)} of the {counted(len(manifest.videos), 'video')} of {', '.join(map(str, videos))}, "
+            f"every {counted(config.validation.every, 'epoch')}"
         )
         if both:
-            session.log.info(f"warning: {both} videos of --val are also training videos: their loss is too low")
+            session.log.info(
+                f"warning: {counted(both, 'video')} of --val also in the training data: the loss there is too low"
+            )
 
     def measure_if_due(self, step: int, steps: int) -> None:
         """Logs the held-out losses of the model after `step` of `steps` steps.
@@ -126,7 +129,7 @@ class HeldOut:
         self._measured.add(step)
         session.log.write(step, numbers)
         words = ", ".join(form.format(numbers[name]) for name, form in WORDS.items() if name in numbers)
-        session.log.info(f"step {step}: held out ({clips} clips): {words}")
+        session.log.info(f"step {step}: held out ({counted(clips, 'clip')}): {words}")
 
     def _measured_before(self) -> set[int]:
         """Returns the steps measured before a run was stopped."""

@@ -28,6 +28,7 @@ from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.model.videomae import VideoMAE
 from mam2.engine.tokenizer.prepare import FILE as TOKENIZER
+from mam2.engine.units import counted
 
 START = "start"
 """Key of a checkpoint's metadata: the initial weights of its run, as JSON of `InitialWeights.about`."""
@@ -248,10 +249,10 @@ def describe_schedule(config: PretrainConfig, *, moments: bool = False) -> str:
     until = f"decreases until epoch {optim.epochs:g} (optim.warmup_epochs, optim.epochs)"
     if optim.schedule == "warmup-stable-decay":
         until = (
-            f"decreases in the last {optim.decay_share:.0%} of {optim.epochs:g} epochs "
+            f"decreases in the last {optim.decay_share:.0%} of {counted(optim.epochs, 'epoch')} "
             "(optim.warmup_epochs, optim.decay_share, optim.epochs)"
         )
-    return f"start   {what}: the learning rate increases for {optim.warmup_epochs:g} epochs and {until}"
+    return f"start   {what}: the learning rate increases for {counted(optim.warmup_epochs, 'epoch')} and {until}"
 
 
 def _why_new(

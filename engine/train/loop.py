@@ -41,6 +41,7 @@ from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step, out_of_memory
 from mam2.engine.train.step_log import StepLog
 from mam2.engine.train.step_times import StepTimes, describe_times
+from mam2.engine.units import counted
 
 Extras = TypeVar("Extras")
 CLIPS_PER_PASS = "clips_per_pass"
@@ -126,11 +127,11 @@ class Loop:
         shared = (
             ""
             if train_step.micro_batches == world.size == 1
-            else f" ({world.size} processes in {train_step.micro_batches} passes)"
+            else f" ({counted(world.size, 'process')}, {counted(train_step.micro_batches, 'pass')} each)"
         )
         session.log.info(
-            f"steps   {self.first} done of {self.steps}: {config.optim.epochs:g} epochs, "
-            f"{config.optim.batch} clips per step{shared}, {describe(self.train_step.optimizer)}"
+            f"steps   {self.first} done of {self.steps}: {counted(config.optim.epochs, 'epoch')}, "
+            f"{counted(config.optim.batch, 'clip')} per step{shared}, {describe(self.train_step.optimizer)}"
         )
         if problem := long_warmup(config.optim):
             session.log.info(f"warning: {problem}")
@@ -181,9 +182,10 @@ class Loop:
             compiles = self.train_step.compiled.startswith("compiled") and self.step < self.steps and not ended
             if compiles:  # the tokenizer is also compiled, at the first batch
                 kept = keep_compiled_code()
+                less = "" if config.run.compile_blocks else "--run.compile-blocks compiles less, "
                 info(
-                    "step    the first step compiles the model, which can take minutes; --run.compile-blocks compiles "
-                    "less, --run.no-compile nothing. "
+                    f"step    the first step compiles the model, which can take minutes; {less}--run.no-compile "
+                    "compiles nothing. "
                     + (f"The code is kept in {kept} for later runs" if kept else "Later runs compile again")
                 )
             while self.step < self.steps and not ended:
@@ -334,7 +336,11 @@ class Loop:
         used = session.unusable.total - unusable
         where = f" (listed in {session.folder / 'skipped.tsv'})" if unusable else ""
         name = signal.Signals(ended).name if ended else ""
-        how = f"stopped by {name} after step {step}; continue with --resume" if ended else f"done: {step} steps"
+        how = (
+            f"stopped by {name} after step {step}; continue with --resume"
+            if ended
+            else f"done: {counted(step, 'step')}"
+        )
         folder = checkpoint.folder_of(session.folder, step)
         if self.step_log.last:
             session.log.info(f"last    {self.step_log.last}")
@@ -347,5 +353,5 @@ class Loop:
             session.log.info(f"best    after step {found['step']}: {measured}; {best}")
         if seen := session.describe_seen(step):
             session.log.info(f"data    {seen}")
-        session.log.info(f"{how}; {used} videos used, {unusable} unusable{where}; checkpoint {folder}")
+        session.log.info(f"{how}; {counted(used, 'video')} used, {unusable} unusable{where}; checkpoint {folder}")
         return TrainResult(step=step, steps=self.steps, checkpoint=folder, used=used, skipped=unusable, signal=ended)

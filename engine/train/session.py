@@ -37,10 +37,13 @@ from mam2.engine.runtime.device import determinism, pick_device
 from mam2.engine.runtime.distributed import World, join
 from mam2.engine.runtime.log import Log, RunLog, SilentLog
 from mam2.engine.runtime.signals import StopSignal
+from mam2.engine.units import counted
 
 SKIPPED = "skipped.tsv"
 EXTENDABLE = {"optim.epochs", "optim.decay_share"}
 """Keys whose values may change while the learning rate of `warmup-stable-decay` is still constant."""
+MOST_UNTRIED = 64
+"""Maximum clips of a forward pass without gradients whose memory nothing has tried."""
 OF_MUON = {"optim.muon_rate", "optim.momentum"}
 """Keys that AdamW does not read."""
 
@@ -70,6 +73,13 @@ class RunContext(Generic[Config]):
     def clips_per_micro_batch(self) -> int:
         """Clips of one forward pass of one process."""
         return self.config.optim.batch // (self.world.size * self.micro_batches)
+
+    @property
+    def clips_without_gradients(self) -> int:
+        """Clips of one forward pass without gradients. With `optim.micro_batch auto` the loader yields a process's
+        whole share of the batch, which may not fit into a GPU's memory at once."""
+        auto = self.config.optim.micro_batch == "auto"
+        return min(self.clips_per_micro_batch, MOST_UNTRIED) if auto else self.clips_per_micro_batch
 
     @property
     def micro_batches(self) -> int:
@@ -187,7 +197,8 @@ def open_session(
             run.log.info(f"data    {line}")
         decoders = ", ".join(f"{count} by {name}" for name, count in loader.decoders.items())
         run.log.info(
-            f"data    {sum(loader.decoders.values())} videos, decoded {decoders}, cropped by {loader.cropper}; "
+            f"data    {counted(sum(loader.decoders.values()), 'video')}, decoded {decoders}, cropped by "
+            f"{loader.cropper}; "
             f"{len(unusable)} unusable"
         )
         for line in describe_sets(manifest, loader.order, bool(config.data.weights)):

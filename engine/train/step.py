@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from mam2.engine.train.graph_parts import parts_of_ranks
 from mam2.engine.train.objective import Compile, Objective, build_objective
 from mam2.engine.train.optimizer import Optimizer, build_optimizer
 from mam2.engine.train.pass_size import fewest_passes
+from mam2.engine.units import counted
 
 Extras = TypeVar("Extras")
 """Further inputs of a step per video: codes, or targets and drop factors."""
@@ -82,7 +84,9 @@ class Step(ABC, Generic[Extras]):
 
     def _with_ddp(self) -> DistributedDataParallel:
         # positions and masks are the same on all ranks: there are no buffers to synchronize
-        return DistributedDataParallel(self.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # from torch 2.13 on
+        unsynchronized: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(self.objective, gradient_as_bucket_view=True, **unsynchronized)
 
     @abstractmethod
     def build_objective(self, compiled: Compile) -> Objective:
@@ -161,7 +165,8 @@ class Step(ABC, Generic[Extras]):
             return None
         clips = len(micro_batches[0][0])
         if not self.tries_passes:
-            return f"optim.micro_batch auto: {clips} clips per pass, the whole share; only a GPU's memory is tried"
+            share = counted(clips, "clip")
+            return f"optim.micro_batch auto: {share} per pass, the whole share; only a GPU's memory is tried"
         possible = equal_passes(clips, self.config.clips_per_group)
 
         def alone(passes: int) -> None:
@@ -186,7 +191,7 @@ class Step(ABC, Generic[Extras]):
             error = out_of_memory(self.config, size, torch.OutOfMemoryError(choice.problem or "on another process."))
             raise self.world.error(str(error))
         larger = f"; {clips // possible[possible.index(self.passes) - 1]} do not fit" * (self.passes > 1)
-        return f"optim.micro_batch auto: {size} clips per pass, {self.passes} per step and process{larger}"
+        return f"optim.micro_batch auto: {counted(size, 'clip')} per pass, {self.passes} per step and process{larger}"
 
     @property
     def tries_passes(self) -> bool:
@@ -392,4 +397,4 @@ def out_of_memory(config: TrainConfig, clips: int, error: torch.OutOfMemoryError
     if config.run.precision == "float32":
         remedies.append("run.precision bfloat16")
     first = first_line(error)
-    return UserError(f"out of GPU memory with {clips} clips per pass: {first} Set {', or '.join(remedies)}")
+    return UserError(f"out of GPU memory with {counted(clips, 'clip')} per pass: {first} Set {', or '.join(remedies)}")

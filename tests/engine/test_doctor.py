@@ -17,7 +17,7 @@ def test_it_decodes_a_clip_of_each_codec(capfd):
     assert "Svt" not in capfd.readouterr().err  # the AV1 encoder's own log
     assert set(lines) == set(doctor.CODECS)
     for codec in ("h264", "hevc", "vp9", "mjpeg", "mpeg4"):
-        assert f"right by pyav, cropped by {'DALI' if DALI_INSTALLED else 'PyTorch'}" in lines[codec]
+        assert f"decoded correctly by pyav, cropped by {'DALI' if DALI_INSTALLED else 'PyTorch'}" in lines[codec]
 
 
 def test_what_does_not_work_is_named(monkeypatch):

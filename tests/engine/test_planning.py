@@ -61,7 +61,10 @@ def test_this_machine_is_measured_and_flags_change_the_plan(capsys: pytest.Captu
         (["mam2-fast", "--gpu", "h2000"], "--gpu h2000: expected one of b200, h200"),
         (["mam2-fast", "--gpu", "h100", "--run.precision", "float32"], "known only for bfloat16"),
         (["mam2-fast", "--gpu", "h100", "--utilization", "40"], "a share from 0 to 1"),
-        (["mam2-fast", "--gpu", "h100", "--gpus", "3"], "cannot be divided among 3 processes"),
+        (
+            ["mam2-fast", "--gpu", "h100", "--gpus", "3"],
+            "optim.batch 64: expected a multiple of 3 (3 processes × data.views 1)",
+        ),
         (["mam2-fast", "--videos", "many"], "--videos many: expected a number"),
         (["mam2-fast", "--data.size", "225"], "data.size 225 is not a multiple"),
         ([], "expected a recipe as first argument: mam2 plan RECIPE"),

@@ -1,6 +1,11 @@
 """Checkpoints are complete or absent, are exact, and raise clear errors if they do not fit."""
 
 import dataclasses
+import errno
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +87,66 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"latest", "step-00000001"}
 
 
+def test_kill_9_at_any_operation_on_files_costs_at_most_the_checkpoint_that_is_written(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("kill_phases.py"), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40
+
+
+def test_a_copy_by_a_user_is_no_checkpoint(tmp_path):
+    model, optimizer = _trained()
+    folder = save(tmp_path, 1, model, optimizer, keep=1)
+    copy = folder.with_name("step-00000001 before the cooldown")
+    shutil.copytree(folder, copy)
+    folder.with_name("step-00000009").touch()
+    assert checkpoint.newest(tmp_path) == checkpoint.newest_whole(tmp_path, pytest.fail) == folder
+    for step in (2, 99_999_999, 100_000_000):
+        save(tmp_path, step, model, optimizer, keep=1)
+        assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, step)
+    assert len(list(folder.parent.iterdir())) == 4  # with the copy, the other file, and `latest`
+    assert checkpoint.why_damaged(copy) is None
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_whole_does_not_fail_the_new_one(tmp_path, monkeypatch):
+    """A file server refuses while another process reads from it."""
+    model, optimizer = _trained()
+    old = save(tmp_path, 1, model, optimizer, keep=1)
+
+    def busy(path, ignore_errors=False):
+        (Path(path) / checkpoint.STATE).unlink(missing_ok=True)
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        save(tmp_path, 2, model, optimizer, keep=1)
+    assert [path.name for path in old.parent.glob("step-*")] == ["step-00000002"]
+    Saver(tmp_path, CONFIG)  # the next start
+    assert {path.name for path in old.parent.iterdir()} == {"latest", "step-00000002"}
+
+
+def test_a_checkpoint_on_a_bad_sector_is_damaged(tmp_path, monkeypatch):
+    model, optimizer = _trained()
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+    original = checkpoint._hash
+
+    def read(path):
+        if path.parent.name == "step-00000002":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "_hash", read)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(UserError, match=r"step-00000002 is damaged .*cannot be renamed \(Read-only.*: remove it"):
+            checkpoint.newest_whole(tmp_path, pytest.fail)
+    messages = []
+    assert checkpoint.newest_whole(tmp_path, messages.append) == checkpoint.folder_of(tmp_path, 1)
+    assert "model.safetensors cannot be read: Input/output error" in messages[0]
+
+
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     model, optimizer = _trained(width=4)
     folder = save(tmp_path, 1, model, optimizer, keep=1)
@@ -102,9 +167,10 @@ def test_damaged_files_are_one_clear_line(tmp_path):
         checkpoint.restore(folder, model, optimizer)
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.read_config(folder)
-    (folder / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
-        checkpoint.read_state(folder)
+    for content in ("{", "null"):
+        (folder / "state.json").write_text(content)
+        with pytest.raises(UserError, match=r"state\.json cannot be read"):
+            checkpoint.read_state(folder)
 
 
 def test_the_config_is_part_of_it(tmp_path):

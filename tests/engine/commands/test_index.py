@@ -27,12 +27,12 @@ def many(count: int, **values: object) -> list[Video]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"keyframe_max": 250}, "20 of 20 videos have key frames up to 250 frames apart"),
-        ({"width": 1920, "height": 1088}, "20 of 20 videos have a shorter side above 480"),
-        ({"width": 340, "height": 256}, "20 of 20 videos have sides that are not multiples of 16"),
-        ({"b_frames": True}, "20 of 20 videos have B-frames"),
-        ({"codec": "mpeg4"}, "20 of 20 videos cannot be decoded by NVDEC"),
-        ({"rotation": 90}, "20 of 20 videos cannot be decoded by NVDEC"),
+        ({"keyframe_max": 250}, "20 of 20 videos: key frames up to 250 frames apart"),
+        ({"width": 1920, "height": 1088}, "20 of 20 videos: a shorter side above 480"),
+        ({"width": 340, "height": 256}, "20 of 20 videos: sides that are not multiples of 16"),
+        ({"b_frames": True}, "20 of 20 videos: B-frames"),
+        ({"codec": "mpeg4"}, "20 of 20 videos: NVDEC cannot decode them"),
+        ({"rotation": 90}, "20 of 20 videos: NVDEC cannot decode them"),
     ],
 )
 def test_advice_names_what_is_wrong_and_the_command(values, message):
@@ -50,7 +50,7 @@ def test_mixed_rates_and_copies_are_told():
     mixed = [*many(3), dataclasses.replace(GOOD, path="x.mp4", fps=60.0, content="x")]
     assert "rates from 30 to 60 frames/s" in index.advice(mixed)[0]
     copies = [*many(3), dataclasses.replace(GOOD, path="copy.mp4", content="1")]
-    assert "1 videos are copies of others" in index.advice(copies)[0]
+    assert "1 copy of other videos: remove them" in index.advice(copies)[0]
     assert index.advice([*many(3), many(1)[0]]) == []  # a list may name a file twice
 
 
@@ -63,14 +63,14 @@ def test_the_summary_counts_what_is_there():
     skipped = [Skipped(f"{number}.avi", "empty file") for number in range(5)]
     lines = index.summary(Manifest(tuple(videos), tuple(skipped), ("a", "b")), (12.3, 4)).splitlines()
     summary = {line[:12].strip(): line[12:] for line in lines}
-    assert summary["videos"] == "5 usable, 5 skipped; 3.00 GB, 0.00 hours"
-    assert summary["classes"] == "2 with 1 to 3 videos, 1 videos without a label"
+    assert summary["videos"] == "5 usable, 5 skipped; 3.00 GB, 11.0 seconds"
+    assert summary["classes"] == "2 with 1 to 3 videos each, 1 video without a label"
     assert summary["codecs"] == "h264 3, av1 1, vp9 1"
-    assert summary["frames"] == "30 to 100, median 100; 1 videos are shorter than 16 frames at stride 4"
-    assert summary["short side"] == "240 to 480, median 240 pixels; 3 videos are rotated"
-    assert summary["rate"] == "30 to 30, median 30 frames/s; 1 have a variable rate, 1 state no rate"
-    assert summary["NVDEC"].startswith("1 videos on every GPU since Turing; AV1 (1 videos) only on")
-    assert summary["DALI on CPU"] == "1 videos"
+    assert summary["frames"] == "30 to 100, median 100; 1 video shorter than 16 frames at stride 4 (61 frames)"
+    assert summary["short side"] == "240 to 480, median 240 pixels; 3 videos rotated"
+    assert summary["rate"] == "30 to 30, median 30 frames/s; 1 video with a variable rate, 1 without a rate"
+    assert summary["NVDEC"].startswith("1 video on every GPU since Turing; AV1 (1 video) only on")
+    assert summary["DALI on CPU"] == "1 video"
     assert summary["PyAV"] == "5 videos; 12.3 clips/s per thread, measured here on 4 of them"
     assert "  5 × empty file: 0.avi, 1.avi, 2.avi, …" in lines
     assert not {"HDR", "interlaced"} & summary.keys()
@@ -79,8 +79,8 @@ def test_the_summary_counts_what_is_there():
 def test_the_summary_tells_what_is_decoded_as_it_is():
     videos = [*many(2, transfer="pq"), *many(1, transfer="hlg", interlaced=True), *many(1, transfer="sdr")]
     message = index.summary(Manifest(tuple(videos)), (0.0, 0))
-    assert "HDR         3 videos are decoded without tone mapping" in message
-    assert "interlaced  1 videos are not deinterlaced" in message
+    assert "HDR         3 videos decoded without tone mapping" in message
+    assert "interlaced  1 video not deinterlaced" in message
     assert "speed not measured: no video can be decoded, or a clip takes more than 0.5 GiB" in message
 
 
@@ -142,14 +142,14 @@ def test_the_verb_writes_next_to_the_data_and_looks_again_only_at_changes(
     assert status == 0
     assert "2 usable, 1 skipped" in out
     assert "1 × empty file" in out
-    assert f"{written}: 3 files new, 0 changed, 0 removed, 0 unchanged" in out
+    assert f"{written}: 3 new files, 0 changed, 0 removed, 0 unchanged" in out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["a.mp4", "b.mp4"]
 
     (tmp_path / "data" / "x" / "a.mp4").unlink()
     os.utime(tmp_path / "data" / "y" / "b.mp4", ns=(1, 1))
     out = outcome(capsys, "index", tmp_path / "data")[1]
-    assert f"{written}: 0 files new, 1 changed, 1 removed, 1 unchanged and not opened" in out
+    assert f"{written}: 0 new files, 1 changed, 1 removed, 1 unchanged and not opened" in out
     assert [Path(video.path).name for video in read_saved_manifest(written).videos] == ["b.mp4"]
 
 

@@ -76,7 +76,7 @@ def _changed(**tables):
         ({"data": {"frames": 7}}, "data.frames 7 is not a multiple of model.tubelet"),
         ({"mask": {"ratio": 1.0}}, "leave at least one visible"),
         ({"mask": {"ratio": 0.0}}, "must mask at least one"),
-        ({"optim": {"batch": 7}}, "optim.batch 7 cannot be divided among 1 processes"),
+        ({"optim": {"batch": 7}}, "optim.batch 7: expected a multiple of 2 (1 process × data.views 2)"),
         ({"model": {"heads": 7}}, "is not a multiple of model.heads"),
         ({"data": {"min_area": 0.0}}, "data.min_area 0.0: expected above 0 and at most 1"),
         ({"data": {"min_area": 0.9, "max_area": 0.5}}, "data.min_area 0.9 is above data.max_area 0.5"),

@@ -288,7 +288,7 @@ def test_the_index_describes_arrays(tmp_path: Path) -> None:
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", random_array("uint16", (80, 8, 8)))
     found = index(tmp_path, tmp_path.parent / f"{tmp_path.name}.index.jsonl", progress=False)
-    assert "arrays      uint16 of 1 channels 2; needs --data.channels" in found.summary()
+    assert "arrays      uint16 of 1 channel 2; needs --data.channels" in found.summary()
     assert "transcode" not in found.summary()
     saved = read_saved_manifest(found.path)
     assert [video.channels for video in saved.videos] == [1, 1]

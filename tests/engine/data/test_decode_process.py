@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mam2.engine.data import decode_process
-from mam2.engine.data.decode_process import MOST_ENDS, PRELUDE, SUPPORTED, DecodingProcesses
+from mam2.engine.data.decode_process import MOST_ENDS, PRELUDE, SUPPORTED, CannotStart, DecodingProcesses
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import why_away
 from mam2.engine.data.renderer import MOST_THREADS, Renderer
@@ -23,16 +24,16 @@ from tests.helpers.loaders import CONFIG, assert_same, damaged, open_loader, tak
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="needs Linux")
 PROCESSES = dataclasses.replace(CONFIG, workers="processes")
 BROKEN_DECODER = PRELUDE.replace(
-    "serve({memory})",
+    "serve({memory}, {answers})",
     """\
 import mam2.engine.data.decode_process as own
 real = own.decode_frames
 own.decode_frames = lambda path, *rest, **named: own.os._exit(9) if "/0.mp4" in path else real(path, *rest, **named)
-serve({memory})""",
+serve({memory}, {answers})""",
 )
 """The program of a process that the file 0.mp4 ends."""
 KILLED = PRELUDE.replace(
-    "serve({memory})",
+    "serve({memory}, {answers})",
     """\
 import os
 import mam2.engine.data.decode_process as own
@@ -41,7 +42,7 @@ def kill():
     if os.path.getsize(MARKS) < KILLS:
         with open(MARKS, "a") as file:
             file.write("x")
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), NUMBER)
 def decode(*arguments, **named):
     kill()
     return real(*arguments, **named)
@@ -49,9 +50,9 @@ if LATE:
     own.decode_frames = decode
 else:
     kill()
-serve({memory})""",
+serve({memory}, {answers})""",
 )
-"""The program of a process that is killed at its start, or LATE: when it decodes; KILLS times in all."""
+"""The program of a process that gets a signal at its start, or LATE: when it decodes; KILLS times in all."""
 
 
 @pytest.fixture
@@ -106,16 +107,20 @@ def test_a_killed_process_is_replaced(videos):
 
 
 @pytest.mark.parametrize("place", ["while it starts", "while it decodes"])
-@pytest.mark.parametrize("kills", [4, MOST_ENDS])
-def test_a_kill_does_not_blame_the_file(videos, processes, monkeypatch, tmp_path, place, kills):
+@pytest.mark.parametrize(
+    ("kills", "number"), [(4, signal.SIGKILL), (2, signal.SIGUSR2), (MOST_ENDS, signal.SIGKILL)], ids=str
+)
+def test_a_kill_does_not_blame_the_file(videos, processes, monkeypatch, tmp_path, place, kills, number):
     """The system kills a process for want of memory, again and again; the clip is decoded when that stops."""
     marks = tmp_path / "kills"
     marks.touch()
-    program = KILLED.replace("MARKS", repr(str(marks))).replace("KILLS", str(kills))
+    program = KILLED.replace("MARKS", repr(str(marks))).replace("KILLS", str(kills)).replace("NUMBER", f"{number:d}")
     monkeypatch.setattr(decode_process, "PRELUDE", program.replace("LATE", str(place == "while it decodes")))
+    monkeypatch.setattr(decode_process, "FIRST_PAUSE_S", 0)
     path = videos.videos[0].path
     if kills == MOST_ENDS:
-        with pytest.raises(DecodeError, match="ended 10 processes"):
+        decoding = place == "while it decodes"  # else the file was not even opened
+        with pytest.raises(DecodeError if decoding else CannotStart, match="SIGKILL"):
             processes.decode_frames(path, [0], empty=np.empty)
     else:
         assert np.array_equal(processes.decode_frames(path, [0], empty=np.empty), decode_frames(path, [0]))
@@ -137,6 +142,72 @@ def test_without_processes_it_decodes_in_threads_and_says_so(videos, monkeypatch
     for one, other in zip(take(videos, 3), take(videos, 3, PROCESSES, info=lines.append), strict=True):
         assert_same(one, other)
     assert lines == ["data    decoding in threads: a process for it cannot start (exit status 3)"]
+
+
+def test_a_process_that_cannot_start_is_tried_again_after_a_while(videos, processes, monkeypatch, tmp_path):
+    """Each try takes a core for a second: not for each clip. Later there may be memory again."""
+    path, marks = videos.videos[0].path, tmp_path / "starts"
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_process, "PRELUDE", f"open({str(marks)!r}, 'a').write('x'); raise SystemExit(3)")
+        for _ in range(3):
+            with pytest.raises(CannotStart, match="exit status 3"):
+                processes.decode_frames(path, [0], empty=np.empty)
+    assert marks.read_text() == "x"
+    monkeypatch.setattr(decode_process, "RETRY_S", 0)
+    assert np.array_equal(processes.decode_frames(path, [0], empty=np.empty), decode_frames(path, [0]))
+
+
+def test_a_process_that_never_starts_does_not_stop_the_run(videos, processes, monkeypatch):
+    monkeypatch.setattr(decode_process, "PRELUDE", "import time; time.sleep(600)")
+    monkeypatch.setattr(decode_process, "START_S", 0.1)
+    with pytest.raises(CannotStart, match=r"does not start within 0\.1 s"):
+        processes.decode_frames(videos.videos[0].path, [0], empty=np.empty)
+    assert not processes.pids
+
+
+@pytest.mark.parametrize("found", [None, b""])
+def test_python_in_another_program_decodes_in_threads(videos, processes, monkeypatch, found):
+    """There sys.executable is empty; started with -c, the program itself might do anything."""
+    monkeypatch.setattr(decode_process.spawn, "get_executable", lambda: found)
+    with pytest.raises(CannotStart, match=r"multiprocessing\.set_executable"):
+        processes.decode_frames(videos.videos[0].path, [0], empty=np.empty)
+
+
+def test_what_starts_with_python_may_print(videos, processes, monkeypatch, capfd):
+    monkeypatch.setattr(decode_process, "PRELUDE", f"print('loaded', flush=True)\n{PRELUDE}")
+    path = videos.videos[0].path
+    assert np.array_equal(processes.decode_frames(path, [0], empty=np.empty), decode_frames(path, [0]))
+    assert capfd.readouterr() == ("", "loaded\n")
+
+
+def test_an_answer_that_was_not_read_is_not_taken_for_the_next(videos, processes, monkeypatch):
+    path = videos.videos[0].path
+    processes.decode_frames(path, [0], empty=np.empty)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_process.pickle, "load", lambda _: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            processes.decode_frames(path, [0], empty=np.empty)
+    assert np.array_equal(processes.decode_frames(path, [1, 2], empty=np.empty), decode_frames(path, [1, 2]))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_loader_leaves_no_process_and_no_descriptor(videos, closed):
+    gc.collect()
+    before = sorted(os.listdir("/proc/self/fd"))
+    clips = open_loader(videos, PROCESSES)
+    next(clips.stream())
+    pids = clips._renderer._processes.pids
+    assert pids
+    if closed:
+        clips.close()
+    workers = list(clips._renderer._pool._threads)
+    del clips
+    gc.collect()
+    for worker in workers:
+        worker.join(60)
+    gc.collect()
+    assert all(map(ends, pids))
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_results_and_errors_are_those_of_a_call(videos, processes, tmp_path):

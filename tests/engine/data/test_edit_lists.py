@@ -68,11 +68,11 @@ def test_times_before_zero_without_an_edit_list_count_as_well(tmp_path, files):
 def test_the_index_says_so_and_opens_files_that_an_earlier_version_read(tmp_path, files):
     manifest = read_manifest(files[0].parent, progress=False)
     (line,) = (line for line in inspect.summary(manifest, (0.0, 0)).splitlines() if line.startswith("edit lists"))
-    assert "1 videos hide some frames; PyAV decodes them" in line
+    assert "1 video with hidden frames; PyAV decodes them" in line
     whole = [video for video in manifest.videos if not video.trimmed]
     assert "edit lists" not in inspect.summary(Manifest(tuple(whole)), (0.0, 0))
     many = [dataclasses.replace(video, path=str(n)) for n, video in enumerate(manifest.videos * 10)]
-    assert any("10 of 20 videos cannot be decoded by NVDEC" in hint for hint in inspect.advice(many))
+    assert any("10 of 20 videos: NVDEC cannot decode them" in hint for hint in inspect.advice(many))
 
     index = tmp_path / f"clips{INDEX_SUFFIX}"
     write_manifest(manifest, index)

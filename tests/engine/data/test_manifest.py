@@ -95,10 +95,10 @@ def test_a_list_opens_each_file_once_and_keeps_its_order_and_labels(tmp_path, cl
 
 def test_nothing_to_use_is_one_clear_line(tmp_path):
     (tmp_path / "list.csv").write_text("one.mp4 0\ntwo.mp4 1\n")
-    with pytest.raises(UserError, match="none of the 2 listed videos exists"):
+    with pytest.raises(UserError, match=r"no listed video exists \(2 lines\)"):
         read_manifest(tmp_path / "list.csv")
     place(b"", tmp_path / "folder" / "a.mp4")
-    with pytest.raises(UserError, match=r"none of the 1 videos can be used.*empty file"):
+    with pytest.raises(UserError, match=r"no video can be used \(1 file\).*empty file"):
         read_manifest(tmp_path / "folder")
 
 

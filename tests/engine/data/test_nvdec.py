@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -68,8 +68,26 @@ def test_work_that_does_not_end_is_left_behind():
     assert nvdec.within(5, lambda: 7) == 7
     with pytest.raises(KeyError, match="x"):
         nvdec.within(5, lambda: {}["x"])
+    end = threading.Event()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
-        nvdec.within(0.05, lambda: time.sleep(1))
+        nvdec.within(0.05, end.wait)
+    end.set()
+
+
+def test_time_in_which_the_process_is_stopped_is_not_nvdecs(monkeypatch):
+    """Ctrl-Z, then fg an hour later: the clocks say that an hour has passed, and the first wait ends at once."""
+    end, waits = threading.Event(), []
+
+    class Stopped(threading.Thread):
+        def join(self, timeout=None):
+            waits.append(timeout)
+            if len(waits) == 2:
+                end.set()
+                super().join()
+
+    monkeypatch.setattr(nvdec.threading, "Thread", Stopped)
+    assert nvdec.within(5, lambda: end.wait() and 7) == 7
+    assert sum(waits) == pytest.approx(5)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -51,6 +54,24 @@ def test_whose_fault_it_is(tmp_path):
         av.error.err_check(-errno.EIO)
     assert why_away(str(sound), wrapped(caught.value)) == ""
     assert why_away(str(alone), wrapped(caught.value))
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+def test_a_run_that_is_stopped_for_a_while_blames_no_file(videos, monkeypatch, stops):
+    """Ctrl-Z during a clip, then fg: its time is over, and it is decoded again. A file slow twice is unusable."""
+    config, reads = dataclasses.replace(CONFIG, threads=1), itertools.count()
+    expected = take(videos, 3, config)
+    # the clip's begin, and the check after its first packet
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 1000 * min((next(reads) + 1) // 2, stops))
+    monkeypatch.setattr(decoding, "time", clock)
+    skipped = []
+    found = take(videos, 3, config, on_skip=skipped.append)
+    if stops == 1:
+        assert not skipped
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert [entry.reason for entry in skipped] == ["not decoded within 60 s"]
 
 
 def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):

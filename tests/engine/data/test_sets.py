@@ -124,7 +124,7 @@ def test_moved_sets_are_found_again_one_by_one(halves, tmp_path):
     assert [video.content for video in found.videos] == [video.content for video in both.videos]
     assert {Path(video.path).parent for video in found.videos[7:]} == {tmp_path / "small"}
     assert [each.source for each in found.sets] == list(map(str, moved))
-    assert line.startswith("7 of 7 videos were found")
+    assert line.startswith("7 of 7 videos found")
     assert follow_sets(both, halves, progress=False) == (both, "")
     with pytest.raises(UserError, match=r"expected the 2 data sets \(large, small\).*found 1"):
         follow_sets(both, halves[:1], progress=False)

@@ -263,7 +263,7 @@ def test_a_copy_of_the_query_is_no_hit(clips, tmp_path, capsys):
     assert together["scores"][0]["recall"]["1"] < 1
     assert apart["gallery"] + 16 == together["gallery"]
     assert (apart["left_out"], together["left_out"]) == (0, 1)
-    assert " Left out: 1 files." in capsys.readouterr().out
+    assert " Left out: 1 file." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_mistakes_are_named_before_anything_is_classified(run, videos, tmp_path,
         (run, "--data", videos, "--out", tmp_path / "no" / "p.csv"): "cannot be written: No such file or directory",
         (run, "--data", videos, "--top", "-1"): "--top -1: expected at least 0",
         (run, "--data", "-", videos): "only - for a list",
-        (run, "--data", videos / "c.mp4"): "none of the 1 videos can be used",
+        (run, "--data", videos / "c.mp4"): "no video can be used (1 file)",
         (videos, "--data", videos): "config.json cannot be read",
     }.items():
         assert exit_status("predict", *arguments) == 2

@@ -75,6 +75,11 @@ def test_scores_of_gigabytes_are_not_written(monkeypatch):
     assert "products" not in measure(TINY._replace(batch=3), CPU, torch.float32)
 
 
+def test_a_batch_that_fits_no_memory_is_measured_with_fewer_clips():
+    """The batch of `optim.micro_batch auto` is divided only later."""
+    assert "sdpa" in measure(TINY._replace(batch=10**10), CPU, torch.float32)
+
+
 def test_what_a_graph_cannot_hold_is_no_candidate(monkeypatch):
     """On a GPU calls are replayed, so that the host's time does not count."""
 

@@ -1,6 +1,7 @@
 """Capturing CUDA graphs beside other threads, with stand-ins for a GPU."""
 
 import contextlib
+import itertools
 import threading
 import warnings
 
@@ -35,9 +36,90 @@ def test_another_thread_may_wait_for_the_device_meanwhile(monkeypatch):
     assert modes == ["warn", 0] * 2
 
 
+class SimpleStream:
+    """Equal to other streams of its number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __eq__(self, other):
+        return self.number == other.number
+
+    def __hash__(self):
+        return self.number
+
+
+def test_streams_in_use_are_not_given_out_again(monkeypatch):
+    """torch.cuda.Stream returns 32 streams in turn: the 33rd is the first one."""
+    turns = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleStream(next(turns) % cuda.POOL))
+    kept = [cuda.own_stream() for _ in range(3)]
+    for _ in range(100):
+        assert cuda.own_stream() not in kept
+    del kept[1]
+    assert 1 in {cuda.own_stream().number for _ in range(cuda.POOL)}
+
+
+class StandIn:
+    """Does recorded work again by calling it, after which its results are changed by `wrong`."""
+
+    def __init__(self, wrong=0):
+        self.wrong, self.recorded, self.replayed, self.released = wrong, 0, 0, 0
+
+    def warm_up(self, work):
+        work()
+
+    def record(self, work):
+        self.recorded += 1
+        values = {name: torch.full_like(value, -1) for name, value in work().items()}
+
+        def replay():
+            self.replayed += 1
+            for name, value in work().items():
+                values[name].copy_(value + self.wrong)
+
+        return replay, values
+
+    def release(self):
+        self.released += 1
+
+
+def test_a_captured_function_is_replayed_for_each_shape():
+    recorder, lines, calls = StandIn(), [], []
+
+    def double(values):
+        calls.append(len(values))
+        return 2 * values
+
+    captured = cuda.Captured(double, recorder, lines.append, "codes   network")
+    inputs = [torch.arange(4), torch.arange(4) + 9, torch.arange(2), torch.arange(4) + 5]
+    found = [captured(given) for given in inputs]
+    assert [result.tolist() for result in found] == [(2 * given).tolist() for given in inputs]
+    assert (recorder.recorded, recorder.replayed, recorder.released) == (2, 2 + 4, 2)
+    assert lines == ["codes   network, [4]: one CUDA graph", "codes   network, [2]: one CUDA graph"]
+
+
+def test_what_is_wrong_as_a_graph_or_cannot_be_one_is_launched():
+    class Refuses(StandIn):
+        def record(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    reasons = {
+        StandIn(wrong=1): "a CUDA graph gives another result",
+        Refuses(): "it cannot be captured as a CUDA graph (operation not permitted when stream is capturing)",
+    }
+    for recorder, reason in reasons.items():
+        lines = []
+        captured = cuda.Captured(lambda values: 2 * values, recorder, lines.append, "codes   network")
+        assert [captured(torch.tensor([number])).item() for number in range(3)] == [0, 2, 4]
+        assert lines == [f"codes   network, [1]: launched kernel by kernel: {reason}"]
+        assert recorder.released == 1
+
+
 def stand_in_for_graphs(monkeypatch, graph):
     """Replaces torch.cuda.graph on a machine without a GPU; gives the streams that are made the current one."""
     current = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleStream(7))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", torch.nn.Identity)
@@ -71,7 +153,7 @@ def test_a_capture_minds_its_own_thread_only(monkeypatch):
 
     stand_in_for_graphs(monkeypatch, graph)
     assert cuda.CudaRecorder().record(dict)[1] == {}
-    assert options == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+    assert options == [{"pool": "pool", "stream": SimpleStream(7), "capture_error_mode": "thread_local"}]
 
 
 def test_a_timer_sums_the_work_that_is_done_and_never_waits():

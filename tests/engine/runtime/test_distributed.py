@@ -218,5 +218,5 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
 def test_a_batch_is_shared_out_evenly_or_refused(small):
     config = small(optim={"batch": 24, "micro_batch": 4}, data={"views": 2})
     assert [micro_batches_per_step(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    with pytest.raises(UserError, match=r"optim\.batch 24 cannot be divided among 5 processes"):
+    with pytest.raises(UserError, match=r"optim\.batch 24: expected a multiple of 10 \(5 processes × data\.views 2\)"):
         micro_batches_per_step(config, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mam2.engine.config.recipe import load_recipe
+from mam2.engine.tokenizer import source
 from mam2.engine.tokenizer import vqgan as vqgan_module
 from mam2.engine.tokenizer.kmeans import kmeans, nearest_center, nearest_sum, residual_kmeans, tally
 from mam2.engine.tokenizer.quality import measure_reconstruction
@@ -153,6 +156,49 @@ def test_a_compiled_network_is_the_one_that_gives_the_codes() -> None:
 
 
 @pytest.mark.slow
+def test_on_a_gpu_the_network_is_a_graph_with_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        """Does recorded work again by calling it."""
+
+        def __init__(self) -> None:
+            recorders.append(self)
+            self.replayed = 0
+
+        def warm_up(self, work: Callable[[], object]) -> None:
+            work()
+
+        def record(self, work: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
+            values = {name: torch.zeros_like(value) for name, value in work().items()}
+
+            def replay() -> None:
+                self.replayed += 1
+                for name, value in work().items():
+                    values[name].copy_(value)
+
+            return replay, values
+
+        def release(self) -> None:
+            pass
+
+    recorders: list[Recorder] = []
+    lines: list[str] = []
+    monkeypatch.setattr(source, "CudaRecorder", Recorder)
+
+    def codes(device: str, **run: object) -> Tensor:
+        config = load_recipe("demo")  # does not compile
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, **run))
+        hook = functools.partial(source.fast, config=config, device=torch.device(device), info=lines.append)
+        return build(compiled=hook, images_per_pass=4).codes(clip())
+
+    expected = build().codes(clip())
+    for device, run in (("cpu", {}), ("cuda", {"graph": "off"}), ("cuda", {"deterministic": True})):
+        assert torch.equal(codes(device, **run), expected)
+    assert not recorders
+    assert torch.equal(codes("cuda"), expected)
+    assert [recorder.replayed for recorder in recorders] == [1 + 2]  # six images in parts of three
+    assert lines == ["codes   network of the tokenizer, [3, 3, 16, 16]: one CUDA graph"]
+
+
 def test_any_number_of_images_costs_few_compilations() -> None:
     """`mam2 tokenize` leaves undecodable clips out, so that batch sizes vary: torch.compile refuses the ninth size."""
     torch._dynamo.reset()

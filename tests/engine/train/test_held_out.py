@@ -163,7 +163,7 @@ def test_what_is_wrong_with_the_videos_is_said(clips, tmp_path, small, capsys):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "val     5 of the 8 videos" in log
     assert f"unusable for validation: {broken}: " in log
-    assert "warning: 3 videos of --val are also training videos" in log
+    assert "warning: 3 videos of --val also in the training data" in log
 
     with pytest.raises(UserError, match="no such file or folder"):
         pretrain(config, clips / "train", tmp_path / "other", val=tmp_path / "nowhere", progress=False)

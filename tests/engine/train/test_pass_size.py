@@ -16,6 +16,8 @@ from mam2.engine.errors import PeerFailed, UserError
 from mam2.engine.model.mam2 import MAM2
 from mam2.engine.planning import plan
 from mam2.engine.runtime.distributed import World
+from mam2.engine.train import held_out
+from mam2.engine.train import session as session_module
 from mam2.engine.train.augment import Prepared, feature_scales, path_scales
 from mam2.engine.train.classifier_step import ClassifierObjective, FinetuneStep
 from mam2.engine.train.loop import CLIPS_PER_PASS
@@ -133,7 +135,7 @@ def test_all_ranks_take_the_most_passes_that_any_needs(monkeypatch):
 def test_where_nothing_fits_it_is_one_line_with_remedies(limit, small):
     step, batches = pretraining(small)
     limit(0)
-    with pytest.raises(UserError, match=r"out of GPU memory with 1 clips per pass: CUDA out of memory\. .* Set "):
+    with pytest.raises(UserError, match=r"out of GPU memory with 1 clip per pass: CUDA out of memory\. .* Set "):
         step.choose_passes(0, batches)
     assert step.forward is step.objective
     other, batches = pretraining(small, world=World(rank=1))
@@ -180,6 +182,23 @@ def test_balanced_gradients_have_a_factor_per_pass(small):
     assert not torch.allclose(whole["encoder.patch_embed.weight"], both["encoder.patch_embed.weight"], rtol=1e-3)
     for name, gradient in both.items():
         torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_validation_does_not_take_the_whole_share_at_once(limit, clips, tmp_path, small, monkeypatch):
+    """It fits the memory that the passes of the training were tried for."""
+    monkeypatch.setattr(session_module, "MOST_UNTRIED", 3)
+    monkeypatch.setattr(held_out, "ClipLoader", lambda *given, batch, **rest: batches.append(batch) or stop())
+    batches = []
+
+    def stop():
+        raise InterruptedError
+
+    for micro_batch in ("auto", 8):
+        config = small(optim={"micro_batch": micro_batch}, validation={"videos": 4})
+        with pytest.raises(InterruptedError):
+            pretrain(config, clips, tmp_path / str(micro_batch), val=clips, progress=False)
+    assert batches == [3, 8]
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_moved_data_is_found_by_its_content(config, finished, clips, tmp_path, m
     with pytest.raises(UserError, match=r"lacks \d+ of the 32 videos on which the run was trained"):
         pretrain(config, other / "train", run, resume=True, progress=False)
     assert pretrain(config, moved, run, resume=True, progress=False).skipped == 0
-    assert "resume  32 of 32 videos were found at other paths by their content" in (run / "log.txt").read_text()
+    assert "resume  32 of 32 videos found at other paths by their content" in (run / "log.txt").read_text()
     assert str(moved) in (run / "manifest.jsonl").read_text()
     assert same_weights(finished, run)
 

@@ -74,7 +74,7 @@ def test_a_run_on_two_sets_says_what_it_saw(whole, config, sets, tmp_path):
     export(whole, "mam2", tmp_path / "card", license="other")
     card = (tmp_path / "card" / "README.md").read_text()
     assert "| data set `many` | 24 videos, 0 unusable files, 50.0% of the clips |" in card
-    assert "| data set `few` | 8 videos, 1 unusable files, 50.0% of the clips |" in card
+    assert "| data set `few` | 8 videos, 1 unusable file, 50.0% of the clips |" in card
     assert str(sets[0].parent) not in card
 
 

@@ -56,4 +56,4 @@ def test_tars_train_to_the_bits_of_files_and_may_move(
     resumed = pretrain(config, tmp_path / "moved" / pattern, tmp_path / "tars", resume=True, progress=False)
     assert resumed.step == whole
     assert same_weights(tmp_path / "files", tmp_path / "tars")
-    assert "10 of 10 videos were found at other paths" in (tmp_path / "tars" / "log.txt").read_text()
+    assert "10 of 10 videos found at other paths" in (tmp_path / "tars" / "log.txt").read_text()
