@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -12,12 +13,15 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def keep_compiled_code() -> str:
     """Returns the folder of compiled code; "" if only torch's own folder for temporary files remains.
 
-    It is `$XDG_CACHE_HOME/mam2/compiled` (~/.cache/mam2/compiled), unless the environment variable is set. torch's own
-    default is lost at a restart of the machine, and often at the end of a job. torch finds entries by a hash of code,
-    shapes, device and versions and writes them atomically, so that processes and machines can share the folder. The
-    processes of a machine compile at the same time; whether one before the others would be faster is not measured.
+    It is `$XDG_CACHE_HOME/mam2/compiled` (~/.cache/mam2/compiled), unless the environment variable names another one.
+    torch's own default counts as none, because `import torch._dynamo` writes it into the variable. It is lost at a
+    restart of the machine, and often at the end of a job. torch finds entries by a hash of code, shapes, device and
+    versions and writes them atomically, so that processes and machines can share the folder. The device includes the
+    number of the GPU: a process finds what an earlier run, or another machine, compiled for the same number. The
+    processes of a machine compile at the same time.
     """
-    if folder := os.environ.get(VARIABLE):
+    folder = os.environ.get(VARIABLE, "")
+    if folder and not _is_torchs(folder):
         return folder
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mam2" / "compiled"
@@ -28,3 +32,9 @@ def keep_compiled_code() -> str:
         return ""
     os.environ[VARIABLE] = str(path)
     return str(path)
+
+
+def _is_torchs(folder: str) -> bool:
+    """Returns whether a folder is the one that torch chooses by itself."""
+    place, name = os.path.split(os.path.abspath(folder))
+    return place == os.path.abspath(tempfile.gettempdir()) and name.startswith("torchinductor_")

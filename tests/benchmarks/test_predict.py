@@ -1,6 +1,7 @@
-"""The prediction for an H200: from the committed table, by a model whose parts are checked by hand."""
+"""The prediction for an H200: from the committed table and results, by models whose parts are checked by hand."""
 
 import importlib
+import math
 from types import ModuleType
 
 import pytest
@@ -46,3 +47,56 @@ def test_littles_law(predict: ModuleType) -> None:
         share = of.in_flight / (predict.COPY * predict.LATENCY / predict.SMS)
         assert of.latency == pytest.approx(of.memory / share)
         assert of.best <= of.worst <= 3 * of.best
+
+
+def test_measured_numbers_are_those_of_the_results() -> None:
+    h200 = importlib.import_module("benchmarks.h200")
+    found = h200.step_seconds("2026-11-27-5", "mam2-fast", "compiled blocks graph")
+    assert found == pytest.approx(77.771e-3, rel=1e-4)  # in turns; alone 75.4
+    assert h200.operator_seconds("2026-11-27-6", "linear_cross_entropy") == pytest.approx(3.31e-3, rel=1e-3)
+    counted = h200.profile()
+    assert (counted.kernels, counted.busy) == (2091, pytest.approx(74.563e-3, rel=1e-4))
+    assert counted.attention == pytest.approx((11.042 + 4.638 + 1.139 + 0.902) * 1e-3)
+
+
+def test_exponentials_of_attention_worked_out_by_hand() -> None:
+    """Encoder 12 x 12 heads of 160 x 160, regressor 4 x 6 of 1408 x 160, decoders 8 x 6 of 1408 x 1408."""
+    steps = importlib.import_module("benchmarks.predict_steps")
+    encoder, others = 144 * 160**2, 24 * 1408 * 160 + 48 * 1408**2
+    second = 132 * 16 * 1.755e9
+    counted = steps.Profile(kernels=1000, busy=0.07, attention=0.018)
+    saved = list(steps.wide_heads(counted).values())
+    assert steps.exponentials(steps.sized("mam2-fast", None, "bfloat16")) == 2 * 64 * (encoder + others) / second
+    assert saved[0] == 0
+    assert saved[1] == pytest.approx(2 * 64 * others / 2 / second)
+    assert saved[2] == pytest.approx(0.018 / 2 * others * 64 / (others * 64 + encoder * 64), rel=1e-3)
+    assert saved == sorted(saved)
+
+
+def test_few_clips_are_bound_by_device_gaps_or_host() -> None:
+    steps = importlib.import_module("benchmarks.predict_steps")
+    counted = steps.Profile(kernels=1000, busy=0.07, attention=0.018)
+    found = steps.few_clips(counted, measured=0.08, launched=0.09)
+    assert found["replayed"] == (0.01, pytest.approx(0.0115))
+    assert found["launched"] == (0.01, 0.09)
+    assert steps.few_clips(counted._replace(kernels=4000), 0.08, 0.09)["launched"] == (0.02, 0.09)
+
+
+def test_frames_that_nvdec_decodes_for_a_clip() -> None:
+    """A clip spans 61 frames and starts anywhere in the first 240 of 300; decoding starts at the key frame before."""
+    loader = importlib.import_module("benchmarks.predict_loader")
+    assert loader.decoded_frames(1) == 61
+    assert loader.decoded_frames(300) == pytest.approx(61 + 119.5, rel=0.02)
+    assert loader.decoded_frames(30) == pytest.approx(61 + 14.5, rel=0.02)
+    assert loader.macroblocks(1920, 1080) == 120 * 68
+    assert loader.frame_seconds() == pytest.approx(21 * 16 / 8160 / (771 * 1.545 / 1.86))
+    found = loader.decoding(30)
+    assert math.isclose(found.rate * found.frames * loader.frame_seconds(), 7)
+
+
+def test_a_large_head_passes_over_its_weight_a_few_times(predict: ModuleType) -> None:
+    """Logits of 131 072 codes fill a chunk of 352 MiB with 1408 rows; chunks have at least as many as the width."""
+    assert predict.rows_per_chunk(2048, 131_072) == 2048
+    assert "products take 5.7 ms" in predict.large_head()
+    assert "0.75 ms of memory traffic per chunk: 1.5 ms for 2 chunks" in predict.large_head()
+    assert "22 chunks of 128 rows would take 16.5 ms" in predict.large_head()

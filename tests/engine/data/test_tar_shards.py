@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mam2.engine.data import tar_shards
+from mam2.engine.data import storage, tar_shards
 from mam2.engine.data.arrays import read_frames
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.indexing import index
@@ -123,6 +123,25 @@ def test_clips_are_those_of_the_files(shards: Path, videos: Manifest) -> None:
         list(sliding_windows(v, frames=2, size=16, window=4, hop=4)) for v in (packed.videos[9], videos.videos[9])
     ]
     assert all(torch.equal(one.clip, other.clip) for one, other in zip(*windows, strict=True))
+
+
+def test_a_clip_reads_bytes_of_its_member_alone(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = read_source(shards / "00001.tar").entries[2].path
+    member = as_member(path)
+    assert member is not None
+    ranges: list[tuple[int, int]] = []
+
+    class Counted(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            start = self.tell()
+            content = super().read(size)
+            ranges.append((start, start + len(content)))
+            return content
+
+    monkeypatch.setattr(storage, "_open_whole", lambda tar: Counted(tar))
+    assert len(decode_frames(path, [1, 3])) == 2
+    assert member.offset == min(start for start, _ in ranges)
+    assert max(end for _, end in ranges) <= member.offset + member.size < os.stat(member.tar).st_size
 
 
 def test_headers_are_read_once_per_tar(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
