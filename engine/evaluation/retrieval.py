@@ -80,8 +80,7 @@ class _Videos:
     @property
     def contents(self) -> list[str]:
         """Returns identifiers that are equal for copies of a video."""
-        videos = [self.manifest.videos[row] for row in self.rows]
-        return [video.content or video.path for video in videos]
+        return [self.manifest.videos[row].identity for row in self.rows]
 
 
 def retrieve(
