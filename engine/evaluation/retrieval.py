@@ -213,7 +213,8 @@ def _draw(gallery: _Videos, queries: _Videos, found: Mapping[FeatureSpec, Tensor
                 )
             strips.append(torch.stack(strip))
         rows.append((printable(names[query])[:NAME_LENGTH], torch.stack(strips)))
-    return draw_rows(rows, [printable(spec.frozen.name) for spec in found], inches=0.8)
+    titles = [f"{printable(spec.frozen.name)}\na video, then its nearest (green: of its class)" for spec in found]
+    return draw_rows(rows, titles, inches=0.8)
 
 
 def _middle_frames(videos: _Videos, places: Sequence[int], data: DataConfig) -> dict[int, Tensor]:
