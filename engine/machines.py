@@ -87,7 +87,8 @@ def machine_rates(config: TrainConfig, gpu: str, gpus: int, utilization: float) 
     known = _known(gpu) if gpu else ""
     micro_batches_per_step(config, gpus)
     device = torch.device("cuda") if gpu else pick_device(config.run)
-    dtype = matmul_dtype(config.run, device)
+    planned = bool(gpu) and config.run.precision == "auto"  # whatever GPU is here
+    dtype = torch.bfloat16 if planned else matmul_dtype(config.run, device)
     if gpu:
         name, tflop_per_s, gb_per_s, memory_gb = GPUS[known]
         if dtype == torch.float32:

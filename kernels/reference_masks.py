@@ -88,37 +88,34 @@ def energy_dtype(video: torch.Tensor) -> torch.dtype:
     return torch.int64 if video.dtype == torch.uint8 else compute_dtype(video)
 
 
-def _frame_distances(frames: np.ndarray) -> np.ndarray:
-    """Returns |x[t+1] − x[t]| of bytes [B,C,T,H,W], 0 for the last frame: a quarter of the memory of floats."""
-    distances = np.empty_like(frames)
-    earlier, later, inside = frames[:, :, :-1], frames[:, :, 1:], distances[:, :, :-1]
-    np.maximum(earlier, later, out=inside)
-    np.subtract(inside, np.minimum(earlier, later), out=inside)
-    distances[:, :, -1] = 0
-    return distances
-
-
 def motion_energy(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0."""
+    """Returns Σ (x[t+1] − x[t])² over the values of each token [B,N], in the clip's units; the last frame adds 0.
+
+    The squared changes of some clips exist at a time, or of some slots of one clip: few enough to stay in the cache.
+    """
     (tubelet, height, width), dtype = patch_size, energy_dtype(video)
     inside = compute_dtype(video)
     if dtype == torch.int64 and tubelet * height * 255**2 >= 2**24:  # float32 holds integers up to 2^24
         inside = torch.float64
-    energy = video.new_empty(len(video), tokens_of(video, patch_size), dtype=dtype)
-    for part in row_slices(len(video), video[:1].numel() * inside.itemsize):
-        if video.dtype == torch.uint8 and video.device.type == "cpu":
-            change = torch.from_numpy(_frame_distances(video[part].numpy())).to(inside)
-        else:
-            change = video[part].to(inside, copy=True)
-            for frame in range(video.shape[2] - 1):  # in place: a second buffer would cost more than the loop
-                change[:, :, frame].sub_(change[:, :, frame + 1])
-            change[:, :, -1] = 0
-        change.square_()
-        last = change.stride(1) == 1  # the sums run along memory: [B,T,H,W,C] or [B,T,H,C,W]
-        rows = change.permute(0, 2, 3, 4, 1) if last else change.permute(0, 2, 3, 1, 4)
-        rows = rows.unflatten(1, (-1, tubelet)).unflatten(3, (-1, height)).sum(4).sum(2).to(dtype)
-        columns = (
-            rows.flatten(3).unflatten(3, (-1, width * rows.shape[4])) if last else rows.sum(3).unflatten(3, (-1, width))
-        )
-        energy[part] = columns.sum(4).flatten(1)
-    return energy
+    batch, _, frames, rows, columns = video.shape
+    slots, whole = frames // tubelet, torch.float64 if dtype == torch.int64 else dtype
+    energy = video.new_empty(batch, slots, tokens_of(video, patch_size) // slots, dtype=dtype)
+    bytes_of_slot = video[:1, :, :tubelet].numel() * inside.itemsize
+    for clips in row_slices(batch, slots * bytes_of_slot):
+        for part in row_slices(slots, len(energy[clips]) * bytes_of_slot):
+            first, stop = part.start * tubelet, min(part.stop, slots) * tubelet
+            pixels = video[clips, :, first : stop + 1].to(inside)
+            change = torch.empty_like(pixels[:, :, : stop - first])
+            earlier, later = pixels[:, :, :-1], pixels[:, :, 1:]
+            torch.ops.aten.mse_loss.out(earlier, later, 0, out=change[:, :, : later.shape[2]])  # squares, in one pass
+            change[:, :, later.shape[2] :] = 0
+            # the sums run along memory: [B,T,H,W,C] or [B,T,H,C,W]
+            last = change.stride(1) == 1
+            lines = change.permute(0, 2, 3, 4, 1) if last else change.permute(0, 2, 3, 1, 4)
+            lines = lines.reshape(len(change), -1, tubelet, rows // height, height, lines[0, 0, 0].numel())
+            lines = lines.sum(4).sum(2)
+            if not last:
+                lines = lines.unflatten(3, (-1, columns)).sum(3, dtype=whole)
+            cells = lines.unflatten(3, (columns // width, -1))
+            energy[clips, part] = cells.sum(4, dtype=whole).flatten(2)
+    return energy.flatten(1)

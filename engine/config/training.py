@@ -142,8 +142,8 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = resumable("auto")
     """`auto` uses a GPU if there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products: `auto` is bfloat16 autocast on a GPU and on x86 CPUs with AVX512-BF16 or AMX, else
-    float32."""
+    """Precision of matrix products: `auto` is bfloat16 autocast on GPUs (NVIDIA's from Ampere on) and on x86 CPUs with
+    AVX512-BF16 or AMX, else float32."""
     compile: bool = resumable(True)
     """Compile the step with torch.compile; the log reports if that is not possible."""
     compile_blocks: bool = resumable(True)

@@ -58,12 +58,14 @@ def matmul_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Returns whether this is a GPU, or an x86 CPU with AVX512-BF16 or AMX.
+    """Returns whether this is a GPU, NVIDIA's from Ampere on, or an x86 CPU with AVX512-BF16 or AMX.
 
     ARM CPUs were never measured and count as False, as do all CPUs without `torch.cpu.get_capabilities` (older torch).
+    Without a GPU, the one that is planned for counts as True.
     """
     if device.type == "cuda":
-        return True
+        here = torch.cuda.is_available() and torch.version.hip is None
+        return not here or torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it, slowly
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

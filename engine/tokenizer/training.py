@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mam2.engine.runtime.device import multiplies_bfloat16
 from mam2.engine.tokenizer.fidelity import Fidelity, measure_fidelity
 from mam2.engine.tokenizer.kmeans import draw, residual_kmeans, tally
 from mam2.engine.tokenizer.tokenizer import scale_pixels
@@ -137,12 +138,13 @@ def train_vqgan(
     pool, at_once = torch.cat(first), len(first[0])
     del first, patches
     sums: list[Tensor] = []
+    rounded = device.type == "cuda" and multiplies_bfloat16(device)
     for step in range(1, steps + 1):
         chosen = torch.randperm(len(pool), generator=generator)[:at_once].to(pool.device)
         images = scale_pixels(_random_crop(pool[chosen], config.factor, generator).to(device).movedim(-1, 1))
         fresh = next(stream)  # frames of one batch are often of the same videos: the pool separates them
         pool[chosen[: len(fresh)]] = fresh[:at_once]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounded):
             latents = vqgan.encode(images)
             codes = vqgan.quantize.codes(latents)
             named = vqgan.quantize.lookup(codes).detach()

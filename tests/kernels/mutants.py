@@ -430,14 +430,22 @@ _MISTAKES = {
         (
             "PyTorch path: bytes that wrap where a pixel gets darker",
             "reference_masks.py",
-            "np.subtract(inside, np.minimum(earlier, later), out=inside)",
-            "np.subtract(later, earlier, out=inside)",
+            "earlier, later = pixels[:, :, :-1], pixels[:, :, 1:]",
+            "earlier, later = pixels[:, :, :-1] * 0, (video[:, :, 1:] - video[:, :, :-1]).to(inside)",
         ),
         (
             "PyTorch path: the last frame keeps what was in memory",
             "reference_masks.py",
-            "distances[:, :, -1] = 0",
-            "distances[:, :, -1] = 1",
+            "change[:, :, later.shape[2] :] = 0",
+            "change[:, :, later.shape[2] :] = 1",
+        ),
+    ],
+    ("test_motion_mask.py", "test_energies_computed_slot_by_slot_are_equal"): [
+        (
+            "PyTorch path: the last frame of some slots compared with none",
+            "reference_masks.py",
+            "video[clips, :, first : stop + 1]",
+            "video[clips, :, first:stop]",
         ),
     ],
     ("test_masks.py", "test_masks_on_a_cpu_are_those_of_the_reference"): [

@@ -1,5 +1,6 @@
 """Properties of the operators that need a GPU: compiled steps, captured graphs, streams, devices, memory past 2^31.
 
+The most important tests are first, the slow ones last: a time limit cuts off the end.
 The tests with "cpu" in their name run the same code on a CPU, so that errors of the tests show without a GPU.
 """
 
@@ -125,29 +126,17 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], **tolerances: 
         torch.testing.assert_close(mine.cpu(), other.cpu(), **tolerances)
 
 
-@WITH_GPU
-def test_every_case_is_right_on_the_gpu() -> None:
-    assert active_path("cuda") == "triton"
-    rows = list(importlib.import_module("benchmarks.correctness").rows(torch.device("cuda"), float("inf")))
-    assert [row for row in rows if row["verdict"] != "right"] == []
-
-
 @DEVICES
 @OPERATORS
 def test_the_definition_gives_the_same(function: Callable[..., Any], device: str) -> None:
     same(results(function, inputs(device)), results(function, inputs("cpu")), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.slow
-@DEVICES
-@OPERATORS
-def test_one_graph_of_torch_compile(function: Callable[..., Any], device: str) -> None:
-    given = inputs(device)
-    compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
-    leaves = {name: given[name].detach().requires_grad_() for name in LOSSES.get(function, ())}
-    out = compiled(**(given | leaves))
-    found = list(out) if not leaves else [out.detach(), *torch.autograd.grad(out, list(leaves.values()))]
-    same(found, results(function, given), rtol=2e-5, atol=2e-6)
+@WITH_GPU
+def test_every_case_is_right_on_the_gpu() -> None:
+    assert active_path("cuda") == "triton"
+    rows = list(importlib.import_module("benchmarks.correctness").rows(torch.device("cuda"), float("inf")))
+    assert [row for row in rows if row["verdict"] != "right"] == []
 
 
 def captured(function: Callable[..., Any], given: Inputs) -> Callable[[Inputs], list[torch.Tensor]]:
@@ -183,15 +172,19 @@ def test_capture_and_replay(function: Callable[..., Any], device: str) -> None:
 
 
 @WITH_GPU
-@OPERATORS
-def test_nothing_waits_for_the_device(function: Callable[..., Any]) -> None:
+def test_numbers_out_of_range_give_nan() -> None:
+    """Changes loss and gradient of that token, row or clip; the others do not change."""
     given = inputs("cuda")
-    results(function, given)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results(function, given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    given["index"][0, 1], given["target"][7] = 8, 64
+    of_pred = results(pixel, given)[1]
+    assert of_pred.isnan().all(2).sum() == 1
+    assert of_pred.isnan().any(2).sum() == 1
+    of_all = results(picked_of_all, given)[1]
+    assert of_all[0].isnan().all()
+    assert not of_all[1].isnan().any()
+    _, of_hidden, of_weight = results(codes_by_row, given)
+    assert of_hidden.isnan().any(1).nonzero().tolist() == [[7]]
+    assert of_weight.isnan().all()
 
 
 @DEVICES
@@ -217,6 +210,18 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
 
 @WITH_GPU
 @OPERATORS
+def test_nothing_waits_for_the_device(function: Callable[..., Any]) -> None:
+    given = inputs("cuda")
+    results(function, given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(function, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@WITH_GPU
+@OPERATORS
 def test_a_side_stream(function: Callable[..., Any]) -> None:
     """The inputs arrive late on that stream: a kernel on another stream would read old values."""
     expected = results(function, inputs("cuda"))
@@ -233,53 +238,6 @@ def test_a_side_stream(function: Callable[..., Any]) -> None:
     same(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
-@OPERATORS
-def test_a_second_device(function: Callable[..., Any]) -> None:
-    assert torch.cuda.current_device() == 0
-    found = results(function, inputs("cuda:1"))
-    assert {tensor.device for tensor in found} == {torch.device("cuda", 1)}
-    same(found, results(function, inputs("cuda:0")), rtol=0, atol=0)
-
-
-def check_last_clip(device: str, batch: int, frames: int, size: int) -> int:
-    """Holds the last clip's tokens, losses and gradients to those of that clip alone; gives the values of pred."""
-    grid = frames // 2, size // 16, size // 16
-    video = torch.empty(batch, frames, size, size, 3, dtype=torch.uint8, device=device).random_(0, 256)
-    video = video.permute(0, 4, 1, 2, 3)
-    mask = tube_mask(batch, grid, 0.9, seed=0, device=device)
-    pred = torch.empty(*mask.masked.shape, VALUES, dtype=torch.bfloat16, device=device).uniform_()
-    last = slice(batch - 1, batch)
-    for function in (masked_pixel_loss, masked_frame_difference_loss):
-        # a sum times a half: the whole gradient is scaled by one number, in place
-        for reduction, upstream in (("none", 1.0), ("sum", 0.5)):
-            found = []
-            for part in (slice(0, batch), last):
-                leaf = pred[part].detach().requires_grad_()
-                loss = function(leaf, video[part], mask.masked[part], eps=0.05, reduction=reduction)
-                (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
-                found.append((loss.detach()[-1:].clone() if loss.dim() else loss.new_zeros(()), gradient[-1].clone()))
-                del leaf, loss, gradient
-            for whole, alone in zip(*found, strict=True):
-                assert torch.equal(whole, alone)
-    every = torch.arange(mask.visible.shape[1] + mask.masked.shape[1], device=device).expand(batch, -1)
-    tokens = gather_tubes(video, every, dtype=torch.bfloat16)
-    assert torch.equal(tokens[-1], gather_tubes(video[last], every[last], dtype=torch.bfloat16)[0])
-    return pred.numel()
-
-
-@WITH_GPU
-def test_more_than_2_31_values() -> None:
-    needed = 32 << 30
-    if torch.cuda.mem_get_info()[0] < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
-    assert check_last_clip("cuda", 1000, 16, 224) > 2**31
-
-
-def test_the_last_clip_on_a_cpu() -> None:
-    assert check_last_clip("cpu", 3, 4, 64) == 3 * 28 * VALUES
-
-
 @DEVICES
 def test_a_patch_of_one_color_has_target_zero(device: str) -> None:
     levels = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1, 1)
@@ -291,20 +249,92 @@ def test_a_patch_of_one_color_has_target_zero(device: str) -> None:
             assert loss == 0, (patch, normalize)
 
 
+@DEVICES
+def test_the_head_equals_plain_cross_entropy(device: str) -> None:
+    given = inputs(device, dtype=torch.bfloat16)
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    exact = F.cross_entropy(
+        F.linear(wide["hidden"], wide["weight"], wide["bias"]), given["target"], label_smoothing=0.1
+    )
+    torch.testing.assert_close(results(codes, given)[0].double(), exact, rtol=2e-2, atol=0)
+
+
+def check_offsets(device: str, clips: int, frames: int, size: int) -> list[int]:
+    """Checks the last clip where the offsets of a tensor are largest: each result of it is that of the clip alone.
+
+    One tensor at a time is large; the others repeat one clip with a stride of 0. Returns the values of: predictions and
+    their gradient, a gathered clip's tokens, the clips, and the distance between a clip's first and last value.
+    """
+    grid = frames // 2, size // 16, size // 16
+    tokens, last = grid[0] * grid[1] * grid[2], slice(clips - 1, clips)
+    video = torch.randint(0, 256, (1, frames, size, size, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    videos = video.expand(clips, *video.shape[1:])
+    every = torch.arange(tokens, device=device).expand(clips, -1)
+
+    pred = torch.zeros(clips, tokens, VALUES, dtype=torch.bfloat16, device=device)
+    pred[-1].uniform_()
+    gradients = []
+    for rows in (slice(0, clips), last):
+        leaf = pred[rows].detach().requires_grad_()
+        # a sum times a half: the whole gradient is scaled by one number, in place
+        loss = masked_pixel_loss(leaf, videos[rows], every[rows], reduction="sum")
+        gradients.append(torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.5))[0][-1].clone())
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+    values = [pred.numel()]
+    del pred, leaf, loss
+
+    gathered = gather_tubes(videos, every, dtype=torch.bfloat16)
+    alone = gather_tubes(video, every[:1], dtype=torch.bfloat16)
+    assert torch.equal(gathered[-1], alone[0])
+    values.append(gathered.numel())
+    del gathered
+
+    far = torch.zeros(clips, frames, size, size, 3, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    far[-1:] = video
+    two = every[:, -2:]
+    assert torch.equal(gather_tubes(far, two, dtype=torch.bfloat16)[-1], alone[0, -2:])
+    values.append(far.numel())
+    stride = (far.numel() - frames * size**2) // 2  # between the channels of one clip
+    wide = far.permute(0, 2, 3, 4, 1).view(-1).as_strided(video.shape, (0, stride, size**2, size, 1))
+    wide.copy_(video)
+    assert torch.equal(gather_tubes(wide, every[:1], dtype=torch.bfloat16), alone)
+    values.append(2 * stride + frames * size**2)
+    return values
+
+
 @WITH_GPU
-def test_numbers_out_of_range_give_nan() -> None:
-    """Changes loss and gradient of that token, row or clip; the others do not change."""
-    given = inputs("cuda")
-    given["index"][0, 1], given["target"][7] = 8, 64
-    of_pred = results(pixel, given)[1]
-    assert of_pred.isnan().all(2).sum() == 1
-    assert of_pred.isnan().any(2).sum() == 1
-    of_all = results(picked_of_all, given)[1]
-    assert of_all[0].isnan().all()
-    assert not of_all[1].isnan().any()
-    _, of_hidden, of_weight = results(codes_by_row, given)
-    assert of_hidden.isnan().any(1).nonzero().tolist() == [[7]]
-    assert of_weight.isnan().all()
+def test_more_than_2_31_values() -> None:
+    """At most 8.3 GiB exist at a time."""
+    needed = 10 << 30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    assert min(check_offsets("cuda", 900, 16, 224)) > 2**31
+
+
+def test_offsets_on_a_cpu() -> None:
+    assert check_offsets("cpu", 3, 4, 64) == [3 * 32 * VALUES] * 2 + [3 * 4 * 64 * 64 * 3] * 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
+@OPERATORS
+def test_a_second_device(function: Callable[..., Any]) -> None:
+    assert torch.cuda.current_device() == 0
+    found = results(function, inputs("cuda:1"))
+    assert {tensor.device for tensor in found} == {torch.device("cuda", 1)}
+    same(found, results(function, inputs("cuda:0")), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@DEVICES
+@OPERATORS
+def test_one_graph_of_torch_compile(function: Callable[..., Any], device: str) -> None:
+    given = inputs(device)
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    leaves = {name: given[name].detach().requires_grad_() for name in LOSSES.get(function, ())}
+    out = compiled(**(given | leaves))
+    found = list(out) if not leaves else [out.detach(), *torch.autograd.grad(out, list(leaves.values()))]
+    same(found, results(function, given), rtol=2e-5, atol=2e-6)
 
 
 CALLS = operator_calls()
@@ -320,13 +350,3 @@ def test_operators_pass_opcheck(number: int, device: str) -> None:
         return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
     torch.library.opcheck(operator, tree_map_only(torch.Tensor, moved, arguments))
-
-
-@DEVICES
-def test_the_head_equals_plain_cross_entropy(device: str) -> None:
-    given = inputs(device, dtype=torch.bfloat16)
-    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
-    exact = F.cross_entropy(
-        F.linear(wide["hidden"], wide["weight"], wide["bias"]), given["target"], label_smoothing=0.1
-    )
-    torch.testing.assert_close(results(codes, given)[0].double(), exact, rtol=2e-2, atol=0)

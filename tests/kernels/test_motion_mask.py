@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from mam2.kernels import motion_tube_mask, tube_mask
+from mam2.kernels import motion_tube_mask, reference, reference_masks, tube_mask
 from tests.kernels.inputs import random_clips
 
 clips = partial(random_clips, height=12, width=16)
@@ -59,6 +59,17 @@ def test_energies_of_any_strides_are_equal() -> None:
     energy = torch.ops.mam2.motion_energy(clips(), list(PATCH))
     for video in (clips().contiguous(), torch.nn.functional.pad(clips(), (3, 2, 1, 1))[..., 1:-1, 3:-2]):
         assert torch.equal(torch.ops.mam2.motion_energy(video, list(PATCH)), energy)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_energies_computed_slot_by_slot_are_equal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """However few squared changes exist at a time: of two clips, of one, of two slots of a clip, or of one."""
+    for video in (clips(dtype, batch=3), clips(dtype, batch=3).contiguous()):
+        whole = reference_masks.motion_energy(video, list(PATCH))
+        for slots in (6, 3, 2, 1):
+            monkeypatch.setattr(reference, "CHUNK_BYTES", slots * 4 * 2 * 3 * 12 * 16)
+            assert torch.equal(reference_masks.motion_energy(video, list(PATCH)), whole)
+        monkeypatch.undo()
 
 
 def test_tubes_hide_the_same_positions_in_every_slot() -> None:

@@ -32,6 +32,25 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(
     assert matmul_dtype(RunConfig(precision="bfloat16"), CPU) == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        ((7, 5), None, torch.float32),
+        ((8, 0), None, torch.bfloat16),
+        ((12, 0), None, torch.bfloat16),
+        ((7, 5), "6.4", torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_where_the_gpu_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: torch.dtype
+) -> None:
+    """Before Ampere it is emulated."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert matmul_dtype(RunConfig(), GPU) == expected
+
+
 def test_a_torch_that_does_not_tell_means_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert matmul_dtype(RunConfig(), CPU) == torch.float32

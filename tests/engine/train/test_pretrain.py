@@ -45,6 +45,7 @@ def test_a_run_leaves_what_it_promises(finished, finished_result, small):
     assert lines[-1].keys() >= {"clips_per_s", "step_ms", "decoded_frames_per_s", "mfu", "host/wait_ms"}
     assert 0 < lines[-1]["mfu"] < 1
     text = (run / "log.txt").read_text()
+    assert f"clip    {small().clip_sizes}\n" in text
     assert "kernels: pytorch" in text
     assert "pyav" in text
 
