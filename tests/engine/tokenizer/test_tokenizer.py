@@ -183,6 +183,27 @@ def test_on_a_gpu_the_network_is_a_graph_with_the_same_codes(monkeypatch: pytest
     assert lines == ["codes   network of the tokenizer, [3, 3, 16, 16]: one CUDA graph"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_have_the_codes_of_launched_kernels(compiled: bool) -> None:
+    device, lines = torch.device("cuda", 0), []
+    config = load_recipe("demo")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile=compiled))
+    hook = functools.partial(source.fast, config=config, device=device, info=lines.append)
+    plain, captured = build().to(device), build(compiled=hook, images_per_pass=4)
+    captured.to(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    for batch in (3, 2, 3, 1):
+        video = clip(batch).to(device)
+        with torch.cuda.stream(side):
+            found = captured.codes(video)
+        side.synchronize()
+        assert (found == plain.codes(video)).float().mean() > 0.99  # a compiled network rounds differently
+    assert lines
+    assert all(line.endswith("one CUDA graph") for line in lines)
+
+
 def test_any_number_of_images_costs_few_compilations() -> None:
     """`mam2 tokenize` leaves undecodable clips out, so that batch sizes vary: torch.compile refuses the ninth size."""
     torch._dynamo.reset()
