@@ -38,9 +38,7 @@ def test_a_run_leaves_what_it_promises(finished, finished_result, small):
     assert load_recipe(str(run / "config.json")) == small() == checkpoint.read_config(result.checkpoint)
     lines = read_log(run)
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    parts = {
-        f"gradient/{name}" for name in ("regressor", "appearance_decoder", "motion_decoder")
-    }
+    parts = {f"gradient/{name}" for name in ("regressor", "appearance_decoder", "motion_decoder")}
     times = {key for key in lines[-1] if key.startswith(("host/", "device/"))}
     assert [key for key in lines[-1].keys() - parts - times if f"`{key}`" not in page] == []
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
