@@ -74,7 +74,7 @@ UTILIZATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
 """Default assumption for the share of the peak that a step reaches.
 
 On an H200 a step of mam2-fast with 64 clips reached 38.9 % of the rate of a large product (docs/benchmarks.md), which
-itself reaches 80 % of the data sheet (790 of 989 TFLOP/s). Other recipes, batches and GPUs are not measured.
+itself reached 78 % of the data sheet (772 of 989 TFLOP/s). Other recipes, batches and GPUs are not measured.
 """
 
 
