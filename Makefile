@@ -87,6 +87,7 @@ clean:
 $(VENV)/installed: setup.py constraints.txt mam2/__init__.py
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'installing the packages of [$(EXTRAS)] into $(VENV): minutes, only the first time'
 	$(BIN)/python -m pip install --quiet $(PINS) -e '.[$(EXTRAS)]'
 	touch $@
 

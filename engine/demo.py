@@ -78,7 +78,7 @@ def _demo(
 ) -> tuple[TrainResult, DemoResult | None]:
     make_folder(out)
     write_dataset(data, train=train_clips, test=test_clips)
-    trained = pretrain(config, data / "train", run, resume=True)
+    trained = pretrain(config, data / "train", run, resume=run.is_dir())
     if trained.signal:
         return trained, None
     # Uses the run's config: an earlier call may have left a finished run here.

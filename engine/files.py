@@ -144,7 +144,9 @@ def written_aside(
             _sync(path.parent)
         if replace_folder:
             _remove(old)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and not error.filename:  # of a write or a sync
+            error.filename = str(path)
         _remove(aside)
         raise
 
@@ -170,6 +172,17 @@ def remove_parts(folder: Path) -> None:
     """Removes the temporary files and folders that a killed process has left in a folder."""
     for left in folder.glob(f"{PART}*"):
         _remove(left)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, which first gets a temporary name: a kill leaves nothing that looks like the whole folder.
+
+    A file server may refuse while another process reads from the folder; `remove_parts` removes the rest later.
+    Raises OSError.
+    """
+    aside = folder.with_name(f"{PART}{folder.name}")
+    folder.rename(aside)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:

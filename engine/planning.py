@@ -149,14 +149,11 @@ class Plan:
         config = self.config
         counts = [videos] if isinstance(videos, int) else list(videos)
         sets = _mixture(config, counts)
-        data, grid = config.data, config.grid
-        tokens = math.prod(grid)
-        visible = tokens - config.masked_tokens
-        some = f", {config.decoded_tokens} predicted" * (config.mask.decoded < 1)
+        data = config.data
         dtype = str(self.dtype).removeprefix("torch.")
         passes = micro_batches_per_step(config, self.gpus)
         lines = [
-            f"clip     {data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{some}",
+            f"clip     {config.clip_sizes}",
             f"step     {counted(config.optim.batch, 'clip')}: {counted(passes, 'pass')} of "
             f"{counted(self.clips_per_pass, 'clip')} "
             f"on {counted(self.gpus, 'device')}, {dtype}{', recomputed' if config.run.recompute else ''}"

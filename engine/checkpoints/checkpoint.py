@@ -39,7 +39,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import from_dict, to_dict
 from mam2.engine.config.training import TrainConfig
 from mam2.engine.errors import UserError
-from mam2.engine.files import PART, write_whole, written_aside
+from mam2.engine.files import remove_folder, write_whole, written_aside
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-\d{8,}")
@@ -77,10 +77,7 @@ def write(
     for old in _all(run)[: -config.run.keep]:
         number = _step_of(old)
         if number != kept_step and (not every or number % every):
-            removed = old.with_name(f"{PART}{old.name}")  # partly removed, it must not look like a checkpoint
-            old.rename(removed)
-            # a file server refuses while another process reads from it; the next start of the run removes the rest
-            shutil.rmtree(removed, ignore_errors=True)
+            remove_folder(old)
     return final
 
 

@@ -199,6 +199,14 @@ class PretrainConfig(TokenGrid):
         return int(self.mask.decoded * self.masked_tokens)
 
     @property
+    def clip_sizes(self) -> str:
+        """Returns the sizes of a clip as a plan and a log show them."""
+        tokens, data = math.prod(self.grid), self.data
+        predicted = f", {self.decoded_tokens} predicted" * (self.mask.decoded < 1)
+        visible = tokens - self.masked_tokens
+        return f"{data.frames} frames of {data.size}²: {tokens} tokens, {visible} visible{predicted}"
+
+    @property
     def needs_codes(self) -> bool:
         """Returns whether codes of a tokenizer are predicted."""
         return self.model.objective == "mam2" and self.loss.appearance_target == "codes"

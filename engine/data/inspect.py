@@ -153,7 +153,7 @@ def advice(videos: Sequence[Video]) -> list[str]:
     odd = sum(video.width % NVDEC_MULTIPLE > 0 or video.height % NVDEC_MULTIPLE > 0 for video in nvdec)
     reordered = sum(video.b_frames for video in nvdec)
     fps = [video.fps for video in videos if video.fps]
-    contents = {video.path: video.content or video.path for video in videos}
+    contents = {video.path: video.identity for video in videos}
     copies = len(contents) - len(set(contents.values()))
     found = []
     if len(sparse) > count / 10:

@@ -45,9 +45,7 @@ def why_away(path: str, error: BaseException) -> str:
 
     error: the exception of the read; it may also be the cause of another exception.
     """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (OSError, av.error.FFmpegError)):
-        cause = cause.__cause__
+    cause = _system_error(error)
     number = getattr(cause, "errno", None)
     if number is not None and number in TRANSIENT:
         # FFmpeg returns EIO for damaged content too.
@@ -60,8 +58,27 @@ def why_away(path: str, error: BaseException) -> str:
     return ""
 
 
+def _may_be_over(path: str, error: BaseException) -> bool:
+    """Returns whether the cause of a failed read may have been an outage that has ended meanwhile.
+
+    error: not one for which `why_away` has a reason.
+    """
+    number = getattr(_system_error(error), "errno", None)
+    if number == errno.ENOENT:
+        return _exists(path)
+    return isinstance(error, TooSlow) or number in TRANSIENT  # the process may have been stopped
+
+
+def _system_error(error: BaseException) -> BaseException | None:
+    """Returns the error of the system or of FFmpeg that an exception is or has as cause; None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (OSError, av.error.FFmpegError)):
+        cause = cause.__cause__
+    return cause
+
+
 class Patience:
-    """Calls functions that read a file, and retries while the file is unavailable, and once after a time limit.
+    """Calls functions that read a file, and retries while the file is unavailable, and once if it may have been.
 
     Threads may share one object.
     """
@@ -86,17 +103,17 @@ class Patience:
             Exception: an exception of `read` that waiting does not resolve.
         """
         begun, pause, outage = time.monotonic(), FIRST_PAUSE_S, ""
-        slow = False
+        again = False
         while True:
             try:
                 value = read()
             except Exception as error:
-                if isinstance(error, TooSlow) and not slow:
-                    slow = True  # the process may have been stopped meanwhile
-                    continue
                 reason = why_away(path, error)
                 if not reason:
-                    raise
+                    if again or not _may_be_over(path, error):
+                        raise
+                    again = True
+                    continue
                 outage = reason if reason.startswith("folder") else f"{path}: {reason}"
                 widespread = self._most_are_away()
                 limit = self._wait_s if widespread else min(self._wait_s, ALONE_S)

@@ -116,6 +116,11 @@ class Video:
         return (self.height, self.width) if self.rotation % 180 else (self.width, self.height)
 
     @property
+    def identity(self) -> str:
+        """Returns a text that copies of a video have in common: the hash of its content, or its path without one."""
+        return self.content or self.path
+
+    @property
     def duration_s(self) -> float:
         """Returns the duration in seconds; 0 if the rate is unknown."""
         return self.frames / self.fps if self.fps else 0.0
@@ -129,6 +134,7 @@ class Video:
             "size": (self.width, self.height),
             "interlaced": self.interlaced,
             "bytes": self.bytes,
+            "frames": self.frames,
             "trimmed": self.trimmed,
             "stored_channels": self.channels,
         }

@@ -112,7 +112,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> bytes:
     grouped = len(matrix) < len(classes)
     unit = f"group of about {len(classes) / len(matrix):.0f} classes" if grouped else "class"
     axis.set_xlabel(f"predicted ({unit})" if grouped else "predicted")
-    axis.set_ylabel(unit)
+    axis.set_ylabel(f"true {unit}")
     figure.colorbar(picture, ax=axis, shrink=0.6, label=f"share of the {'group' if grouped else 'class'}")
     return png(figure)
 

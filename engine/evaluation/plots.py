@@ -40,7 +40,9 @@ PANELS = (
     ),
     Panel("motion loss / loss of predicting no motion", {"loss/motion_relative": ""}, reference=1),
     Panel(
-        "correct codes (%)", {"accuracy/codes": "model", "accuracy/commonest_code": "most frequent code"}, percent=True
+        "correct codes (%)",
+        {"accuracy/codes": "model", "accuracy/commonest_code": "most frequent code of the step"},
+        percent=True,
     ),
     Panel("pixel loss", {"loss/pixels": ""}),
     Panel("alignment loss", {"loss/alignment": ""}),

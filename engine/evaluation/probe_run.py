@@ -205,8 +205,8 @@ def probe_encoders(
         for want in components.keys() - {pixels}:
             found = _of_components([components[pixels], components[want]], train, test, device)
             score(_with_pixels(want.frozen), want.layer, "tokens", "linear", found)
-    trained_on = {train.manifest.videos[row].content or train.manifest.videos[row].path for row in train.rows}
-    tested_on = [test.manifest.videos[row].content or test.manifest.videos[row].path for row in test.rows]
+    trained_on = {train.manifest.videos[row].identity for row in train.rows}
+    tested_on = [test.manifest.videos[row].identity for row in test.rows]
     return ProbeReport(
         train=len(train.rows),
         test=len(test.rows),

@@ -80,8 +80,7 @@ class _Videos:
     @property
     def contents(self) -> list[str]:
         """Returns identifiers that are equal for copies of a video."""
-        videos = [self.manifest.videos[row] for row in self.rows]
-        return [video.content or video.path for video in videos]
+        return [self.manifest.videos[row].identity for row in self.rows]
 
 
 def retrieve(
@@ -214,7 +213,8 @@ def _draw(gallery: _Videos, queries: _Videos, found: Mapping[FeatureSpec, Tensor
                 )
             strips.append(torch.stack(strip))
         rows.append((printable(names[query])[:NAME_LENGTH], torch.stack(strips)))
-    return draw_rows(rows, [printable(spec.frozen.name) for spec in found], inches=0.8)
+    titles = [f"{printable(spec.frozen.name)}\na video, then its nearest (green: of its class)" for spec in found]
+    return draw_rows(rows, titles, inches=0.8)
 
 
 def _middle_frames(videos: _Videos, places: Sequence[int], data: DataConfig) -> dict[int, Tensor]:

@@ -12,6 +12,7 @@ from mam2.engine.runtime.device import matmul_dtype
 from mam2.engine.runtime.peak import measured_peak_flops
 from mam2.engine.train.session import Session
 from mam2.engine.train.step import Step
+from mam2.engine.units import with_prefix
 from mam2.kernels import active_path
 
 
@@ -42,7 +43,8 @@ def describe_task(
     device, world = session.device, session.world
     dtype = matmul_dtype(session.config.run, device)
     peak = measured_peak_flops(device, dtype)
-    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters_by_part(train_step.model).items())
+    counts = parameters_by_part(train_step.model)
+    parts = ", ".join(f"{name.replace('_', ' ')} {with_prefix(count).strip()}" for name, count in counts.items())
     lines = (
         f"model   {title}: {parts} parameters",
         f"paths   kernels: {active_path(device)}; "

@@ -163,7 +163,9 @@ class _Finetuning:
             pooled = pooled_features(model, parts)
         stream.close()
         share = standardize_features(model, torch.cat(session.world.all_gather(pooled)))
-        session.log.info(f"features {share:.2%} of their mean square differs between clips: scaled to variance 1")
+        session.log.info(
+            f"features the clips differ in {share:.2%} of their mean square; the head gets them standardized"
+        )
 
     def describe(self) -> Description:
         return describe_task(

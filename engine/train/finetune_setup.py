@@ -24,6 +24,7 @@ from mam2.engine.model.encoder import Encoder
 from mam2.engine.model.text_head import embed_classes, read_text_embeddings
 from mam2.engine.train.finetune_tasks import VALUE, standard
 from mam2.engine.train.session import RunContext, Setup
+from mam2.engine.units import counted
 
 
 class FinetuneSetup(Setup[FinetuneConfig]):
@@ -51,6 +52,11 @@ class FinetuneSetup(Setup[FinetuneConfig]):
         self.classes = world.broadcast(lambda: _classes(run, manifest, self.data))
         val = world.broadcast(lambda: read_manifest(self._val, threads=threads, progress=run.progress))
         self.val_manifest = world.broadcast(lambda: _checked(val, self._val, run.config, self.classes))
+        trained_on = {video.identity for video in manifest.videos}
+        if both := sum(video.identity in trained_on for video in self.val_manifest.videos):
+            run.log.info(
+                f"warning: {counted(both, 'video')} of --val also in the training data: the accuracy there is too high"
+            )
         if run.config.head.task == "classes":
             run.log.info(describe_classes(manifest))
         config, self.encoder, self.embeddings = world.broadcast(

@@ -102,8 +102,8 @@ class HeldOut:
         """Paths of videos that cannot be used."""
         self._name([(skipped.path, skipped.reason) for skipped in manifest.skipped])
         self._measured = world.broadcast(self._measured_before)
-        trained_on = {video.content or video.path for video in session.manifest.videos}
-        both = sum((manifest.videos[number].content or manifest.videos[number].path) in trained_on for number in used)
+        trained_on = {video.identity for video in session.manifest.videos}
+        both = sum(manifest.videos[number].identity in trained_on for number in used)
         session.log.info(
             f"val     {len(used)} of the {counted(len(manifest.videos), 'video')} of {', '.join(map(str, videos))}, "
             f"every {counted(config.validation.every, 'epoch')}"

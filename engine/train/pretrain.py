@@ -216,7 +216,7 @@ class _Pretraining:
             formats = formats | {"loss/appearance": formats["loss/pixels"]}
         elif config.loss.appearance_target == "latents":
             formats = formats | {"loss/appearance": "features {:.3f}"}
-        return describe_task(
+        found = describe_task(
             "pre-training",
             self._session,
             self.train_step,
@@ -224,6 +224,7 @@ class _Pretraining:
             progress_format=formats,
             metadata=self._metadata,
         )
+        return dataclasses.replace(found, lines=(f"clip    {config.clip_sizes}", *found.lines))
 
 
 def _same_tokenizer(start: InitialWeights, folder: Path) -> bool:

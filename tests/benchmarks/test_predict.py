@@ -6,6 +6,10 @@ from types import ModuleType
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+
 
 @pytest.fixture(scope="module")
 def predict() -> ModuleType:
@@ -100,3 +104,24 @@ def test_a_large_head_passes_over_its_weight_a_few_times(predict: ModuleType) ->
     assert "products take 5.7 ms" in predict.large_head()
     assert "0.75 ms of memory traffic per chunk: 1.5 ms for 2 chunks" in predict.large_head()
     assert "22 chunks of 128 rows would take 16.5 ms" in predict.large_head()
+
+
+def test_the_benchmarks_page_has_the_predicted_numbers(predict: ModuleType) -> None:
+    """A changed prediction must not leave the old numbers on the page."""
+    steps, loader = (importlib.import_module(f"benchmarks.{name}") for name in ("predict_steps", "predict_loader"))
+    page = " ".join(BENCHMARKS.read_text(encoding="utf-8").split())
+    counted, fastest = steps.profile(), steps.step_seconds(*steps.BEST)
+    few = steps.few_clips(counted, fastest, steps.step_seconds(*steps.LAUNCHED))
+    wide = [steps.CLIPS / (fastest - saved) for saved in steps.wide_heads(counted).values()]
+    found = [loader.decoding(distance) for distance in loader.KEY_FRAMES]
+    ranges = [line.split("|")[5].strip() for line in steps.bounds()]
+    expected = [
+        "{:.0f} to {:.0f} clips per second and GPU replayed, {:.0f} to {:.0f} launched".format(
+            *(steps.FEW / seconds for way in ("replayed", "launched") for seconds in reversed(few[way]))
+        ),
+        f"{wide[0]:.0f} to {wide[2]:.0f} clips per second, {wide[1]:.0f} if exponentials and products take turns",
+        "{:.0f}, {:.0f} or {:.0f} clips of 336×256 per second".format(*(one.rate for one in found)),
+        "decodes {:.0f}, {:.0f} or {:.0f} frames".format(*(one.frames for one in found)),
+        *(f"Predicted: {clips}" for clips in ranges),
+    ]
+    assert [text for text in expected if text not in page] == []

@@ -59,7 +59,7 @@ def test_a_line_stays_one_line_and_a_printable_name_is_valid():
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, full_disk):
     path = tmp_path / "a"
     write_whole(path, "first")
-    with full_disk(3), pytest.raises(OSError, match="File too large"):
+    with full_disk(3), pytest.raises(OSError, match=f"File too large: '{tmp_path}/"):
         write_whole(path, "second")
     assert path.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["a"]

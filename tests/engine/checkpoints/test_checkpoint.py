@@ -119,7 +119,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_whole_does_not_fail_the_new_on
             raise OSError(errno.EBUSY, "Device or resource busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        patch.setattr(shutil, "rmtree", busy)
         save(tmp_path, 2, model, optimizer, keep=1)
     assert [path.name for path in old.parent.glob("step-*")] == ["step-00000002"]
     Saver(tmp_path, CONFIG)  # the next start

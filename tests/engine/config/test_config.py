@@ -8,7 +8,7 @@ import pytest
 from mam2.engine.commands.options import with_present_flags
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import KEY, check_limits
-from mam2.engine.config.pretrain import PretrainConfig, check
+from mam2.engine.config.pretrain import MaskConfig, PretrainConfig, check
 from mam2.engine.config.recipe import RECIPES, from_dict, load_recipe, to_dict
 from mam2.engine.errors import UserError
 
@@ -188,3 +188,10 @@ def test_a_renamed_flag_is_still_read_with_one_warning(flag, now, caplog):
         *(now, "pyav", f"{now}=pyav", "--data.frames", "8")
     ]
     assert {record.getMessage() for record in caplog.records} == {f"the flag {flag} is now called {now}"}
+
+
+def test_the_sizes_of_a_clip_name_what_is_predicted() -> None:
+    config = PretrainConfig(mask=MaskConfig(ratio=0.9))
+    assert config.clip_sizes == "16 frames of 224²: 1568 tokens, 160 visible"
+    half = dataclasses.replace(config, mask=MaskConfig(ratio=0.9, decoded=0.5))
+    assert half.clip_sizes == "16 frames of 224²: 1568 tokens, 160 visible, 704 predicted"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,11 @@ import pytest
 import torch
 
 from mam2.engine.config.training import DataConfig
-from mam2.engine.data import cuts, decoding, outage, video
+from mam2.engine.data import cuts, decoding, outage, renderer, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
-from mam2.engine.data.sampling import View, least_size
+from mam2.engine.data.sampling import ClipRequest, View, least_size
 from mam2.engine.data.video import Video, probe_file
 from mam2.engine.errors import UserError
 from tests.helpers.loaders import CONFIG, assert_same, open_loader, take
@@ -75,7 +74,7 @@ def test_a_run_that_is_stopped_for_a_while_blames_no_file(videos, monkeypatch, s
 
 
 def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
-    """The data set is renamed for half a second during a run; the clips are those of an undisturbed run."""
+    """The data set is renamed until the run notices; the clips are those of an undisturbed run."""
     folder = tmp_path / "data"
     folder.mkdir()
     moved = []
@@ -86,19 +85,46 @@ def test_a_folder_that_comes_back_costs_nothing_but_time(videos, tmp_path):
     here = dataclasses.replace(videos, videos=tuple(moved))
     expected, said, messages = take(here, 12), [], []
     config = dataclasses.replace(CONFIG, prefetch=1, wait_s=60)
-    with open_loader(here, config, info=said.append, on_skip=messages.append) as clips:
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "is missing or empty" in line and not folder.exists():
+            (tmp_path / "elsewhere").rename(folder)
+
+    with open_loader(here, config, info=say, on_skip=messages.append) as clips:
         stream = clips.stream()
         got = [next(stream)]
         folder.rename(tmp_path / "elsewhere")
-        back = threading.Timer(0.5, lambda: (tmp_path / "elsewhere").rename(folder))
-        back.start()
         got += [next(stream) for _ in range(11)]
-        back.join()
     assert messages == []
     for one, other in zip(expected, got, strict=True):
         assert_same(one, other)
     assert any("is missing or empty; retrying for up to 60 s" in line for line in said)
     assert any("can be read again after" in line for line in said)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+@pytest.mark.parametrize(("fails", "there", "reads"), [(1, True, 2), (9, True, 2), (9, False, 1)])
+def test_an_outage_that_ends_before_it_is_examined_blames_no_file(tmp_path, number, fails, there, reads):
+    """The file is there again: it is read once more. FFmpeg has the same errors for damaged files."""
+    path, done = tmp_path / "a.mp4", []
+    (path if there or number == errno.EIO else tmp_path / "b.mp4").write_bytes(b"x" * 1000)
+    with pytest.raises(av.error.FFmpegError) as caught:
+        av.error.err_check(-number)
+
+    def read() -> int:
+        done.append(None)
+        if len(done) <= fails:
+            raise wrapped(caught.value)
+        return 7
+
+    patience = Patience(1, pytest.fail, [str(path)])
+    if fails == 1:
+        assert patience(str(path), read) == 7
+    else:
+        with pytest.raises(DecodeError):
+            patience(str(path), read)
+    assert len(done) == (reads if number == errno.ENOENT else 2)
 
 
 def test_data_that_stays_away_ends_the_run_and_burns_no_video(videos, tmp_path):
@@ -215,3 +241,25 @@ def test_large_frames_are_scaled_while_they_are_converted(tmp_path, write_video)
     assert (one - other).abs().mean() < 1
     assert decode_frames(path, [0], least_size=(400, 300)).shape == full.shape  # too little to shrink
     assert DataConfig().wait_s < 600
+
+
+def test_frames_for_a_gpu_are_decoded_into_pinned_memory(tmp_path, write_video, numbered_frames, monkeypatch):
+    path = str(write_video(tmp_path / "a.mp4", numbered_frames(4)))
+    expected = decode_frames(path, [1, 2])
+    work = renderer.Renderer(dataclasses.replace(CONFIG, threads=1), samples=1, device=torch.device("cpu"), info=print)
+    monkeypatch.setattr(work, "_device", torch.device("cuda"))
+    empty, pinned = torch.empty, []
+
+    def allocate(shape, *, dtype, pin_memory=False):
+        pinned.append(pin_memory)
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    try:
+        request = ClipRequest(0, (1, 2), (View(0, 0, 1, 1, False),))
+        found = work.start(0, path, request, "pyav").payload.result()
+    finally:
+        monkeypatch.undo()
+        work.close()
+    assert pinned == [True]
+    assert np.array_equal(found, expected)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -85,7 +86,8 @@ def test_a_run_leaves_what_it_promises(finished, small_finetuning):
     assert checkpoint.why_damaged(result.checkpoint) is None
     assert same_tensors(dict(model.state_dict()), load_file(run / "best" / checkpoint.WEIGHTS))
     assert load_recipe(str(run / "config.json"), FinetuneConfig) == config
-    assert (run / "log.txt").read_text().count("of their mean square differs between clips: scaled to variance 1") == 1
+    assert (run / "log.txt").read_text().count("of their mean square; the head gets them standardized") == 1
+    assert "also in the training data" not in (run / "log.txt").read_text()
     assert model.norm.weight.min() > 1.2, "the features' variance was well below 1"
 
 
@@ -260,6 +262,17 @@ def test_clips_of_many_formats_from_the_command_line_to_a_table(tmp_path, capsys
     assert results["unusable"] == 0
     assert "5 videos in 3 × 3 views, 0 unusable" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["classes"] == 5
+
+
+@pytest.mark.slow
+def test_copies_of_training_videos_in_the_validation_are_reported(few_clips, tmp_path, small_finetuning):
+    """Also under another name: the hash of the content counts."""
+    copies = tmp_path / "val"
+    shutil.copytree(few_clips, copies)
+    config = small_finetuning(optim={"epochs": 0.5})
+    finetune(config, few_clips, tmp_path / "run", val=copies, encoder=None, progress=False)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "warning: 16 videos of --val also in the training data: the accuracy there is too high" in log
 
 
 def test_classes_without_a_video_are_told(few_clips):
