@@ -1,8 +1,9 @@
 """The masks' generator on the host, and masks drawn with it on a CPU in NumPy.
 
-`draw_mask` returns bit for bit the result of `reference_masks.draw_mask`, which defines it, in fewer passes. The arrays
-of a mask are so small that the number of operations counts more than their size: a round of Philox takes three, and one
-partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a round would take twelve.
+`draw_mask` and `masked_subset` return bit for bit what those of reference_masks.py return, which define them, in fewer
+passes. The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox
+takes three, and one partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a round would
+take twelve.
 
 B clips, n positions.
 """
@@ -94,6 +95,28 @@ def draw_mask(
     threshold = np.partition(rank, hidden - 1, axis=1)[:, hidden - 1 : hidden]
     is_hidden = rank <= threshold
     return _tokens(~is_hidden, slots, positions - hidden), _tokens(is_hidden, slots, hidden)
+
+
+@functools.lru_cache(maxsize=16)
+def _turns(grid: tuple[int, int, int]) -> np.ndarray:
+    """Returns place − slot of every token [N], see masked_subset.py."""
+    slot, row, column = np.indices(grid, sparse=True)
+    return np.asarray(np.where(row % 2 == 0, column % 2, 3 - column % 2) - slot).reshape(-1)
+
+
+def masked_subset(
+    masked: torch.Tensor, step: torch.Tensor, grid: Sequence[int], count: int, by_cell: bool, seed: int, sample: int
+) -> torch.Tensor:
+    """Returns `reference_masks.masked_subset` of the same arguments; all tensors are on the CPU."""
+    tokens, number = masked.numpy(), int(step)
+    clips = np.arange(sample, sample + len(tokens))[:, None]
+    rank = philox(seed, (tokens, clips, clips >> 32, np.array([[number]]))).astype(np.int64)
+    if by_cell:
+        slots, rows, columns = grid
+        rank |= ((_turns((slots, rows, columns))[tokens] - number - clips) & 3) << 32
+    rank = (rank << POSITION_BITS) | np.arange(tokens.shape[1])
+    threshold = np.partition(rank, count - 1, axis=1)[:, count - 1 : count]
+    return torch.from_numpy(tokens[rank <= threshold].reshape(len(tokens), count))
 
 
 def _tokens(chosen: np.ndarray, slots: int, count: int) -> torch.Tensor:

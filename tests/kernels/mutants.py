@@ -453,6 +453,20 @@ _MISTAKES = {
     ],
     ("test_masked_subset.py", "test_a_subset_is_the_recorded_one"): [
         (
+            "subsets on a CPU: cells that do not turn from slot to slot",
+            "host_masks.py",
+            "3 - column % 2) - slot)",
+            "3 - column % 2) - slot * 0)",
+        ),
+        (
+            "subsets on a CPU: cells that do not turn from step to step",
+            "host_masks.py",
+            " - number - clips) & 3",
+            " - clips) & 3",
+        ),
+    ],
+    ("test_masked_subset.py", "test_subsets_on_a_cpu_are_those_of_the_reference"): [
+        (
             "PyTorch path: cells that do not turn from slot to slot",
             "reference_masks.py",
             "((place - slot - step",

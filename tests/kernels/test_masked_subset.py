@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from mam2.kernels import reference_masks, tube_mask
+from mam2.kernels import host_masks, reference_masks, tube_mask
 from mam2.kernels.masked_subset import masked_subset
 
 GRID = (4, 4, 6)
@@ -27,6 +27,14 @@ def test_a_subset_is_the_recorded_one() -> None:
     for by_cell, tokens in recorded.items():
         far = {"seed": 2**62 + 5, "step": 2**33 + 7, "first_sample": 2**32 - 1}
         assert masked_subset(torch.arange(96).expand(2, -1), GRID, 8, by_cell=by_cell, **far).tolist() == tokens
+
+
+@pytest.mark.parametrize("by_cell", [False, True])
+@pytest.mark.parametrize(("seed", "step", "sample"), [(0, 0, 0), (2**63 - 1, 2**40 + 3, 2**32 - 2), (7, -1, 2**33)])
+def test_subsets_on_a_cpu_are_those_of_the_reference(by_cell: bool, seed: int, step: int, sample: int) -> None:
+    """Samples that cross 32 bits."""
+    arguments = MASKED, torch.tensor(step), GRID, 20, by_cell, seed, sample
+    assert torch.equal(host_masks.masked_subset(*arguments), reference_masks.masked_subset(*arguments))
 
 
 @pytest.mark.parametrize("by_cell", [False, True])
