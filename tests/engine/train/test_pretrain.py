@@ -348,7 +348,7 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
     process = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for_first_step(tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 130, output
     assert "stopped by SIGINT" in output
     assert "Traceback" not in output
