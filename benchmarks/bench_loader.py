@@ -55,18 +55,24 @@ def rows(device: torch.device, deadline: float, settings: Settings | None = None
 
 
 def file_rows(device: torch.device, deadline: float, settings: Settings | None = None) -> Iterator[Row]:
-    """Yields the rows of the decoders for the other kinds of files, then those of recorded clips, as `rows` does."""
+    """Yields the rows of the decoders for the other kinds of files, then those of recorded clips, as `rows` does.
+
+    The first kind comes again in `settings.odd_width` with the first loader, for which DALI makes a decoder per clip.
+    """
     if missing := _missing():
         yield missing
         return
     settings = settings or SETTINGS[device.type]
     with tempfile.TemporaryDirectory() as folder:
-        for kind in kinds_of(settings)[1:]:
+        odd = dataclasses.replace(settings, width=settings.odd_width, loaders=settings.loaders[:1])
+        sized = [(odd, kind, f" {odd.width}x{odd.height}") for kind in kinds_of(odd) if odd.width]
+        for used, kind, size in [*sized, *((settings, kind, "") for kind in kinds_of(settings)[1:])]:
+            files = {"files": kind[0] + size}
             if time.monotonic() > deadline:
-                label = {"decoder": "all", "files": kind[0], "gop": kind[1]}
-                yield label | {"verdict": "skipped", "reason": "out of time"}
+                yield {"decoder": "all", "gop": kind[1], "verdict": "skipped", "reason": "out of time"} | files
                 continue
-            yield from decoding_rows({kind: write_files(Path(folder), *kind, settings)}, settings, device, deadline)
+            for row in decoding_rows({kind: write_files(Path(folder), *kind, used)}, used, device, deadline):
+                yield row | files
         yield from recorded_rows(Path(folder), settings, device, deadline)
 
 

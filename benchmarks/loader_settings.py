@@ -46,6 +46,8 @@ class Settings:
     """Clips per turn of recorded clips."""
     recorded_videos: tuple[int, int]
     """Height and width of the videos of recorded clips in pixels."""
+    odd_width: int = 0
+    """Width that is no multiple of 16, in which the first loader is measured again; 0: none."""
 
 
 SETTINGS = {
@@ -53,7 +55,8 @@ SETTINGS = {
         files=16,
         frames=240,
         height=256,
-        width=340,
+        width=336,
+        odd_width=340,
         batch=32,
         data={},
         model={},

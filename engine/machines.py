@@ -71,10 +71,10 @@ WITHOUT_BFLOAT16 = {
 """NVIDIA's cards before Ampere: training there needs float32, for which there is no estimate."""
 MAKERS = ("nvidia", "amd", "geforce", "quadro", "tesla", "instinct")
 UTILIZATION = {"data sheet": 0.31, "cuda": 0.39, "cpu": 0.5}
-"""Default assumption for the share of the peak that a step reaches; not measured.
+"""Default assumption for the share of the peak that a step reaches.
 
-On a Hopper GPU the parts of a ViT-B step of mam2-fast, each at the rate that its shapes allow, together reach 37 to 41
-% of the rate of a large product, which itself reaches 80 % of the data sheet (790 of 989 TFLOP/s).
+On an H200 a step of mam2-fast with 64 clips reached 38.9 % of the rate of a large product (docs/benchmarks.md), which
+itself reached 78 % of the data sheet (772 of 989 TFLOP/s). Other recipes, batches and GPUs are not measured.
 """
 
 

@@ -181,7 +181,7 @@ def gather_tubes(
         visible = visible.visible
     check_index("visible", visible, video)
     if visible.shape[1] == grid.tokens:
-        visible = without_repeats(visible)
+        visible = without_repeats(visible, grid.tokens)
     means, stds = check_statistics(mean, std, video.shape[1])
     if dtype is None:
         if torch.is_autocast_enabled(video.device.type):

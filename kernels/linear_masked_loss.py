@@ -36,7 +36,7 @@ EPS = {"pixel": 1e-6, "joint": 1e-6, "adjacent": 0.05, "intra": 0.05}
 """Default eps by target: those of masked_pixel_loss and masked_frame_difference_loss."""
 
 
-def _error_and_gradient(
+def _replace_by_gradient(
     pred: torch.Tensor,
     chunk: slice,
     video: torch.Tensor,
@@ -47,23 +47,23 @@ def _error_and_gradient(
     unweighted: torch.Tensor | None,
     needs_gradient: bool,
     goal: Goal,
-) -> torch.Tensor:
-    """Writes the chunk's errors; returns the gradient of its predictions [rows,P] if needed, in their memory or not."""
+) -> None:
+    """Writes the chunk's errors; replaces its predictions [rows,P] by their gradient, if needed."""
     if launch.active_path(pred) == "triton":
         gradient = pred if needs_gradient else None
         whole = errors, unweighted, gradient, pred, video, masked, factors, divisor, goal
         launch_masked_loss(*whole, chunk.start, chunk.stop)
-        return pred
+        return
     count = masked.shape[1]
     clips = slice(chunk.start // count, chunk.stop // count)  # chunks of whole clips, see _run
     own = factors[clips] if factors is not None and factors.dim() else factors
     needs = needs_gradient, unweighted is not None
     by_clip = pred.view(-1, count, pred.shape[1])
-    found = reference.masked_errors(by_clip, video[clips], masked[clips], own, divisor, needs, *goal)
+    gradient = by_clip if needs_gradient else None
+    found = reference.masked_errors(by_clip, video[clips], masked[clips], own, divisor, needs, *goal, gradient)
     errors[clips] = found[0]
     if unweighted is not None:
         unweighted[clips] = found[1]
-    return found[2].view(pred.shape) if needs_gradient else pred
 
 
 def _run(
@@ -97,13 +97,13 @@ def _run(
         pred = buffer[: chunk.stop - chunk.start]
         linear_into(pred, flat[chunk], weight, bias)
         given = video, masked, factors, divisor, errors, unweighted
-        gradient = _error_and_gradient(pred, chunk, *given, products, goal)
+        _replace_by_gradient(pred, chunk, *given, products, goal)
         if needs[0]:
-            torch.mm(gradient, weight, out=of_flat[chunk])
+            torch.mm(pred, weight, out=of_flat[chunk])
         if needs[1]:
-            add_product(d_weight, gradient.t(), flat[chunk])
+            add_product(d_weight, pred.t(), flat[chunk])
         if needs[2]:
-            add_column_sums(d_bias, gradient)
+            add_column_sums(d_bias, pred)
     return errors, errors.new_empty(0) if unweighted is None else unweighted, (d_hidden, d_weight, d_bias)
 
 

@@ -81,13 +81,18 @@ def masked_index(
     else:
         index = mask
     check_index("mask", index, video)
-    return index if isinstance(mask, TubeMask) else without_repeats(index)
+    return index if isinstance(mask, TubeMask) else without_repeats(index, grid.tokens)
 
 
-def without_repeats(index: torch.Tensor) -> torch.Tensor:
-    """Returns the token numbers [B,K]; in a clip that contains one twice, every number is REPEATED."""
-    ordered = index.sort(dim=1).values
-    repeated = ((ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)).any(dim=1, keepdim=True)
+def without_repeats(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns the token numbers [B,K]; in a clip that contains one twice, every number is REPEATED.
+
+    Marks the numbers among the `tokens` and counts the marks: a sort takes longer. Numbers out of range do not count.
+    """
+    inside = (index >= 0) & (index < tokens)
+    marks = index.new_zeros(index.shape[0], tokens + 1, dtype=torch.bool)
+    marks.scatter_(1, torch.where(inside, index, tokens), True)
+    repeated = marks[:, :tokens].sum(dim=1, keepdim=True) < inside.sum(dim=1, keepdim=True)
     return torch.where(repeated, REPEATED, index)
 
 

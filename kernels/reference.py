@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .shapes import unfit_tokens
-from .token_cubes import cube_view, cut, frame_view, select
+from .token_cubes import cut, select
 
 CHUNK_BYTES = 2 << 20
 """Bytes that the losses, scale_gradient and reference_masks.motion_energy hold at a time besides their result: these
@@ -95,7 +95,7 @@ def gather_tubes(
 ) -> torch.Tensor:
     """Returns the selected tokens [B,K,P], (x − mean)/std with x in [0,1]."""
     _check_tokens(visible, tokens_of(video, patch_size))
-    picked, unit = select(cube_view(video, patch_size), visible), _unit(video)
+    picked, unit = select(video, visible, patch_size), _unit(video)
     compute = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     if mean is not None and std is not None:
         means, stds = _statistics(tuple(mean), tuple(std), unit, math.prod(patch_size), compute, picked.device)
@@ -165,7 +165,7 @@ def target(
     _check_tokens(index, count)
     # most tokens are selected twice: all of the cube and one frame of the next; two selections cost more than one cut
     tokens = cut(video, patch_size) if kind == "adjacent" and 2 * index.shape[1] > count else None
-    raw = select(cube_view(video, patch_size), index) if tokens is None else tokens.index_select(0, _rows(index, count))
+    raw = select(video, index, patch_size) if tokens is None else tokens.index_select(0, _rows(index, count))
     cubes = _numbers(raw, channels, dtype, mean, std)
     groups = channels if normalize == "channel" else 1
     values = cubes.shape[1]
@@ -188,7 +188,7 @@ def target(
         # a token without a next frame takes its own last one
         following = (index // slot + 1) * tubelet - lacks_next_frame(index, count, slot).long()
         if tokens is None:
-            frames = select(frame_view(video, patch_size), following * slot + index % slot)
+            frames = select(video, following * slot + index % slot, (1, *patch_size[1:]))
         else:
             place = following // tubelet * slot + index % slot
             rows = _rows(place, count) * tubelet + (following % tubelet).flatten()
@@ -220,13 +220,15 @@ def masked_errors(
     eps: float,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    gradient: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the squared error of each masked token [B,K] times its factor, the same without, and the gradient.
 
     pred is [B,K,P] for the masked tokens, or [B,N,P] for every token; then only the masked ones count. `factors` are
     None (1), a scalar or [B,K]; all are divided by `divisor`. `needs`: whether pred and factors get a gradient. Without
     a gradient for the factors the second result is empty, and a token of factor 0 has neither error nor gradient. The
-    gradient, in the shape and type of pred, is that of the first result; it is empty if not needed.
+    gradient, in the shape and type of pred, is that of the first result; it is empty if not needed. `gradient`, if
+    given, is contiguous memory for it, and may be a pred of the masked tokens.
     """
     batch, count = masked.shape
     dtype = compute_dtype(pred, video)
@@ -234,7 +236,10 @@ def masked_errors(
     slot = token_count // (video.shape[2] // patch_size[0])
     every_token = pred.shape[1] != count
     unweighted = pred.new_empty(batch, count, dtype=dtype)
-    gradient = (torch.zeros_like if every_token else torch.empty_like)(pred, memory_format=torch.contiguous_format)
+    if gradient is None:
+        empty = torch.zeros_like if every_token else torch.empty_like
+        gradient = empty(pred, memory_format=torch.contiguous_format) if needs[0] else pred.new_empty(0)
+    in_place = needs[0] and not every_token and pred.dtype == dtype
     share = float("nan") if divisor == 0 else 1 / divisor
     scales = pred.new_tensor(share, dtype=dtype) if factors is None else factors.to(dtype) * share
     for part in row_slices(batch, count * pred.shape[2] * dtype.itemsize):
@@ -242,7 +247,8 @@ def masked_errors(
         goal = target(video[part], index, patch_size, kind, normalize, eps, mean, std, dtype)
         rows = _rows(index, token_count) if every_token else None
         flat = pred[part].flatten(0, 1)
-        residual = torch.sub(flat if rows is None else flat.index_select(0, rows), goal, out=goal)
+        out = gradient[part].view(goal.shape) if in_place else goal
+        residual = torch.sub(flat if rows is None else flat.index_select(0, rows), goal, out=out)
         if kind == "adjacent":
             ends = (lacks_next_frame(index, token_count, slot).flatten().nonzero()[:, 0] + 1) * patch_size[0] - 1
             residual.view(-1, residual.shape[1] // patch_size[0]).index_fill_(0, ends, 0)
@@ -253,10 +259,10 @@ def masked_errors(
             residual.mul_(2 * (scales[part].reshape(-1, 1) if scales.dim() else scales))
         if needs[0] and rows is not None:
             gradient[part].flatten(0, 1).index_copy_(0, rows, residual.to(pred.dtype))
-        elif needs[0]:
+        elif needs[0] and not in_place:
             gradient[part] = residual.view(gradient[part].shape)
     results = unweighted * scales, unweighted.mul_(share) if needs[1] else unweighted.new_empty(0)
-    return *results, gradient if needs[0] else pred.new_empty(0)
+    return *results, gradient
 
 
 def scale_gradient(gradient: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,43 +14,52 @@ import torch
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types that NumPy copies, by item size: it has no bfloat16."""
+ORDER = (0, 2, 4, 6, 3, 5, 7, 1)
+"""Dimensions of a clip [B, C, T/τ,τ, H/p,p, W/p,p] in the order of a cube."""
 
 
 def cube_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns the view [B,T/τ,H/p,W/p, τ,p,p,C] of video [B,C,T,H,W]."""
+    return video.view(_split(video, patch_size)).permute(ORDER)
+
+
+def _array(video: torch.Tensor, patch_size: Sequence[int]) -> np.ndarray:
+    """Returns `cube_view` as integers of the same size."""
+    values = video if video.dtype == torch.uint8 else video.view(INTEGERS[video.dtype.itemsize])
+    return values.numpy().reshape(_split(video, patch_size)).transpose(ORDER)
+
+
+def _split(video: torch.Tensor, patch_size: Sequence[int]) -> tuple[int, ...]:
     tubelet, height, width = patch_size
     batch, channels, frames, rows, columns = video.shape
-    grid = frames // tubelet, tubelet, rows // height, height, columns // width, width
-    return video.view(batch, channels, *grid).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    return batch, channels, frames // tubelet, tubelet, rows // height, height, columns // width, width
 
 
-def frame_view(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Returns the view [B,T,H/p,W/p, p,p,C] of video [B,C,T,H,W]."""
-    return cube_view(video, (1, *patch_size[1:])).squeeze(4)
+def _tensor(values: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """Returns contiguous values as a tensor of that type and shape."""
+    found = torch.from_numpy(values.view(f"i{dtype.itemsize}").reshape(shape))
+    return found.view(dtype)
 
 
 def cut(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
     """Returns all tokens [B·N,P] of video [B,C,T,H,W], contiguous; they may be the memory of the clip."""
-    view = cube_view(video, patch_size)
-    shape = math.prod(view.shape[:4]), math.prod(view.shape[4:])
-    if view.device.type != "cpu":
-        return view.reshape(shape)
-    values = view.view(INTEGERS[view.dtype.itemsize]).numpy()
-    return torch.from_numpy(np.ascontiguousarray(values)).view(view.dtype).view(shape)
+    values = math.prod(patch_size) * video.shape[1]
+    if video.device.type != "cpu":
+        return cube_view(video, patch_size).reshape(-1, values)
+    return _tensor(np.ascontiguousarray(_array(video, patch_size)), video.dtype, (-1, values))
 
 
-def select(view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns rows [B·K,P] of a view [B,slots,rows,columns,…] at the numbers index [B,K] within slots·rows·columns."""
-    grid, shape = view.shape[1:4], (index.numel(), math.prod(view.shape[4:]))
-    if view.device.type != "cpu":
-        numbers = (torch.arange(len(index), device=index.device)[:, None], *torch.unravel_index(index, grid))
+def select(video: torch.Tensor, index: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """Returns the cubes [B·K,P] of video [B,C,T,H,W] at the numbers index [B,K]."""
+    shape = index.numel(), math.prod(patch_size) * video.shape[1]
+    if video.device.type != "cpu":
+        view = cube_view(video, patch_size)
+        numbers = (torch.arange(len(index), device=index.device)[:, None], *torch.unravel_index(index, view.shape[1:4]))
         return view[numbers].reshape(shape)
-    values = view.view(INTEGERS[view.dtype.itemsize])
-    run, channels = view.shape[-2] * view.shape[-1], view.shape[-1]
-    if view.stride()[-2:] == (channels, 1) and view.numel():  # NumPy copies a row of a patch as one item
-        items = values.flatten(-2).numpy().view(f"V{run * view.itemsize}")[..., 0]
-    else:
-        items = values.numpy()
-    places = np.arange(len(index))[:, None], *np.unravel_index(index.numpy(), grid)
-    picked = np.ascontiguousarray(items[places])  # NumPy keeps the clip's order of dimensions in memory
-    return torch.from_numpy(picked.view(f"i{view.itemsize}")).view(view.dtype).view(shape)
+    items = _array(video, patch_size)
+    width, channels = items.shape[-2:]
+    if items.strides[-2:] == (channels * items.itemsize, items.itemsize) and items.size:
+        # NumPy copies a row of a patch as one item
+        items = items.reshape(*items.shape[:-2], width * channels).view(f"V{width * channels * items.itemsize}")[..., 0]
+    places = np.arange(len(index))[:, None], *np.unravel_index(index.numpy(), items.shape[1:4])
+    return _tensor(np.ascontiguousarray(items[places]), video.dtype, shape)  # NumPy keeps the clip's order in memory

@@ -1,4 +1,7 @@
-"""One module per verb of the command line; `run(arguments)` returns the exit status. See `mam2.engine.cli`."""
+"""One module per verb of the command line; `run(arguments)` returns the exit status. See `mam2.engine.cli`.
+
+flags.py      groups of flags that several verbs share; options.py: the recipe as first argument, renamed flags
+"""
 
 VERBS = {
     "demo": "write synthetic clips, pre-train on them, measure, write a report",

@@ -84,7 +84,7 @@ class Renderer:
         self._config = config
         self._samples = samples
         self._device = device
-        self._copies = own_stream(device) if device.type == "cuda" else None
+        self._copies = own_stream(self, device) if device.type == "cuda" else None
         self._threads = config.threads or threads_of_a_process()
         self._pool = ThreadPoolExecutor(self._threads, "decode")
         own = config.workers == "processes" or (config.workers == "auto" and self._threads > MOST_THREADS)

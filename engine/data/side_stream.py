@@ -15,6 +15,10 @@ from mam2.engine.runtime.cuda import own_stream
 Extras = TypeVar("Extras")
 
 
+class _Owner:
+    """Owns a side stream while it is in use."""
+
+
 def on_side_stream(prepared: Iterator[tuple[Batch, Extras]], device: torch.device) -> Iterator[tuple[Batch, Extras]]:
     """Yields the same pairs of a batch and its extras, which may hold tensors.
 
@@ -24,7 +28,8 @@ def on_side_stream(prepared: Iterator[tuple[Batch, Extras]], device: torch.devic
     if device.type != "cuda":
         yield from prepared
         return
-    side_stream = own_stream(device)
+    owner = _Owner()
+    side_stream = own_stream(owner, device)
     side_stream.wait_stream(torch.cuda.current_stream(device))  # on which weights may still be copied
     while True:
         step = torch.cuda.current_stream(device)

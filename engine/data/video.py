@@ -134,6 +134,7 @@ class Video:
             "size": (self.width, self.height),
             "interlaced": self.interlaced,
             "bytes": self.bytes,
+            "frames": self.frames,
             "trimmed": self.trimmed,
             "stored_channels": self.channels,
         }

@@ -27,6 +27,9 @@ NVDEC_PIXELS = ("yuv420p", "yuvj420p", "nv12")
 NVDEC_TEN_BIT = ("hevc", "vp9")
 MOST_BYTES_READ = 64 * 2**20
 """Maximum file size in bytes for DALI, which reads the whole file for each clip. In larger files PyAV seeks."""
+MOST_FRAMES_READ = 9000
+"""Maximum number of frames for the same reason, five minutes at 30 per second: an hour of small frames is no large
+file, but DALI would read it and list its packets for each clip."""
 
 
 def choose_decoder(
@@ -39,6 +42,7 @@ def choose_decoder(
     size: tuple[int, int] | None = None,
     interlaced: bool = False,
     bytes: int = 0,
+    frames: int = 0,
     trimmed: int = 0,
     dali: bool = True,
     channels: int = 3,
@@ -56,6 +60,7 @@ def choose_decoder(
         size: width and height of the stored frame in pixels; None if unknown.
         interlaced: frames consist of two fields.
         bytes: size of the file; 0 if unknown.
+        frames: their number; 0 if unknown.
         trimmed: number of packets that an edit list hides, or whose time is negative; see `Video`.
         dali: whether the nvidia.dali package is installed.
         channels: of the clips; only PyAV decodes others than RGB.
@@ -88,7 +93,7 @@ def choose_decoder(
         absent = "needs NVIDIA DALI, which is not installed"
         problems |= {name: problems[name] or f"{name} {absent}" for name in ("nvdec", "dali-cpu")}
     if forced == "auto":
-        if bytes > MOST_BYTES_READ:
+        if bytes > MOST_BYTES_READ or frames > MOST_FRAMES_READ:
             return "pyav"
         return next(decoder for decoder in AUTOMATIC if not problems[decoder])
     if forced not in problems:

@@ -135,7 +135,7 @@ def trial(package: Package, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 def operator_name(package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Returns the package's name of the operator that it uses for such inputs."""
+    """Returns the name that the package gives the operator that runs for such inputs."""
     if package == "flash4":
         return "flash_attn.cute"
     q, k, v = (torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype) for _ in range(3))

@@ -22,21 +22,23 @@ AHEAD = 2
 
 POOL = 32
 """Streams of a device that `torch.cuda.Stream` returns in turn."""
-_OWNED: weakref.WeakSet[Any] = weakref.WeakSet()
+_OWNED: weakref.WeakKeyDictionary[object, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+"""Streams by the live objects that own them."""
 
 
-def own_stream(device: torch.device | None = None) -> torch.cuda.Stream:
-    """Returns a stream of a device (default: the current one) that no other live result of this function shares.
+def own_stream(owner: object, device: torch.device | None = None) -> torch.cuda.Stream:
+    """Returns a stream of a device (default: the current one) that no other live owner has.
 
     `torch.cuda.Stream` returns the same stream again after 31 others. Work of another thread on a stream that captures
     would become part of the graph. And cuBLAS has one workspace per thread and stream: work during the replay of a
     graph would use the graph's workspace, if it were launched on the stream of the capture.
     """
+    taken = set(_OWNED.values())
     for _ in range(POOL):
         stream = torch.cuda.Stream(device)
-        if stream not in _OWNED:
+        if stream not in taken:
             break
-    _OWNED.add(stream)
+    _OWNED[owner] = stream
     return stream
 
 
@@ -64,7 +66,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = own_stream()
+        self._stream = own_stream(self)
 
     def record(self, work: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -77,7 +79,7 @@ class CudaRecorder:
             raise
         return lambda: self._replay(graph), values
 
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:  # a method, because the stream must live as long
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:  # a method, because the recorder owns the stream
         graph.replay()
 
     def warm_up(self, work: Callable[[], object]) -> None:

@@ -246,7 +246,7 @@ class Readout:
     """Copies a line's numbers from the device without making the loop wait; they are ready some steps later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = own_stream(device) if device.type == "cuda" else None
+        self._stream = own_stream(self, device) if device.type == "cuda" else None
         self._pending: list[tuple[Any, ...]] = []
 
     def put(

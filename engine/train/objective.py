@@ -84,7 +84,7 @@ class MAM2Objective(Objective):
         self._alignment = compiled(model.alignment_loss)
         # on a CPU, a few clips every few steps do not justify a compilation
         on_gpu = next(model.parameters()).device.type != "cpu"
-        self._figures = compiled(self._inspect) if on_gpu else self._inspect
+        self._figures = compiled(self._inspect) if on_gpu else self._inspect_uncompiled
         balanced = config.loss.balance == "gradient"
         self._balance = Balance(config.loss.appearance / config.loss.motion if balanced else None)
 
@@ -136,6 +136,10 @@ class MAM2Objective(Objective):
     def gradient_norms(self) -> Values:
         """Returns the norms of the weighted losses' gradients at the decoders' common input."""
         return {f"gradient/{name}": norm for name, norm in self._balance.norms.items()}
+
+    def _inspect_uncompiled(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
+        with torch.compiler.set_stance("force_eager"):  # also of blocks that are compiled one by one
+            return self._inspect(video, mask, codes)
 
     def _inspect(self, video: Tensor, mask: TubeMask, codes: Tensor | None) -> Values:
         """Returns figures of each existing target.

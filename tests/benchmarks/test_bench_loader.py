@@ -117,6 +117,7 @@ def test_each_row_is_yielded_before_the_next_is_measured(bench, monkeypatch):
     found = list(bench.file_rows(CPU, 0.0, settings))
     assert {row["reason"] for row in found} == {"out of time"}
     assert not measured, "no files are written in vain"
+    assert [(row["files"], row["gop"]) for row in found[:3]] == [("h264 340x256", 30), ("h264", 12), ("h264", 250)]
 
 
 def test_files_have_their_key_frames_where_they_are_told(bench, tmp_path):

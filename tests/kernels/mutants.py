@@ -422,8 +422,8 @@ _MISTAKES = {
         (
             "PyTorch path: the next frame of a few tokens from the first row and column",
             "reference.py",
-            "following * slot + index % slot)",
-            "following * slot)",
+            "following * slot + index % slot, (1",
+            "following * slot, (1",
         ),
     ],
     ("test_motion_mask.py", "test_energies_are_sums_of_squared_changes"): [
@@ -459,6 +459,20 @@ _MISTAKES = {
             "((place - step",
         ),
         ("PyTorch path: the largest ranks drawn", "reference_masks.py", "largest=False", "largest=True"),
+    ],
+    ("test_masks.py", "test_only_a_clip_with_a_number_twice_is_marked"): [
+        (
+            "numbers out of range taken for the last token",
+            "masks.py",
+            "torch.where(inside, index, tokens), True)",
+            "torch.where(inside, index, tokens - 1), True)",
+        ),
+        (
+            "numbers out of range counted as repeated",
+            "masks.py",
+            "< inside.sum(dim=1, keepdim=True)",
+            "< index.shape[1]",
+        ),
     ],
     ("test_masks.py", "test_masks_are_those_recorded"): [
         ("masks on a CPU: the high word of the sample lost", "host_masks.py", "sample >> 32", "sample * 0"),

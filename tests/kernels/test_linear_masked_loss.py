@@ -176,7 +176,8 @@ def test_compiles_as_one_graph() -> None:
         ({"target": "depth"}, "target: expected one of 'pixel'"),
         ({"reduction": "none"}, "reduction: expected one of 'mean', 'sum'"),
         ({"token_weight": torch.ones(3, 6)}, r"weight: expected bool or real \[3, 7\]"),
-        ({"mask": torch.full((3, 7), 12)}, "each at most once per clip"),
+        ({"mask": torch.full((3, 7), 11)}, "each at most once per clip"),
+        ({"mask": torch.full((3, 7), 12)}, "token numbers: expected 0 to 11, found 12 to 12"),
         ({"mask": torch.arange(6, 13).expand(3, -1)}, "token numbers: expected 0 to 11, found 6 to 12"),
     ],
 )

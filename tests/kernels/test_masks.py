@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mam2.kernels import TubeMask, host_masks, motion_tube_mask, random_mask, reference_masks, tube_mask
+from mam2.kernels.masks import without_repeats
+from mam2.kernels.shapes import REPEATED
 
 GRID = (4, 5, 7)
 
@@ -118,6 +120,18 @@ def test_from_bool_inverts_as_bool() -> None:
     again = TubeMask.from_bool(mask.as_bool())
     assert torch.equal(again.visible, mask.visible)
     assert torch.equal(again.masked, mask.masked)
+
+
+def test_only_a_clip_with_a_number_twice_is_marked() -> None:
+    """Not one whose numbers are out of range, even if they are equal: for these there is another message."""
+    clips = [[4, 0, 3, 1], [4, 0, 3, 4], [0, 0, 0, 0], [2, 5, 5, 1], [-1, 2, -1, 9], [-1, 2, 2, 9]]
+    found = without_repeats(torch.tensor(clips), 5)
+    assert found.tolist() == [[REPEATED] * 4 if place in (1, 2, 5) else row for place, row in enumerate(clips)]
+    numbers = torch.randint(0, 40, (200, 8), generator=torch.Generator().manual_seed(0))
+    twice = torch.tensor([len(set(row)) < 8 for row in numbers.tolist()])
+    assert 50 < twice.sum() < 150
+    assert torch.equal(without_repeats(numbers, 40)[:, 0] == REPEATED, twice)
+    assert without_repeats(numbers[:0], 40).shape == (0, 8)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 1.0, 1.5, -0.5])

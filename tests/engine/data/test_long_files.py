@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +15,7 @@ from mam2.engine.data.decoding import decode_frames
 from mam2.engine.data.encoding import encode_frames
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.video import SEEK_FRAMES, Video, probe_file
+from mam2.engine.data.video_decoders import MOST_BYTES_READ, choose_decoder
 from tests.helpers.loaders import take
 
 SECONDS = 3600
@@ -84,6 +86,14 @@ def test_a_clip_late_in_the_hour_reads_a_part_of_it(hour: Video, reads: list[int
     reads.clear()
     decode_frames(hour.path, late, seek_points=hour.seek_points)
     assert 0 < sum(reads) < 0.25 * hour.bytes
+
+
+def test_on_a_gpu_an_hour_of_video_goes_to_the_decoder_that_seeks(hour: Video) -> None:
+    """At 25 frames per second also where all its bytes would be few."""
+    longer = dataclasses.replace(hour, frames=25 * SECONDS)
+    assert longer.bytes < MOST_BYTES_READ
+    assert choose_decoder(longer.codec, "cuda", **longer.traits) == "pyav"
+    assert choose_decoder(longer.codec, "cuda", "nvdec", **longer.traits) == "nvdec"  # where it is asked for
 
 
 def test_the_loader_passes_the_seek_points(hour: Video, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mam2.engine.data import nvdec
 from mam2.engine.data.decoding import DecodeError, decode_frames
-from mam2.engine.data.video_decoders import MOST_BYTES_READ, choose_decoder
+from mam2.engine.data.video_decoders import MOST_BYTES_READ, MOST_FRAMES_READ, choose_decoder
 from mam2.engine.errors import UserError
 
 HEAD = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.video`,\nencountered:\n\n"
@@ -102,6 +102,8 @@ def test_time_in_which_the_process_is_stopped_is_not_nvdecs(monkeypatch):
         ("h264", {"size": (640, 480), "interlaced": True}, "pyav"),
         ("h264", {"bytes": MOST_BYTES_READ + 1}, "pyav"),
         ("h264", {"bytes": MOST_BYTES_READ}, "nvdec"),
+        ("h264", {"frames": MOST_FRAMES_READ + 1}, "pyav"),
+        ("h264", {"frames": MOST_FRAMES_READ}, "nvdec"),
         ("h264", {"broken": {"h264": "no library"}}, "pyav"),
         ("h264", {"broken": {"vp9": "no library"}}, "nvdec"),
         ("h264", {"dali": False}, "pyav"),

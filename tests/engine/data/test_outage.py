@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from mam2.engine.config.training import DataConfig
-from mam2.engine.data import cuts, decoding, outage, video
+from mam2.engine.data import cuts, decoding, outage, renderer, video
 from mam2.engine.data.crops import crop
 from mam2.engine.data.decoding import DecodeError, decode_frames
 from mam2.engine.data.outage import Patience, why_away
-from mam2.engine.data.sampling import View, least_size
+from mam2.engine.data.sampling import ClipRequest, View, least_size
 from mam2.engine.data.video import Video, probe_file
 from mam2.engine.errors import UserError
 from tests.helpers.loaders import CONFIG, assert_same, open_loader, take
@@ -241,3 +241,25 @@ def test_large_frames_are_scaled_while_they_are_converted(tmp_path, write_video)
     assert (one - other).abs().mean() < 1
     assert decode_frames(path, [0], least_size=(400, 300)).shape == full.shape  # too little to shrink
     assert DataConfig().wait_s < 600
+
+
+def test_frames_for_a_gpu_are_decoded_into_pinned_memory(tmp_path, write_video, numbered_frames, monkeypatch):
+    path = str(write_video(tmp_path / "a.mp4", numbered_frames(4)))
+    expected = decode_frames(path, [1, 2])
+    work = renderer.Renderer(dataclasses.replace(CONFIG, threads=1), samples=1, device=torch.device("cpu"), info=print)
+    monkeypatch.setattr(work, "_device", torch.device("cuda"))
+    empty, pinned = torch.empty, []
+
+    def allocate(shape, *, dtype, pin_memory=False):
+        pinned.append(pin_memory)
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    try:
+        request = ClipRequest(0, (1, 2), (View(0, 0, 1, 1, False),))
+        found = work.start(0, path, request, "pyav").payload.result()
+    finally:
+        monkeypatch.undo()
+        work.close()
+    assert pinned == [True]
+    assert np.array_equal(found, expected)

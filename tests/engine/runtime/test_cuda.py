@@ -49,15 +49,20 @@ class SimpleStream:
         return self.number
 
 
+class Owner:
+    pass
+
+
 def test_streams_in_use_are_not_given_out_again(monkeypatch):
     """torch.cuda.Stream returns 32 streams in turn: the 33rd is the first one."""
     turns = itertools.count()
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleStream(next(turns) % cuda.POOL))
-    kept = [cuda.own_stream() for _ in range(3)]
+    owners = [Owner() for _ in range(3)]
+    kept = [cuda.own_stream(owner) for owner in owners]
     for _ in range(100):
-        assert cuda.own_stream() not in kept
-    del kept[1]
-    assert 1 in {cuda.own_stream().number for _ in range(cuda.POOL)}
+        assert cuda.own_stream(Owner()) not in kept
+    del owners[1]
+    assert 1 in {cuda.own_stream(Owner()).number for _ in range(cuda.POOL)}
 
 
 class StandIn:

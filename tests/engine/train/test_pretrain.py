@@ -24,6 +24,7 @@ from mam2.engine.train.pretrain import pretrain
 from mam2.engine.train.step import PretrainStep
 from mam2.kernels import tube_mask
 from tests.helpers.commands import MAM2_COMMAND, wait_for_first_step
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import newest_weights, same_tensors, same_weights
 
 
@@ -36,6 +37,10 @@ def test_a_run_leaves_what_it_promises(finished, finished_result, small):
     assert names >= {"config.json", "manifest.jsonl", "tokenizer.safetensors", "log.jsonl", "log.txt", "tensorboard"}
     assert load_recipe(str(run / "config.json")) == small() == checkpoint.read_config(result.checkpoint)
     lines = read_log(run)
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    parts = {f"gradient/{name}" for name in ("regressor", "appearance_decoder", "motion_decoder")}
+    times = {key for key in lines[-1] if key.startswith(("host/", "device/"))}
+    assert [key for key in lines[-1].keys() - parts - times if f"`{key}`" not in page] == []
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     expected = {
         "loss/appearance", "loss/motion", "loss/motion_relative", "accuracy/codes", "accuracy/commonest_code",

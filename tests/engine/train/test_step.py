@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.model.mam2 import MAM2
@@ -119,6 +120,21 @@ def test_one_process_may_train_one_model_after_the_other(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=3):
         for width in (16, 20, 24, 28, 32):
             build(config(width, compile=True, compile_blocks=False))(0, [batch()], 1e-3, inspect=False)
+
+
+@pytest.mark.slow
+def test_figures_for_the_log_cost_no_compilation_on_a_cpu(monkeypatch):
+    counter = CompileCounter()
+
+    def compiler(run, device):
+        return (lambda part: torch.compile(part, fullgraph=True, dynamic=False, backend=counter)), "traced"
+
+    monkeypatch.setattr(steps, "compiler", compiler)
+    step = build(config(compile=True))
+    step(0, [batch()], 1e-3, inspect=False)
+    compilations = counter.frame_count
+    assert "accuracy/codes" in step(1, [batch()], 1e-3, inspect=True)
+    assert counter.frame_count == compilations > 0
 
 
 @pytest.mark.slow
