@@ -220,10 +220,12 @@ def _concerns(error: OSError, place: Path) -> bool:
 
 def unwritable(place: str | Path, error: OSError, argument: str = "--out") -> UserError:
     """Returns the error for a path that cannot be written."""
+    if error.errno == errno.ENOENT:
+        remedy = f"create the folder {Path(place).parent}, or choose another path"
+        return UserError(f"{argument} {place}: cannot be written: {error.strerror}; {remedy}")
     of = f" ({error.filename})" if error.filename and str(error.filename) != str(place) else ""
-    return UserError(
-        f"{argument} {place}: cannot be written: {error.strerror or error}{of}; free space or choose another path"
-    )
+    remedy = "free space or choose another path" if error.errno in FULL_OR_FORBIDDEN else "choose another path"
+    return UserError(f"{argument} {place}: cannot be written: {error.strerror or error}{of}; {remedy}")
 
 
 def make_folder(folder: str | Path, argument: str = "--out") -> Path:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import tyro
 
 from mam2.engine.commands import VERBS
+from mam2.engine.commands.options import run_verb
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.recipe import recipe_names
 
@@ -51,7 +52,7 @@ complete -c mam2 -n '__fish_use_subcommand' -f -a '{verbs}'
 
 
 def run(arguments: list[str]) -> int:
-    return tyro.cli(completion, args=arguments, prog="mam2 completion")
+    return run_verb(completion, arguments, "completion")
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
 from mam2.engine.errors import UserError
 
 
@@ -38,4 +39,4 @@ def run(arguments: list[str]) -> int:
         print(f"written  {out}, fingerprint {fingerprint(vqgan)[:12]}")
         return 0
 
-    return tyro.cli(convert_tokenizer, args=arguments, prog="mam2 convert-tokenizer")
+    return run_verb(convert_tokenizer, arguments, "convert-tokenizer")

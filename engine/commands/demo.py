@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tyro
+from mam2.engine.commands.options import run_verb
 
 
 def run(arguments: list[str]) -> int:
@@ -21,4 +21,4 @@ def run(arguments: list[str]) -> int:
             return 128 + trained.signal
         return 0 if all(result.verdicts().values()) else 1
 
-    return tyro.cli(demo, args=arguments, prog="mam2 demo")
+    return run_verb(demo, arguments, "demo")

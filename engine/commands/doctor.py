@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tyro
+from mam2.engine.commands.options import run_verb
 
 
 def run(arguments: list[str]) -> int:
@@ -13,4 +13,4 @@ def run(arguments: list[str]) -> int:
         print(report())
         return 0
 
-    return tyro.cli(doctor, args=arguments, prog="mam2 doctor")
+    return run_verb(doctor, arguments, "doctor")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mam2.engine.commands.flags import ENCODER, EncoderFlags
+from mam2.engine.commands.options import run_verb
 from mam2.engine.units import counted
 
 
@@ -63,4 +64,4 @@ def run(arguments: list[str]) -> int:
             print(one_line(f"left out  {path}: {reason}"))
         return 0
 
-    return tyro.cli(embed, args=arguments, prog="mam2 embed")
+    return run_verb(embed, arguments, "embed")

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
+from mam2.engine.commands.options import run_verb
 from mam2.engine.units import counted
 
 
@@ -53,4 +54,4 @@ def run(arguments: list[str]) -> int:
             )
         return 0
 
-    return tyro.cli(evaluate, args=arguments, prog="mam2 evaluate")
+    return run_verb(evaluate, arguments, "evaluate")

@@ -7,6 +7,8 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
+
 SHOWN = 10
 """Number of printed classes; the file contains all."""
 
@@ -73,4 +75,4 @@ def run(arguments: list[str]) -> int:
             print(f"classes, in the order of the logits: {first}{', …' * (len(classes) > SHOWN)} ({len(classes)})")
         return 0
 
-    return tyro.cli(export, args=arguments, prog="mam2 export")
+    return run_verb(export, arguments, "export")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.options import named_recipe
+from mam2.engine.commands.options import named_recipe, run_verb
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.errors import UserError
@@ -55,4 +55,4 @@ def run(arguments: list[str]) -> int:
         result = finetune(config, data, out, val=val, encoder=checkpoint, resume=resume, encoder_options=said)
         return 128 + result.signal if result.signal else 0
 
-    return tyro.cli(finetune, args=arguments, prog="mam2 finetune")
+    return run_verb(finetune, arguments, "finetune")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
 from mam2.engine.errors import UserError
 from mam2.engine.units import counted
 
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> int:
             print(f"{counted(videos, 'usable video')} in {len(data)} data sets")
         return 0
 
-    return tyro.cli(index, args=arguments, prog="mam2 index")
+    return run_verb(index, arguments, "index")
 
 
 def _report(result: IndexResult) -> None:

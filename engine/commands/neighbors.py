@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mam2.engine.commands.flags import ENCODER, EncoderFlags
+from mam2.engine.commands.options import run_verb
 from mam2.engine.units import counted
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(arguments: list[str]) -> int:
         print(f"written to {out}")
         return 0
 
-    return tyro.cli(neighbors, args=arguments, prog="mam2 neighbors")
+    return run_verb(neighbors, arguments, "neighbors")
 
 
 def tables(report: NeighborsReport) -> str:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
+import tyro
+
+from mam2.engine.commands.flags import ClassifierFlags, EncoderFlags, TokenizerFlags
+from mam2.engine.config.describe import field_texts
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.limits import renamed_keys
 from mam2.engine.config.pretrain import PretrainConfig
@@ -28,6 +34,41 @@ RENAMED = {"--utilisation": "--utilization"}
 """Earlier names of flags that are not config keys."""
 SHOWN = {PretrainConfig: "mam2-fast", FinetuneConfig: "kinetics400/finetune"}
 """The recipe whose values the help shows if the user names none."""
+
+
+def run_verb(function: Callable[..., int], arguments: Sequence[str], verb: str) -> int:
+    """Calls a verb's function, whose parameters are the flags, with a command line's arguments; returns its result."""
+    if {"-h", "--help"} & set(arguments):
+        function.__doc__ = unwrapped(function.__doc__ or "")
+        for cls in _tables(PretrainConfig, FinetuneConfig, EncoderFlags, ClassifierFlags, TokenizerFlags):
+            texts = field_texts(cls)
+            for field in dataclasses.fields(cls):
+                if text := texts.get(field.name):
+                    field.metadata = {**field.metadata, "help": " ".join(text.split())}  # type: ignore[assignment]
+    return tyro.cli(function, args=list(arguments), prog=f"mam2 {verb}")
+
+
+def unwrapped(doc: str) -> str:
+    """Returns a docstring with each paragraph and each argument in one line, which tyro wraps to the terminal."""
+    lines: list[str] = []
+    arguments = False
+    for line in inspect.cleandoc(doc).split("\n"):
+        depth = len(line) - len(line.lstrip())
+        arguments = arguments or line == "Args:"
+        continued = depth > 4 if arguments else bool(lines and lines[-1])
+        if line and continued:
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _tables(*classes: type) -> Iterator[type]:
+    """Yields dataclasses and the dataclasses of their fields."""
+    for cls in classes:
+        yield cls
+        types = get_type_hints(cls)
+        yield from _tables(*(kind for kind in types.values() if dataclasses.is_dataclass(kind)))  # type: ignore[arg-type]
 
 
 def named_recipe(arguments: list[str], usage: str, kind: type[Config]) -> Config:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.options import is_recipe, named_pretraining, named_recipe
+from mam2.engine.commands.options import is_recipe, named_pretraining, named_recipe, run_verb
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.sizes import SIZES
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
         print(plan(config, gpu=gpu, gpus=gpus, utilization=utilization).report(counts))
         return 0
 
-    return tyro.cli(plan, args=arguments, prog="mam2 plan")
+    return run_verb(plan, arguments, "plan")
 
 
 def _finetuning(arguments: list[str]) -> int:
@@ -94,7 +94,7 @@ def _finetuning(arguments: list[str]) -> int:
         print(plan_finetuning(config, gpu=gpu, gpus=gpus, utilization=utilization).report(counts))
         return 0
 
-    return tyro.cli(plan, args=arguments, prog="mam2 plan")
+    return run_verb(plan, arguments, "plan")
 
 
 def _counts(videos: str) -> list[int]:

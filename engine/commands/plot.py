@@ -7,6 +7,8 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
+
 
 def run(arguments: list[str]) -> int:
     def plot(
@@ -26,4 +28,4 @@ def run(arguments: list[str]) -> int:
         print(plot(runs, out, against=against))
         return 0
 
-    return tyro.cli(plot, args=arguments, prog="mam2 plot")
+    return run_verb(plot, arguments, "plot")

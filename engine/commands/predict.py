@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import CLASSIFIER, ClassifierFlags
+from mam2.engine.commands.options import run_verb
 from mam2.engine.units import counted
 
 STDIN = Path("-")
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
         print(f"{counted(len(result.predictions), 'video')}, {len(result.skipped)} skipped", file=sys.stderr)
         return 0
 
-    return tyro.cli(predict, args=arguments, prog="mam2 predict")
+    return run_verb(predict, arguments, "predict")
 
 
 def _lines_of_stdin() -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from mam2.engine.commands.options import named_pretraining
+from mam2.engine.commands.options import named_pretraining, run_verb
 from mam2.engine.config.limits import COUNT, check_flags
 from mam2.engine.config.pretrain import PretrainConfig, check
 
@@ -75,4 +75,4 @@ def run(arguments: list[str]) -> int:
         )
         return 128 + result.signal if result.signal else 0
 
-    return tyro.cli(pretrain, args=arguments, prog="mam2 pretrain")
+    return run_verb(pretrain, arguments, "pretrain")

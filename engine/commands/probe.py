@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mam2.engine.commands.flags import ENCODER, EncoderFlags
+from mam2.engine.commands.options import run_verb
 
 if TYPE_CHECKING:
     from mam2.engine.evaluation.probe_run import ProbeReport, Score
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> int:
         print(out)
         return 0
 
-    return tyro.cli(probe, args=arguments, prog="mam2 probe")
+    return run_verb(probe, arguments, "probe")
 
 
 def table(result: ProbeReport) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
 from mam2.engine.config.describe import as_toml
 from mam2.engine.config.finetune import FinetuneConfig
 from mam2.engine.config.pretrain import PretrainConfig
@@ -18,7 +19,7 @@ from mam2.engine.files import write_whole
 
 
 def run(arguments: list[str]) -> int:
-    return tyro.cli(recipes, args=arguments, prog="mam2 recipes")
+    return run_verb(recipes, arguments, "recipes")
 
 
 def recipes(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mam2.engine.commands.options import named_pretraining
+from mam2.engine.commands.options import named_pretraining, run_verb
 from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.units import counted, decimal_bytes
 
@@ -58,4 +58,4 @@ def run(arguments: list[str]) -> int:
         )
         return 0
 
-    return tyro.cli(tokenize, args=arguments, prog="mam2 tokenize")
+    return run_verb(tokenize, arguments, "tokenize")

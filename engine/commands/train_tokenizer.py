@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from mam2.engine.commands.flags import TOKENIZER, TokenizerFlags
+from mam2.engine.commands.options import run_verb
 from mam2.engine.units import counted
 
 
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
         )
         return 0
 
-    return tyro.cli(train_tokenizer, args=arguments, prog="mam2 train-tokenizer")
+    return run_verb(train_tokenizer, arguments, "train-tokenizer")
 
 
 def _color(share: float | None) -> str:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
+
 
 def run(arguments: list[str]) -> int:
     def transcode(
@@ -40,4 +42,4 @@ def run(arguments: list[str]) -> int:
         print(f"{len(failed)} failed{f', see {out / FAILURES}' if failed else ''}")
         return 1 if failed else 0
 
-    return tyro.cli(transcode, args=arguments, prog="mam2 transcode")
+    return run_verb(transcode, arguments, "transcode")

@@ -7,6 +7,8 @@ from typing import Literal
 
 import tyro
 
+from mam2.engine.commands.options import run_verb
+
 
 def run(arguments: list[str]) -> int:
     def visualize(
@@ -55,4 +57,4 @@ def run(arguments: list[str]) -> int:
         print(page)
         return 0
 
-    return tyro.cli(visualize, args=arguments, prog="mam2 visualize")
+    return run_verb(visualize, arguments, "visualize")

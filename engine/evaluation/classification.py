@@ -36,6 +36,7 @@ from mam2.engine.files import check_apart, make_folder, unwritable, write_table,
 from mam2.engine.model.classifier import Classifier, logits_of
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.distributed import join
+from mam2.engine.units import counted
 
 BATCH = 32
 """Default number of clips per forward pass."""
@@ -152,7 +153,7 @@ def evaluate(
     foreign = not random and find_weights(checkpoint) is None
     outputs = logits_of(model)
     if names and len(names) != outputs:
-        raise UserError(f"--classes: {len(names)} names, but {checkpoint} has {outputs} classes")
+        raise UserError(f"--classes: {counted(len(names), 'name')}, but {checkpoint} has {outputs} classes")
     numbers = tuple(map(str, range(outputs)))
     classes = tuple(names) or classes or numbers
     temporal, spatial = temporal or config.test.temporal, spatial or config.test.spatial

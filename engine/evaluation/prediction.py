@@ -30,6 +30,7 @@ from mam2.engine.evaluation.views import classify_views
 from mam2.engine.model.classifier import logits_of
 from mam2.engine.runtime.device import autocast, pick_device
 from mam2.engine.runtime.progress import Progress
+from mam2.engine.units import counted
 
 BATCH = 32
 """Default number of clips per forward pass."""
@@ -102,7 +103,9 @@ class Predictor:
         )
         model, config, classes = load_any_classifier(checkpoint, frames=frames, size=size, heads=heads)
         if names and len(names) != logits_of(model):
-            raise UserError(f"--classes: {len(names)} names, but {checkpoint} has {logits_of(model)} classes")
+            raise UserError(
+                f"--classes: {counted(len(names), 'name')}, but {checkpoint} has {logits_of(model)} classes"
+            )
         self.classes = tuple(names) or classes or tuple(map(str, range(logits_of(model))))
         """Names of the classes in the order of the probabilities; numbers if the names are unknown."""
         self.checkpoint, self.weights = Path(checkpoint), find_weights(checkpoint) or Path(checkpoint)

@@ -134,7 +134,9 @@ src="data:image/png;base64,{strips}"></div>
 Predicted appearance: the decoded predicted codes, with true codes in visible patches; below it the decoded true codes,
 the best possible prediction. Motion: difference to the next frame with doubled contrast; gray means no motion.
 </figcaption></figure>
-<figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}"></figure>
+<figure><img alt="losses and rates over the steps" src="data:image/png;base64,{curves}">
+<figcaption>The training. The most frequent code is that of each step's own clips, so that it differs from step to step;
+the table has a single code for all test clips.</figcaption></figure>
 <details><summary>Config of the run (config.json)</summary><pre>{config}</pre></details>
 </body></html>
 """

@@ -10,14 +10,17 @@ def test_rows_and_what_is_left(monkeypatch):
     before, running = sys.getswitchinterval(), []
     steps = lock_waits.step_ms
 
+    def new_threads():
+        return set(threading.enumerate()) - before_all
+
     def counted(seconds):
-        running.append((threading.active_count() - alone, sys.getswitchinterval()))
+        running.append((len(new_threads()), sys.getswitchinterval()))
         return steps(seconds)
 
-    alone = threading.active_count()
+    before_all = set(threading.enumerate())  # some of them may end meanwhile
     monkeypatch.setattr(lock_waits, "step_ms", counted)
     rows = list(lock_waits.measure([0, 3], 0.06, 1e-4, seconds=0.02))
     assert [(row["switch interval ms"], row["threads"]) for row in rows] == [(5, 0), (5, 3), (0.5, 0), (0.5, 3)]
     assert all(row["mean ms"] > 0 for row in rows)
     assert running[1:] == [(0, 0.005), (3, 0.005), (0, 0.0005), (3, 0.0005)]
-    assert (threading.active_count(), sys.getswitchinterval()) == (alone, before)
+    assert (new_threads(), sys.getswitchinterval()) == (set(), before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -38,7 +40,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 def run_program(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a program and captures its output as text; options of subprocess.run override the defaults."""
-    given = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300, "check": False, **options}
+    given = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 900, "check": False, **options}
     return subprocess.run([str(word) for word in command], **given)
 
 
@@ -47,9 +49,12 @@ def torchrun(processes: int, *arguments: object, **options: Any) -> subprocess.C
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Returns a free port from 20000 to 29999: connections that are opened meanwhile get higher ones."""
+    for port in random.SystemRandom().sample(range(20000, 30000), 10000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def wait_for_first_step(run: Path, process: subprocess.Popen[Any], seconds: float = 120) -> None:

@@ -157,8 +157,8 @@ def test_a_place_that_cannot_be_written_is_told_before_the_scan(tmp_path, capsys
     status, _, err = outcome(capsys, "index", tmp_path, "--out", tmp_path / "no" / "folder.jsonl")
     assert status == 2
     assert err == (
-        f"mam2: error: --out {tmp_path / 'no' / 'folder.jsonl'}: cannot be written: No such file or directory "
-        f"({tmp_path / 'no' / f'.part-{os.getpid()}'}); free space or choose another path\n"
+        f"mam2: error: --out {tmp_path / 'no' / 'folder.jsonl'}: cannot be written: No such file or directory; "
+        f"create the folder {tmp_path / 'no'}, or choose another path\n"
     )
 
 

@@ -141,7 +141,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(clips, tmp_path, 
     try:
         wait_for_first_step(run, processes[0])
         processes[1].send_signal(signal.SIGTERM)
-        messages = [process.communicate(timeout=120)[0] for process in processes]
+        messages = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -210,7 +210,7 @@ def test_two_nodes_meet_by_the_documented_command(tmp_path):
         )
         for _ in range(2)
     ]  # fmt: skip
-    messages = [node.communicate(timeout=240)[0] for node in nodes]
+    messages = [node.communicate(timeout=900)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], messages
     assert (tmp_path / "ddp-fixed-0-adamw-codes").is_file()
 

@@ -229,7 +229,7 @@ def test_the_space_is_predicted_before_anything_is_written(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
 
     free(needed - 1)
-    with pytest.raises(UserError, match=r"the clips need about 0\.983 MB, 0\.983 MB are free; use another drive, a"):
+    with pytest.raises(UserError, match=r"the clips need about 983 kB, 983 kB are free; use another drive, a"):
         tokenize(config, index, tmp_path / "codes", clips="raw", progress=False)
     assert not (tmp_path / "codes" / "clips").exists()
     free(needed)

@@ -17,7 +17,8 @@ from mam2.engine.config.recipe import load_recipe
 from mam2.engine.train.pretrain import pretrain
 
 
-def start(config: PretrainConfig, data: Path, run: Path) -> int:
+def start(config: PretrainConfig, data: Path, run: Path, *, until_killed: bool = False) -> int:
+    """Starts or resumes a run; returns its process, which with until_killed stays after the run's end."""
     child = os.fork()
     if child:
         return child
@@ -26,6 +27,8 @@ def start(config: PretrainConfig, data: Path, run: Path) -> int:
         with (run.parent / "output.txt").open("a") as output:
             os.dup2(output.fileno(), 1)
             pretrain(config, data, run, resume=True, progress=False)
+            while until_killed:
+                signal.pause()
             status = 0
     finally:
         os._exit(status)
@@ -45,7 +48,7 @@ def main(recipe: str, data: Path, out: Path, kills: int) -> None:
     total = steps_logged(out / "whole")
     for number in range(kills):
         target = total * (number + 1) // (kills + 1)
-        child = start(config, data, run)
+        child = start(config, data, run, until_killed=True)
         while steps_logged(run) < target:
             if os.waitpid(child, os.WNOHANG)[0]:
                 raise SystemExit(f"the run ended by itself before step {target}")

@@ -294,7 +294,8 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(finished, clips, tmp_path
     result = pretrain(small(run=run), clips, tmp_path, progress=False)
     assert result.step == 8
     assert same_weights(finished, tmp_path)
-    assert "No space left on device; there is none yet. The run continues" in (tmp_path / "log.txt").read_text()
+    said = f"No space left on device: '{checkpoint.folder_of(tmp_path, 2)}'; there is none yet. The run continues"
+    assert said in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -353,7 +354,7 @@ def test_ctrl_c_ends_a_real_process_cleanly(clips, tmp_path, small):
     process = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for_first_step(tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 130, output
     assert "stopped by SIGINT" in output
     assert "Traceback" not in output

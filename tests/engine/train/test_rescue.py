@@ -278,7 +278,7 @@ def test_a_signal_in_set_up_ends_the_command_with_its_status_whatever_libraries_
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        message = process.communicate(timeout=30)[1]
+        message = process.communicate(timeout=300)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + number
