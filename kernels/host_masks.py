@@ -1,6 +1,6 @@
 """The masks' generator on the host, and masks drawn with it on a CPU in NumPy.
 
-`draw_mask` and `masked_subset` return bit for bit what those of reference_masks.py return, which define them, in fewer
+`draw_mask` and `draw_subset` return bit for bit what reference_masks.py defines as draw_mask and masked_subset, in fewer
 passes. The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox
 takes three, and one partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a round would
 take twelve.
@@ -104,7 +104,7 @@ def _turns(grid: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(np.where(row % 2 == 0, column % 2, 3 - column % 2) - slot).reshape(-1)
 
 
-def masked_subset(
+def draw_subset(
     masked: torch.Tensor, step: torch.Tensor, grid: Sequence[int], count: int, by_cell: bool, seed: int, sample: int
 ) -> torch.Tensor:
     """Returns `reference_masks.masked_subset` of the same arguments; all tensors are on the CPU."""

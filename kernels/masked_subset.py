@@ -77,7 +77,7 @@ def _launch(
 def _masked_subset(
     masked: torch.Tensor, step: torch.Tensor, grid: Sequence[int], count: int, by_cell: bool, seed: int, sample: int
 ) -> torch.Tensor:
-    draw = host_masks.masked_subset if masked.device.type == "cpu" else reference_masks.masked_subset
+    draw = host_masks.draw_subset if masked.device.type == "cpu" else reference_masks.masked_subset
     if launch.active_path(masked) == "triton":
         draw = _launch
     return draw(masked, step, grid, count, by_cell, seed, sample)
@@ -123,5 +123,5 @@ def masked_subset(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
     step = step_on(step, masked.device)
-    draw = host_masks.masked_subset if launch.is_plain_cpu(masked, step) else _masked_subset
+    draw = host_masks.draw_subset if launch.is_plain_cpu(masked, step) else _masked_subset
     return draw(masked, step, list(grid), count, by_cell, seed, first_sample)

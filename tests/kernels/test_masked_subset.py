@@ -34,7 +34,7 @@ def test_a_subset_is_the_recorded_one() -> None:
 def test_subsets_on_a_cpu_are_those_of_the_reference(by_cell: bool, seed: int, step: int, sample: int) -> None:
     """Samples that cross 32 bits."""
     arguments = MASKED, torch.tensor(step), GRID, 20, by_cell, seed, sample
-    assert torch.equal(host_masks.masked_subset(*arguments), reference_masks.masked_subset(*arguments))
+    assert torch.equal(host_masks.draw_subset(*arguments), reference_masks.masked_subset(*arguments))
 
 
 @pytest.mark.parametrize("by_cell", [False, True])
