@@ -1,9 +1,9 @@
 """The masks' generator on the host, and masks drawn with it on a CPU in NumPy.
 
-`draw_mask` and `draw_subset` return bit for bit what `draw_mask` and `masked_subset` of reference_masks.py define, in fewer
-passes. The arrays of a mask are so small that the number of operations counts more than their size: a round of Philox
-takes three, and one partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a round would
-take twelve.
+`draw_mask` and `draw_subset` return bit for bit what `draw_mask` and `masked_subset` of reference_masks.py define, in
+fewer passes. The arrays of a mask are so small that the number of operations counts more than their size: a round of
+Philox takes three, and one partial sort replaces three sorts. PyTorch has no product of 32-bit words, with which a
+round would take twelve.
 
 B clips, n positions.
 """
