@@ -19,7 +19,7 @@
 
 # Slurm starts one process per GPU, without torchrun, so that the signal reaches every process.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on a node need two ports
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs on a node need two ports; connections take theirs from 32768 on
 export MASTER_ADDR MASTER_PORT
 srun --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS
