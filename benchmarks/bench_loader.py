@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,11 +167,21 @@ def first_clips(manifest: Any, data: Any, settings: Settings, device: torch.devi
     """Returns the first batch of a loader, cropped and resized, uint8 on the CPU."""
     from mam2.engine.data.loader import ClipLoader
 
+    begun = time.perf_counter()
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
+        opened = time.perf_counter()
         clips = next(loader.stream()).clip.cpu()
+        decoded = time.perf_counter()
         if loader.skipped:
             raise Unmeasured("failed", f"unusable: {loader.skipped[0]}")
+    note(data, opened=opened - begun, first_batch=decoded - opened, closed=time.perf_counter() - decoded)
     return clips
+
+
+def note(data: Any, **seconds: float) -> None:
+    """Writes to standard error how long the parts of a measurement took: a section that is cut off logs it."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
+    print(f"loader  {data.decoder}: {parts}", file=sys.stderr, flush=True)
 
 
 def check_frames(manifest: Any, data: Any, settings: Settings, device: torch.device) -> None:
@@ -192,9 +203,10 @@ def loader_rate(manifest: Any, data: Any, settings: Settings, device: torch.devi
 
     check_frames(manifest, data, settings, device)
     with ClipLoader(manifest, data, batch=settings.batch, device=device, seed=0) as loader:
-        stream = loader.stream()
+        stream, opened = loader.stream(), time.perf_counter()
         for _ in range(data.prefetch + 2):
             next(stream)
+        note(data, prefetched_batches=time.perf_counter() - opened)
         start, batches = time.perf_counter(), 0
         while time.perf_counter() - start < settings.seconds:
             next(stream)

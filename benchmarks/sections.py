@@ -44,7 +44,7 @@ SECTIONS = {
     "step": Limits(110, 40),
     "variants": Limits(90, 25),
     "videomae": Limits(110, 40),
-    "loader": Limits(30, 15),
+    "loader": Limits(60, 15),
     "pretrain": Limits(90, 40),
     "files": Limits(60, 20),
     "mam2-cae": Limits(60, 40),

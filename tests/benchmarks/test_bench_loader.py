@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import sys
 import time
 from types import ModuleType
@@ -172,6 +173,18 @@ def test_a_loader_whose_clips_are_not_pyavs_gets_no_number(bench, tmp_path, monk
     row = next(row for row in rows if row["decoder"] == "dali-cpu")
     assert row["verdict"] == "wrong"
     assert "differ from PyAV's by" in row["reason"]
+
+
+def test_a_measurement_that_is_cut_off_has_said_where_its_time_went(bench, tmp_path, capsys):
+    from mam2.engine.config.recipe import load_recipe
+
+    settings = dataclasses.replace(bench.SETTINGS["cpu"], files=1, seconds=0.01)
+    manifest = loader_settings.write_files(tmp_path, "vp9", 30, settings)
+    data = dataclasses.replace(load_recipe("mam2-fast").data, decoder="pyav", **settings.data)
+    bench.first_clips(manifest, data, settings, CPU)
+    bench.loader_rate(manifest, data, settings, CPU)
+    parts = re.findall(r"([a-z ]+) [0-9.]+ s", capsys.readouterr().err)
+    assert [part.strip() for part in parts] == ["opened", "first batch", "closed", "prefetched batches"]
 
 
 def test_the_shared_loader_has_the_measured_share(bench, tmp_path, monkeypatch):
