@@ -19,7 +19,7 @@ from mam2.engine.config.pretrain import PretrainConfig
 from mam2.engine.config.recipe import load_recipe
 from mam2.engine.data.batch import channels_first
 from mam2.engine.runtime.device import compiler
-from mam2.engine.tokenizer.source import fast
+from mam2.engine.tokenizer.compiled import compiled_network
 from mam2.engine.tokenizer.tokenizer import Tokenizer
 from mam2.engine.tokenizer.vqgan import CONFIGS, VQGAN, small
 
@@ -64,7 +64,7 @@ def measure_online(
     precision = "bfloat16" if device.type == "cuda" else "float32"
     compiled: Any = compiler(config.run, device)[0] if device.type == "cuda" else None
     if captured:
-        compiled = functools.partial(fast, config=config, device=device, info=print)
+        compiled = functools.partial(compiled_network, run=config.run, device=device, info=print)
     tokenizer = Tokenizer(vqgan, config.grid, precision, compiled=compiled)  # type: ignore[arg-type]
     extent = (BATCH[device.type], config.data.frames, config.data.size, config.data.size, 3)
     video = channels_first(torch.randint(0, 256, extent, dtype=torch.uint8, device=device))

@@ -16,10 +16,9 @@ from mam2.engine.data.loader import ClipLoader
 from mam2.engine.data.manifest import Manifest
 from mam2.engine.data.side_stream import on_side_stream
 from mam2.engine.errors import UserError
-from mam2.engine.runtime.cuda import Captured, CudaRecorder
-from mam2.engine.runtime.device import compiler
 from mam2.engine.runtime.distributed import World
 from mam2.engine.tokenizer.cache import CodeCache
+from mam2.engine.tokenizer.compiled import compiled_network
 from mam2.engine.tokenizer.files import fingerprint, load_vqgan
 from mam2.engine.tokenizer.prepare import FILE, Info, build_tokenizer, load_for_run, prepare_tokenizer
 from mam2.engine.tokenizer.tokenizer import Tokenizer
@@ -81,7 +80,10 @@ def prepare_codes(
         vqgan = world.broadcast(
             lambda: prepare_tokenizer(config, loader, run, device, info, named=named, progress=progress)
         )
-        return online(build_tokenizer(vqgan, config, device, lambda codes: fast(codes, config, device, info)), info)
+        return online(
+            build_tokenizer(vqgan, config, device, lambda codes: compiled_network(codes, config.run, device, info)),
+            info,
+        )
     world.broadcast(lambda: _keep_tokenizer(cache, run))
     info(
         f"codes   {cache.codebook_size} codes from the cache {cache.folder}: "
@@ -91,19 +93,6 @@ def prepare_codes(
     )
     loader.fetch_codes(cache.codes)
     return CodeSource(cache.codebook_size, _fetched)
-
-
-def fast(
-    codes: Callable[[Tensor], Tensor], config: PretrainConfig, device: torch.device, info: Info
-) -> Callable[[Tensor], Tensor]:
-    """Returns the function from images to codes compiled, and on a GPU as CUDA graphs, according to `config.run`.
-
-    Launched one by one, its kernels would wait for the host, which also queues the step.
-    """
-    compiled = compiler(config.run, device)[0](codes)
-    if device.type != "cuda" or config.run.graph == "off" or config.run.deterministic:
-        return compiled
-    return Captured(compiled, CudaRecorder(), info, "codes   network of the tokenizer")
 
 
 def use_recorded_clips(loader: ClipLoader, cache: CodeCache | None, info: Info) -> None:

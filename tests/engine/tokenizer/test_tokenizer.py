@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mam2.engine.config.recipe import load_recipe
-from mam2.engine.tokenizer import source
+from mam2.engine.tokenizer import compiled as network
 from mam2.engine.tokenizer.tokenizer import Tokenizer, codebook_usage, numbered, scale_pixels
 from mam2.engine.tokenizer.training import (
     train_vqgan,
@@ -166,12 +166,14 @@ def test_on_a_gpu_the_network_is_a_graph_with_the_same_codes(monkeypatch: pytest
 
     recorders: list[Recorder] = []
     lines: list[str] = []
-    monkeypatch.setattr(source, "CudaRecorder", Recorder)
+    monkeypatch.setattr(network, "CudaRecorder", Recorder)
 
     def codes(device: str, **run: object) -> Tensor:
         config = load_recipe("demo")  # does not compile
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, **run))
-        hook = functools.partial(source.fast, config=config, device=torch.device(device), info=lines.append)
+        hook = functools.partial(
+            network.compiled_network, run=config.run, device=torch.device(device), info=lines.append
+        )
         return build(compiled=hook, images_per_pass=4).codes(clip())
 
     expected = build().codes(clip())
@@ -189,7 +191,7 @@ def test_graphs_have_the_codes_of_launched_kernels(compiled: bool) -> None:
     device, lines = torch.device("cuda", 0), []
     config = load_recipe("demo")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile=compiled))
-    hook = functools.partial(source.fast, config=config, device=device, info=lines.append)
+    hook = functools.partial(network.compiled_network, run=config.run, device=device, info=lines.append)
     plain, captured = build().to(device), build(compiled=hook, images_per_pass=4)
     captured.to(device)
     side = torch.cuda.Stream(device)

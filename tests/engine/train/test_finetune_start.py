@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_one_clear_line(motion_clips, few_clips, tmp_path, 
         finetune(config, tmp_path / "unread", tmp_path / "c", val=val, encoder=tmp_path / "nothing", progress=False)
     with pytest.raises(UserError, match=r"augment\.mixup"):
         finetune(small_finetuning(augment={"mixup": -1.0}), few_clips, tmp_path / "d", val=val, encoder=None)
-    with pytest.raises(UserError, match="mixing takes pairs"):
+    with pytest.raises(UserError, match=r"15: expected a multiple of 2 .* videos that are mixed"):
         finetune(small_finetuning(optim={"batch": 15}), few_clips, tmp_path / "e", val=val, encoder=None)
 
 
